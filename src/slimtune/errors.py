@@ -1,0 +1,75 @@
+"""Every error that a user can cause. Each is also the standard type that fits, so `except ValueError` keeps working."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SlimtuneError(Exception):
+    """Base of all errors of slimtune: one sentence with what is wrong, what was found and what to do."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of the sentence, quotes and all.
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(SlimtuneError, ValueError):
+    """A configuration that can't be used: an unknown field, a value out of range, fields that exclude each other."""
+
+
+class TargetError(SlimtuneError, ValueError):
+    """A pattern that matches no module, or a module that the method can't attach to."""
+
+
+class AdapterNotFoundError(SlimtuneError, KeyError):
+    """No adapter of that name is attached."""
+
+
+class AdapterExistsError(SlimtuneError, ValueError):
+    """An adapter of that name is attached already."""
+
+
+class AdapterFileError(SlimtuneError, ValueError):
+    """An adapter on disk that is missing, damaged, unsafe or not what it claims to be."""
+
+
+class BaseMismatchError(SlimtuneError, ValueError):
+    """An adapter that was made for another base model."""
+
+
+class MergeError(SlimtuneError, RuntimeError):
+    """A merge that can't be done, or whose result strays too far from the unmerged model."""
+
+
+class TrainingError(SlimtuneError, RuntimeError):
+    """Training that can't start or must not go on: nothing to train, a loss that is not a number."""
+
+
+class DataError(SlimtuneError, ValueError):
+    """Training data that can't be read or from which nothing would be learned."""
+
+
+class ModelNotFoundError(SlimtuneError, FileNotFoundError):
+    """A base model that is neither a folder, nor on the Hub, nor packaged."""
+
+
+class OutputExistsError(SlimtuneError, FileExistsError):
+    """An output folder that already holds something."""
+
+
+class MissingDependencyError(SlimtuneError, ImportError):
+    """An optional library that the feature needs."""
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """The clause `; did you mean 'x'?` for the option nearest to `word`, or an empty string."""
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """`a, b, c and 12 more`: names for an error message, never more than `limit` of them."""
+    unique = sorted(set(names))
+    shown = ", ".join(unique[:limit])
+    return shown if len(unique) <= limit else f"{shown} and {len(unique) - limit} more"
