@@ -1,0 +1,165 @@
+"""Attach in place: a module is re-classed so that its forward runs the active deltas around its own.
+
+No parameter of the base changes its name, `isinstance` stays true, and detaching leaves the very same tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.bases import base_of
+from slimtune.delta import Delta
+from slimtune.errors import ConfigError
+from slimtune.ops import fused_for
+from slimtune.ops.lazy_logits import LazyLogits
+
+BASE = "__base__"
+"""The name under which rows of a mixed batch ask for the untouched base."""
+
+
+class Switch:
+    """Which adapters of one model are in effect; all its adopted modules look at the same one."""
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.enabled = True
+        self.rows: tuple[str, ...] | None = None
+        self.lazy_head: nn.Module | None = None
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """The adapters that a forward runs through."""
+        return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
+    @contextmanager
+    def using(self, **settings: Any) -> Iterator[None]:
+        """Other settings for a while."""
+        before = {name: getattr(self, name) for name in settings}
+        self.__dict__.update(settings)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+
+class Adopted:
+    """Mixed in front of a module's class: its forward is the active deltas' formulas around the class's own."""
+
+    adopted_from: ClassVar[type[nn.Module]]
+    deltas: nn.ModuleDict
+    adapter_switch: Switch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        switch = self.adapter_switch
+        frozen = self.__dict__.get("instance_forward") or super().forward  # type: ignore[misc]
+        if switch.lazy_head is self:
+            return LazyLogits(args[0], self, functools.partial(run, self, frozen))
+        if switch.rows is not None:
+            return _run_rows(self, frozen, switch.rows, *args, **kwargs)
+        return run(self, frozen, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = self.__dict__.copy()
+        return _rebuild, (type(self).adopted_from, mixin_of(type(self))), state
+
+
+def run(module: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the module computes under the adapters in effect."""
+    return _composed(module, frozen, module.adapter_switch.applied)(*args, **kwargs)
+
+
+def active_deltas(module: Any) -> list[Delta]:
+    """The deltas of an adopted module that are in effect."""
+    return [module.deltas[name] for name in module.adapter_switch.applied if name in module.deltas]
+
+
+def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    call = frozen
+    deltas = [module.deltas[name] for name in names if name in module.deltas]
+    for delta in deltas:
+        fused = fused_for(type(delta), type(base_of(module.adopted_from))) if call is frozen else None
+        call = functools.partial(fused, delta, module, call) if fused else functools.partial(delta, call)
+    for delta in deltas:
+        if len(delta.whole) > 0:
+            call = functools.partial(_standing_in, module, delta.stand_ins(), call)
+    return call
+
+
+def _standing_in(module: nn.Module, tensors: dict[str, Tensor], call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    slots = {name: module._parameters if name in module._parameters else module._buffers for name in tensors}
+    own = {name: slot[name] for name, slot in slots.items()}
+    for name, tensor in tensors.items():
+        slots[name][name] = tensor
+    try:
+        return call(*args, **kw)
+    finally:
+        for name, tensor in own.items():
+            slots[name][name] = tensor
+
+
+def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x: Tensor, *args: Any, **kw: Any) -> Any:
+    if not any(name in module.deltas for name in rows):
+        return frozen(x, *args, **kw)
+    if x.shape[0] % len(rows):
+        raise ConfigError(f"adapter_names has {len(rows)} names for a batch of {x.shape[0]} rows; give one for each row")
+    # Beams and returned sequences repeat each row in place.
+    names = [name for name in rows for _ in range(x.shape[0] // len(rows))]
+    result: Tensor | None = None
+    for name in dict.fromkeys(names):
+        index = torch.tensor([i for i, row in enumerate(names) if row == name], device=x.device)
+        part = _composed(module, frozen, (name,))(x[index], *args, **kw)
+        result = part.new_empty(x.shape[0], *part.shape[1:]) if result is None else result
+        result = result.index_copy(0, index, part)
+    return result
+
+
+def adopt(module: nn.Module, switch: Switch, mixin: type = Adopted) -> Any:
+    """Re-class the module in place; a module that is adopted already stays as it is."""
+    if isinstance(module, mixin):
+        return module
+    # A forward put on the instance (accelerate's offloading does it) would hide the class's; it becomes the base.
+    if "forward" in module.__dict__:
+        module.__dict__["instance_forward"] = module.__dict__.pop("forward")
+    module.__class__ = adopted_class(type(module), mixin)
+    module.adapter_switch = switch  # type: ignore[assignment]
+    if mixin is Adopted:
+        module.deltas = nn.ModuleDict()
+    return module
+
+
+def release(module: Any) -> None:
+    """Give the module its own class back; its tensors are the very same ones."""
+    if "instance_forward" in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop("instance_forward")
+    if "deltas" in module._modules:
+        del module.deltas
+    del module.adapter_switch
+    module.__class__ = type(module).adopted_from
+
+
+@functools.cache
+def adopted_class(module_type: type[nn.Module], mixin: type) -> type[nn.Module]:
+    """The class that puts `mixin` in front of a module type.
+
+    It bears the type's own name: transformers looks layers and models up by it.
+    """
+    names = {key: getattr(module_type, key) for key in ("__module__", "__qualname__", "__doc__")}
+    extra = mixin.members(module_type) if hasattr(mixin, "members") else {}
+    return type(module_type.__name__, (mixin, module_type), {"adopted_from": module_type} | names | extra)
+
+
+def mixin_of(adopted: type) -> type:
+    """The mixin that an adopted class was made with."""
+    return next(ancestor for ancestor in adopted.__mro__ if "adopted_from" in getattr(ancestor, "__annotations__", {}))
+
+
+def _rebuild(module_type: type[nn.Module], mixin: type) -> nn.Module:
+    made = adopted_class(module_type, mixin)
+    return made.__new__(made)

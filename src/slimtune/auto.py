@@ -1,0 +1,84 @@
+"""An adapter and its base in one call: `AutoPeftModelForCausalLM.from_pretrained(adapter_folder)`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, ClassVar
+
+from slimtune.delta import PeftConfig
+from slimtune.errors import AdapterFileError
+from slimtune.model import PeftModel
+
+
+class AutoPeftModel:
+    """Loads the base that an adapter's config names, by the transformers class that the config names."""
+
+    auto_class: ClassVar[str | None] = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, adapter_name: str = "default", is_trainable: bool = False,
+        config: PeftConfig | None = None, revision: str | None = None, **base: Any,
+    ) -> Any:  # fmt: skip
+        """The base model with the adapter attached.
+
+        Args:
+            revision: of the adapter's repository; the base's revision is the one in the config.
+            base: what the transformers class's `from_pretrained` takes (dtype, device_map, ...), and the Hub's
+                `token`, `cache_dir` and `subfolder`, which go to the adapter too.
+
+        Raises:
+            AdapterFileError: the adapter can't be read, or names no base.
+        """
+        shared = {name: base[name] for name in ("token", "cache_dir", "subfolder") if name in base}
+        base.pop("subfolder", None)
+        adapter = shared | ({"revision": revision} if revision else {})
+        config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **adapter)
+        if not config.base_model_name_or_path:
+            raise AdapterFileError(f"'{pretrained_model_name_or_path}' doesn't say which base it is for; load the base "
+                                   "yourself and give it to PeftModel.from_pretrained")
+        model = cls._base_class(config).from_pretrained(
+            config.base_model_name_or_path, **base, **({"revision": config.revision} if config.revision else {}))
+        return PeftModel.from_pretrained(model, pretrained_model_name_or_path, adapter_name=adapter_name,
+                                         is_trainable=is_trainable, config=config, **adapter)
+
+    @classmethod
+    def _base_class(cls, config: PeftConfig) -> Any:
+        import transformers
+
+        named = (config.auto_mapping or {}).get("base_model_class")
+        by_task = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+                   "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
+                   "QUESTION_ANS": "AutoModelForQuestionAnswering", "FEATURE_EXTRACTION": "AutoModel"}
+        name = cls.auto_class or named or by_task.get(str(config.task_type))
+        found = getattr(transformers, str(name), None)
+        # Only transformers' own classes: a config must not choose what code is imported.
+        if not inspect.isclass(found) or not hasattr(found, "from_pretrained"):
+            raise AdapterFileError("the adapter's config names no transformers class for its base; use the AutoPeftModelFor"
+                                   f"... class of the task (found {name!r})")
+        return found
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    auto_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    auto_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    auto_class = "AutoModel"

@@ -1,0 +1,94 @@
+"""Plain floating-point weights: `nn.Linear`, GPT-2's `Conv1D`, `nn.Conv*d`, `nn.Embedding`, anything else as is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from slimtune.delta import Base, Dense
+
+
+class DenseLinear(Base):
+    """`y = x W^T + b` with W stored as (out, in)."""
+
+    kind = "linear"
+    module_types = (nn.Linear,)
+
+    def features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def weight(self, module: Any) -> Tensor:
+        return module.weight
+
+    def forward_is_plain(self, module: nn.Module) -> bool:
+        return own_forward(module) is nn.Linear.forward
+
+
+class DenseConv1D(DenseLinear):
+    """`y = x W + b` with W stored as (in, out): GPT-2's linear layer, which is no convolution."""
+
+    module_types = (Conv1D,)
+
+    def features(self, module: Any) -> tuple[int, int]:
+        return module.weight.shape[0], module.weight.shape[1]
+
+    def weight(self, module: Any) -> Tensor:
+        return module.weight.t()
+
+    def repack(self, module: nn.Module, dense: Dense) -> Dense:
+        return dense | {"weight": dense["weight"].t().contiguous()}
+
+    def forward_is_plain(self, module: nn.Module) -> bool:
+        return own_forward(module) is Conv1D.forward
+
+
+class DenseConv(Base):
+    """A convolution with W stored as (out, in / groups, kernel...)."""
+
+    kind = "conv"
+    module_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def features(self, module: Any) -> tuple[int, int]:
+        return module.in_channels, module.out_channels
+
+    def weight(self, module: Any) -> Tensor:
+        return module.weight
+
+
+class DenseEmbedding(Base):
+    """A lookup of rows, seen as the map from one-hot ids: its stored (in, out) weight is read as (out, in)."""
+
+    kind = "embedding"
+    module_types = (nn.Embedding,)
+
+    def features(self, module: Any) -> tuple[int, int]:
+        return module.num_embeddings, module.embedding_dim
+
+    def weight(self, module: Any) -> Tensor:
+        return module.weight.t()
+
+    def repack(self, module: nn.Module, dense: Dense) -> Dense:
+        return dense | {"weight": dense["weight"].t().contiguous()}
+
+
+class Opaque(Base):
+    """Any other module: its parameters can be trained whole, but no formula knows what it computes."""
+
+    kind = "other"
+    module_types = (nn.Module,)
+
+    def features(self, module: Any) -> tuple[int, int]:
+        return 0, 0
+
+    def weight(self, module: Any) -> Tensor:
+        return module.weight
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The forward that the module's class had before it was adopted."""
+    return getattr(type(module), "adopted_from", type(module)).forward
+
+
+BASES: tuple[Base, ...] = (DenseLinear(), DenseConv1D(), DenseConv(), DenseEmbedding(), Opaque())

@@ -1,0 +1,286 @@
+"""The one abstraction: a method is a formula around a frozen callable.
+
+A `PeftConfig` says what a user wants, a `Base` knows the bits of one kind of frozen weight, and a `Delta` is the
+trainable change that the config builds for one site: M methods and B kinds of base cost M + B pieces of code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
+
+Dense = dict[str, Tensor]
+"""The parameters of one module by name, `weight` as (out, in, ...): what a change is folded into."""
+
+Kind = Literal["linear", "conv", "embedding", "other"]
+
+
+class TaskType(StrEnum):
+    """What a model is tuned for; the names are those of the file format."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class Base(ABC):
+    """How one kind of frozen module keeps its weight: read as dense, written back, never more."""
+
+    kind: ClassVar[Kind]
+    module_types: ClassVar[tuple[type[nn.Module], ...]]
+
+    @abstractmethod
+    def features(self, module: Any) -> tuple[int, int]:
+        """(in_features, out_features) of the map that the module computes."""
+
+    @abstractmethod
+    def weight(self, module: Any) -> Tensor:
+        """The weight as (out, in, ...), a view of the stored one where that is possible."""
+
+    def dense(self, module: nn.Module) -> Dense:
+        """All parameters of the module by name, the weight as (out, in, ...)."""
+        own = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+        return own | {"weight": self.weight(module).detach()} if "weight" in own else own
+
+    def repack(self, module: nn.Module, dense: Dense) -> Dense:
+        """The inverse of `dense`: the tensors as the module stores them."""
+        return dense
+
+    def forward_is_plain(self, module: nn.Module) -> bool:
+        """Whether the module computes exactly its kind's textbook product, so that a fused one may stand in."""
+        return False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a delta attaches: the module, its name in the model and its kind of base."""
+
+    name: str
+    module: nn.Module
+    base: Base
+
+    @property
+    def kind(self) -> Kind:
+        return self.base.kind
+
+
+class Delta(nn.Module):
+    """A trainable change to one frozen module.
+
+    `whole` holds parameters of the module that are trained as such (a bias, a new head): while the delta is active
+    they stand in for the module's own.
+    """
+
+    on_disk: ClassVar[Mapping[str, str]] = {}
+    """What the file format calls each parameter, after the site's name and a dot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = nn.ParameterDict()
+        self.running = BufferDict()
+
+    def forward(self, base: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The method's equation; `base(x)` is what the frozen module computes."""
+        return base(x, *args, **kwargs)
+
+    def initialise(self, config: Any) -> None:
+        """Set the parameters to where training starts, as the config asks."""
+
+    def disk_name(self, parameter: str) -> str:
+        """What the file format calls this parameter or buffer, after the site's name and a dot."""
+        return self.on_disk.get(parameter) or parameter.removeprefix("whole.").removeprefix("running.")
+
+    def fold(self, dense: Dense) -> Dense:
+        """The same change written into dense parameters, as new tensors; running statistics come along.
+
+        Raises:
+            MergeError: the change can't be written into the weights.
+        """
+        return dense | {name: tensor.detach().clone() for name, tensor in self.stand_ins().items()}
+
+    @classmethod
+    def combine(cls, deltas: list[Any], weights: list[float], how: str, target: Any, **options: Any) -> None:
+        """Set `target` to a weighted combination of deltas. Raises: ConfigError, for methods that have none."""
+        raise ConfigError(f"adapters with a {cls.__name__} can't be combined by '{how}'")
+
+    def hold(self, module: nn.Module, *names: str) -> None:
+        """Train copies of these parameters of the module in place of its own."""
+        for name in names:
+            self.whole[name] = nn.Parameter(module.get_parameter(name).detach().clone())
+
+    def hold_all(self, module: nn.Module) -> None:
+        """Train a copy of everything that the module itself owns, running statistics included."""
+        self.hold(module, *(name for name, _ in module.named_parameters(recurse=False)))
+        for name, buffer in module.named_buffers(recurse=False):
+            self.running.register_buffer(name, buffer.detach().clone())
+
+    def stand_ins(self) -> dict[str, Tensor]:
+        """What replaces the module's own parameters and buffers while this delta is active."""
+        return dict(self.whole.items()) | dict(self.running.named_buffers())
+
+
+class BufferDict(nn.Module):
+    """Buffers by name: the running statistics of a module that is trained whole."""
+
+
+C = TypeVar("C", bound="PeftConfig")
+
+
+@dataclass
+class PeftConfig:
+    """What all methods share; the fields and defaults are `peft`'s.
+
+    Raises:
+        ConfigError: a field that doesn't exist, or that this library can't honour.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    inert: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `peft` that this library doesn't implement, with the value at which they change nothing."""
+
+    def __post_init__(self) -> None:
+        self.foreign: dict[str, Any] = {}
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            near = did_you_mean(str(self.task_type).upper(), list(TaskType))
+            raise ConfigError(f"task_type {self.task_type!r} is none of {listing(TaskType)}{near}")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return False
+
+    def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> Delta:
+        """The delta for one site, its parameters not set yet. Raises: TargetError, ConfigError."""
+        raise ConfigError(f"{type(self).__name__} names no method; use LoraConfig or another method's config")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, those included that were only passed through."""
+        own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return dict(self.inert) | self.foreign | own
+
+    @classmethod
+    def from_dict(cls: type[C], fields: Mapping[str, Any]) -> C:
+        """A config from what a file says; the class follows from `peft_type`.
+
+        Raises:
+            ConfigError: an unknown method, or an unknown field that is set to something.
+        """
+        peft_type = fields.get("peft_type")
+        owner = method(str(peft_type)) if peft_type else cls
+        if not issubclass(owner, cls):
+            raise ConfigError(f"this is a {peft_type} adapter, not one for {cls.__name__}")
+        known = {f.name for f in dataclasses.fields(owner)}
+        config = owner(**{name: value for name, value in fields.items() if name in known})
+        config.foreign = {name: value for name, value in fields.items() if name not in known}
+        for name, value in config.foreign.items():
+            config.check_foreign(name, value)
+        return config
+
+    @classmethod
+    def from_pretrained(cls: type[C], model_id: str, subfolder: str | None = None, **hub: Any) -> C:
+        """The config of an adapter folder or Hub repository.
+
+        Raises:
+            AdapterFileError: no such folder, or no readable `adapter_config.json` in it.
+        """
+        from slimtune.storage.peft_format import read_config
+
+        return cls.from_dict(read_config(model_id, subfolder, **hub))
+
+    def save_pretrained(self, save_directory: str) -> None:
+        """Write `adapter_config.json` into the folder, whole or not at all."""
+        from slimtune.storage.peft_format import write_config
+
+        write_config(save_directory, self.to_dict())
+
+    @classmethod
+    def check_foreign(cls, name: str, value: Any) -> None:
+        """Let a field pass that changes nothing. Raises: ConfigError, for one that would."""
+        if name in cls.inert and value == cls.inert[name]:
+            return
+        if name not in cls.inert and value in (None, False, "", [], {}):
+            return
+        why = "is not implemented here" if name in cls.inert else "is unknown to this version"
+        raise ConfigError(f"the field {name!r} is set to {value!r}, which {why} and would change the result")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, StrEnum):
+        return value.value
+    return sorted(value) if isinstance(value, set) else value
+
+
+_methods: dict[str, type[PeftConfig]] = {}
+
+
+def register(config: type[C]) -> type[C]:
+    """Enrol a method by its config; constructor arguments that don't exist are refused with a suggestion."""
+    plain_init = config.__init__
+    known = [name for name in inspect.signature(plain_init).parameters if name != "self"]
+
+    @functools.wraps(plain_init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        strangers = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
+        for name, value in strangers.items():
+            if name not in config.inert:
+                near = did_you_mean(name, known)
+                raise ConfigError(f"{config.__name__} has no field {name!r}{near or '; see help(' + config.__name__ + ')'}")
+            config.check_foreign(name, value)
+        plain_init(self, *args, **kwargs)
+
+    config.__init__ = checked_init
+    _methods[config().peft_type or ""] = config
+    return config
+
+
+def methods() -> dict[str, type[PeftConfig]]:
+    """Every method by its `peft_type`; a file in `methods/` enrols itself by being there."""
+    package = importlib.import_module("slimtune.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"slimtune.methods.{module.name}")
+    return dict(_methods)
+
+
+def method(peft_type: str) -> type[PeftConfig]:
+    """The config class of a method. Raises: ConfigError, for a method that isn't here."""
+    known = methods()
+    if peft_type not in known:
+        raise ConfigError(f"the method {peft_type!r} is not implemented; known are {listing(known)}"
+                          f"{did_you_mean(peft_type, known)}")
+    return known[peft_type]
+
+
+def trainable_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of a delta on a weight of this dtype: 16-bit steps are too coarse for small updates."""
+    return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def wrong_kind(site: Site, method_name: str, takes: str) -> TargetError:
+    """The error for a module that a method can't change."""
+    return TargetError(f"{method_name} can't attach to '{site.name}', a {type(site.module).__name__}; it takes {takes}")
+
+
+__all__ = ["Base", "Delta", "Dense", "Kind", "PeftConfig", "Site", "TaskType", "method", "methods", "register",
+           "trainable_dtype", "wrong_kind"]

@@ -1,0 +1,157 @@
+"""Folding adapters into the weights, and taking them out again to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.adopt import Adopted
+from slimtune.bases import base_of
+from slimtune.delta import Dense
+from slimtune.drift import Drift, compare_outputs
+from slimtune.errors import MergeError
+
+MAX_RELATIVE_DRIFT = 0.1
+"""A safe merge refuses when the outputs change by more than this part of their norm; bf16 rounding stays far below."""
+
+Kept = list[tuple[nn.Module, dict[str, Tensor]]]
+"""What was in the modules before a merge: (module, its tensors by name)."""
+
+
+def fold(module: Any, names: tuple[str, ...]) -> Dense:
+    """The module's parameters with these adapters written in, as the module stores them; nothing is changed.
+
+    Raises:
+        MergeError: a change has no form as weights, or the result is not finite.
+    """
+    base = base_of(type(module))
+    dense = base.dense(module)
+    for name in names:
+        if name in module.deltas:
+            dense = module.deltas[name].fold(dense)
+    for name, tensor in dense.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise MergeError(f"merging makes '{name}' of a {type(module).__name__} infinite or not a number; "
+                             "the adapter is damaged or its training diverged")
+    return base.repack(module, dense)
+
+
+def merge(modules: list[tuple[str, Any]], names: tuple[str, ...]) -> Kept:
+    """Write adapters into the modules' weights; gives back the tensors that were there.
+
+    Raises:
+        MergeError: from any module, in which case all are as before.
+    """
+    kept: Kept = []
+    try:
+        for path, module in modules:
+            if any(name in module.deltas for name in names):
+                kept.append((module, _exchange(module, _named(path, module, names))))
+    except MergeError:
+        restore(kept)
+        raise
+    return kept
+
+
+def _named(path: str, module: Any, names: tuple[str, ...]) -> Dense:
+    try:
+        return fold(module, names)
+    except MergeError as error:
+        raise MergeError(f"'{path}': {error}") from error
+
+
+def restore(kept: Kept) -> None:
+    """Put back the very tensors that were there before a merge."""
+    for module, tensors in reversed(kept):
+        _exchange(module, tensors)
+
+
+def _exchange(module: nn.Module, tensors: Dense) -> Dense:
+    """Put tensors into the module; gives back those that they replace."""
+    before: Dense = {}
+    for name, tensor in tensors.items():
+        slots: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        own = slots[name]
+        if tensor is own or (slots is module._parameters and tensor.data_ptr() == own.data_ptr()):
+            continue
+        before[name] = own
+        if slots is module._parameters and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=own.requires_grad)
+        slots[name] = tensor
+    return before
+
+
+def untie_if_changed(model: Any) -> None:
+    """Tell the config when a merge made input and output embeddings differ, so that a reload doesn't tie them again."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    source, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if source is None or head is None or head.weight is source.weight:
+        return
+    model.config.tie_word_embeddings = False
+    model.__dict__["_tied_weights_keys"] = None
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
+
+
+def safely(model: Any, change: Callable[[], Kept]) -> tuple[Kept, Drift | None]:
+    """Make a change to the model and compare its outputs before and after on probe inputs.
+
+    Raises:
+        MergeError: the outputs stray too far; the model is as before.
+    """
+    probe = probe_inputs(model)
+    before = outputs(model, probe) if probe else None
+    kept = change()
+    if probe is None or before is None:
+        return kept, None
+    drift = compare_outputs(before, outputs(model, probe))
+    if not drift.relative <= MAX_RELATIVE_DRIFT:
+        restore(kept)
+        raise MergeError(f"the merged model's outputs differ from the unmerged by {drift.relative:.1%} of their norm, "
+                         f"beyond {MAX_RELATIVE_DRIFT:.0%}; the model is as before")
+    return kept, drift
+
+
+def probe_inputs(model: Any, rows: int = 2, tokens: int = 32) -> dict[str, Tensor] | None:
+    """Fixed pseudo-random inputs for a transformers model, or None where it isn't known what it takes."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = getattr(config, "vocab_size", None)
+    if main == "input_ids" and vocabulary:
+        ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator).to(device)
+        extra = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+        return {"input_ids": ids} | extra
+    size = getattr(config, "image_size", None)
+    if main == "pixel_values" and isinstance(size, int):
+        channels = getattr(config, "num_channels", 3)
+        pixels = torch.randn(rows, channels, size, size, generator=generator)
+        return {"pixel_values": pixels.to(device, next(model.parameters()).dtype)}
+    return None
+
+
+@torch.no_grad()
+def outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's first output (its logits, or its last hidden state), in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        return model(**inputs)[0].float()
+    finally:
+        model.train(was_training)
+
+
+def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """All adopted modules by their first path."""
+    from slimtune.targets import walk
+
+    seen: dict[int, tuple[str, Any]] = {}
+    for name, module in walk(model):
+        if isinstance(module, Adopted):
+            seen.setdefault(id(module), (name, module))
+    return list(seen.values())

@@ -1,0 +1,67 @@
+"""Cross-entropy over a frozen output layer that never holds the logits of the whole batch.
+
+    loss = sum_t -log softmax(h_t W^T + b)[label_t], divided by the number of labels for reduction="mean"
+
+Each chunk's logits give its part of the loss and, at once, its part of the hidden state's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = 2**23
+"""How many logits are held at a time: 32 MB in float32."""
+
+
+def chunked_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor,
+    ignore_index: int = -100, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """The loss of `F.cross_entropy(hidden @ weight.T + bias, labels)`, for a weight that takes no gradient.
+
+    Args:
+        hidden_TD: last hidden states, (tokens, features).
+        weight_VD: the output layer's weight, (vocabulary, features).
+        bias_V: its bias, or None.
+        labels_T: (tokens,) class numbers; `ignore_index` marks those that don't count.
+        reduction: "mean" or "sum".
+    """
+    supervised = labels_T != ignore_index
+    count = supervised.sum()
+    index = supervised.nonzero().squeeze(-1)
+    if index.numel() < labels_T.numel():
+        hidden_TD, labels_T = hidden_TD[index], labels_T[index]
+    total: Any = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, bias_V, labels_T)
+    return total / count if reduction == "mean" else total
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
+        gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        for start in range(0, hidden_TD.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            labels_C1 = labels_T[rows].unsqueeze(-1)
+            logits_CV = F.linear(hidden_TD[rows].to(weight_VD.dtype), weight_VD, bias_V)
+            log_p_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+            del logits_CV
+            total -= log_p_CV.gather(-1, labels_C1).sum()
+            if gradient_TD is not None:
+                p_CV = log_p_CV.exp_()
+                p_CV.scatter_add_(-1, labels_C1, p_CV.new_full((), -1.0).expand_as(labels_C1))
+                gradient_TD[rows] = p_CV.to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(gradient_TD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_TD,) = ctx.saved_tensors
+        return gradient_TD * gradient.to(gradient_TD.dtype), None, None, None

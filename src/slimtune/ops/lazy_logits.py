@@ -1,0 +1,143 @@
+"""Logits that are computed only if somebody looks at them.
+
+A model in training hands its logits to a loss and to nobody else. An adopted output layer therefore returns a
+`LazyLogits`: reshaping and casting keep it lazy, `F.cross_entropy` on it runs in chunks, and any other use makes it
+the real tensor. So no model's forward needs to be known, and none can come out wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimtune.bases import base_of
+from slimtune.ops.cross_entropy import chunked_cross_entropy
+
+
+class LazyLogits:
+    """`head(hidden)`, not computed yet.
+
+    Args:
+        hidden: (..., features).
+        head: the adopted output layer.
+        compute: what turns the hidden state into logits.
+        dtype: the dtype that the logits were cast to, or None for the head's own.
+    """
+
+    def __init__(self, hidden: Tensor, head: Any, compute: Callable[[Tensor], Tensor], dtype: Any = None) -> None:
+        self._hidden, self._head, self._compute, self._dtype = hidden, head, compute, dtype
+        self._real: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The logits themselves."""
+        if self._real is None:
+            real = self._compute(self._hidden)
+            self._real = real if self._dtype is None else real.to(self._dtype)
+        return self._real
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._hidden.shape[:-1], self._vocabulary))
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype or self._hidden.dtype
+
+    @property
+    def _vocabulary(self) -> int:
+        return base_of(type(self._head)).features(self._head)[1]
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self._hidden.dim()
+
+    def _lazily(self, hidden: Tensor, dtype: torch.dtype | None = None) -> LazyLogits:
+        return LazyLogits(hidden, self._head, self._compute, dtype or self._dtype)
+
+    def float(self) -> LazyLogits:
+        return self._lazily(self._hidden, torch.float32)
+
+    def contiguous(self) -> LazyLogits:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            if args[0] == self.device:
+                return self
+            if isinstance(args[0], torch.dtype):
+                return self._lazily(self._hidden, args[0])
+        return self.tensor().to(*args, **kwargs)
+
+    def view(self, *shape: Any) -> Any:
+        return self.reshape(*shape)
+
+    def reshape(self, *shape: Any) -> Any:
+        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if len(sizes) >= 1 and sizes[-1] == self._vocabulary:
+            return self._lazily(self._hidden.reshape(*sizes[:-1], self._hidden.shape[-1]))
+        return self.tensor().reshape(sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        parts = index if isinstance(index, tuple) else (index,)
+        whole_rows = parts[-1] == slice(None) and (Ellipsis in parts[:-1] or len(parts) == self.dim())
+        if all(isinstance(part, slice) or part is Ellipsis for part in parts) and whole_rows:
+            return self._lazily(self._hidden[index])
+        return self.tensor()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy and isinstance(args[0], cls):
+            loss = args[0]._cross_entropy(*args[1:], **dict(kwargs))
+            if loss is not None:
+                return loss
+        return func(*(_real(arg) for arg in args), **{key: _real(value) for key, value in kwargs.items()})
+
+    def _cross_entropy(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        reduction, ignore_index = kwargs.pop("reduction", "mean"), kwargs.pop("ignore_index", -100)
+        unusual = args or any(kwargs.values())
+        if unusual or reduction not in ("mean", "sum") or target.is_floating_point():
+            return None
+        if self.dim() != 2 or target.dim() != 1 or not _is_plain_frozen(self._head):
+            return None
+        weight, bias = base_of(type(self._head)).weight(self._head), self._head.bias
+        return chunked_cross_entropy(self._hidden, weight, bias, target, ignore_index, reduction)
+
+
+def _is_plain_frozen(head: Any) -> bool:
+    """Whether the head is a product with a frozen weight and nothing else."""
+    deltas_in_effect = any(name in head.deltas for name in head.adapter_switch.applied)
+    frozen = not any(parameter.requires_grad for parameter in head.parameters(recurse=False))
+    base = base_of(type(head))
+    return frozen and not deltas_in_effect and base.kind == "linear" and base.forward_is_plain(head)
+
+
+def _real(value: Any) -> Any:
+    return value.tensor() if isinstance(value, LazyLogits) else value
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(self: LazyLogits, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*(_real(arg) for arg in args))
+
+    return apply
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "pow", "neg",
+              "lt", "le", "gt", "ge", "len", "iter", "abs"):  # fmt: skip
+    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))

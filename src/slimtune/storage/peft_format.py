@@ -1,0 +1,241 @@
+"""An adapter on disk, in the format that `peft` writes: `adapter_config.json` and `adapter_model.safetensors`.
+
+There is never half an adapter on disk. Both files are written beside their final names, synced and read back; then the
+weights are renamed, then the config. The weights carry the config's checksum, so that a load that finds a save cut off
+between the two renames takes the config that belongs to the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from slimtune.errors import AdapterFileError, ConfigError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+KEY_PREFIX = "base_model.model."
+_PENDING = ".new"
+_MAX_CONFIG_BYTES = 2**24
+
+
+def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter; what the folder held before stays whole until the new one is.
+
+    Args:
+        tensors: by their names on disk, `base_model.model.<path>.lora_A.weight` and so on.
+
+    Raises:
+        AdapterFileError: what was written doesn't read back equal, or the disk didn't take it.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = config_text(config)
+    metadata = {"format": "pt", "config_sha256": _sha256(text.encode()), "tensors_sha256": checksum(contiguous)}
+    weights, pending = folder / (WEIGHTS_NAME + _PENDING), folder / (CONFIG_NAME + _PENDING)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pending.write_text(text)
+        save_file(contiguous, weights, metadata=metadata)
+        _sync(pending)
+        _sync(weights)
+        _verify(weights, metadata["tensors_sha256"], set(contiguous))
+        weights.replace(folder / WEIGHTS_NAME)
+        pending.replace(folder / CONFIG_NAME)
+        _sync(folder)
+    except (OSError, _safetensor_error()) as error:
+        for leftover in (weights, pending):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+        raise AdapterFileError(f"the adapter was not saved to '{folder}': {error}; what was there before is unharmed")\
+            from error
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter by their names on disk.
+
+    Raises:
+        AdapterFileError: no weights, pickled, empty or damaged ones.
+    """
+    from safetensors import safe_open
+
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise AdapterFileError(_why_missing(folder))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (_safetensor_error(), OSError, ValueError) as error:
+        raise AdapterFileError(f"'{path}' is no whole safetensors file ({error}); copy or download it again") from error
+    if not tensors:
+        raise AdapterFileError(f"'{path}' holds no tensors: the adapter was saved empty; save it again from the trained "
+                               "model")
+    expected = metadata.get("tensors_sha256")
+    if expected and checksum(tensors) != expected:
+        raise AdapterFileError(f"the tensors in '{path}' don't match the checksum that was saved with them: the file was "
+                               "damaged or changed; copy or download it again")
+    return tensors
+
+
+def read_config(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:
+    """The fields of an adapter's config.
+
+    Raises:
+        AdapterFileError: no config, or not a readable one.
+    """
+    folder = adapter_folder(model_id, subfolder, **hub)
+    path = _whole_config(folder)
+    if not path.is_file():
+        raise AdapterFileError(_why_no_config(folder))
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AdapterFileError(f"'{path}' has {path.stat().st_size:,} bytes, which is no adapter's config")
+    try:
+        fields = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(f"'{path}' is not JSON ({error}); write the adapter again") from error
+    if not isinstance(fields, dict):
+        raise AdapterFileError(f"'{path}' holds a {type(fields).__name__}, not the fields of a config")
+    fields.pop("runtime_config", None)
+    return fields
+
+
+def write_config(folder: str | Path, config: Mapping[str, Any]) -> None:
+    """Write `adapter_config.json` alone, whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pending = folder / (CONFIG_NAME + _PENDING)
+    pending.write_text(config_text(config))
+    _sync(pending)
+    pending.replace(folder / CONFIG_NAME)
+
+
+def adapter_folder(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
+    """The local folder of an adapter: the folder itself, or a Hub repository's files in the cache.
+
+    Args:
+        hub: what `huggingface_hub.hf_hub_download` takes (revision, token, cache_dir, ...).
+
+    Raises:
+        AdapterFileError: neither a folder nor a repository that can be reached.
+    """
+    folder = Path(model_id, subfolder or "")
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise AdapterFileError(f"'{folder}' is a file; give the folder that holds {CONFIG_NAME}")
+    return _from_hub(str(model_id), subfolder, **hub)
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """The config as `peft` lays it out."""
+    try:
+        return json.dumps(dict(config), indent=2, sort_keys=True)
+    except TypeError as error:
+        raise ConfigError(f"the config holds a value that JSON can't: {error}") from error
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A SHA-256 over names, shapes, dtypes and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises: ConfigError, for a name that can't be a module's and a folder's."""
+    reserved = name.startswith("__") or name in _MODULE_DICT_ATTRIBUTES()
+    if not name or name != name.strip() or any(c in name for c in "./\\\0") or reserved:
+        raise ConfigError(f"{name!r} can't name an adapter: it names a folder and a module; use letters, digits, '-' "
+                          "and '_'")
+
+
+def _MODULE_DICT_ATTRIBUTES() -> set[str]:  # noqa: N802
+    from torch import nn
+
+    return set(dir(nn.ModuleDict()))
+
+
+def _whole_config(folder: Path) -> Path:
+    """The config that belongs to the weights: the pending one if a save was cut off between its two renames."""
+    path, pending, weights = folder / CONFIG_NAME, folder / (CONFIG_NAME + _PENDING), folder / WEIGHTS_NAME
+    if not pending.is_file() or not weights.is_file():
+        return path
+    from safetensors import safe_open
+
+    with contextlib.suppress(OSError, _safetensor_error()), safe_open(weights, framework="pt") as file:
+        if (file.metadata() or {}).get("config_sha256") == _sha256(pending.read_bytes()):
+            return pending
+    return path
+
+
+def _from_hub(repository: str, subfolder: str | None, **hub: Any) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    path = Path()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        try:
+            path = Path(hf_hub_download(repository, name, subfolder=subfolder, **hub))
+        except (HFValidationError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise AdapterFileError(f"'{repository}' is no folder here and its {name} can't be had from the Hub ({reason}); "
+                                   "check the path") from error
+    return path.parent
+
+
+def _verify(path: Path, expected: str, names: set[str]) -> None:
+    from safetensors.torch import load_file
+
+    written = load_file(path)
+    if set(written) != names or checksum(written) != expected:
+        raise OSError(f"{path.name} read back other than it was written")
+
+
+def _why_missing(folder: Path) -> str:
+    if (folder / PICKLE_NAME).is_file():
+        return (f"'{folder / PICKLE_NAME}' is a pickle, which can run code when it is read, and is refused; convert it where "
+                f"you trust it: load the adapter with peft and save it again as {WEIGHTS_NAME}")
+    return f"'{folder}' holds no {WEIGHTS_NAME}; is the adapter in a subfolder, or was it not saved?"
+
+
+def _why_no_config(folder: Path) -> str:
+    if (folder / "config.json").is_file():
+        return f"'{folder}' is a whole model, not an adapter: it holds no {CONFIG_NAME}; load it with transformers"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    hint = f"; there are adapters in its subfolders: {', '.join(inside[:8])}" if inside else ""
+    return f"'{folder}' holds no {CONFIG_NAME}{hint}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _safetensor_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError

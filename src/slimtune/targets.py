@@ -1,0 +1,221 @@
+"""Which modules a config means. Every pattern must match something, and the answer can be shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from slimtune.adopt import Adopted
+from slimtune.bases import base_of
+from slimtune.delta import Site
+from slimtune.errors import TargetError, did_you_mean, listing
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a config means on one model: sites for the method's formula, and modules that are trained whole."""
+
+    sites: list[Site]
+    whole: list[Site]
+    biases: list[Site]
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules of the base by path, a module that is used in two places under each of its paths."""
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None and not (name == "deltas" and isinstance(model, Adopted)):
+            yield from walk(child, f"{prefix}.{name}" if prefix else name)
+
+
+def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
+    """The sites of a config on a model.
+
+    Args:
+        strict: every name and pattern must match; off for a config that was read from a file, whose tensors are
+            matched one by one anyway.
+
+    Raises:
+        TargetError: nothing matches, with what there is and the nearest name.
+    """
+    modules = dict(walk(model))
+    keep = [name for name in _heads(model) if strict and name not in (config.modules_to_save or [])]
+    if keep:
+        config.modules_to_save = [*(config.modules_to_save or []), *keep]
+    whole = _whole(modules, config.modules_to_save or [], strict)
+    taken = {id(site.module) for site in whole}
+    wanted = [name for name in _wanted(model, modules, config, strict) if id(modules[name]) not in taken]
+    sites = list({id(modules[name]): _site(modules, name) for name in wanted}.values())
+    if not sites:
+        raise TargetError(f"target_modules {config.target_modules!r} leaves nothing to train; "
+                          f"the model has {listing(_last(name) for name in modules if name)}")
+    if strict:
+        _check_patterns(config, [site.name for site in sites])
+    if config.target_modules in (None, ALL_LINEAR):
+        others = set(modules) - {name for name in modules if any(modules[name] is s.module for s in sites)}
+        config.target_modules = _suffixes([site.name for site in sites], others)
+    return Targets(sites, whole, _bias_sites(modules, config, sites, taken))
+
+
+def _site(modules: dict[str, nn.Module], name: str) -> Site:
+    # A module that is used in two places has its first path, as in a state dict.
+    first = next(path for path, module in modules.items() if module is modules[name])
+    return Site(first, modules[name], base_of(type(modules[name])))
+
+
+def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: Any, strict: bool) -> list[str]:
+    targets, exclude = config.target_modules, config.exclude_modules
+    inside_saved = [re.compile(rf"(^|.*\.){re.escape(m)}($|\..*)") for m in config.modules_to_save or []]
+    names = [name for name in modules if name and not any(p.match(name) for p in inside_saved)]
+    if exclude:
+        names = _without(names, exclude, strict)
+    if targets is None or targets == ALL_LINEAR:
+        return _linear_layers(model, modules, names, blocks_only=targets is None)
+    if isinstance(targets, str):
+        matched = [name for name in names if re.fullmatch(targets, name)]
+        if not matched:
+            raise TargetError(f"the expression {targets!r} matches no module path; paths look like "
+                              f"'{_example(modules)}'{did_you_mean(_last(targets), _last_names(names))}")
+    else:
+        matched = _by_names(names, targets, strict)
+        matched = _in_layers(matched, config.layers_to_transform, config.layers_pattern)
+    for name in matched:
+        _check_called(modules, name)
+    return matched
+
+
+def _by_names(names: list[str], targets: Iterable[str], strict: bool) -> list[str]:
+    matched: dict[str, None] = {}
+    for target in sorted(targets):
+        hits = [name for name in names if name == target or name.endswith(f".{target}")]
+        if strict and not hits:
+            raise TargetError(f"target_modules names '{target}', which no module is called"
+                              f"{did_you_mean(target, _last_names(names)) or '; there are ' + listing(_last_names(names))}")
+        matched.update(dict.fromkeys(hits))
+    return [name for name in names if name in matched]
+
+
+def _without(names: list[str], exclude: Any, strict: bool) -> list[str]:
+    if isinstance(exclude, str):
+        hits = {name for name in names if re.fullmatch(exclude, name)}
+    else:
+        hits = set(_by_names(names, exclude, strict=False))
+    if strict and not hits:
+        raise TargetError(f"exclude_modules {exclude!r} matches no module; there are {listing(_last_names(names))}")
+    return [name for name in names if name not in hits]
+
+
+def _in_layers(names: list[str], layers: Any, pattern: Any) -> list[str]:
+    if layers is None or layers == []:
+        return names
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
+    searches = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    found = {name: _first_match(searches, name) for name in names}
+    missing = wanted - set(found.values())
+    if missing:
+        there = listing(str(i) for i in sorted({i for i in found.values() if i is not None}))
+        raise TargetError(f"layers_to_transform names layer {min(missing)}, which the model hasn't; there are "
+                          f"{there or 'no numbered layers, see layers_pattern'}")
+    return [name for name in names if found[name] in wanted]
+
+
+def _first_match(searches: list[str], name: str) -> int | None:
+    matches = (re.match(search, name) for search in searches)
+    return next((int(match["idx"]) for match in matches if match), None)
+
+
+def _linear_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[str], blocks_only: bool) -> list[str]:
+    """All linear layers but the output layer; those in repeated blocks alone, if there are such blocks."""
+    head = _output_layer(model)
+    linear = [name for name in names if base_of(type(modules[name])).kind == "linear"
+              and modules[name] is not head and not _is_bypassed(modules, name)]
+    lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    in_blocks = [name for name in linear if any(name.startswith(prefix) for prefix in lists)]
+    return in_blocks if blocks_only and in_blocks else linear
+
+
+def _is_bypassed(modules: dict[str, nn.Module], name: str) -> bool:
+    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _check_called(modules: dict[str, nn.Module], name: str) -> None:
+    if _is_bypassed(modules, name):
+        raise TargetError(f"'{name}' belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
+                          "it, so that a change around it would have no effect; exclude it with exclude_modules")
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter else None
+
+
+def _heads(model: Any) -> list[str]:
+    """Children of the root outside its backbone that have parameters: classifiers, which start untrained."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    head = _output_layer(model)
+    if not isinstance(backbone, nn.Module) or backbone is model:
+        return []
+    return [name for name, child in model.named_children()
+            if child is not backbone and any(True for _ in child.parameters())
+            and not any(module is head for module in child.modules())]
+
+
+def _whole(modules: dict[str, nn.Module], names: list[str], strict: bool) -> list[Site]:
+    sites: dict[int, Site] = {}
+    for wanted in names:
+        roots = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if strict and not roots:
+            raise TargetError(f"modules_to_save names '{wanted}', which no module is called"
+                              f"{did_you_mean(wanted, _last_names(modules))}")
+        for root in roots:
+            for name, module in walk(modules[root], root):
+                if next(module.parameters(recurse=False), None) is not None:
+                    sites[id(module)] = _site(modules, name)
+    return list(sites.values())
+
+
+def _bias_sites(modules: dict[str, nn.Module], config: Any, sites: list[Site], taken: set[int]) -> list[Site]:
+    """Where `bias="all"` trains a bias: everywhere that one is."""
+    if getattr(config, "bias", "none") != "all":
+        return []
+    own = {id(module): _site(modules, name) for name, module in modules.items()
+           if name and isinstance(getattr(module, "bias", None), nn.Parameter) and id(module) not in taken}
+    return list(own.values())
+
+
+def _check_patterns(config: Any, names: list[str]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, None) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise TargetError(f"{field} names {pattern!r}, which none of the targets is called"
+                                  f"{did_you_mean(pattern, _last_names(names)) or '; they are ' + listing(_last_names(names))}")
+
+
+def _suffixes(names: list[str], others: set[str]) -> set[str]:
+    """The shortest endings that mean these modules and no others."""
+    other_endings = {ending for other in others for ending in _endings(other)}
+    return {next((e for e in _endings(name) if e not in other_endings), name) for name in names}
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _last_names(names: Iterable[str]) -> set[str]:
+    return {_last(name) for name in names if name and not _last(name).isdigit()}
+
+
+def _example(modules: dict[str, nn.Module]) -> str:
+    return max((n for n in modules if base_of(type(modules[n])).kind == "linear"), key=len, default="layers.0.linear")

@@ -1,0 +1,1 @@
+"""Training: data, the trainer and what it writes."""
