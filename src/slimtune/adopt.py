@@ -87,7 +87,7 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
         fused = fused_for(type(delta), type(base_of(module.adopted_from))) if call is frozen else None
         call = functools.partial(fused, delta, module, call) if fused else functools.partial(delta, call)
     for delta in deltas:
-        if len(delta.whole) > 0:
+        if delta.holds:
             call = functools.partial(_standing_in, module, delta.stand_ins(), call)
     return call
 

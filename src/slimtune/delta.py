@@ -83,17 +83,15 @@ class Site:
 class Delta(nn.Module):
     """A trainable change to one frozen module.
 
-    `whole` holds parameters of the module that are trained as such (a bias, a new head): while the delta is active
-    they stand in for the module's own.
+    After `hold`, `whole` has parameters of the module that are trained as such (a bias, a new head) and `running` its
+    statistics: while the delta is active they stand in for the module's own.
     """
+
+    whole: nn.ParameterDict
+    running: BufferDict
 
     on_disk: ClassVar[Mapping[str, str]] = {}
     """What the file format calls each parameter, after the site's name and a dot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.whole = nn.ParameterDict()
-        self.running = BufferDict()
 
     def forward(self, base: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         """The method's equation; `base(x)` is what the frozen module computes."""
@@ -121,18 +119,26 @@ class Delta(nn.Module):
 
     def hold(self, module: nn.Module, *names: str) -> None:
         """Train copies of these parameters of the module in place of its own."""
-        for name in names:
-            self.whole[name] = nn.Parameter(module.get_parameter(name).detach().clone())
+        self.whole = nn.ParameterDict({name: module.get_parameter(name).detach().clone() for name in names})
 
     def hold_all(self, module: nn.Module) -> None:
         """Train a copy of everything that the module itself owns, running statistics included."""
         self.hold(module, *(name for name, _ in module.named_parameters(recurse=False)))
+        self.running = BufferDict()
         for name, buffer in module.named_buffers(recurse=False):
             self.running.register_buffer(name, buffer.detach().clone())
 
     def stand_ins(self) -> dict[str, Tensor]:
         """What replaces the module's own parameters and buffers while this delta is active."""
-        return dict(self.whole.items()) | dict(self.running.named_buffers())
+        if not self.holds:
+            return {}
+        running = dict(self.running.named_buffers()) if "running" in self._modules else {}
+        return dict(self.whole.items()) | running
+
+    @property
+    def holds(self) -> bool:
+        """Whether parameters of the module are trained whole."""
+        return "whole" in self._modules
 
 
 class BufferDict(nn.Module):

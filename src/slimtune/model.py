@@ -178,13 +178,14 @@ class PeftModel:
             self._check_known(name)
         deltas = self._deltas()
         for path, _, by_name in deltas:
-            if sum(len(by_name[name].whole) > 0 for name in names if name in by_name) > 1:
+            if sum(by_name[name].holds for name in names if name in by_name) > 1:
                 raise ConfigError(f"the adapters {listing(names)} each train their own copy of '{path}' and can't be "
                                   "active together; activate one of them")
         self.adapter_switch.active = names
         for _, _, by_name in deltas:
             for name, delta in by_name.items():
-                delta.requires_grad_(name in names and not inference_mode)
+                for parameter in delta.parameters():
+                    parameter.requires_grad = name in names and not inference_mode
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -300,7 +301,7 @@ class PeftModel:
         options = {"svd_clamp": svd_clamp} if how == "svd" else {}
         sources = {id(module): [(by_name[name], weight) for name, weight in zip(adapters, weights, strict=True)
                                 if name in by_name] for _, module, by_name in self._deltas()}
-        if any(len(delta.whole) > 0 for group in sources.values() for delta, _ in group):
+        if any(delta.holds for group in sources.values() for delta, _ in group):
             raise ConfigError("adapters that train whole modules or biases can't be combined; leave out modules_to_save "
                               "and bias")
         config = self._combined_config(adapters, how, svd_rank)

@@ -26,6 +26,20 @@ class Targets:
     biases: list[Site]
 
 
+class Modules(dict[str, nn.Module]):
+    """All modules of a base by path."""
+
+    def __init__(self, walked: Iterable[tuple[str, nn.Module]]) -> None:
+        super().__init__(walked)
+        # A module that is used in two places has its first path, as in a state dict.
+        self._first = {id(module): name for name, module in reversed(self.items())}
+
+    def site(self, name: str) -> Site:
+        """The module of that path as a site, under its first path."""
+        module = self[name]
+        return Site(self._first[id(module)], module, base_of(type(module)))
+
+
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules of the base by path, a module that is used in two places under each of its paths."""
     yield prefix, model
@@ -44,40 +58,33 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
     Raises:
         TargetError: nothing matches, with what there is and the nearest name.
     """
-    modules = dict(walk(model))
+    modules = Modules(walk(model))
     keep = [name for name in _heads(model) if strict and name not in (config.modules_to_save or [])]
     if keep:
         config.modules_to_save = [*(config.modules_to_save or []), *keep]
     whole = _whole(modules, config.modules_to_save or [], strict)
     taken = {id(site.module) for site in whole}
     wanted = [name for name in _wanted(model, modules, config, strict) if id(modules[name]) not in taken]
-    sites = list({id(modules[name]): _site(modules, name) for name in wanted}.values())
+    sites = list({id(modules[name]): modules.site(name) for name in wanted}.values())
     if not sites:
         raise TargetError(f"target_modules {config.target_modules!r} leaves nothing to train; "
                           f"the model has {listing(_last(name) for name in modules if name)}")
     if strict:
         _check_patterns(config, [site.name for site in sites])
     if config.target_modules in (None, ALL_LINEAR):
-        others = set(modules) - {name for name in modules if any(modules[name] is s.module for s in sites)}
+        chosen = {id(site.module) for site in sites}
+        others = {name for name, module in modules.items() if id(module) not in chosen}
         config.target_modules = _suffixes([site.name for site in sites], others)
     return Targets(sites, whole, _bias_sites(modules, config, sites, taken))
 
 
-def _site(modules: dict[str, nn.Module], name: str) -> Site:
-    # A module that is used in two places has its first path, as in a state dict.
-    first = next(path for path, module in modules.items() if module is modules[name])
-    return Site(first, modules[name], base_of(type(modules[name])))
-
-
-def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: Any, strict: bool) -> list[str]:
+def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:
     targets, exclude = config.target_modules, config.exclude_modules
     inside_saved = [re.compile(rf"(^|.*\.){re.escape(m)}($|\..*)") for m in config.modules_to_save or []]
     names = [name for name in modules if name and not any(p.match(name) for p in inside_saved)]
-    if exclude:
-        names = _without(names, exclude, strict)
     if targets is None or targets == ALL_LINEAR:
-        return _linear_layers(model, modules, names, blocks_only=targets is None)
-    if isinstance(targets, str):
+        matched = _linear_layers(model, modules, names, blocks_only=targets is None)
+    elif isinstance(targets, str):
         matched = [name for name in names if re.fullmatch(targets, name)]
         if not matched:
             raise TargetError(f"the expression {targets!r} matches no module path; paths look like "
@@ -85,8 +92,12 @@ def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: Any, strict
     else:
         matched = _by_names(names, targets, strict)
         matched = _in_layers(matched, config.layers_to_transform, config.layers_pattern)
-    for name in matched:
-        _check_called(modules, name)
+    if exclude:
+        excluded = _excluded(names, exclude, strict)
+        matched = [name for name in matched if name not in excluded]
+    if targets not in (None, ALL_LINEAR):
+        for name in matched:
+            _check_called(modules, name)
     return matched
 
 
@@ -101,14 +112,14 @@ def _by_names(names: list[str], targets: Iterable[str], strict: bool) -> list[st
     return [name for name in names if name in matched]
 
 
-def _without(names: list[str], exclude: Any, strict: bool) -> list[str]:
+def _excluded(names: list[str], exclude: Any, strict: bool) -> set[str]:
     if isinstance(exclude, str):
         hits = {name for name in names if re.fullmatch(exclude, name)}
     else:
         hits = set(_by_names(names, exclude, strict=False))
     if strict and not hits:
         raise TargetError(f"exclude_modules {exclude!r} matches no module; there are {listing(_last_names(names))}")
-    return [name for name in names if name not in hits]
+    return hits
 
 
 def _in_layers(names: list[str], layers: Any, pattern: Any) -> list[str]:
@@ -131,7 +142,7 @@ def _first_match(searches: list[str], name: str) -> int | None:
     return next((int(match["idx"]) for match in matches if match), None)
 
 
-def _linear_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[str], blocks_only: bool) -> list[str]:
+def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_only: bool) -> list[str]:
     """All linear layers but the output layer; those in repeated blocks alone, if there are such blocks."""
     head = _output_layer(model)
     linear = [name for name in names if base_of(type(modules[name])).kind == "linear"
@@ -141,11 +152,11 @@ def _linear_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[
     return in_blocks if blocks_only and in_blocks else linear
 
 
-def _is_bypassed(modules: dict[str, nn.Module], name: str) -> bool:
+def _is_bypassed(modules: Modules, name: str) -> bool:
     return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
-def _check_called(modules: dict[str, nn.Module], name: str) -> None:
+def _check_called(modules: Modules, name: str) -> None:
     if _is_bypassed(modules, name):
         raise TargetError(f"'{name}' belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
                           "it, so that a change around it would have no effect; exclude it with exclude_modules")
@@ -167,7 +178,7 @@ def _heads(model: Any) -> list[str]:
             and not any(module is head for module in child.modules())]
 
 
-def _whole(modules: dict[str, nn.Module], names: list[str], strict: bool) -> list[Site]:
+def _whole(modules: Modules, names: list[str], strict: bool) -> list[Site]:
     sites: dict[int, Site] = {}
     for wanted in names:
         roots = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
@@ -177,15 +188,15 @@ def _whole(modules: dict[str, nn.Module], names: list[str], strict: bool) -> lis
         for root in roots:
             for name, module in walk(modules[root], root):
                 if next(module.parameters(recurse=False), None) is not None:
-                    sites[id(module)] = _site(modules, name)
+                    sites[id(module)] = modules.site(name)
     return list(sites.values())
 
 
-def _bias_sites(modules: dict[str, nn.Module], config: Any, sites: list[Site], taken: set[int]) -> list[Site]:
+def _bias_sites(modules: Modules, config: Any, sites: list[Site], taken: set[int]) -> list[Site]:
     """Where `bias="all"` trains a bias: everywhere that one is."""
     if getattr(config, "bias", "none") != "all":
         return []
-    own = {id(module): _site(modules, name) for name, module in modules.items()
+    own = {id(module): modules.site(name) for name, module in modules.items()
            if name and isinstance(getattr(module, "bias", None), nn.Parameter) and id(module) not in taken}
     return list(own.values())
 
@@ -217,5 +228,5 @@ def _last_names(names: Iterable[str]) -> set[str]:
     return {_last(name) for name in names if name and not _last(name).isdigit()}
 
 
-def _example(modules: dict[str, nn.Module]) -> str:
+def _example(modules: Modules) -> str:
     return max((n for n in modules if base_of(type(modules[n])).kind == "linear"), key=len, default="layers.0.linear")

@@ -110,7 +110,8 @@ class LazyLogits:
 
     def _cross_entropy(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         reduction, ignore_index = kwargs.pop("reduction", "mean"), kwargs.pop("ignore_index", -100)
-        unusual = args or any(kwargs.values())
+        smoothed = kwargs.pop("label_smoothing", 0.0)
+        unusual = args or smoothed or any(value is not None for value in kwargs.values())
         if unusual or reduction not in ("mean", "sum") or target.is_floating_point():
             return None
         if self.dim() != 2 or target.dim() != 1 or not _is_plain_frozen(self._head):
