@@ -1,0 +1,1 @@
+"""slimtune beside its peers, measured in turns on one machine: `python -m benchmarks --help`."""
