@@ -16,9 +16,9 @@ MODEL = "smollm2-135m-instruct"
 
 def model_folder() -> str:
     """The folder of the packaged SmolLM2."""
-    from slimtune.load import load_base
+    from slimtune.load import resolve
 
-    return load_base(MODEL)
+    return resolve(MODEL)
 
 
 def write_adapter(folder: str, target: str) -> None:
