@@ -1,4 +1,4 @@
-"""What all tests share: quiet libraries, one thread's worth of work at a time, and the real model once a session."""
+"""What all tests share: quiet libraries, repeatable draws, and the real model once a session."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ settings.register_profile(
     "slimtune",
     deadline=None,
     derandomize=True,
-    max_examples=25,
+    max_examples=60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("slimtune")

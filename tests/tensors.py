@@ -21,7 +21,7 @@ def randomize(library: ModuleType, model: nn.Module, adapter: str = "default", s
     generator = torch.Generator().manual_seed(seed)
     drawn = {
         key: 0.2 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-        for key, tensor in adapter_tensors(library, model, adapter).items()
+        for key, tensor in sorted(adapter_tensors(library, model, adapter).items())
     }
     library.set_peft_model_state_dict(model, drawn, adapter_name=adapter)
     return model

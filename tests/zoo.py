@@ -1,7 +1,8 @@
-"""Tiny models of every kind that tests attach to: seeded weights, seeded inputs, a fraction of a second to build."""
+"""Tiny models of every kind that tests attach to: seeded weights, seeded inputs, built in milliseconds."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,10 @@ class Specimen:
                 if parameter.ndim == 1:  # biases and norms that would start at 0 and 1 and prove nothing
                     parameter.add_(0.1 * torch.randn_like(parameter))
         return model.eval()
+
+    def options(self, **others: Any) -> dict[str, Any]:
+        """Arguments for `LoraConfig`, a copy: peft extends the lists that it is given."""
+        return copy.deepcopy({**self.lora, **others})
 
     def batch(self) -> dict[str, Tensor]:
         torch.manual_seed(1)

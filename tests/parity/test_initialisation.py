@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import pytest
-import slimtune
 import torch
 from torch import Tensor, nn
 
+import slimtune
 from tensors import adapter_tensors
 
 FEATURES_IN, FEATURES_OUT, RANK = 400, 300, 64

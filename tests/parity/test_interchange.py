@@ -7,10 +7,10 @@ from types import ModuleType
 
 import peft
 import pytest
-import slimtune
 from safetensors.torch import load_file
 from torch import nn
 
+import slimtune
 from tensors import adapter_tensors, assert_near, assert_same, predict, randomize
 from zoo import SPECIMENS, Specimen
 
@@ -19,7 +19,7 @@ each_specimen = pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specim
 
 
 def attach(library: ModuleType, specimen: Specimen) -> nn.Module:
-    config = library.LoraConfig(r=4, lora_alpha=6, **specimen.lora)
+    config = library.LoraConfig(r=4, lora_alpha=6, **specimen.options())
     return randomize(library, library.get_peft_model(specimen.model(), config))
 
 

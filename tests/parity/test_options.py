@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import peft
 import pytest
-import slimtune
 from torch import nn
 
+import slimtune
 from tensors import adapter_tensors, assert_near, assert_same, predict, randomize
 from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, LLAMA_LINEARS, MIXTURE, QWEN2, T5, Specimen
 
@@ -58,7 +59,7 @@ CASES: dict[str, tuple[Specimen, dict[str, Any]]] = {
     "all-linear-fused": (GPT_NEOX, {"target_modules": "all-linear"}),
     "all-linear-classifier": (BERT, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "all-linear-encoder-decoder": (T5, {"target_modules": "all-linear"}),
-    "all-linear-own-module": (MIXTURE, {"target_modules": "all-linear"}),
+    "all-linear-own-module": (MIXTURE, {"target_modules": "all-linear", "r": 4}),
     "output-head": (LLAMA, {"target_modules": ["lm_head", "q_proj"]}),
     "embedding": (LLAMA, {"target_modules": ["embed_tokens"]}),
     "scaled-embedding": (GEMMA3, {"target_modules": ["embed_tokens"]}),
@@ -77,7 +78,7 @@ CASES: dict[str, tuple[Specimen, dict[str, Any]]] = {
 
 
 def attach(library: ModuleType, specimen: Specimen, options: dict[str, Any]) -> nn.Module:
-    model = library.get_peft_model(specimen.model(), library.LoraConfig(**options))
+    model = library.get_peft_model(specimen.model(), library.LoraConfig(**copy.deepcopy(options)))
     return randomize(library, model)
 
 
@@ -100,15 +101,15 @@ def test_an_option_means_the_same(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_parameters_train(case: str) -> None:
     specimen, options = CASES[case]
-    counts = [
-        library.get_peft_model(specimen.model(), library.LoraConfig(**options)).get_nb_trainable_parameters()
-        for library in (slimtune, peft)
-    ]
-    assert counts[0] == counts[1]
+    trained = []
+    for library in (slimtune, peft):
+        model = library.get_peft_model(specimen.model(), library.LoraConfig(**copy.deepcopy(options)))
+        trained.append(model.get_nb_trainable_parameters()[0])
+    assert trained[0] == trained[1]
 
 
 def test_dropout_is_off_in_evaluation_and_scales_in_training() -> None:
-    options = {**LLAMA.lora, "lora_dropout": 0.5}
+    options = {**LLAMA.options(), "lora_dropout": 0.5}
     ours, theirs = attach(slimtune, LLAMA, options), attach(peft, LLAMA, options)
     expected = predict(theirs, LLAMA.batch())
     assert_near(predict(ours, LLAMA.batch()), expected)

@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import pytest
-import slimtune
 import torch
 from torch import Tensor
 
+import slimtune
 from tensors import (
     adapter_gradients,
     adapter_tensors,

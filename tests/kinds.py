@@ -1,0 +1,142 @@
+"""Every kind of module that a delta attaches to, and every method, as hypothesis strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import slimtune
+from slimtune.delta import PeftConfig
+
+
+class ScaledLinear(nn.Linear):
+    """A subclass with a forward of its own: what counts is what it computes, not its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x).tanh()
+
+
+class NamedLinear(nn.Linear):
+    """A subclass with another constructor."""
+
+    def __init__(self, label: str, features_in: int, features_out: int) -> None:
+        super().__init__(features_in, features_out)
+        self.label = label
+
+
+class Host(nn.Module):
+    """A model of one site, between two places where gradients pass."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        self.site = site
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.site(x)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of module: how to build it, an input for it, its ranks, and whether a delta folds in."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    example: Callable[[], Tensor]
+    greatest_rank: int
+    rank_step: int = 1
+    folds: bool = True
+
+    def host(self, seed: int = 0) -> Host:
+        torch.manual_seed(seed)
+        return Host(self.build()).eval()
+
+    def input(self, seed: int = 1) -> Tensor:
+        torch.manual_seed(seed)
+        return self.example()
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def linear(cls: Callable[..., nn.Module], name: str, **options: Any) -> Kind:
+    return Kind(name, lambda: cls(12, 7, **options), lambda: torch.randn(2, 3, 12), 7)
+
+
+def convolution(name: str, cls: type[nn.Module], shape: tuple[int, ...], **options: Any) -> Kind:
+    groups = options.get("groups", 1)
+    return Kind(
+        name,
+        lambda: cls(4, 8, **options),
+        lambda: torch.randn(2, 4, *shape),
+        greatest_rank=4 if options["kernel_size"] == 1 else 8,
+        rank_step=groups,
+        folds=groups == 1,
+    )
+
+
+def embedding(name: str, **options: Any) -> Kind:
+    return Kind(name, lambda: nn.Embedding(11, 6, **options), lambda: torch.randint(0, 11, (2, 5)), 6)
+
+
+KINDS = (
+    linear(nn.Linear, "linear"),
+    linear(nn.Linear, "linear-without-bias", bias=False),
+    linear(lambda i, o: NamedLinear("mine", i, o), "subclass-of-linear"),
+    linear(ScaledLinear, "linear-with-own-forward"),
+    linear(lambda i, o: Conv1D(o, i), "gpt2-conv1d"),
+    convolution("conv1d", nn.Conv1d, (9,), kernel_size=3, padding=1),
+    convolution("conv1d-strided", nn.Conv1d, (9,), kernel_size=4, stride=2, dilation=2, bias=False),
+    convolution("conv2d", nn.Conv2d, (6, 5), kernel_size=3),
+    convolution("conv2d-odd", nn.Conv2d, (6, 7), kernel_size=(3, 2), stride=(2, 1), padding=(1, 0)),
+    convolution("conv2d-same", nn.Conv2d, (6, 5), kernel_size=3, padding="same"),
+    convolution("conv2d-circular", nn.Conv2d, (6, 5), kernel_size=3, padding=1, padding_mode="circular"),
+    convolution("conv2d-reflect", nn.Conv2d, (6, 5), kernel_size=3, padding=2, padding_mode="reflect"),
+    convolution("conv2d-1x1", nn.Conv2d, (3, 3), kernel_size=1),
+    convolution("conv2d-grouped", nn.Conv2d, (6, 5), kernel_size=3, groups=2),
+    convolution("conv3d", nn.Conv3d, (4, 3, 3), kernel_size=2),
+    embedding("embedding"),
+    embedding("embedding-padded", padding_idx=3),
+)
+FOLDING = tuple(kind for kind in KINDS if kind.folds)
+
+
+def scales() -> st.SearchStrategy[float]:
+    return st.sampled_from([1, 4, 16, 0.5, 7])
+
+
+@st.composite
+def lora_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.LoraConfig:
+    ranks = range(kind.rank_step, kind.greatest_rank + 1, kind.rank_step)
+    drawn = {
+        "r": draw(st.sampled_from(list(ranks))),
+        "lora_alpha": draw(scales()),
+        "use_rslora": draw(st.booleans()),
+        "init_lora_weights": draw(st.sampled_from([True, "gaussian"])),
+        "lora_dropout": draw(st.sampled_from([0.0, 0.3])),
+        "bias": draw(st.sampled_from(["none", "none", "all", "lora_only"])),
+        "target_modules": draw(st.sampled_from([["site"], "site", ".*ite"])),
+    }
+    return slimtune.LoraConfig(**{**drawn, **fixed})
+
+
+METHODS: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {"LORA": lora_configs}
+"""A strategy for each registered method; `test_every_method_is_tested` sees to it that none is missing."""
+
+
+@st.composite
+def cases(draw: st.DrawFn, kinds: tuple[Kind, ...] = KINDS, **fixed: Any) -> tuple[Kind, PeftConfig]:
+    """A kind of module and a config of some method that fits it."""
+    kind = draw(st.sampled_from(kinds))
+    method = draw(st.sampled_from(sorted(METHODS)))
+    return kind, draw(METHODS[method](kind, **fixed))
+
+
+def attach(kind: Kind, config: PeftConfig, adapter: str = "default") -> Any:
+    """A fresh host of that kind with a fresh adapter."""
+    return slimtune.get_peft_model(kind.host(), config, adapter_name=adapter)

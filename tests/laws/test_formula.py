@@ -1,0 +1,215 @@
+"""What an adopted module computes is its method's equation, in values and in gradients, fused or not."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import slimtune
+from kinds import KINDS, Kind, attach, cases
+from slimtune import ops
+from slimtune.bases import base_of
+from slimtune.delta import PeftConfig
+from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_near, copies, randomize
+
+Case = tuple[Kind, PeftConfig]
+TIGHT = 2e-6
+BF16 = 2.0**-8  # half a unit in the last place, relative to the value
+
+
+def scale(config: Any) -> float:
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def equation(site: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """B(A(x)) as the papers write it, from the tensors on disk."""
+    if isinstance(site, nn.Embedding):
+        return F.embedding(x, a.t(), site.padding_idx) @ b.t()
+    if isinstance(site, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        convolve: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(site.kernel_size)]
+        if site.padding_mode == "zeros":
+            z = convolve(x, a, stride=site.stride, padding=site.padding, dilation=site.dilation)
+        else:
+            around = [pad for pad in reversed(site.padding) for _ in range(2)]
+            z = convolve(F.pad(x, around, site.padding_mode), a, stride=site.stride, dilation=site.dilation)
+        return convolve(z, b, groups=site.groups)
+    return (x @ a.t()) @ b.t()
+
+
+def expected_output(
+    kind: Kind, config: Any, tensors: dict[str, Tensor], x: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The textbook's answer in `dtype`."""
+    site = kind.host().site.to(dtype).requires_grad_(False)
+    stored = {key.rpartition(".")[2]: tensor.to(dtype) for key, tensor in tensors.items()}
+    biases = {"bias": stored["bias"]} if "bias" in stored else {}
+    a, b = (next(t for key, t in tensors.items() if f"_{name}" in key).to(dtype) for name in "AB")
+    return torch.func.functional_call(site, biases, (x,)) + scale(config) * equation(site, x, a, b)
+
+
+def cotangent(y: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
+
+
+@given(cases(lora_dropout=0.0))
+def test_the_output_is_the_equation_s(case: Case) -> None:
+    kind, config = case
+    model = randomize(slimtune, attach(kind, config))
+    tensors = adapter_tensors(slimtune, model)
+    x = kind.input()
+    reference = x.double() if x.is_floating_point() else x
+    assert_near(model(x), expected_output(kind, config, tensors, reference, torch.float64), TIGHT)
+
+
+@given(cases(lora_dropout=0.0))
+def test_the_gradients_are_the_equation_s(case: Case) -> None:
+    kind, config = case
+    model = randomize(slimtune, attach(kind, config)).train()
+    x = kind.input()
+    leaf = x.clone().requires_grad_(x.is_floating_point())
+    y = model(leaf)
+    y.backward(cotangent(y))
+    ours = copies(adapter_gradients(slimtune, model))
+
+    tensors = {
+        key: tensor.double().requires_grad_()
+        for key, tensor in copies(adapter_tensors(slimtune, model)).items()
+    }
+    reference = x.double().requires_grad_() if x.is_floating_point() else x
+    expected = expected_output(kind, config, tensors, reference, torch.float64)
+    expected.backward(cotangent(expected))
+    assert_all_near(ours, {key: tensor.grad for key, tensor in tensors.items()}, TIGHT)
+    if x.is_floating_point():
+        assert_near(leaf.grad, reference.grad, TIGHT)
+
+
+def fused_kinds() -> list[Kind]:
+    """Kinds whose delta and base have an entry in the table of fused functions."""
+    found = []
+    for kind in KINDS:
+        model = attach(kind, slimtune.LoraConfig(r=kind.rank_step, target_modules=["site"]))
+        delta = model.site.deltas["default"]
+        if ops.fused_for(type(delta), type(base_of(type(model.site)))):
+            found.append(kind)
+    return found
+
+
+FUSED = fused_kinds()
+
+
+def test_the_table_of_fused_functions_is_covered() -> None:
+    entries = set()
+    for kind in FUSED:
+        model = attach(kind, slimtune.LoraConfig(r=kind.rank_step, target_modules=["site"]))
+        entries.add(ops.fused_for(type(model.site.deltas["default"]), type(base_of(type(model.site)))))
+    assert entries == set(ops.table().values())
+
+
+def run_both(
+    kind: Kind, config: PeftConfig, dtype: torch.dtype
+) -> list[tuple[Tensor, dict[str, Tensor], Tensor]]:
+    """Output, gradients of the adapter and of the input: as dispatched, then by the plain formula."""
+    results = []
+    for fused in (True, False):
+        host = kind.host().to(dtype)
+        model = randomize(slimtune, slimtune.get_peft_model(host, config)).train()
+        x = kind.input().to(dtype).requires_grad_()
+        site: Any = model.site
+        frozen = functools.partial(site.adopted_from.forward, site)
+        y = model(x) if fused else site.deltas["default"](frozen, x)
+        y.backward(cotangent(y))
+        results.append((y.detach(), copies(adapter_gradients(slimtune, model)), x.grad))
+    return results
+
+
+@given(st.data())
+def test_fused_equals_plain_in_float32(data: st.DataObject) -> None:
+    kind, config = data.draw(cases(tuple(FUSED), lora_dropout=0.0, bias="none"))
+    (y, gradients, gx), (plain_y, plain_gradients, plain_gx) = run_both(kind, config, torch.float32)
+    assert_near(y, plain_y, TIGHT)
+    assert_all_near(gradients, plain_gradients, TIGHT)
+    assert_near(gx, plain_gx, TIGHT)
+
+
+@given(st.data())
+def test_in_bf16_both_are_within_rounding_of_float64(data: st.DataObject) -> None:
+    """The base's product is rounded once, the low-rank term a few times: bf16 allows no less."""
+    kind, config = data.draw(cases(tuple(FUSED), lora_dropout=0.0, bias="none"))
+    if kind.name == "linear-with-own-forward":
+        return
+    for y, _, _ in run_both(kind, config, torch.bfloat16):
+        host = kind.host().to(torch.bfloat16).double()
+        model = randomize(slimtune, slimtune.get_peft_model(host, config))
+        exact = model(kind.input().to(torch.bfloat16).double())
+        parts = exact.abs().max() + kind_product_bound(model, kind)
+        assert (y.double() - exact).abs().max() <= 4 * BF16 * parts
+
+
+def kind_product_bound(model: Any, kind: Kind) -> Tensor:
+    """The size of the summands: rounding is relative to these, not to a sum in which they may cancel."""
+    x = kind.input().to(torch.bfloat16).double()
+    with model.disable_adapter():
+        base = model(x)
+    return base.abs().max() + (model(x) - base).abs().max()
+
+
+WITH_DROPOUT = tuple(kind for kind in KINDS if "embedding" not in kind.name)  # ids can't be dropped
+
+
+@given(cases(WITH_DROPOUT, lora_dropout=0.4, bias="none"))
+def test_with_dropout_forward_and_backward_use_one_mask(case: Case) -> None:
+    """The term is linear in A and in B: <gradient, factor> is <cotangent, term> for the mask drawn."""
+    kind, config = case
+    model = randomize(slimtune, attach(kind, config).double()).train()
+    x = kind.input().double()
+    with model.disable_adapter():
+        base = model(x).detach()
+    y = model(x)
+    g = cotangent(y)
+    y.backward(g)
+    term = (g * (y.detach() - base)).sum()
+    gradients = adapter_gradients(slimtune, model)
+    for key, factor in adapter_tensors(slimtune, model).items():
+        assert float((gradients[key] * factor).sum()) == pytest.approx(float(term), rel=1e-6, abs=1e-9)
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share_that_was_asked_for() -> None:
+    torch.manual_seed(0)
+    site = nn.Linear(4096, 1, bias=False)
+    config = slimtune.LoraConfig(r=1, lora_alpha=1, target_modules=["0"], lora_dropout=0.25)
+    model = slimtune.get_peft_model(nn.Sequential(site), config).train()
+    ones = {key: torch.ones_like(t) for key, t in adapter_tensors(slimtune, model).items()}
+    slimtune.set_peft_model_state_dict(model, ones)
+    x = torch.ones(64, 4096)
+    with model.disable_adapter():
+        base = model(x)
+    kept = (model(x) - base) / 4096  # the mean of mask / (1 - p) over a row
+    assert float(kept.mean()) == pytest.approx(1.0, abs=0.01)  # 262,144 draws
+    assert len(set(kept.flatten().tolist())) > 32, "each row has a mask of its own"
+    x = torch.eye(4096)[:512]
+    with model.disable_adapter():
+        base = model(x)
+    single = (model(x) - base).flatten()
+    values = sorted({round(v, 3) for v in single.tolist()})
+    assert values == pytest.approx([0.0, 4 / 3], abs=2e-3)
+
+
+def test_two_forwards_draw_two_masks_and_a_seed_repeats_them() -> None:
+    kind = KINDS[0]
+    config = slimtune.LoraConfig(r=4, target_modules=["site"], lora_dropout=0.5)
+    model = randomize(slimtune, attach(kind, config)).train()
+    x = kind.input()
+    torch.manual_seed(5)
+    first, second = model(x), model(x)
+    torch.manual_seed(5)
+    again = model(x)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again)
