@@ -66,18 +66,19 @@ class Adopted:
         return run(self, frozen, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__dict__.copy()
-        return _rebuild, (type(self).adopted_from, mixin_of(type(self))), state
+        return reduced(self)
+
+
+def reduced(module: Any) -> tuple[Any, ...]:
+    """What pickle and deepcopy need to make an adopted module again."""
+    made = type(module)
+    mixin = next(ancestor for ancestor in made.__mro__ if "adopted_from" in getattr(ancestor, "__annotations__", {}))
+    return _rebuild, (made.adopted_from, mixin), module.__dict__.copy()
 
 
 def run(module: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What the module computes under the adapters in effect."""
     return _composed(module, frozen, module.adapter_switch.applied)(*args, **kwargs)
-
-
-def active_deltas(module: Any) -> list[Delta]:
-    """The deltas of an adopted module that are in effect."""
-    return [module.deltas[name] for name in module.adapter_switch.applied if name in module.deltas]
 
 
 def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
@@ -108,7 +109,9 @@ def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x:
     if not any(name in module.deltas for name in rows):
         return frozen(x, *args, **kw)
     if x.shape[0] % len(rows):
-        raise ConfigError(f"adapter_names has {len(rows)} names for a batch of {x.shape[0]} rows; give one for each row")
+        raise ConfigError(
+            f"adapter_names has {len(rows)} names for a batch of {x.shape[0]} rows; give one for each row"
+        )
     # Beams and returned sequences repeat each row in place.
     names = [name for name in rows for _ in range(x.shape[0] // len(rows))]
     result: Tensor | None = None
@@ -153,11 +156,6 @@ def adopted_class(module_type: type[nn.Module], mixin: type) -> type[nn.Module]:
     names = {key: getattr(module_type, key) for key in ("__module__", "__qualname__", "__doc__")}
     extra = mixin.members(module_type) if hasattr(mixin, "members") else {}
     return type(module_type.__name__, (mixin, module_type), {"adopted_from": module_type} | names | extra)
-
-
-def mixin_of(adopted: type) -> type:
-    """The mixin that an adopted class was made with."""
-    return next(ancestor for ancestor in adopted.__mro__ if "adopted_from" in getattr(ancestor, "__annotations__", {}))
 
 
 def _rebuild(module_type: type[nn.Module], mixin: type) -> nn.Module:

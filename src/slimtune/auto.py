@@ -36,27 +36,43 @@ class AutoPeftModel:
         adapter = shared | ({"revision": revision} if revision else {})
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **adapter)
         if not config.base_model_name_or_path:
-            raise AdapterFileError(f"'{pretrained_model_name_or_path}' doesn't say which base it is for; load the base "
-                                   "yourself and give it to PeftModel.from_pretrained")
+            raise AdapterFileError(
+                f"'{pretrained_model_name_or_path}' doesn't say which base it is for; load the base "
+                "yourself and give it to PeftModel.from_pretrained"
+            )
         model = cls._base_class(config).from_pretrained(
-            config.base_model_name_or_path, **base, **({"revision": config.revision} if config.revision else {}))
-        return PeftModel.from_pretrained(model, pretrained_model_name_or_path, adapter_name=adapter_name,
-                                         is_trainable=is_trainable, config=config, **adapter)
+            config.base_model_name_or_path, **base, **({"revision": config.revision} if config.revision else {})
+        )
+        return PeftModel.from_pretrained(
+            model,
+            pretrained_model_name_or_path,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            **adapter,
+        )
 
     @classmethod
     def _base_class(cls, config: PeftConfig) -> Any:
         import transformers
 
         named = (config.auto_mapping or {}).get("base_model_class")
-        by_task = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-                   "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
-                   "QUESTION_ANS": "AutoModelForQuestionAnswering", "FEATURE_EXTRACTION": "AutoModel"}
+        by_task = {
+            "CAUSAL_LM": "AutoModelForCausalLM",
+            "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+            "SEQ_CLS": "AutoModelForSequenceClassification",
+            "TOKEN_CLS": "AutoModelForTokenClassification",
+            "QUESTION_ANS": "AutoModelForQuestionAnswering",
+            "FEATURE_EXTRACTION": "AutoModel",
+        }
         name = cls.auto_class or named or by_task.get(str(config.task_type))
         found = getattr(transformers, str(name), None)
         # Only transformers' own classes: a config must not choose what code is imported.
         if not inspect.isclass(found) or not hasattr(found, "from_pretrained"):
-            raise AdapterFileError("the adapter's config names no transformers class for its base; use the AutoPeftModelFor"
-                                   f"... class of the task (found {name!r})")
+            raise AdapterFileError(
+                "the adapter's config names no transformers class for its base; use the AutoPeftModelFor"
+                f"... class of the task (found {name!r})"
+            )
         return found
 
 

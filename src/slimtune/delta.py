@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -44,6 +45,8 @@ class Base(ABC):
 
     kind: ClassVar[Kind]
     module_types: ClassVar[tuple[type[nn.Module], ...]]
+    fan_in_fan_out: ClassVar[bool] = False
+    """Whether the weight is stored as (in, out)."""
 
     @abstractmethod
     def features(self, module: Any) -> tuple[int, int]:
@@ -205,7 +208,7 @@ class PeftConfig:
         return config
 
     @classmethod
-    def from_pretrained(cls: type[C], model_id: str, subfolder: str | None = None, **hub: Any) -> C:
+    def from_pretrained(cls: type[C], model_id: str | Path, subfolder: str | None = None, **hub: Any) -> C:
         """The config of an adapter folder or Hub repository.
 
         Raises:
@@ -252,7 +255,9 @@ def register(config: type[C]) -> type[C]:
         for name, value in strangers.items():
             if name not in config.inert:
                 near = did_you_mean(name, known)
-                raise ConfigError(f"{config.__name__} has no field {name!r}{near or '; see help(' + config.__name__ + ')'}")
+                raise ConfigError(
+                    f"{config.__name__} has no field {name!r}{near or '; see help(' + config.__name__ + ')'}"
+                )
             config.check_foreign(name, value)
         plain_init(self, *args, **kwargs)
 
@@ -273,8 +278,9 @@ def method(peft_type: str) -> type[PeftConfig]:
     """The config class of a method. Raises: ConfigError, for a method that isn't here."""
     known = methods()
     if peft_type not in known:
-        raise ConfigError(f"the method {peft_type!r} is not implemented; known are {listing(known)}"
-                          f"{did_you_mean(peft_type, known)}")
+        raise ConfigError(
+            f"the method {peft_type!r} is not implemented; known are {listing(known)}{did_you_mean(peft_type, known)}"
+        )
     return known[peft_type]
 
 
@@ -288,5 +294,17 @@ def wrong_kind(site: Site, method_name: str, takes: str) -> TargetError:
     return TargetError(f"{method_name} can't attach to '{site.name}', a {type(site.module).__name__}; it takes {takes}")
 
 
-__all__ = ["Base", "Delta", "Dense", "Kind", "PeftConfig", "Site", "TaskType", "method", "methods", "register",
-           "trainable_dtype", "wrong_kind"]
+__all__ = [
+    "Base",
+    "Delta",
+    "Dense",
+    "Kind",
+    "PeftConfig",
+    "Site",
+    "TaskType",
+    "method",
+    "methods",
+    "register",
+    "trainable_dtype",
+    "wrong_kind",
+]

@@ -22,8 +22,8 @@ class TargetError(SlimtuneError, ValueError):
     """A pattern that matches no module, or a module that the method can't attach to."""
 
 
-class AdapterNotFoundError(SlimtuneError, KeyError):
-    """No adapter of that name is attached."""
+class AdapterNotFoundError(SlimtuneError, KeyError, ValueError):
+    """No adapter of that name is attached; `peft` raises a ValueError for it, or a KeyError."""
 
 
 class AdapterExistsError(SlimtuneError, ValueError):

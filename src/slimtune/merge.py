@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.adopt import Adopted
+from slimtune.adapter import adopted_modules
 from slimtune.bases import base_of
 from slimtune.delta import Dense
 from slimtune.drift import Drift, compare_outputs
@@ -34,26 +33,48 @@ def fold(module: Any, names: tuple[str, ...]) -> Dense:
             dense = module.deltas[name].fold(dense)
     for name, tensor in dense.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise MergeError(f"merging makes '{name}' of a {type(module).__name__} infinite or not a number; "
-                             "the adapter is damaged or its training diverged")
+            raise MergeError(
+                f"merging makes '{name}' of a {type(module).__name__} infinite or not a number; "
+                "the adapter is damaged or its training diverged"
+            )
     return base.repack(module, dense)
 
 
-def merge(modules: list[tuple[str, Any]], names: tuple[str, ...]) -> Kept:
-    """Write adapters into the modules' weights; gives back the tensors that were there.
+def merge(model: Any, names: tuple[str, ...], safe: bool = False) -> Kept:
+    """Write adapters into the model's weights; gives back the tensors that were there.
+
+    Args:
+        safe: compare the outputs before and after on probe inputs.
 
     Raises:
-        MergeError: from any module, in which case all are as before.
+        MergeError: it can't be done or strays too far; nothing is changed then.
     """
+    switch = model.adapter_switch
+    probe = probe_inputs(model) if safe else None
+    with switch.using(active=names):
+        before = outputs(model, probe) if probe else None
     kept: Kept = []
     try:
-        for path, module in modules:
+        for path, module in adopted_modules(model):
             if any(name in module.deltas for name in names):
                 kept.append((module, _exchange(module, _named(path, module, names))))
+        switch.merged = names
+        if probe and before is not None:
+            with switch.using(active=names):
+                _check_drift(compare_outputs(before, outputs(model, probe)))
     except MergeError:
         restore(kept)
+        switch.merged = ()
         raise
     return kept
+
+
+def _check_drift(drift: Drift) -> None:
+    if not drift.relative <= MAX_RELATIVE_DRIFT:
+        raise MergeError(
+            f"the merged model's outputs differ from the unmerged by {drift.relative:.1%} of their norm, beyond "
+            f"{MAX_RELATIVE_DRIFT:.0%}; the model is as before"
+        )
 
 
 def _named(path: str, module: Any, names: tuple[str, ...]) -> Dense:
@@ -98,25 +119,6 @@ def untie_if_changed(model: Any) -> None:
         model.all_tied_weights_keys = {}
 
 
-def safely(model: Any, change: Callable[[], Kept]) -> tuple[Kept, Drift | None]:
-    """Make a change to the model and compare its outputs before and after on probe inputs.
-
-    Raises:
-        MergeError: the outputs stray too far; the model is as before.
-    """
-    probe = probe_inputs(model)
-    before = outputs(model, probe) if probe else None
-    kept = change()
-    if probe is None or before is None:
-        return kept, None
-    drift = compare_outputs(before, outputs(model, probe))
-    if not drift.relative <= MAX_RELATIVE_DRIFT:
-        restore(kept)
-        raise MergeError(f"the merged model's outputs differ from the unmerged by {drift.relative:.1%} of their norm, "
-                         f"beyond {MAX_RELATIVE_DRIFT:.0%}; the model is as before")
-    return kept, drift
-
-
 def probe_inputs(model: Any, rows: int = 2, tokens: int = 32) -> dict[str, Tensor] | None:
     """Fixed pseudo-random inputs for a transformers model, or None where it isn't known what it takes."""
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
@@ -144,14 +146,3 @@ def outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs)[0].float()
     finally:
         model.train(was_training)
-
-
-def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """All adopted modules by their first path."""
-    from slimtune.targets import walk
-
-    seen: dict[int, tuple[str, Any]] = {}
-    for name, module in walk(model):
-        if isinstance(module, Adopted):
-            seen.setdefault(id(module), (name, module))
-    return list(seen.values())

@@ -67,8 +67,10 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
     wanted = [name for name in _wanted(model, modules, config, strict) if id(modules[name]) not in taken]
     sites = list({id(modules[name]): modules.site(name) for name in wanted}.values())
     if not sites:
-        raise TargetError(f"target_modules {config.target_modules!r} leaves nothing to train; "
-                          f"the model has {listing(_last(name) for name in modules if name)}")
+        raise TargetError(
+            f"target_modules {config.target_modules!r} leaves nothing to train; "
+            f"the model has {listing(_last(name) for name in modules if name)}"
+        )
     if strict:
         _check_patterns(config, [site.name for site in sites])
     if config.target_modules in (None, ALL_LINEAR):
@@ -87,8 +89,10 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
     elif isinstance(targets, str):
         matched = [name for name in names if re.fullmatch(targets, name)]
         if not matched:
-            raise TargetError(f"the expression {targets!r} matches no module path; paths look like "
-                              f"'{_example(modules)}'{did_you_mean(_last(targets), _last_names(names))}")
+            raise TargetError(
+                f"the expression {targets!r} matches no module path; paths look like "
+                f"'{_example(modules)}'{did_you_mean(_last(targets), _last_names(names))}"
+            )
     else:
         matched = _by_names(names, targets, strict)
         matched = _in_layers(matched, config.layers_to_transform, config.layers_pattern)
@@ -106,8 +110,10 @@ def _by_names(names: list[str], targets: Iterable[str], strict: bool) -> list[st
     for target in sorted(targets):
         hits = [name for name in names if name == target or name.endswith(f".{target}")]
         if strict and not hits:
-            raise TargetError(f"target_modules names '{target}', which no module is called"
-                              f"{did_you_mean(target, _last_names(names)) or '; there are ' + listing(_last_names(names))}")
+            raise TargetError(
+                f"target_modules names '{target}', which no module is called"
+                f"{did_you_mean(target, _last_names(names)) or '; there are ' + listing(_last_names(names))}"
+            )
         matched.update(dict.fromkeys(hits))
     return [name for name in names if name in matched]
 
@@ -132,8 +138,10 @@ def _in_layers(names: list[str], layers: Any, pattern: Any) -> list[str]:
     missing = wanted - set(found.values())
     if missing:
         there = listing(str(i) for i in sorted({i for i in found.values() if i is not None}))
-        raise TargetError(f"layers_to_transform names layer {min(missing)}, which the model hasn't; there are "
-                          f"{there or 'no numbered layers, see layers_pattern'}")
+        raise TargetError(
+            f"layers_to_transform names layer {min(missing)}, which the model hasn't; there are "
+            f"{there or 'no numbered layers, see layers_pattern'}"
+        )
     return [name for name in names if found[name] in wanted]
 
 
@@ -145,8 +153,13 @@ def _first_match(searches: list[str], name: str) -> int | None:
 def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_only: bool) -> list[str]:
     """All linear layers but the output layer; those in repeated blocks alone, if there are such blocks."""
     head = _output_layer(model)
-    linear = [name for name in names if base_of(type(modules[name])).kind == "linear"
-              and modules[name] is not head and not _is_bypassed(modules, name)]
+    linear = [
+        name
+        for name in names
+        if base_of(type(modules[name])).kind == "linear"
+        and modules[name] is not head
+        and not _is_bypassed(modules, name)
+    ]
     lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     in_blocks = [name for name in linear if any(name.startswith(prefix) for prefix in lists)]
     return in_blocks if blocks_only and in_blocks else linear
@@ -158,8 +171,10 @@ def _is_bypassed(modules: Modules, name: str) -> bool:
 
 def _check_called(modules: Modules, name: str) -> None:
     if _is_bypassed(modules, name):
-        raise TargetError(f"'{name}' belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
-                          "it, so that a change around it would have no effect; exclude it with exclude_modules")
+        raise TargetError(
+            f"'{name}' belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
+            "it, so that a change around it would have no effect; exclude it with exclude_modules"
+        )
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
@@ -173,9 +188,13 @@ def _heads(model: Any) -> list[str]:
     head = _output_layer(model)
     if not isinstance(backbone, nn.Module) or backbone is model:
         return []
-    return [name for name, child in model.named_children()
-            if child is not backbone and any(True for _ in child.parameters())
-            and not any(module is head for module in child.modules())]
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not backbone
+        and any(True for _ in child.parameters())
+        and not any(module is head for module in child.modules())
+    ]
 
 
 def _whole(modules: Modules, names: list[str], strict: bool) -> list[Site]:
@@ -183,8 +202,10 @@ def _whole(modules: Modules, names: list[str], strict: bool) -> list[Site]:
     for wanted in names:
         roots = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if strict and not roots:
-            raise TargetError(f"modules_to_save names '{wanted}', which no module is called"
-                              f"{did_you_mean(wanted, _last_names(modules))}")
+            raise TargetError(
+                f"modules_to_save names '{wanted}', which no module is called"
+                f"{did_you_mean(wanted, _last_names(modules))}"
+            )
         for root in roots:
             for name, module in walk(modules[root], root):
                 if next(module.parameters(recurse=False), None) is not None:
@@ -196,8 +217,11 @@ def _bias_sites(modules: Modules, config: Any, sites: list[Site], taken: set[int
     """Where `bias="all"` trains a bias: everywhere that one is."""
     if getattr(config, "bias", "none") != "all":
         return []
-    own = {id(module): modules.site(name) for name, module in modules.items()
-           if name and isinstance(getattr(module, "bias", None), nn.Parameter) and id(module) not in taken}
+    own = {
+        id(module): modules.site(name)
+        for name, module in modules.items()
+        if name and isinstance(getattr(module, "bias", None), nn.Parameter) and id(module) not in taken
+    }
     return list(own.values())
 
 
@@ -205,8 +229,10 @@ def _check_patterns(config: Any, names: list[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field, None) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-                raise TargetError(f"{field} names {pattern!r}, which none of the targets is called"
-                                  f"{did_you_mean(pattern, _last_names(names)) or '; they are ' + listing(_last_names(names))}")
+                raise TargetError(
+                    f"{field} names {pattern!r}, which none of the targets is called"
+                    f"{did_you_mean(pattern, _last_names(names)) or '; they are ' + listing(_last_names(names))}"
+                )
 
 
 def _suffixes(names: list[str], others: set[str]) -> set[str]:

@@ -30,6 +30,7 @@ class DenseConv1D(DenseLinear):
     """`y = x W + b` with W stored as (in, out): GPT-2's linear layer, which is no convolution."""
 
     module_types = (Conv1D,)
+    fan_in_fan_out = True
 
     def features(self, module: Any) -> tuple[int, int]:
         return module.weight.shape[0], module.weight.shape[1]

@@ -1,6 +1,6 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
 
-    y = base(x) + s * B(A(dropout(x))),  s = alpha / r, or alpha / sqrt(r) with rsLoRA
+y = base(x) + s * B(A(dropout(x))),  s = alpha / r, or alpha / sqrt(r) with rsLoRA
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class LoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_numbers()
         self._check_words()
@@ -81,16 +83,21 @@ class LoraConfig(PeftConfig):
     def _check_words(self) -> None:
         choices = ("none", "all", "lora_only")
         if self.bias not in choices:
-            raise ConfigError(f"bias must be one of {', '.join(choices)}, found {self.bias!r}"
-                              f"{did_you_mean(str(self.bias), choices)}")
+            raise ConfigError(
+                f"bias must be one of {', '.join(choices)}, found {self.bias!r}{did_you_mean(str(self.bias), choices)}"
+            )
         init = self.init_lora_weights
         if not isinstance(init, bool) and str(init).lower() not in INITIALISATIONS + START_ONLY:
-            raise ConfigError(f"init_lora_weights must be True, False or 'gaussian', found {init!r}"
-                              f"{did_you_mean(str(init), INITIALISATIONS)}")
+            raise ConfigError(
+                f"init_lora_weights must be True, False or 'gaussian', found {init!r}"
+                f"{did_you_mean(str(init), INITIALISATIONS)}"
+            )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             if self.layers_to_transform is not None or self.layers_pattern is not None:
-                raise ConfigError("layers_to_transform and layers_pattern need target_modules as a list of names, "
-                                  "found a regular expression; write the layers into the expression")
+                raise ConfigError(
+                    "layers_to_transform and layers_pattern need target_modules as a list of names, "
+                    "found a regular expression; write the layers into the expression"
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where the layer number stands; give layers_to_transform as well")
 
@@ -108,8 +115,10 @@ class LoraConfig(PeftConfig):
         r = self.rank_for(site.name)
         (_, *columns), (rows, *_) = kinds[site.kind].shapes(site, r)
         if r > min(rows, math.prod(columns)):
-            raise ConfigError(f"the rank {r} is beyond the {rows} x {math.prod(columns)} matrix of '{site.name}'; "
-                              f"choose r <= {min(rows, math.prod(columns))} or give it a rank of its own in rank_pattern")
+            raise ConfigError(
+                f"the rank {r} is beyond the {rows} x {math.prod(columns)} matrix of '{site.name}'; "
+                f"choose r <= {min(rows, math.prod(columns))} or give it a rank of its own in rank_pattern"
+            )
         alpha = self.alpha_for(site.name)
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         delta = kinds[site.kind](site, r, scaling, self.lora_dropout, autocast_adapter_dtype)
@@ -199,13 +208,17 @@ class LoraDelta(Delta):
             options: for "svd" also `svd_clamp`, the quantile at which the factors' entries are clamped.
         """
         if how not in _COMBINATIONS:
-            raise ConfigError(f"combination_type must be one of {', '.join(_COMBINATIONS)}, found {how!r}"
-                              f"{did_you_mean(how, _COMBINATIONS)}")
+            raise ConfigError(
+                f"combination_type must be one of {', '.join(_COMBINATIONS)}, found {how!r}"
+                f"{did_you_mean(how, _COMBINATIONS)}"
+            )
         scales = [weight * delta.scaling for weight, delta in zip(weights, deltas, strict=True)]
         a, b = _COMBINATIONS[how](deltas, scales, target.r, **options)
         with torch.no_grad():
-            for factor, value, ranks in ((target.pair[0], a, (slice(a.shape[0]),)),
-                                         (target.pair[1], b, (slice(None), slice(b.shape[1])))):
+            for factor, value, ranks in (
+                (target.pair[0], a, (slice(a.shape[0]),)),
+                (target.pair[1], b, (slice(None), slice(b.shape[1]))),
+            ):
                 factor.zero_()
                 factor[ranks].copy_(value.view_as(factor[ranks]))
         target.scaling = 1.0
@@ -258,8 +271,10 @@ class LoraConv(LoraDelta):
 
     def product(self) -> Tensor:
         if self.groups > 1:
-            raise MergeError("an update of a grouped convolution is not grouped itself and can't be merged; "
-                             "exclude that module, or keep the adapter apart")
+            raise MergeError(
+                "an update of a grouped convolution is not grouped itself and can't be merged; "
+                "exclude that module, or keep the adapter apart"
+            )
         a, b = (factor.detach().float() for factor in self.pair)
         return torch.tensordot(b.flatten(1), a, dims=([1], [0]))
 
@@ -302,8 +317,9 @@ def _cat(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Tenso
 
 def _linear(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Tensor, Tensor]:
     if len({delta.r for delta in deltas}) > 1:
-        raise ConfigError(f"combination_type 'linear' needs equal ranks, found {sorted({d.r for d in deltas})}; "
-                          "use 'cat' or 'svd'")
+        raise ConfigError(
+            f"combination_type 'linear' needs equal ranks, found {sorted({d.r for d in deltas})}; use 'cat' or 'svd'"
+        )
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signs = [math.copysign(1.0, scale) for scale in scales]
     a = sum(sign * root * delta.pair[0].detach() for sign, root, delta in zip(signs, roots, deltas, strict=True))

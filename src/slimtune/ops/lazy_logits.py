@@ -120,6 +120,26 @@ class LazyLogits:
         return chunked_cross_entropy(self._hidden, weight, bias, target, ignore_index, reduction)
 
 
+def lazy_head(model: Any) -> Any:
+    """The adopted output layer of a model in training, where its logits may stay uncomputed; else None."""
+    ready = model.training and torch.is_grad_enabled() and not model.return_logits
+    if not ready or torch.compiler.is_compiling() or not hasattr(model, "get_output_embeddings"):
+        return None
+    head = model.get_output_embeddings()
+    # A head that is moved or gathered around its call has its weight at hand only during that call.
+    around_its_call = hasattr(head, "unshard") or "instance_forward" in getattr(head, "__dict__", {})
+    return head if hasattr(head, "adapter_switch") and not around_its_call else None
+
+
+def without_lazy(outputs: Any) -> Any:
+    """A model's outputs without their lazy logits; where the outputs are a tuple, with the real ones."""
+    if isinstance(outputs, tuple):
+        return tuple(_real(value) for value in outputs)
+    if not any(isinstance(value, LazyLogits) for value in outputs.values()):
+        return outputs
+    return type(outputs)(**{key: value for key, value in outputs.items() if not isinstance(value, LazyLogits)})
+
+
 def _is_plain_frozen(head: Any) -> bool:
     """Whether the head is a product with a frozen weight and nothing else."""
     deltas_in_effect = any(name in head.deltas for name in head.adapter_switch.applied)

@@ -57,8 +57,9 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         for leftover in (weights, pending):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
-        raise AdapterFileError(f"the adapter was not saved to '{folder}': {error}; what was there before is unharmed")\
-            from error
+        raise AdapterFileError(
+            f"the adapter was not saved to '{folder}': {error}; what was there before is unharmed"
+        ) from error
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -79,12 +80,15 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     except (_safetensor_error(), OSError, ValueError) as error:
         raise AdapterFileError(f"'{path}' is no whole safetensors file ({error}); copy or download it again") from error
     if not tensors:
-        raise AdapterFileError(f"'{path}' holds no tensors: the adapter was saved empty; save it again from the trained "
-                               "model")
+        raise AdapterFileError(
+            f"'{path}' holds no tensors: the adapter was saved empty; save it again from the trained model"
+        )
     expected = metadata.get("tensors_sha256")
     if expected and checksum(tensors) != expected:
-        raise AdapterFileError(f"the tensors in '{path}' don't match the checksum that was saved with them: the file was "
-                               "damaged or changed; copy or download it again")
+        raise AdapterFileError(
+            f"the tensors in '{path}' don't match the checksum that was saved with them: the file was "
+            "damaged or changed; copy or download it again"
+        )
     return tensors
 
 
@@ -162,8 +166,9 @@ def check_adapter_name(name: str) -> None:
     """Raises: ConfigError, for a name that can't be a module's and a folder's."""
     reserved = name.startswith("__") or name in _MODULE_DICT_ATTRIBUTES()
     if not name or name != name.strip() or any(c in name for c in "./\\\0") or reserved:
-        raise ConfigError(f"{name!r} can't name an adapter: it names a folder and a module; use letters, digits, '-' "
-                          "and '_'")
+        raise ConfigError(
+            f"{name!r} can't name an adapter: it names a folder and a module; use letters, digits, '-' and '_'"
+        )
 
 
 def _MODULE_DICT_ATTRIBUTES() -> set[str]:  # noqa: N802
@@ -195,8 +200,9 @@ def _from_hub(repository: str, subfolder: str | None, **hub: Any) -> Path:
             path = Path(hf_hub_download(repository, name, subfolder=subfolder, **hub))
         except (HFValidationError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise AdapterFileError(f"'{repository}' is no folder here and its {name} can't be had from the Hub ({reason}); "
-                                   "check the path") from error
+            raise AdapterFileError(
+                f"'{repository}' is no folder here and its {name} can't be had from the Hub ({reason}); check the path"
+            ) from error
     return path.parent
 
 
@@ -210,8 +216,10 @@ def _verify(path: Path, expected: str, names: set[str]) -> None:
 
 def _why_missing(folder: Path) -> str:
     if (folder / PICKLE_NAME).is_file():
-        return (f"'{folder / PICKLE_NAME}' is a pickle, which can run code when it is read, and is refused; convert it where "
-                f"you trust it: load the adapter with peft and save it again as {WEIGHTS_NAME}")
+        return (
+            f"'{folder / PICKLE_NAME}' is a pickle, which can run code when it is read, and is refused; convert it where "
+            f"you trust it: load the adapter with peft and save it again as {WEIGHTS_NAME}"
+        )
     return f"'{folder}' holds no {WEIGHTS_NAME}; is the adapter in a subfolder, or was it not saved?"
 
 

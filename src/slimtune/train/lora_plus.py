@@ -24,16 +24,23 @@ def lora_plus_groups(
     if loraplus_lr_ratio <= 0:
         raise ConfigError(f"loraplus_lr_ratio must be positive, found {loraplus_lr_ratio}; the paper suggests 16")
     fast = lr * loraplus_lr_ratio
-    groups = {key: {"params": [], "lr": rate, "weight_decay": decay} for key, rate, decay in (
-        ("A", lr, weight_decay), ("embedding", loraplus_lr_embedding, weight_decay),
-        ("B", fast, weight_decay), ("B without decay", fast, 0.0))}
+    groups = {
+        key: {"params": [], "lr": rate, "weight_decay": decay}
+        for key, rate, decay in (
+            ("A", lr, weight_decay),
+            ("embedding", loraplus_lr_embedding, weight_decay),
+            ("B", fast, weight_decay),
+            ("B without decay", fast, 0.0),
+        )
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[_group(name, parameter)]["params"].append(parameter)
     found = [group for group in groups.values() if group["params"]]
     if not found:
-        raise ConfigError("nothing is trainable; attach an adapter with get_peft_model, or load it with "
-                          "is_trainable=True")
+        raise ConfigError(
+            "nothing is trainable; attach an adapter with get_peft_model, or load it with is_trainable=True"
+        )
     return found
 
 
