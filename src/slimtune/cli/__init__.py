@@ -1,0 +1,95 @@
+"""The command line: one file a command, nothing heavy imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from slimtune.cli.chat import chat
+from slimtune.cli.demo import demo
+from slimtune.cli.demo_data import demo_data
+from slimtune.cli.doctor import doctor
+from slimtune.cli.generate import generate
+from slimtune.cli.info import info
+from slimtune.cli.merge import merge
+from slimtune.cli.train import train
+from slimtune.errors import MergeError, SlimtuneError
+
+REFUSED, MISTAKE = 1, 2
+
+
+class Commands(TyperGroup):
+    """Turns what a user can cause into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; SlimtuneError becomes a sentence unless `--debug` is given."""
+        try:
+            return super().invoke(ctx)
+        except SlimtuneError as error:
+            if ctx.params.get("debug"):
+                raise
+            # The work was right and its result was not: that is no mistake of the user.
+            _fail(str(error), REFUSED if isinstance(error, MergeError) else MISTAKE)
+        except OSError as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            _fail(f"{error.filename or 'the file system'}: {error.strerror or error}", REFUSED)
+        except RuntimeError as error:
+            if ctx.params.get("debug") or type(error).__name__ != "OutOfMemoryError":
+                raise
+            _fail("the device has not enough memory; lower --batch-size or --max-length", REFUSED)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 the work failed or a bound refused it, 2 a mistake in what was asked.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from slimtune import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(envvar="SLIMTUNE_DEBUG", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune large models on small hardware: one frozen base, tiny trainable deltas."""
+
+
+for name, command in {
+    "demo": demo,
+    "train": train,
+    "chat": chat,
+    "generate": generate,
+    "info": info,
+    "merge": merge,
+    "doctor": doctor,
+    "demo-data": demo_data,
+}.items():
+    app.command(name)(command)
+
+
+def main() -> None:
+    """The entry point of the `slimtune` script."""
+    app()
+
+
+def _fail(sentence: str, code: int) -> None:
+    # Plain, because rich would read brackets in a name as markup and break the line.
+    print(f"slimtune: {sentence}", file=sys.stderr)
+    raise typer.Exit(code)

@@ -1,0 +1,56 @@
+"""`slimtune merge`: an adapter and its base become one plain model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, console
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter folder.")],
+    output: Output,
+    base: Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")] = None,
+    max_kl: Annotated[
+        float, typer.Option(min=0.0, help="Refuse (exit code 1) if the outputs drift further than this KL divergence.")
+    ] = 0.01,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base and write a plain model folder, after comparing the outputs.
+
+    The written folder is read again and compared as well. Example: slimtune merge tuned --output merged
+    """
+    from pathlib import Path
+
+    from slimtune.cli.adapters import attach
+    from slimtune.errors import AdapterFileError
+    from slimtune.export import merge_to_folder
+    from slimtune.load import base_of, is_adapter, load_base, load_tokenizer
+    from slimtune.staging import refuse_existing
+
+    refuse_existing(output, overwrite)
+    if not is_adapter(adapter):
+        raise AdapterFileError(f"{adapter} is no adapter folder: adapter_config.json is missing; pass what train wrote")
+    source = base or base_of(adapter)
+    model, tokenizer = load_base(source, dtype, device, trust_remote_code)
+    model = attach(model, {"default": adapter})
+    tokenizer = load_tokenizer(adapter) or tokenizer
+    report = merge_to_folder(model, tokenizer, output, max_kl, overwrite)
+    if as_json:
+        print(json.dumps({"output": str(output), "base": source, **report.to_dict()}))
+        return
+    size = sum(path.stat().st_size for path in Path(output).iterdir())
+    screen = console()
+    screen.print(f"what the adapter changes      {report.adapter}")
+    screen.print(f"what merging lost             {report.merged}")
+    screen.print(f"written, read again           {report.reloaded}")
+    if report.adapter.max_abs == 0:
+        screen.print("[yellow]warning:[/] the adapter changes nothing: the merged model equals its base")
+    screen.print(f"{output}: {size / 1e6:,.0f} MB, a plain model", markup=False)

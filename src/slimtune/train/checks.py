@@ -1,0 +1,109 @@
+"""What is watched while a model learns: that numbers stay numbers, and that each delta takes part."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from slimtune.errors import TrainingError, listing
+
+# A LoRA's A has no gradient while B is zero, and a warm-up begins with a rate of zero: two steps may pass in rest.
+WATCHED_STEPS = 4
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes; raises TrainingError if there are none."""
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise TrainingError(
+            f"nothing to train: none of the {sum(1 for _ in model.parameters())} parameters requires a gradient; "
+            f"attach an adapter with get_peft_model, or load it with is_trainable=True"
+        )
+    return found
+
+
+class DivergedError(TrainingError):
+    """Loss or gradient are no longer numbers; the model is as it was after `kept_steps` steps."""
+
+    def __init__(self, message: str, kept_steps: int) -> None:
+        super().__init__(message)
+        self.kept_steps = kept_steps
+
+
+class EachDeltaLearns(TrainerCallback):
+    """After the first steps, says which parameters got no gradient or did not move."""
+
+    def __init__(self, model: nn.Module, warn: Any) -> None:
+        self.parameters = trainable(model)
+        self.before = {name: _fingerprint(parameter) for name, parameter in self.parameters.items()}
+        self.without_gradient = set(self.parameters)
+        self.warn = warn
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note which parameters have a gradient at last."""
+        if state.global_step < WATCHED_STEPS:
+            got = {n for n in self.without_gradient if _has_gradient(self.parameters[n])}
+            self.without_gradient -= got
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look back once; raises TrainingError if nothing at all has moved."""
+        if state.global_step != WATCHED_STEPS:
+            return
+        resting = {n for n, p in self.parameters.items() if _fingerprint(p) == self.before[n]}
+        if len(resting) == len(self.parameters):
+            raise TrainingError(
+                f"after {WATCHED_STEPS} steps none of the {len(resting)} trainable tensors has moved "
+                f"({len(self.without_gradient)} of them got no gradient); check the learning rate and the targets"
+            )
+        if self.without_gradient:
+            self.warn(f"no gradient reached {listing(self.without_gradient, 4)}: these stay as they are")
+        elif resting:
+            self.warn(
+                f"{listing(resting, 4)} did not move: the learning rate is below what their type resolves"
+            )
+
+
+class LastGood(TrainerCallback):
+    """Keeps the weights with which loss and gradient were last numbers, and puts them back when they no longer are."""
+
+    def __init__(self, model: nn.Module, has_copy: bool) -> None:
+        self.parameters = list(trainable(model).values())
+        self.copies = [parameter.detach().clone() for parameter in self.parameters] if has_copy else []
+        self.step = 0
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the present weights; raises TrainingError if the gradient would ruin them."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).item()
+        if not math.isfinite(norm):
+            self.stop(f"the norm of the gradient became {norm}", args, state)
+        if self.copies:
+            torch._foreach_copy_(self.copies, [parameter.detach() for parameter in self.parameters])
+        self.step = state.global_step
+
+    @torch.no_grad()
+    def stop(self, what: str, args: Any, state: Any) -> None:
+        """Restore the kept weights and raise DivergedError."""
+        if self.copies:
+            torch._foreach_copy_([parameter.detach() for parameter in self.parameters], self.copies)
+        raise DivergedError(
+            f"{what} in step {state.global_step + 1}; lower the learning rate (now {args.learning_rate:g}), or look "
+            f"at the examples of that step",
+            kept_steps=self.step if self.copies else 0,
+        )
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _fingerprint(parameter: nn.Parameter) -> tuple[float, float]:
+    values = parameter.detach()
+    return values.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(
+        values, dtype=torch.float64
+    ).item()

@@ -1,0 +1,91 @@
+"""Training as a person follows it: a bar with loss, speed and time left, and every loss in a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+
+class ShownProgress(TrainerCallback):
+    """A bar on a terminal, else a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.began = self.last_line = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        self.task = self.bar.add_task("", total=state.max_steps, loss="-", speed="")
+        self.bar.start()
+        self.began = self.last_line = time.monotonic()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Move on by what was logged."""
+        logs, step, seconds = logs or {}, state.global_step, time.monotonic() - self.began
+        if "eval_loss" in logs:
+            self.console.print(f"  step {step}: loss on the held-out examples {logs['eval_loss']:.4f}")
+        if "loss" not in logs:
+            return
+        speed = f"{state.num_input_tokens_seen / max(seconds, 1e-9):,.0f} tokens/s"
+        self.bar.update(self.task, completed=step, loss=f"{logs['loss']:.4f}", speed=speed)
+        if not self.console.is_terminal and (
+            step == state.max_steps or time.monotonic() - self.last_line > 10
+        ):
+            left = seconds / step * (state.max_steps - step)
+            self.console.print(
+                f"  step {step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed}  {left:.0f} s left"
+            )
+            self.last_line = time.monotonic()
+
+    def close(self) -> None:
+        """Give the terminal back, however the training ended."""
+        self.bar.stop()
+
+
+class LossFile(TrainerCallback):
+    """Each logged step as a line of JSON, flushed, so that nothing is lost if the run breaks off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Append a line."""
+        kept = {
+            k: v
+            for k, v in (logs or {}).items()
+            if k in ("loss", "eval_loss", "grad_norm", "learning_rate", "epoch")
+        }
+        if "loss" in kept or "eval_loss" in kept:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(
+                    json.dumps({"step": state.global_step, "tokens": state.num_input_tokens_seen, **kept})
+                    + "\n"
+                )
