@@ -29,7 +29,7 @@ _HOME = {
     "create_loraplus_optimizer": "train.lora_plus",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from slimtune.auto import (

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.bases import base_of
-from slimtune.delta import Delta
 from slimtune.errors import ConfigError
 from slimtune.ops import fused_for
 from slimtune.ops.lazy_logits import LazyLogits
@@ -94,7 +93,7 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
 
 
 def _standing_in(module: nn.Module, tensors: dict[str, Tensor], call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-    slots = {name: module._parameters if name in module._parameters else module._buffers for name in tensors}
+    slots: dict[str, Any] = {n: module._parameters if n in module._parameters else module._buffers for n in tensors}
     own = {name: slot[name] for name, slot in slots.items()}
     for name, tensor in tensors.items():
         slots[name][name] = tensor
@@ -114,13 +113,12 @@ def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x:
         )
     # Beams and returned sequences repeat each row in place.
     names = [name for name in rows for _ in range(x.shape[0] // len(rows))]
-    result: Tensor | None = None
+    order, parts = [], []
     for name in dict.fromkeys(names):
-        index = torch.tensor([i for i, row in enumerate(names) if row == name], device=x.device)
-        part = _composed(module, frozen, (name,))(x[index], *args, **kw)
-        result = part.new_empty(x.shape[0], *part.shape[1:]) if result is None else result
-        result = result.index_copy(0, index, part)
-    return result
+        rows_of_name = [i for i, row in enumerate(names) if row == name]
+        parts.append(_composed(module, frozen, (name,))(x[rows_of_name], *args, **kw))
+        order += rows_of_name
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def adopt(module: nn.Module, switch: Switch, mixin: type = Adopted) -> Any:

@@ -33,7 +33,7 @@ class AutoPeftModel:
         """
         shared = {name: base[name] for name in ("token", "cache_dir", "subfolder") if name in base}
         base.pop("subfolder", None)
-        adapter = shared | ({"revision": revision} if revision else {})
+        adapter: dict[str, Any] = shared | ({"revision": revision} if revision else {})
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **adapter)
         if not config.base_model_name_or_path:
             raise AdapterFileError(

@@ -87,7 +87,7 @@ class PeftModel:
     @staticmethod
     def members(model_type: type[nn.Module]) -> dict[str, Any]:
         """The methods that wrap this model type's own; their signatures stay its own."""
-        wrappers = {"forward": _forward, "generate": _generate, "gradient_checkpointing_enable": _checkpointing}
+        wrappers = {"forward": _forward, "generate": _generate}
         return {
             name: _wrapping(model_type, name, wrapper)
             for name, wrapper in wrappers.items()
@@ -121,12 +121,13 @@ class PeftModel:
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(*names)
-        modules = adopted_modules(self)
+        model: Any = self
+        modules = adopted_modules(model)
         for path, module in modules:
             if sum(module.deltas[name].holds for name in names if name in module.deltas) > 1:
                 raise ConfigError(
-                    f"the adapters {listing(names)} each train their own copy of '{path}' and can't be active together; "
-                    "activate one of them"
+                    f"the adapters {listing(names)} each train their own copy of '{path}' and can't be active "
+                    "together; activate one of them"
                 )
         self.adapter_switch.active = names
         for _, module in modules:
@@ -329,14 +330,10 @@ class PeftModel:
         """
         if not safe_serialization:
             raise ConfigError(
-                "safe_serialization=False would write a pickle, which can run code when it is read; adapters are always "
-                "written as safetensors"
+                "safe_serialization=False would write a pickle, which can run code when it is read; adapters are "
+                "always written as safetensors"
             )
-        if save_embedding_layers not in ("auto", False):
-            raise ConfigError(
-                "to save an embedding, train it: put it into modules_to_save; found "
-                f"save_embedding_layers={save_embedding_layers!r}"
-            )
+        _check_embeddings(save_embedding_layers)
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         self._check_known(*names)
         for name in names:
@@ -407,12 +404,6 @@ def _generate(
         return model_type.generate(model, *args, **kwargs)
 
 
-def _checkpointing(model_type: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    model_type.gradient_checkpointing_enable(model, *args, **kwargs)
-    # A block whose inputs need no gradients gives none at all under reentrant checkpointing.
-    model.enable_input_require_grads()
-
-
 @contextmanager
 def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
     """Each row of the batch under its own adapter."""
@@ -448,10 +439,22 @@ def _load(
         model.eval()
 
 
+def _check_embeddings(save_embedding_layers: str | bool) -> None:
+    if save_embedding_layers not in ("auto", False):
+        raise ConfigError(
+            "to save an embedding, train it: put it into modules_to_save; found "
+            f"save_embedding_layers={save_embedding_layers!r}"
+        )
+
+
 def get_peft_model_state_dict(
-    model: Any, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+    model: Any,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter by their names on disk. Raises: AdapterNotFoundError."""
+    """The tensors of one adapter by their names on disk. Raises: AdapterNotFoundError, ConfigError."""
+    _check_embeddings(save_embedding_layers)
     model._check_known(adapter_name)
     return adapter_tensors(model, adapter_name, state_dict)
 

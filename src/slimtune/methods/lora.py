@@ -92,12 +92,11 @@ class LoraConfig(PeftConfig):
                 f"init_lora_weights must be True, False or 'gaussian', found {init!r}"
                 f"{did_you_mean(str(init), INITIALISATIONS)}"
             )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            if self.layers_to_transform is not None or self.layers_pattern is not None:
-                raise ConfigError(
-                    "layers_to_transform and layers_pattern need target_modules as a list of names, "
-                    "found a regular expression; write the layers into the expression"
-                )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError(
+                "layers_to_transform needs target_modules as a list of names, found "
+                f"{self.target_modules!r}; list the names, or write the layers into an expression"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where the layer number stands; give layers_to_transform as well")
 
@@ -192,7 +191,7 @@ class LoraDelta(Delta):
     def product(self) -> Tensor:
         """B A as (out, in, ...) in float32: the update without its scale."""
         a, b = (factor.detach().float() for factor in self.pair)
-        return torch.tensordot(b, a, dims=([1], [0]))
+        return torch.tensordot(b, a, dims=1)
 
     def fold(self, dense: Dense) -> Dense:
         weight = dense["weight"]
@@ -276,7 +275,7 @@ class LoraConv(LoraDelta):
                 "exclude that module, or keep the adapter apart"
             )
         a, b = (factor.detach().float() for factor in self.pair)
-        return torch.tensordot(b.flatten(1), a, dims=([1], [0]))
+        return torch.tensordot(b.flatten(1), a, dims=1)
 
 
 class LoraEmbedding(LoraDelta):

@@ -23,7 +23,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 @fuses(LoraLinear, DenseLinear)
-def lora_linear(delta: LoraLinear, module: nn.Module, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def lora_linear(delta: LoraLinear, module: Any, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * B(A(dropout(x)))`, fused where the base is a plain frozen product."""
     if args or kwargs or not _is_plain(module, x):
         return delta.forward(base, x, *args, **kwargs)
@@ -38,7 +38,7 @@ def lora_linear(delta: LoraLinear, module: nn.Module, base: Any, x: Tensor, *arg
     return _LoraLinear.apply(x, weight_OI, bias, *factors, delta.scaling, dropout, seed, dtype)  # type: ignore[return-value]
 
 
-def _is_plain(module: nn.Module, x: Any) -> bool:
+def _is_plain(module: Any, x: Any) -> bool:
     weight, bias = module.weight, module.bias
     return (
         type(weight) in _PLAIN_TENSORS
@@ -88,7 +88,8 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = gradients
         x_TI, weight_OI, a_RI, b_OR, z_TR = ctx.saved_tensors
         scaling, dropout, seed, dtype, shape, x_dtype = ctx.settings
         with torch.autocast(gradient.device.type, enabled=False):

@@ -158,7 +158,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -217,8 +217,8 @@ def _verify(path: Path, expected: str, names: set[str]) -> None:
 def _why_missing(folder: Path) -> str:
     if (folder / PICKLE_NAME).is_file():
         return (
-            f"'{folder / PICKLE_NAME}' is a pickle, which can run code when it is read, and is refused; convert it where "
-            f"you trust it: load the adapter with peft and save it again as {WEIGHTS_NAME}"
+            f"'{folder / PICKLE_NAME}' is a pickle, which can run code when it is read, and is refused; convert it "
+            f"where you trust it: load the adapter with peft and save it again as {WEIGHTS_NAME}"
         )
     return f"'{folder}' holds no {WEIGHTS_NAME}; is the adapter in a subfolder, or was it not saved?"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 from slimtune.errors import DataError
 from slimtune.template import assistant_spans, has_template
 from slimtune.train.rows import Conversation, Row
 
-TooLong = Literal["error", "drop", "truncate"]
+TOO_LONG = ("error", "drop", "truncate")
 IGNORED = -100
 
 
@@ -53,7 +53,7 @@ class Prepared:
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, too_long: TooLong = "error"
+    rows: Sequence[Row], tokenizer: Any, max_length: int, too_long: str = "error"
 ) -> Prepared:
     """Encode rows for training; raises DataError if some are too long, or if nothing would be learned."""
     _require_offsets(tokenizer)
