@@ -88,20 +88,27 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
         call = functools.partial(fused, delta, module, call) if fused else functools.partial(delta, call)
     for delta in deltas:
         if delta.holds:
-            call = functools.partial(_standing_in, module, delta.stand_ins(), call)
+            call = functools.partial(_held, module, delta.stand_ins(), call)
     return call
 
 
-def _standing_in(module: nn.Module, tensors: dict[str, Tensor], call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+@contextmanager
+def standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """These tensors in place of the module's own parameters and buffers for a while."""
     slots: dict[str, Any] = {n: module._parameters if n in module._parameters else module._buffers for n in tensors}
     own = {name: slot[name] for name, slot in slots.items()}
     for name, tensor in tensors.items():
         slots[name][name] = tensor
     try:
-        return call(*args, **kw)
+        yield
     finally:
         for name, tensor in own.items():
             slots[name][name] = tensor
+
+
+def _held(module: nn.Module, tensors: dict[str, Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with standing_in(module, tensors):
+        return call(*args, **kwargs)
 
 
 def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x: Tensor, *args: Any, **kw: Any) -> Any:

@@ -108,12 +108,12 @@ class Delta(nn.Module):
         return self.on_disk.get(parameter) or parameter.removeprefix("whole.").removeprefix("running.")
 
     def fold(self, dense: Dense) -> Dense:
-        """The same change written into dense parameters, as new tensors; running statistics come along.
+        """The equation written into dense parameters, as new tensors; what is held whole is there already.
 
         Raises:
             MergeError: the change can't be written into the weights.
         """
-        return dense | {name: tensor.detach().clone() for name, tensor in self.stand_ins().items()}
+        return dense
 
     @classmethod
     def combine(cls, deltas: list[Any], weights: list[float], how: str, target: Any, **options: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adapter import adopted_modules
+from slimtune.adopt import standing_in
 from slimtune.bases import base_of
 from slimtune.delta import Dense
 from slimtune.drift import Drift, compare_outputs
@@ -27,17 +28,20 @@ def fold(module: Any, names: tuple[str, ...]) -> Dense:
         MergeError: a change has no form as weights, or the result is not finite.
     """
     base = base_of(type(module))
-    dense = base.dense(module)
-    for name in names:
-        if name in module.deltas:
-            dense = module.deltas[name].fold(dense)
-    for name, tensor in dense.items():
+    deltas = [module.deltas[name] for name in names if name in module.deltas]
+    held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
+    with standing_in(module, held):
+        dense = base.dense(module)
+    for delta in deltas:
+        dense = delta.fold(dense)
+    stored = held | base.repack(module, dense)
+    for name, tensor in stored.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise MergeError(
-                f"merging makes '{name}' of a {type(module).__name__} infinite or not a number; "
-                "the adapter is damaged or its training diverged"
+                f"merging makes '{name}' of a {type(module).__name__} infinite or not a number; the adapter is damaged "
+                "or its training diverged"
             )
-    return base.repack(module, dense)
+    return stored
 
 
 def merge(model: Any, names: tuple[str, ...], safe: bool = False) -> Kept:

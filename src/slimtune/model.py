@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from slimtune import merge as merging
-from slimtune.adapter import adapter_tensors, adopted_modules, attach, attached, draft, fill
+from slimtune.adapter import Draft, adapter_tensors, adopted_modules, attach, attached, draft, fill
 from slimtune.adopt import BASE, Switch, adopt, reduced, release
 from slimtune.bases import base_of
 from slimtune.combine import combined
@@ -42,7 +42,7 @@ def get_peft_model(
     return model
 
 
-def _add(model: Any, name: str, config: PeftConfig, drafted: Any) -> None:
+def _add(model: Any, name: str, config: Any, drafted: Draft) -> None:
     """Attach an adapter; the first one makes the model a `PeftModel`, freezes it and is active."""
     first = not isinstance(model, PeftModel)
     if first:
@@ -50,6 +50,8 @@ def _add(model: Any, name: str, config: PeftConfig, drafted: Any) -> None:
     attach(model, name, drafted)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = any(site.base.fan_in_fan_out for site, _ in drafted)
     model.peft_config[name] = config
     if first:
         model.set_adapter(name, inference_mode=config.inference_mode)
@@ -350,8 +352,6 @@ class PeftModel:
         if fields["task_type"] is None:
             own = self.adopted_from
             fields["auto_mapping"] = {"base_model_class": own.__name__, "parent_library": own.__module__}
-        if "fan_in_fan_out" in fields:
-            fields["fan_in_fan_out"] = any(site.base.fan_in_fan_out for site, _ in attached(self, name))
         return fields
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -197,7 +197,7 @@ class LoraDelta(Delta):
         weight = dense["weight"]
         # Added in float32 and rounded once: a 16-bit sum would round the small update before it is there.
         folded = weight.float().add(self.product(), alpha=self.scaling).to(weight.dtype)
-        return super().fold(dense | {"weight": folded})
+        return dense | {"weight": folded}
 
     @classmethod
     def combine(cls, deltas: list[Any], weights: list[float], how: str, target: Any, **options: Any) -> None:

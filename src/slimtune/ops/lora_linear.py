@@ -39,14 +39,13 @@ def lora_linear(delta: LoraLinear, module: Any, base: Any, x: Tensor, *args: Any
 
 
 def _is_plain(module: Any, x: Any) -> bool:
-    weight, bias = module.weight, module.bias
+    weight = module.weight
     return (
         type(weight) in _PLAIN_TENSORS
         and type(x) in _PLAIN_TENSORS
         and x.is_floating_point()
         and weight.is_floating_point()
         and not weight.requires_grad
-        and (bias is None or not bias.requires_grad)
         and base_of(type(module)).forward_is_plain(module)
         and not torch.compiler.is_compiling()
     )
@@ -108,7 +107,8 @@ class _LoraLinear(torch.autograd.Function):
                 else:
                     gx_TI.addmm_(gz_TR, a_RI.to(dtype))
                 gx = gx_TI.view(shape).to(x_dtype)
-        return gx, None, None, ga_RI, gb_OR, None, None, None, None
+            gbias_O = g_TO.sum(0) if ctx.needs_input_grad[2] else None
+        return gx, None, gbias_O, ga_RI, gb_OR, None, None, None, None
 
 
 def _dropped(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
