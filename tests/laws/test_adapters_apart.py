@@ -69,9 +69,7 @@ class Adapters(RuleBasedStateMachine):
     @precondition(lambda self: not self.merged and self.enabled)
     @rule(data=st.data())
     def merge(self, data: st.DataObject) -> None:
-        names = data.draw(
-            st.none() | st.lists(st.sampled_from(sorted(self.updates)), min_size=1, unique=True)
-        )
+        names = data.draw(st.none() | st.lists(st.sampled_from(sorted(self.updates)), min_size=1, unique=True))
         self.model.merge_adapter(names)
         self.merged = tuple(names or self.active)
 

@@ -66,9 +66,7 @@ def test_each_part_of_a_moved_adapter_gets_a_gradient_and_nothing_else_does(case
     model(kind.input()).square().sum().backward()
     without = [name for name, p in trainable(model).items() if p.grad is None or not p.grad.any()]
     assert without == []
-    assert [
-        name for name, p in model.named_parameters() if p.grad is not None and ".deltas." not in name
-    ] == []
+    assert [name for name, p in model.named_parameters() if p.grad is not None and ".deltas." not in name] == []
 
 
 @given(cases())
@@ -83,9 +81,7 @@ def test_detaching_restores_the_class_and_the_very_same_tensors(case: Case) -> N
     released = model.unload()
     assert released is host
     assert [type(module) for module in released.modules()] == classes
-    assert {name: id(p) for name, p in released.named_parameters()} == {
-        name: id(p) for name, p in tensors.items()
-    }
+    assert {name: id(p) for name, p in released.named_parameters()} == {name: id(p) for name, p in tensors.items()}
     assert {name: set(module.__dict__) for name, module in released.named_modules()} == attributes
     assert torch.equal(released(kind.input()), expected)
 
@@ -154,9 +150,7 @@ def test_a_module_in_two_places_has_one_delta(targets: list[str] | str) -> None:
     model = slimtune.get_peft_model(Twice(), slimtune.LoraConfig(r=2, lora_alpha=3, target_modules=targets))
     randomize(slimtune, model)
     assert len(trainable(model)) == 2
-    tensors = {
-        "A" if "_A" in key else "B": tensor for key, tensor in adapter_tensors(slimtune, model).items()
-    }
+    tensors = {"A" if "_A" in key else "B": tensor for key, tensor in adapter_tensors(slimtune, model).items()}
     weight = model.first.weight + 1.5 * tensors["B"] @ tensors["A"]
     x = torch.randn(4, 6)
     expected = torch.tanh(x @ weight.t() + model.first.bias) @ weight.t() + model.first.bias

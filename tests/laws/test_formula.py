@@ -44,9 +44,7 @@ def equation(site: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (x @ a.t()) @ b.t()
 
 
-def expected_output(
-    kind: Kind, config: Any, tensors: dict[str, Tensor], x: Tensor, dtype: torch.dtype
-) -> Tensor:
+def expected_output(kind: Kind, config: Any, tensors: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The textbook's answer in `dtype`."""
     site = kind.host().site.to(dtype).requires_grad_(False)
     stored = {key.rpartition(".")[2]: tensor.to(dtype) for key, tensor in tensors.items()}
@@ -80,8 +78,7 @@ def test_the_gradients_are_the_equation_s(case: Case) -> None:
     ours = copies(adapter_gradients(slimtune, model))
 
     tensors = {
-        key: tensor.double().requires_grad_()
-        for key, tensor in copies(adapter_tensors(slimtune, model)).items()
+        key: tensor.double().requires_grad_() for key, tensor in copies(adapter_tensors(slimtune, model)).items()
     }
     reference = x.double().requires_grad_() if x.is_floating_point() else x
     expected = expected_output(kind, config, tensors, reference, torch.float64)
@@ -113,9 +110,7 @@ def test_the_table_of_fused_functions_is_covered() -> None:
     assert entries == set(ops.table().values())
 
 
-def run_both(
-    kind: Kind, config: PeftConfig, dtype: torch.dtype
-) -> list[tuple[Tensor, dict[str, Tensor], Tensor]]:
+def run_both(kind: Kind, config: PeftConfig, dtype: torch.dtype) -> list[tuple[Tensor, dict[str, Tensor], Tensor]]:
     """Output, gradients of the adapter and of the input: as dispatched, then by the plain formula."""
     results = []
     for fused in (True, False):

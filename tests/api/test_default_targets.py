@@ -1,0 +1,97 @@
+"""Without `target_modules`, the linear layers inside the repeated blocks are found by structure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import slimtune
+from slimtune.errors import did_you_mean
+from tensors import trainable
+from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, LLAMA_LINEARS, NEOX_LINEARS, QWEN2, T5, VIT, Specimen
+
+EXPECTED: dict[str, tuple[Specimen, list[str]]] = {
+    "llama": (LLAMA, LLAMA_LINEARS),
+    "qwen2": (QWEN2, LLAMA_LINEARS),
+    "gemma3": (GEMMA3, LLAMA_LINEARS),
+    "gpt2": (GPT2, ["c_attn", "c_proj", "c_fc"]),
+    "gpt-neox": (GPT_NEOX, NEOX_LINEARS),
+    "t5": (T5, ["q", "k", "v", "o", "wi", "wo"]),
+    "bert": (BERT, ["query", "key", "value", "dense"]),
+    "vit": (VIT, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]),
+}
+
+
+def adapted(model: nn.Module) -> set[str]:
+    return {name.partition(".deltas.")[0] for name in trainable(model) if "lora_" in name}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_all_linear_layers_of_the_blocks_and_no_others(case: str) -> None:
+    specimen, names = EXPECTED[case]
+    plain = specimen.model()
+    types = (nn.Linear, type(GPT2.model().transformer.h[0].attn.c_attn))
+    linear = {name for name, module in plain.named_modules() if isinstance(module, types)}
+    in_blocks = {name for name in linear if any(part.isdigit() for part in name.split("."))}
+    model = slimtune.get_peft_model(plain, slimtune.LoraConfig(r=2))
+    assert adapted(model) == in_blocks
+    assert {name.rpartition(".")[2] for name in in_blocks} == set(names)
+
+
+def test_the_config_says_afterwards_what_was_found() -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(r=2))
+    assert model.peft_config["default"].target_modules == set(LLAMA_LINEARS)
+
+
+def test_names_that_also_occur_outside_the_blocks_are_saved_so_that_they_mean_the_blocks(tmp_path: Any) -> None:
+    """BERT's pooler has a `dense` as its blocks do."""
+    model = slimtune.get_peft_model(BERT.model(), slimtune.LoraConfig(r=2))
+    assert not any("pooler" in name for name in adapted(model))
+    model.save_pretrained(tmp_path)
+    reread = slimtune.PeftModel.from_pretrained(BERT.model(), tmp_path, is_trainable=True)
+    assert adapted(reread) == adapted(model)
+
+
+class Stack(nn.Module):
+    """Repeated blocks of one's own, between layers that are not repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(3))
+        self.exit = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.entry(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.exit(x)
+
+
+def test_blocks_of_one_s_own() -> None:
+    model = slimtune.get_peft_model(Stack(), slimtune.LoraConfig(r=2))
+    assert adapted(model) == {f"blocks.{block}.{layer}" for block in range(3) for layer in (0, 2)}
+
+
+def test_a_model_without_blocks_has_all_its_linear_layers_adapted() -> None:
+    model = slimtune.get_peft_model(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), slimtune.LoraConfig(r=2)
+    )
+    assert adapted(model) == {"0", "2"}
+
+
+def test_coverage_says_how_many_of_how_many() -> None:
+    config = slimtune.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[0])
+    model = slimtune.get_peft_model(LLAMA.model(), config)
+    coverage = model.coverage()
+    assert {name: row[:2] for name, row in coverage.rows.items()} == {"q_proj": (1, 2), "up_proj": (1, 2)}
+    assert (coverage.trainable, coverage.total) == model.get_nb_trainable_parameters()
+    assert "q_proj" in str(coverage)
+
+
+def test_suggestions_are_near_or_none() -> None:
+    assert "'q_proj'" in did_you_mean("q_porj", LLAMA_LINEARS)
+    assert did_you_mean("something else", LLAMA_LINEARS) == ""
