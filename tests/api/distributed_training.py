@@ -1,6 +1,6 @@
-"""Run by torchrun in `test_distributed`: a few steps on every process, and what came of them in a file.
+"""Run by torchrun in `test_distributed`: a few steps of each mode on two processes, and what came of them in files.
 
-torchrun --nproc_per_node 2 distributed_training.py MODE OUTPUT
+torchrun --nproc_per_node 2 distributed_training.py OUTPUT MODE...
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
 
 import slimtune
 from tensors import adapter_tensors, randomize, trainable
@@ -48,41 +50,41 @@ def train(model: Any, rank: int, world: int) -> list[float]:
 
 
 def sharded(model: Any) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
     for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(model)
 
 
-def main(mode: str, output: Path) -> None:
-    kind, _, precision = mode.partition("-")
-    torch.set_num_threads(1)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if kind == "single":
-        model = tuned(dtype)
-        losses, rank = train(model, 0, 1), 0
-    elif kind == "accelerate":
-        from accelerate import Accelerator
+def wrapped(kind: str, model: Any) -> Any:
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp":
+        return sharded(model)
+    return Accelerator(cpu=True).prepare(model)
 
-        accelerator = Accelerator(cpu=True)
-        model = tuned(dtype)
-        rank = accelerator.process_index
-        losses = train(accelerator.prepare(model), rank, accelerator.num_processes)
-    else:
-        dist.init_process_group("gloo")
-        rank, model = dist.get_rank(), tuned(dtype)
-        wrapped = sharded(model) if kind == "fsdp" else torch.nn.parallel.DistributedDataParallel(model)
-        losses = train(wrapped, rank, dist.get_world_size())
+
+def run(mode: str, output: Path) -> None:
+    """One mode; the process of rank 0 writes the losses and the tensors, and the adapter as users save it."""
+    kind, _, precision = mode.partition("-")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = tuned(torch.bfloat16 if precision == "bf16" else torch.float32)
+    losses = train(model, 0, 1) if kind == "single" else train(wrapped(kind, model), rank, world)
     tensors = adapter_tensors(slimtune, model)
     model.save_pretrained(output / "adapter", is_main_process=rank == 0)
     if rank == 0:
         torch.save(tensors, output / "tensors.pt")
         (output / "losses.json").write_text(json.dumps(losses))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+
+
+def main(output: Path, modes: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for mode in modes:
+        (output / mode).mkdir(exist_ok=True)
+        run(mode, output / mode)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])
