@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimtune.drift import Drift, compare_outputs
 from slimtune.errors import MergeError
+from slimtune.load import no_weight_bar
 from slimtune.merge import outputs, probe_inputs
 from slimtune.staging import staged
 
@@ -53,10 +54,11 @@ def merge_to_folder(
         model = model.merge_and_unload()
         merged = compare_outputs(tuned, _outputs(model, inputs))
         _refuse_beyond(max_kl, merged, "the merged model")
-        model.save_pretrained(folder)
+        with no_weight_bar():
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        again = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
         reloaded = compare_outputs(tuned, _outputs(again, inputs))
         _refuse_beyond(max_kl, reloaded, "the merged model, written and read again,")
         return MergeReport(compare_outputs(base, tuned), merged, reloaded)
@@ -68,8 +70,8 @@ def _probes(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
     inputs = probe_inputs(model)
     if inputs is None:
         raise MergeError(
-            f"no probe inputs are known for {type(model).__name__}, so the merge can't be checked; merge in Python with "
-            f"merge_and_unload and compare the outputs on inputs of your own"
+            f"no probe inputs are known for {type(model).__name__}, so the merge can't be checked; merge in Python "
+            f"with merge_and_unload and compare the outputs on inputs of your own"
         )
     return [inputs]
 

@@ -141,7 +141,7 @@ def _load_model(source: str, dtype: str, device: str, trust_remote_code: bool) -
         raise ConfigError(f"no dtype '{dtype}'; pass one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        with _no_weight_bar():
+        with no_weight_bar():
             model = _model_class(source, options).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except SafetensorError as error:
         raise ModelNotFoundError(f"the weights of {source} are damaged ({error}); fetch the model again") from error
@@ -226,7 +226,7 @@ def _unpack(gguf: Path, target: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         # The bar of the conversion itself can't be switched off.
-        with _no_weight_bar(), contextlib.redirect_stderr(io.StringIO()):
+        with no_weight_bar(), contextlib.redirect_stderr(io.StringIO()):
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
@@ -238,7 +238,7 @@ def _unpack(gguf: Path, target: Path) -> None:
     for stale in ("quantization_config", "_model_name_or_path"):
         if hasattr(model.config, stale):
             delattr(model.config, stale)
-    with _no_weight_bar():
+    with no_weight_bar():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -260,7 +260,8 @@ def _require_safe_weights(folder: Path) -> None:
 
 
 @contextmanager
-def _no_weight_bar() -> Iterator[None]:
+def no_weight_bar() -> Iterator[None]:
+    """Load or save weights without transformers' progress bar, which would tear up what is printed around it."""
     from transformers.utils import logging
 
     was_shown = logging.is_progress_bar_enabled()

@@ -19,7 +19,7 @@ def refuse_existing(output: Path, overwrite: bool = False) -> None:
         if found and not overwrite:
             raise OutputExistsError(
                 f"the output folder {output} already holds {len(found)} files (such as {min(found)}); "
-                f"choose another one, or pass --overwrite to replace it when the new one is whole"
+                f"choose another one, or pass --overwrite to replace files of the same name once the new ones are whole"
             )
     elif output.exists():
         raise OutputExistsError(f"the output {output} is a file, not a folder; choose another name")
@@ -27,7 +27,7 @@ def refuse_existing(output: Path, overwrite: bool = False) -> None:
 
 @contextmanager
 def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A scratch folder beside `output` that takes its place when the block ends well; raises OutputExistsError."""
+    """A scratch folder beside `output` that takes its place once the block ends well; raises OutputExistsError."""
     refuse_existing(output, overwrite)
     # Against its full path, for the working directory may change while the work is done.
     output = output.absolute()
@@ -45,11 +45,12 @@ def _replace(scratch: Path, output: Path) -> None:
     if not output.exists() or not any(output.iterdir()):
         os.replace(scratch, output)
         return
-    # A folder that holds something can't be replaced in one step, so the old one steps aside first.
-    aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-old-"))
-    os.replace(output, aside)
-    os.replace(scratch, output)
-    shutil.rmtree(aside, ignore_errors=True)
+    # File by file: a folder to overwrite may be someone's home, and what is not written anew stays.
+    for entry in scratch.iterdir():
+        target = output / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(entry, target)
 
 
 def _umask() -> int:

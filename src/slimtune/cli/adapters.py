@@ -19,7 +19,8 @@ def parse(values: Sequence[str]) -> dict[str, str]:
             name, folder = Path(value).resolve().name, value
         if name in found:
             raise AdapterExistsError(
-                f"two adapters are called '{name}' ({found[name]} and {folder}); name them, as in --adapter other={folder}"
+                f"two adapters are called '{name}' ({found[name]} and {folder}); "
+                f"name them, as in --adapter other={folder}"
             )
         found[name] = folder
     return found

@@ -19,15 +19,13 @@ Model = Annotated[
 ]
 Adapters = Annotated[
     list[str],
-    typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter folder, with a name of its own; repeatable."),
+    typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter folder, named if wanted; repeatable."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output folder, once the new one is whole.")
+    bool, typer.Option("--overwrite", help="Replace files in the output folder, once the new ones are whole.")
 ]
-Dtype = Annotated[
-    str, typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.")
-]
+Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")

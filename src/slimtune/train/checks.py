@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,9 +63,7 @@ class EachDeltaLearns(TrainerCallback):
         if self.without_gradient:
             self.warn(f"no gradient reached {listing(self.without_gradient, 4)}: these stay as they are")
         elif resting:
-            self.warn(
-                f"{listing(resting, 4)} did not move: the learning rate is below what their type resolves"
-            )
+            self.warn(f"{listing(resting, 4)} did not move: the learning rate is below what their type resolves")
 
 
 class LastGood(TrainerCallback):
@@ -83,19 +82,24 @@ class LastGood(TrainerCallback):
         if not math.isfinite(norm):
             self.stop(f"the norm of the gradient became {norm}", args, state)
         if self.copies:
-            torch._foreach_copy_(self.copies, [parameter.detach() for parameter in self.parameters])
+            _copy(self.parameters, self.copies)
         self.step = state.global_step
 
     @torch.no_grad()
     def stop(self, what: str, args: Any, state: Any) -> None:
         """Restore the kept weights and raise DivergedError."""
         if self.copies:
-            torch._foreach_copy_([parameter.detach() for parameter in self.parameters], self.copies)
+            _copy(self.copies, self.parameters)
         raise DivergedError(
             f"{what} in step {state.global_step + 1}; lower the learning rate (now {args.learning_rate:g}), or look "
             f"at the examples of that step",
             kept_steps=self.step if self.copies else 0,
         )
+
+
+def _copy(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
+    for theirs, ours in zip(target, source, strict=True):
+        theirs.copy_(ours)
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
@@ -104,6 +108,4 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 
 def _fingerprint(parameter: nn.Parameter) -> tuple[float, float]:
     values = parameter.detach()
-    return values.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(
-        values, dtype=torch.float64
-    ).item()
+    return values.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(values, dtype=torch.float64).item()

@@ -52,9 +52,7 @@ class Prepared:
         return max(len(example.input_ids) for example in self.examples)
 
 
-def encode(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, too_long: str = "error"
-) -> Prepared:
+def encode(rows: Sequence[Row], tokenizer: Any, max_length: int, too_long: str = "error") -> Prepared:
     """Encode rows for training; raises DataError if some are too long, or if nothing would be learned."""
     _require_offsets(tokenizer)
     everything = []

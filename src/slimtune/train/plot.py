@@ -13,9 +13,7 @@ def plot_losses(loss_file: Path, picture: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError(
-            "the loss curve needs matplotlib: run `pip install 'slimtune[train]'`"
-        ) from error
+        raise MissingDependencyError("the loss curve needs matplotlib: run `pip install 'slimtune[train]'`") from error
     entries = [json.loads(line) for line in loss_file.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss per learned token", title="Training")

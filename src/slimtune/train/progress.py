@@ -43,9 +43,7 @@ class ShownProgress(TrainerCallback):
         self.bar.start()
         self.began = self.last_line = time.monotonic()
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Move on by what was logged."""
         logs, step, seconds = logs or {}, state.global_step, time.monotonic() - self.began
         if "eval_loss" in logs:
@@ -54,13 +52,9 @@ class ShownProgress(TrainerCallback):
             return
         speed = f"{state.num_input_tokens_seen / max(seconds, 1e-9):,.0f} tokens/s"
         self.bar.update(self.task, completed=step, loss=f"{logs['loss']:.4f}", speed=speed)
-        if not self.console.is_terminal and (
-            step == state.max_steps or time.monotonic() - self.last_line > 10
-        ):
+        if not self.console.is_terminal and (step == state.max_steps or time.monotonic() - self.last_line > 10):
             left = seconds / step * (state.max_steps - step)
-            self.console.print(
-                f"  step {step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed}  {left:.0f} s left"
-            )
+            self.console.print(f"  step {step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed}  {left:.0f} s left")
             self.last_line = time.monotonic()
 
     def close(self) -> None:
@@ -74,18 +68,13 @@ class LossFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append a line."""
         kept = {
-            k: v
-            for k, v in (logs or {}).items()
-            if k in ("loss", "eval_loss", "grad_norm", "learning_rate", "epoch")
+            k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate", "epoch")
         }
         if "loss" in kept or "eval_loss" in kept:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(
-                    json.dumps({"step": state.global_step, "tokens": state.num_input_tokens_seen, **kept})
-                    + "\n"
+                    json.dumps({"step": state.global_step, "tokens": state.num_input_tokens_seen, **kept}) + "\n"
                 )

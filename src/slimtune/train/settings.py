@@ -38,9 +38,7 @@ class TrainSettings:
                 )
         for name in ("warmup", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise ConfigError(
-                    f"{name} must not be negative, but is {getattr(self, name)}; pass 0 or more"
-                )
+                raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}; pass 0 or more")
         if self.scheduler not in SCHEDULERS:
             near = did_you_mean(self.scheduler, SCHEDULERS)
             raise ConfigError(f"no scheduler '{self.scheduler}'; pass one of {', '.join(SCHEDULERS)}{near}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer
 
 from slimtune.train.checks import LastGood
@@ -17,9 +18,7 @@ from slimtune.train.lora_plus import lora_plus_groups
 class AnswerTrainer(Trainer):
     """Stops with TrainingError at the first loss that is not a number, with the last good weights put back."""
 
-    def __init__(
-        self, *args: Any, last_good: LastGood, lora_plus_ratio: float | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, last_good: LastGood, lora_plus_ratio: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, callbacks=[last_good, *kwargs.pop("callbacks", [])], **kwargs)
         self.last_good = last_good
         self.lora_plus_ratio = lora_plus_ratio
@@ -28,7 +27,7 @@ class AnswerTrainer(Trainer):
         """Trainer's own, or with the groups of LoRA+."""
         if self.optimizer is None and self.lora_plus_ratio is not None:
             groups = lora_plus_groups(
-                self.model, self.args.learning_rate, self.lora_plus_ratio, self.args.weight_decay
+                cast(nn.Module, self.model), self.args.learning_rate, self.lora_plus_ratio, self.args.weight_decay
             )
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class(groups, **options)

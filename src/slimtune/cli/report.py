@@ -1,0 +1,64 @@
+"""What `train` and `demo` show before they begin: what is trained, on what, and which part of it is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from slimtune.train.data import Encoded, Prepared, pieces
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PREVIEWED_TOKENS = 400
+
+
+def show_trained(screen: Console, model: Any) -> None:
+    """Which modules are trained, in which types of number."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if getattr(model, "peft_config", None):
+        screen.print(str(model.coverage()), markup=False)
+    else:
+        screen.print(f"all weights are trained: {sum(p.numel() for p in trainable):,} parameters")
+    frozen = {_name(p) for p in model.parameters() if not p.requires_grad} or {"none"}
+    screen.print(
+        f"numbers: trained in {', '.join(sorted({_name(p) for p in trainable}))}, "
+        f"frozen in {', '.join(sorted(frozen))}, on {model.device}"
+    )
+
+
+def show_data(screen: Console, prepared: Prepared, held_out: Sequence[Encoded], max_length: int) -> None:
+    """How many examples and tokens there are, and how much of that is learned."""
+    screen.print(
+        f"data: {len(prepared.examples):,} examples, {prepared.tokens:,} tokens of which "
+        f"{prepared.learned / prepared.tokens:.0%} are learned; the longest has {prepared.longest:,}"
+        + (f"; {len(held_out):,} examples held out" if held_out else "")
+    )
+    if prepared.dropped:
+        screen.print(f"[yellow]{prepared.dropped:,} examples dropped[/]: no answer within {max_length:,} tokens")
+    if prepared.truncated:
+        screen.print(f"[yellow]{prepared.truncated:,} examples cut[/] at {max_length:,} tokens")
+
+
+def show_preview(screen: Console, tokenizer: Any, example: Encoded) -> None:
+    """One example with what is learned in colour, between brackets where there is none."""
+    has_colour = screen.color_system is not None
+    text = Text()
+    cut = Encoded(example.input_ids[:PREVIEWED_TOKENS], example.labels[:PREVIEWED_TOKENS])
+    for learned, ids in pieces(cut):
+        piece = tokenizer.decode(ids)
+        if learned:
+            text.append(piece if has_colour else f"[[{piece}]]", style="bold green")
+        else:
+            text.append(piece, style="dim")
+    if len(example.input_ids) > PREVIEWED_TOKENS:
+        text.append(" ...", style="dim")
+    how = "in colour" if has_colour else "between [[ and ]]"
+    screen.print(f"the first example, with what is learned {how}:", markup=False)
+    screen.print(text)
+
+
+def _name(parameter: Any) -> str:
+    return str(parameter.dtype).removeprefix("torch.")

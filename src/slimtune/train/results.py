@@ -1,0 +1,25 @@
+"""What a run leaves behind: the adapter or model, the tokenizer, the loss curve and the card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slimtune.train.card import Card
+from slimtune.train.plot import plot_losses
+
+
+def write_results(folder: Path, model: Any, tokenizer: Any, card: Card) -> None:
+    """Write everything but `loss.jsonl`, which the run wrote step by step."""
+    model.save_pretrained(folder)
+    # With its chat template: a model that is asked in another template answers worse than untuned.
+    tokenizer.save_pretrained(folder)
+    plot_losses(folder / "loss.jsonl", folder / "loss.png")
+    card.write(folder)
+
+
+def rescue(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write the weights of a run that broke off, so that what was learned isn't lost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
