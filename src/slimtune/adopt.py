@@ -84,7 +84,9 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
     call = frozen
     deltas = [module.deltas[name] for name in names if name in module.deltas]
     for delta in deltas:
-        fused = fused_for(type(delta), type(base_of(module.adopted_from))) if call is frozen else None
+        # The compiler fuses the plain formula itself, and can't trace the look-up in the table.
+        may_fuse = call is frozen and not torch.compiler.is_compiling()
+        fused = fused_for(type(delta), type(base_of(module.adopted_from))) if may_fuse else None
         call = functools.partial(fused, delta, module, call) if fused else functools.partial(delta, call)
     for delta in deltas:
         if delta.holds:
