@@ -30,7 +30,8 @@ from zoo import BERT, GPT2, LLAMA, SPECIMENS, TIED_LLAMA, Specimen
 Case = tuple[Kind, PeftConfig]
 GROUPED = next(kind for kind in KINDS if not kind.folds)
 # A forward of one's own need not be linear in the weight, so its delta is around it and not inside.
-FOLDABLE = tuple(kind for kind in FOLDING if kind.name != "linear-with-own-forward")
+OWN_FORWARD = next(kind for kind in KINDS if kind.name == "linear-with-own-forward")
+FOLDABLE = tuple(kind for kind in FOLDING if kind is not OWN_FORWARD)
 MERGEABLE = [specimen for specimen in SPECIMENS if specimen.name != "mixture"]
 each_mergeable = pytest.mark.parametrize("specimen", MERGEABLE, ids=lambda specimen: specimen.name)
 
@@ -100,6 +101,20 @@ def test_a_merge_that_cannot_be_done_changes_nothing(case: Case) -> None:
             merge()
         assert_same(copies(base_tensors(model)), before)
         assert torch.equal(model(kind.input()), expected)
+
+
+@given(cases((OWN_FORWARD,), lora_dropout=0.0))
+def test_a_forward_of_one_s_own_is_merged_right_or_not_at_all(case: Case) -> None:
+    """2 tanh(W x) + s B A x is no 2 tanh(W' x): a merge must say so rather than answer something else."""
+    kind, config = case
+    model = randomize(slimtune, attach(kind, config)).eval()
+    expected = model(kind.input())
+    try:
+        merged = model.merge_and_unload()
+    except MergeError:
+        assert torch.equal(model(kind.input()), expected)
+    else:
+        assert_near(merged(kind.input()), expected, 1e-5)
 
 
 @each_mergeable
