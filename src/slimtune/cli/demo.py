@@ -187,7 +187,7 @@ class Demo:
         for example, before, after in list(zip(held_out, base.answers, tuned.answers, strict=True))[:4]:
             mark = "[green]right[/]" if example.is_answered_by(after) else "[red]wrong[/]"
             table.add_row(example.sentence, _short(before), _short(after), mark)
-        self.screen.print(table)
+        self.screen.print(table, soft_wrap=False)
 
     @contextmanager
     def _step(self, title: str) -> Iterator[None]:

@@ -127,7 +127,7 @@ def _show(found: dict[str, Any]) -> None:
         table.add_row(device["name"], ", ".join(details))
     for key, value in found["memory"].items():
         table.add_row(key.removesuffix("_bytes").replace("_", " "), _readable(key, value))
-    screen.print(table)
+    screen.print(table, soft_wrap=False)
     for gap in found["missing"]:
         screen.print(f"for {gap['feature']}: {', '.join(gap['packages'])} is missing, run `{gap['command']}`")
     for conflict in found["conflicts"]:

@@ -85,7 +85,7 @@ def _show(facts: dict[str, Any], engines: list[Any]) -> None:
     for verdict in engines:
         mark = "[green]takes it[/]" if verdict.takes else "[red]refuses it[/]"
         table.add_row(verdict.engine, Text.from_markup(f"{mark}  ").append(verdict.note))
-    console().print(table)
+    console().print(table, soft_wrap=False)
 
 
 def _readable(name: str, value: Any) -> str:

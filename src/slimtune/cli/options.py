@@ -39,4 +39,5 @@ def console(as_json: bool = False) -> Console:
     """Where people read: standard output, unless JSON goes there."""
     from rich.console import Console
 
-    return Console(stderr=as_json, highlight=False)
+    # Soft: a sentence or a path that is piped on must not be broken at 80 columns.
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)

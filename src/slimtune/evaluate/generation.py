@@ -15,9 +15,7 @@ from slimtune.errors import ConfigError
 def sampling(temperature: float) -> dict[str, Any]:
     """The arguments of `generate` for a temperature, 0 being greedy; raises ConfigError below 0."""
     if temperature < 0:
-        raise ConfigError(
-            f"temperature must not be negative, but is {temperature}; pass 0 for greedy decoding"
-        )
+        raise ConfigError(f"temperature must not be negative, but is {temperature}; pass 0 for greedy decoding")
     if temperature == 0:
         # Named one by one, because a model's generation_config may set them and then warns.
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -52,9 +50,7 @@ def generate_batch(
     answers = [""] * len(rows)
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
-        ids, mask = _pad_behind(
-            prefix, [rows[index][len(prefix) :] for index in chosen], pad_id, model.device
-        )
+        ids, mask = _pad_behind(prefix, [rows[index][len(prefix) :] for index in chosen], pad_id, model.device)
         produced = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -80,9 +76,7 @@ def _read_shared_prefix(model: Any, rows: Sequence[list[int]]) -> tuple[list[int
     shared = _common_start([row[:-1] for row in rows]) if len(rows) > 1 else []
     if not shared or model.config.is_encoder_decoder:
         return [], None
-    cache = model(
-        torch.tensor([shared], device=model.device), use_cache=True, logits_to_keep=1
-    ).past_key_values
+    cache = model(torch.tensor([shared], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
     # Sliding windows and recurrent states keep no row for every token, so they can't be continued behind padding.
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return [], None
