@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from slimtune import merge as merging
 from slimtune.adapter import Draft, adapter_tensors, adopted_modules, attach, attached, draft, fill
@@ -19,7 +20,8 @@ from slimtune.coverage import Coverage, coverage
 from slimtune.delta import PeftConfig
 from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.ops.lazy_logits import lazy_head, without_lazy
-from slimtune.storage.peft_format import adapter_folder, read_adapter, save_adapter
+from slimtune.storage.checkpoint import is_checkpoint, offer_to_trainer
+from slimtune.storage.peft_format import KEY_PREFIX, adapter_folder, read_adapter, save_adapter
 
 
 def get_peft_model(
@@ -343,8 +345,21 @@ class PeftModel:
             tensors = adapter_tensors(self, name, state_dict)
             if is_main_process:
                 save_adapter(Path(save_directory, "" if name == "default" else name), self._stored(name), tensors)
+        if is_main_process and is_checkpoint(save_directory) and self.active_adapter in names:
+            active = self.active_adapter
+            offer_to_trainer(save_directory, Path(save_directory, "" if active == "default" else active))
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As the model's own; an adapter's tensors by their names on disk go into the active adapter.
+
+        That is how transformers' Trainer resumes. Raises: BaseMismatchError.
+        """
+        if state_dict and all(name.startswith(KEY_PREFIX) for name in state_dict):
+            set_peft_model_state_dict(self, state_dict, self.active_adapter)
+            return _IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
     def _stored(self, name: str) -> dict[str, Any]:
         """The config of an adapter as it is stored."""

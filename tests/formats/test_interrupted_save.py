@@ -91,7 +91,7 @@ def test_a_save_cut_off_between_its_two_renames_is_read_as_the_new_one(missing: 
     if missing == CONFIG:
         (new / WEIGHTS).replace(old / WEIGHTS)
     else:
-        (new / WEIGHTS).replace(old / f"{WEIGHTS}.new")
+        (new / WEIGHTS).replace(old / ".unfinished")
     (new / CONFIG).replace(old / f"{CONFIG}.new")
     expected = 2 if missing == CONFIG else 1
     assert read_config(old)["lora_alpha"] == expected

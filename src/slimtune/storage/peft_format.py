@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 _PENDING = ".new"
+_PENDING_FOLDER = ".saving"
 _MAX_CONFIG_BYTES = 2**24
 
 
@@ -42,9 +44,12 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = config_text(config)
     metadata = {"format": "pt", "config_sha256": _sha256(text.encode()), "tensors_sha256": checksum(contiguous)}
-    weights, pending = folder / (WEIGHTS_NAME + _PENDING), folder / (CONFIG_NAME + _PENDING)
+    # In a folder of its own: the writer's temporary files, which a kill leaves behind, go with the next save.
+    weights, pending = folder / _PENDING_FOLDER / WEIGHTS_NAME, folder / (CONFIG_NAME + _PENDING)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(weights.parent, ignore_errors=True)
+        weights.parent.mkdir()
         pending.write_text(text)
         save_file(contiguous, weights, metadata=metadata)
         _sync(pending)
@@ -52,11 +57,12 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         _verify(weights, metadata["tensors_sha256"], set(contiguous))
         weights.replace(folder / WEIGHTS_NAME)
         pending.replace(folder / CONFIG_NAME)
+        weights.parent.rmdir()
         _sync(folder)
     except (OSError, _safetensor_error()) as error:
-        for leftover in (weights, pending):
-            with contextlib.suppress(OSError):
-                leftover.unlink(missing_ok=True)
+        shutil.rmtree(weights.parent, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            pending.unlink(missing_ok=True)
         raise AdapterFileError(
             f"the adapter was not saved to '{folder}': {error}; what was there before is unharmed"
         ) from error
