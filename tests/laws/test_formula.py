@@ -208,3 +208,73 @@ def test_two_forwards_draw_two_masks_and_a_seed_repeats_them() -> None:
     again = model(x)
     assert not torch.equal(first, second)
     assert torch.equal(first, again)
+
+
+INPUTS: dict[str, Any] = {
+    "a-leaf": lambda u, v: u,
+    "a-product": lambda u, v: u * v,
+    "a-square": lambda u, v: u * u,
+    "a-broadcast-product": lambda u, v: u * v[..., :1],
+    "a-product-with-a-constant": lambda u, v: u * torch.linspace(0.5, 1.5, 12, dtype=u.dtype),
+    "a-product-with-a-number": lambda u, v: u * 3.0,
+    "a-product-with-a-detached": lambda u, v: u * v.detach(),
+    "a-product-changed-in-place": lambda u, v: (u * v).add_(1.0),
+    "a-reshaped-product": lambda u, v: (u * v).flip(-1),
+    "a-gated-activation": lambda u, v: torch.nn.functional.silu(u) * v,
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("case", INPUTS)
+def test_gradients_pass_through_whatever_made_the_input(case: str, dropout: float) -> None:
+    """Saving memory by what autograd keeps of the input anyway must not depend on how the input came about."""
+    config = slimtune.LoraConfig(r=3, target_modules=["site"], lora_dropout=dropout)
+    model = randomize(slimtune, attach(KINDS[0], config)).double().train()
+    torch.manual_seed(3)
+    start = [torch.randn(2, 3, 12, dtype=torch.float64) for _ in range(2)]
+
+    def loss(u: Tensor, v: Tensor, *factors: Tensor) -> Tensor:
+        torch.manual_seed(4)  # the same mask each time
+        slimtune.set_peft_model_state_dict(model, dict(zip(names, factors, strict=True)))
+        y = model(INPUTS[case](u, v))
+        return (y * cotangent(y)).sum()
+
+    names = sorted(adapter_tensors(slimtune, model))
+    factors = [copies(adapter_tensors(slimtune, model))[name] for name in names]
+    leaves = [tensor.clone().requires_grad_() for tensor in start]
+    loss(*leaves, *factors).backward()
+    gradients = adapter_gradients(slimtune, model)
+    analytic = [*(leaf.grad for leaf in leaves), *(gradients[name] for name in names)]
+    assert sum(gradient is not None for gradient in analytic) >= 3
+
+    for position, gradient in enumerate(analytic):
+        if gradient is None:  # a leaf that isn't used, or is detached
+            continue
+        point = [*start, *factors]
+        direction = torch.randn(gradient.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+        ahead, behind = (
+            [*point[:position], point[position] + h * direction, *point[position + 1 :]] for h in (1e-5, -1e-5)
+        )
+        with torch.no_grad():
+            slope = float((loss(*ahead) - loss(*behind)) / 2e-5)
+        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+def test_two_layers_may_read_one_product() -> None:
+    """Siblings share their input, as gate and up do, and each is run again by a checkpoint."""
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"one": nn.Linear(6, 4), "two": nn.Linear(6, 4)})
+    model = randomize(slimtune, slimtune.get_peft_model(plain, slimtune.LoraConfig(r=2, target_modules=["one", "two"])))
+    u, v = (torch.randn(5, 6, requires_grad=True) for _ in range(2))
+
+    def both(u: Tensor, v: Tensor) -> Tensor:
+        x = u * v
+        return (model["one"](x) * model["two"](x)).square().sum()
+
+    found = []
+    for run in (both, lambda u, v: torch.utils.checkpoint.checkpoint(both, u, v, use_reentrant=False)):
+        model.zero_grad()
+        u.grad = v.grad = None
+        run(u, v).backward()
+        found.append({"u": u.grad, "v": v.grad, **copies(adapter_gradients(slimtune, model))})
+    assert_all_near(found[1], found[0], TIGHT)
