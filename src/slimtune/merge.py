@@ -13,6 +13,7 @@ from slimtune.bases import base_of
 from slimtune.delta import Dense
 from slimtune.drift import Drift, compare_outputs
 from slimtune.errors import MergeError
+from slimtune.probe import check_fold
 
 MAX_RELATIVE_DRIFT = 0.1
 """A safe merge refuses when the outputs change by more than this part of their norm; bf16 rounding stays far below."""
@@ -41,6 +42,7 @@ def fold(module: Any, names: tuple[str, ...]) -> Dense:
                 f"merging makes '{name}' of a {type(module).__name__} infinite or not a number; the adapter is damaged "
                 "or its training diverged"
             )
+    check_fold(module, names, stored)
     return stored
 
 

@@ -64,9 +64,7 @@ def test_an_adapter_changes_the_output(specimen: Specimen) -> None:
 
 
 @each_specimen
-def test_trainable_parameters_are_counted_alike(
-    specimen: Specimen, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trainable_parameters_are_counted_alike(specimen: Specimen, capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = attach(slimtune, specimen), attach(peft, specimen)
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     ours.print_trainable_parameters()
@@ -75,9 +73,7 @@ def test_trainable_parameters_are_counted_alike(
     assert printed_by_us.splitlines()[0] == capsys.readouterr().out.strip()
 
 
-MERGEABLE = [
-    specimen for specimen in SPECIMENS if specimen.name != "mixture"
-]  # peft can't merge grouped convolutions
+MERGEABLE = [specimen for specimen in SPECIMENS if specimen.name != "mixture"]  # peft can't merge grouped convolutions
 
 
 @pytest.mark.parametrize("specimen", MERGEABLE, ids=lambda specimen: specimen.name)

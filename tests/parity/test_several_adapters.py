@@ -53,9 +53,7 @@ SEVERAL_AT_ONCE = [["one", "two"], ["two", "three", "one"]]
     ("specimen", "active"),
     [
         *itertools.product([LLAMA, GPT2, T5, BERT], ONE_AT_A_TIME),
-        *itertools.product(
-            [LLAMA, GPT2, T5], SEVERAL_AT_ONCE
-        ),  # one adapter alone can replace a module of BERT
+        *itertools.product([LLAMA, GPT2, T5], SEVERAL_AT_ONCE),  # one adapter alone can replace a module of BERT
     ],
     ids=lambda value: getattr(value, "name", None) or "+".join(value),
 )
@@ -133,13 +131,10 @@ def with_row_adapters(library: ModuleType, specimen: Specimen) -> nn.Module:
     return with_three(library, specimen, target_modules=targets).eval()
 
 
-@pytest.mark.parametrize(
-    "specimen", [LLAMA, GPT2, T5, BERT, VIT, MIXTURE], ids=lambda specimen: specimen.name
-)
+@pytest.mark.parametrize("specimen", [LLAMA, GPT2, T5, BERT, VIT, MIXTURE], ids=lambda specimen: specimen.name)
 def test_each_row_of_a_batch_has_its_own_adapter(specimen: Specimen) -> None:
     ours, theirs = (
-        predict(with_row_adapters(library, specimen), five_rows(specimen), adapter_names=ROWS)
-        for library in LIBRARIES
+        predict(with_row_adapters(library, specimen), five_rows(specimen), adapter_names=ROWS) for library in LIBRARIES
     )
     assert_near(ours, theirs)
 

@@ -36,9 +36,7 @@ def file(specimen: Specimen, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(
-    library: ModuleType, specimen: Specimen, folder: Path, dtype: torch.dtype = torch.float32
-) -> nn.Module:
+def load(library: ModuleType, specimen: Specimen, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = library.PeftModel.from_pretrained(specimen.model(), folder, is_trainable=True)
     return model.to(dtype).train()
 
