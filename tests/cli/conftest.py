@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_text_model import orders, save_base, write_lines
 from typer.testing import CliRunner, Result
 
 from slimtune.cli import app
+from small_text_model import orders, save_base, write_lines
 
 Run = Callable[..., Result]
 

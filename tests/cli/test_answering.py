@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_text_model import orders, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune import PeftModel
+from small_text_model import orders, write_lines
 
 SHORT = ["--max-new-tokens", 12]
 
@@ -37,9 +37,7 @@ def test_one_prompt_is_answered_as_transformers_answers_it(run: Any, base: Path,
 
 
 def test_an_adapter_folder_brings_its_base(run: Any, base: Path, tuned: Path) -> None:
-    assert (
-        run("generate", tuned, "hello", *SHORT).stdout == run("generate", base, "hello", "-a", tuned, *SHORT).stdout
-    )
+    assert run("generate", tuned, "hello", *SHORT).stdout == run("generate", base, "hello", "-a", tuned, *SHORT).stdout
 
 
 def test_many_prompts_at_once_are_answered_as_one_by_one(run: Any, base: Path, tuned: Path, tmp_path: Path) -> None:

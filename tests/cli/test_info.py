@@ -17,7 +17,7 @@ def test_an_adapter(run: Any, tuned: Path, base: Path) -> None:
     found = json.loads(run("info", tuned, "--json").stdout)
     assert found["method"] == "LoRA"
     assert (found["rank"], found["alpha"], found["base"]) == (4, 8, str(base))
-    assert found["targets"] == sorted("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+    assert found["targets"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     # Each layer: A is 4 x in and B is out x 4, for seven matrices.
     outs_and_ins = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
     assert found["parameters"] == 2 * sum(4 * (rows + columns) for rows, columns in outs_and_ins)

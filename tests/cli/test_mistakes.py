@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from small_text_model import save_base, write_lines
 
 
@@ -83,9 +84,7 @@ def test_an_unknown_option_is_named_with_the_nearest(run: Any, base: Path, data:
         ('{"messages": [{"role": "assistant", "content": "x"}]}', ["begins with the assistant"]),
     ],
 )
-def test_data_that_can_not_be_learned_from(
-    run: Any, base: Path, tmp_path: Path, content: str, said: list[str]
-) -> None:
+def test_data_that_can_not_be_learned_from(run: Any, base: Path, tmp_path: Path, content: str, said: list[str]) -> None:
     (tmp_path / "data.jsonl").write_text(content)
     refused(run("train", base, tmp_path / "data.jsonl", "-o", tmp_path / "out"), *said)
     assert not (tmp_path / "out").exists()
@@ -102,15 +101,15 @@ def test_a_data_file_that_is_not_text(run: Any, base: Path, tmp_path: Path) -> N
 
 def test_a_template_that_rewrites_earlier_turns(run: Any, tmp_path: Path) -> None:
     forgetful = "{% for m in messages %}{{ m['role'] }}:{% if loop.last %}{{ m['content'] }}{% endif %}\n{% endfor %}"
-    model = save_base(tmp_path / "base", chat_template=forgetful + "{% if add_generation_prompt %}assistant:{% endif %}")
+    model = save_base(
+        tmp_path / "base", chat_template=forgetful + "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     rows = write_lines(tmp_path / "data.jsonl", {"messages": turns})
     refused(run("train", model, rows, "-o", tmp_path / "out"), "renders turn 2 of 4 differently")
 
 
-def test_an_output_folder_that_holds_something_is_refused_before_any_work(
-    run: Any, data: Path, tmp_path: Path
-) -> None:
+def test_an_output_folder_that_holds_something_is_refused_before_any_work(run: Any, data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     # The model doesn't exist either: the folder is looked at first.
@@ -152,9 +151,7 @@ def test_a_model_whose_weights_are_cut_off(run: Any, base: Path, tmp_path: Path)
 def test_a_model_that_writes_no_text(run: Any, tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     refused(run("generate", tmp_path / "bert", "x"), "BertForSequenceClassification", "writes no text")
 

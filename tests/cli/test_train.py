@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_text_model import save_base, tiny_tokenizer, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune import PeftModel
 from slimtune.train.data import encode
 from slimtune.train.rows import read_rows
+from small_text_model import save_base, tiny_tokenizer, write_lines
 
 FAST = ["--max-steps", 5, "--batch-size", 4, "--rank", 4]
 
@@ -35,7 +35,13 @@ def test_the_loss_falls_and_every_file_is_there(tuned: Path) -> None:
 
 def test_the_card_says_how_the_adapter_was_made_and_how_to_load_it(tuned: Path, base: Path) -> None:
     card = (tuned / "README.md").read_text()
-    for said in (str(base), "| r | 4 |", "| learning_rate | 0.03 |", "from slimtune import PeftModel", "from peft import"):
+    for said in (
+        str(base),
+        "| r | 4 |",
+        "| learning_rate | 0.03 |",
+        "from slimtune import PeftModel",
+        "from peft import",
+    ):
         assert said in card
 
 
@@ -98,7 +104,10 @@ def test_accumulated_batches_are_one_batch(run: Any, base: Path, data: Path, tmp
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--target-modules", "q_proj,v_proj", "--alpha", 3], {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 3}),
+        (
+            ["--target-modules", "q_proj,v_proj", "--alpha", 3],
+            {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 3},
+        ),
         (["--target-modules", r".*layers\.1.*\.up_proj"], {"target_modules": r".*layers\.1.*\.up_proj"}),
         (["--use-rslora", "--dropout", 0.1], {"use_rslora": True, "lora_dropout": 0.1, "lora_alpha": 8}),
         (["--layers", "1", "--target-modules", "q_proj"], {"layers_to_transform": [1]}),

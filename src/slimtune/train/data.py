@@ -93,7 +93,8 @@ def encode_row(row: Row, tokenizer: Any) -> Encoded:
         )
     labels = [IGNORED] * len(ids)
     for position, (start, end) in enumerate(offsets):
-        if end > start and any(low <= start < high for low, high in spans):
+        # A token that begins in the template and ends in the answer is learned: the answer begins with it.
+        if end > start and any(start < high and end > low for low, high in spans):
             labels[position] = ids[position]
     return _ended(ids, labels, tokenizer)
 

@@ -1,0 +1,53 @@
+"""Help comes at once and shows an example for each command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+COMMANDS = ("demo", "train", "chat", "generate", "info", "merge", "doctor", "demo-data")
+
+
+def test_help_lists_every_command_and_the_exit_codes(run: Any) -> None:
+    shown = run("--help").stdout
+    assert all(command in shown for command in COMMANDS)
+    assert "Exit codes" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_an_example(run: Any, command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"slimtune {command}" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_loads_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys; from slimtune.cli import app\n"
+        f"try: app([{command!r}, '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version(run: Any) -> None:
+    import slimtune
+
+    assert run("--version").stdout.strip() == slimtune.__version__
+
+
+def test_demo_data_can_be_trained_on(run: Any, tmp_path: Any) -> None:
+    from slimtune.tasks.orders import make_orders
+    from slimtune.train.rows import read_rows
+
+    assert run("demo-data", "-o", tmp_path / "orders", "--train", 5, "--held-out", 3, "--seed", 2).exit_code == 0
+    train, held_out = make_orders(5, 3, seed=2)
+    for name, examples in (("train", train), ("held_out", held_out)):
+        rows: Any = read_rows(tmp_path / "orders" / f"{name}.jsonl")
+        assert [row.turns() for row in rows] == [example.messages() for example in examples]

@@ -1,0 +1,84 @@
+"""Batched generation gives what generating one by one gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from slimtune.drift import compare_outputs
+from slimtune.errors import ConfigError
+from slimtune.evaluate.generation import generate_batch
+from slimtune.template import render
+from small_text_model import orders, tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+PROMPTS = [render(TOKENIZER, example.question(), for_answer=True) for example in orders(7)]
+
+
+def one_by_one(model: Any, prompt: str) -> str:
+    ids = TOKENIZER(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    produced = model.generate(ids, max_new_tokens=10, do_sample=False)
+    return TOKENIZER.decode(produced[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_as_one_by_one(batch_size: int) -> None:
+    model = tiny_model()
+    assert generate_batch(model, TOKENIZER, PROMPTS, 10, batch_size=batch_size) == [
+        one_by_one(model, prompt) for prompt in PROMPTS
+    ]
+
+
+def test_prompts_with_nothing_in_common() -> None:
+    model, prompts = tiny_model(), ["abc", "de f", "g"]
+    assert generate_batch(model, TOKENIZER, prompts, 10) == [one_by_one(model, prompt) for prompt in prompts]
+
+
+def test_a_prompt_that_is_the_beginning_of_another() -> None:
+    model, prompts = tiny_model(), ["abc", "abcabcabc", "abc"]
+    assert generate_batch(model, TOKENIZER, prompts, 10) == [one_by_one(model, prompt) for prompt in prompts]
+
+
+def test_windows_that_slide() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, sliding_window=8, initializer_range=0.2,
+            bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        )
+    ).eval()  # fmt: skip
+    assert generate_batch(model, TOKENIZER, PROMPTS[:3], 10) == [one_by_one(model, prompt) for prompt in PROMPTS[:3]]
+
+
+def test_the_model_is_left_in_the_mode_it_was_in() -> None:
+    model = tiny_model().train()
+    generate_batch(model, TOKENIZER, PROMPTS[:2], 2)
+    assert model.training
+
+
+def test_a_negative_temperature() -> None:
+    with pytest.raises(ConfigError, match="-1"):
+        generate_batch(tiny_model(), TOKENIZER, PROMPTS[:1], 2, temperature=-1.0)
+
+
+def test_no_drift_between_equal_outputs() -> None:
+    logits = torch.randn(3, 5, 11)
+    drift = compare_outputs(logits, logits.clone())
+    assert (drift.max_abs, drift.mean_abs, drift.relative, drift.kl, drift.top1_agreement) == (0, 0, 0, 0, 1)
+
+
+def test_drift_against_the_textbook() -> None:
+    before, after = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0]).softmax(0)
+    drift = compare_outputs(before, after)
+    assert drift.kl == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-6)
+    assert (drift.max_abs, drift.mean_abs) == (1.0, 0.5)
+    # A shift of all logits changes no probability.
+    assert compare_outputs(after, after + 3).kl == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="shapes"):
+        compare_outputs(before, after[:, :1])
