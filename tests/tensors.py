@@ -73,8 +73,8 @@ def predict(model: nn.Module, batch: dict[str, Tensor], **kwargs: Any) -> Tensor
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference against the largest expected value."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
-    scale = expected.double().abs().max().clamp_min(1e-30)
-    return float((actual.double() - expected.double()).abs().max() / scale)
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def assert_near(actual: Tensor, expected: Tensor, bound: float = 1e-5, what: str = "tensor") -> None:

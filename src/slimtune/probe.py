@@ -44,7 +44,8 @@ def check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
     if not error <= 0.01 * change + 4 * torch.finfo(module.weight.dtype).eps * size:
         raise MergeError(
             f"{type(module).__name__} has a forward of its own, in which a merged adapter is not what it was: on a "
-            f"probe it misses by {float(error / change):.0%} of the change; exclude the module or keep the adapter apart"
+            f"probe it misses by {float(error / change):.0%} of the change; exclude the module or keep the adapter "
+            "apart"
         )
 
 
