@@ -17,6 +17,10 @@ Model = Annotated[
         help="A model folder, a Hub id, the packaged [bold]smollm2-135m-instruct[/], or an adapter folder.",
     ),
 ]
+Base = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/]."),
+]
 Adapters = Annotated[
     list[str],
     typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter folder, named if wanted; repeatable."),

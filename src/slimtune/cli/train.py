@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Model, Output, Overwrite, TrustRemoteCode, console
+from slimtune.cli.options import Base, Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, console
 from slimtune.errors import ConfigError, did_you_mean, listing
 
 METHOD, RUN, DATA = "Method", "Training", "Data"
@@ -20,7 +20,7 @@ RATES = {"lora": 2e-4, "full": 2e-5}
 
 def train(
     ctx: typer.Context,
-    model: Model,
+    model: Base,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="JSONL with messages, or prompt and completion.")],
     output: Output,
     method: Annotated[str, typer.Option(help="lora, or full for the baseline.", rich_help_panel=METHOD)] = "lora",

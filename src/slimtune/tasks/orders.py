@@ -156,9 +156,7 @@ def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
     """Write examples as chat messages, one a line; raises DataError if the file can't be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "".join(json.dumps({"messages": e.messages()}) + "\n" for e in examples), encoding="utf-8"
-        )
+        path.write_text("".join(json.dumps({"messages": e.messages()}) + "\n" for e in examples), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path} can't be written: {error.strerror}; choose another folder") from error
 
