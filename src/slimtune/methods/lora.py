@@ -77,6 +77,10 @@ class LoraConfig(PeftConfig):
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ConfigError(f"the rank {name} must be a positive whole number, found {rank!r}")
+        numbers = {"lora_alpha": self.lora_alpha, **self.alpha_pattern, "lora_dropout": self.lora_dropout}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ConfigError(f"{name} must be a number, found {number!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must lie in [0, 1), found {self.lora_dropout!r}")
 

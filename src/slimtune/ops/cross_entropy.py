@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**23
-"""How many logits are held at a time: 32 MB in float32."""
+HELD_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""How much of the logits is held at a time, by device: few products with the whole weight are fast ones."""
+
+FLOAT_SHARE = 8
+"""The softmax of a chunk runs over this many parts of it, so that little is held in float32."""
 
 
 def chunked_cross_entropy(
@@ -45,18 +48,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
         gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-        chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        held = HELD_BYTES.get(hidden_TD.device.type, HELD_BYTES["cuda"])
+        chunk = max(FLOAT_SHARE, held // (weight_VD.shape[0] * weight_VD.element_size()))
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
-            labels_C1 = labels_T[rows].unsqueeze(-1)
             logits_CV = F.linear(hidden_TD[rows].to(weight_VD.dtype), weight_VD, bias_V)
-            log_p_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
-            del logits_CV
-            total -= log_p_CV.gather(-1, labels_C1).sum()
+            parts = zip(logits_CV.split(chunk // FLOAT_SHARE), labels_T[rows].split(chunk // FLOAT_SHARE), strict=True)
+            for part_PV, labels_P in parts:
+                total += _loss_and_gradient(part_PV, labels_P.unsqueeze(-1))
             if gradient_TD is not None:
-                p_CV = log_p_CV.exp_()
-                p_CV.scatter_add_(-1, labels_C1, p_CV.new_full((), -1.0).expand_as(labels_C1))
-                gradient_TD[rows] = p_CV.to(weight_VD.dtype) @ weight_VD
+                gradient_TD[rows] = logits_CV @ weight_VD
         ctx.save_for_backward(gradient_TD)
         return total
 
@@ -66,3 +67,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (gradient,) = gradients
         (gradient_TD,) = ctx.saved_tensors
         return gradient_TD * gradient.to(gradient_TD.dtype), None, None, None
+
+
+def _loss_and_gradient(logits_PV: Tensor, labels_P1: Tensor) -> Tensor:
+    """The summed loss of some rows; the logits become its gradient, softmax minus one-hot."""
+    p_PV = F.softmax(logits_PV, dim=-1, dtype=torch.float32)
+    # log sum exp = max - log p_max, and p_max is never small enough to lose digits.
+    log_sum_P1 = logits_PV.amax(-1, keepdim=True).float() - p_PV.amax(-1, keepdim=True).log()
+    loss = (log_sum_P1 - logits_PV.gather(-1, labels_P1).float()).sum()
+    # In float32: p - 1 of a label that is all but certain has no digits left in 16 bits.
+    p_PV.scatter_add_(-1, labels_P1, p_PV.new_full((), -1.0).expand_as(labels_P1))
+    logits_PV.copy_(p_PV)
+    return loss

@@ -35,7 +35,21 @@ def lora_linear(delta: LoraLinear, module: Any, base: Any, x: Tensor, *args: Any
     seed = _draw_seed() if dropout else 0
     bias: Any = module.bias
     factors = (delta.lora_A, delta.lora_B)
-    return _LoraLinear.apply(x, weight_OI, bias, *factors, delta.scaling, dropout, seed, dtype)  # type: ignore[return-value]
+    settings = delta.scaling, dropout, seed, dtype, _product(x)
+    return _LoraLinear.apply(x, weight_OI, bias, *factors, *settings)  # type: ignore[return-value]
+
+
+def _product(x: Tensor) -> Any:
+    """The autograd node of an input that is the product of two tensors, as behind a gated activation.
+
+    The node keeps both for its own backward, which comes after ours: the product need not be kept beside them.
+    """
+    node: Any = x.grad_fn
+    # Under checkpointing what a node keeps can be asked for only once.
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
+    if node is None or hooked or node.name() != "MulBackward0":
+        return None
+    return node if all(function for function, _ in node.next_functions) else None
 
 
 def _is_plain(module: Any, x: Any) -> bool:
@@ -56,33 +70,34 @@ def _draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64).random_())
 
 
-def keep_mask(x: Tensor, dropout: float, seed: int) -> tuple[Tensor, float]:
-    """A mask of the elements that stay, the same for the same seed, and the probability with which each stays."""
+def keep_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """What dropout multiplies x with, in x's dtype: zero, or one over the probability to stay; the same for a seed."""
     generator = torch.Generator(device=x.device).manual_seed(seed)
     if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout, generator=generator), 1 - dropout
+        return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
     # The CPU's generator is serial: one 64-bit draw serves four elements, to a resolution of 2^-16.
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
     words.random_(-(2**63), None, generator=generator)
     dropped = round(dropout * 2**16)
     keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return keep, 1 - dropped / 2**16
+    return keep.to(x.dtype).div_(1 - dropped / 2**16)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor,
-        scaling: float, dropout: float, seed: int, dtype: torch.dtype,
+        scaling: float, dropout: float, seed: int, dtype: torch.dtype, product: Any,
     ) -> Tensor:  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):
             x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
             bias_O = None if bias_O is None else bias_O.to(dtype)
             y_TO = F.linear(x_TI, weight_OI.to(dtype), bias_O)
-            z_TR = _dropped(x_TI, dropout, seed) @ a_RI.to(dtype).t()
+            kept_TI = x_TI * keep_mask(x_TI, dropout, seed) if dropout else x_TI
+            z_TR = kept_TI @ a_RI.to(dtype).t()
             y_TO.addmm_(z_TR, b_OR.to(dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, z_TR)
-        ctx.settings = scaling, dropout, seed, dtype, x.shape, x.dtype
+        ctx.save_for_backward(None if product else x_TI, weight_OI, a_RI, b_OR, z_TR)
+        ctx.settings = scaling, dropout, seed, dtype, x.shape, x.dtype, product
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     @staticmethod
@@ -90,29 +105,25 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = gradients
         x_TI, weight_OI, a_RI, b_OR, z_TR = ctx.saved_tensors
-        scaling, dropout, seed, dtype, shape, x_dtype = ctx.settings
+        scaling, dropout, seed, dtype, shape, x_dtype, product = ctx.settings
+        _, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        gx_TI = ga_RI = gb_OR = None
         with torch.autocast(gradient.device.type, enabled=False):
+            if product:
+                x_TI = (product._saved_self * product._saved_other).reshape(-1, shape[-1]).to(dtype)
             g_TO = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
             gz_TR = (g_TO @ b_OR.to(dtype)).mul_(scaling)
-            gb_OR = (g_TO.t() @ z_TR).to(b_OR.dtype).mul_(scaling) if ctx.needs_input_grad[4] else None
-            ga_RI = None
-            if ctx.needs_input_grad[3]:
-                ga_RI = (gz_TR.t() @ _dropped(x_TI, dropout, seed)).to(a_RI.dtype)
-            gx = None
+            keep = keep_mask(x_TI, dropout, seed) if dropout else None
+            if needs_b:
+                gb_OR = (g_TO.t() @ z_TR).to(b_OR.dtype).mul_(scaling)
+            if needs_a:
+                ga_RI = (gz_TR.t() @ (x_TI if keep is None else x_TI * keep)).to(a_RI.dtype)
             if ctx.needs_input_grad[0]:
                 gx_TI = g_TO @ weight_OI.to(dtype)
-                if dropout:
-                    keep, probability = keep_mask(x_TI, dropout, seed)
-                    gx_TI.add_((gz_TR @ a_RI.to(dtype)).mul_(keep), alpha=1 / probability)
-                else:
+                if keep is None:
                     gx_TI.addmm_(gz_TR, a_RI.to(dtype))
-                gx = gx_TI.view(shape).to(x_dtype)
-            gbias_O = g_TO.sum(0) if ctx.needs_input_grad[2] else None
-        return gx, None, gbias_O, ga_RI, gb_OR, None, None, None, None
-
-
-def _dropped(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
-    if not dropout:
-        return x_TI
-    keep, probability = keep_mask(x_TI, dropout, seed)
-    return (x_TI * keep).div_(probability)
+                else:
+                    gx_TI.addcmul_(gz_TR @ a_RI.to(dtype), keep)
+            gbias_O = g_TO.sum(0) if needs_bias else None
+        gx = None if gx_TI is None else gx_TI.view(shape).to(x_dtype)
+        return gx, None, gbias_O, ga_RI, gb_OR, None, None, None, None, None
