@@ -52,11 +52,13 @@ def reached(figure: Figure, ratio: float, ours: float) -> str:
     return "yes" if good else "no"
 
 
-def shown(value: float, unit: str) -> str:
+def digits(value: float) -> str:
     """Three significant digits: more would be noise."""
-    scaled = value * SCALES[unit]
-    digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2 if scaled >= 1 else 3
-    return f"{scaled:.{digits}f} {unit}"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
+
+
+def shown(value: float, unit: str) -> str:
+    return f"{digits(value * SCALES[unit])} {unit}"
 
 
 def summary(case: Case, rounds: list[Round]) -> Iterator[dict[str, Any]]:
@@ -81,8 +83,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     sides = ("peft", "ours", "floor")
     numbers = [shown(row["medians"][side], row["unit"]) if side in row["medians"] else "" for side in sides]
     low, high = row["ratio_range"]
-    ratio = (f"{row['ratio']:.2f}", f"{low:.2f}-{high:.2f}")
-    return (row["case"], row["figure"], *numbers, *ratio, row["wanted"], row["reached"])
+    ratio = f"{row['ratio']:.2f}"
+    spread = f"{digits(low)}-{digits(high)}"
+    return (row["case"], row["figure"], *numbers, ratio, spread, row["wanted"], row["reached"])
 
 
 def figures(rows: Sequence[dict[str, Any]], title: str) -> Table:

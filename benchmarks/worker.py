@@ -135,6 +135,7 @@ class Trainer:
         """One step; the gradients stay until the next one so that they can be looked at."""
         if self.optimizer is not None:
             self.optimizer.zero_grad()
+        processor_started = time.process_time()
         forward, loss = timed(lambda: self.synchronized(self.forward))
         backward, _ = timed(lambda: self.synchronized(loss.backward))
         update, _ = timed(lambda: self.synchronized(self.update))
@@ -144,6 +145,7 @@ class Trainer:
             "backward_seconds": backward,
             "update_seconds": update,
             "step_seconds": forward + backward + update,
+            "processor_seconds": time.process_time() - processor_started,
         }
 
     def synchronized(self, action: Callable[[], Any]) -> Any:
