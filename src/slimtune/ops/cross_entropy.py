@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-HELD_BYTES = {"cpu": 2**24, "cuda": 2**28}
-"""How much of the logits is held at a time, by device: few products with the whole weight are fast ones."""
+HELD = {"cpu": 2**23, "cuda": 2**27}
+"""How many logits are held at a time, by device: few products with the whole weight are fast ones."""
 
 FLOAT_SHARE = 8
 """The softmax of a chunk runs over this many parts of it, so that little is held in float32."""
@@ -48,8 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
         gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-        held = HELD_BYTES.get(hidden_TD.device.type, HELD_BYTES["cuda"])
-        chunk = max(FLOAT_SHARE, held // (weight_VD.shape[0] * weight_VD.element_size()))
+        chunk = max(FLOAT_SHARE, HELD.get(hidden_TD.device.type, HELD["cuda"]) // weight_VD.shape[0])
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits_CV = F.linear(hidden_TD[rows].to(weight_VD.dtype), weight_VD, bias_V)

@@ -7,8 +7,10 @@ again from their seed instead of being kept.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,22 +67,34 @@ def _is_plain(module: Any, x: Any) -> bool:
     )
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
 def _draw_seed() -> int:
     # From the CPU's generator, which gradient checkpointing restores: the recomputed mask is the first one.
     return int(torch.empty((), dtype=torch.int64).random_())
 
 
-def keep_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """What dropout multiplies x with, in x's dtype: zero, or one over the probability to stay; the same for a seed."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
+def keep_mask(x: Tensor, dropout: float, seed: int) -> tuple[Tensor, float]:
+    """Ones where x stays and zeros where it is dropped, the same for a seed, and the probability to stay."""
     if x.device.type != "cpu":
-        return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
-    # The CPU's generator is serial: one 64-bit draw serves four elements, to a resolution of 2^-16.
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=generator)
-    dropped = round(dropout * 2**16)
-    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return keep.to(x.dtype).div_(1 - dropped / 2**16)
+        generator = torch.Generator(device=x.device).manual_seed(seed)
+        return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator), 1 - dropout
+    # torch draws serially and needs a draw an element; here one of 64 bits serves four, to a resolution of 2^-15.
+    words = torch.from_numpy(np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16))
+    dropped = max(1, round(dropout * 2**15))
+    keep = words.bitwise_and_(2**15 - 1).sub_(dropped - 1).clamp_(0, 1)
+    return keep[: x.numel()].view(x.shape), 1 - dropped / 2**15
+
+
+def apply_mask(x: Tensor, keep: Tensor) -> Tensor:
+    """x where the mask is one, zero elsewhere."""
+    if keep.dtype == torch.int16 and x.element_size() == 2:
+        # Bits times one or zero: far faster than a product of mixed dtypes.
+        return (x.view(torch.int16) * keep).view(x.dtype)
+    return x * keep.to(x.dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -89,12 +103,13 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor,
         scaling: float, dropout: float, seed: int, dtype: torch.dtype, product: Any,
     ) -> Tensor:  # fmt: skip
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
             bias_O = None if bias_O is None else bias_O.to(dtype)
             y_TO = F.linear(x_TI, weight_OI.to(dtype), bias_O)
-            kept_TI = x_TI * keep_mask(x_TI, dropout, seed) if dropout else x_TI
-            z_TR = kept_TI @ a_RI.to(dtype).t()
+            keep, probability = keep_mask(x_TI, dropout, seed) if dropout else (None, 1.0)
+            kept_TI = x_TI if keep is None else apply_mask(x_TI, keep)
+            z_TR = (kept_TI @ a_RI.to(dtype).t()).div_(probability)
             y_TO.addmm_(z_TR, b_OR.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(None if product else x_TI, weight_OI, a_RI, b_OR, z_TR)
         ctx.settings = scaling, dropout, seed, dtype, x.shape, x.dtype, product
@@ -108,22 +123,22 @@ class _LoraLinear(torch.autograd.Function):
         scaling, dropout, seed, dtype, shape, x_dtype, product = ctx.settings
         _, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         gx_TI = ga_RI = gb_OR = None
-        with torch.autocast(gradient.device.type, enabled=False):
+        with _no_autocast(gradient.device.type):
             if product:
                 x_TI = (product._saved_self * product._saved_other).reshape(-1, shape[-1]).to(dtype)
             g_TO = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
-            gz_TR = (g_TO @ b_OR.to(dtype)).mul_(scaling)
-            keep = keep_mask(x_TI, dropout, seed) if dropout else None
+            keep, probability = keep_mask(x_TI, dropout, seed) if dropout else (None, 1.0)
+            gz_TR = (g_TO @ b_OR.to(dtype)).mul_(scaling / probability)
             if needs_b:
                 gb_OR = (g_TO.t() @ z_TR).to(b_OR.dtype).mul_(scaling)
             if needs_a:
-                ga_RI = (gz_TR.t() @ (x_TI if keep is None else x_TI * keep)).to(a_RI.dtype)
+                ga_RI = (gz_TR.t() @ (x_TI if keep is None else apply_mask(x_TI, keep))).to(a_RI.dtype)
             if ctx.needs_input_grad[0]:
                 gx_TI = g_TO @ weight_OI.to(dtype)
                 if keep is None:
                     gx_TI.addmm_(gz_TR, a_RI.to(dtype))
                 else:
-                    gx_TI.addcmul_(gz_TR @ a_RI.to(dtype), keep)
+                    gx_TI.add_(apply_mask(gz_TR @ a_RI.to(dtype), keep))
             gbias_O = g_TO.sum(0) if needs_bias else None
         gx = None if gx_TI is None else gx_TI.view(shape).to(x_dtype)
         return gx, None, gbias_O, ga_RI, gb_OR, None, None, None, None, None
