@@ -170,9 +170,13 @@ class PeftModel:
         is_trainable: bool = False,
         autocast_adapter_dtype: bool = True,
         subfolder: str | None = None,
+        low_cpu_mem_usage: bool = False,
         **hub: Any,
     ) -> None:
         """Attach an adapter from disk or the Hub; one of that name takes the stored weights over.
+
+        Args:
+            low_cpu_mem_usage: taken as in `peft`; an adapter is always loaded without being initialised first.
 
         Raises:
             AdapterFileError: the files are missing or damaged.

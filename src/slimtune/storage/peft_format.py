@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimtune.errors import AdapterFileError, ConfigError
+from slimtune.errors import AdapterFileError, ConfigError, did_you_mean
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -48,6 +49,9 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
     weights, pending = folder / _PENDING_FOLDER / WEIGHTS_NAME, folder / (CONFIG_NAME + _PENDING)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if _whole_config(folder) == pending:
+            # A save that was cut off between its two renames is finished first.
+            pending.replace(folder / CONFIG_NAME)
         shutil.rmtree(weights.parent, ignore_errors=True)
         weights.parent.mkdir()
         pending.write_text(text)
@@ -138,7 +142,14 @@ def adapter_folder(model_id: str | Path, subfolder: str | None = None, **hub: An
 
     Raises:
         AdapterFileError: neither a folder nor a repository that can be reached.
+        ConfigError: an argument that the Hub's client doesn't take.
     """
+    if hub:
+        from huggingface_hub import hf_hub_download
+
+        known = inspect.signature(hf_hub_download).parameters
+        for name in hub.keys() - known.keys():
+            raise ConfigError(f"loading an adapter takes no argument {name!r}{did_you_mean(name, known)}")
     folder = Path(model_id, subfolder or "")
     if folder.is_dir():
         return folder
