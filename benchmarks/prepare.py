@@ -16,7 +16,7 @@ MODEL = "smollm2-135m-instruct"
 
 def model_folder() -> str:
     """The folder of the packaged SmolLM2."""
-    from slimtune.load import resolve
+    from slimtune.loading import resolve
 
     return resolve(MODEL)
 

@@ -32,7 +32,8 @@ def run_module(module: str, *arguments: str) -> Any:
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise MeasurementError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+        what = f"{module} {' '.join(arguments)} ended with {done.returncode}"
+        raise MeasurementError(f"{what}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

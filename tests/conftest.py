@@ -13,7 +13,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
-from slimtune.load import load_base
+from slimtune.loading import load
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 transformers.logging.set_verbosity_error()
@@ -36,7 +36,7 @@ def seed() -> None:
 
 @pytest.fixture(scope="session")
 def smollm2_and_tokenizer() -> tuple[Any, Any]:
-    return load_base("smollm2-135m-instruct", dtype="float32", device="cpu")
+    return load("smollm2-135m-instruct", dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")

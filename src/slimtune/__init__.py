@@ -25,6 +25,7 @@ _HOME = {
     "AutoPeftModelForSeq2SeqLM": "auto",
     "AutoPeftModelForSequenceClassification": "auto",
     "AutoPeftModelForTokenClassification": "auto",
+    "load": "loading",
     "lora_plus_groups": "train.lora_plus",
     "create_loraplus_optimizer": "train.lora_plus",
 }
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from slimtune.delta import PeftConfig, TaskType
+    from slimtune.loading import load
     from slimtune.methods.lora import LoraConfig
     from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from slimtune.train.lora_plus import create_loraplus_optimizer, lora_plus_groups

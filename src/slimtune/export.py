@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimtune.drift import Drift, compare_outputs
 from slimtune.errors import MergeError
-from slimtune.load import no_weight_bar
+from slimtune.loading import no_weight_bar
 from slimtune.merge import outputs, probe_inputs
 from slimtune.staging import staged
 

@@ -36,7 +36,7 @@ def chat(
     Example: slimtune chat smollm2-135m-instruct --adapter orders=tuned --adapter other=elsewhere
     """
     from slimtune.cli.adapters import attach, parse
-    from slimtune.load import load_text_model
+    from slimtune.loading import load_text_model
 
     named = parse(adapter)
     loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code)

@@ -77,7 +77,7 @@ class Demo:
         return self._conclude(tuned, reloaded, merged, time.monotonic() - began)
 
     def _load(self) -> tuple[Any, Any]:
-        from slimtune.load import load_text_model, native_dtype
+        from slimtune.loading import load_text_model, native_dtype
 
         with self._step("Load SmolLM2-135M-Instruct (unpacked at the first use)"):
             model, tokenizer = load_text_model(BASE, native_dtype())
@@ -133,7 +133,7 @@ class Demo:
 
     def _merge(self, model: Any, tokenizer: Any, held_out: list[Example]) -> list[str]:
         from slimtune.export import merge_to_folder
-        from slimtune.load import load_text_model
+        from slimtune.loading import load_text_model
 
         with self._step("Merge into a plain model, written and read again"):
             report = merge_to_folder(model, tokenizer, self.output / "merged", max_kl=0.05, overwrite=True)
@@ -205,6 +205,6 @@ def _short(text: str, limit: int = 90) -> str:
 
 
 def _native() -> str:
-    from slimtune.load import native_dtype
+    from slimtune.loading import native_dtype
 
     return native_dtype()

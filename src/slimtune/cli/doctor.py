@@ -59,7 +59,7 @@ def _installed(name: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    from slimtune.load import native_dtype
+    from slimtune.loading import native_dtype
 
     found: list[dict[str, Any]] = [
         {"name": "cpu", "threads": torch.get_num_threads(), "cores": os.cpu_count(), "native_dtype": native_dtype()}
@@ -74,7 +74,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _memory() -> dict[str, int]:
-    from slimtune.load import cache_dir
+    from slimtune.loading import cache_dir
 
     existing = next(path for path in [cache_dir(), *cache_dir().parents] if path.exists())
     found = {"cache_disk_free_bytes": shutil.disk_usage(existing).free}

@@ -39,7 +39,7 @@ def generate(
 
     from slimtune.cli.adapters import attach, parse
     from slimtune.evaluate.generation import generate_batch
-    from slimtune.load import load_text_model
+    from slimtune.loading import load_text_model
     from slimtune.template import render
 
     named = parse(adapter)

@@ -32,14 +32,14 @@ def merge(
     from slimtune.cli.adapters import attach
     from slimtune.errors import AdapterFileError
     from slimtune.export import merge_to_folder
-    from slimtune.load import base_of, is_adapter, load_base, load_tokenizer
+    from slimtune.loading import base_of, is_adapter, load, load_tokenizer
     from slimtune.staging import refuse_existing
 
     refuse_existing(output, overwrite)
     if not is_adapter(adapter):
         raise AdapterFileError(f"{adapter} is no adapter folder: adapter_config.json is missing; pass what train wrote")
     source = base or base_of(adapter)
-    model, tokenizer = load_base(source, dtype, device, trust_remote_code)
+    model, tokenizer = load(source, dtype, device, trust_remote_code)
     model = attach(model, {"default": adapter})
     tokenizer = load_tokenizer(adapter) or tokenizer
     report = merge_to_folder(model, tokenizer, output, max_kl, overwrite)

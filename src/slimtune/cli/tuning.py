@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.cli.report import show_data, show_preview, show_trained
 from slimtune.errors import ConfigError, DataError, did_you_mean
-from slimtune.load import load_text_model, native_dtype
+from slimtune.loading import load_text_model, native_dtype
 from slimtune.staging import staged
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable

@@ -40,7 +40,7 @@ PACKAGED = {
 }
 
 
-def load_base(
+def load(
     source: str | os.PathLike[str],
     dtype: str = "auto",
     device: str = "auto",
@@ -55,7 +55,7 @@ def load_base(
     if is_adapter(source):
         from slimtune import PeftModel
 
-        model, tokenizer = load_base(base_of(source), dtype, device, trust_remote_code)
+        model, tokenizer = load(base_of(source), dtype, device, trust_remote_code)
         return PeftModel.from_pretrained(model, source), load_tokenizer(source, trust_remote_code) or tokenizer
     folder = resolve(source)
     model = _load_model(folder, dtype, device, trust_remote_code)
@@ -71,8 +71,8 @@ def load_text_model(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """As `load_base`, for a model that writes text; raises ConfigError for any other."""
-    model, tokenizer = load_base(source, dtype, device, trust_remote_code)
+    """As `load`, for a model that writes text; raises ConfigError for any other."""
+    model, tokenizer = load(source, dtype, device, trust_remote_code)
     if not model.can_generate():
         raise ConfigError(
             f"{source} is a {type(model).__name__}, which writes no text; pass a causal language model instead"

@@ -12,26 +12,26 @@ from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.errors import ConfigError, OutputExistsError
-from slimtune.load import cache_dir, load_base, load_text_model, resolve
+from slimtune.loading import cache_dir, load, load_text_model, resolve
 from slimtune.staging import staged
 from small_text_model import save_base, tiny_model
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    model, tokenizer = load_base(save_base(tmp_path / "base"), device="cpu")
+    model, tokenizer = load(save_base(tmp_path / "base"), device="cpu")
     assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
     assert tokenizer.chat_template
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_type_of_numbers_is_the_one_asked_for(tmp_path: Path, dtype: str) -> None:
-    model, _ = load_base(save_base(tmp_path / "base"), dtype=dtype, device="cpu")
+    model, _ = load(save_base(tmp_path / "base"), dtype=dtype, device="cpu")
     assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype}"}
 
 
 def test_an_adapter_brings_its_base(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    model, _ = load_base(base, device="cpu")
+    model, _ = load(base, device="cpu")
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     ids = torch.arange(3, 20)[None]
@@ -47,7 +47,7 @@ def test_code_of_the_model_is_only_run_when_asked(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config))
     (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(Exception, match="can't be loaded"):
-        load_base(base)
+        load(base)
     assert not (tmp_path / "ran").exists()
 
 
@@ -59,7 +59,7 @@ def test_the_packaged_model_is_plain_and_kept(smollm2: Any) -> None:
     folder = Path(resolve("smollm2-135m-instruct"))
     assert folder.parent == cache_dir()
     written = folder.stat().st_mtime_ns
-    load_base("smollm2-135m-instruct", device="cpu")
+    load("smollm2-135m-instruct", device="cpu")
     assert folder.stat().st_mtime_ns == written
     assert not [path for path in cache_dir().iterdir() if path.name.startswith(".")]
 
@@ -77,7 +77,7 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_unknown_types_of_numbers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'float16'"):
-        load_base(save_base(tmp_path / "base"), dtype="flaot16")
+        load(save_base(tmp_path / "base"), dtype="flaot16")
 
 
 def test_a_staged_folder_is_whole_or_not_there(tmp_path: Path) -> None:
