@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from slimtune.adapter import attached
+from slimtune.delta import Site
 from slimtune.targets import walk
+
+
+class Row(NamedTuple):
+    """The modules of one name: how many are trained, how many there are, and in which types of number."""
+
+    trained: int
+    there: int
+    parameters: int
+    dtypes: str
 
 
 @dataclass(frozen=True)
@@ -14,33 +27,47 @@ class Coverage:
     """What an adapter trains, by the last component of the modules' paths.
 
     Attributes:
-        rows: by module name: how many of them are trained, how many there are, trainable parameters.
+        rows: by module name.
         trainable: parameters of the adapter.
         total: parameters of the model with its adapters.
+        stored_bytes: what the adapter will take on disk.
     """
 
     adapter: str
-    rows: dict[str, tuple[int, int, int]]
+    rows: dict[str, Row]
     trainable: int
     total: int
+    stored_bytes: int
 
     def __str__(self) -> str:
         width = max(map(len, self.rows), default=0)
         lines = [
-            f"  {name:<{width}}  {hit:>4} of {there:<4} {parameters:>12,} parameters"
-            for name, (hit, there, parameters) in self.rows.items()
+            f"  {name:<{width}}  {row.trained:>4} of {row.there:<4} {row.parameters:>12,} parameters, {row.dtypes}"
+            for name, row in self.rows.items()
         ]
         share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
-        return "\n".join([f"adapter '{self.adapter}':", *lines, share])
+        return "\n".join([f"adapter '{self.adapter}':", *lines, f"{share}, {self.stored_bytes / 1e6:.1f} MB on disk"])
 
 
 def coverage(model: Any, adapter_name: str) -> Coverage:
-    """Which modules an adapter trains, how many of how many."""
-    rows: dict[str, tuple[int, int, int]] = {}
+    """Which modules an adapter trains, how many of how many, in which types of number."""
+    rows: dict[str, Row] = {}
     last_names = [name.rpartition(".")[2] for name, _ in walk(model)]
+    stored_bytes = 0
     for site, delta in attached(model, adapter_name):
         last = site.name.rpartition(".")[2]
-        hit, _, parameters = rows.get(last, (0, 0, 0))
-        rows[last] = hit + 1, last_names.count(last), parameters + sum(p.numel() for p in delta.parameters())
-    trainable = sum(parameters for _, _, parameters in rows.values())
-    return Coverage(adapter_name, rows, trainable, sum(p.numel() for p in model.parameters()))
+        own = list(delta.parameters())
+        before = rows[last] if last in rows else Row(0, last_names.count(last), 0, "")
+        parameters = before.parameters + sum(p.numel() for p in own)
+        rows[last] = Row(before.trained + 1, before.there, parameters, f"{_dtypes(own)} on {_dtypes(_frozen(site))}")
+        stored_bytes += sum(p.numel() * p.element_size() for p in own)
+    trainable = sum(row.parameters for row in rows.values())
+    return Coverage(adapter_name, rows, trainable, sum(p.numel() for p in model.parameters()), stored_bytes)
+
+
+def _frozen(site: Site) -> list[Tensor]:
+    return list(site.module.parameters(recurse=False))
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))

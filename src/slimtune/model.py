@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -412,8 +413,16 @@ def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[st
     """The model's forward; in training, its loss is computed without the logits of the whole batch."""
     function = model.__dict__.get("instance_forward") or functools.partial(model_type.forward, model)
     head = lazy_head(model) if kwargs.get("labels") is not None else None
+    if head is not None and "use_cache" in _parameters(model_type):
+        # A step that computes its loss reads no cache, which would hold every key and value until it ends.
+        kwargs.setdefault("use_cache", False)
     with _rows(model, adapter_names), model.adapter_switch.using(lazy_head=head):
         return without_lazy(function(*args, **kwargs)) if head is not None else function(*args, **kwargs)
+
+
+@functools.cache
+def _parameters(model_type: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model_type.forward).parameters)
 
 
 def _generate(

@@ -1,0 +1,59 @@
+"""What the README shows is so: its Python runs, its commands and files exist, its figures are the measured ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from slimtune.cli import app
+from slimtune.loading import resolve
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_the_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"base_folder": resolve("smollm2-135m-instruct")})
+    assert list(tmp_path.glob("*/adapter_model.safetensors"))
+
+
+def test_the_first_block_has_six_statements_at_most() -> None:
+    lines = [line for line in blocks("python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 6
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^slimtune (\w+)", README, re.MULTILINE))))
+def test_the_commands_exist(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.output
+
+
+def test_the_tree_names_what_is_there() -> None:
+    tree = README.split("## The source")[1]
+    names = re.findall(r"(?:^|\s{2,})([a-z_]+\.py|[a-z_]+/)(?=\s{2,})", tree)
+    assert len(names) > 15
+    for name in names:
+        assert any((ROOT / top / name).exists() for top in ("", "src/slimtune", "docs")), name
+
+
+def test_every_module_of_the_core_is_in_the_tree() -> None:
+    tree = README.split("## The source")[1]
+    for path in (ROOT / "src/slimtune").glob("*.py"):
+        assert path.name in tree or path.name.startswith("__"), path.name
+
+
+def test_the_figures_are_those_of_the_last_benchmark() -> None:
+    (measured,) = (ROOT / "benchmarks/results").glob("lora-*.md")
+    for row in measured.read_text().splitlines():
+        if row.startswith("|"):
+            assert row in README
