@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 distributed_training.py OUTPUT MODE...
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def main(output: Path, modes: list[str]) -> None:
     for mode in modes:
         (output / mode).mkdir(exist_ok=True)
         run(mode, output / mode)
+    dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads may outlive the interpreter's teardown, which aborts the process after its work is done.
+    os._exit(0)
 
 
 if __name__ == "__main__":
