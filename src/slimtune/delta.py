@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -284,6 +285,11 @@ def method(peft_type: str) -> type[PeftConfig]:
     return known[peft_type]
 
 
+def means(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern`, a name or expression, means the module of that path."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def trainable_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
     """The dtype of a delta on a weight of this dtype: 16-bit steps are too coarse for small updates."""
     return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype
@@ -292,19 +298,3 @@ def trainable_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.d
 def wrong_kind(site: Site, method_name: str, takes: str) -> TargetError:
     """The error for a module that a method can't change."""
     return TargetError(f"{method_name} can't attach to '{site.name}', a {type(site.module).__name__}; it takes {takes}")
-
-
-__all__ = [
-    "Base",
-    "Delta",
-    "Dense",
-    "Kind",
-    "PeftConfig",
-    "Site",
-    "TaskType",
-    "method",
-    "methods",
-    "register",
-    "trainable_dtype",
-    "wrong_kind",
-]

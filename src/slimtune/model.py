@@ -183,9 +183,8 @@ class PeftModel:
             AdapterFileError: the files are missing or damaged.
             BaseMismatchError: the adapter was made for another base.
         """
-        config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
-        tensors = read_adapter(adapter_folder(model_id, subfolder, **hub))
-        _load(self, adapter_name, config, tensors, model_id, is_trainable, autocast_adapter_dtype)
+        folder = adapter_folder(model_id, subfolder, **hub)
+        _load(self, adapter_name, folder, None, is_trainable, autocast_adapter_dtype)
 
     @classmethod
     def from_pretrained(
@@ -218,9 +217,8 @@ class PeftModel:
                 f"from_pretrained takes the base model and then the adapter, found {type(model).__name__} and "
                 f"{model_id!r}; to load both at once use AutoPeftModelForCausalLM"
             )
-        config = config or PeftConfig.from_pretrained(model_id, subfolder, **hub)
-        tensors = read_adapter(adapter_folder(model_id, subfolder, **hub))
-        _load(model, adapter_name, config, tensors, model_id, is_trainable, autocast_adapter_dtype)
+        folder = adapter_folder(model_id, subfolder, **hub)
+        _load(model, adapter_name, folder, config, is_trainable, autocast_adapter_dtype)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -233,8 +231,10 @@ class PeftModel:
         self._check_known(adapter_name)
         if adapter_name in self.adapter_switch.merged:
             raise MergeError(f"the adapter '{adapter_name}' is merged into the weights; call unmerge_adapter() first")
-        for site, _ in attached(self, adapter_name):
-            del adopt(site.module, self.adapter_switch).deltas[adapter_name]
+        model: Any = self
+        for _, module in adopted_modules(model):
+            if adapter_name in module.deltas:
+                del module.deltas[adapter_name]
         del self.peft_config[adapter_name]
         active = tuple(name for name in self.active_adapters if name != adapter_name)
         self.set_adapter(active or tuple(self.peft_config)[:1])
@@ -450,18 +450,19 @@ def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
 def _load(
     model: Any,
     name: str,
-    config: PeftConfig,
-    tensors: Mapping[str, Tensor],
-    source: str | Path,
+    folder: Path,
+    config: PeftConfig | None,
     is_trainable: bool,
     autocast_adapter_dtype: bool,
 ) -> None:
+    config = config or PeftConfig.from_pretrained(folder)
+    tensors = read_adapter(folder)
     config.inference_mode = not is_trainable
     if name in getattr(model, "peft_config", {}):
-        fill(attached(model, name), tensors, source)
+        fill(attached(model, name), tensors, folder)
     else:
         drafted = draft(model, name, config, autocast_adapter_dtype, strict=False)
-        fill(drafted, tensors, source)
+        fill(drafted, tensors, folder)
         _add(model, name, config, drafted)
     if not is_trainable:
         model.eval()

@@ -11,7 +11,7 @@ from torch import nn
 
 from slimtune.adopt import Adopted
 from slimtune.bases import base_of
-from slimtune.delta import Site
+from slimtune.delta import Site, means
 from slimtune.errors import TargetError, did_you_mean, listing
 
 ALL_LINEAR = "all-linear"
@@ -77,7 +77,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
         chosen = {id(site.module) for site in sites}
         others = {name for name, module in modules.items() if id(module) not in chosen}
         config.target_modules = _suffixes([site.name for site in sites], others)
-    return Targets(sites, whole, _bias_sites(modules, config, sites, taken))
+    return Targets(sites, whole, _bias_sites(modules, config, taken))
 
 
 def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:
@@ -86,6 +86,7 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
     names = [name for name in modules if name and not any(p.match(name) for p in inside_saved)]
     if targets is None or targets == ALL_LINEAR:
         matched = _linear_layers(model, modules, names, blocks_only=targets is None)
+        matched = _in_layers(matched, config.layers_to_transform, config.layers_pattern)
     elif isinstance(targets, str):
         matched = [name for name in names if re.fullmatch(targets, name)]
         if not matched:
@@ -213,7 +214,7 @@ def _whole(modules: Modules, names: list[str], strict: bool) -> list[Site]:
     return list(sites.values())
 
 
-def _bias_sites(modules: Modules, config: Any, sites: list[Site], taken: set[int]) -> list[Site]:
+def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
     """Where `bias="all"` trains a bias: everywhere that one is."""
     if getattr(config, "bias", "none") != "all":
         return []
@@ -228,7 +229,7 @@ def _bias_sites(modules: Modules, config: Any, sites: list[Site], taken: set[int
 def _check_patterns(config: Any, names: list[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field, None) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            if not any(means(pattern, name) for name in names):
                 raise TargetError(
                     f"{field} names {pattern!r}, which none of the targets is called"
                     f"{did_you_mean(pattern, _last_names(names)) or '; they are ' + listing(_last_names(names))}"

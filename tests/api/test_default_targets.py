@@ -95,3 +95,10 @@ def test_coverage_says_how_many_of_how_many() -> None:
 def test_suggestions_are_near_or_none() -> None:
     assert "'q_proj'" in did_you_mean("q_porj", LLAMA_LINEARS)
     assert did_you_mean("something else", LLAMA_LINEARS) == ""
+
+
+def test_chosen_layers_narrow_the_default() -> None:
+    config = slimtune.LoraConfig(r=2, layers_to_transform=[1])
+    sites = adapted(slimtune.get_peft_model(LLAMA.model(), config))
+    assert sites
+    assert all(".1." in site for site in sites)

@@ -6,7 +6,6 @@ y = base(x) + s * B(A(dropout(x))),  s = alpha / r, or alpha / sqrt(r) with rsLo
 from __future__ import annotations
 
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, Dense, PeftConfig, Site, register, trainable_dtype, wrong_kind
+from slimtune.delta import Delta, Dense, PeftConfig, Site, means, register, trainable_dtype, wrong_kind
 from slimtune.errors import ConfigError, MergeError, did_you_mean
 
 INITIALISATIONS = ("gaussian",)
@@ -131,7 +130,7 @@ class LoraConfig(PeftConfig):
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+    return next((value for key, value in patterns.items() if means(key, name)), otherwise)
 
 
 class LoraDelta(Delta):
