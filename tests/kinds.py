@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import slimtune
-from slimtune.delta import PeftConfig
+from slimtune.bases import base_of
+from slimtune.delta import PeftConfig, Site, TargetedConfig, methods
+from slimtune.errors import ConfigError, TargetError
 
 
 class ScaledLinear(nn.Linear):
@@ -100,6 +104,8 @@ KINDS = (
     convolution("conv2d-1x1", nn.Conv2d, (3, 3), kernel_size=1),
     convolution("conv2d-grouped", nn.Conv2d, (6, 5), kernel_size=3, groups=2),
     convolution("conv3d", nn.Conv3d, (4, 3, 3), kernel_size=2),
+    Kind("layer-norm", lambda: nn.LayerNorm(12), lambda: torch.randn(2, 3, 12), 1),
+    Kind("layer-norm-without-bias", lambda: nn.LayerNorm(12, bias=False), lambda: torch.randn(2, 3, 12), 1),
     embedding("embedding"),
     embedding("embedding-padded", padding_idx=3),
 )
@@ -125,16 +131,48 @@ def lora_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.LoraConf
     return slimtune.LoraConfig(**{**drawn, **fixed})
 
 
-METHODS: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {"LORA": lora_configs}
-"""A strategy for each registered method; `test_every_method_is_tested` sees to it that none is missing."""
+STRATEGIES: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {"LORA": lora_configs}
+"""More than the defaults of a method, where there is more to try; a method without a strategy is tested with these."""
+
+
+def configs(method: str, kind: Kind, **fixed: Any) -> st.SearchStrategy[PeftConfig]:
+    """Configs of a method for the site of a host of that kind."""
+    known = {field.name for field in dataclasses.fields(methods()[method])}
+    options = {name: value for name, value in fixed.items() if name in known}
+    if method in STRATEGIES:
+        return STRATEGIES[method](kind, **options)
+    return st.builds(lambda: methods()[method](**{"target_modules": ["site"], **options}))
+
+
+@functools.cache
+def methods_for(kind: Kind) -> tuple[str, ...]:
+    """The methods that attach to a module of that kind, found by trying."""
+    return tuple(method for method in sorted(methods()) if _attaches(method, kind))
+
+
+def _attaches(method: str, kind: Kind) -> bool:
+    if not issubclass(methods()[method], TargetedConfig):
+        return False
+    module = kind.build()
+    config: Any = methods()[method](target_modules=["site"])
+    try:
+        config.delta_for(Site("site", module, base_of(type(module))))
+    except TargetError:
+        return False
+    except ConfigError:  # a default that is too large for so small a module
+        pass
+    return True
 
 
 @st.composite
-def cases(draw: st.DrawFn, kinds: tuple[Kind, ...] = KINDS, **fixed: Any) -> tuple[Kind, PeftConfig]:
-    """A kind of module and a config of some method that fits it."""
-    kind = draw(st.sampled_from(kinds))
-    method = draw(st.sampled_from(sorted(METHODS)))
-    return kind, draw(METHODS[method](kind, **fixed))
+def cases(
+    draw: st.DrawFn, kinds: tuple[Kind, ...] = KINDS, among: tuple[str, ...] = (), **fixed: Any
+) -> tuple[Kind, PeftConfig]:
+    """A kind of module and a config of some method (of `among`, if given) that attaches to it."""
+    fitting = [kind for kind in kinds if set(methods_for(kind)) & set(among or methods_for(kind))]
+    kind = draw(st.sampled_from(fitting))
+    method = draw(st.sampled_from([name for name in methods_for(kind) if name in (among or methods_for(kind))]))
+    return kind, draw(configs(method, kind, **fixed))
 
 
 def attach(kind: Kind, config: PeftConfig, adapter: str = "default") -> Any:

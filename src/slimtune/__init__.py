@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "LoraConfig": "methods.lora",
     "PeftConfig": "delta",
     "TaskType": "delta",
     "PeftModel": "model",
@@ -29,8 +28,6 @@ _HOME = {
     "lora_plus_groups": "train.lora_plus",
     "create_loraplus_optimizer": "train.lora_plus",
 }
-
-__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from slimtune.auto import (
@@ -50,12 +47,24 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__all__":
+        return __dir__()
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"slimtune.{_HOME[name]}"), name)
+    elif name.endswith("Config"):
+        # A method is enrolled by its file being there; its config needs no entry here.
+        from slimtune.delta import methods
+
+        value = next((config for config in methods().values() if config.__name__ == name), None)
+    else:
+        value = None
+    if value is None:
         raise AttributeError(f"module 'slimtune' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"slimtune.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from slimtune.delta import methods
+
+    return ["__version__", *_HOME, *(config.__name__ for config in methods().values())]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.adopt import Adopted, adopt
+from slimtune.adopt import Adopted, adopt, attach_to
 from slimtune.bases import base_of
-from slimtune.delta import Delta, PeftConfig, Site
+from slimtune.delta import Delta, PeftConfig, Site, deltas_of
 from slimtune.errors import AdapterExistsError, BaseMismatchError, ConfigError, listing
 from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
 from slimtune.targets import resolve, walk
@@ -43,14 +43,16 @@ def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: boo
         deltas[id(site.module)][1].hold_all(site.module)
     for site in targets.biases:
         deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site.module, "bias")
-    return list(deltas.values())
+    drafted = list(deltas.values())
+    config.settle(model, drafted)
+    return drafted
 
 
 def attach(model: Any, name: str, drafted: Draft) -> None:
     """Put the deltas at their sites, not active yet."""
     for site, delta in drafted:
         delta.train(site.module.training).requires_grad_(False)
-        adopt(site.module, model.adapter_switch).deltas[name] = delta
+        attach_to(adopt(site.module, model.adapter_switch), name, delta)
 
 
 def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
@@ -65,16 +67,17 @@ def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
 def attached(model: Any, name: str) -> Draft:
     """The deltas of an adapter that the model has."""
     return [
-        (Site(path, module, base_of(type(module))), module.deltas[name])
+        (Site(path, module, base_of(module.adopted_from)), deltas_of(module)[name])
         for path, module in adopted_modules(model)
-        if name in module.deltas
+        if name in deltas_of(module)
     ]
 
 
-def stored_names(site: Site, delta: Delta) -> dict[str, str]:
-    """By the name of each parameter and buffer in the delta: its name on disk."""
-    own = (*delta.named_parameters(), *delta.named_buffers())
-    return {name: f"{KEY_PREFIX}{site.name}.{delta.disk_name(name)}" for name, _ in own}
+def key(site: Site, disk_name: str) -> str:
+    """The key in the file of what a delta calls by this name."""
+    if disk_name.startswith("/"):
+        return disk_name[1:]
+    return f"{KEY_PREFIX}{site.name}.{disk_name}" if site.name else KEY_PREFIX + disk_name
 
 
 def fill(drafted: Draft, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -83,10 +86,8 @@ def fill(drafted: Draft, tensors: Mapping[str, Tensor], source: str | Path) -> N
     Raises:
         BaseMismatchError: a tensor is missing, left over or of another shape; nothing is copied then.
     """
-    own: dict[str, Tensor] = {}
-    for site, delta in drafted:
-        values = dict(delta.named_parameters()) | dict(delta.named_buffers())
-        own |= {stored: values[name] for name, stored in stored_names(site, delta).items()}
+    disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in drafted]
+    own = {key(site, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
     missing, strange = own.keys() - tensors.keys(), _strangers(drafted, tensors, set(own))
     if missing or strange:
         what = f"it lacks {listing(missing, 3)}" if missing else f"it holds {listing(strange, 3)} besides"
@@ -101,8 +102,10 @@ def fill(drafted: Draft, tensors: Mapping[str, Tensor], source: str | Path) -> N
                 f"{tuple(tensor.shape)} on this model"
             )
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        for site, delta, names in disk_names:
+            inside = delta.from_disk({name: tensors[key(site, name)] for name in names})
+            for name, tensor in delta.state_dict().items():
+                tensor.copy_(inside[name])
 
 
 def _strangers(drafted: Draft, tensors: Mapping[str, Tensor], own: set[str]) -> set[str]:
@@ -123,8 +126,15 @@ def adapter_tensors(model: Any, name: str, state_dict: Mapping[str, Tensor] | No
     """
     found: dict[str, Tensor] = {}
     for site, delta in attached(model, name):
-        own = dict(delta.named_parameters()) | dict(delta.named_buffers())
-        for inside, stored in stored_names(site, delta).items():
-            tensor: Any = (state_dict or {}).get(f"{site.name}.deltas.{name}.{inside}", own[inside])
-            found[stored] = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+        prefix = f"{site.name}.deltas.{name}." if site.name else f"deltas.{name}."
+        own = {
+            inside: gathered((state_dict or {}).get(prefix + inside, tensor))
+            for inside, tensor in delta.state_dict().items()
+        }
+        found |= {key(site, stored): tensor for stored, tensor in delta.to_disk(own).items()}
     return found
+
+
+def gathered(tensor: Any) -> Tensor:
+    """The whole of a tensor that may be sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()

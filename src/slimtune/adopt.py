@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.bases import base_of
+from slimtune.delta import Base, Frozen, deltas_of
 from slimtune.errors import ConfigError
 from slimtune.ops import fused_for
 from slimtune.ops.lazy_logits import LazyLogits
@@ -52,6 +53,7 @@ class Adopted:
     """Mixed in front of a module's class: its forward is the active deltas' formulas around the class's own."""
 
     adopted_from: ClassVar[type[nn.Module]]
+    adopted_base: ClassVar[Base]
     deltas: nn.ModuleDict
     adapter_switch: Switch
 
@@ -75,6 +77,14 @@ def reduced(module: Any) -> tuple[Any, ...]:
     return _rebuild, (made.adopted_from, mixin), module.__dict__.copy()
 
 
+def attach_to(module: Any, name: str, delta: nn.Module) -> None:
+    """Put a delta on an adopted module."""
+    # Not before there is one: a root that is an nn.Sequential would run an empty container as its last layer.
+    if "deltas" not in module._modules:
+        module.deltas = nn.ModuleDict()
+    module.deltas[name] = delta
+
+
 def run(module: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What the module computes under the adapters in effect."""
     return _composed(module, frozen, module.adapter_switch.applied)(*args, **kwargs)
@@ -82,12 +92,15 @@ def run(module: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
     call = frozen
-    deltas = [module.deltas[name] for name in names if name in module.deltas]
+    own = deltas_of(module)
+    deltas = [own[name] for name in names if name in own]
+    base = module.adopted_base
     for delta in deltas:
         # The compiler fuses the plain formula itself, and can't trace the look-up in the table.
         may_fuse = call is frozen and not torch.compiler.is_compiling()
-        fused = fused_for(type(delta), type(base_of(module.adopted_from))) if may_fuse else None
-        call = functools.partial(fused, delta, module, call) if fused else functools.partial(delta, call)
+        fused = fused_for(type(delta), type(base)) if may_fuse else None
+        around = Frozen(module, base, call)
+        call = functools.partial(fused, delta, module, around) if fused else functools.partial(delta, around)
     for delta in deltas:
         if delta.holds:
             call = functools.partial(_held, module, delta.stand_ins(), call)
@@ -114,7 +127,7 @@ def _held(module: nn.Module, tensors: dict[str, Tensor], call: Callable[..., Any
 
 
 def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x: Tensor, *args: Any, **kw: Any) -> Any:
-    if not any(name in module.deltas for name in rows):
+    if not any(name in deltas_of(module) for name in rows):
         return frozen(x, *args, **kw)
     if x.shape[0] % len(rows):
         raise ConfigError(
@@ -139,8 +152,6 @@ def adopt(module: nn.Module, switch: Switch, mixin: type = Adopted) -> Any:
         module.__dict__["instance_forward"] = module.__dict__.pop("forward")
     module.__class__ = adopted_class(type(module), mixin)
     module.adapter_switch = switch  # type: ignore[assignment]
-    if mixin is Adopted:
-        module.deltas = nn.ModuleDict()
     return module
 
 
@@ -162,7 +173,11 @@ def adopted_class(module_type: type[nn.Module], mixin: type) -> type[nn.Module]:
     """
     names = {key: getattr(module_type, key) for key in ("__module__", "__qualname__", "__doc__")}
     extra = mixin.members(module_type) if hasattr(mixin, "members") else {}
-    return type(module_type.__name__, (mixin, module_type), {"adopted_from": module_type} | names | extra)
+    return type(
+        module_type.__name__,
+        (mixin, module_type),
+        {"adopted_from": module_type, "adopted_base": base_of(module_type)} | names | extra,
+    )
 
 
 def _rebuild(module_type: type[nn.Module], mixin: type) -> nn.Module:

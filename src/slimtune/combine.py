@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from slimtune.adapter import Draft, attached, draft
@@ -46,17 +45,7 @@ def combined(
 
 
 def _config(configs: Sequence[Any], how: str, svd_rank: int | None) -> Any:
-    if any(type(config) is not type(configs[0]) or not hasattr(config, "rank_pattern") for config in configs):
+    if any(type(config) is not type(configs[0]) for config in configs):
         found = listing(str(config.peft_type) for config in configs)
-        raise ConfigError(f"only adapters of one low-rank method can be combined, found {found}")
-    if len({type(config.target_modules) for config in configs}) > 1:
-        raise ConfigError("adapters whose target_modules are names don't combine with one that has an expression")
-    ranks = [max([config.r, *config.rank_pattern.values()]) for config in configs]
-    if isinstance(configs[0].target_modules, str):
-        targets: Any = "|".join(f"({config.target_modules})" for config in configs)
-    else:
-        targets = set().union(*(config.target_modules for config in configs))
-    rank = sum(ranks) if how == "cat" else (svd_rank or max(ranks))
-    # alpha = r and no rsLoRA: the adapters' scales are inside the factors.
-    plain = {"lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    return replace(configs[0], r=rank, target_modules=targets, **plain)
+        raise ConfigError(f"only adapters of one method can be combined, found {found}")
+    return configs[0].combined(configs[1:], how, svd_rank)

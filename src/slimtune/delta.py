@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
+from slimtune.structure import Role, role_of
 
 Dense = dict[str, Tensor]
 """The parameters of one module by name, `weight` as (out, in, ...): what a change is folded into."""
@@ -73,15 +74,45 @@ class Base(ABC):
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a delta attaches: the module, its name in the model and its kind of base."""
+    """One place where a delta attaches: the module, its name in the model and its kind of base.
+
+    The model itself is a site too, with an empty name.
+    """
 
     name: str
-    module: nn.Module
+    module: Any
     base: Base
 
     @property
     def kind(self) -> Kind:
         return self.base.kind
+
+    @property
+    def role(self) -> Role | None:
+        """What the module does in its block, where that can be told."""
+        return role_of(self.name)
+
+
+class Frozen:
+    """What a delta is put around: called, it is what the module computes without the delta."""
+
+    __slots__ = ("base", "call", "module")
+
+    def __init__(self, module: Any, base: Base, call: Callable[..., Any]) -> None:
+        self.module, self.base, self.call = module, base, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as (out, in, ...)."""
+        return self.base.weight(self.module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that the module adds to its output, if it has one."""
+        return getattr(self.module, "bias", None)
 
 
 class Delta(nn.Module):
@@ -97,16 +128,27 @@ class Delta(nn.Module):
     on_disk: ClassVar[Mapping[str, str]] = {}
     """What the file format calls each parameter, after the site's name and a dot."""
 
-    def forward(self, base: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
         """The method's equation; `base(x)` is what the frozen module computes."""
-        return base(x, *args, **kwargs)
+        return base(*args, **kwargs)
 
-    def initialise(self, config: Any) -> None:
+    def initialise(self, config: Any, site: Site) -> None:
         """Set the parameters to where training starts, as the config asks."""
 
     def disk_name(self, parameter: str) -> str:
-        """What the file format calls this parameter or buffer, after the site's name and a dot."""
+        """What the file format calls this parameter or buffer, after the site's name and a dot.
+
+        A name that starts with a slash stands alone, without the site's name.
+        """
         return self.on_disk.get(parameter) or parameter.removeprefix("whole.").removeprefix("running.")
+
+    def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored, by `disk_name`, from the parameters and buffers by their names here."""
+        return {self.disk_name(name): tensor for name, tensor in own.items()}
+
+    def from_disk(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_disk`."""
+        return {name: stored[self.disk_name(name)] for name in self.state_dict()}
 
     def fold(self, dense: Dense) -> Dense:
         """The equation written into dense parameters, as new tensors; what is held whole is there already.
@@ -145,11 +187,20 @@ class Delta(nn.Module):
         return "whole" in self._modules
 
 
+def deltas_of(module: Any) -> Mapping[str, Any]:
+    """The deltas of an adopted module by adapter; the root and the head are adopted without having any."""
+    return module._modules.get("deltas", {})
+
+
 class BufferDict(nn.Module):
     """Buffers by name: the running statistics of a module that is trained whole."""
 
 
 C = TypeVar("C", bound="PeftConfig")
+
+Whereabouts = Literal["linear", "bias", "norm", "everything", "output", "model"]
+"""Places by what is there: linear layers of the blocks, modules with a bias, normalisations, all modules with
+parameters, the output layers, or the model as a whole."""
 
 
 @dataclass
@@ -168,6 +219,9 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    learning_rate: ClassVar[float] = 2e-4
+    """What `slimtune train` learns with where nothing is said."""
+
     inert: ClassVar[Mapping[str, Any]] = {}
     """Fields of `peft` that this library doesn't implement, with the value at which they change nothing."""
 
@@ -181,9 +235,25 @@ class PeftConfig:
     def is_prompt_learning(self) -> bool:
         return False
 
+    @property
+    def default_targets(self) -> tuple[Role | Whereabouts, ...]:
+        """Where the method attaches if no `target_modules` are named."""
+        return ("linear",)
+
     def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> Delta:
         """The delta for one site, its parameters not set yet. Raises: TargetError, ConfigError."""
         raise ConfigError(f"{type(self).__name__} names no method; use LoraConfig or another method's config")
+
+    def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+        """See all deltas of an adapter together, before it is attached: link them, check them, note what was found.
+
+        Raises:
+            TargetError, ConfigError: the method doesn't go with this model.
+        """
+
+    def combined(self, others: Sequence[Any], how: str, rank: int | None) -> PeftConfig:
+        """The config of a weighted combination with other adapters of this method. Raises: ConfigError."""
+        raise ConfigError(f"{self.peft_type} adapters can't be combined into one; activate them together instead")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, those included that were only passed through."""
@@ -234,6 +304,30 @@ class PeftConfig:
             return
         why = "is not implemented here" if name in cls.inert else "is unknown to this version"
         raise ConfigError(f"the field {name!r} is set to {value!r}, which {why} and would change the result")
+
+
+@dataclass
+class TargetedConfig(PeftConfig):
+    """What methods share that change chosen modules.
+
+    `target_modules`: names (the last components of module paths), a regular expression over whole paths,
+    `"all-linear"`, or None for the places where the method belongs.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules = _names(self.target_modules)
+        self.exclude_modules = _names(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"
+
+
+def _names(value: Any) -> Any:
+    return set(value) if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:

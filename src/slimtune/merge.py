@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slimtune.adapter import adopted_modules
 from slimtune.adopt import standing_in
 from slimtune.bases import base_of
-from slimtune.delta import Dense
+from slimtune.delta import Dense, deltas_of
 from slimtune.drift import Drift, compare_outputs
 from slimtune.errors import MergeError
 from slimtune.probe import check_fold
@@ -29,7 +29,7 @@ def fold(module: Any, names: tuple[str, ...]) -> Dense:
         MergeError: a change has no form as weights, or the result is not finite.
     """
     base = base_of(type(module))
-    deltas = [module.deltas[name] for name in names if name in module.deltas]
+    deltas = [deltas_of(module)[name] for name in names if name in deltas_of(module)]
     held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
     with standing_in(module, held):
         dense = base.dense(module)
@@ -62,7 +62,7 @@ def merge(model: Any, names: tuple[str, ...], safe: bool = False) -> Kept:
     kept: Kept = []
     try:
         for path, module in adopted_modules(model):
-            if any(name in module.deltas for name in names):
+            if any(name in deltas_of(module) for name in names):
                 kept.append((module, _exchange(module, _named(path, module, names))))
         switch.merged = names
         if probe and before is not None:

@@ -14,11 +14,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from slimtune import merge as merging
 from slimtune.adapter import Draft, adapter_tensors, adopted_modules, attach, attached, draft, fill
-from slimtune.adopt import BASE, Switch, adopt, reduced, release
+from slimtune.adopt import BASE, Adopted, Switch, adopt, release, run
 from slimtune.bases import base_of
 from slimtune.combine import combined
 from slimtune.coverage import Coverage, coverage
-from slimtune.delta import PeftConfig
+from slimtune.delta import PeftConfig, deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.ops.lazy_logits import lazy_head, without_lazy
 from slimtune.storage.checkpoint import is_checkpoint, offer_to_trainer
@@ -39,8 +39,8 @@ def get_peft_model(
         AdapterExistsError: the model has an adapter of that name.
     """
     drafted = draft(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
-    for _, delta in drafted:
-        delta.initialise(peft_config)
+    for site, delta in drafted:
+        delta.initialise(peft_config, site)
     _add(model, adapter_name, peft_config, drafted)
     return model
 
@@ -71,7 +71,7 @@ def _adopt_root(model: Any) -> None:
         adopt(head, model.adapter_switch)
 
 
-class PeftModel:
+class PeftModel(Adopted):
     """Mixed in front of the class of a model that carries adapters; the model keeps its own class beside.
 
     Attributes:
@@ -83,7 +83,6 @@ class PeftModel:
     """
 
     adopted_from: ClassVar[type[nn.Module]]
-    adapter_switch: Switch
     peft_config: dict[str, PeftConfig]
     return_logits: bool
     kept: merging.Kept
@@ -98,9 +97,6 @@ class PeftModel:
             for name, wrapper in wrappers.items()
             if hasattr(model_type, name)
         }
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(self)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -129,14 +125,15 @@ class PeftModel:
         model: Any = self
         modules = adopted_modules(model)
         for path, module in modules:
-            if sum(module.deltas[name].holds for name in names if name in module.deltas) > 1:
+            own = deltas_of(module)
+            if sum(own[name].holds for name in names if name in own) > 1:
                 raise ConfigError(
                     f"the adapters {listing(names)} each train their own copy of '{path}' and can't be active "
                     "together; activate one of them"
                 )
         self.adapter_switch.active = names
         for _, module in modules:
-            for name, delta in module.deltas.items():
+            for name, delta in deltas_of(module).items():
                 for parameter in delta.parameters():
                     parameter.requires_grad = name in names and not inference_mode
 
@@ -233,7 +230,7 @@ class PeftModel:
             raise MergeError(f"the adapter '{adapter_name}' is merged into the weights; call unmerge_adapter() first")
         model: Any = self
         for _, module in adopted_modules(model):
-            if adapter_name in module.deltas:
+            if adapter_name in deltas_of(module):
                 del module.deltas[adapter_name]
         del self.peft_config[adapter_name]
         active = tuple(name for name in self.active_adapters if name != adapter_name)
@@ -303,12 +300,11 @@ class PeftModel:
 
     def _released(self) -> Any:
         model: Any = self
+        trained_before = self.trained_before
         for _, module in adopted_modules(model):
             release(module)
-        trained_before = self.trained_before
         for name in ("peft_config", "return_logits", "kept", "trained_before"):
             delattr(model, name)
-        release(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained_before)
         return model
@@ -411,7 +407,8 @@ def _wrapping(model_type: Any, name: str, wrapper: Callable[..., Any]) -> Callab
 
 def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
     """The model's forward; in training, its loss is computed without the logits of the whole batch."""
-    function = model.__dict__.get("instance_forward") or functools.partial(model_type.forward, model)
+    frozen = model.__dict__.get("instance_forward") or functools.partial(model_type.forward, model)
+    function = functools.partial(run, model, frozen) if deltas_of(model) else frozen
     head = lazy_head(model) if kwargs.get("labels") is not None else None
     if head is not None and "use_cache" in _parameters(model_type):
         # A step that computes its loss reads no cache, which would hold every key and value until it ends.
@@ -443,6 +440,12 @@ def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
         raise ConfigError(
             "adapter_names is for inference with unmerged adapters; call model.eval() and unmerge_adapter() first"
         )
+    for name in adapter_names:
+        if name in deltas_of(model):
+            raise ConfigError(
+                f"the adapter '{name}' changes the inputs of the whole model and can't be mixed with others in one "
+                "batch; run its rows as a batch of their own"
+            )
     with model.adapter_switch.using(rows=tuple(adapter_names)):
         yield
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from slimtune.adopt import run, standing_in
 from slimtune.bases import base_of
 from slimtune.bases.dense import own_forward
-from slimtune.delta import Delta, Dense
+from slimtune.delta import Delta, Dense, deltas_of
 from slimtune.errors import MergeError
 
 
@@ -25,7 +25,7 @@ def check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
         MergeError: the two differ by more than rounding.
     """
     base = base_of(type(module))
-    changed = any(type(module.deltas[name]) is not Delta for name in names if name in module.deltas)
+    changed = any(type(delta) is not Delta for name, delta in deltas_of(module).items() if name in names)
     if not changed or own_forward(module) in {kind.forward for kind in base.module_types}:
         return
     frozen, was_training = functools.partial(own_forward(module), module), module.training

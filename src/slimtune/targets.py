@@ -59,7 +59,8 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
         TargetError: nothing matches, with what there is and the nearest name.
     """
     modules = Modules(walk(model))
-    keep = [name for name in _heads(model) if strict and name not in (config.modules_to_save or [])]
+    heads = [] if set(config.default_targets) & {"output", "everything"} else _heads(model)
+    keep = [name for name in heads if strict and name not in (config.modules_to_save or [])]
     if keep:
         config.modules_to_save = [*(config.modules_to_save or []), *keep]
     whole = _whole(modules, config.modules_to_save or [], strict)
@@ -68,12 +69,12 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
     sites = list({id(modules[name]): modules.site(name) for name in wanted}.values())
     if not sites:
         raise TargetError(
-            f"target_modules {config.target_modules!r} leaves nothing to train; "
+            f"target_modules {_targets(config)!r} leaves nothing to train; "
             f"the model has {listing(_last(name) for name in modules if name)}"
         )
     if strict:
         _check_patterns(config, [site.name for site in sites])
-    if config.target_modules in (None, ALL_LINEAR):
+    if hasattr(config, "target_modules") and config.target_modules in (None, ALL_LINEAR):
         chosen = {id(site.module) for site in sites}
         others = {name for name, module in modules.items() if id(module) not in chosen}
         config.target_modules = _suffixes([site.name for site in sites], others)
@@ -81,12 +82,19 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
 
 
 def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:
-    targets, exclude = config.target_modules, config.exclude_modules
+    targets, exclude = _targets(config), getattr(config, "exclude_modules", None)
+    layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     inside_saved = [re.compile(rf"(^|.*\.){re.escape(m)}($|\..*)") for m in config.modules_to_save or []]
     names = [name for name in modules if name and not any(p.match(name) for p in inside_saved)]
     if targets is None or targets == ALL_LINEAR:
-        matched = _linear_layers(model, modules, names, blocks_only=targets is None)
-        matched = _in_layers(matched, config.layers_to_transform, config.layers_pattern)
+        places = ("linear",) if targets else config.default_targets
+        matched = _by_place(model, modules, names, places, blocks_only=targets is None)
+        if not matched:
+            raise TargetError(
+                f"{config.peft_type} attaches to {listing(places)}, of which nothing is found in this model; name the "
+                f"modules in target_modules; there are {listing(_last_names(names))}"
+            )
+        matched = _in_layers(matched, layers, pattern)
     elif isinstance(targets, str):
         matched = [name for name in names if re.fullmatch(targets, name)]
         if not matched:
@@ -95,8 +103,7 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
                 f"'{_example(modules)}'{did_you_mean(_last(targets), _last_names(names))}"
             )
     else:
-        matched = _by_names(names, targets, strict)
-        matched = _in_layers(matched, config.layers_to_transform, config.layers_pattern)
+        matched = _in_layers(_by_names(names, targets, strict), layers, pattern)
     if exclude:
         excluded = _excluded(names, exclude, strict)
         matched = [name for name in matched if name not in excluded]
@@ -149,6 +156,50 @@ def _in_layers(names: list[str], layers: Any, pattern: Any) -> list[str]:
 def _first_match(searches: list[str], name: str) -> int | None:
     matches = (re.match(search, name) for search in searches)
     return next((int(match["idx"]) for match in matches if match), None)
+
+
+def _targets(config: Any) -> Any:
+    return getattr(config, "target_modules", None)
+
+
+def _by_place(
+    model: nn.Module, modules: Modules, names: list[str], places: tuple[str, ...], blocks_only: bool
+) -> list[str]:
+    """The modules that a method's `default_targets` mean."""
+    found: set[str] = set()
+    for place in places:
+        if place == "model":
+            found.add("")
+        elif place == "linear":
+            found.update(_linear_layers(model, modules, names, blocks_only))
+        elif place == "output":
+            found.update(_outputs(model, modules, names))
+        else:
+            found.update(name for name in names if _is_there(modules.site(name), place))
+    return [name for name in ["", *names] if name in found]
+
+
+def _is_there(site: Site, place: str) -> bool:
+    """Whether a module is what one of `default_targets` means."""
+    own = dict(site.module.named_parameters(recurse=False))
+    if place == "everything":
+        return bool(own)
+    if place == "bias":
+        return "bias" in own
+    if place == "norm":
+        return type(site.module).__name__.endswith("Norm") and "weight" in own and own["weight"].ndim == 1
+    return site.role == place and site.kind == "linear"
+
+
+def _outputs(model: nn.Module, modules: Modules, names: list[str]) -> list[str]:
+    """The parts of new heads, and the output layer."""
+    heads, layer = _heads(model), _output_layer(model)
+    return [
+        name
+        for name in names
+        if modules[name] is layer
+        or (name.split(".")[0] in heads and next(modules[name].parameters(recurse=False), None) is not None)
+    ]
 
 
 def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_only: bool) -> list[str]:

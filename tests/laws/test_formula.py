@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import slimtune
-from kinds import KINDS, Kind, attach, cases
+from kinds import KINDS, Kind, attach, cases, methods_for
 from slimtune import ops
 from slimtune.bases import base_of
 from slimtune.delta import PeftConfig
@@ -22,6 +22,7 @@ from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_
 
 Case = tuple[Kind, PeftConfig]
 TIGHT = 2e-6
+LORA = ("LORA",)
 BF16 = 2.0**-8  # half a unit in the last place, relative to the value
 
 
@@ -57,7 +58,7 @@ def cotangent(y: Tensor) -> Tensor:
     return torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
 
 
-@given(cases(lora_dropout=0.0))
+@given(cases(among=LORA, lora_dropout=0.0))
 def test_the_output_is_the_equation_s(case: Case) -> None:
     kind, config = case
     model = randomize(slimtune, attach(kind, config))
@@ -67,7 +68,7 @@ def test_the_output_is_the_equation_s(case: Case) -> None:
     assert_near(model(x), expected_output(kind, config, tensors, reference, torch.float64), TIGHT)
 
 
-@given(cases(lora_dropout=0.0))
+@given(cases(among=LORA, lora_dropout=0.0))
 def test_the_gradients_are_the_equation_s(case: Case) -> None:
     kind, config = case
     model = randomize(slimtune, attach(kind, config)).train()
@@ -92,6 +93,8 @@ def fused_kinds() -> list[Kind]:
     """Kinds whose delta and base have an entry in the table of fused functions."""
     found = []
     for kind in KINDS:
+        if "LORA" not in methods_for(kind):
+            continue
         model = attach(kind, slimtune.LoraConfig(r=kind.rank_step, target_modules=["site"]))
         delta = model.site.deltas["default"]
         if ops.fused_for(type(delta), type(base_of(type(model.site)))):
@@ -127,7 +130,7 @@ def run_both(kind: Kind, config: PeftConfig, dtype: torch.dtype) -> list[tuple[T
 
 @given(st.data())
 def test_fused_equals_plain_in_float32(data: st.DataObject) -> None:
-    kind, config = data.draw(cases(tuple(FUSED), lora_dropout=0.0, bias="none"))
+    kind, config = data.draw(cases(tuple(FUSED), LORA, lora_dropout=0.0, bias="none"))
     (y, gradients, gx), (plain_y, plain_gradients, plain_gx) = run_both(kind, config, torch.float32)
     assert_near(y, plain_y, TIGHT)
     assert_all_near(gradients, plain_gradients, TIGHT)
@@ -137,7 +140,7 @@ def test_fused_equals_plain_in_float32(data: st.DataObject) -> None:
 @given(st.data())
 def test_in_bf16_both_are_within_rounding_of_float64(data: st.DataObject) -> None:
     """The base's product is rounded once, the low-rank term a few times: bf16 allows no less."""
-    kind, config = data.draw(cases(tuple(FUSED), lora_dropout=0.0, bias="none"))
+    kind, config = data.draw(cases(tuple(FUSED), LORA, lora_dropout=0.0, bias="none"))
     if kind.name == "linear-with-own-forward":
         return
     for y, _, _ in run_both(kind, config, torch.bfloat16):
@@ -159,7 +162,7 @@ def kind_product_bound(model: Any, kind: Kind) -> Tensor:
 WITH_DROPOUT = tuple(kind for kind in KINDS if "embedding" not in kind.name)  # ids can't be dropped
 
 
-@given(cases(WITH_DROPOUT, lora_dropout=0.4, bias="none"))
+@given(cases(WITH_DROPOUT, LORA, lora_dropout=0.4, bias="none"))
 def test_with_dropout_forward_and_backward_use_one_mask(case: Case) -> None:
     """The term is linear in A and in B: <gradient, factor> is <cotangent, term> for the mask drawn."""
     kind, config = case

@@ -73,7 +73,7 @@ def test_unmerging_is_exact_to_the_bit(case: Case, dtype: torch.dtype) -> None:
     assert_same(adapter_tensors(slimtune, model), adapter)
 
 
-@given(cases(FOLDABLE, bias="none"))
+@given(cases(FOLDABLE, ("LORA",), bias="none"))
 def test_a_16_bit_merge_is_rounded_once(case: Case) -> None:
     """The merged weight is the 16-bit number nearest to the exact sum."""
     kind, config = case
@@ -91,7 +91,7 @@ def test_a_16_bit_merge_is_rounded_once(case: Case) -> None:
     assert (merged == nearest).double().mean() > 0.99
 
 
-@given(cases((GROUPED,)))
+@given(cases((GROUPED,), ("LORA",)))
 def test_a_merge_that_cannot_be_done_changes_nothing(case: Case) -> None:
     kind, config = case
     model = randomize(slimtune, attach(kind, config)).eval()
@@ -103,7 +103,7 @@ def test_a_merge_that_cannot_be_done_changes_nothing(case: Case) -> None:
         assert torch.equal(model(kind.input()), expected)
 
 
-@given(cases((OWN_FORWARD,), lora_dropout=0.0))
+@given(cases((OWN_FORWARD,), ("LORA",), lora_dropout=0.0))
 def test_a_forward_of_one_s_own_is_merged_right_or_not_at_all(case: Case) -> None:
     """2 tanh(W x) + s B A x is no 2 tanh(W' x): a merge must say so rather than answer something else."""
     kind, config = case

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, Dense, PeftConfig, Site, means, register, trainable_dtype, wrong_kind
+from slimtune.delta import Delta, Dense, Frozen, Site, TargetedConfig, means, register, trainable_dtype, wrong_kind
 from slimtune.errors import ConfigError, MergeError, did_you_mean
 
 INITIALISATIONS = ("gaussian",)
@@ -25,12 +25,11 @@ START_ONLY = ("eva", "orthogonal")
 
 @register
 @dataclass
-class LoraConfig(PeftConfig):
+class LoraConfig(TargetedConfig):
     """What to adapt with LoRA, and how; names, defaults and meanings are those of `peft.LoraConfig`.
 
-    `target_modules`: names (the last components of module paths), a regular expression over whole paths,
-    `"all-linear"`, or None for all linear layers in the model's repeated blocks. `rank_pattern` and `alpha_pattern`
-    map such a name or expression to another `r` or `lora_alpha`.
+    `target_modules=None` means all linear layers in the model's repeated blocks. `rank_pattern` and `alpha_pattern`
+    map a module's name or an expression to another `r` or `lora_alpha`.
 
     Raises:
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
@@ -38,14 +37,11 @@ class LoraConfig(PeftConfig):
 
     peft_type: str | None = "LORA"
     r: int = 8
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -62,12 +58,6 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            self.target_modules = "all-linear"
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_numbers()
         self._check_words()
@@ -108,6 +98,21 @@ class LoraConfig(PeftConfig):
 
     def alpha_for(self, name: str) -> float:
         return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+
+    def combined(self, others: Sequence[LoraConfig], how: str, rank: int | None) -> LoraConfig:
+        """The config of a weighted combination. Raises: ConfigError, for targets that can't be joined."""
+        configs = [self, *others]
+        if len({type(config.target_modules) for config in configs}) > 1:
+            raise ConfigError("adapters whose target_modules are names don't combine with one that has an expression")
+        ranks = [max([config.r, *config.rank_pattern.values()]) for config in configs]
+        if isinstance(self.target_modules, str):
+            targets: Any = "|".join(f"({config.target_modules})" for config in configs)
+        else:
+            targets = set().union(*(config.target_modules or () for config in configs))
+        rank = sum(ranks) if how == "cat" else (rank or max(ranks))
+        # alpha = r and no rsLoRA: the adapters' scales are inside the factors.
+        plain: Any = {"lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        return replace(self, r=rank, target_modules=targets, **plain)
 
     def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> LoraDelta:
         """The low-rank change for one site. Raises: TargetError, ConfigError."""
@@ -164,7 +169,7 @@ class LoraDelta(Delta):
         a, b = (self.get_parameter(name) for name in self.factors)
         return a, b
 
-    def initialise(self, config: LoraConfig) -> None:
+    def initialise(self, config: LoraConfig, site: Site) -> None:
         """Set A and B; the update s B A is zero, but for `init_lora_weights=False`, where both are drawn."""
         a, b = self.pair
         if str(config.init_lora_weights).lower() == "gaussian":
@@ -176,7 +181,7 @@ class LoraDelta(Delta):
         else:
             nn.init.zeros_(b)
 
-    def forward(self, base: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
         return (y + self.scaling * self.low_rank(x)).to(y.dtype)
 
@@ -299,7 +304,7 @@ class LoraEmbedding(LoraDelta):
         rows, dim = site.base.features(site.module)
         return (r, rows), (dim, r)
 
-    def initialise(self, config: LoraConfig) -> None:
+    def initialise(self, config: LoraConfig, site: Site) -> None:
         a, b = self.pair
         nn.init.normal_(a) if config.init_lora_weights is False else nn.init.zeros_(a)
         nn.init.normal_(b)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimtune.bases import base_of
+from slimtune.delta import deltas_of
 from slimtune.ops.cross_entropy import chunked_cross_entropy
 
 
@@ -142,7 +143,7 @@ def without_lazy(outputs: Any) -> Any:
 
 def _is_plain_frozen(head: Any) -> bool:
     """Whether the head is a product with a frozen weight and nothing else."""
-    deltas_in_effect = any(name in head.deltas for name in head.adapter_switch.applied)
+    deltas_in_effect = any(name in deltas_of(head) for name in head.adapter_switch.applied)
     frozen = not any(parameter.requires_grad for parameter in head.parameters(recurse=False))
     base = base_of(type(head))
     return frozen and not deltas_in_effect and base.kind == "linear" and base.forward_is_plain(head)
