@@ -10,6 +10,15 @@ from slimtune.delta import PeftConfig
 from slimtune.errors import AdapterFileError
 from slimtune.model import PeftModel
 
+BY_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
 
 class AutoPeftModel:
     """Loads the base that an adapter's config names, by the transformers class that the config names."""
@@ -54,26 +63,23 @@ class AutoPeftModel:
 
     @classmethod
     def _base_class(cls, config: PeftConfig) -> Any:
-        import transformers
-
-        named = (config.auto_mapping or {}).get("base_model_class")
-        by_task = {
-            "CAUSAL_LM": "AutoModelForCausalLM",
-            "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-            "SEQ_CLS": "AutoModelForSequenceClassification",
-            "TOKEN_CLS": "AutoModelForTokenClassification",
-            "QUESTION_ANS": "AutoModelForQuestionAnswering",
-            "FEATURE_EXTRACTION": "AutoModel",
-        }
-        name = cls.auto_class or named or by_task.get(str(config.task_type))
-        found = getattr(transformers, str(name), None)
-        # Only transformers' own classes: a config must not choose what code is imported.
-        if not inspect.isclass(found) or not hasattr(found, "from_pretrained"):
+        found = named_class(config, cls.auto_class)
+        if found is None:
             raise AdapterFileError(
                 "the adapter's config names no transformers class for its base; use the AutoPeftModelFor"
-                f"... class of the task (found {name!r})"
+                "... class of the task"
             )
         return found
+
+
+def named_class(config: PeftConfig, auto_class: str | None = None) -> Any:
+    """The transformers class that an adapter's config names for its base, by the task or outright, or None."""
+    import transformers
+
+    named = (config.auto_mapping or {}).get("base_model_class")
+    found = getattr(transformers, str(auto_class or named or BY_TASK.get(str(config.task_type))), None)
+    # Only transformers' own classes: a config must not choose what code is imported.
+    return found if inspect.isclass(found) and hasattr(found, "from_pretrained") else None
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

