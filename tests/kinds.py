@@ -131,7 +131,23 @@ def lora_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.LoraConf
     return slimtune.LoraConfig(**{**drawn, **fixed})
 
 
-STRATEGIES: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {"LORA": lora_configs}
+@st.composite
+def vera_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.VeraConfig:
+    drawn = {
+        "r": draw(st.sampled_from([1, 5, 32])),
+        "projection_prng_key": draw(st.integers(0, 3)),
+        "save_projection": draw(st.booleans()),
+        "vera_dropout": draw(st.sampled_from([0.0, 0.3])),
+        "bias": draw(st.sampled_from(["none", "none", "all", "vera_only"])),
+        "target_modules": ["site"],
+    }
+    return slimtune.VeraConfig(**{**drawn, **fixed})
+
+
+STRATEGIES: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {
+    "LORA": lora_configs,
+    "VERA": vera_configs,
+}
 """More than the defaults of a method, where there is more to try; a method without a strategy is tested with these."""
 
 

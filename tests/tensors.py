@@ -32,9 +32,9 @@ def adapter_gradients(library: ModuleType, model: nn.Module, adapter: str = "def
     by_address = {parameter.data_ptr(): parameter for parameter in model.parameters()}
     gradients = {}
     for key, tensor in adapter_tensors(library, model, adapter).items():
-        gradient = by_address[tensor.data_ptr()].grad
-        if gradient is not None:
-            gradients[key] = gradient.reshape(tensor.shape)
+        parameter = by_address.get(tensor.data_ptr())  # None for a buffer
+        if parameter is not None and parameter.grad is not None:
+            gradients[key] = parameter.grad.reshape(tensor.shape)
     return gradients
 
 

@@ -13,7 +13,8 @@ import inspect
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
+from slimtune.errors import ConfigError, MergeError, TargetError, did_you_mean, listing
 from slimtune.structure import Role, role_of
 
 Dense = dict[str, Tensor]
@@ -128,6 +129,12 @@ class Delta(nn.Module):
     on_disk: ClassVar[Mapping[str, str]] = {}
     """What the file format calls each parameter, after the site's name and a dot."""
 
+    unmergeable: ClassVar[str] = ""
+    """Why a change of this method can't be written into weights, a sentence; empty where it can."""
+
+    reweighs: ClassVar[bool] = False
+    """Whether the formula is a change of parameters, right for whatever the module computes from them."""
+
     def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
         """The method's equation; `base(x)` is what the frozen module computes."""
         return base(*args, **kwargs)
@@ -156,6 +163,8 @@ class Delta(nn.Module):
         Raises:
             MergeError: the change can't be written into the weights.
         """
+        if self.unmergeable:
+            raise MergeError(self.unmergeable)
         return dense
 
     @classmethod
@@ -186,10 +195,28 @@ class Delta(nn.Module):
         """Whether parameters of the module are trained whole."""
         return "whole" in self._modules
 
+    def excludes(self, other: Any) -> bool:
+        """Whether this delta and another one on the same module can't be active together."""
+        return self.holds and other.holds
+
 
 def deltas_of(module: Any) -> Mapping[str, Any]:
     """The deltas of an adopted module by adapter; the root and the head are adopted without having any."""
     return module._modules.get("deltas", {})
+
+
+@contextmanager
+def standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """These tensors in place of the module's own parameters and buffers for a while."""
+    slots: dict[str, Any] = {n: module._parameters if n in module._parameters else module._buffers for n in tensors}
+    own = {name: slot[name] for name, slot in slots.items()}
+    for name, tensor in tensors.items():
+        slots[name][name] = tensor
+    try:
+        yield
+    finally:
+        for name, tensor in own.items():
+            slots[name][name] = tensor
 
 
 class BufferDict(nn.Module):
@@ -198,9 +225,9 @@ class BufferDict(nn.Module):
 
 C = TypeVar("C", bound="PeftConfig")
 
-Whereabouts = Literal["linear", "bias", "norm", "everything", "output", "model"]
+Whereabouts = Literal["linear", "bias", "norm", "everything", "input", "output", "model"]
 """Places by what is there: linear layers of the blocks, modules with a bias, normalisations, all modules with
-parameters, the output layers, or the model as a whole."""
+parameters, the input embeddings, the output layers, or the model as a whole."""
 
 
 @dataclass
@@ -244,8 +271,18 @@ class PeftConfig:
         """The delta for one site, its parameters not set yet. Raises: TargetError, ConfigError."""
         raise ConfigError(f"{type(self).__name__} names no method; use LoraConfig or another method's config")
 
-    def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+    def further_modules(self, model: Any, modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> list[str]:
+        """Names of modules that take part without being targets: those whose weights are tied to a chosen one's.
+
+        Raises:
+            TargetError, ConfigError: a field of the method names something that isn't there.
+        """
+        return []
+
+    def settle(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
         """See all deltas of an adapter together, before it is attached: link them, check them, note what was found.
+
+        What is taken out of the list isn't attached.
 
         Raises:
             TargetError, ConfigError: the method doesn't go with this model.
@@ -326,6 +363,24 @@ class TargetedConfig(PeftConfig):
             self.target_modules = "all-linear"
 
 
+@dataclass
+class LayeredConfig(TargetedConfig):
+    """What methods share that can be kept to some layers: their numbers, and where in a path the number stands."""
+
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError(
+                "layers_to_transform needs target_modules as a list of names, found "
+                f"{self.target_modules!r}; list the names, or write the layers into an expression"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern says where the layer number stands; give layers_to_transform as well")
+
+
 def _names(value: Any) -> Any:
     return set(value) if isinstance(value, list | tuple) else value
 
@@ -387,6 +442,13 @@ def means(pattern: str, name: str) -> bool:
 def trainable_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
     """The dtype of a delta on a weight of this dtype: 16-bit steps are too coarse for small updates."""
     return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def added(dense: Dense, update: Tensor) -> Dense:
+    """The parameters with an update of the weight, added in float32 or better and rounded once."""
+    weight = dense["weight"]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return dense | {"weight": weight.to(dtype).add(update.to(dtype).reshape(weight.shape)).to(weight.dtype)}
 
 
 def wrong_kind(site: Site, method_name: str, takes: str) -> TargetError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class SlimtuneError(Exception):
@@ -73,3 +75,24 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
     unique = sorted(set(names))
     shown = ", ".join(unique[:limit])
     return shown if len(unique) <= limit else f"{shown} and {len(unique) - limit} more"
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raises: ConfigError, for what is no whole number or below the least."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, found {value!r}")
+
+
+def check_number(name: str, value: Any, least: float = -math.inf, below: float = math.inf) -> None:
+    """Raises: ConfigError, for what is no number in [least, below)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < below:
+        bounds = "" if (least, below) == (-math.inf, math.inf) else f" in [{least}, {below})"
+        raise ConfigError(f"{name} must be a number{bounds}, found {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises: ConfigError, for what is none of the choices."""
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        words = [choice for choice in choices if isinstance(choice, str)]
+        near = did_you_mean(str(value), words)
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, found {value!r}{near}")

@@ -39,7 +39,7 @@ def applicable() -> list[tuple[str, str]]:
     return found
 
 
-each_pair = pytest.mark.parametrize(("method", "on"), applicable(), ids="-".join)
+each_pair = pytest.mark.parametrize(("method", "on"), applicable(), ids=["-".join(pair) for pair in applicable()])
 
 
 def attach(method: str, specimen: Specimen, adapter: str = "default") -> Any:
@@ -54,7 +54,7 @@ def tuned(method: str, specimen: Specimen) -> Any:
 def folds(model: Any) -> bool:
     """Whether all of an adapter's deltas declare how they are written into weights."""
     deltas = [d for module in model.modules() for d in getattr(module, "deltas", {}).values()]
-    return all(type(delta).fold is not Delta.fold or delta.holds for delta in deltas)
+    return all((type(delta).fold is not Delta.fold or delta.holds) and not delta.unmergeable for delta in deltas)
 
 
 def test_every_method_attaches_somewhere_by_default() -> None:
