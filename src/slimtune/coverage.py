@@ -31,6 +31,7 @@ class Coverage:
         trainable: parameters of the adapter.
         total: parameters of the model with its adapters.
         stored_bytes: what the adapter will take on disk.
+        unmergeable: why the adapter can't be merged, so that it is run at inference; empty where it can.
     """
 
     adapter: str
@@ -38,6 +39,7 @@ class Coverage:
     trainable: int
     total: int
     stored_bytes: int
+    unmergeable: str = ""
 
     def __str__(self) -> str:
         width = max(map(len, self.rows), default=0)
@@ -46,23 +48,28 @@ class Coverage:
             for name, row in self.rows.items()
         ]
         share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
-        return "\n".join([f"adapter '{self.adapter}':", *lines, f"{share}, {self.stored_bytes / 1e6:.1f} MB on disk"])
+        size = f"{share}, {self.stored_bytes / 1e6:.1f} MB on disk"
+        return "\n".join([f"adapter '{self.adapter}':", *lines, size, *filter(None, [self.unmergeable])])
 
 
 def coverage(model: Any, adapter_name: str) -> Coverage:
     """Which modules an adapter trains, how many of how many, in which types of number."""
     rows: dict[str, Row] = {}
     last_names = [name.rpartition(".")[2] for name, _ in walk(model)]
-    stored_bytes = 0
+    stored_bytes, unmergeable = 0, ""
     for site, delta in attached(model, adapter_name):
         last = site.name.rpartition(".")[2]
         own = list(delta.parameters())
+        unmergeable = unmergeable or delta.unmergeable
+        if not own:
+            continue
         before = rows[last] if last in rows else Row(0, last_names.count(last), 0, "")
         parameters = before.parameters + sum(p.numel() for p in own)
         rows[last] = Row(before.trained + 1, before.there, parameters, f"{_dtypes(own)} on {_dtypes(_frozen(site))}")
         stored_bytes += sum(p.numel() * p.element_size() for p in own)
     trainable = sum(row.parameters for row in rows.values())
-    return Coverage(adapter_name, rows, trainable, sum(p.numel() for p in model.parameters()), stored_bytes)
+    total = sum(p.numel() for p in model.parameters())
+    return Coverage(adapter_name, rows, trainable, total, stored_bytes, unmergeable)
 
 
 def _frozen(site: Site) -> list[Tensor]:

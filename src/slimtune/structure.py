@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["query", "key", "value", "query_key_value", "attention_out", "feed_forward_in", "feed_forward_out"]
-"""The linear layers of a transformer block; `query_key_value` is the three in one."""
+"""The linear layers of a transformer block; `query_key_value` is several in one (two, in GPT-2's cross-attention)."""
 
-_ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)\.", re.IGNORECASE)
+# A feed-forward may lie inside of what is called attention: diffusers' UNet lists its transformers as `attentions`.
+_ATTENTION = re.compile(
+    r"(^|[._])(\w*attn\w*|\w*attention\w*)\.(?!(.*\.)?(ffn?|mlp|feed_?forward)(_\w+)?\.)", re.IGNORECASE
+)
 
 _IN_ATTENTION: Mapping[Role, str] = {
-    "query": "q|query|q_proj|q_lin|to_q|wq|add_q_proj",
-    "key": "k|key|k_proj|k_lin|to_k|wk|add_k_proj",
-    "value": "v|value|v_proj|v_lin|to_v|wv|add_v_proj",
+    "query": "q|query|q_proj|query_proj|q_lin|q_attn|to_q|wq|add_q_proj",
+    "key": "k|key|k_proj|key_proj|k_lin|to_k|wk|add_k_proj",
+    "value": "v|value|v_proj|value_proj|v_lin|to_v|wv|add_v_proj",
     "query_key_value": "c_attn|query_key_value|qkv|qkv_proj|Wqkv|in_proj|to_qkv",
-    "attention_out": r"o|o_proj|out_proj|c_proj|dense|out_lin|to_out\.0|to_add_out|wo|proj|projection",
+    "attention_out": r"o|o_proj|out_proj|c_proj|dense|out_lin|to_out\.0|to_add_out|wo|Wo|proj|projection",
 }
 _IN_FEED_FORWARD: Mapping[Role, str] = {
     "feed_forward_in": (
-        r"gate_proj|up_proj|gate_up_proj|fc1|fc_in|c_fc|wi|wi_0|wi_1|w1|w3|lin1|linear1|dense_h_to_4h"
-        r"|intermediate\.dense|net\.0\.proj"
+        r"gate_proj|up_proj|gate_up_proj|fc1|fc_in|c_fc|wi|Wi|wi_0|wi_1|w1|w3|lin1|linear1|dense_h_to_4h|ffn"
+        r"|intermediate\.dense|intermediate_dense|net\.0\.proj|proj_mlp"
     ),
-    "feed_forward_out": r"down_proj|fc2|fc_out|c_proj|wo|w2|lin2|linear2|dense_4h_to_h|output\.dense|net\.2",
+    # Flux's single blocks have one projection out of attention and feed-forward together.
+    "feed_forward_out": (
+        r"down_proj|fc2|fc_out|c_proj|wo|Wo|w2|lin2|linear2|dense_4h_to_h|ffn_output|output\.dense|output_dense"
+        r"|net\.2|single_transformer_blocks\.\d+\.proj_out"
+    ),
 }
 
 
@@ -31,3 +38,12 @@ def role_of(path: str) -> Role | None:
     """The role of the linear layer at this path in its block, or None where the name doesn't say."""
     roles = _IN_ATTENTION if _ATTENTION.search(path) else _IN_FEED_FORWARD
     return next((role for role, names in roles.items() if re.search(rf"(^|\.)({names})$", path)), None)
+
+
+def input_embeddings(model: Any) -> Any:
+    """The module that looks the model's token ids up, or None."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        return getter() if getter else None
+    except NotImplementedError:  # a model that doesn't start from token ids
+        return None
