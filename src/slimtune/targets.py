@@ -13,8 +13,18 @@ from slimtune.adopt import Adopted
 from slimtune.bases import base_of
 from slimtune.delta import Site, means
 from slimtune.errors import TargetError, did_you_mean, listing
+from slimtune.structure import input_embeddings
 
 ALL_LINEAR = "all-linear"
+
+_PLACES = {
+    "linear": "linear layers",
+    "bias": "modules with a bias",
+    "norm": "normalisations",
+    "everything": "modules with parameters",
+    "output": "output layers",
+}
+"""The words for `Whereabouts` in an error."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +76,26 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
     whole = _whole(modules, config.modules_to_save or [], strict)
     taken = {id(site.module) for site in whole}
     wanted = [name for name in _wanted(model, modules, config, strict) if id(modules[name]) not in taken]
-    sites = list({id(modules[name]): modules.site(name) for name in wanted}.values())
+    further = config.further_modules(model, modules, wanted)
+    for name in further:
+        if id(modules[name]) in taken:
+            raise TargetError(
+                f"'{name}' is in modules_to_save, which trains it whole; it can't be changed in part besides"
+            )
+    chosen = list({id(modules[name]): modules.site(name) for name in wanted}.values())
+    sites = list({id(modules[name]): modules.site(name) for name in [*wanted, *further]}.values())
     if not sites:
         raise TargetError(
             f"target_modules {_targets(config)!r} leaves nothing to train; "
             f"the model has {listing(_last(name) for name in modules if name)}"
         )
     if strict:
-        _check_patterns(config, [site.name for site in sites])
-    if hasattr(config, "target_modules") and config.target_modules in (None, ALL_LINEAR):
-        chosen = {id(site.module) for site in sites}
-        others = {name for name, module in modules.items() if id(module) not in chosen}
-        config.target_modules = _suffixes([site.name for site in sites], others)
+        _check_patterns(config, sites)
+    everything = "everything" in config.default_targets and config.target_modules is None
+    if hasattr(config, "target_modules") and config.target_modules in (None, ALL_LINEAR) and not everything:
+        modules_chosen = {id(site.module) for site in chosen}
+        others = {name for name, module in modules.items() if id(module) not in modules_chosen}
+        config.target_modules = _suffixes([site.name for site in chosen], others)
     return Targets(sites, whole, _bias_sites(modules, config, taken))
 
 
@@ -91,8 +109,8 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
         matched = _by_place(model, modules, names, places, blocks_only=targets is None)
         if not matched:
             raise TargetError(
-                f"{config.peft_type} attaches to {listing(places)}, of which nothing is found in this model; name the "
-                f"modules in target_modules; there are {listing(_last_names(names))}"
+                f"{config.peft_type} attaches to {listing(_PLACES.get(place, place) for place in places)}, of which "
+                f"nothing is found in this model; {config.way_out}; there are {listing(_last_names(names))}"
             )
         matched = _in_layers(matched, layers, pattern)
     elif isinstance(targets, str):
@@ -104,12 +122,15 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
             )
     else:
         matched = _in_layers(_by_names(names, targets, strict), layers, pattern)
+    inside = "everything" in config.default_targets
+    if inside:
+        matched = _inside(modules, matched)
     if exclude:
         excluded = _excluded(names, exclude, strict)
+        excluded |= set(_inside(modules, excluded)) if inside else set()
         matched = [name for name in matched if name not in excluded]
-    if targets not in (None, ALL_LINEAR):
-        for name in matched:
-            _check_called(modules, name)
+    for name in matched:
+        _check_called(modules, name)
     return matched
 
 
@@ -124,6 +145,14 @@ def _by_names(names: list[str], targets: Iterable[str], strict: bool) -> list[st
             )
         matched.update(dict.fromkeys(hits))
     return [name for name in names if name in matched]
+
+
+def _inside(modules: Modules, chosen: Iterable[str]) -> list[str]:
+    """The modules with parameters that are chosen or lie inside a chosen one."""
+    chosen = set(chosen)
+    return [
+        name for name in modules if not chosen.isdisjoint(_beginnings(name)) and _is_there(modules, name, "everything")
+    ]
 
 
 def _excluded(names: list[str], exclude: Any, strict: bool) -> set[str]:
@@ -174,13 +203,18 @@ def _by_place(
             found.update(_linear_layers(model, modules, names, blocks_only))
         elif place == "output":
             found.update(_outputs(model, modules, names))
+        elif place == "input":
+            found.update(name for name in names if modules[name] is input_embeddings(model))
+        elif place == "everything":
+            found.update(name for name in ["", *names] if _is_there(modules, name, place))
         else:
-            found.update(name for name in names if _is_there(modules.site(name), place))
+            found.update(name for name in names if _is_there(modules, name, place))
     return [name for name in ["", *names] if name in found]
 
 
-def _is_there(site: Site, place: str) -> bool:
+def _is_there(modules: Modules, name: str, place: str) -> bool:
     """Whether a module is what one of `default_targets` means."""
+    site = modules.site(name)
     own = dict(site.module.named_parameters(recurse=False))
     if place == "everything":
         return bool(own)
@@ -188,7 +222,7 @@ def _is_there(site: Site, place: str) -> bool:
         return "bias" in own
     if place == "norm":
         return type(site.module).__name__.endswith("Norm") and "weight" in own and own["weight"].ndim == 1
-    return site.role == place and site.kind == "linear"
+    return site.role == place and site.kind == "linear" and not _is_bypassed(modules, name)
 
 
 def _outputs(model: nn.Module, modules: Modules, names: list[str]) -> list[str]:
@@ -218,10 +252,15 @@ def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_
 
 
 def _is_bypassed(modules: Modules, name: str) -> bool:
-    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+    return bool(name) and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _check_called(modules: Modules, name: str) -> None:
+    if isinstance(modules[name], nn.ParameterList | nn.ParameterDict | nn.RNNBase):
+        raise TargetError(
+            f"'{name}' is a {type(modules[name]).__name__}, whose parameters are read without a call that an adapter "
+            "could stand around; exclude it with exclude_modules"
+        )
     if _is_bypassed(modules, name):
         raise TargetError(
             f"'{name}' belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
@@ -277,7 +316,10 @@ def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
     return list(own.values())
 
 
-def _check_patterns(config: Any, names: list[str]) -> None:
+def _check_patterns(config: Any, sites: list[Site]) -> None:
+    names = [site.name for site in sites]
+    if getattr(config, "target_parameters", None):
+        names += [f"{site.name}.{name}" for site in sites for name, _ in site.module.named_parameters(recurse=False)]
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field, None) or {}:
             if not any(means(pattern, name) for name in names):
@@ -291,6 +333,11 @@ def _suffixes(names: list[str], others: set[str]) -> set[str]:
     """The shortest endings that mean these modules and no others."""
     other_endings = {ending for other in others for ending in _endings(other)}
     return {next((e for e in _endings(name) if e not in other_endings), name) for name in names}
+
+
+def _beginnings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
 def _endings(name: str) -> list[str]:
