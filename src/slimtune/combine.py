@@ -27,6 +27,7 @@ def combined(
     if len(adapters) != len(weights) or not adapters:
         raise ConfigError(f"each adapter needs a weight, found {len(adapters)} adapters and {len(weights)} weights")
     how = "linear" if len(adapters) == 1 else how
+    config = _config([model.peft_config[adapter] for adapter in adapters], how, svd_rank)
     sources: dict[int, list[tuple[Any, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for site, delta in attached(model, adapter):
@@ -35,7 +36,6 @@ def combined(
         raise ConfigError(
             "adapters that train whole modules or biases can't be combined; leave out modules_to_save and bias"
         )
-    config = _config([model.peft_config[adapter] for adapter in adapters], how, svd_rank)
     drafted = [(s, d) for s, d in draft(model, name, config, True, strict=False) if id(s.module) in sources]
     options = {"svd_clamp": svd_clamp} if how == "svd" else {}
     for site, target in drafted:

@@ -179,8 +179,13 @@ class Delta(nn.Module):
     def hold_all(self, module: nn.Module) -> None:
         """Train a copy of everything that the module itself owns, running statistics included."""
         self.hold(module, *(name for name, _ in module.named_parameters(recurse=False)))
+        self.hold_statistics(module)
+
+    def hold_statistics(self, module: nn.Module) -> None:
+        """Keep copies of the module's running statistics in place of its own."""
+        self.whole = self.whole if self.holds else nn.ParameterDict()
         self.running = BufferDict()
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in statistics(module).items():
             self.running.register_buffer(name, buffer.detach().clone())
 
     def stand_ins(self) -> dict[str, Tensor]:
@@ -223,6 +228,94 @@ class BufferDict(nn.Module):
     """Buffers by name: the running statistics of a module that is trained whole."""
 
 
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the module's state; constants that aren't stored are none."""
+    return {
+        name: buffer
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+class Difference(Delta):
+    """Trained differences to parameters of the module: its own forward, with W + D standing in for W.
+
+    D is zero at the start. The sum is formed in D's dtype and rounded to W's. A parameter that the module could have
+    but hasn't, such as a bias that is None, counts as zero.
+
+    Attributes:
+        difference: D by the name of the parameter, laid out as the module stores it.
+    """
+
+    difference: nn.ParameterDict
+
+    def __init__(self, site: Site, names: Sequence[str], autocast: bool) -> None:
+        super().__init__()
+        self.base = site.base
+        self.difference = nn.ParameterDict()
+        for name in names:
+            own = site.module._parameters[name]
+            weight = site.base.weight(site.module) if own is None else own
+            shape = (site.base.features(site.module)[1],) if own is None else own.shape
+            dtype = trainable_dtype(weight.dtype, autocast)
+            self.difference[name] = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=dtype))
+
+    @property
+    def differences(self) -> dict[str, Tensor]:
+        """D by the name of the parameter."""
+        return dict(self.difference.items())
+
+    def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
+        own = base.module._parameters
+        sums = {
+            name: d.to(base.weight.dtype) if own[name] is None else (own[name] + d).to(own[name].dtype)
+            for name, d in self.differences.items()
+        }
+        with standing_in(base.module, sums):
+            return base(*args, **kwargs)
+
+    def fold(self, dense: Dense) -> Dense:
+        """W + D. Raises: MergeError, where the module has no place for it."""
+        # A carrier of the same layout, so that D is turned as W is.
+        changes = self.base.dense(nn.ParameterDict(self.differences))
+        for name in changes.keys() - dense.keys():
+            raise MergeError(
+                f"the base's architecture has no place for a {name} here, so that none can be written into it; keep "
+                "the adapter apart"
+            )
+        return dense | {name: (dense[name] + d).to(dense[name].dtype) for name, d in changes.items()}
+
+    @classmethod
+    def combine(cls, deltas: list[Any], weights: list[float], how: str, target: Any, **options: Any) -> None:
+        """Set `target` to sum_i w_i D_i. Raises: ConfigError."""
+        add_up(deltas, weights, how, target, **options)
+
+
+@torch.no_grad()
+def add_up(
+    deltas: list[Any], weights: list[float], how: str, target: nn.Module, svd_clamp: float | None = None
+) -> None:
+    """Set the parameters of `target` to the weighted sum of the deltas'.
+
+    A sum of full rank is its own best approximation, so that "svd" and "linear" are the same here.
+
+    Raises:
+        ConfigError: another way of combining, or deltas of other shapes.
+    """
+    if how not in ("linear", "svd") or svd_clamp is not None:
+        raise ConfigError(
+            f"these adapters are combined by their weighted sum alone; use combination_type='linear', found {how!r}"
+            + ("" if svd_clamp is None else f" with svd_clamp={svd_clamp}")
+        )
+    for name, parameter in target.named_parameters():
+        terms = [delta.get_parameter(name) for delta in deltas]
+        if any(term.shape != parameter.shape for term in terms):
+            raise ConfigError(f"'{name}' has other shapes in these adapters, which can't be added up")
+        parameter.zero_()
+        for weight, term in zip(weights, terms, strict=True):
+            parameter.add_(term, alpha=weight)
+
+
 C = TypeVar("C", bound="PeftConfig")
 
 Whereabouts = Literal["linear", "bias", "norm", "everything", "input", "output", "model"]
@@ -248,6 +341,9 @@ class PeftConfig:
 
     learning_rate: ClassVar[float] = 2e-4
     """What `slimtune train` learns with where nothing is said."""
+
+    way_out: ClassVar[str] = "name the modules in target_modules"
+    """What to do where the model has nothing of `default_targets`."""
 
     inert: ClassVar[Mapping[str, Any]] = {}
     """Fields of `peft` that this library doesn't implement, with the value at which they change nothing."""
@@ -361,6 +457,15 @@ class TargetedConfig(PeftConfig):
         self.exclude_modules = _names(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"
+
+    def joined_targets(self, others: Sequence[TargetedConfig]) -> set[str] | str | None:
+        """The targets of this config and others together. Raises: ConfigError, for names beside an expression."""
+        targets: list[Any] = [config.target_modules for config in (self, *others)]
+        if len({type(names) for names in targets}) > 1:
+            raise ConfigError("adapters whose target_modules are names don't combine with one that has an expression")
+        if isinstance(self.target_modules, str):
+            return "|".join(f"({expression})" for expression in targets)
+        return None if self.target_modules is None else set().union(*targets)
 
 
 @dataclass

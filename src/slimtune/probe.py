@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.adopt import run, standing_in
+from slimtune.adopt import run
 from slimtune.bases import base_of
 from slimtune.bases.dense import own_forward
-from slimtune.delta import Delta, Dense, deltas_of
+from slimtune.delta import Delta, Dense, Difference, deltas_of, standing_in
 from slimtune.errors import MergeError
 
 
@@ -25,7 +25,10 @@ def check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
         MergeError: the two differ by more than rounding.
     """
     base = base_of(type(module))
-    changed = any(type(delta) is not Delta for name, delta in deltas_of(module).items() if name in names)
+    deltas = [delta for name, delta in deltas_of(module).items() if name in names]
+    # Other parameters in the module's own forward are what they are when merged.
+    exact = (Delta.forward, Difference.forward)
+    changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
     if not changed or own_forward(module) in {kind.forward for kind in base.module_types}:
         return
     frozen, was_training = functools.partial(own_forward(module), module), module.training
