@@ -144,8 +144,41 @@ def vera_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.VeraConf
     return slimtune.VeraConfig(**{**drawn, **fixed})
 
 
+@st.composite
+def token_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.TrainableTokensConfig:
+    rows = 11 if kind.name.startswith("embedding") else 7
+    tokens = draw(st.permutations(range(rows)))[: draw(st.integers(rows - 2, rows))]
+    return slimtune.TrainableTokensConfig(**{"token_indices": tokens, "target_modules": ["site"], **fixed})
+
+
+NEEDED: dict[str, dict[str, Any]] = {"TRAINABLE_TOKENS": {"token_indices": list(range(4, 60))}}
+"""What a method can't do without being told."""
+
+
+def ia3_configs(kind: Kind, **fixed: Any) -> st.SearchStrategy[PeftConfig]:
+    in_front = st.sampled_from([None, ["site"], ".*ite", "none.*"])
+    return st.builds(
+        lambda f: slimtune.IA3Config(**{"target_modules": ["site"], "feedforward_modules": f, **fixed}), in_front
+    )
+
+
+def bitfit_configs(kind: Kind, **fixed: Any) -> st.SearchStrategy[PeftConfig]:
+    return st.builds(
+        lambda b: slimtune.BitFitConfig(**{"target_modules": ["site"], "add_bias": b, **fixed}), st.booleans()
+    )
+
+
+def full_configs(kind: Kind, **fixed: Any) -> st.SearchStrategy[PeftConfig]:
+    stores, targets = st.sampled_from(["difference", "whole"]), st.sampled_from([["site"], None])
+    return st.builds(lambda s, t: slimtune.FullConfig(**{"target_modules": t, "store": s, **fixed}), stores, targets)
+
+
 STRATEGIES: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {
+    "BITFIT": bitfit_configs,
+    "FULL": full_configs,
+    "IA3": ia3_configs,
     "LORA": lora_configs,
+    "TRAINABLE_TOKENS": token_configs,
     "VERA": vera_configs,
 }
 """More than the defaults of a method, where there is more to try; a method without a strategy is tested with these."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.bases import base_of
-from slimtune.delta import Base, Frozen, deltas_of
+from slimtune.delta import Base, Frozen, deltas_of, standing_in
 from slimtune.errors import ConfigError
 from slimtune.ops import fused_for
 from slimtune.ops.lazy_logits import LazyLogits
@@ -107,20 +107,6 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
     return call
 
 
-@contextmanager
-def standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """These tensors in place of the module's own parameters and buffers for a while."""
-    slots: dict[str, Any] = {n: module._parameters if n in module._parameters else module._buffers for n in tensors}
-    own = {name: slot[name] for name, slot in slots.items()}
-    for name, tensor in tensors.items():
-        slots[name][name] = tensor
-    try:
-        yield
-    finally:
-        for name, tensor in own.items():
-            slots[name][name] = tensor
-
-
 def _held(module: nn.Module, tensors: dict[str, Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with standing_in(module, tensors):
         return call(*args, **kwargs)
@@ -133,6 +119,12 @@ def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x:
         raise ConfigError(
             f"adapter_names has {len(rows)} names for a batch of {x.shape[0]} rows; give one for each row"
         )
+    for name in rows:
+        if name in deltas_of(module) and deltas_of(module)[name].reweighs:
+            raise ConfigError(
+                f"the adapter '{name}' changes parameters that all rows of a batch share and can't be mixed "
+                "with others in one batch; run its rows as a batch of their own"
+            )
     # Beams and returned sequences repeat each row in place.
     names = [name for name in rows for _ in range(x.shape[0] // len(rows))]
     order, parts = [], []

@@ -167,6 +167,10 @@ class Delta(nn.Module):
             raise MergeError(self.unmergeable)
         return dense
 
+    def fold_beside(self, dense: Dense, frozen: Dense) -> Dense:
+        """As `fold`, where other adapters may be in `dense` already; `frozen` is without any."""
+        return self.fold(dense)
+
     @classmethod
     def combine(cls, deltas: list[Any], weights: list[float], how: str, target: Any, **options: Any) -> None:
         """Set `target` to a weighted combination of deltas. Raises: ConfigError, for methods that have none."""
@@ -203,6 +207,10 @@ class Delta(nn.Module):
     def excludes(self, other: Any) -> bool:
         """Whether this delta and another one on the same module can't be active together."""
         return self.holds and other.holds
+
+    def passes_over(self, key: str) -> bool:
+        """Whether a stored tensor of this key served training alone, so that this delta does without it."""
+        return False
 
 
 def deltas_of(module: Any) -> Mapping[str, Any]:
@@ -388,6 +396,13 @@ class PeftConfig:
         """The config of a weighted combination with other adapters of this method. Raises: ConfigError."""
         raise ConfigError(f"{self.peft_type} adapters can't be combined into one; activate them together instead")
 
+    def stored_fields(self) -> dict[str, Any]:
+        """The fields of an adapter as it is stored, where that isn't how it is trained."""
+        return self.to_dict()
+
+    def check_readable(self) -> None:
+        """See that an adapter that is stored with this config can be read. Raises: ConfigError."""
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, those included that were only passed through."""
         own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -493,6 +508,8 @@ def _names(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, StrEnum):
         return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return sorted(value) if isinstance(value, set) else value
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adapter import adopted_modules
-from slimtune.adopt import standing_in
 from slimtune.bases import base_of
-from slimtune.delta import Dense, deltas_of
+from slimtune.delta import Dense, deltas_of, standing_in
 from slimtune.drift import Drift, compare_outputs
 from slimtune.errors import MergeError
 from slimtune.probe import check_fold
@@ -32,9 +31,9 @@ def fold(module: Any, names: tuple[str, ...]) -> Dense:
     deltas = [deltas_of(module)[name] for name in names if name in deltas_of(module)]
     held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
     with standing_in(module, held):
-        dense = base.dense(module)
+        dense = frozen = base.dense(module)
     for delta in deltas:
-        dense = delta.fold(dense)
+        dense = delta.fold_beside(dense, frozen)
     stored = held | base.repack(module, dense)
     for name, tensor in stored.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -64,6 +63,7 @@ def merge(model: Any, names: tuple[str, ...], safe: bool = False) -> Kept:
         for path, module in adopted_modules(model):
             if any(name in deltas_of(module) for name in names):
                 kept.append((module, _exchange(module, _named(path, module, names))))
+        _tie_again(kept)
         switch.merged = names
         if probe and before is not None:
             with switch.using(active=names):
@@ -109,6 +109,17 @@ def _exchange(module: nn.Module, tensors: Dense) -> Dense:
             tensor = nn.Parameter(tensor, requires_grad=own.requires_grad)
         slots[name] = tensor
     return before
+
+
+def _tie_again(kept: Kept) -> None:
+    """Make weights that were one tensor before one again where they came out equal."""
+    merged: dict[int, Tensor] = {}
+    for module, before in kept:
+        for name, own in before.items():
+            slots: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+            first = merged.setdefault(id(own), slots[name])
+            if first is not slots[name] and torch.equal(first, slots[name]):
+                slots[name] = first
 
 
 def untie_if_changed(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,9 +127,10 @@ class PeftModel(Adopted):
         modules = adopted_modules(model)
         for path, module in modules:
             own = deltas_of(module)
-            if sum(own[name].holds for name in names if name in own) > 1:
+            together = [own[name] for name in names if name in own]
+            if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
                 raise ConfigError(
-                    f"the adapters {listing(names)} each train their own copy of '{path}' and can't be active "
+                    f"the adapters {listing(names)} each train their own copy of what '{path}' has and can't be active "
                     "together; activate one of them"
                 )
         self.adapter_switch.active = names
@@ -364,7 +366,7 @@ class PeftModel(Adopted):
 
     def _stored(self, name: str) -> dict[str, Any]:
         """The config of an adapter as it is stored."""
-        fields = self.peft_config[name].to_dict() | {"inference_mode": True}
+        fields = self.peft_config[name].stored_fields() | {"inference_mode": True}
         if fields["task_type"] is None:
             own = self.adopted_from
             fields["auto_mapping"] = {"base_model_class": own.__name__, "parent_library": own.__module__}
@@ -459,6 +461,7 @@ def _load(
     autocast_adapter_dtype: bool,
 ) -> None:
     config = config or PeftConfig.from_pretrained(folder)
+    config.check_readable()
     tensors = read_adapter(folder)
     config.inference_mode = not is_trainable
     if name in getattr(model, "peft_config", {}):

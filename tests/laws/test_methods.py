@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import slimtune
+from kinds import NEEDED
 from slimtune.delta import Delta, methods
 from slimtune.errors import ConfigError, MergeError, TargetError
 from tensors import adapter_tensors, assert_near, assert_same, copies, loss_of, predict, randomize, trainable
@@ -22,7 +23,7 @@ BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
 
 def default_config(method: str) -> Any:
     """The method as it is without a word; but without drawn masks, so that two forwards agree."""
-    return methods()[method](inference_mode=False)
+    return methods()[method](inference_mode=False, **NEEDED.get(method, {}))
 
 
 @functools.cache

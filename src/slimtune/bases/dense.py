@@ -73,6 +73,9 @@ class DenseEmbedding(Base):
     def repack(self, module: nn.Module, dense: Dense) -> Dense:
         return dense | {"weight": dense["weight"].t().contiguous()}
 
+    def forward_is_plain(self, module: nn.Module) -> bool:
+        return own_forward(module) is nn.Embedding.forward
+
 
 class Opaque(Base):
     """Any other module: its parameters can be trained whole, but no formula knows what it computes."""

@@ -42,7 +42,7 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     text = config_text(config)
     metadata = {"format": "pt", "config_sha256": _sha256(text.encode()), "tensors_sha256": checksum(contiguous)}
     # In a folder of its own: the writer's temporary files, which a kill leaves behind, go with the next save.
@@ -70,6 +70,15 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         raise AdapterFileError(
             f"the adapter was not saved to '{folder}': {error}; what was there before is unharmed"
         ) from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without any two in the same memory, which a file can't have."""
+    seen: set[int] = set()
+    return {
+        name: tensor.clone() if tensor.data_ptr() in seen or seen.add(tensor.data_ptr()) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
