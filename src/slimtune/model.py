@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from slimtune import merge as merging
-from slimtune.adapter import Draft, adapter_tensors, adopted_modules, attach, attached, draft, fill
+from slimtune.adapter import (
+    Draft,
+    adapter_tensors,
+    adopted_modules,
+    attach,
+    attached,
+    carried_embeddings,
+    draft,
+    fill,
+)
 from slimtune.adopt import BASE, Adopted, Switch, adopt, release, run
 from slimtune.bases import base_of
 from slimtune.combine import combined
@@ -359,7 +368,8 @@ class PeftModel(Adopted):
 
         That is how transformers' Trainer resumes. Raises: BaseMismatchError.
         """
-        if state_dict and all(name.startswith(KEY_PREFIX) for name in state_dict):
+        stored = adapter_tensors(self, self.active_adapter) if "prompt_embeddings" in state_dict else {}
+        if state_dict and all(name.startswith(KEY_PREFIX) or name in stored for name in state_dict):
             set_peft_model_state_dict(self, state_dict, self.active_adapter)
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
@@ -463,6 +473,12 @@ def _load(
     config = config or PeftConfig.from_pretrained(folder)
     config.check_readable()
     tensors = read_adapter(folder)
+    if hasattr(config, "modules_to_save"):
+        named = config.modules_to_save or []
+        found = [
+            path for path in carried_embeddings(model, tensors) if not any(f".{path}".endswith(f".{n}") for n in named)
+        ]
+        config.modules_to_save = [*named, *found] or None
     config.inference_mode = not is_trainable
     if name in getattr(model, "peft_config", {}):
         fill(attached(model, name), tensors, folder)

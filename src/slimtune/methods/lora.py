@@ -425,7 +425,8 @@ class LoraLinear(LoraDelta):
 
     def initialise(self, config: LoraConfig, site: Site) -> None:
         if not config.initialisation.startswith(LINEAR_ONLY):
-            return super().initialise(config, site)
+            super().initialise(config, site)
+            return
         weight_OI = site.base.weight(site.module).detach()
         if weight_OI.is_meta:
             raise ConfigError(
@@ -553,9 +554,7 @@ def _linear(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Te
     pairs = [tuple(factor.detach() for factor in delta.pair) for delta in deltas]
     ranks = {len(a) for a, _ in pairs}
     if len(ranks) > 1:
-        raise ConfigError(
-            f"combination_type 'linear' needs equal ranks, found {sorted(ranks)}; use 'cat' or 'svd'"
-        )
+        raise ConfigError(f"combination_type 'linear' needs equal ranks, found {sorted(ranks)}; use 'cat' or 'svd'")
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signs = [math.copysign(1.0, scale) for scale in scales]
     a = sum(sign * root * a for sign, root, (a, _) in zip(signs, roots, pairs, strict=True))

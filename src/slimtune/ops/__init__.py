@@ -37,8 +37,9 @@ def table() -> dict[tuple[type, type], Fused]:
 
 @functools.cache
 def fused_for(delta_type: type, base_type: type) -> Fused | None:
-    """The fused function for a delta on a base, if there is one."""
+    """The fused function for a delta on a base, if there is one for that delta's very equation."""
     for (delta, base), function in table().items():
-        if issubclass(delta_type, delta) and issubclass(base_type, base):
+        same_equation = issubclass(delta_type, delta) and delta_type.forward is delta.forward
+        if same_equation and issubclass(base_type, base):
             return function
     return None

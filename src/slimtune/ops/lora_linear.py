@@ -7,7 +7,9 @@ again from their seed instead of being kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,18 +29,49 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 @fuses(LoraLinear, DenseLinear)
 def lora_linear(delta: LoraLinear, module: Any, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * B(A(dropout(x)))`, fused where the base is a plain frozen product."""
-    if args or kwargs or not _is_plain(module, x):
+    if args or kwargs or not is_plain(module, x):
         return delta.forward(base, x, *args, **kwargs)
     weight_OI = base_of(type(module)).weight(module)
+    settings = this_pass(x, weight_OI, delta.scaling, delta.lora_dropout if delta.training else 0.0)
+    bias: Any = module.bias
+    return _LoraLinear.apply(x, weight_OI, bias, *delta.pair, settings)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward settles for its backward.
+
+    Attributes:
+        dtype: what the products are computed in.
+        product: the node of an input that need not be saved.
+    """
+
+    scaling: float
+    dropout: float
+    seed: int
+    dtype: torch.dtype
+    shape: torch.Size
+    x_dtype: torch.dtype
+    product: Any
+
+    def mask(self, x_TI: Tensor) -> tuple[Tensor | None, float]:
+        """The dropout mask, the same at each call, and the probability to stay."""
+        return keep_mask(x_TI, self.dropout, self.seed) if self.dropout else (None, 1.0)
+
+    def input(self, saved_TI: Tensor | None) -> Tensor:
+        """The input x_TI again."""
+        if saved_TI is not None:
+            return saved_TI
+        x = self.product._saved_self * self.product._saved_other
+        return x.reshape(-1, self.shape[-1]).to(self.dtype)
+
+
+def this_pass(x: Tensor, weight_OI: Tensor, scaling: float, dropout: float) -> Pass:
+    """The settings of a forward that starts now."""
     dtype = weight_OI.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    dropout = delta.lora_dropout if delta.training else 0.0
-    seed = _draw_seed() if dropout else 0
-    bias: Any = module.bias
-    factors = (delta.lora_A, delta.lora_B)
-    settings = delta.scaling, dropout, seed, dtype, _product(x)
-    return _LoraLinear.apply(x, weight_OI, bias, *factors, *settings)  # type: ignore[return-value]
+    return Pass(scaling, dropout, _draw_seed() if dropout else 0, dtype, x.shape, x.dtype, _product(x))
 
 
 def _product(x: Tensor) -> Any:
@@ -48,13 +81,17 @@ def _product(x: Tensor) -> Any:
     """
     node: Any = x.grad_fn
     # Under checkpointing what a node keeps can be asked for only once.
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
-    if node is None or hooked or node.name() != "MulBackward0":
+    if node is None or saving_is_hooked() or node.name() != "MulBackward0":
         return None
     return node if all(function for function, _ in node.next_functions) else None
 
 
-def _is_plain(module: Any, x: Any) -> bool:
+def saving_is_hooked() -> bool:
+    """Whether something else than autograd keeps what is saved, as under gradient checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_plain(module: Any, x: Any) -> bool:
     weight = module.weight
     return (
         type(weight) in _PLAIN_TENSORS
@@ -67,7 +104,7 @@ def _is_plain(module: Any, x: Any) -> bool:
     )
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     enabled = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
@@ -97,48 +134,64 @@ def apply_mask(x: Tensor, keep: Tensor) -> Tensor:
     return x * keep.to(x.dtype)
 
 
+def products(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, settings: Pass
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T + b + s z B^T and z = dropout(x) A^T."""
+    dtype = settings.dtype
+    y_TO = F.linear(x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+    keep, probability = settings.mask(x_TI)
+    kept_TI = x_TI if keep is None else apply_mask(x_TI, keep)
+    z_TR = (kept_TI @ a_RI.to(dtype).t()).div_(probability)
+    return y_TO.addmm_(z_TR, b_OR.to(dtype).t(), alpha=settings.scaling), z_TR
+
+
+def gradients(
+    g_TO: Tensor, x_TI: Tensor, z_TR: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, settings: Pass,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x, A and B in `products`, each where it is needed."""
+    gx_TI = ga_RI = gb_OR = None
+    dtype = settings.dtype
+    keep, probability = settings.mask(x_TI)
+    gz_TR = (g_TO @ b_OR.to(dtype)).mul_(settings.scaling / probability)
+    if needed[2]:
+        gb_OR = (g_TO.t() @ z_TR).to(b_OR.dtype).mul_(settings.scaling)
+    if needed[1]:
+        ga_RI = (gz_TR.t() @ (x_TI if keep is None else apply_mask(x_TI, keep))).to(a_RI.dtype)
+    if needed[0]:
+        gx_TI = g_TO @ weight_OI.to(dtype)
+        if keep is None:
+            gx_TI.addmm_(gz_TR, a_RI.to(dtype))
+        else:
+            gx_TI.add_(apply_mask(gz_TR @ a_RI.to(dtype), keep))
+    gx = None if gx_TI is None else gx_TI.view(settings.shape).to(settings.x_dtype)
+    return gx, ga_RI, gb_OR
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor,
-        scaling: float, dropout: float, seed: int, dtype: torch.dtype, product: Any,
-    ) -> Tensor:  # fmt: skip
-        with _no_autocast(x.device.type):
-            x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-            bias_O = None if bias_O is None else bias_O.to(dtype)
-            y_TO = F.linear(x_TI, weight_OI.to(dtype), bias_O)
-            keep, probability = keep_mask(x_TI, dropout, seed) if dropout else (None, 1.0)
-            kept_TI = x_TI if keep is None else apply_mask(x_TI, keep)
-            z_TR = (kept_TI @ a_RI.to(dtype).t()).div_(probability)
-            y_TO.addmm_(z_TR, b_OR.to(dtype).t(), alpha=scaling)
-        ctx.save_for_backward(None if product else x_TI, weight_OI, a_RI, b_OR, z_TR)
-        ctx.settings = scaling, dropout, seed, dtype, x.shape, x.dtype, product
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, settings: Pass
+    ) -> Tensor:
+        with no_autocast(x.device.type):
+            x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
+            y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
+        ctx.save_for_backward(None if settings.product else x_TI, weight_OI, a_RI, b_OR, z_TR)
+        ctx.settings = settings
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gradient,) = gradients
+    def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = received
         x_TI, weight_OI, a_RI, b_OR, z_TR = ctx.saved_tensors
-        scaling, dropout, seed, dtype, shape, x_dtype, product = ctx.settings
-        _, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
-        gx_TI = ga_RI = gb_OR = None
-        with _no_autocast(gradient.device.type):
-            if product:
-                x_TI = (product._saved_self * product._saved_other).reshape(-1, shape[-1]).to(dtype)
-            g_TO = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
-            keep, probability = keep_mask(x_TI, dropout, seed) if dropout else (None, 1.0)
-            gz_TR = (g_TO @ b_OR.to(dtype)).mul_(scaling / probability)
-            if needs_b:
-                gb_OR = (g_TO.t() @ z_TR).to(b_OR.dtype).mul_(scaling)
-            if needs_a:
-                ga_RI = (gz_TR.t() @ (x_TI if keep is None else apply_mask(x_TI, keep))).to(a_RI.dtype)
-            if ctx.needs_input_grad[0]:
-                gx_TI = g_TO @ weight_OI.to(dtype)
-                if keep is None:
-                    gx_TI.addmm_(gz_TR, a_RI.to(dtype))
-                else:
-                    gx_TI.add_(apply_mask(gz_TR @ a_RI.to(dtype), keep))
+        settings: Pass = ctx.settings
+        needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        with no_autocast(gradient.device.type):
+            x_TI = settings.input(x_TI)
+            g_TO = gradient.reshape(-1, gradient.shape[-1]).to(settings.dtype)
+            needed = needs_x, needs_a, needs_b
+            gx, ga_RI, gb_OR = gradients(g_TO, x_TI, z_TR, weight_OI, a_RI, b_OR, settings, needed)
             gbias_O = g_TO.sum(0) if needs_bias else None
-        gx = None if gx_TI is None else gx_TI.view(shape).to(x_dtype)
-        return gx, None, gbias_O, ga_RI, gb_OR, None, None, None, None, None
+        return gx, None, gbias_O, ga_RI, gb_OR, None

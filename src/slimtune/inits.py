@@ -1,0 +1,58 @@
+"""Where the factors of a low-rank change start: pure functions of the base weight and of random draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]
+"""(A, B)."""
+
+
+def principal(weight_OI: Tensor, r: int, scaling: float, how: str) -> Factors:
+    """Factors (A, B) of a part of the weight: by PiSSA, or by OLoRA, which takes no notice of the scale.
+
+    Args:
+        how: "pissa", "pissa_niter_[number]" or "olora".
+    """
+    if how == "olora":
+        return olora(weight_OI, r)
+    return pissa(weight_OI, r, scaling, int(how.rpartition("_")[2]) if "niter" in how else None)
+
+
+def pissa(weight_OI: Tensor, r: int, scaling: float, power_iterations: int | None = None) -> Factors:
+    """The greatest r singular values with their vectors, so that s B A is the best approximation of rank r.
+
+    W = U S V^T,  A = sqrt(S_r / s) V_r^T,  B = U_r sqrt(S_r / s)
+
+    Args:
+        power_iterations: use a randomised decomposition with so many iterations.
+
+    Meng et al. 2024, arXiv:2404.02948.
+    """
+    if power_iterations is None:
+        u_OK, sigma_K, vt_KI = torch.linalg.svd(_wide(weight_OI), full_matrices=False)
+    else:
+        u_OK, sigma_K, v_IK = torch.svd_lowrank(_wide(weight_OI), r, niter=power_iterations)
+        vt_KI = v_IK.t()
+    root_R = (sigma_K[:r] / scaling).sqrt()
+    return root_R[:, None] * vt_KI[:r], u_OK[:, :r] * root_R
+
+
+def olora(weight_OI: Tensor, r: int) -> Factors:
+    """The first r directions of W = Q R: A = R_r, B = Q_r. Büyükakyüz 2024, arXiv:2406.01775."""
+    q_OK, r_KI = torch.linalg.qr(_wide(weight_OI))
+    return r_KI[:r], q_OK[:, :r]
+
+
+def orthogonal(weight_OI: Tensor, r: int) -> Factors:
+    """Random A and B with B A = 0 though neither is zero: they use the even and the odd rows of one rotation."""
+    rows, columns = weight_OI.shape
+    q_RR, _ = torch.linalg.qr(torch.randn(r, r))
+    a_RI = torch.randn(columns, r // 2).mm(q_RR[0::2]).t() / 10
+    b_OR = torch.randn(r // 2, rows).t().mm(q_RR[1::2]) / 10
+    return a_RI, b_OR
+
+
+def _wide(weight_OI: Tensor) -> Tensor:
+    return weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
