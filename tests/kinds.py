@@ -151,6 +151,19 @@ def token_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.Trainab
     return slimtune.TrainableTokensConfig(**{"token_indices": tokens, "target_modules": ["site"], **fixed})
 
 
+@st.composite
+def bottleneck_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.BottleneckConfig:
+    drawn = {
+        **draw(st.sampled_from([{"bottleneck_size": 4}, {"bottleneck_size": 20}, {"reduction_factor": 1.5}])),
+        "placement": draw(st.sampled_from(["houlsby", "pfeiffer"])),
+        "non_linearity": draw(st.sampled_from(["relu", "gelu", "swish", "tanh"])),
+        "scaling": draw(st.sampled_from([1.0, 4, "learned"])),
+        "dropout": draw(st.sampled_from([0.0, 0.3])),
+        "target_modules": ["site"],
+    }
+    return slimtune.BottleneckConfig(**{**drawn, **fixed})
+
+
 NEEDED: dict[str, dict[str, Any]] = {"TRAINABLE_TOKENS": {"token_indices": list(range(4, 60))}}
 """What a method can't do without being told."""
 
@@ -177,6 +190,7 @@ STRATEGIES: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {
     "BITFIT": bitfit_configs,
     "FULL": full_configs,
     "IA3": ia3_configs,
+    "BOTTLENECK": bottleneck_configs,
     "LORA": lora_configs,
     "TRAINABLE_TOKENS": token_configs,
     "VERA": vera_configs,
