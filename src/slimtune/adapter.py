@@ -14,6 +14,7 @@ from slimtune.bases import base_of
 from slimtune.delta import Delta, PeftConfig, Site, deltas_of
 from slimtune.errors import AdapterExistsError, BaseMismatchError, ConfigError, listing
 from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
+from slimtune.structure import input_embeddings
 from slimtune.targets import resolve, walk
 
 Draft = list[tuple[Site, Delta]]
@@ -95,17 +96,41 @@ def fill(drafted: Draft, tensors: Mapping[str, Tensor], source: str | Path) -> N
             f"'{source}' was made for another base or other targets: {what}; "
             f"{len(own.keys() & tensors.keys())} of {len(own)} tensors match"
         )
+    sites = {key(site, name): site for site, _, names in disk_names for name in names}
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise BaseMismatchError(
                 f"'{source}' was made for another base: '{name}' is {tuple(tensors[name].shape)} in the file and "
-                f"{tuple(tensor.shape)} on this model"
+                f"{tuple(tensor.shape)} on this model{_way_to_mend(sites[name], tensor, tensors[name])}"
             )
     with torch.no_grad():
         for site, delta, names in disk_names:
             inside = delta.from_disk({name: tensors[key(site, name)] for name in names})
             for name, tensor in delta.state_dict().items():
                 tensor.copy_(inside[name])
+
+
+def _way_to_mend(site: Site, own: Tensor, stored: Tensor) -> str:
+    """What to do where the base had another number of tokens or labels when the adapter was made."""
+    differing = [pair for pair in zip(own.shape, stored.shape, strict=False) if len(set(pair)) > 1]
+    rows = site.base.features(site.module)[0 if site.kind == "embedding" else 1]
+    if own.ndim != stored.ndim or len(differing) != 1 or differing[0][0] != rows:
+        return ""
+    resize = f"call model.resize_token_embeddings({differing[0][1]}) before loading"
+    if site.kind == "embedding":
+        return f"; the base had other tokens then: {resize}"
+    return f"; if that is the output layer, {resize}, or load the base with as many labels"
+
+
+def keep_embeddings(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Note in the config which embeddings a file has whole without saying so: `peft` adds those that were resized."""
+    output = getattr(model, "get_output_embeddings", None)
+    ends = [module for module in (input_embeddings(model), output() if output else None) if module is not None]
+    named = getattr(config, "modules_to_save", None) or []
+    for name, module in walk(model):
+        is_end = any(module is end for end in ends)
+        if is_end and f"{KEY_PREFIX}{name}.weight" in tensors and not any(f".{name}".endswith(f".{n}") for n in named):
+            named = config.modules_to_save = [*named, name]
 
 
 def _strangers(drafted: Draft, tensors: Mapping[str, Tensor], own: set[str]) -> set[str]:
@@ -115,6 +140,7 @@ def _strangers(drafted: Draft, tensors: Mapping[str, Tensor], own: set[str]) -> 
         name
         for name in tensors.keys() - own
         if name not in bases or not torch.equal(bases[name].get_parameter("weight").cpu(), tensors[name])
+        if not any(delta.passes_over(name) for _, delta in drafted)
     }
 
 

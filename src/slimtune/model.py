@@ -20,9 +20,9 @@ from slimtune.adapter import (
     adopted_modules,
     attach,
     attached,
-    carried_embeddings,
     draft,
     fill,
+    keep_embeddings,
 )
 from slimtune.adopt import BASE, Adopted, Switch, adopt, release, run
 from slimtune.bases import base_of
@@ -138,9 +138,9 @@ class PeftModel(Adopted):
             own = deltas_of(module)
             together = [own[name] for name in names if name in own]
             if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
+                what = f"train their own copy of what '{path}' has" if path else "put tokens of their own in front"
                 raise ConfigError(
-                    f"the adapters {listing(names)} each train their own copy of what '{path}' has and can't be active "
-                    "together; activate one of them"
+                    f"the adapters {listing(names)} each {what} and can't be active together; activate one of them"
                 )
         self.adapter_switch.active = names
         for _, module in modules:
@@ -473,12 +473,7 @@ def _load(
     config = config or PeftConfig.from_pretrained(folder)
     config.check_readable()
     tensors = read_adapter(folder)
-    if hasattr(config, "modules_to_save"):
-        named = config.modules_to_save or []
-        found = [
-            path for path in carried_embeddings(model, tensors) if not any(f".{path}".endswith(f".{n}") for n in named)
-        ]
-        config.modules_to_save = [*named, *found] or None
+    keep_embeddings(model, config, tensors)
     config.inference_mode = not is_trainable
     if name in getattr(model, "peft_config", {}):
         fill(attached(model, name), tensors, folder)
