@@ -12,6 +12,8 @@ from slimtune.folder import StoredTensor
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What its --max-lora-rank accepts."""
+UNKNOWN_TO_PEFT = {"BOTTLENECK", "BITFIT", "LAST_LAYER", "FULL", "FULL_ADAPTER"}
+"""Methods whose files `peft` has no type for."""
 SERVED_WHOLE = {"classifier", "score"}
 
 
@@ -44,8 +46,8 @@ def largest_rank(config: dict[str, Any]) -> int:
 
 
 def _peft(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
-    # The one method with a type of its own has no counterpart there.
-    against = ["bottleneck adapters are unknown to it"] if config.get("peft_type") == "BOTTLENECK" else []
+    method = config.get("peft_type")
+    against = [f"{method} is unknown to it"] if method in UNKNOWN_TO_PEFT else []
     return against, "PeftModel.from_pretrained(model, folder)"
 
 

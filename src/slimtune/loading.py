@@ -111,6 +111,16 @@ def load_classifier(
     return model, tokenizer
 
 
+def load_trained_classifier(
+    source: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """As `load`, for a model that gives texts labels; raises ConfigError for any other."""
+    model, tokenizer = load(source, dtype, device, trust_remote_code)
+    if tokenizer is None or not type(model).__name__.endswith("ForSequenceClassification"):
+        raise ConfigError(f"{source} is a {type(model).__name__}, which gives texts no labels; train it on such first")
+    return model.eval(), tokenizer
+
+
 def load_encoder(
     source: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:

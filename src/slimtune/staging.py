@@ -41,6 +41,20 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def staged_file(output: Path) -> Iterator[Path]:
+    """A scratch file beside `output` that takes its place once the block ends well."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, output)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 def _replace(scratch: Path, output: Path) -> None:
     if not output.exists() or not any(output.iterdir()):
         os.replace(scratch, output)

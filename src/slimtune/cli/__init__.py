@@ -15,6 +15,8 @@ from slimtune.cli.doctor import doctor
 from slimtune.cli.generate import generate
 from slimtune.cli.info import info
 from slimtune.cli.merge import merge
+from slimtune.cli.methods import methods
+from slimtune.cli.predict import predict
 from slimtune.cli.train import train
 from slimtune.errors import MergeError, SlimtuneError
 
@@ -76,6 +78,8 @@ for name, command in {
     "train": train,
     "chat": chat,
     "generate": generate,
+    "predict": predict,
+    "methods": methods,
     "info": info,
     "merge": merge,
     "doctor": doctor,

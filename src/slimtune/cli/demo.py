@@ -97,20 +97,20 @@ class Demo:
         return zero
 
     def _tune(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], base: Score) -> Score:
-        from slimtune.cli.method import lora_config, method_table
-        from slimtune.cli.tuning import Data, adopt, tune
+        from slimtune.cli.method import configure, find, table
+        from slimtune.cli.tuning import Conversations, adopt, tune
         from slimtune.train.rows import Conversation
         from slimtune.train.settings import TrainSettings
 
-        config = lora_config(rank=16, target_modules="all-linear")
+        lora = find("lora")
+        config = configure(lora, {"target_modules": "all-linear"})
         settings = TrainSettings(learning_rate=1e-3, max_steps=self.steps, batch_size=16, warmup=0.1, seed=self.seed)
         rows = [Conversation.model_validate({"messages": example.messages()}) for example in train]
-        data = Data("spoken orders (slimtune demo-data)", list(rows), [], max_length=256, too_long="error")
+        data = Conversations("spoken orders (slimtune demo-data)", list(rows), [], max_length=256, too_long="error")
         with self._step("Tune with LoRA"):
             adopt(model, config, self.seed)
-            outcome = tune(
-                self.screen, model, tokenizer, data, settings, self.adapter, True, method_table("lora", config)
-            )
+            method = table(lora, config)
+            outcome = tune(self.screen, model, tokenizer, data, settings, self.adapter, True, method)
             self.results |= {"train_seconds": outcome.seconds, "tokens_per_second": outcome.tokens_per_second}
         with self._step("Score the tuned model on the same orders"):
             tuned = self._ask(model, tokenizer, held_out)

@@ -32,16 +32,15 @@ def merge(
     from slimtune.cli.adapters import attach
     from slimtune.errors import AdapterFileError
     from slimtune.export import merge_to_folder
-    from slimtune.loading import base_of, is_adapter, load, load_tokenizer
+    from slimtune.loading import base_of, is_adapter, load_base
     from slimtune.staging import refuse_existing
 
     refuse_existing(output, overwrite)
     if not is_adapter(adapter):
         raise AdapterFileError(f"{adapter} is no adapter folder: adapter_config.json is missing; pass what train wrote")
     source = base or base_of(adapter)
-    model, tokenizer = load(source, dtype, device, trust_remote_code)
+    model, tokenizer = load_base(adapter, source, dtype, device, trust_remote_code)
     model = attach(model, {"default": adapter})
-    tokenizer = load_tokenizer(adapter) or tokenizer
     report = merge_to_folder(model, tokenizer, output, max_kl, overwrite)
     if as_json:
         print(json.dumps({"output": str(output), "base": source, **report.to_dict()}))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from slimtune.train.data import Encoded, Prepared, pieces
+from slimtune.train.labelled import Tokenized
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +42,22 @@ def show_data(screen: Console, prepared: Prepared, held_out: Sequence[Encoded], 
         screen.print(f"[yellow]{prepared.dropped:,} examples dropped[/]: no answer within {max_length:,} tokens")
     if prepared.truncated:
         screen.print(f"[yellow]{prepared.truncated:,} examples cut[/] at {max_length:,} tokens")
+
+
+def show_labels(
+    screen: Console, labels: Sequence[str], rows: Tokenized, given: int, held_out: Sequence[str], max_length: int
+) -> None:
+    """How many texts there are of each label, and what became of long ones."""
+    counts = ", ".join(f"{label}: {count:,}" for label, count in sorted(Counter(labels).items()))
+    screen.print(
+        f"data: {len(labels):,} texts ({counts}), {rows.tokens:,} tokens; the longest has {rows.longest:,}"
+        + (f"; {len(held_out):,} texts held out" if held_out else ""),
+        markup=False,
+    )
+    if given > len(labels):
+        screen.print(f"[yellow]{given - len(labels):,} texts dropped[/]: longer than {max_length:,} tokens")
+    if rows.truncated:
+        screen.print(f"[yellow]{rows.truncated:,} texts cut[/] at {max_length:,} tokens")
 
 
 def show_preview(screen: Console, tokenizer: Any, example: Encoded) -> None:

@@ -5,33 +5,48 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimtune.cli.method import OPTIONS
 from slimtune.cli.options import Base, Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, console
-from slimtune.errors import ConfigError, did_you_mean, listing
+from slimtune.errors import ConfigError, listing
+
+if TYPE_CHECKING:
+    from slimtune.cli.method import Method
 
 METHOD, RUN, DATA = "Method", "Training", "Data"
-RATES = {"lora": 2e-4, "full": 2e-5}
+NEEDED_BY_FEATURES = {"batch_size", "seed", "dtype", "device"}
 
 
 def train(
     ctx: typer.Context,
     model: Base,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="JSONL with messages, or prompt and completion.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="JSONL with messages, or prompt and completion; JSONL or CSV with text and label."
+        ),
+    ],
     output: Output,
-    method: Annotated[str, typer.Option(help="lora, or full for the baseline.", rich_help_panel=METHOD)] = "lora",
-    rank: Annotated[int, typer.Option("--rank", "--r", help="Rank of the update.", rich_help_panel=METHOD)] = 16,
-    alpha: Annotated[
-        float | None, typer.Option(help="Scale is alpha / rank; 2 * rank by default.", rich_help_panel=METHOD)
+    method: Annotated[
+        str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.", rich_help_panel=METHOD)
+    ] = "lora",
+    rank: Annotated[
+        int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.", rich_help_panel=METHOD)
     ] = None,
-    dropout: Annotated[float, typer.Option(help="Dropout before A.", rich_help_panel=METHOD)] = 0.0,
+    alpha: Annotated[
+        float | None, typer.Option(help="Scale is alpha / rank; 2 * rank for lora.", rich_help_panel=METHOD)
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout before A.", rich_help_panel=METHOD)] = None,
     target_modules: Annotated[
-        str, typer.Option(help="all-linear, names between commas, or a regex.", rich_help_panel=METHOD)
-    ] = "all-linear",
+        str | None,
+        typer.Option(
+            help="all-linear, names between commas, or a regex; else where the method belongs.", rich_help_panel=METHOD
+        ),
+    ] = None,
     exclude_modules: Annotated[
         str | None, typer.Option(help="Names or a regex to leave out.", rich_help_panel=METHOD)
     ] = None,
@@ -45,16 +60,26 @@ def train(
     modules_to_save: Annotated[
         str | None, typer.Option(help="Modules trained and saved whole.", rich_help_panel=METHOD)
     ] = None,
-    bias: Annotated[str, typer.Option(help="none, all or lora_only.", rich_help_panel=METHOD)] = "none",
-    init: Annotated[str, typer.Option(help="default, random or gaussian.", rich_help_panel=METHOD)] = "default",
+    bias: Annotated[str | None, typer.Option(help="none, all or lora_only.", rich_help_panel=METHOD)] = None,
+    init: Annotated[str | None, typer.Option(help="default, random, gaussian, ...", rich_help_panel=METHOD)] = None,
     use_rslora: Annotated[
         bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).", rich_help_panel=METHOD)
     ] = False,
+    assignments: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other field of the method, as YAML ([bold]slimtune methods NAME[/] lists them); repeatable.",
+            rich_help_panel=METHOD,
+        ),
+    ] = [],  # noqa: B006
     lora_plus_ratio: Annotated[
         float | None, typer.Option(help="LoRA+: learn B this many times faster than A.", rich_help_panel=METHOD)
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="2e-4 for lora, 2e-5 for full.", rich_help_panel=RUN)
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="By default the method's own.", rich_help_panel=RUN),
     ] = None,
     epochs: Annotated[float, typer.Option(help="Times through the data.", rich_help_panel=RUN)] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Stop after these steps.", rich_help_panel=RUN)] = None,
@@ -84,33 +109,42 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Tune a model on a file of conversations; only the answers are learned.
+    """Tune a model on a file of conversations, of which the answers are learned, or of texts with labels.
 
-    Writes the adapter, the tokenizer with its chat template, the loss curve and a model card.
+    Writes the adapter, the tokenizer with its chat template, the loss curve and a model card. Rows with text, label
+    and perhaps text_pair train a classifier of whole texts; labels of single tokens, answers in a passage and images
+    are trained in Python.
 
     Example: slimtune train smollm2-135m-instruct orders/train.jsonl --output tuned --max-steps 40
     """
-    from slimtune.cli.method import METHODS, lora_config, method_table
-    from slimtune.cli.tuning import Data, load_for, tune
+    from slimtune.cli.method import FEATURES, configure, find, table
+    from slimtune.cli.tuning import Files, load_for, tune
     from slimtune.staging import refuse_existing
     from slimtune.train.settings import TrainSettings
 
     # All that needs no model comes first: a slip of the pen must not cost a download.
     refuse_existing(output, overwrite)
-    if method not in METHODS:
-        raise ConfigError(f"no method '{method}'; pass one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
-    if method == "full":
-        _refuse_lora_options(ctx)
-    rate = RATES[method] if learning_rate is None else learning_rate
-    settings = TrainSettings(**{**_taken(ctx, TrainSettings.__dataclass_fields__), "learning_rate": rate})
-    config = lora_config(**_taken(ctx, signature(lora_config).parameters)) if method == "lora" else None
-    files = Data.read(data, eval_data, eval_fraction, max_length, too_long, seed)
+    chosen = find(method)
+    given = _given(ctx)
+    _refuse_what_changes_nothing(chosen, given)
+    config = configure(chosen, {name: ctx.params[name] for name in OPTIONS if name in given}, assignments)
+    files = Files(data, eval_data, eval_fraction, max_length, too_long, seed).read()
     screen = console(as_json)
-    loaded, tokenizer, autocast = load_for(config, model, dtype, device, trust_remote_code, seed)
-    outcome = tune(
-        screen, loaded, tokenizer, files, settings, output, overwrite, method_table(method, config), autocast
-    )
-    screen.print(f"written to {output}; try it:  slimtune chat {output}", markup=False)
+    if method == FEATURES:
+        from slimtune.cli.features import train_on_features
+
+        found = train_on_features(
+            screen, config, files, model, output, overwrite, batch_size, dtype, device, trust_remote_code
+        )
+        if as_json:
+            print(json.dumps({"output": str(output), **found}))
+        return
+    rate = chosen.config.learning_rate if learning_rate is None else learning_rate
+    settings = TrainSettings(**{**_taken(ctx, TrainSettings.__dataclass_fields__), "learning_rate": rate})
+    loaded, tokenizer, autocast = load_for(method, config, files, model, dtype, device, trust_remote_code, seed)
+    outcome = tune(screen, loaded, tokenizer, files, settings, output, overwrite, table(chosen, config), autocast)
+    use = f"slimtune chat {output}" if files.task_type == "CAUSAL_LM" else f"slimtune predict {output} TEXTS.jsonl"
+    screen.print(f"written to {output}; try it:  {use}", markup=False)
     if as_json:
         print(json.dumps({"output": str(output), **asdict(outcome)}))
     if outcome.interrupted:
@@ -121,12 +155,18 @@ def _taken(ctx: typer.Context, names: Iterable[str]) -> dict[str, Any]:
     return {name: ctx.params[name] for name in names if name in ctx.params}
 
 
-def _refuse_lora_options(ctx: typer.Context) -> None:
-    from slimtune.cli.method import lora_config
-
-    names = {*signature(lora_config).parameters, "lora_plus_ratio"}
+def _given(ctx: typer.Context) -> set[str]:
+    """The options that were written, not those at their defaults."""
     # By name, for typer carries a copy of click whose place changes.
-    given = [name for name in names if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-    if given:
-        options = listing("--" + name.replace("_", "-") for name in given)
-        raise ConfigError(f"{options} would change nothing with --method full; leave it out, or use --method lora")
+    return {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+
+
+def _refuse_what_changes_nothing(method: Method, given: set[str]) -> None:
+    from slimtune.train.settings import TrainSettings
+
+    strangers = set() if method.has_low_rank_pair else given & {"lora_plus_ratio"}
+    if method.name == "features":
+        strangers |= (given & set(TrainSettings.__dataclass_fields__)) - NEEDED_BY_FEATURES
+    if strangers:
+        options = listing("--" + name.replace("_", "-") for name in strangers)
+        raise ConfigError(f"{options} would change nothing with --method {method.name}; leave it out")

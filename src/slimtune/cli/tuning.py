@@ -1,31 +1,95 @@
-"""From loaded files to a written adapter: what `train` and `demo` have in common."""
+"""From read files to a written adapter: what `train` and `demo` have in common."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from slimtune.cli.report import show_data, show_preview, show_trained
-from slimtune.errors import ConfigError, DataError, did_you_mean
-from slimtune.loading import load_text_model, native_dtype
+from slimtune.cli.method import FULL
+from slimtune.cli.report import show_data, show_labels, show_preview, show_trained
+from slimtune.errors import ConfigError, DataError, did_you_mean, listing
+from slimtune.evaluate.classification import classify, scores, shown
+from slimtune.loading import is_adapter, load_classifier, load_text_model, native_dtype, resolve
 from slimtune.staging import staged
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
-from slimtune.train.data import TOO_LONG, Encoded, encode
+from slimtune.train.data import TOO_LONG, encode
+from slimtune.train.labelled import (
+    Labelled,
+    Tokenized,
+    has_labels,
+    labels_of,
+    longest_input,
+    read_labelled,
+    tokenize,
+)
 from slimtune.train.results import rescue, write_results
 from slimtune.train.rows import Row, read_rows
-from slimtune.train.run import Outcome, fine_tune, is_adopted
+from slimtune.train.run import Outcome, fine_tune
 from slimtune.train.settings import TrainSettings
+from slimtune.train.trainer import Objective, classification
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
-class Data:
-    """Rows to learn from and rows to evaluate on, and what to do with long ones."""
+class Files:
+    """Where rows come from, which of them are held out, and what becomes of long ones."""
+
+    data: Path
+    held_out: Path | None
+    fraction: float
+    max_length: int
+    too_long: str
+    seed: int
+
+    def read(self) -> Conversations | Classes:
+        """Rows of conversations, or of labelled texts if the first one has a label; raises DataError, ConfigError."""
+        if self.too_long not in TOO_LONG:
+            near = did_you_mean(self.too_long, TOO_LONG)
+            raise ConfigError(f"--too-long takes {', '.join(TOO_LONG)}, found '{self.too_long}'{near}")
+        if self.held_out and self.fraction:
+            raise ConfigError("--eval-data and --eval-fraction were both given; pass one of them")
+        if not has_labels(self.data):
+            return Conversations(str(self.data), *self._split(read_rows), self.max_length, self.too_long)
+        rows, held_out = self._split(read_labelled)
+        labels = labels_of(rows if self.held_out else rows + held_out)
+        unknown = {row.label for row in held_out} - set(labels)
+        if unknown:
+            raise DataError(f"{self.held_out} has labels that {self.data} hasn't: {listing(unknown)}; correct them")
+        return Classes(str(self.data), labels, rows, held_out, self.max_length, self.too_long)
+
+    def _split(self, read: Callable[[Path], list[R]]) -> tuple[list[R], list[R]]:
+        rows = read(self.data)
+        if self.held_out:
+            return rows, read(self.held_out)
+        random.Random(self.seed).shuffle(rows)
+        count = round(len(rows) * self.fraction)
+        if count == len(rows):
+            raise DataError(f"nothing is left of {len(rows)} examples to learn from; lower --eval-fraction")
+        return rows[count:], rows[:count]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a model is trained and judged on."""
+
+    examples: Sequence[Any]
+    held_out: Sequence[Any]
+    facts: dict[str, Any]
+    objective: Objective | None = None
+    judge: Callable[[Any], dict[str, float]] = lambda model: {}
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations whose answers are learned."""
 
     source: str
     rows: list[Row]
@@ -33,49 +97,116 @@ class Data:
     max_length: int
     too_long: str
 
-    @classmethod
-    def read(
-        cls, path: Path, eval_path: Path | None, eval_fraction: float, max_length: int, too_long: str, seed: int
-    ) -> Data:
-        """Read the files; raises DataError or ConfigError."""
-        if too_long not in TOO_LONG:
-            near = did_you_mean(too_long, TOO_LONG)
-            raise ConfigError(f"--too-long takes {', '.join(TOO_LONG)}, found '{too_long}'{near}")
-        if eval_path and eval_fraction:
-            raise ConfigError("--eval-data and --eval-fraction were both given; pass one of them")
-        rows = read_rows(path)
-        if eval_path:
-            return cls(str(path), rows, read_rows(eval_path), max_length, too_long)
-        random.Random(seed).shuffle(rows)
-        count = round(len(rows) * eval_fraction)
-        if count == len(rows):
-            raise DataError(f"nothing is left of {len(rows)} examples to learn from; lower --eval-fraction")
-        return cls(str(path), rows[count:], rows[:count], max_length, too_long)
+    task_type = "CAUSAL_LM"
+
+    def load(self, source: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+        """A model that writes text, and its tokenizer."""
+        return load_text_model(source, dtype, device, trust_remote_code)
+
+    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
+        """The ids, shown with what is learned of them; raises DataError."""
+        prepared = encode(self.rows, tokenizer, self.max_length, self.too_long)
+        held_out = encode(self.held_out, tokenizer, self.max_length, self.too_long).examples if self.held_out else []
+        show_data(screen, prepared, held_out, self.max_length)
+        show_preview(screen, tokenizer, prepared.examples[0])
+        facts = {
+            "source": Path(self.source).name,
+            "examples": len(prepared.examples),
+            "held out": len(held_out),
+            "tokens": f"{prepared.tokens:,}",
+            "learned": f"{prepared.learned / prepared.tokens:.0%}",
+            "maximum length": self.max_length,
+        }
+        return Lesson(prepared.examples, held_out, facts)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Texts whose labels are learned."""
+
+    source: str
+    labels: list[str]
+    rows: list[Labelled]
+    held_out: list[Labelled]
+    max_length: int
+    too_long: str
+
+    task_type = "SEQ_CLS"
+
+    def load(self, source: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+        """A model with a head for the labels, and its tokenizer."""
+        return load_classifier(source, self.labels, dtype, device, trust_remote_code)
+
+    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
+        """The ids with their labels' numbers; raises DataError."""
+        limit = longest_input(model, tokenizer, self.max_length)
+        rows = tokenize([row.texts for row in self.rows], tokenizer, limit, self.too_long)
+        held_out = Tokenized([], [], 0)
+        if self.held_out:
+            held_out = tokenize([row.texts for row in self.held_out], tokenizer, limit, self.too_long)
+        learned = [self.rows[i] for i in rows.kept]
+        true = [self.held_out[i].label for i in held_out.kept]
+        show_labels(screen, [row.label for row in learned], rows, len(self.rows), true, limit)
+        facts = {
+            "source": Path(self.source).name,
+            "examples": len(learned),
+            "held out": len(true),
+            "labels": self.labels,
+            "tokens": f"{rows.tokens:,}",
+            "maximum length": limit,
+        }
+
+        def judge(model: Any) -> dict[str, float]:
+            if not true:
+                return {}
+            likeliest = classify(model, tokenizer, held_out.rows).argmax(-1).tolist()
+            return scores([self.labels[number] for number in likeliest], true)
+
+        def numbered(tokenized: Tokenized, labels: list[str]) -> list[dict[str, Any]]:
+            pairs = zip(tokenized.rows, labels, strict=True)
+            return [row | {"labels": self.labels.index(label)} for row, label in pairs]
+
+        examples = numbered(rows, [row.label for row in learned])
+        return Lesson(examples, numbered(held_out, true), facts, classification(tokenizer), judge)
+
+
+Data = Conversations | Classes
 
 
 def load_for(
-    config: Any, source: str, dtype: str, device: str, trust_remote_code: bool, seed: int
+    name: str, config: Any, data: Data, source: str, dtype: str, device: str, trust_remote_code: bool, seed: int
 ) -> tuple[Any, Any, bool]:
     """The model made ready for a method, its tokenizer, and whether it computes in bf16 over float32 weights."""
-    if config is not None:
-        model, tokenizer = load_text_model(source, dtype, device, trust_remote_code)
-        if is_adopted(model):
-            raise ConfigError(f"{source} is an adapter already; train its base, or merge it first with slimtune merge")
-        return adopt(model, config, seed), tokenizer, False
+    from transformers import set_seed
+
+    if is_adapter(source):
+        raise ConfigError(f"{source} is an adapter already; train its base, or merge it first with slimtune merge")
+    # A new head is drawn while the model is loaded.
+    set_seed(seed)
+    if name != FULL:
+        model, tokenizer = data.load(source, dtype, device, trust_remote_code)
+        return adopt(model, config, seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
-    model, tokenizer = load_text_model(source, "float32", device, trust_remote_code)
+    model, tokenizer = data.load(source, "float32", device, trust_remote_code)
     model.requires_grad_(True)
     return model, tokenizer, (native_dtype() if dtype == "auto" else dtype) == "bfloat16"
 
 
-def adopt(model: Any, config: Any, seed: int) -> Any:
+def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> Any:
     """The model with a new adapter, drawn the same for the same seed; raises ConfigError or TargetError."""
     from transformers import set_seed
 
     from slimtune import get_peft_model
 
     set_seed(seed)
-    return get_peft_model(model, config)
+    config.task_type = task_type
+    if getattr(config, "tokenizer_name_or_path", "") is not None:
+        return get_peft_model(model, config)
+    # While it attaches, a prompt that begins as a text reads the tokenizer of the base.
+    config.tokenizer_name_or_path = resolve(model.name_or_path)
+    model = get_peft_model(model, config)
+    config.tokenizer_name_or_path = model.name_or_path
+    return model
 
 
 def tune(
@@ -92,33 +223,24 @@ def tune(
     """Show what will happen, train, and write the results; raises SlimtuneError, with what was learned put aside."""
     base = model.name_or_path
     trainable(model)
-    prepared = encode(data.rows, tokenizer, data.max_length, data.too_long)
-    held_out = encode(data.held_out, tokenizer, data.max_length, data.too_long).examples if data.held_out else []
     show_trained(screen, model)
-    show_data(screen, prepared, held_out, data.max_length)
-    show_preview(screen, tokenizer, prepared.examples[0])
-    facts = {
-        "source": Path(data.source).name,
-        "examples": len(prepared.examples),
-        "held out": len(held_out),
-        "tokens": f"{prepared.tokens:,}",
-        "learned": f"{prepared.learned / prepared.tokens:.0%}",
-        "maximum length": data.max_length,
-    }
+    lesson = data.lesson(screen, model, tokenizer)
     with staged(output, overwrite) as folder:
-        outcome = _train_or_rescue(
-            screen, model, tokenizer, prepared.examples, held_out, settings, folder, output, autocast
-        )
+        outcome = _train_or_rescue(screen, model, tokenizer, lesson, settings, folder, output, autocast)
         if autocast:
             import torch
 
             model.to(torch.bfloat16)
-        write_results(folder, model, tokenizer, Card(output.name, base, method, facts, settings, outcome))
+        outcome = replace(outcome, scores=lesson.judge(model))
+        card = Card(output.name, base, data.task_type, method, lesson.facts, settings, outcome)
+        write_results(folder, model, tokenizer, card)
     screen.print(
         f"{outcome.steps} steps in {outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, "
         f"loss {outcome.final_loss:.4f}"
         + (f", held out {outcome.eval_loss:.4f}" if outcome.eval_loss is not None else "")
     )
+    if outcome.scores:
+        screen.print(f"on the held-out rows: [bold]{shown(outcome.scores)}[/]")
     if outcome.interrupted:
         screen.print(f"[yellow]stopped by hand[/] after {outcome.steps} steps; what was learned so far is written")
     return outcome
@@ -128,15 +250,16 @@ def _train_or_rescue(
     screen: Console,
     model: Any,
     tokenizer: Any,
-    examples: list[Encoded],
-    held_out: list[Encoded],
+    lesson: Lesson,
     settings: TrainSettings,
     folder: Path,
     output: Path,
     autocast: bool,
 ) -> Outcome:
     try:
-        return fine_tune(model, tokenizer, examples, settings, folder, screen, held_out, autocast)
+        return fine_tune(
+            model, tokenizer, lesson.examples, settings, folder, screen, lesson.held_out, autocast, lesson.objective
+        )
     except DivergedError as error:
         if not error.kept_steps:
             raise

@@ -74,13 +74,18 @@ def _read_shared_prefix(model: Any, rows: Sequence[list[int]]) -> tuple[list[int
 
     # At least one id of each row stays, for generate to begin with.
     shared = _common_start([row[:-1] for row in rows]) if len(rows) > 1 else []
-    if not shared or model.config.is_encoder_decoder:
+    if not shared or model.config.is_encoder_decoder or _has_soft_prompt(model):
         return [], None
     cache = model(torch.tensor([shared], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
     # Sliding windows and recurrent states keep no row for every token, so they can't be continued behind padding.
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return [], None
     return shared, cache
+
+
+def _has_soft_prompt(model: Any) -> bool:
+    """Whether an adapter puts vectors in front of the tokens, so that the tokens' keys and values aren't the first."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def _common_start(rows: Sequence[list[int]]) -> list[int]:

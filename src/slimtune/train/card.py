@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from slimtune.engines import UNKNOWN_TO_PEFT
+from slimtune.loading import PACKAGED
 from slimtune.train.run import Outcome
 from slimtune.train.settings import TrainSettings
 
@@ -18,6 +20,7 @@ class Card:
 
     name: str
     base: str
+    task_type: str
     method: dict[str, Any]
     data: dict[str, Any]
     settings: TrainSettings
@@ -29,8 +32,31 @@ class Card:
 
     def text(self) -> str:
         """The card as Markdown with the metadata that the Hub reads."""
-        is_adapter = self.method["method"] != "full"
-        outcome = {
+        versions = {name: version(name) for name in ("slimtune", "torch", "transformers")}
+        sections = [
+            self._front_matter(),
+            f"# {self.name}\n\n{'An adapter for' if self.is_adapter else 'A full fine-tune of'} `{self.base}`.",
+            "## How to load it\n\n" + self._loading(),
+            "## Method\n\n" + _table(self.method),
+            "## Data\n\n" + _table(self.data),
+            "## Settings\n\n" + _table(vars(self.settings)),
+            "## Result\n\n" + _table(self._result()) + "\n\n![loss](loss.png)",
+            "## Versions\n\n" + _table({"python": platform.python_version(), **versions}),
+        ]
+        return "\n\n".join(sections) + "\n"
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter, and not a whole model."""
+        return self.method["method"] != "full"
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it gives labels, and doesn't write text."""
+        return self.task_type == "SEQ_CLS"
+
+    def _result(self) -> dict[str, Any]:
+        result = {
             "steps": self.outcome.steps,
             "tokens": f"{self.outcome.tokens:,}",
             "seconds": f"{self.outcome.seconds:.0f}",
@@ -38,56 +64,65 @@ class Card:
             "loss of the last step": f"{self.outcome.final_loss:.4f}",
         }
         if self.outcome.eval_loss is not None:
-            outcome["loss on held-out examples"] = f"{self.outcome.eval_loss:.4f}"
-        versions = {name: version(name) for name in ("slimtune", "torch", "transformers")}
-        sections = [
-            _front_matter(self.base, is_adapter),
-            f"# {self.name}\n\n{'An adapter for' if is_adapter else 'A full fine-tune of'} `{self.base}`.",
-            "## How to load it\n\n" + (_loading_adapter(self.base) if is_adapter else _LOADING_FULL),
-            "## Method\n\n" + _table(self.method),
-            "## Data\n\n" + _table(self.data),
-            "## Settings\n\n" + _table(vars(self.settings)),
-            "## Result\n\n" + _table(outcome) + "\n\n![loss](loss.png)",
-            "## Versions\n\n" + _table({"python": platform.python_version(), **versions}),
-        ]
-        return "\n\n".join(sections) + "\n"
+            result["loss on held-out examples"] = f"{self.outcome.eval_loss:.4f}"
+        for name, value in self.outcome.scores.items():
+            result[f"{name.replace('_f1', ' F1')} on held-out examples"] = f"{value:.3f}"
+        return result
 
+    def _front_matter(self) -> str:
+        # A folder of this machine means nothing to the Hub, and it refuses cards that name one.
+        named = [] if Path(self.base).is_absolute() or self.base.startswith(".") else [f"base_model: {self.base}"]
+        kind = (
+            ["library_name: peft", f"tags: [{self.method['method']}, slimtune]"]
+            if self.is_adapter
+            else ["library_name: transformers", "tags: [slimtune]"]
+        )
+        task = "text-classification" if self.is_classifier else "text-generation"
+        return "\n".join(["---", *named, *kind, f"pipeline_tag: {task}", "---"])
 
-def _front_matter(base: str, is_adapter: bool) -> str:
-    # A folder of this machine means nothing to the Hub, and it refuses cards that name one.
-    named = [] if Path(base).is_absolute() or base.startswith(".") else [f"base_model: {base}"]
-    kind = (
-        ["library_name: peft", "tags: [lora, slimtune]"]
-        if is_adapter
-        else ["library_name: transformers", "tags: [slimtune]"]
-    )
-    return "\n".join(["---", *named, *kind, "pipeline_tag: text-generation", "---"])
-
-
-def _loading_adapter(base: str) -> str:
-    def code(library: str) -> str:
+    def _loading(self) -> str:
+        auto = "AutoModelForSequenceClassification" if self.is_classifier else "AutoModelForCausalLM"
+        if not self.is_adapter:
+            return _python(
+                f"from transformers import {auto}, AutoTokenizer\n",
+                f'model = {auto}.from_pretrained("path/to/this/folder")',
+                'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            )
+        ours = _python("import slimtune\n", 'model, tokenizer = slimtune.load("path/to/this/folder")')
+        use = "slimtune predict path/to/this/folder texts.jsonl" if self.is_classifier else _chat(self.base)
+        text = f"With slimtune, on the command line:\n\n```shell\n{use}\n```\n\nor in Python:\n\n"
         return (
-            "```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f"from {library} import PeftModel\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
-            'model = PeftModel.from_pretrained(model, "path/to/this/folder")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-            "```"
+            text
+            + "\n\nor on a base that is loaded already:\n\n".join([ours, self._attaching(auto, "slimtune")])
+            + (f"\n\nWith peft:\n\n{self._attaching(auto, 'peft')}" if self._is_known_to_peft() else "")
         )
 
-    shell = f"```shell\nslimtune chat {base} --adapter path/to/this/folder\n```"
-    ours, theirs = code("slimtune"), code("peft")
-    return f"With slimtune, on the command line:\n\n{shell}\n\nor in Python:\n\n{ours}\n\nWith peft:\n\n{theirs}"
+    def _attaching(self, auto: str, library: str) -> str:
+        is_packaged = self.base in PACKAGED
+        names = f"{'AutoConfig, ' if self.is_classifier else ''}{auto}, AutoTokenizer"
+        head = ['config = AutoConfig.from_pretrained("path/to/this/folder")'] if self.is_classifier else []
+        base = f'resolve("{self.base}")' if is_packaged else f'"{self.base}"'
+        return _python(
+            f"from transformers import {names}",
+            f"from {library} import PeftModel",
+            *(["from slimtune.loading import resolve"] if is_packaged else []),
+            "",
+            *head,
+            f"model = {auto}.from_pretrained({base}{', config=config' if head else ''})",
+            'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        )
+
+    def _is_known_to_peft(self) -> bool:
+        return self.method["method"].upper().replace("-", "_") not in UNKNOWN_TO_PEFT
 
 
-_LOADING_FULL = (
-    "```python\n"
-    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-    'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-    "```"
-)
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _chat(base: str) -> str:
+    return f"slimtune chat {base} --adapter path/to/this/folder"
 
 
 def _table(values: dict[str, Any]) -> str:

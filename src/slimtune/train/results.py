@@ -11,7 +11,7 @@ from slimtune.train.plot import plot_losses
 
 def write_results(folder: Path, model: Any, tokenizer: Any, card: Card) -> None:
     """Write everything but `loss.jsonl`, which the run wrote step by step."""
-    model.save_pretrained(folder)
+    _save(folder, model)
     # With its chat template: a model that is asked in another template answers worse than untuned.
     tokenizer.save_pretrained(folder)
     plot_losses(folder / "loss.jsonl", folder / "loss.png")
@@ -21,5 +21,12 @@ def write_results(folder: Path, model: Any, tokenizer: Any, card: Card) -> None:
 def rescue(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write the weights of a run that broke off, so that what was learned isn't lost."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    _save(folder, model)
     tokenizer.save_pretrained(folder)
+
+
+def _save(folder: Path, model: Any) -> None:
+    model.save_pretrained(folder)
+    if not model.can_generate():
+        # The names of the labels stand in the model's configuration, of which an adapter has no copy.
+        model.config.save_pretrained(folder)

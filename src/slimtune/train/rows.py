@@ -52,18 +52,28 @@ M = TypeVar("M", bound=BaseModel)
 
 def read_rows(path: Path) -> list[Row]:
     """The rows to learn from; raises DataError with the line at fault."""
-    return [_row(value, where) for value, where in _objects(path)]
+    return [_row(value, where) for value, where in objects(path)]
 
 
 def read_questions(path: Path) -> list[list[Message]]:
     """The conversations to answer, without the answers that they may have; raises DataError."""
-    return [_question(value, where) for value, where in _objects(path)]
+    return [_question(value, where) for value, where in objects(path)]
 
 
-def _objects(path: Path) -> list[tuple[dict[str, Any], str]]:
+def objects(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a JSONL file, each with where it stands; raises DataError."""
+    # Not splitlines(): a string in JSON may hold separators that only Python takes for the end of a line.
+    lines = read_text(path).split("\n")
+    found = [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError(f"the data file {path} holds no example; write one JSON object a line")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """The whole of a data file; raises DataError."""
     try:
-        # Not splitlines(): a string in JSON may hold separators that only Python takes for the end of a line.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         problem = f"{error.reason} at byte {error.start}"
         raise DataError(f"{path} is not UTF-8 text ({problem}); pass a JSONL file") from error
@@ -71,10 +81,6 @@ def _objects(path: Path) -> list[tuple[dict[str, Any], str]]:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         advice = did_you_mean(path.name, siblings) or "; pass a JSONL file"
         raise DataError(f"the data file {path} can't be read: {error.strerror}{advice}") from error
-    found = [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise DataError(f"the data file {path} holds no example; write one JSON object a line")
-    return found
 
 
 def _object(line: str, where: str) -> tuple[dict[str, Any], str]:
@@ -89,29 +95,30 @@ def _object(line: str, where: str) -> tuple[dict[str, Any], str]:
 
 def _row(value: dict[str, Any], where: str) -> Row:
     if "messages" in value:
-        row = _checked(Conversation, value, where)
+        row = checked(Conversation, value, where)
         if not any(turn.role == "assistant" for turn in row.messages):
             raise DataError(f"{where} has no assistant turn, so nothing would be learned from it; add the answer")
         return row
     if {"prompt", "completion"} <= value.keys():
-        return _checked(Pair, value, where)
+        return checked(Pair, value, where)
     raise DataError(f"{where} {_fields(value)}, but needs messages, or prompt and completion{_nearest(value)}")
 
 
 def _question(value: dict[str, Any], where: str) -> list[Message]:
     if "messages" in value:
-        turns = _checked(Conversation, value, where).turns()
+        turns = checked(Conversation, value, where).turns()
         while turns and turns[-1]["role"] == "assistant":
             turns.pop()
         if not turns:
             raise DataError(f"{where} holds answers only; add the question")
         return turns
     if "prompt" in value:
-        return [{"role": "user", "content": _checked(Prompt, value, where).prompt}]
+        return [{"role": "user", "content": checked(Prompt, value, where).prompt}]
     raise DataError(f"{where} {_fields(value)}, but needs messages or prompt{_nearest(value)}")
 
 
-def _checked(model: type[M], value: dict[str, Any], where: str) -> M:
+def checked(model: type[M], value: dict[str, Any], where: str) -> M:
+    """A row of this kind; raises DataError with the field at fault."""
     try:
         return model.model_validate(value)
     except ValidationError as error:

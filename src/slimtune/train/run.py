@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from slimtune.evaluate.generation import pad_id_of
 from slimtune.train.checks import EachDeltaLearns, LastGood
-from slimtune.train.data import Encoded
 from slimtune.train.progress import LossFile, ShownProgress
 from slimtune.train.settings import TrainSettings
-from slimtune.train.trainer import AnswerTrainer, PadRight
+from slimtune.train.trainer import AnswerTrainer, Objective, PadRight
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class Outcome:
     final_loss: float
     eval_loss: float | None
     interrupted: bool
+    scores: dict[str, float] = field(default_factory=dict)
+    """What the tuned model reaches on held-out examples, where they have one right answer."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -41,28 +42,32 @@ class Outcome:
 def fine_tune(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Encoded],
+    examples: Sequence[Any],
     settings: TrainSettings,
     folder: Path,
     console: Console,
-    eval_examples: Sequence[Encoded] = (),
+    eval_examples: Sequence[Any] = (),
     autocast: bool = False,
+    objective: Objective | None = None,
 ) -> Outcome:
     """Train in place, with `loss.jsonl` in `folder`; Ctrl-C ends it early and keeps what was learned.
 
-    `autocast` computes in bf16 over weights that are held in float32, as tuning all of them wants.
+    `objective` says how examples become a batch and a batch a loss, the answers of texts if it isn't given. `autocast`
+    computes in bf16 over weights that are held in float32, as tuning all of them wants.
 
     Raises TrainingError if nothing can be trained, nothing moves, or the loss is no longer a number: the weights are
     then those of the last good step, except where a copy would double a whole model.
     """
     bar = ShownProgress(console)
+    objective = objective or Objective(PadRight(pad_id_of(tokenizer)))
     with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing):
         trainer = AnswerTrainer(
             model=model,
             args=_arguments(settings, model.device.type, folder, bool(eval_examples), autocast),
             train_dataset=examples,
             eval_dataset=eval_examples or None,
-            data_collator=PadRight(pad_id_of(tokenizer)),
+            data_collator=objective.collate,
+            compute_loss_func=objective.loss,
             last_good=LastGood(model, has_copy=is_adopted(model)),
             lora_plus_ratio=settings.lora_plus_ratio,
             callbacks=[

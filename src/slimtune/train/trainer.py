@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer
 
 from slimtune.train.checks import LastGood
 from slimtune.train.data import IGNORED, Encoded
 from slimtune.train.lora_plus import lora_plus_groups
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How examples become a batch, and what is minimised: the model's own loss if nothing is said."""
+
+    collate: Callable[[Sequence[Any]], Mapping[str, torch.Tensor]]
+    loss: Callable[..., torch.Tensor] | None = None
+
+
+def classification(tokenizer: Any) -> Objective:
+    """Tokenized texts with the number of their label as `labels`; cross-entropy, the mean over all texts of a step."""
+
+    def collate(examples: Sequence[dict[str, Any]]) -> Mapping[str, torch.Tensor]:
+        batch = tokenizer.pad([{k: v for k, v in e.items() if k != "labels"} for e in examples], return_tensors="pt")
+        return {**batch, "labels": torch.tensor([example["labels"] for example in examples])}
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return Objective(collate, loss)
 
 
 class AnswerTrainer(Trainer):

@@ -1,0 +1,40 @@
+"""Labels for texts, and how often they are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.inference_mode()
+def classify(model: Any, tokenizer: Any, rows: Sequence[dict[str, list[int]]], batch_size: int = 32) -> Tensor:
+    """p_NL of each label of the model for tokenized texts, in their order."""
+    was_training = model.training
+    model.eval()
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(rows), batch_size):
+        chosen = by_length[start : start + batch_size]
+        batch = tokenizer.pad([rows[index] for index in chosen], return_tensors="pt").to(model.device)
+        found |= dict(zip(chosen, model(**batch).logits.float().softmax(-1).cpu(), strict=True))
+    model.train(was_training)
+    return torch.stack([found[index] for index in range(len(rows))])
+
+
+def scores(predicted: Sequence[str], true: Sequence[str]) -> dict[str, float]:
+    """Accuracy, and macro F1: the mean over the labels of 2 TP / (2 TP + FP + FN)."""
+    pairs = list(zip(predicted, true, strict=True))
+    f1 = []
+    for label in {*predicted, *true}:
+        right = sum(p == t == label for p, t in pairs)
+        named = sum(p == label for p, _ in pairs) + sum(t == label for _, t in pairs)
+        f1.append(2 * right / named)
+    return {"accuracy": sum(p == t for p, t in pairs) / len(pairs), "macro_f1": sum(f1) / len(f1)}
+
+
+def shown(found: dict[str, float]) -> str:
+    """`accuracy 0.912, macro F1 0.903`."""
+    return ", ".join(f"{name.replace('_f1', ' F1')} {value:.3f}" for name, value in found.items())
