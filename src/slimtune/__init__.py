@@ -24,6 +24,10 @@ _HOME = {
     "AutoPeftModelForSeq2SeqLM": "auto",
     "AutoPeftModelForSequenceClassification": "auto",
     "AutoPeftModelForTokenClassification": "auto",
+    "PromptEncoderReparameterizationType": "methods.p_tuning",
+    "PromptTuningInit": "methods.prompt_tuning",
+    "EvaConfig": "methods.lora",
+    "initialize_lora_eva_weights": "eva",
     "load": "loading",
     "lora_plus_groups": "train.lora_plus",
     "create_loraplus_optimizer": "train.lora_plus",
@@ -40,8 +44,11 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from slimtune.delta import PeftConfig, TaskType
+    from slimtune.eva import initialize_lora_eva_weights
     from slimtune.loading import load
-    from slimtune.methods.lora import LoraConfig
+    from slimtune.methods.lora import EvaConfig, LoraConfig
+    from slimtune.methods.p_tuning import PromptEncoderReparameterizationType
+    from slimtune.methods.prompt_tuning import PromptTuningInit
     from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from slimtune.train.lora_plus import create_loraplus_optimizer, lora_plus_groups
 

@@ -87,7 +87,7 @@ def _named(path: str, module: Any, names: tuple[str, ...]) -> Dense:
     try:
         return fold(module, names)
     except MergeError as error:
-        raise MergeError(f"'{path}': {error}") from error
+        raise MergeError(f"'{path}': {error}" if path else str(error)) from error
 
 
 def restore(kept: Kept) -> None:

@@ -283,6 +283,7 @@ def _heads(model: Any) -> list[str]:
         name
         for name, child in model.named_children()
         if child is not backbone
+        and not (name == "deltas" and isinstance(model, Adopted))
         and any(True for _ in child.parameters())
         and not any(module is head for module in child.modules())
     ]

@@ -1,0 +1,272 @@
+"""What the soft prompts share: trained vectors that a frozen model reads in front of its tokens.
+
+The delta sits at the root and wraps the model's forward. Where nothing is cached yet the virtual tokens are put in
+front, and at every call the attention mask and the positions make room for them, so that `generate` needs no word.
+A row's positions follow from its mask: a row that is padded on the left gives what it gives alone. Only in layers with
+a sliding window do pads still take part, by pushing the virtual tokens out of the window that much earlier.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.delta import Delta, PeftConfig, Role, Site, Whereabouts
+from slimtune.errors import BaseMismatchError, ConfigError, TargetError
+
+ENCODER = "/prompt_encoder."
+"""Where an encoder's own tensors stand in the file, beside the embeddings that it computes."""
+
+UNMERGEABLE = "a soft prompt is no change of weights and can't be merged; keep the adapter beside the base"
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """What the soft prompts share; the names are those of `peft`, which has no default for `num_virtual_tokens`.
+
+    `token_dim`, `num_layers`, `num_attention_heads` and `num_transformer_submodules` are found from the model.
+    """
+
+    num_virtual_tokens: int = 20
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_virtual_tokens", self.num_virtual_tokens)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+    @property
+    def default_targets(self) -> tuple[Role | Whereabouts, ...]:
+        return ("model",)
+
+    def observe(self, model: Any, token_dim: int, heads: int, layers: int) -> None:
+        """Note what was found in the model. Raises: ConfigError, BaseMismatchError, for a prompt that doesn't fit."""
+        config = model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if limit and self.num_virtual_tokens > limit - 1:
+            raise ConfigError(
+                f"num_virtual_tokens={self.num_virtual_tokens} leaves no room for text in the {limit} positions of "
+                f"this model; choose at most {limit - 1}"
+            )
+        found = {"token_dim": token_dim, "num_attention_heads": heads, "num_layers": layers}
+        for name, value in found.items():
+            if getattr(self, name) not in (None, value):
+                raise BaseMismatchError(
+                    f"the prompt is made for a model with {name}={getattr(self, name)}, but this one has {value}"
+                )
+            setattr(self, name, value)
+        if self.num_transformer_submodules is None:
+            self.num_transformer_submodules = 2 if model.config.is_encoder_decoder else 1
+        if self.task_type is None:
+            self.task_type = task_of(model)
+
+    def settle(self, model: Any, drafted: Any) -> None:
+        """Let heads that are trained whole be called as `peft` does, which wraps the model in no other for a prompt."""
+        for i, (site, delta) in enumerate(drafted):
+            if delta.holds:
+                head = Head(site.name)
+                head.hold_all(site.module)
+                drafted[i] = (site, head)
+
+
+class Head(Delta):
+    """A module of the head, trained whole beside a prompt."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def disk_name(self, parameter: str) -> str:
+        return f"/base_model.{self.path}.{super().disk_name(parameter)}"
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises: ConfigError, unless it is a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"{name} must be a positive whole number, found {value!r}")
+
+
+def text_config(site: Site, method: str) -> Any:
+    """The config of the text model at the root. Raises: TargetError, where there is none."""
+    config = getattr(site.module, "config", None)
+    if site.name or config is None or not hasattr(config, "get_text_config"):
+        raise TargetError(
+            f"{method} goes in front of the tokens of a whole transformers model, found a {type(site.module).__name__}"
+        )
+    return config.get_text_config()
+
+
+def task_of(model: Any) -> str:
+    """The task that a transformers model was built for, which `peft` must be told to use a prompt."""
+    name = type(model).__name__
+    tasks = {
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    for ending, task in tasks.items():
+        if name.endswith(ending):
+            return task
+    if not model.can_generate():
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The forward that the module's class had before any adapter came."""
+    return getattr(type(module), "adopted_from", type(module)).forward
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether tokens see only those before them, as some attention in the model says of itself."""
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def token_ids(text: str, tokenizer: str, options: Mapping[str, Any] | None, count: int) -> Tensor:
+    """The ids of a text, repeated or cut to `count`. Raises: ConfigError, for a tokenizer or text that gives none."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(tokenizer, **dict(options or {}))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(f"the tokenizer '{tokenizer}' can't be loaded: {reason}") from error
+    ids: list[int] = found(text)["input_ids"]
+    if not ids:
+        raise ConfigError(f"the text {text!r} has no tokens; give one that has")
+    return torch.tensor((ids * (count // len(ids) + 1))[:count])
+
+
+class VirtualTokens(Delta):
+    """The trained vectors P (rows, dim), as a table or computed by an encoder while they are trained.
+
+    Attributes:
+        count: the number n of virtual tokens.
+        encoder: without arguments it gives P; an adapter for inference holds P alone.
+    """
+
+    unmergeable = UNMERGEABLE
+
+    def __init__(self, count: int, rows: int, dim: int, like: Tensor, dtype: torch.dtype, encoder: Any = None) -> None:
+        super().__init__()
+        self.count = count
+        self.causal = False
+        if encoder is None:
+            self.prompt_embeddings = nn.Parameter(torch.empty(rows, dim, device=like.device, dtype=dtype))
+        else:
+            self.encoder = encoder.to(like.device, dtype)
+
+    @property
+    def encoded(self) -> bool:
+        return "encoder" in self._modules
+
+    def prompt(self) -> Tensor:
+        """P (rows, dim)."""
+        return self.encoder() if self.encoded else self.prompt_embeddings
+
+    def excludes(self, other: Any) -> bool:
+        return isinstance(other, VirtualTokens)
+
+    def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.encoded:
+            return {"/prompt_embeddings": own["prompt_embeddings"]}
+        inside = {name.removeprefix("encoder."): tensor for name, tensor in own.items()}
+        # A copy: the tensors may be gathered ones, and dropout must not draw.
+        encoder = copy.deepcopy(self.encoder).eval()
+        encoder.load_state_dict(inside)
+        with torch.no_grad():
+            return {"/prompt_embeddings": encoder()} | {ENCODER + name: tensor for name, tensor in inside.items()}
+
+    def from_disk(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.encoded:
+            return {"prompt_embeddings": stored["/prompt_embeddings"]}
+        return {name: stored[ENCODER + name.removeprefix("encoder.")] for name in self.state_dict()}
+
+    def passes_over(self, key: str) -> bool:
+        return not self.encoded and key.startswith(ENCODER.removeprefix("/"))
+
+    def extra_repr(self) -> str:
+        return f"num_virtual_tokens={self.count}"
+
+
+class Call(dict[str, Any]):
+    """The arguments of one forward of a model by name, with room for n virtual tokens made in them."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.accepted = list(inspect.signature(own_forward(module)).parameters)[1:]
+        super().__init__(zip(self.accepted, args, strict=False))
+        self.update(kwargs)
+
+    @property
+    def cache(self) -> Any:
+        """The key/value cache that is there already, if there is one."""
+        cache = self.get("past_key_values")
+        if getattr(cache, "is_compileable", False):
+            raise ConfigError(
+                "a static cache has no room for virtual tokens; leave out cache_implementation, or use 'dynamic'"
+            )
+        return cache
+
+    @property
+    def begins(self) -> bool:
+        """Whether nothing is cached yet."""
+        return self.cache is None or self.cache.get_seq_length() == 0
+
+    def tokens(self, prefix: str = "") -> Tensor:
+        """The ids or embeddings (rows, length, ...) of this call."""
+        given = (self.get(f"{prefix}input_ids"), self.get(f"{prefix}inputs_embeds"))
+        found = next((tensor for tensor in given if tensor is not None), None)
+        if found is None:
+            raise ConfigError(f"virtual tokens go in front of tokens: pass {prefix}input_ids or {prefix}inputs_embeds")
+        return found
+
+    def put_before(self, name: str, value: int, count: int) -> None:
+        """Put `count` columns of that value before an argument, where it is given."""
+        tensor = self.get(name)
+        if tensor is None:
+            return
+        if not isinstance(tensor, Tensor) or tensor.ndim != 2:
+            raise ConfigError(f"virtual tokens take {name} as (rows, tokens); found {_shape(tensor)}")
+        self[name] = torch.cat([tensor.new_full((len(tensor), count), value), tensor], dim=1)
+
+    def pads_to_the_left(self) -> None:
+        """Move the pads of each row before its tokens, for a model that reads the last token of a row."""
+        mask = self.get("attention_mask")
+        if mask is None or mask.ndim != 2:
+            return
+        order_BT = mask.argsort(dim=1, stable=True)
+        for name in ("attention_mask", "token_type_ids", "position_ids"):
+            if self.get(name) is not None:
+                self[name] = self[name].gather(-1, order_BT)
+        embeds_BTD = self["inputs_embeds"]
+        self["inputs_embeds"] = embeds_BTD.gather(1, order_BT[..., None].expand_as(embeds_BTD))
+
+    def shift_positions(self, count: int, also_in_front: bool, causal: bool) -> None:
+        """Let positions begin after the virtual tokens; those of a causal model follow from its mask.
+
+        Args:
+            also_in_front: the virtual tokens are part of this call and have positions themselves.
+        """
+        given, mask = self.get("position_ids"), self.get("attention_mask")
+        if given is not None:
+            front = torch.arange(count, device=given.device, dtype=given.dtype).expand(*given.shape[:-1], count)
+            self["position_ids"] = torch.cat([front, given + count], dim=-1) if also_in_front else given + count
+        elif causal and mask is not None and "position_ids" in self.accepted:
+            self["position_ids"] = (mask.long().cumsum(-1) - 1)[:, -self.tokens().shape[1] :]
+
+
+def _shape(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
