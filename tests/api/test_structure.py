@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,13 @@ SEQ2SEQ: dict[str, Any] = {
 GPT2: dict[str, Any] = {
     "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "in_channels": 4, "sample_size": 8}
+HEADS: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 4,
+    "num_layers": 1,
+    "in_channels": 4,
+    "sample_size": 8,
+}
 
 Q, K, V, QKV = "query", "key", "value", "query_key_value"
 OUT, IN, DOWN = "attention_out", "feed_forward_in", "feed_forward_out"
@@ -208,6 +215,20 @@ def test_roles(name: str) -> None:
     expected = {path: role for path in linear for suffix, role in suffixes.items() if f".{path}".endswith(f".{suffix}")}
     assert {path: role for path in linear if (role := role_of(path))} == expected
     assert all(any(path.endswith(suffix) for path in expected) for suffix in suffixes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_feed_forward_has_a_parallel_adapter_that_reads_its_input(name: str) -> None:
+    config = slimtune.BottleneckConfig(placement="parallel", bottleneck_size=2)
+    model = slimtune.get_peft_model(MODELS[name][0](), config)
+    deltas = {path: d["default"] for path, m in model.named_modules() if (d := getattr(m, "deltas", None))}
+    ends = [path for path, module in model.named_modules() if role_of(path) == DOWN]
+    adapters = {path: delta for path, delta in deltas.items() if any(True for _ in delta.parameters())}
+    assert sorted(adapters) == sorted(ends)
+    for path, delta in adapters.items():
+        (begin,) = (other for other in deltas if other not in adapters and deltas[other].noted is delta.noted)
+        block = str(os.path.commonpath([path.replace(".", "/"), begin.replace(".", "/")])).replace("/", ".")
+        assert [end for end in ends if end.startswith(f"{block}.")] == [path]
 
 
 def test_a_projection_that_is_never_called_is_no_default_target() -> None:

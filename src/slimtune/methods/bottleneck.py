@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from slimtune.delta import (
     trainable_dtype,
     wrong_kind,
 )
-from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, listing
+from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean, listing
 
 PLACEMENTS: dict[str, tuple[Role, ...]] = {
     "houlsby": ("attention_out", "feed_forward_out"),
@@ -146,7 +146,7 @@ class BottleneckConfig(LayeredConfig):
         if self.placement != "parallel":
             return False
         if self.input_modules is not None:
-            return any(site.name == name or site.name.endswith(f".{name}") for name in self.input_modules)
+            return any(_ends_with(site.name, name) for name in self.input_modules)
         if site.role in ("feed_forward_in", "feed_forward_out"):
             return site.role == "feed_forward_in"
         raise TargetError(
@@ -161,6 +161,7 @@ class BottleneckConfig(LayeredConfig):
             TargetError: a place or a partner is missing.
         """
         if self.placement == "parallel":
+            self._check_named(drafted)
             unread = _link(drafted)
             # Of a gate and its twin, which read the same, one is enough.
             drafted[:] = [(site, delta) for site, delta in drafted if delta not in unread]
@@ -171,6 +172,17 @@ class BottleneckConfig(LayeredConfig):
                     f"placement='{self.placement}' attaches to {listing(PLACEMENTS[self.placement])}, of which "
                     f"{listing(missing)} isn't found in this model; name the modules in target_modules"
                 )
+
+    def _check_named(self, drafted: list[tuple[Site, Any]]) -> None:
+        names = [site.name for site, _ in drafted]
+        for wanted in self.input_modules or ():
+            if not any(_ends_with(name, wanted) for name in names):
+                near = did_you_mean(wanted, [name.rpartition(".")[2] for name in names])
+                raise TargetError(f"input_modules names '{wanted}', which none of the target modules is called{near}")
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
 
 class BottleneckDelta(Delta):
@@ -268,35 +280,55 @@ class Noted(threading.local):
 
 
 def _link(drafted: list[tuple[Site, Any]]) -> set[nn.Module]:
-    """Give each adapter the input projection nearest by path; gives back the input projections that none reads."""
-    adapters = {site.name: (site, delta) for site, delta in drafted if isinstance(delta, BottleneckDelta)}
-    inside: dict[str, list[str]] = {}
-    for name in adapters:
-        for parent in _parents(name):
-            inside.setdefault(parent, []).append(name)
+    """Give each adapter the input projection of its feed-forward; gives back the input projections that none reads.
+
+    A feed-forward is the smallest module around both of its projections.
+    """
+    begins = {site.name: (site, delta) for site, delta in drafted if isinstance(delta, FeedForwardInput)}
+    ends = {site.name: (site, delta) for site, delta in drafted if isinstance(delta, BottleneckDelta)}
+    around_begins, around_ends = _by_parent(begins), _by_parent(ends)
     unread: set[nn.Module] = set()
-    for site, delta in drafted:
-        if not isinstance(delta, FeedForwardInput):
-            continue
-        nearest = next((inside[parent] for parent in _parents(site.name) if parent in inside), [])
-        if len(nearest) != 1:
+    for name, (site, begin) in begins.items():
+        block = _smallest(name, around_ends)
+        inside = [end for end in around_ends.get(block, []) if _smallest(end, around_begins) == block]
+        if len(inside) != 1:
             raise TargetError(
-                f"the feed-forward that begins at '{site.name}' should end in one target module, found "
-                f"{listing(nearest) or 'none'}; name the output projection beside it in target_modules"
+                f"the feed-forward that begins at '{name}' should end in one target module, found "
+                f"{listing(inside) or 'none'}; name the output projection beside it in target_modules"
             )
-        output, adapter = adapters[nearest[0]]
-        if adapter.noted is not None:
-            unread.add(delta)
-            continue
+        output, adapter = ends[inside[0]]
         _check_widths(site, output)
-        adapter.noted = delta.noted
-    alone = [name for name, (_, adapter) in adapters.items() if adapter.noted is None]
+        if adapter.noted is None:
+            adapter.noted = begin.noted
+        else:
+            unread.add(begin)
+    alone = [name for name, (_, adapter) in ends.items() if adapter.noted is None]
     if alone:
         raise TargetError(
             f"a parallel adapter reads the input of its feed-forward, but none begins beside '{alone[0]}'; name the "
             "input projection in target_modules, and in input_modules if its name doesn't tell"
         )
     return unread
+
+
+def _parents(path: str) -> list[str]:
+    """The paths of the modules around this one, the smallest first."""
+    parts = path.split(".")[:-1]
+    return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
+
+
+def _by_parent(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names inside of each module around them."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for parent in _parents(name):
+            found.setdefault(parent, []).append(name)
+    return found
+
+
+def _smallest(path: str, around: Mapping[str, Any]) -> str:
+    """The smallest module around this one that is around others too."""
+    return next((parent for parent in _parents(path) if parent in around), "")
 
 
 def _check_widths(begin: Site, end: Site) -> None:
@@ -306,9 +338,3 @@ def _check_widths(begin: Site, end: Site) -> None:
             f"a parallel adapter's input and output are equally wide; '{begin.name}' reads {width} and '{end.name}' "
             f"writes {other}"
         )
-
-
-def _parents(path: str) -> list[str]:
-    """The paths of the modules around this one, the nearest first."""
-    parts = path.split(".")[:-1]
-    return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
