@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,45 @@ def orthogonal(weight_OI: Tensor, r: int) -> Factors:
 
 def _wide(weight_OI: Tensor) -> Tensor:
     return weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
+
+
+class IncrementalPCA:
+    """Principal directions of rows that come batch by batch, after Ross et al. 2008.
+
+    Attributes:
+        directions_KI: the directions found so far, by falling share.
+        singular_K: their singular values.
+        shares_K: the shares of the rows' variance that they explain.
+        cosines_K: of each direction with the one in its place before the last batch.
+    """
+
+    def __init__(self, components: int) -> None:
+        self.components = components
+        self.count = 0
+        self.variation = 0.0
+        self.mean_I = self.directions_KI = self.singular_K = self.shares_K = self.cosines_K = torch.empty(0)
+
+    def update(self, x_TI: Tensor) -> None:
+        """Take a batch of at least `components` rows in."""
+        x_TI = _wide(x_TI)
+        mean_I, total = x_TI.mean(0), self.count + len(x_TI)
+        rows = [x_TI - mean_I]
+        self.variation += float(rows[0].double().square().sum())
+        if self.count:
+            shift_I = math.sqrt(self.count * len(x_TI) / total) * (self.mean_I - mean_I)
+            self.variation += float(shift_I.double().square().sum())
+            rows = [self.singular_K[:, None] * self.directions_KI, *rows, shift_I[None]]
+            mean_I = self.mean_I + (mean_I - self.mean_I) * (len(x_TI) / total)
+        sigma_K, directions_KI = _leading(torch.cat(rows), self.components)
+        if self.count:
+            self.cosines_K = torch.cosine_similarity(directions_KI, self.directions_KI).abs()
+        self.mean_I, self.count, self.singular_K, self.directions_KI = mean_I, total, sigma_K, directions_KI
+        self.shares_K = sigma_K.square() / max(self.variation, 1e-30)
+
+
+def _leading(rows_NI: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """The greatest singular values and their right vectors, by random projections that are the same each time."""
+    with torch.random.fork_rng(devices=[rows_NI.device] if rows_NI.is_cuda else []):
+        torch.manual_seed(42)
+        _, sigma, v = torch.svd_lowrank(rows_NI, q=min(2 * components, *rows_NI.shape), niter=4)
+    return sigma[:components], v[:, :components].t()

@@ -205,6 +205,7 @@ class LoraConfig(TargetedConfig):
         }
 
     def check_readable(self) -> None:
+        """See that a stored adapter doesn't need a changed base. Raises: ConfigError."""
         if self.moves_start:
             raise ConfigError(
                 f"an adapter stored with init_lora_weights={self.init_lora_weights!r} belongs to a base that was "
