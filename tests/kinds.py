@@ -123,6 +123,7 @@ def lora_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.LoraConf
         "r": draw(st.sampled_from(list(ranks))),
         "lora_alpha": draw(scales()),
         "use_rslora": draw(st.booleans()),
+        "use_dora": kind.folds and draw(st.booleans()),  # DoRA has no norm for a grouped convolution
         "init_lora_weights": draw(st.sampled_from([True, "gaussian"])),
         "lora_dropout": draw(st.sampled_from([0.0, 0.3])),
         "bias": draw(st.sampled_from(["none", "none", "all", "lora_only"])),
@@ -186,12 +187,25 @@ def full_configs(kind: Kind, **fixed: Any) -> st.SearchStrategy[PeftConfig]:
     return st.builds(lambda s, t: slimtune.FullConfig(**{"target_modules": t, "store": s, **fixed}), stores, targets)
 
 
+@st.composite
+def loha_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.LoHaConfig:
+    drawn = {
+        "r": draw(st.sampled_from([1, 3, 8])),
+        "alpha": draw(scales()),
+        "rank_dropout": draw(st.sampled_from([0.0, 0.3])),
+        "use_effective_conv2d": draw(st.booleans()),
+        "target_modules": ["site"],
+    }
+    return slimtune.LoHaConfig(**{**drawn, **fixed})
+
+
 STRATEGIES: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {
     "BITFIT": bitfit_configs,
     "FULL": full_configs,
     "IA3": ia3_configs,
     "BOTTLENECK": bottleneck_configs,
     "LORA": lora_configs,
+    "LOHA": loha_configs,
     "TRAINABLE_TOKENS": token_configs,
     "VERA": vera_configs,
 }

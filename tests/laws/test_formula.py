@@ -17,7 +17,7 @@ import slimtune
 from kinds import KINDS, Kind, attach, cases, methods_for
 from slimtune import ops
 from slimtune.bases import base_of
-from slimtune.delta import PeftConfig
+from slimtune.delta import Frozen, PeftConfig, Site, methods
 from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_near, copies, randomize
 
 Case = tuple[Kind, PeftConfig]
@@ -89,28 +89,28 @@ def test_the_gradients_are_the_equation_s(case: Case) -> None:
         assert_near(leaf.grad, reference.grad, TIGHT)
 
 
-def fused_kinds() -> list[Kind]:
-    """Kinds whose delta and base have an entry in the table of fused functions."""
+def fused_cases() -> list[tuple[Kind, str, Any]]:
+    """Kinds and methods whose delta and base have an entry in the table of fused functions, and the entry."""
     found = []
     for kind in KINDS:
-        if "LORA" not in methods_for(kind):
-            continue
-        model = attach(kind, slimtune.LoraConfig(r=kind.rank_step, target_modules=["site"]))
-        delta = model.site.deltas["default"]
-        if ops.fused_for(type(delta), type(base_of(type(model.site)))):
-            found.append(kind)
+        for method in methods_for(kind):
+            config: Any = methods()[method](target_modules=["site"])
+            if hasattr(config, "r"):
+                config.r = kind.rank_step
+            site = Site("site", kind.build(), base_of(type(kind.build())))
+            entry = ops.fused_for(type(config.delta_for(site)), type(site.base))
+            if entry:
+                found.append((kind, method, entry))
     return found
 
 
-FUSED = fused_kinds()
+FUSED = tuple({kind: None for kind, _, _ in fused_cases()})
+FUSED_METHODS = tuple({method: None for _, method, _ in fused_cases()})
+PLAIN_OPTIONS = {"lora_dropout": 0.0, "rank_dropout": 0.0, "module_dropout": 0.0, "bias": "none"}
 
 
 def test_the_table_of_fused_functions_is_covered() -> None:
-    entries = set()
-    for kind in FUSED:
-        model = attach(kind, slimtune.LoraConfig(r=kind.rank_step, target_modules=["site"]))
-        entries.add(ops.fused_for(type(model.site.deltas["default"]), type(base_of(type(model.site)))))
-    assert entries == set(ops.table().values())
+    assert {entry for _, _, entry in fused_cases()} == set(ops.table().values())
 
 
 def run_both(kind: Kind, config: PeftConfig, dtype: torch.dtype) -> list[tuple[Tensor, dict[str, Tensor], Tensor]]:
@@ -121,8 +121,8 @@ def run_both(kind: Kind, config: PeftConfig, dtype: torch.dtype) -> list[tuple[T
         model = randomize(slimtune, slimtune.get_peft_model(host, config)).train()
         x = kind.input().to(dtype).requires_grad_()
         site: Any = model.site
-        frozen = functools.partial(site.adopted_from.forward, site)
-        y = model(x) if fused else site.deltas["default"](frozen, x)
+        around = Frozen(site, site.adopted_base, functools.partial(site.adopted_from.forward, site))
+        y = model(x) if fused else site.deltas["default"](around, x)
         y.backward(cotangent(y))
         results.append((y.detach(), copies(adapter_gradients(slimtune, model)), x.grad))
     return results
@@ -130,7 +130,7 @@ def run_both(kind: Kind, config: PeftConfig, dtype: torch.dtype) -> list[tuple[T
 
 @given(st.data())
 def test_fused_equals_plain_in_float32(data: st.DataObject) -> None:
-    kind, config = data.draw(cases(tuple(FUSED), LORA, lora_dropout=0.0, bias="none"))
+    kind, config = data.draw(cases(FUSED, FUSED_METHODS, **PLAIN_OPTIONS))
     (y, gradients, gx), (plain_y, plain_gradients, plain_gx) = run_both(kind, config, torch.float32)
     assert_near(y, plain_y, TIGHT)
     assert_all_near(gradients, plain_gradients, TIGHT)
@@ -140,7 +140,7 @@ def test_fused_equals_plain_in_float32(data: st.DataObject) -> None:
 @given(st.data())
 def test_in_bf16_both_are_within_rounding_of_float64(data: st.DataObject) -> None:
     """The base's product is rounded once, the low-rank term a few times: bf16 allows no less."""
-    kind, config = data.draw(cases(tuple(FUSED), LORA, lora_dropout=0.0, bias="none"))
+    kind, config = data.draw(cases(FUSED, FUSED_METHODS, **PLAIN_OPTIONS))
     if kind.name == "linear-with-own-forward":
         return
     for y, _, _ in run_both(kind, config, torch.bfloat16):
