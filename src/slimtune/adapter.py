@@ -124,6 +124,8 @@ def _way_to_mend(site: Site, own: Tensor, stored: Tensor) -> str:
 
 def keep_embeddings(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
     """Note in the config which embeddings a file has whole without saying so: `peft` adds those that were resized."""
+    if {"output", "everything"} & set(config.default_targets):
+        return  # The method trains them itself.
     output = getattr(model, "get_output_embeddings", None)
     ends = [module for module in (input_embeddings(model), output() if output else None) if module is not None]
     named = getattr(config, "modules_to_save", None) or []
