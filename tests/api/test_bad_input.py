@@ -115,7 +115,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "initialisation": ({"init_lora_weights": "gausian"}, ["gausian", "gaussian"]),
     "layers-with-a-regex": ({"target_modules": ".*q", "layers_to_transform": [0]}, ["layers_to_transform"]),
     "pattern-without-layers": ({"target_modules": ["q"], "layers_pattern": "h"}, ["layers_to_transform"]),
-    "dora": ({"use_dora": True}, ["use_dora"]),
+    "qalora": ({"use_qalora": True}, ["use_qalora"]),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import slimtune
-from kinds import KINDS, Kind, attach, cases, methods_for
+from kinds import KINDS, Kind, attach, cases, configs, methods_for
 from slimtune import ops
 from slimtune.bases import base_of
-from slimtune.delta import Frozen, PeftConfig, Site, methods
-from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_near, copies, randomize
+from slimtune.delta import Frozen, PeftConfig, methods
+from slimtune.errors import ConfigError, TargetError
+from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_near, copies, randomize, trainable
 
 Case = tuple[Kind, PeftConfig]
 TIGHT = 2e-6
@@ -45,13 +48,27 @@ def equation(site: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (x @ a.t()) @ b.t()
 
 
+def dense(site: Any, stored: Tensor) -> Tensor:
+    """A weight as (out, in, ...)."""
+    return stored.t() if base_of(type(site)).fan_in_fan_out or isinstance(site, nn.Embedding) else stored
+
+
 def expected_output(kind: Kind, config: Any, tensors: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The textbook's answer in `dtype`."""
     site = kind.host().site.to(dtype).requires_grad_(False)
     stored = {key.rpartition(".")[2]: tensor.to(dtype) for key, tensor in tensors.items()}
     biases = {"bias": stored["bias"]} if "bias" in stored else {}
     a, b = (next(t for key, t in tensors.items() if f"_{name}" in key).to(dtype) for name in "AB")
-    return torch.func.functional_call(site, biases, (x,)) + scale(config) * equation(site, x, a, b)
+    y = torch.func.functional_call(site, biases, (x,))
+    term = scale(config) * equation(site, x, a, b)
+    if not config.use_dora:
+        return y + term
+    moved = dense(site, site.weight) + scale(config) * torch.tensordot(b.flatten(1), a, dims=1)
+    norm = moved.detach().flatten(1).norm(dim=1).view_as(stored["lora_magnitude_vector"])
+    ratio = stored["lora_magnitude_vector"] / norm
+    bias = stored.get("bias", getattr(site, "bias", None))
+    straight = y if bias is None else y - bias.view_as(ratio)
+    return y + (ratio - 1) * straight + ratio * term
 
 
 def cotangent(y: Tensor) -> Tensor:
@@ -89,66 +106,124 @@ def test_the_gradients_are_the_equation_s(case: Case) -> None:
         assert_near(leaf.grad, reference.grad, TIGHT)
 
 
-def fused_cases() -> list[tuple[Kind, str, Any]]:
-    """Kinds and methods whose delta and base have an entry in the table of fused functions, and the entry."""
-    found = []
+VARIANTS: dict[str, list[dict[str, Any]]] = {"LORA": [{"use_dora": False}, {"use_dora": True}]}
+"""Options that choose among the deltas of a method."""
+PLAIN: dict[str, Any] = {"lora_dropout": 0.0, "rank_dropout": 0.0, "module_dropout": 0.0, "bias": "none"}
+Variant = tuple[Kind, str, dict[str, Any]]
+
+
+def small_config(method: str, kind: Kind, options: dict[str, Any]) -> Any:
+    """A config whose rank, if it has one, fits."""
+    ranked = {"r": 2 * kind.rank_step} if "r" in {field.name for field in fields(methods()[method])} else {}
+    return methods()[method](target_modules=["site"], **ranked, **options)
+
+
+def fused_for(model: Any) -> Any:
+    return ops.fused_for(type(model.site.deltas["default"]), type(base_of(type(model.site))))
+
+
+def fused_variants() -> list[Variant]:
+    """The kinds and methods whose delta and base have an entry in the table of fused functions."""
+    found: list[Variant] = []
     for kind in KINDS:
         for method in methods_for(kind):
-            config: Any = methods()[method](target_modules=["site"])
-            if hasattr(config, "r"):
-                config.r = kind.rank_step
-            site = Site("site", kind.build(), base_of(type(kind.build())))
-            entry = ops.fused_for(type(config.delta_for(site)), type(site.base))
-            if entry:
-                found.append((kind, method, entry))
+            for options in VARIANTS.get(method, [{}]):
+                try:
+                    model = attach(kind, small_config(method, kind, options))
+                except (ConfigError, TargetError):
+                    continue
+                if fused_for(model):
+                    found.append((kind, method, options))
     return found
 
 
-FUSED = tuple({kind: None for kind, _, _ in fused_cases()})
-FUSED_METHODS = tuple({method: None for _, method, _ in fused_cases()})
-PLAIN_OPTIONS = {"lora_dropout": 0.0, "rank_dropout": 0.0, "module_dropout": 0.0, "bias": "none"}
+FUSED = fused_variants()
+
+
+@st.composite
+def fused_cases(draw: st.DrawFn) -> Case:
+    kind, method, options = draw(st.sampled_from(FUSED))
+    return kind, draw(configs(method, kind, **PLAIN, **options))
 
 
 def test_the_table_of_fused_functions_is_covered() -> None:
-    assert {entry for _, _, entry in fused_cases()} == set(ops.table().values())
+    entries = set()
+    for kind, method, options in FUSED:
+        entries.add(fused_for(attach(kind, small_config(method, kind, options))))
+    assert entries == set(ops.table().values())
 
 
-def run_both(kind: Kind, config: PeftConfig, dtype: torch.dtype) -> list[tuple[Tensor, dict[str, Tensor], Tensor]]:
-    """Output, gradients of the adapter and of the input: as dispatched, then by the plain formula."""
-    results = []
-    for fused in (True, False):
-        host = kind.host().to(dtype)
-        model = randomize(slimtune, slimtune.get_peft_model(host, config)).train()
-        x = kind.input().to(dtype).requires_grad_()
-        site: Any = model.site
-        around = Frozen(site, site.adopted_base, functools.partial(site.adopted_from.forward, site))
-        y = model(x) if fused else site.deltas["default"](around, x)
-        y.backward(cotangent(y))
-        results.append((y.detach(), copies(adapter_gradients(slimtune, model)), x.grad))
-    return results
+def run(kind: Kind, config: PeftConfig, dtype: torch.dtype, fused: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Output, gradients of the adapter and of the input: as dispatched, or by the plain formula."""
+    model = randomize(slimtune, slimtune.get_peft_model(kind.host().to(dtype), config)).train()
+    x = kind.input().to(dtype).requires_grad_()
+    site: Any = model.site
+    frozen = Frozen(site, base_of(type(site)), functools.partial(site.adopted_from.forward, site))
+    y = model(x) if fused else site.deltas["default"](frozen, x)
+    y.backward(cotangent(y))
+    gradients = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
+    assert x.grad is not None
+    return y.detach(), gradients, x.grad
 
 
-@given(st.data())
-def test_fused_equals_plain_in_float32(data: st.DataObject) -> None:
-    kind, config = data.draw(cases(FUSED, FUSED_METHODS, **PLAIN_OPTIONS))
-    (y, gradients, gx), (plain_y, plain_gradients, plain_gx) = run_both(kind, config, torch.float32)
+@given(fused_cases())
+def test_fused_equals_plain_in_float32(case: Case) -> None:
+    (y, gradients, gx), (plain_y, plain_gradients, plain_gx) = (run(*case, torch.float32, f) for f in (True, False))
     assert_near(y, plain_y, TIGHT)
     assert_all_near(gradients, plain_gradients, TIGHT)
     assert_near(gx, plain_gx, TIGHT)
 
 
-@given(st.data())
-def test_in_bf16_both_are_within_rounding_of_float64(data: st.DataObject) -> None:
+@given(fused_cases())
+def test_in_bf16_both_are_within_rounding_of_float64(case: Case) -> None:
     """The base's product is rounded once, the low-rank term a few times: bf16 allows no less."""
-    kind, config = data.draw(cases(FUSED, FUSED_METHODS, **PLAIN_OPTIONS))
+    kind, config = case
     if kind.name == "linear-with-own-forward":
         return
-    for y, _, _ in run_both(kind, config, torch.bfloat16):
+    for fused in (True, False):
+        y, _, _ = run(kind, config, torch.bfloat16, fused)
         host = kind.host().to(torch.bfloat16).double()
         model = randomize(slimtune, slimtune.get_peft_model(host, config))
         exact = model(kind.input().to(torch.bfloat16).double())
         parts = exact.abs().max() + kind_product_bound(model, kind)
         assert (y.double() - exact).abs().max() <= 4 * BF16 * parts
+
+
+AROUND: dict[str, Any] = {
+    "out-of-place": lambda model, x: torch.relu(model(x)),
+    "in-place": lambda model, x: torch.relu_(model(x)),
+    "in-place-on-a-view": lambda model, x: model(x).view(-1).relu_().view(2, 3, 7),
+    "checkpointed": lambda model, x: torch.relu(checkpoint(model, x, use_reentrant=False)),
+    "checkpointed-reentrant": lambda model, x: torch.relu(checkpoint(model, x, use_reentrant=True)),
+    "in-place-checkpointed": lambda model, x: checkpoint(lambda x: torch.relu_(model(x)), x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("variant", FUSED, ids=lambda variant: "-".join(map(str, variant)))
+def test_what_comes_after_a_fused_layer_changes_no_gradient(variant: Variant, around: str) -> None:
+    kind, method, options = variant
+    config = small_config(method, kind, options)
+    found = []
+    for after in ("out-of-place", around):
+        model = randomize(slimtune, attach(kind, config)).train()
+        x = kind.input().requires_grad_()
+        y = AROUND[after](model, x)
+        for _ in range(1 if "checkpointed" in around else 2):
+            y.backward(cotangent(y), retain_graph=True)
+        found.append({name: p.grad for name, p in trainable(model).items()} | {"x": x.grad})
+    assert_all_near(found[1], found[0], TIGHT)
+
+
+@pytest.mark.parametrize("variant", FUSED, ids=lambda variant: "-".join(map(str, variant)))
+def test_a_second_backward_doubles_the_gradients(variant: Variant) -> None:
+    kind, method, options = variant
+    model = randomize(slimtune, attach(kind, small_config(method, kind, options))).train()
+    y = model(kind.input().requires_grad_())
+    y.backward(cotangent(y), retain_graph=True)
+    once = {name: 2 * p.grad for name, p in trainable(model).items() if p.grad is not None}
+    y.backward(cotangent(y))
+    assert_all_near({name: p.grad for name, p in trainable(model).items() if p.grad is not None}, once, TIGHT)
 
 
 def kind_product_bound(model: Any, kind: Kind) -> Tensor:
@@ -162,7 +237,7 @@ def kind_product_bound(model: Any, kind: Kind) -> Tensor:
 WITH_DROPOUT = tuple(kind for kind in KINDS if "embedding" not in kind.name)  # ids can't be dropped
 
 
-@given(cases(WITH_DROPOUT, LORA, lora_dropout=0.4, bias="none"))
+@given(cases(WITH_DROPOUT, LORA, lora_dropout=0.4, bias="none", use_dora=False))
 def test_with_dropout_forward_and_backward_use_one_mask(case: Case) -> None:
     """The term is linear in A and in B: <gradient, factor> is <cotangent, term> for the mask drawn."""
     kind, config = case

@@ -125,7 +125,7 @@ def test_an_unknown_field_of_a_file_that_changes_nothing_is_kept(tmp_path: Path)
     assert json.loads((tmp_path / "again" / FILE).read_text())["field_of_next_year"] is None
 
 
-@pytest.mark.parametrize("change", [{"field_of_next_year": 3}, {"use_dora": True}, {"peft_type": "NEXT_YEAR"}])
+@pytest.mark.parametrize("change", [{"field_of_next_year": 3}, {"use_qalora": True}, {"peft_type": "NEXT_YEAR"}])
 def test_a_field_that_would_change_the_result_is_refused_by_name(change: dict[str, Any], tmp_path: Path) -> None:
     slimtune.LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(str(tmp_path))
     content = json.loads((tmp_path / FILE).read_text())

@@ -28,7 +28,10 @@ def dense_update(delta: LohaLinear, module: Any, base: Any, x: Tensor, *args: An
     drops = delta.training and (delta.rank_dropout or delta.module_dropout)
     if args or kwargs or drops or not _is_plain(module, weight_OI, x, delta.factors[0].dtype):
         return delta.forward(base, x, *args, **kwargs)
-    return _DenseUpdate.apply(delta.update, x, weight_OI, module.bias, *delta.factors)  # type: ignore[return-value]
+    x_TI = x.reshape(-1, x.shape[-1])
+    y_TO: Any = _DenseUpdate.apply(delta.update, x_TI, weight_OI, module.bias, *delta.factors)
+    # Not inside: what a custom function returns as a view can't be changed in place.
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
 def _is_plain(module: Any, weight: Tensor, x: Any, dtype: torch.dtype) -> bool:

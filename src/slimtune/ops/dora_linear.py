@@ -34,7 +34,9 @@ def dora_linear(delta: DoraLinear, module: Any, base: Any, x: Tensor, *args: Any
     weight_OI = base_of(type(module)).weight(module)
     settings = this_pass(x, weight_OI, delta.scaling, 0.0)
     bias: Any = module.bias
-    return _DoraLinear.apply(x, weight_OI, bias, *delta.pair, delta.ratio(base), settings)  # type: ignore[return-value]
+    y_TO: Any = _DoraLinear.apply(x, weight_OI, bias, *delta.pair, delta.ratio(base), settings)
+    # Not inside: what a custom function returns as a view can't be changed in place.
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
 def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -85,7 +87,7 @@ class _DoraLinear(torch.autograd.Function):
         ctx.settings = settings
         # Not by save_for_backward: an output that is changed in place afterwards is no error.
         ctx.output_TO, ctx.version = (y_TO.detach(), y_TO._version) if straight_TO is None else (None, None)
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        return y_TO
 
     @staticmethod
     @once_differentiable

@@ -34,7 +34,9 @@ def lora_linear(delta: LoraLinear, module: Any, base: Any, x: Tensor, *args: Any
     weight_OI = base_of(type(module)).weight(module)
     settings = this_pass(x, weight_OI, delta.scaling, delta.lora_dropout if delta.training else 0.0)
     bias: Any = module.bias
-    return _LoraLinear.apply(x, weight_OI, bias, *delta.pair, settings)  # type: ignore[return-value]
+    y_TO: Any = _LoraLinear.apply(x, weight_OI, bias, *delta.pair, settings)
+    # Not inside: what a custom function returns as a view can't be changed in place.
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class _LoraLinear(torch.autograd.Function):
             y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
         ctx.save_for_backward(None if settings.product else x_TI, weight_OI, a_RI, b_OR, z_TR)
         ctx.settings = settings
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        return y_TO
 
     @staticmethod
     @once_differentiable
