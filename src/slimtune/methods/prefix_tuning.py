@@ -138,8 +138,6 @@ def _takes_cache(attention: nn.Module) -> bool:
 
 def _shape_of_keys(model: Any, config: Any) -> tuple[int, int, int]:
     """(layers, heads, head_dim) of the keys that are cached. Raises: TargetError, where layers differ."""
-    if model.config.is_encoder_decoder:
-        config = model.config.get_text_config(decoder=True)
     per_layer = getattr(config, "per_layer_config", None) or [config]
     shapes = {(_heads(layer), _head_dim(layer)) for layer in per_layer}
     if len(shapes) > 1 or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
