@@ -29,6 +29,8 @@ _HOME = {
     "EvaConfig": "methods.lora",
     "initialize_lora_eva_weights": "eva",
     "load": "loading",
+    "load_diffusers_lora": "diffusion",
+    "save_diffusers_lora": "diffusion",
     "lora_plus_groups": "train.lora_plus",
     "create_loraplus_optimizer": "train.lora_plus",
 }
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from slimtune.delta import PeftConfig, TaskType
+    from slimtune.diffusion import load_diffusers_lora, save_diffusers_lora
     from slimtune.eva import initialize_lora_eva_weights
     from slimtune.loading import load
     from slimtune.methods.lora import EvaConfig, LoraConfig

@@ -472,14 +472,30 @@ def _load(
 ) -> None:
     config = config or PeftConfig.from_pretrained(folder)
     config.check_readable()
-    tensors = read_adapter(folder)
+    attach_stored(model, name, config, read_adapter(folder), folder, is_trainable, autocast_adapter_dtype)
+
+
+def attach_stored(
+    model: Any,
+    name: str,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    source: str | Path,
+    is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Attach an adapter with stored tensors; one of that name takes them over.
+
+    Raises:
+        BaseMismatchError: the tensors, which come from `source`, were made for another base.
+    """
     keep_embeddings(model, config, tensors)
     config.inference_mode = not is_trainable
     if name in getattr(model, "peft_config", {}):
-        fill(attached(model, name), tensors, folder)
+        fill(attached(model, name), tensors, source)
     else:
         drafted = draft(model, name, config, autocast_adapter_dtype, strict=False)
-        fill(drafted, tensors, folder)
+        fill(drafted, tensors, source)
         _add(model, name, config, drafted)
     if not is_trainable:
         model.eval()

@@ -87,11 +87,16 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     Raises:
         AdapterFileError: no weights, pickled, empty or damaged ones.
     """
-    from safetensors import safe_open
-
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise AdapterFileError(_why_missing(folder))
+    return read_tensors(path)[0]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata. Raises: AdapterFileError, for an empty or damaged one."""
+    from safetensors import safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -108,7 +113,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
             f"the tensors in '{path}' don't match the checksum that was saved with them: the file was "
             "damaged or changed; copy or download it again"
         )
-    return tensors
+    return tensors, metadata
 
 
 def read_config(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:
