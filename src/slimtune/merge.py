@@ -123,17 +123,20 @@ def _tie_again(kept: Kept) -> None:
 
 
 def untie_if_changed(model: Any) -> None:
-    """Tell the config when a merge made input and output embeddings differ, so that a reload doesn't tie them again."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+    """Take the ties that a merge undid out of the model's own account of them, so that a save stores both ends.
+
+    Where none is left, the config says so. Where some are, as between T5's embeddings, a reload finds both ends of the
+    others in the file and leaves them apart.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    look_up = getattr(model, "get_parameter_or_buffer", None)
+    still = {end: source for end, source in tied.items() if look_up and look_up(end) is look_up(source)}
+    if len(still) == len(tied):
         return
-    source, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if source is None or head is None or head.weight is source.weight:
-        return
-    model.config.tie_word_embeddings = False
-    model.__dict__["_tied_weights_keys"] = None
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}
+    model.all_tied_weights_keys = still
+    model.__dict__["_tied_weights_keys"] = still or None
+    if not still:
+        model.config.tie_word_embeddings = False
 
 
 def probe_inputs(model: Any, rows: int = 2, tokens: int = 32) -> dict[str, Tensor] | None:

@@ -72,14 +72,15 @@ def test_a_tied_output_embedding_is_untied_by_its_copy(specimen: Specimen, tmp_p
     assert not torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("specimen", [TIED_LLAMA, GPT2], ids=lambda specimen: specimen.name)
+@each_language_model
 def test_an_untied_model_reloads_to_the_same_answers(specimen: Specimen, tmp_path: Path) -> None:
     model = tuned(specimen)
     expected = predict(model, specimen.batch())
     model.merge_and_unload().save_pretrained(tmp_path)
     reread = type(specimen.model()).from_pretrained(tmp_path)
-    assert reread.config.tie_word_embeddings is False
     assert_near(predict(reread, specimen.batch()), expected)
+    # T5's encoder and decoder go on sharing an embedding.
+    assert reread.config.tie_word_embeddings is (specimen is T5)
 
 
 def test_unloading_ties_again() -> None:
