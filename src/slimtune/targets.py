@@ -69,7 +69,8 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
         TargetError: nothing matches, with what there is and the nearest name.
     """
     modules = Modules(walk(model))
-    heads = [] if set(config.default_targets) & {"output", "everything"} else _heads(model)
+    # A new head is drawn at each load, so that a difference from it would mean nothing: it is kept whole.
+    heads = [] if "output" in config.default_targets else _heads(model)
     keep = [name for name in heads if strict and name not in (config.modules_to_save or [])]
     if keep:
         config.modules_to_save = [*(config.modules_to_save or []), *keep]

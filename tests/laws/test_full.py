@@ -160,7 +160,16 @@ def two(specimen: Specimen, store: str = "difference") -> Any:
     return randomize(slimtune, model, "other", seed=5)
 
 
-@pytest.mark.parametrize("specimen", [TIED_LLAMA, VIT, T5], ids=lambda specimen: specimen.name)
+def test_the_head_is_stored_whole_for_a_base_that_comes_with_another_draw_of_it(tmp_path: Any) -> None:
+    model = tuned(VIT)
+    model.save_pretrained(tmp_path)
+    base = VIT.model()
+    torch.nn.init.normal_(base.classifier.weight)
+    reread = slimtune.PeftModel.from_pretrained(base, tmp_path)
+    assert_near(predict(reread, VIT.batch()), predict(model, VIT.batch()))
+
+
+@pytest.mark.parametrize("specimen", [TIED_LLAMA, T5], ids=lambda specimen: specimen.name)
 def test_differences_are_task_vectors(specimen: Specimen) -> None:
     """Arithmetic on what was learned: theta = theta_0 + 0.5 tau_1 - 0.25 tau_2."""
     model = two(specimen)
