@@ -91,11 +91,12 @@ def find(name: str) -> Method:
     return known[name]
 
 
-def configure(method: Method, options: Mapping[str, Any], assignments: Sequence[str] = ()) -> Any:
+def configure(method: Method, options: Mapping[str, Any], assignments: Sequence[str] = (), base: str = "") -> Any:
     """The config that options of the command line and `NAME=VALUE` assignments make; raises ConfigError.
 
     Args:
         options: those that were given, by the names in OPTIONS.
+        base: whose tokenizer a prompt is read with that begins as a text.
     """
     known = method.fields
     field_of = {option: next((name for name in OPTIONS[option] if name in known), "") for option in options}
@@ -120,6 +121,8 @@ def configure(method: Method, options: Mapping[str, Any], assignments: Sequence[
         # The same scale of 2 for every rank.
         values.setdefault("r", 16)
         values.setdefault("lora_alpha", 2 * values["r"])
+    if base and "tokenizer_name_or_path" in known:
+        values.setdefault("tokenizer_name_or_path", base)
     return method.config(**values, **method.fixed)
 
 

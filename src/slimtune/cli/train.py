@@ -127,7 +127,7 @@ def train(
     chosen = find(method)
     given = _given(ctx)
     _refuse_what_changes_nothing(chosen, given)
-    config = configure(chosen, {name: ctx.params[name] for name in OPTIONS if name in given}, assignments)
+    config = configure(chosen, {name: ctx.params[name] for name in OPTIONS if name in given}, assignments, model)
     files = Files(data, eval_data, eval_fraction, max_length, too_long, seed).read()
     screen = console(as_json)
     if method == FEATURES:

@@ -200,12 +200,13 @@ def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> A
 
     set_seed(seed)
     config.task_type = task_type
-    if getattr(config, "tokenizer_name_or_path", "") is not None:
+    name = getattr(config, "tokenizer_name_or_path", None)
+    if name is None:
         return get_peft_model(model, config)
-    # While it attaches, a prompt that begins as a text reads the tokenizer of the base.
-    config.tokenizer_name_or_path = resolve(model.name_or_path)
+    # A prompt that begins as a text reads the tokenizer while it attaches; a packaged name holds on every machine.
+    config.tokenizer_name_or_path = resolve(name)
     model = get_peft_model(model, config)
-    config.tokenizer_name_or_path = model.name_or_path
+    config.tokenizer_name_or_path = name
     return model
 
 
