@@ -86,7 +86,8 @@ class _DoraLinear(torch.autograd.Function):
         ctx.save_for_backward(saved_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, straight_TO)
         ctx.settings = settings
         # Not by save_for_backward: an output that is changed in place afterwards is no error.
-        ctx.output_TO, ctx.version = (y_TO.detach(), y_TO._version) if straight_TO is None else (None, None)
+        is_kept = straight_TO is None and not y_TO.is_inference()
+        ctx.output_TO, ctx.version = (y_TO.detach(), y_TO._version) if is_kept else (None, None)
         return y_TO
 
     @staticmethod
