@@ -199,6 +199,21 @@ def loha_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.LoHaConf
     return slimtune.LoHaConfig(**{**drawn, **fixed})
 
 
+@st.composite
+def lokr_configs(draw: st.DrawFn, kind: Kind, **fixed: Any) -> slimtune.LoKrConfig:
+    drawn = {
+        "r": draw(st.sampled_from([1, 3, 8])),
+        "alpha": draw(scales()),
+        "rank_dropout": draw(st.sampled_from([0.0, 0.3])),
+        "rank_dropout_scale": draw(st.booleans()),
+        "decompose_both": draw(st.booleans()),
+        "decompose_factor": draw(st.sampled_from([-1, 2, 3])),
+        "use_effective_conv2d": draw(st.booleans()),
+        "target_modules": ["site"],
+    }
+    return slimtune.LoKrConfig(**{**drawn, **fixed})
+
+
 STRATEGIES: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {
     "BITFIT": bitfit_configs,
     "FULL": full_configs,
@@ -206,6 +221,7 @@ STRATEGIES: dict[str, Callable[..., st.SearchStrategy[PeftConfig]]] = {
     "BOTTLENECK": bottleneck_configs,
     "LORA": lora_configs,
     "LOHA": loha_configs,
+    "LOKR": lokr_configs,
     "TRAINABLE_TOKENS": token_configs,
     "VERA": vera_configs,
 }
