@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from slimtune.methods.prompt_learning import (
     check_count,
     is_causal,
     own_forward,
+    parameters_of,
     text_config,
     token_ids,
 )
@@ -133,7 +133,7 @@ _KEYS = ("key", "query_key_value")
 
 
 def _takes_cache(attention: nn.Module) -> bool:
-    return bool({"past_key_values", "layer_past"} & inspect.signature(own_forward(attention)).parameters.keys())
+    return not {"past_key_values", "layer_past"}.isdisjoint(parameters_of(own_forward(attention)))
 
 
 def _shape_of_keys(model: Any, config: Any) -> tuple[int, int, int]:

@@ -9,8 +9,9 @@ a sliding window do pads still take part, by pushing the virtual tokens out of t
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,12 @@ def own_forward(module: nn.Module) -> Any:
     return getattr(type(module), "adopted_from", type(module)).forward
 
 
+@functools.cache
+def parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a forward's arguments."""
+    return tuple(inspect.signature(forward).parameters)
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether tokens see only those before them, as some attention in the model says of itself."""
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
@@ -206,7 +213,7 @@ class Call(dict[str, Any]):
     """The arguments of one forward of a model by name, with room for n virtual tokens made in them."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.accepted = list(inspect.signature(own_forward(module)).parameters)[1:]
+        self.accepted = parameters_of(own_forward(module))[1:]
         super().__init__(zip(self.accepted, args, strict=False))
         self.update(kwargs)
 
