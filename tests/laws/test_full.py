@@ -196,6 +196,15 @@ def test_active_differences_add_up() -> None:
     assert_near(predict(model, TIED_LLAMA.batch()), together)
 
 
+@each_store
+def test_rows_of_one_batch_can_not_have_weights_of_their_own(store: str) -> None:
+    """T5's position bias is looked up once for all rows."""
+    model = two(T5, store)
+    batch = {"input_ids": T5.batch()["input_ids"], "decoder_input_ids": T5.batch()["labels"]}
+    with pytest.raises(ConfigError, match="a batch of their own"):
+        model(**batch, adapter_names=["default", "other"])
+
+
 def test_copies_neither_add_up_nor_work_together() -> None:
     model = two(LLAMA, "whole")
     with pytest.raises(ConfigError, match="store='difference'"):

@@ -21,11 +21,11 @@ STORES = ("difference", "whole")
 @register
 @dataclass
 class FullConfig(TargetedConfig):
-    """Train everything, or everything inside the named modules.
+    """Train everything, or everything inside the named modules; a new head is trained and stored whole either way.
 
     With P parameters trained, beside the frozen base:
 
-    - `store="difference"` holds D, in float32 on a 16-bit base, 4 P bytes; each forward forms W + D, and training
+    - `store="difference"` holds D, P numbers, in float32 on a 16-bit base; each forward forms W + D, and training
       keeps those sums until backward, P more numbers in the base's dtype. Differences of several adapters add up, and
       can be combined with weights.
     - `store="whole"` holds W' in the base's dtype, P numbers and no sums; 16-bit weights lose updates that are small
@@ -91,6 +91,8 @@ class FullDifference(Difference):
         tied: for a parameter that is tied in the base, the delta that trains it and its name there.
     """
 
+    reweighs = True
+
     def __init__(self, site: Site, names: Sequence[str], autocast: bool) -> None:
         super().__init__(site, names, autocast)
         self.tied: dict[str, tuple[FullDifference, str]] = {}
@@ -113,6 +115,8 @@ class FullCopy(Delta):
     Attributes:
         tied: for a parameter that is tied in the base, the delta that trains it and its name there.
     """
+
+    reweighs = True
 
     def __init__(self, site: Site) -> None:
         super().__init__()
