@@ -29,6 +29,7 @@ from zoo import BERT, HIDDEN, LLAMA, MIXTURE
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), found 1.0"),
         ({"input_modules": ["fc1"]}, "goes with placement='parallel' and target_modules"),
         ({"placement": "parallel", "input_modules": ["fc1"]}, "goes with placement='parallel' and target_modules"),
+        ({"placement": "parallel", "target_modules": ["fc1", "fc2"], "input_modules": "fc1"}, "is a list of names"),
         ({"reduction": 4}, r"has no field 'reduction'; did you mean 'reduction_factor'\?"),
         ({"layers_pattern": "layers"}, "give layers_to_transform as well"),
     ],

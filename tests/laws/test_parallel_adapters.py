@@ -232,6 +232,9 @@ def test_compiled_it_is_the_same() -> None:
     model = tuned(LLAMA)
     expected = predict(model, LLAMA.batch())
     assert_near(predict(torch.compile(model, backend="aot_eager"), LLAMA.batch()), expected)
+    small, x = named(), torch.randn(4, 6)
+    assert_near(torch.compile(small, backend="aot_eager", fullgraph=True)(x), small(x))
+    torch.compiler.reset()
 
 
 class Backwards(nn.Module):

@@ -120,6 +120,8 @@ class BottleneckConfig(LayeredConfig):
                 "input_modules says which of the target_modules are the feed-forwards' input projections; it goes "
                 "with placement='parallel' and target_modules"
             )
+        if isinstance(self.input_modules, str):
+            raise ConfigError(f"input_modules is a list of names, found {self.input_modules!r}; write it in brackets")
         self.input_modules = set(self.input_modules)
 
     @property
