@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Side = Literal["peft", "ours", "floor"]
+Side = Literal["peft", "ours", "floor", "peft-lora", "ours-lora"]
+"""Who does the work; the last two leave DoRA out of a piece of work with it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Work:
     length: int = 256
     dropout: float = 0.0
     checkpointing: bool = False
+    dora: bool = False
     steps: int = 4
     """The first one is warm-up and is thrown away."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -76,6 +78,19 @@ def training(
     return Case(name, title, work, ("peft", "ours", "floor"), figures + over_floor)
 
 
+def dora(name: str, title: str, work: Work, at_most: float) -> Case:
+    """A case of training steps with DoRA; `at_most` is what it may cost over LoRA, in time and in memory."""
+    figures = (
+        Figure("step", "step_seconds", "s"),
+        Figure("peak memory", "peak_bytes", "GB"),
+        Figure("step / LoRA", "step_seconds", "s", ("ours", "ours-lora"), at_most=at_most),
+        Figure("peak / LoRA", "peak_bytes", "GB", ("ours", "ours-lora"), at_most=at_most),
+        Figure("step / LoRA, peft", "step_seconds", "s", ("peft", "peft-lora")),
+        Figure("peak / LoRA, peft", "peak_bytes", "GB", ("peft", "peft-lora")),
+    )
+    return Case(name, title, work, ("peft-lora", "ours-lora", "ours", "peft"), figures)
+
+
 def quick(case: Case) -> Case:
     """The same case made small: to see that everything runs, not to be quoted."""
     return replace(case, work=replace(case.work, batch=1, length=min(case.work.length, 64), steps=2))
@@ -87,6 +102,7 @@ CPU_CASES = (
     # No floor of its own: without adapters there is nothing to drop, so it is the floor of bf16.
     training("dropout", "bf16, dropout 0.05", Work(dropout=0.05), time=1.6, memory=1.9, with_floor=False),
     training("checkpointing", "bf16, gradient checkpointing", Work(checkpointing=True), time=1.3, memory=1.3),
+    dora("dora", "bf16, DoRA", Work(dora=True), at_most=1.15),
     Case(
         "adapters",
         "adapters",

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,22 @@ class Bench:
 
     def __init__(self, ours: str, model: str, scratch: str, console: Console) -> None:
         self.console = console
-        self.libraries: dict[Side, str | None] = {"peft": "peft", "ours": ours, "floor": None}
+        self.libraries: dict[Side, str | None] = {
+            "peft": "peft",
+            "ours": ours,
+            "floor": None,
+            "peft-lora": "peft",
+            "ours-lora": ours,
+        }
         self.adapter = str(Path(scratch) / "adapter")
         with console.status("Preparing the base model and an adapter"):
             self.folder = run_module("benchmarks.prepare", model, self.adapter)["folder"]
 
     def measure(self, case: Case, side: Side, profile: bool = False) -> dict[str, Any]:
         """One side once, in a process of its own."""
+        work = replace(case.work, dora=False) if side.endswith("-lora") else case.work
         specification = {
-            "work": asdict(case.work),
+            "work": asdict(work),
             "library": self.libraries[side],
             "folder": self.folder,
             "adapter": self.adapter,

@@ -92,11 +92,10 @@ def base_model(work: Work, folder: str) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def lora_config(library: Any, dropout: float = 0.0) -> Any:
+def lora_config(library: Any, dropout: float = 0.0, dora: bool = False) -> Any:
     """The adapter of every case: all linear layers, rank 16."""
-    return library.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    options: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "use_dora": dora}
+    return library.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, **options)
 
 
 def prepared(work: Work, library: Any | None, folder: str) -> Any:
@@ -108,7 +107,7 @@ def prepared(work: Work, library: Any | None, folder: str) -> Any:
         model.requires_grad_(False)
         model.enable_input_require_grads()
     else:
-        model = library.get_peft_model(model, lora_config(library, work.dropout))
+        model = library.get_peft_model(model, lora_config(library, work.dropout, work.dora))
     return model.train()
 
 

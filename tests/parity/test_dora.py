@@ -1,0 +1,216 @@
+"""DoRA does what it does in peft."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import slimtune
+from beside_peft import Case, check_forward_and_files, check_generation, check_gradients, check_merge, check_three_steps
+from tensors import activate, adapter_tensors, assert_all_near, assert_near, loss_of, predict, randomize, trainable
+from zoo import BERT, GEMMA3, GPT2, LLAMA, LLAMA_LINEARS, MIXTURE, QWEN2, T5, TIED_LLAMA, VIT, Specimen
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+LIBRARIES = (slimtune, peft)
+UNGROUPED = ["embedding", "conv1d", "conv2d", "shared", "named", "out"]
+
+
+def case(specimen: Specimen, **options: Any) -> Case:
+    return Case("LoraConfig", specimen, specimen.options(r=4, lora_alpha=6, use_dora=True, **options))
+
+
+CASES = {
+    "llama": case(LLAMA),
+    "tied-llama": case(TIED_LLAMA),
+    "output-head": case(TIED_LLAMA, target_modules=["lm_head", "q_proj"]),
+    "qwen2-with-biases": case(QWEN2, bias="all"),
+    "gpt2": case(GPT2),
+    "gemma3-scaled-embedding": case(GEMMA3),
+    "bert": case(BERT),
+    "t5": case(T5, target_modules=["q", "v", "o"]),
+    "vit": case(VIT),
+    "mixture": case(MIXTURE, target_modules=UNGROUPED),
+    "rslora-and-patterns": case(
+        LLAMA, use_rslora=True, rank_pattern={"q_proj": 2, "mlp.up_proj": 7}, alpha_pattern={"v_proj": 3}
+    ),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@each_case
+def test_forward_and_files_agree(case: Case, tmp_path: Path) -> None:
+    check_forward_and_files(case, tmp_path)
+
+
+@each_case
+def test_gradients_agree(case: Case) -> None:
+    check_gradients(case)
+
+
+@each_case
+def test_three_steps_agree(case: Case) -> None:
+    check_three_steps(case)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "output-head"])  # peft's changes the embedding too
+def test_merges_agree(name: str) -> None:
+    check_merge(CASES[name])
+
+
+def test_generation_agrees() -> None:
+    check_generation("LoraConfig", target_modules=LLAMA_LINEARS, use_dora=True)
+
+
+@each_case
+def test_a_new_adapter_has_peft_s_magnitudes_and_changes_no_bit(case: Case) -> None:
+    ours, theirs = (adapter_tensors(library, case.model(library)) for library in LIBRARIES)
+    magnitudes = {key: tensor for key, tensor in ours.items() if key.endswith("lora_magnitude_vector")}
+    assert_all_near(magnitudes, {key: theirs[key] for key in magnitudes}, 1e-6)
+    # A strided input of three dimensions gets its bias after rounding from torch's own linear layer, but not here.
+    dtypes = (torch.float32,) if case.specimen is MIXTURE else (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        base = case.specimen.model().to(dtype)
+        expected = predict(base, case.batch(dtype))
+        config = slimtune.LoraConfig(**copy.deepcopy(case.options))
+        assert torch.equal(predict(slimtune.get_peft_model(base, config), case.batch(dtype)), expected)
+
+
+def two(library: ModuleType, specimen: Specimen, **options: Any) -> Any:
+    model = library.get_peft_model(specimen.model(), library.LoraConfig(**specimen.options(use_dora=True, **options)))
+    model.add_adapter("other", library.LoraConfig(**specimen.options(r=3, lora_alpha=5, use_dora=True, **options)))
+    return randomize(library, randomize(library, model, seed=4), "other", seed=5)
+
+
+@pytest.mark.parametrize("specimen", [LLAMA, QWEN2, GPT2, T5], ids=lambda specimen: specimen.name)
+def test_several_adapters_at_once_agree(specimen: Specimen) -> None:
+    outputs, merged = [], []
+    for library in LIBRARIES:
+        model = two(library, specimen)
+        activate(model, ["default", "other"])
+        outputs.append(predict(model, specimen.batch()))
+        merged.append(predict(model.merge_and_unload(), specimen.batch()))
+    assert_near(*outputs)
+    assert_near(*merged)
+    assert_near(merged[0], outputs[0])
+
+
+def test_with_dropout_the_mean_over_masks_is_the_output_without() -> None:
+    """And a mask of peft's gives peft's output: on ones, all that counts of a mask is how many it keeps."""
+    site = nn.Linear(4096, 3)
+    nn.init.constant_(site.weight, 0.01)
+    outputs = {}
+    for dropout in (0.0, 0.25):
+        config = slimtune.LoraConfig(r=2, target_modules=["0"], lora_dropout=dropout, use_dora=True)
+        model = slimtune.get_peft_model(nn.Sequential(copy.deepcopy(site)), config)
+        torch.manual_seed(0)
+        constant = {key: torch.full_like(t, 0.03) for key, t in adapter_tensors(slimtune, model).items()}
+        slimtune.set_peft_model_state_dict(model, constant)
+        outputs[dropout] = model.train()(torch.ones(512, 4096)).detach()
+    assert outputs[0.25].std(0).min() > 0
+    assert_near(outputs[0.25].mean(0), outputs[0.0].mean(0), 0.01)
+
+
+def test_dropout_follows_the_formula() -> None:
+    """y = base(x) + (c - 1) (base(x') - b) + c s B A x' with one mask in x'."""
+    torch.manual_seed(0)
+    site = nn.Linear(12, 7).double()
+    config = slimtune.LoraConfig(r=3, target_modules=["0"], lora_dropout=0.4, use_dora=True)
+    model: Any = randomize(slimtune, slimtune.get_peft_model(nn.Sequential(site), config)).double().train()
+    x = torch.randn(5, 12).double()
+    torch.manual_seed(6)
+    y = model(x)
+    torch.manual_seed(6)
+    kept = torch.nn.functional.dropout(x, 0.4)
+    delta = model[0].deltas["default"]
+    update = delta.scaling * delta.lora_B @ delta.lora_A
+    ratio = delta.lora_magnitude_vector / (site.weight + update).norm(dim=1)
+    plain = x @ site.weight.t() + site.bias
+    assert_near(y, plain + (ratio - 1) * (kept @ site.weight.t()) + ratio * (kept @ update.t()), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_the_kept_norm_of_the_weight_follows_the_weight(copied: Any) -> None:
+    """It is computed once; a weight that changes, by hand or by a merge, and a copy have their own."""
+    model: Any = CASES["llama"].tuned(slimtune)
+    batch = LLAMA.batch()
+    expected = predict(model, batch)
+    twin = copied(model)
+    assert torch.equal(predict(twin, batch), expected)
+    layer = twin.model.layers[0].self_attn.q_proj
+
+    def overwrite() -> None:
+        layer.weight.copy_(3 * layer.weight)
+
+    def exchange() -> None:
+        layer.weight = nn.Parameter(layer.weight / 2 + 0.1, requires_grad=False)
+
+    def exchange_data() -> None:
+        layer.weight.data = layer.weight + 0.1
+
+    for change in (overwrite, exchange, exchange_data):
+        before = predict(twin, batch)
+        with torch.no_grad():
+            change()
+        after = predict(twin, batch)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, predict(copy.deepcopy(twin), batch)), "a copy computes it anew"
+    assert torch.equal(predict(model, batch), expected)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(predict(model, batch), expected)
+
+
+def test_a_row_of_zeros_starts_at_the_base_and_learns() -> None:
+    """Its norm is zero and has no direction; so it is in layers that start at zero, as in ControlNets."""
+    for site in (nn.Linear(6, 4), nn.Conv2d(2, 4, 3)):
+        nn.init.zeros_(site.weight)
+        config = slimtune.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+        model: Any = slimtune.get_peft_model(nn.Sequential(site), config).train()
+        x = torch.randn(5, 6) if isinstance(site, nn.Linear) else torch.randn(5, 2, 4, 4)
+        y = model(x)
+        assert torch.equal(y, site.bias.view(-1, *[1] * (y.ndim - 2)).expand_as(y))
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = (model(x) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        assert losses[-1] < losses[0]
+
+
+def test_bf16_trains_close_to_float32() -> None:
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        config = slimtune.LoraConfig(**LLAMA.options(use_dora=True))
+        model = slimtune.get_peft_model(LLAMA.model().to(dtype), config).train()
+        assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = loss_of(model, LLAMA.batch())
+            loss.backward()
+            optimizer.step()
+        losses[dtype] = float(loss.detach())
+    start = float(loss_of(LLAMA.model(), LLAMA.batch()).detach())
+    assert abs(losses[torch.bfloat16] - losses[torch.float32]) < 0.1 * (start - losses[torch.float32])
+
+
+def test_grouped_convolutions_and_combinations_are_refused() -> None:
+    with pytest.raises(slimtune.errors.ConfigError, match="grouped"):
+        slimtune.get_peft_model(MIXTURE.model(), slimtune.LoraConfig(target_modules=["grouped"], use_dora=True, r=4))
+    model = two(slimtune, LLAMA)
+    with pytest.raises(slimtune.errors.ConfigError, match="magnitudes"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mixed")
