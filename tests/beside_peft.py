@@ -100,7 +100,7 @@ def _trained(case: Case, library: ModuleType) -> tuple[Tensor, dict[str, Tensor]
         losses.append(loss.detach())
         loss.backward()
         optimizer.step()
-    assert len(set(losses)) == STEPS
+    assert len({float(loss) for loss in losses}) == STEPS
     return torch.stack(losses), copies(adapter_tensors(library, model))
 
 

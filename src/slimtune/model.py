@@ -258,6 +258,8 @@ class PeftModel(Adopted):
     ) -> None:
         """Attach a weighted combination of adapters as a new one: "linear", "svd" or "cat".
 
+        Vectors, biases and whole differences have one combination, their weighted sum; "linear" and "svd" both mean it.
+
         Raises:
             AdapterNotFoundError, AdapterExistsError: by the names.
             ConfigError: adapters that can't be combined so.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from typing import Any
 
@@ -49,6 +50,31 @@ def test_an_adopted_layer_is_one_graph(kind: Kind) -> None:
     model = randomize(slimtune, attach(kind, config)).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_near(compiled(kind.input()), model(kind.input()), 1e-6)
+
+
+WHOLE_MODELS = {
+    "ia3": slimtune.IA3Config(),
+    "bitfit": slimtune.BitFitConfig(add_bias=True),
+    "ln-tuning": slimtune.LNTuningConfig(),
+    "full-difference": slimtune.FullConfig(),
+    "full-whole": slimtune.FullConfig(store="whole"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_MODELS)
+def test_a_model_whose_parameters_are_changed_is_one_graph(name: str) -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), copy.deepcopy(WHOLE_MODELS[name]))
+    ids = {"input_ids": LLAMA.batch()["input_ids"]}
+    randomize(slimtune, model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    for each in (model, compiled):
+        model.zero_grad()
+        logits = each(**ids).logits
+        logits.square().sum().backward()
+        found.append((logits.detach(), copies(adapter_gradients(slimtune, model))))
+    assert_near(found[1][0], found[0][0], 1e-6)
+    assert_all_near(found[1][1], found[0][1], 1e-5)
 
 
 def test_switching_adapters_reaches_the_compiled_model() -> None:

@@ -106,7 +106,9 @@ class FullDifference(Difference):
 
     @property
     def differences(self) -> dict[str, Tensor]:
-        return super().differences | {name: owner.own[its_name] for name, (owner, its_name) in self.tied.items()}
+        return dict(self.difference.items()) | {
+            name: owner.own[its_name] for name, (owner, its_name) in self.tied.items()
+        }
 
 
 class FullCopy(Delta):

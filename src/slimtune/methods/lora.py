@@ -228,13 +228,8 @@ class LoraConfig(TargetedConfig):
         configs = [self, *others]
         if any(config.use_dora for config in configs):
             raise ConfigError("DoRA adapters can't be combined, as magnitudes don't add up; activate them together")
-        if len({type(config.target_modules) for config in configs}) > 1:
-            raise ConfigError("adapters whose target_modules are names don't combine with one that has an expression")
+        targets = self.joined_targets(others)
         ranks = [max([config.r, *config.rank_pattern.values()]) * (1 + config.moves_start) for config in configs]
-        if isinstance(self.target_modules, str):
-            targets: Any = "|".join(f"({config.target_modules})" for config in configs)
-        else:
-            targets = set().union(*(config.target_modules or () for config in configs))
         rank = sum(ranks) if how == "cat" else (rank or max(ranks))
         # alpha = r and no rsLoRA: the adapters' scales are inside the factors.
         plain: Any = {"lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
