@@ -219,3 +219,25 @@ def test_other_tasks_of_an_encoder(method: str) -> None:
         for name_of_output in ("last_hidden_state", "start_logits", "end_logits", "loss"):
             if getattr(their_outputs, name_of_output, None) is not None:
                 assert_near(our_outputs[name_of_output], their_outputs[name_of_output], 1e-5, name_of_output)
+
+
+@pytest.mark.parametrize("specimen", [LLAMA, BERT], ids=lambda specimen: specimen.name)
+def test_peft_reads_a_prefix_that_began_as_words(specimen: Specimen, tmp_path: Path) -> None:
+    """The fields that peft doesn't know say only where training began."""
+    ours = slimtune.get_peft_model(specimen.model(), slimtune.PrefixTuningConfig(prefix_init="SAMPLE_VOCAB"))
+    ours.save_pretrained(tmp_path)
+    assert slimtune.PeftConfig.from_pretrained(tmp_path).prefix_init == "SAMPLE_VOCAB"
+    theirs = peft.PeftModel.from_pretrained(specimen.model(), tmp_path)
+    assert_near(predict(theirs, specimen.batch()), predict(ours, specimen.batch()))
+
+
+@pytest.mark.parametrize("method", SOFT_PROMPTS)
+def test_a_task_that_nobody_named_is_found_and_stored(method: str, tmp_path: Path) -> None:
+    """Without it peft would not put a prompt in front."""
+    config, options = SOFT_PROMPTS[method]
+    for specimen, task in ((LLAMA, "CAUSAL_LM"), (BERT, "SEQ_CLS"), (T5, "SEQ_2_SEQ_LM")):
+        ours = slimtune.get_peft_model(specimen.model(), getattr(slimtune, config)(**options))
+        ours.save_pretrained(tmp_path / specimen.name)
+        theirs = peft.PeftModel.from_pretrained(specimen.model(), tmp_path / specimen.name)
+        assert theirs.active_peft_config.task_type == task
+        assert_near(predict(theirs, specimen.batch()), predict(ours, specimen.batch()))

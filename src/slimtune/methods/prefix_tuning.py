@@ -35,6 +35,7 @@ from slimtune.methods.prompt_learning import (
 from slimtune.methods.prompt_tuning import PromptTuningInit, check_init
 from slimtune.structure import role_of
 
+_KEYS = ("key", "query_key_value")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_at", re.IGNORECASE)
 
 
@@ -113,23 +114,20 @@ class PrefixTuningConfig(PromptLearningConfig):
         dtype = trainable_dtype(like.dtype, autocast_adapter_dtype)
         prefix = Prefix(self.num_virtual_tokens, self.num_virtual_tokens, width, like, dtype, encoder)
         prefix.layers, prefix.heads, prefix.causal = layers, heads, is_causal(model)
-        prefix.stride = self.num_transformer_submodules or 1
+        prefix.stride = 2 if model.config.is_encoder_decoder else 1
         return prefix
 
 
 def _check_attentions(model: Any) -> None:
     """Raises: TargetError, unless the layers' attention takes keys and values that are there already."""
     inside = model.get_decoder() if model.config.is_encoder_decoder else model
-    blocks = {name.rpartition(".")[0] for name, _ in inside.named_modules() if role_of(name) in _KEYS}
-    attentions = [inside.get_submodule(name) for name in blocks if not _CROSS.search(name)]
+    places = {name.rpartition(".")[0] for name, _ in inside.named_modules() if role_of(name) in _KEYS}
+    attentions = [inside.get_submodule(name) for name in places if not _CROSS.search(name)]
     if not attentions or not all(_takes_cache(attention) for attention in attentions):
         raise TargetError(
             f"prefix tuning puts keys and values before those of an attention with a cache, which a "
             f"{type(model).__name__} has not; use prompt tuning or LoRA"
         )
-
-
-_KEYS = ("key", "query_key_value")
 
 
 def _takes_cache(attention: nn.Module) -> bool:
@@ -183,7 +181,7 @@ class Prefix(VirtualTokens):
         layers: the number of layers.
         heads: the heads of keys and values in each.
         stride: layer i reads the pair stride * i, counted around. In an encoder-decoder it is 2, as in `peft`, which
-            gives every other pair to the cross-attention and then drops it: two layers share each pair that is used.
+            gives every other pair to the cross-attention and then drops it, so that layers share the pairs in use.
     """
 
     layers: int
