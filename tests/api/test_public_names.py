@@ -21,6 +21,8 @@ SHARED = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "IA3Config",
+    "LNTuningConfig",
     "LoraConfig",
     "PeftConfig",
     "PeftModel",
