@@ -12,7 +12,7 @@ from torch import nn
 import slimtune
 from kinds import Host
 from slimtune.errors import ConfigError, TargetError
-from tensors import adapter_tensors, assert_near, predict, randomize
+from tensors import adapter_tensors, assert_near, predict, randomize, trainable
 from zoo import LLAMA, TIED_LLAMA, VIT
 
 TOKENS = [9, 2, 5]
@@ -136,3 +136,35 @@ def test_tokens_beside_lora_that_do_not_go(options: dict[str, Any], says: str) -
 def test_a_model_without_tokens_has_none_to_train() -> None:
     with pytest.raises(TargetError):
         slimtune.get_peft_model(VIT.model(), slimtune.TrainableTokensConfig(token_indices=[1]))
+
+
+def test_rows_of_a_batch_have_each_their_own_tokens() -> None:
+    model = slimtune.get_peft_model(TIED_LLAMA.model(), slimtune.TrainableTokensConfig(token_indices=[9, 50, 20]))
+    model.add_adapter("other", slimtune.TrainableTokensConfig(token_indices=[50, 60]))
+    for seed, name in enumerate(model.peft_config):
+        randomize(slimtune, model, name, seed)
+    ids = TIED_LLAMA.batch()["input_ids"]
+    mixed = predict(model, {"input_ids": ids}, adapter_names=["other", "__base__"])
+    model.set_adapter("other")
+    assert_near(mixed[:1], predict(model, {"input_ids": ids[:1]}))
+    with model.disable_adapter():
+        assert_near(mixed[1:], predict(model, {"input_ids": ids[1:]}))
+
+
+def test_the_rows_of_a_16_bit_base_are_in_float32_and_start_without_a_change() -> None:
+    base = TIED_LLAMA.model().bfloat16()
+    expected = predict(base, TIED_LLAMA.batch())
+    model = slimtune.get_peft_model(base, slimtune.TrainableTokensConfig(token_indices=[50, 7, 20]))
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    assert torch.equal(predict(model, TIED_LLAMA.batch()), expected)
+    assert predict(randomize(slimtune, model), TIED_LLAMA.batch()).dtype == torch.bfloat16
+
+
+def test_a_step_keeps_nothing_of_the_size_of_the_embedding() -> None:
+    model = slimtune.get_peft_model(TIED_LLAMA.model(), slimtune.TrainableTokensConfig(token_indices=[50, 7, 20]))
+    embedding = model.model.embed_tokens
+    made: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: made.append(t.shape) or t, lambda t: t):
+        embedding(TIED_LLAMA.batch()["input_ids"])
+    assert made
+    assert embedding.weight.shape not in made
