@@ -36,6 +36,8 @@ def encoder(seed: int = 0, **changes: Any) -> BertModel:
         "num_attention_heads": 4,
         "max_position_embeddings": 32,
         "initializer_range": 0.2,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
     }
     return BertModel(BertConfig(**settings | changes)).eval()
 

@@ -144,7 +144,7 @@ class FeatureClassifier:
         # The standardisation goes into the weights, so that what is stored is one linear map.
         weight_KD = weight_KD / std_D
         bias_K = bias_K - weight_KD @ mean_D
-        return cls(list(names), weight_KD.float(), bias_K.float(), how.pooling, base, max_length)
+        return cls(list(names), weight_KD.float().contiguous(), bias_K.float(), how.pooling, base, max_length)
 
     def probabilities(self, features_ND: Tensor) -> Tensor:
         """p_NL of each label."""

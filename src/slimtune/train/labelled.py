@@ -133,15 +133,11 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         rows = [(row, f"{path}, line {reader.line_num}") for row in reader]
     except csv.Error as error:
-        raise DataError(
-            f"{path}, line {reader.line_num} is not CSV ({error}); quote fields with commas in them"
-        ) from error
+        raise DataError(f"{path}, line {reader.line_num} is not CSV ({error}); {_QUOTE}") from error
     if not rows:
         raise DataError(f"the data file {path} holds no example; write a line of column names and one line a row")
     for row, where in rows:
         if None in row or None in row.values():
-            raise DataError(
-                f"{where} has another number of fields than the first line; quote fields with commas in them"
-            )
+            raise DataError(f"{where} has another number of fields than the first line; {_QUOTE}")
         # An empty second text is none.
         yield {name: value for name, value in row.items() if value or name != "text_pair"}, where
