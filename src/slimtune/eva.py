@@ -128,13 +128,11 @@ class _Search:
 
     @property
     def unsettled(self) -> set[str]:
-        """The leaders with a direction in use that the last batch turned by more than tau allows."""
-        found = set()
-        for name, leader in self.leaders.items():
-            cosines_K = self.analyses[leader].cosines_K
-            if not len(cosines_K) or not bool((cosines_K[: self.ranks[name]] >= self.settings.tau).all()):
-                found.add(leader)
-        return found
+        """The leaders with a direction in use that the last batch turned too far."""
+        tau = self.settings.tau
+        return {
+            leader for name, leader in self.leaders.items() if not self.analyses[leader].settled(self.ranks[name], tau)
+        }
 
     @property
     def settled(self) -> bool:

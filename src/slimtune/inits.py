@@ -93,6 +93,16 @@ class IncrementalPCA:
         self.mean_I, self.count, self.singular_K, self.directions_KI = mean_I, total, sigma_K, directions_KI
         self.shares_K = sigma_K.square() / max(self.variation, 1e-30)
 
+    def settled(self, count: int, tau: float) -> bool:
+        """Whether the last batch turned none of the first directions by more than a cosine of tau.
+
+        Where the rows vary in fewer directions than were asked for, the rest is rounding, which never settles.
+        """
+        if not len(self.cosines_K):
+            return False
+        rounding_K = self.singular_K < 1e-4 * self.singular_K.amax()
+        return bool(((self.cosines_K >= tau) | rounding_K)[:count].all())
+
 
 def _leading(rows_NI: Tensor, components: int) -> tuple[Tensor, Tensor]:
     """The greatest singular values and their right vectors, by random projections that are the same each time."""

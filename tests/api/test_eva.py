@@ -155,6 +155,12 @@ def test_other_models_start_by_it(specimen: Specimen) -> None:
     assert_near(predict(model, batch), predict(specimen.model(), batch), 1e-6)
 
 
+def test_data_that_varies_in_few_directions_come_to_an_end() -> None:
+    row = {key: value[:1].repeat(8, 1)[:, :10] for key, value in text()[0].items()}
+    model = started(slimtune, LLAMA, [row], {"rho": 2.0, "use_label_mask": False})
+    assert torch.equal(predict(model, LLAMA.batch()), predict(LLAMA.model(), LLAMA.batch()))
+
+
 def test_it_is_the_same_each_time_and_leaves_the_generator_alone() -> None:
     first, second = (started(slimtune, LLAMA, text(2), {}) for _ in range(2))
     assert_same(directions(slimtune, first), directions(slimtune, second))
