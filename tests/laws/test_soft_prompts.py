@@ -314,3 +314,17 @@ def test_layers_that_lora_changes_too_are_found() -> None:
     model.add_adapter("prefix", CONFIGS["prefix"]())
     model.set_adapter(["default", "prefix"])
     assert predict(model, LLAMA.batch()).shape == (2, 7, VOCABULARY)
+
+
+def test_a_text_is_read_with_the_tokenizer_of_a_packaged_model(smollm2: Any, smollm2_tokenizer: Any) -> None:
+    text = "Turn the order into JSON."
+    ids = smollm2_tokenizer(text)["input_ids"]
+    config = slimtune.PromptTuningConfig(
+        num_virtual_tokens=len(ids),
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path="smollm2-135m-instruct",
+    )
+    model = slimtune.get_peft_model(copy.deepcopy(smollm2), config)
+    rows = smollm2.get_input_embeddings().weight[ids]
+    assert torch.equal(adapter_tensors(slimtune, model)["prompt_embeddings"], rows)

@@ -146,8 +146,11 @@ def token_ids(text: str, tokenizer: str, options: Mapping[str, Any] | None, coun
     """The ids of a text, repeated or cut to `count`. Raises: ConfigError, for a tokenizer or text that gives none."""
     from transformers import AutoTokenizer
 
+    from slimtune.loading import PACKAGED, resolve
+
+    source = resolve(tokenizer) if tokenizer in PACKAGED else tokenizer
     try:
-        found = AutoTokenizer.from_pretrained(tokenizer, **dict(options or {}))
+        found = AutoTokenizer.from_pretrained(source, **dict(options or {}))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(f"the tokenizer '{tokenizer}' can't be loaded: {reason}") from error
