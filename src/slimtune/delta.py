@@ -392,6 +392,10 @@ class PeftConfig:
             TargetError, ConfigError: the method doesn't go with this model.
         """
 
+    def allocate(self, drafted: Sequence[tuple[Site, Any]], step: int) -> None:
+        """Share the ranks of an adapter out anew after a training step. Raises: ConfigError."""
+        raise ConfigError(f"{self.peft_type} adapters keep their ranks while training; AdaLoRA's are shared out anew")
+
     def combined(self, others: Sequence[Any], how: str, rank: int | None) -> PeftConfig:
         """The config of a weighted combination with other adapters of this method. Raises: ConfigError."""
         raise ConfigError(f"{self.peft_type} adapters can't be combined into one; activate them together instead")

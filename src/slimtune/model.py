@@ -268,6 +268,18 @@ class PeftModel(Adopted):
         config, drafted = combined(self, adapters, weights, adapter_name, combination_type, svd_rank, svd_clamp)
         _add(self, adapter_name, config, drafted)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """Let AdaLoRA share the ranks of the active adapters out anew: after `backward`, before `zero_grad`.
+
+        Args:
+            global_step: the number of this step, the first of which is 0.
+
+        Raises:
+            ConfigError: an adapter of another method, or no gradients.
+        """
+        for name in self.active_adapters:
+            self.peft_config[name].allocate(attached(self, name), global_step)
+
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Write the active adapters (or these) into the weights; `unmerge_adapter` takes them out to the bit.
 

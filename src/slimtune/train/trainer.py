@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer
 
+from slimtune.train.allocation import RankAllocation
 from slimtune.train.checks import LastGood
 from slimtune.train.data import IGNORED, Encoded
 from slimtune.train.lora_plus import lora_plus_groups
@@ -43,7 +44,7 @@ class AnswerTrainer(Trainer):
     """Stops with TrainingError at the first loss that is not a number, with the last good weights put back."""
 
     def __init__(self, *args: Any, last_good: LastGood, lora_plus_ratio: float | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, callbacks=[last_good, *kwargs.pop("callbacks", [])], **kwargs)
+        super().__init__(*args, callbacks=[last_good, RankAllocation(), *kwargs.pop("callbacks", [])], **kwargs)
         self.last_good = last_good
         self.lora_plus_ratio = lora_plus_ratio
 
