@@ -55,7 +55,7 @@ def dense(site: Any, stored: Tensor) -> Tensor:
 
 def expected_output(kind: Kind, config: Any, tensors: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The textbook's answer in `dtype`."""
-    site = kind.host().site.to(dtype).requires_grad_(False)
+    site: Any = kind.host().site.to(dtype).requires_grad_(False)
     stored = {key.rpartition(".")[2]: tensor.to(dtype) for key, tensor in tensors.items()}
     biases = {"bias": stored["bias"]} if "bias" in stored else {}
     a, b = (next(t for key, t in tensors.items() if f"_{name}" in key).to(dtype) for name in "AB")
@@ -114,8 +114,9 @@ Variant = tuple[Kind, str, dict[str, Any]]
 
 def small_config(method: str, kind: Kind, options: dict[str, Any]) -> Any:
     """A config whose rank, if it has one, fits."""
-    ranked = {"r": 2 * kind.rank_step} if "r" in {field.name for field in fields(methods()[method])} else {}
-    return methods()[method](target_modules=["site"], **ranked, **options)
+    config: Any = methods()[method]
+    ranked = {"r": 2 * kind.rank_step} if "r" in {field.name for field in fields(config)} else {}
+    return config(target_modules=["site"], **ranked, **options)
 
 
 def fused_for(model: Any) -> Any:
@@ -350,7 +351,7 @@ def test_two_layers_may_read_one_product() -> None:
         return (model["one"](x) * model["two"](x)).square().sum()
 
     found = []
-    for run in (both, lambda u, v: torch.utils.checkpoint.checkpoint(both, u, v, use_reentrant=False)):
+    for run in (both, lambda u, v: checkpoint(both, u, v, use_reentrant=False)):
         model.zero_grad()
         u.grad = v.grad = None
         run(u, v).backward()
