@@ -42,7 +42,13 @@ def verdicts(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> list[Ve
 
 def largest_rank(config: dict[str, Any]) -> int:
     """The largest rank of any module, which is what an engine has to make room for."""
-    return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    return max([config.get("r") or 0, *rank_pattern(config).values()])
+
+
+def rank_pattern(config: dict[str, Any]) -> dict[str, int]:
+    """The ranks of modules that have their own; AdaLoRA writes down which of its directions are left."""
+    pattern = config.get("rank_pattern") or {}
+    return {name: sum(rank) if isinstance(rank, list) else rank for name, rank in pattern.items()}
 
 
 def _peft(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:

@@ -36,7 +36,7 @@ def info(
 
 
 def _adapter_facts(folder: Folder) -> dict[str, Any]:
-    from slimtune.engines import largest_rank
+    from slimtune.engines import largest_rank, rank_pattern
 
     config = folder.config
     facts = {"kind": "adapter", "method": _method(config), "base": config.get("base_model_name_or_path")}
@@ -44,6 +44,7 @@ def _adapter_facts(folder: Folder) -> dict[str, Any]:
         facts |= {"rank": config["r"], "alpha": config.get("lora_alpha"), "largest_rank": largest_rank(config)}
     targets = config.get("target_modules")
     facts["targets"] = sorted(targets) if isinstance(targets, list) else targets
+    config = config | {"rank_pattern": rank_pattern(config)}
     for name in ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern"):
         if config.get(name):
             facts[name] = config[name]
