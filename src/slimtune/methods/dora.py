@@ -57,13 +57,19 @@ class DoraDelta(LoraDelta):
         return (y + (ratio - 1) * straight + ratio * self.scaling * self.low_rank(kept)).to(y.dtype)
 
     def ratio(self, base: Frozen) -> Tensor:
-        """c = m / n, shaped to be multiplied with an output; a row of zeros has no direction to scale: one."""
+        """c = m / n, shaped to be multiplied with an output."""
         magnitude = self.lora_magnitude_vector
-        # A weight that was written over is another constant, also while autograd looks on.
-        norms = self.norms(base.weight.detach(), self._square_norms(base)).to(magnitude.dtype)
-        flat, zero = magnitude.flatten(), norms == 0
-        ratio = torch.where(zero, 1.0, flat / norms.masked_fill(zero, 1.0))
-        return ratio.view(magnitude.shape[1:] if magnitude.ndim > 1 else magnitude.shape)
+        return quotient(magnitude.flatten(), self.norms_now(base)).view(self.out_shape)
+
+    @property
+    def out_shape(self) -> torch.Size:
+        """The shape in which one number for each output is multiplied with an output."""
+        shape = self.lora_magnitude_vector.shape
+        return shape[1:] if len(shape) > 1 else shape
+
+    def norms_now(self, base: Frozen) -> Tensor:
+        """n_O in the dtype of m; a constant, so that a weight that was written over is another one."""
+        return self.norms(base.weight.detach(), self._square_norms(base)).to(self.lora_magnitude_vector.dtype)
 
     @torch.no_grad()
     def norms(self, weight: Tensor, squares_O: Tensor) -> Tensor:
@@ -100,10 +106,16 @@ class DoraDelta(LoraDelta):
         own = frozen["weight"]
         norms = self.norms(own, _squares(own))
         magnitude = self.lora_magnitude_vector.detach().flatten().to(norms.dtype)
-        ratio = torch.where(norms == 0, 1.0, magnitude / norms).view(-1, *[1] * (own.ndim - 1))
+        ratio = quotient(magnitude, norms).view(-1, *[1] * (own.ndim - 1))
         weight = dense["weight"]
         folded = weight.to(norms.dtype).add(self.product(), alpha=self.scaling).mul_(ratio)
         return dense | {"weight": folded.to(weight.dtype)}
+
+
+def quotient(magnitude_O: Tensor, norms_O: Tensor) -> Tensor:
+    """m / n; a row of zeros has no direction to scale: one."""
+    zero_O = norms_O == 0
+    return torch.where(zero_O, 1.0, magnitude_O / norms_O.masked_fill(zero_O, 1.0))
 
 
 def _squares(weight: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ the gradient of c; it is got back as y / c from the output, which whatever comes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from slimtune.bases import base_of
 from slimtune.bases.dense import DenseLinear
-from slimtune.methods.dora import DoraLinear
+from slimtune.methods.dora import DoraLinear, quotient
 from slimtune.ops import fuses
 from slimtune.ops.lora_linear import Pass, gradients, is_plain, no_autocast, products, saving_is_hooked, this_pass
 
-_ROWS = 64
-"""On a CPU, products of mixed dtypes go through copies; of so many rows these stay in the cache."""
+_NEAR = 0.5
+"""So near to one, f - 1 in 16 bits is as good as the rounding of f times a number."""
 _LEAST_RATIO = 1e-12
 """A smaller |c| stands for zero: multiplied by it a product is nothing, and can still be got back."""
 
@@ -34,38 +33,36 @@ def dora_linear(delta: DoraLinear, module: Any, base: Any, x: Tensor, *args: Any
     weight_OI = base_of(type(module)).weight(module)
     settings = this_pass(x, weight_OI, delta.scaling, 0.0)
     bias: Any = module.bias
-    y_TO: Any = _DoraLinear.apply(x, weight_OI, bias, *delta.pair, delta.ratio(base), settings)
+    scale = delta.lora_magnitude_vector, delta.norms_now(base)
+    y_TO: Any = _DoraLinear.apply(x, weight_OI, bias, *delta.pair, *scale, settings)
     # Not inside: what a custom function returns as a view can't be changed in place.
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
-def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape in step, a few rows at a time."""
-    rows = _ROWS if tensors[0].device.type == "cpu" else len(tensors[0])
-    return zip(*(tensor.split(max(1, rows)) for tensor in tensors), strict=True)
-
-
-def _scale(matrix: Tensor, factor: Tensor) -> Tensor:
-    """matrix * factor in place, in the wider of their dtypes."""
-    for part, by in _by_rows(matrix, factor.expand_as(matrix)):
-        part.mul_(by)
-    return matrix
+def _scaled(matrix: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
+    """matrix * factor, rounded once."""
+    change = factor - 1
+    if matrix.device.type == "cpu" and matrix.dtype != factor.dtype and change.abs().max() <= _NEAR:
+        # M + (f - 1) M in one dtype is far faster than f M in two, which goes through copies.
+        return torch.addcmul(matrix, matrix, change.to(matrix.dtype), out=out)
+    out = torch.empty_like(matrix) if out is None else out
+    return torch.mul(matrix, factor, out=out)
 
 
 def _dot(one_TO: Tensor, other_TO: Tensor, dtype: torch.dtype) -> Tensor:
     """sum_T one * other."""
-    total_O = one_TO.new_zeros(one_TO.shape[1], dtype=dtype)
-    for one, other in _by_rows(one_TO, other_TO):
-        total_O += (one * other).sum(0, dtype=dtype)
-    return total_O
+    # In bfloat16, as the gradients of A and B; torch adds up in float32 and rounds once. float16 could overflow.
+    summed = torch.bfloat16 if one_TO.dtype == torch.bfloat16 else dtype
+    return (one_TO * other_TO).sum(0, dtype=summed).to(dtype)
 
 
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, ratio_O: Tensor,
-        settings: Pass,
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor,
+        norms_O: Tensor, settings: Pass,
     ) -> Tensor:  # fmt: skip
+        ratio_O = quotient(magnitude_O, norms_O)
         with no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
             y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
@@ -73,17 +70,16 @@ class _DoraLinear(torch.autograd.Function):
             if bias_O is not None:
                 # Not y = c * (product) + b: at the start the output is the base's to the bit.
                 straight_TO = y_TO - bias_O.to(y_TO.dtype)
-                for part, straight in _by_rows(y_TO, straight_TO):
-                    part.add_(straight * (ratio_O - 1))
+                y_TO.addcmul_(straight_TO, (ratio_O - 1).to(y_TO.dtype))
             else:
                 least = torch.full_like(ratio_O, _LEAST_RATIO).copysign_(ratio_O)
                 ratio_O = torch.where(ratio_O.abs() < _LEAST_RATIO, least, ratio_O)
                 # The range of float16 is too small for what is tiny by a tiny factor.
                 if saving_is_hooked() or y_TO.dtype == torch.float16:
                     straight_TO = y_TO.clone()
-                _scale(y_TO, ratio_O)
+                _scaled(y_TO, ratio_O, out=y_TO)
         saved_TI = None if settings.product else x_TI
-        ctx.save_for_backward(saved_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, straight_TO)
+        ctx.save_for_backward(saved_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO)
         ctx.settings = settings
         # Not by save_for_backward: an output that is changed in place afterwards is no error.
         is_kept = straight_TO is None and not y_TO.is_inference()
@@ -94,27 +90,25 @@ class _DoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = received
-        x_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, straight_TO = ctx.saved_tensors
+        x_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO = ctx.saved_tensors
         settings: Pass = ctx.settings
         output_TO, ctx.output_TO = ctx.output_TO, None
-        needs_x, _, needs_bias, needs_a, needs_b, needs_ratio = ctx.needs_input_grad[:6]
+        needs_x, _, needs_bias, needs_a, needs_b, needs_magnitude = ctx.needs_input_grad[:6]
         gratio_O = None
         with no_autocast(gradient.device.type):
             x_TI = settings.input(x_TI)
             g_TO = gradient.reshape(-1, gradient.shape[-1]).to(settings.dtype)
-            if needs_ratio and output_TO is not None and output_TO._version == ctx.version:
+            if needs_magnitude and output_TO is not None and output_TO._version == ctx.version:
                 gratio_O = _dot(g_TO, output_TO, ratio_O.dtype) / ratio_O
-            elif needs_ratio:
+            elif needs_magnitude:
                 if straight_TO is None:
                     straight_TO, _ = products(x_TI, weight_OI, None, a_RI, b_OR, settings)
                 gratio_O = _dot(g_TO, straight_TO, ratio_O.dtype)
-            scaled_OI = weight_OI.to(settings.dtype)
-            if needs_x:
-                # W + (c - 1) W in one dtype is far faster than c W in two, and off by no more than W's own rounding.
-                scaled_OI = scaled_OI.addcmul(scaled_OI, (ratio_O - 1).to(settings.dtype)[:, None])
+            scaled_OI = _scaled(weight_OI.to(settings.dtype), ratio_O[:, None]) if needs_x else weight_OI
             needed = needs_x, needs_a, needs_b
             scaled_OR = b_OR * ratio_O[:, None]
             gx, ga_RI, gb_OR = gradients(g_TO, x_TI, z_TR, scaled_OI, a_RI, scaled_OR, settings, needed)
             gb_OR = None if gb_OR is None else gb_OR.mul_(ratio_O[:, None])
             gbias_O = g_TO.sum(0) if needs_bias else None
-        return gx, None, gbias_O, ga_RI, gb_OR, gratio_O, None
+        gmagnitude_O = None if gratio_O is None else torch.where(norms_O == 0, 0.0, gratio_O / norms_O)
+        return gx, None, gbias_O, ga_RI, gb_OR, gmagnitude_O, None, None
