@@ -257,6 +257,18 @@ def _attaches(method: str, kind: Kind) -> bool:
     return True
 
 
+@functools.cache
+def folds(method: str) -> bool:
+    """Whether what a method changes can be written into weights."""
+    config: Any = methods()[method](**{"target_modules": ["site"], **NEEDED.get(method, {})})
+    for module in (nn.Linear(64, 64), nn.Embedding(64, 64), nn.LayerNorm(64)):
+        try:
+            return not config.delta_for(Site("site", module, base_of(type(module)))).unmergeable
+        except TargetError:
+            continue
+    raise AssertionError(f"{method} attaches to none of the usual modules")
+
+
 @st.composite
 def cases(
     draw: st.DrawFn, kinds: tuple[Kind, ...] = KINDS, among: tuple[str, ...] = (), **fixed: Any

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from slimtune.methods.adalora import AdaLoraConfig
+from slimtune.model import PeftModel
 
 
 class RankAllocation(TrainerCallback):
@@ -28,5 +29,5 @@ class RankAllocation(TrainerCallback):
 
 
 def _schedules(model: Any) -> list[AdaLoraConfig]:
-    configs = [model.peft_config[name] for name in getattr(model, "active_adapters", [])]
+    configs = [model.peft_config[name] for name in model.active_adapters] if isinstance(model, PeftModel) else []
     return [config for config in configs if isinstance(config, AdaLoraConfig)]
