@@ -47,7 +47,7 @@ class Method:
 TASKS = {
     "orders": Task(
         "orders", "spoken order to JSON, SmolLM2-135M-Instruct", "smollm2-135m-instruct", "CAUSAL_LM", "bfloat16",
-        steps=40, batch=8, held_out=100, score="exact match", linear=LINEAR,
+        steps=40, batch=8, held_out=50, score="exact match", linear=LINEAR,
         names={
             "target_modules": LINEAR,
             "scaled": ["k_proj", "v_proj", "down_proj"],
@@ -57,7 +57,7 @@ TASKS = {
     ),
     "reviews": Task(
         "reviews", "sentiment of film reviews, MiniLM-L6", "minilm-l6-v2", "SEQ_CLS", "float32",
-        steps=100, batch=32, held_out=1000, score="accuracy", linear=ENCODER_LINEAR,
+        steps=100, batch=16, held_out=1000, score="accuracy", linear=ENCODER_LINEAR,
         names={
             "target_modules": ENCODER_LINEAR,
             "scaled": ["key", "value", "output.dense"],

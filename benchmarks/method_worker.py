@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from benchmarks.method_cases import METHODS, TASKS, Method, Side, Task
+from benchmarks.reviews import Review, cached_reviews
 from benchmarks.worker import peak_rss_bytes, resident_bytes, timed
 
 WARM_UP = 3
@@ -75,11 +76,9 @@ class Reviews:
     """Film reviews, positive or not; scored by the share that is told right."""
 
     def __init__(self, task: Task, folder: str) -> None:
-        from benchmarks.reviews import reviews
-
         self.folder, self.tokenizer = folder, transformers.AutoTokenizer.from_pretrained(folder)
-        train, held_out = reviews()
-        self.train, self.held_out = train, held_out[: task.held_out]
+        self.train, held_out = cached_reviews()
+        self.held_out = held_out[: task.held_out]
 
     @property
     def size(self) -> int:
@@ -91,9 +90,9 @@ class Reviews:
     def batch(self, chosen: Sequence[int]) -> Batch:
         return self._encoded([self.train[index] for index in chosen])
 
-    def _encoded(self, rows: Sequence[tuple[str, int]]) -> Batch:
-        texts, labels = zip(*rows, strict=True)
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=96, padding=True, return_tensors="pt")
+    def _encoded(self, rows: Sequence[Review]) -> Batch:
+        texts, labels = [row.text for row in rows], [int(row.label == "positive") for row in rows]
+        encoded = self.tokenizer(texts, truncation=True, max_length=96, padding=True, return_tensors="pt")
         return {**encoded, "labels": torch.tensor(labels)}
 
     @torch.inference_mode()

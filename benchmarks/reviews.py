@@ -1,9 +1,10 @@
 """Rated movie-review snippets as a classification task, read from the source distribution of vaderSentiment 3.3.2.
 
 Hutto & Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text": sentences of
-film reviews (Pang & Lee 2004), each rated by twenty people from -4 to 4. Fetch the archive once:
+film reviews (Pang & Lee 2004), each rated by twenty people from -4 to 4. To have the rows that `slimtune train` reads:
 
-    pip download --no-binary :all: --no-deps vaderSentiment==3.3.2 -d FOLDER
+    pip download --no-binary :all: --no-deps vaderSentiment==3.3.2 -d ARCHIVE
+    python -m benchmarks.reviews ARCHIVE ROWS
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import os
+import subprocess
 import sys
 import tarfile
 from dataclasses import asdict, dataclass
@@ -58,6 +61,15 @@ def read_reviews(folder: str | Path, held_out_share: float = 0.2) -> tuple[list[
 def write_rows(path: Path, reviews: list[Review]) -> None:
     """The rows that `slimtune train` reads."""
     path.write_text("".join(json.dumps(asdict(review)) + "\n" for review in reviews), encoding="utf-8")
+
+
+def cached_reviews() -> tuple[list[Review], list[Review]]:
+    """The reviews as `read_reviews` gives them; the archive is fetched once into the user's cache."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtune" / "benchmarks"
+    if not (folder / ARCHIVE).is_file():
+        fetch = ("download", "--quiet", "--no-binary", ":all:", "--no-deps", "vaderSentiment==3.3.2", "-d", str(folder))
+        subprocess.run([sys.executable, "-m", "pip", *fetch], check=True)
+    return read_reviews(folder)
 
 
 def _place(text: str) -> str:

@@ -296,9 +296,8 @@ def test_greedy_words_of_a_real_model_with_pads(smollm2: Any, smollm2_tokenizer:
         slimtune.PrefixTuningConfig(num_virtual_tokens=4, prefix_init="SAMPLE_VOCAB"),
     ):
         model = slimtune.get_peft_model(copy.deepcopy(smollm2), config).eval()
-        smollm2_tokenizer.padding_side = "left"
         texts = ["The capital of France is", "One frozen base and a tiny trainable delta make"]
-        batch = smollm2_tokenizer(texts, return_tensors="pt", padding=True)
+        batch = smollm2_tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         assert not batch["attention_mask"].all()
         together = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :]
         for row, text in zip(together, texts, strict=True):
