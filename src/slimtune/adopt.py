@@ -70,6 +70,25 @@ class Adopted:
         return reduced(self)
 
 
+def _unless_applied(name: str) -> property:
+    return property(lambda self: False if self.adapter_switch.applied else self.__dict__[name])
+
+
+FAST_PATHS = {name: _unless_applied(name) for name in ("activation_relu_or_gelu", "use_nested_tensor")}
+"""What opens the fast path of torch's own transformer encoders, shut while adapters are in effect."""
+ENCODERS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+class WithoutFastPath(Adopted):
+    """Mixed in front of torch's own transformer encoders, whose fast path reads weights past the modules' forwards."""
+
+    adopted_from: ClassVar[type[nn.Module]]
+
+    @staticmethod
+    def members(module_type: type[nn.Module]) -> dict[str, Any]:
+        return dict(FAST_PATHS)
+
+
 def reduced(module: Any) -> tuple[Any, ...]:
     """What pickle and deepcopy need to make an adopted module again."""
     made = type(module)

@@ -24,7 +24,7 @@ from slimtune.adapter import (
     fill,
     keep_embeddings,
 )
-from slimtune.adopt import BASE, Adopted, Switch, adopt, release, run
+from slimtune.adopt import BASE, ENCODERS, FAST_PATHS, Adopted, Switch, WithoutFastPath, adopt, release, run
 from slimtune.bases import base_of
 from slimtune.combine import combined
 from slimtune.coverage import Coverage, coverage
@@ -76,6 +76,9 @@ def _adopt_root(model: Any) -> None:
     adopt(model, Switch(), PeftModel)
     model.peft_config, model.return_logits, model.kept = {}, False, []
     model.trained_before = trained_before
+    for module in model.modules():
+        if isinstance(module, ENCODERS) and module is not model:
+            adopt(module, model.adapter_switch, WithoutFastPath)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None and base_of(type(head)).kind == "linear":
         adopt(head, model.adapter_switch)
@@ -102,11 +105,12 @@ class PeftModel(Adopted):
     def members(model_type: type[nn.Module]) -> dict[str, Any]:
         """The methods that wrap this model type's own; their signatures stay its own."""
         wrappers = {"forward": _forward, "generate": _generate}
-        return {
+        wrapped = {
             name: _wrapping(model_type, name, wrapper)
             for name, wrapper in wrappers.items()
             if hasattr(model_type, name)
         }
+        return wrapped | (FAST_PATHS if issubclass(model_type, ENCODERS) else {})
 
     @property
     def active_adapters(self) -> list[str]:
