@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -437,6 +438,9 @@ def _wrapping(model_type: Any, name: str, wrapper: Callable[..., Any]) -> Callab
 
 def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
     """The model's forward; in training, its loss is computed without the logits of the whole batch."""
+    if model.training and torch.is_grad_enabled():
+        args = tuple(_tracked(model, value) for value in args)
+        kwargs = {name: v if name.endswith("mask") else _tracked(model, v) for name, v in kwargs.items()}
     frozen = model.__dict__.get("instance_forward") or functools.partial(model_type.forward, model)
     function = functools.partial(run, model, frozen) if deltas_of(model) else frozen
     head = lazy_head(model) if kwargs.get("labels") is not None else None
@@ -445,6 +449,18 @@ def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[st
         kwargs.setdefault("use_cache", False)
     with _rows(model, adapter_names), model.adapter_switch.using(lazy_head=head):
         return without_lazy(function(*args, **kwargs)) if head is not None else function(*args, **kwargs)
+
+
+def _tracked(model: Any, value: Any) -> Any:
+    """An input that needs a gradient where it is of numbers and the model checkpoints its layers.
+
+    Reentrant checkpointing gives gradients only behind an input that needs one, which pixels and sounds don't.
+    transformers sees to token embeddings itself.
+    """
+    is_numbers = isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and not value.requires_grad
+    if not is_numbers or not getattr(model, "is_gradient_checkpointing", False):
+        return value
+    return value.detach().requires_grad_()
 
 
 @functools.cache

@@ -36,6 +36,14 @@ def test_the_gradients_are_the_same(specimen: Specimen, use_reentrant: bool) -> 
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pixels_behind_which_only_the_blocks_are_adapted(use_reentrant: bool) -> None:
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    expected = gradients(VIT, None, **targets)
+    assert_all_near(gradients(VIT, {"use_reentrant": use_reentrant}, **targets), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
 def test_dropout_draws_the_same_masks_again(use_reentrant: bool) -> None:
     """The recomputed forward must drop what the first one dropped, or the gradients belong to another function."""
     expected = gradients(LLAMA, None, lora_dropout=0.3)
