@@ -75,8 +75,7 @@ def methods() -> dict[str, Method]:
 
     configs = registered()
     found = [Method(_name(peft_type), _first_line(config), config) for peft_type, config in configs.items()]
-    if "use_dora" in {field.name for field in dataclasses.fields(configs["LORA"])}:
-        found.append(Method("dora", "DoRA: LoRA with use_dora=True.", configs["LORA"], {"use_dora": True}))
+    found.append(Method("dora", "DoRA: LoRA with use_dora=True.", configs["LORA"], {"use_dora": True}))
     found.append(Method(FULL, str(FullTuning.__doc__), FullTuning))
     found.append(Method(FEATURES, _first_line(FeatureTuning), FeatureTuning))
     return {method.name: method for method in sorted(found, key=lambda method: method.name)}

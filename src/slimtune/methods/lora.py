@@ -19,8 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, Dense, Frozen, Site, TargetedConfig, means, register, trainable_dtype, wrong_kind
-from slimtune.errors import ConfigError, MergeError, TargetError, did_you_mean
+from slimtune.delta import Delta, Dense, Frozen, LayeredConfig, Site, means, register, trainable_dtype, wrong_kind
+from slimtune.errors import (
+    ConfigError,
+    MergeError,
+    TargetError,
+    check_choice,
+    check_number,
+    check_whole,
+    did_you_mean,
+)
 from slimtune.inits import orthogonal, principal
 from slimtune.methods.lora_parameters import LoraParameters, holders
 from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
@@ -60,7 +68,7 @@ class EvaConfig:
 
 @register
 @dataclass
-class LoraConfig(TargetedConfig):
+class LoraConfig(LayeredConfig):
     """What to adapt with LoRA, and how; names, defaults and meanings are those of `peft.LoraConfig`.
 
     `target_modules=None` means all linear layers in the model's repeated blocks. `rank_pattern` and `alpha_pattern`
@@ -82,8 +90,6 @@ class LoraConfig(TargetedConfig):
     use_dora: bool = False
     init_lora_weights: bool | str = True
     eva_config: EvaConfig | dict[str, Any] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_parameters: list[str] | None = None
@@ -101,7 +107,6 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_numbers()
-        self._check_words()
         self._check_initialisation()
         self._check_parts()
         self.parameters_of: dict[str, list[str]] = {}
@@ -141,28 +146,11 @@ class LoraConfig(TargetedConfig):
 
     def _check_numbers(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ConfigError(f"the rank {name} must be a positive whole number, found {rank!r}")
-        numbers = {"lora_alpha": self.lora_alpha, **self.alpha_pattern, "lora_dropout": self.lora_dropout}
-        for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ConfigError(f"{name} must be a number, found {number!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout must lie in [0, 1), found {self.lora_dropout!r}")
-
-    def _check_words(self) -> None:
-        choices = ("none", "all", "lora_only")
-        if self.bias not in choices:
-            raise ConfigError(
-                f"bias must be one of {', '.join(choices)}, found {self.bias!r}{did_you_mean(str(self.bias), choices)}"
-            )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError(
-                "layers_to_transform needs target_modules as a list of names, found "
-                f"{self.target_modules!r}; list the names, or write the layers into an expression"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern says where the layer number stands; give layers_to_transform as well")
+            check_whole(f"the rank {name}", rank)
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            check_number(name, alpha)
+        check_number("lora_dropout", self.lora_dropout, 0, 1)
+        check_choice("bias", self.bias, ("none", "all", "lora_only"))
 
     def _check_initialisation(self) -> None:
         init = self.initialisation
