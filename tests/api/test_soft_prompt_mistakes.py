@@ -23,7 +23,7 @@ TEXT = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "w5"}
 @pytest.mark.parametrize("config", ALL)
 @pytest.mark.parametrize("count", [0, -3, 2.5, True, None, "8"])
 def test_the_number_of_tokens(config: Any, count: Any) -> None:
-    with pytest.raises(ConfigError, match="num_virtual_tokens must be a positive whole number"):
+    with pytest.raises(ConfigError, match="num_virtual_tokens must be a whole number of at least 1"):
         config(num_virtual_tokens=count)
 
 
@@ -44,7 +44,7 @@ def test_the_number_of_tokens(config: Any, count: Any) -> None:
         (P_TUNING, {"encoder_num_layers": 3}, "encoder_num_layers is for the LSTM"),
         (P_TUNING, {"encoder_dropout": 0.1}, "encoder_dropout is for the LSTM"),
         (P_TUNING, {"encoder_dropout": 1.0, "encoder_reparameterization_type": "LSTM"}, r"lie in \[0, 1\)"),
-        (P_TUNING, {"encoder_hidden_size": 0}, "encoder_hidden_size must be a positive whole number"),
+        (P_TUNING, {"encoder_hidden_size": 0}, "encoder_hidden_size must be a whole number of at least 1"),
         (PREFIX, {"init_weights": "ones"}, "init_weights must be None or 'zero'"),
         (PREFIX, {"prefix_init": "TEXT"}, "tokenizer_name_or_path"),
         (PREFIX, {"prefix_init": "SAMPLE_VOCAB", "init_weights": "zero"}, "choose one of them"),

@@ -12,8 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from slimtune.delta import register
-from slimtune.errors import ConfigError, did_you_mean, listing
-from slimtune.methods.prompt_learning import check_count
+from slimtune.errors import ConfigError, check_whole, did_you_mean, listing
 from slimtune.methods.prompt_tuning import EmbeddedPromptConfig
 
 
@@ -51,9 +50,9 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
         if kind not in kinds:
             near = did_you_mean(str(kind).upper(), kinds)
             raise ConfigError(f"encoder_reparameterization_type must be one of {listing(kinds)}, found {kind!r}{near}")
-        check_count("encoder_num_layers", self.encoder_num_layers)
+        check_whole("encoder_num_layers", self.encoder_num_layers)
         if self.encoder_hidden_size is not None:
-            check_count("encoder_hidden_size", self.encoder_hidden_size)
+            check_whole("encoder_hidden_size", self.encoder_hidden_size)
         if not 0 <= self.encoder_dropout < 1:
             raise ConfigError(f"encoder_dropout must lie in [0, 1), found {self.encoder_dropout!r}")
         for name, used in {

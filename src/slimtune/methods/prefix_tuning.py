@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.delta import Frozen, Site, register, trainable_dtype
-from slimtune.errors import ConfigError, TargetError
+from slimtune.errors import ConfigError, TargetError, check_whole
 from slimtune.methods.prompt_learning import (
     Call,
     PromptLearningConfig,
     VirtualTokens,
-    check_count,
     is_causal,
     own_forward,
     parameters_of,
@@ -74,7 +73,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.init_weights not in (None, "zero"):
             raise ConfigError(f"init_weights must be None or 'zero', found {self.init_weights!r}")
         if self.encoder_hidden_size is not None:
-            check_count("encoder_hidden_size", self.encoder_hidden_size)
+            check_whole("encoder_hidden_size", self.encoder_hidden_size)
         if self.prefix_init == PromptTuningInit.RANDOM:
             return
         for name, value in {"init_weights": self.init_weights, "prefix_projection": self.prefix_projection}.items():

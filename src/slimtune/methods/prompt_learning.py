@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.delta import Delta, PeftConfig, Role, Site, Whereabouts
-from slimtune.errors import BaseMismatchError, ConfigError, TargetError
+from slimtune.errors import BaseMismatchError, ConfigError, TargetError, check_whole
 
 ENCODER = "/prompt_encoder."
 """Where an encoder's own tensors stand in the file, beside the embeddings that it computes."""
@@ -43,7 +43,7 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_virtual_tokens", self.num_virtual_tokens)
+        check_whole("num_virtual_tokens", self.num_virtual_tokens)
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -92,12 +92,6 @@ class Head(Delta):
 
     def disk_name(self, parameter: str) -> str:
         return f"/base_model.{self.path}.{super().disk_name(parameter)}"
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises: ConfigError, unless it is a positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"{name} must be a positive whole number, found {value!r}")
 
 
 def text_config(site: Site, method: str) -> Any:
