@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -80,8 +81,8 @@ METHODS = (
     Method("dora", "LoraConfig", {**LOW_RANK, "use_dora": True}, both(1e-3), ("target_modules",)),
     Method("pissa", "LoraConfig", {**LOW_RANK, "init_lora_weights": "pissa"}, both(1e-3), ("target_modules",)),
     Method("adalora", "AdaLoraConfig", {"init_r": 16, "target_r": 12, "lora_alpha": 32, "tinit": 8, "tfinal": 16},
-           both(3e-3), ("target_modules",)),
-    Method("vera", "VeraConfig", {"r": 256}, both(1e-2), ("target_modules",)),
+           both(1e-2), ("target_modules",)),
+    Method("vera", "VeraConfig", {"r": 256}, both(2e-2, reviews=3e-2), ("target_modules",)),
     Method("loha", "LoHaConfig", LYCORIS, both(2e-3), ("target_modules",)),
     Method("lokr", "LoKrConfig", LYCORIS, both(2e-3), ("target_modules",)),
     Method("ia3", "IA3Config", {}, both(1e-2), ("scaled", "feedforward_modules")),
@@ -90,9 +91,19 @@ METHODS = (
     Method("houlsby", "BottleneckConfig", {"placement": "houlsby"}, both(2e-3), in_peft=False),
     Method("pfeiffer", "BottleneckConfig", {"placement": "pfeiffer"}, both(2e-3), in_peft=False),
     Method("parallel", "BottleneckConfig", {"placement": "parallel"}, both(2e-3), in_peft=False),
-    Method("prefix-tuning", "PrefixTuningConfig", {"num_virtual_tokens": 20}, both(1e-2)),
-    Method("prompt-tuning", "PromptTuningConfig", {"num_virtual_tokens": 20}, both(1e-2)),
-    Method("p-tuning", "PromptEncoderConfig", {"num_virtual_tokens": 20, "encoder_hidden_size": 256}, both(1e-3)),
-    Method("last-layer", "LastLayerConfig", {}, both(1e-3), in_peft=False),
+    Method("prefix-tuning", "PrefixTuningConfig", {"num_virtual_tokens": 20}, both(2e-2, reviews=3e-2)),
+    Method("prompt-tuning", "PromptTuningConfig", {"num_virtual_tokens": 20}, both(1e-1)),
+    Method("p-tuning", "PromptEncoderConfig", {"num_virtual_tokens": 20, "encoder_hidden_size": 256},
+           both(1e-3, reviews=3e-3)),
+    Method("last-layer", "LastLayerConfig", {}, both(1e-3, reviews=1e-2), in_peft=False),
     Method("full", "", {}, both(1e-4), in_peft=False),
 )  # fmt: skip
+
+
+def settings_of(task: Task, method: Method) -> dict[str, Any]:
+    """What a run depends on; a run under other settings is another run."""
+    settings = {
+        "fields": dict(method.fields), "rate": method.rates[task.name], "steps": task.steps, "batch": task.batch,
+        "held_out": task.held_out, "places": {place: task.names[place] for place in method.places},
+    }  # fmt: skip
+    return json.loads(json.dumps(settings))

@@ -9,7 +9,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.machine import ROOT
-from benchmarks.method_cases import METHODS, TASKS, Method, Task
+from benchmarks.method_cases import METHODS, TASKS, Method, Task, settings_of
 from benchmarks.results import subtitle
 
 PAGE = ROOT / "docs" / "methods.md"
@@ -25,9 +25,13 @@ Run = dict[str, Any]
 
 
 def runs_of(runs: dict[str, Run], task: Task, method: Method, side: str) -> dict[int, Run]:
-    """The runs of a side by seed."""
-    prefix = f"{task.name}/{method.name}/{side}/"
-    return {int(key.removeprefix(prefix)): run for key, run in sorted(runs.items()) if key.startswith(prefix)}
+    """The runs of a side by seed, under the settings that are in force."""
+    prefix, settings = f"{task.name}/{method.name}/{side}/", settings_of(task, method)
+    return {
+        int(key.removeprefix(prefix)): run
+        for key, run in sorted(runs.items())
+        if key.startswith(prefix) and run["settings"] == settings
+    }
 
 
 def interval(scores: Sequence[float]) -> tuple[float, float, float]:

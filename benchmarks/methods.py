@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import machine, method_table
 from benchmarks.lora import warn_if_busy
-from benchmarks.method_cases import METHODS, TASKS, Method, Side, Task
+from benchmarks.method_cases import METHODS, TASKS, Method, Side, Task, settings_of
 from benchmarks.results import FOLDER
 from benchmarks.runs import MeasurementError, run_module
 
@@ -60,15 +60,6 @@ class Kept:
 
 def key_of(task: Task, method: Method, side: Side, seed: int) -> str:
     return f"{task.name}/{method.name}/{side}/{seed}"
-
-
-def settings_of(task: Task, method: Method) -> dict[str, Any]:
-    """What a run depends on; a run under other settings is another run."""
-    settings = {
-        "fields": dict(method.fields), "rate": method.rates[task.name], "steps": task.steps, "batch": task.batch,
-        "held_out": task.held_out, "places": {place: task.names[place] for place in method.places},
-    }  # fmt: skip
-    return json.loads(json.dumps(settings))
 
 
 def planned(
