@@ -94,7 +94,7 @@ METHODS = (
     Method("prefix-tuning", "PrefixTuningConfig", {"num_virtual_tokens": 20}, both(2e-2, reviews=3e-2)),
     Method("prompt-tuning", "PromptTuningConfig", {"num_virtual_tokens": 20}, both(1e-1)),
     Method("p-tuning", "PromptEncoderConfig", {"num_virtual_tokens": 20, "encoder_hidden_size": 256},
-           both(1e-3, reviews=3e-3)),
+           both(1e-3)),
     Method("last-layer", "LastLayerConfig", {}, both(1e-3, reviews=1e-2), in_peft=False),
     Method("full", "", {}, both(1e-4), in_peft=False),
 )  # fmt: skip
