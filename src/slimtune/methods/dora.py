@@ -43,7 +43,8 @@ class DoraDelta(LoraDelta):
         weight = site.base.weight(site.module).detach()
         if weight.is_meta:
             raise ConfigError(f"DoRA reads the weight of '{site.name}' to start, and it is offloaded")
-        norms = self.norms(weight, _squares(weight))
+        squares_O = _squares(weight)
+        norms = self.norms(weight, squares_O) if self.pair[1].any() else squares_O.sqrt()
         with torch.no_grad():
             self.lora_magnitude_vector.copy_(norms.view_as(self.lora_magnitude_vector))
 
