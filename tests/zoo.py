@@ -195,6 +195,27 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def bart(**changes: Any) -> nn.Module:
+    config = {
+        "vocab_size": VOCABULARY,
+        "d_model": HIDDEN,
+        "encoder_layers": LAYERS,
+        "decoder_layers": LAYERS,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    }
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**{**config, **changes}))
+
+
 def vit() -> nn.Module:
     config = transformers.ViTConfig(
         hidden_size=HIDDEN,

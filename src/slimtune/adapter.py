@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adopt import Adopted, adopt, attach_to
-from slimtune.bases import base_of
 from slimtune.delta import Delta, PeftConfig, Site, deltas_of
 from slimtune.errors import AdapterExistsError, BaseMismatchError, ConfigError, listing
 from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
@@ -68,7 +67,7 @@ def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
 def attached(model: Any, name: str) -> Draft:
     """The deltas of an adapter that the model has."""
     return [
-        (Site(path, module, base_of(module.adopted_from)), deltas_of(module)[name])
+        (Site(path, module, module.adopted_base), deltas_of(module)[name])
         for path, module in adopted_modules(model)
         if name in deltas_of(module)
     ]

@@ -19,7 +19,7 @@ from kinds import NEEDED
 from slimtune.delta import methods
 from slimtune.errors import ConfigError, TargetError
 from tensors import adapter_tensors, assert_near, randomize, trainable
-from zoo import BERT, HIDDEN, LAYERS, LLAMA, T5, VIT, VOCABULARY, Specimen, seq2seq_batch, token_ids
+from zoo import BERT, LLAMA, T5, VIT, Specimen, bart, seq2seq_batch, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -31,27 +31,6 @@ def bert_for(task: str) -> Callable[[], nn.Module]:
         return getattr(transformers, task)(config)
 
     return build
-
-
-def bart() -> nn.Module:
-    config = transformers.BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=HIDDEN,
-        encoder_layers=LAYERS,
-        decoder_layers=LAYERS,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=64,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        forced_eos_token_id=2,
-    )
-    return transformers.BartForConditionalGeneration(config)
 
 
 def span_batch() -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import slimtune
 from tensors import adapter_tensors, assert_all_near, assert_near, assert_same, loss_of, predict, randomize, trainable
-from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, HIDDEN, LAYERS, LLAMA, QWEN2, T5, VOCABULARY, Specimen
+from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QWEN2, T5, Specimen, bart
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -31,28 +31,7 @@ SOFT_PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
 PLAIN = ["prompt", "prefix"]
 
 
-def bart() -> nn.Module:
-    config = transformers.BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=HIDDEN,
-        encoder_layers=LAYERS,
-        decoder_layers=LAYERS,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=64,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        forced_eos_token_id=None,
-    )
-    return transformers.BartForConditionalGeneration(config)
-
-
-BART = Specimen("bart", bart, T5.inputs)
+BART = Specimen("bart", lambda: bart(forced_eos_token_id=None), T5.inputs)
 SPECIMENS = [LLAMA, QWEN2, GPT2, GPT_NEOX, GEMMA3, BERT, T5, BART]
 each_specimen = pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)
 each_method = pytest.mark.parametrize("method", SOFT_PROMPTS)
