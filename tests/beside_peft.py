@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -131,3 +131,29 @@ def check_generation(config: str, **options: Any) -> None:
     )
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, base)
+
+
+class Agreement:
+    """What is asked of the cases of a method; a module of tests subclasses it as `TestAgreement`.
+
+    Attributes:
+        cases: by name, those whose outputs and files have to agree.
+        trained: those that are trained as well, if not all.
+        merged: those that are merged as well, if not all.
+    """
+
+    cases: ClassVar[dict[str, Case]]
+    trained: ClassVar[dict[str, Case] | None] = None
+    merged: ClassVar[dict[str, Case] | None] = None
+
+    def test_forward_and_files_agree(self, case: Case, tmp_path: Path) -> None:
+        check_forward_and_files(case, tmp_path)
+
+    def test_gradients_agree(self, trained: Case) -> None:
+        check_gradients(trained)
+
+    def test_three_steps_agree(self, trained: Case) -> None:
+        check_three_steps(trained)
+
+    def test_merges_agree(self, merged: Case) -> None:
+        check_merge(merged)

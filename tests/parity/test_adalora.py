@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import slimtune
-from beside_peft import Case, check_forward_and_files, check_generation, check_gradients, check_merge, check_three_steps
+from beside_peft import Agreement, Case, check_generation
 from slimtune.errors import ConfigError, TargetError
 from slimtune.train.allocation import RankAllocation
 from tensors import adapter_tensors, assert_all_near, assert_near, copies, loss_of, predict, randomize, trainable
@@ -40,29 +40,12 @@ CASES = {
         "AdaLoraConfig", T5, {**LINEARS, "target_modules": ["q", "wo"], "task_type": "SEQ_2_SEQ_LM"}
     ),
 }
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 STEPS = 20
 SCHEDULE = {**LINEARS, "target_modules": ["q_proj", "down_proj"], "tinit": 3, "tfinal": 5, "deltaT": 2}
 
 
-@each_case
-def test_forward_and_files_agree(case: Case, tmp_path: Path) -> None:
-    check_forward_and_files(case, tmp_path)
-
-
-@each_case
-def test_gradients_agree(case: Case) -> None:
-    check_gradients(case)
-
-
-@each_case
-def test_three_steps_agree(case: Case) -> None:
-    check_three_steps(case)
-
-
-@each_case
-def test_merges_agree(case: Case) -> None:
-    check_merge(case)
+class TestAgreement(Agreement):
+    cases = CASES
 
 
 def test_generation_agrees() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 import slimtune
-from beside_peft import Case, check_forward_and_files, check_generation, check_gradients, check_merge, check_three_steps
+from beside_peft import Agreement, Case, check_generation
 from tensors import activate, adapter_tensors, assert_all_near, assert_near, loss_of, predict, randomize, trainable
 from zoo import BERT, GEMMA3, GPT2, LLAMA, LLAMA_LINEARS, MIXTURE, QWEN2, T5, TIED_LLAMA, VIT, Specimen
 
@@ -45,24 +44,10 @@ CASES = {
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@each_case
-def test_forward_and_files_agree(case: Case, tmp_path: Path) -> None:
-    check_forward_and_files(case, tmp_path)
-
-
-@each_case
-def test_gradients_agree(case: Case) -> None:
-    check_gradients(case)
-
-
-@each_case
-def test_three_steps_agree(case: Case) -> None:
-    check_three_steps(case)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name != "output-head"])  # peft's changes the embedding too
-def test_merges_agree(name: str) -> None:
-    check_merge(CASES[name])
+class TestAgreement(Agreement):
+    cases = CASES
+    # peft's merge of a tied head changes the embedding too.
+    merged = {name: case for name, case in CASES.items() if name != "output-head"}
 
 
 def test_generation_agrees() -> None:

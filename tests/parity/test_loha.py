@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimtune
-from beside_peft import Case, check_forward_and_files, check_generation, check_gradients, check_merge, check_three_steps
+from beside_peft import Agreement, Case, check_generation
 from slimtune.errors import ConfigError, TargetError
 from tensors import adapter_tensors, assert_near, predict, randomize, trainable
 from zoo import BERT, GPT2, LLAMA, LLAMA_LINEARS, MIXTURE, T5
@@ -35,30 +34,12 @@ CASES = {
     "classifier": Case("LoHaConfig", BERT, {"target_modules": ["query", "value"], "r": 4, "task_type": "SEQ_CLS"}),
     "encoder-decoder": Case("LoHaConfig", T5, {"target_modules": ["q", "wo"], "r": 4}),
 }
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-# peft 0.21 multiplies the gradients of one half's core and factors by those of the other half.
-TRAINED_BY_PEFT = {name: case for name, case in CASES.items() if name != "effective-convolutions"}
-each_trained_case = pytest.mark.parametrize("case", TRAINED_BY_PEFT.values(), ids=TRAINED_BY_PEFT)
 
 
-@each_case
-def test_forward_and_files_agree(case: Case, tmp_path: Path) -> None:
-    check_forward_and_files(case, tmp_path)
-
-
-@each_trained_case
-def test_gradients_agree(case: Case) -> None:
-    check_gradients(case)
-
-
-@each_trained_case
-def test_three_steps_agree(case: Case) -> None:
-    check_three_steps(case)
-
-
-@each_case
-def test_merges_agree(case: Case) -> None:
-    check_merge(case)
+class TestAgreement(Agreement):
+    cases = CASES
+    # peft 0.21 multiplies the gradients of one half's core and factors by those of the other half.
+    trained = {name: case for name, case in CASES.items() if name != "effective-convolutions"}
 
 
 def test_generation_agrees() -> None:

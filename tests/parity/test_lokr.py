@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,7 +14,7 @@ from peft.tuners.lokr.layer import factorization as factorization_of_peft
 from torch import Tensor, nn
 
 import slimtune
-from beside_peft import Case, check_forward_and_files, check_generation, check_gradients, check_merge, check_three_steps
+from beside_peft import Agreement, Case, check_generation
 from slimtune.errors import ConfigError, TargetError
 from slimtune.methods.lokr import factorization
 from tensors import adapter_tensors, assert_near, predict, randomize, trainable
@@ -47,27 +46,10 @@ CASES = {
     "classifier": Case("LoKrConfig", BERT, {"target_modules": ["query", "value"], "r": 4, "task_type": "SEQ_CLS"}),
     "encoder-decoder": Case("LoKrConfig", T5, {"target_modules": ["q", "wo"], "r": 4}),
 }
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@each_case
-def test_forward_and_files_agree(case: Case, tmp_path: Path) -> None:
-    check_forward_and_files(case, tmp_path)
-
-
-@each_case
-def test_gradients_agree(case: Case) -> None:
-    check_gradients(case)
-
-
-@each_case
-def test_three_steps_agree(case: Case) -> None:
-    check_three_steps(case)
-
-
-@each_case
-def test_merges_agree(case: Case) -> None:
-    check_merge(case)
+class TestAgreement(Agreement):
+    cases = CASES
 
 
 def test_generation_agrees() -> None:

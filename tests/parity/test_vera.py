@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import slimtune
-from beside_peft import Case, check_forward_and_files, check_generation, check_gradients, check_merge, check_three_steps
+from beside_peft import Agreement, Case, check_generation
 from slimtune.errors import BaseMismatchError, ConfigError, TargetError
 from tensors import adapter_tensors, assert_near, assert_same, predict, randomize
 from zoo import BERT, GPT2, LLAMA, LLAMA_LINEARS, QWEN2, T5
@@ -35,24 +35,8 @@ CASES = {
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@each_case
-def test_forward_and_files_agree(case: Case, tmp_path: Path) -> None:
-    check_forward_and_files(case, tmp_path)
-
-
-@each_case
-def test_gradients_agree(case: Case) -> None:
-    check_gradients(case)
-
-
-@each_case
-def test_three_steps_agree(case: Case) -> None:
-    check_three_steps(case)
-
-
-@each_case
-def test_merges_agree(case: Case) -> None:
-    check_merge(case)
+class TestAgreement(Agreement):
+    cases = CASES
 
 
 def test_generation_agrees() -> None:
