@@ -34,6 +34,11 @@ def runs_of(runs: dict[str, Run], task: Task, method: Method, side: str) -> dict
     }
 
 
+def timed(runs: dict[int, Run]) -> dict[int, Run]:
+    """The runs with nothing else beside them."""
+    return {seed: run for seed, run in runs.items() if run.get("timed", True)}
+
+
 def interval(scores: Sequence[float]) -> tuple[float, float, float]:
     """Mean and a 95 % interval over seeds, within [0, 1]; for one seed the score alone."""
     middle = mean(scores)
@@ -61,20 +66,22 @@ def ratio(peft: dict[int, Run], ours: dict[int, Run], metric: str) -> str:
 def row(runs: dict[str, Run], task: Task, method: Method) -> tuple[str, ...]:
     ours, peft = (runs_of(runs, task, method, side) for side in ("ours", "peft"))
 
-    def middle(metric: str) -> float:
-        return median(run[metric] for run in ours.values())
+    quiet = timed(ours)
+
+    def middle(metric: str, of: dict[int, Run] = ours) -> float:
+        return median(run[metric] for run in of.values())
 
     return (
         method.name,
         f"{middle('trainable'):,.0f}",
         shown_score(ours),
         shown_score(peft),
-        f"{1e3 * middle('step_seconds'):.0f} ms",
-        ratio(peft, ours, "step_seconds"),
+        f"{1e3 * middle('step_seconds', quiet):.0f} ms" if quiet else "",
+        ratio(timed(peft), quiet, "step_seconds"),
         f"{middle('peak_above_imports_bytes') / 1e9:.2f} GB",
         ratio(peft, ours, "peak_above_imports_bytes"),
         f"{middle('stored_bytes') / 1e6:.2f} MB",
-        f"{1e3 * middle('attach_seconds'):.0f} ms" if method.config else "",
+        f"{1e3 * middle('attach_seconds', quiet):.0f} ms" if method.config and quiet else "",
     )
 
 

@@ -31,6 +31,8 @@ Examples:
 
     python -m benchmarks.methods --method dora --seeds 1           one method once
 
+    python -m benchmarks.methods --busy                            other work runs beside: keep scores, not times
+
     python -m benchmarks.methods --table                           only write docs/methods.md and its plot anew
 """
 
@@ -89,8 +91,12 @@ def folders(tasks: Sequence[Task]) -> dict[str, str]:
     return {task.name: run_module("benchmarks.method_bases", task.model)["folder"] for task in tasks}
 
 
-def run_all(kept: Kept, runs: Sequence[tuple[Task, Method, Side, int]]) -> list[str]:
-    """Measure what isn't kept yet; the runs that failed, with what they said."""
+def run_all(kept: Kept, runs: Sequence[tuple[Task, Method, Side, int]], busy: bool) -> list[str]:
+    """Measure what isn't kept yet; the runs that failed, with what they said.
+
+    Args:
+        busy: other work runs beside, so that the times mean nothing.
+    """
     todo = [run for run in runs if not kept.has(key_of(*run), settings_of(run[0], run[1]))]
     bases = folders(list({id(run[0]): run[0] for run in todo}.values()))
     failed = []
@@ -106,7 +112,7 @@ def run_all(kept: Kept, runs: Sequence[tuple[Task, Method, Side, int]]) -> list[
                 failed.append(f"{key_of(task, method, side, seed)}: {error}")
                 progress.console.print(f"[red]{escape(failed[-1])}", highlight=False)
             else:
-                kept.add(key_of(task, method, side, seed), run)
+                kept.add(key_of(task, method, side, seed), run | {"timed": not busy})
                 said = (
                     f"{key_of(task, method, side, seed)}: {task.score} {run['score']:.3f}, {run['step_seconds']:.2f} s"
                 )
@@ -128,6 +134,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help="orders or reviews; may be given again.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     only_table: Annotated[bool, typer.Option("--table", help="Write the table and the plot, measure nothing.")] = False,
+    busy: Annotated[bool, typer.Option("--busy", help="Other work runs beside: these times don't count.")] = False,
     path: Annotated[Path | None, typer.Option("--json", help="Where the runs are kept.")] = None,
 ) -> None:
     """Tune with every method on two tasks beside peft, and write the table and the plot of docs/methods.md."""
@@ -135,10 +142,11 @@ def main(
     kept = Kept(path)
     failed: list[str] = []
     if not only_table:
-        warn_if_busy()
+        if not busy:
+            warn_if_busy()
         tasks = picked(task or [], dict(TASKS), "task")
         methods = picked(method or [], {one.name: one for one in METHODS}, "method")
-        failed = run_all(kept, planned(tasks, methods, range(seeds)))
+        failed = run_all(kept, planned(tasks, methods, range(seeds)), busy)
     method_table.write(kept.document)
     if failed:
         console.print(f"[red]{len(failed)} runs failed; run the command again to repeat them")
