@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adopt import Adopted, adopt, attach_to
+from slimtune.bases import claim
 from slimtune.delta import Delta, PeftConfig, Site, deltas_of
 from slimtune.errors import AdapterExistsError, BaseMismatchError, ConfigError, listing
 from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
@@ -22,6 +23,8 @@ Draft = list[tuple[Site, Delta]]
 
 def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: bool, strict: bool) -> Draft:
     """All deltas of a new adapter, none attached yet: an error leaves the model as it was.
+
+    Modules that another library quantized become ours first, on the same storage.
 
     Args:
         strict: every pattern of the config must match; off for a config that was read from a file.
@@ -36,13 +39,14 @@ def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: boo
         raise AdapterExistsError(
             f"the model already has an adapter '{name}'; choose another name or delete it with delete_adapter"
         )
+    claim(model)
     targets = resolve(model, config, strict)
     deltas = {id(site.module): (site, config.delta_for(site, autocast_adapter_dtype)) for site in targets.sites}
     for site in targets.whole:
         deltas[id(site.module)] = (site, Delta())
-        deltas[id(site.module)][1].hold_all(site.module)
+        deltas[id(site.module)][1].hold_all(site)
     for site in targets.biases:
-        deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site.module, "bias")
+        deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site, "bias")
     drafted = list(deltas.values())
     config.settle(model, drafted)
     return drafted

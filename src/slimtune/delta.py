@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,23 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class Outline(NamedTuple):
+    """What a weight looks like as (out, in, ...), known without expanding it; `dtype` is what it is computed in."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Base(ABC):
-    """How one kind of frozen module keeps its weight: read as dense, written back, never more."""
+    """How one kind of frozen module keeps its weight: read as dense, written back, never more.
+
+    Attributes:
+        module_types: the modules that it is for; by full name where importing them takes long.
+    """
 
     kind: ClassVar[Kind]
-    module_types: ClassVar[tuple[type[nn.Module], ...]]
+    module_types: ClassVar[tuple[type[nn.Module] | str, ...]]
     fan_in_fan_out: ClassVar[bool] = False
     """Whether the weight is stored as (in, out)."""
 
@@ -59,6 +71,19 @@ class Base(ABC):
     def weight(self, module: Any) -> Tensor:
         """The weight as (out, in, ...), a view of the stored one where that is possible."""
 
+    def outline(self, module: Any) -> Outline:
+        """The weight's shape, dtype and device."""
+        weight = self.weight(module)
+        return Outline(weight.shape, weight.dtype, weight.device)
+
+    def recall(self, module: Any) -> Callable[[], Tensor] | None:
+        """What expands the weight once more, so that a backward pass need not keep it; None where it is kept anyway."""
+        return None
+
+    def floating(self, module: nn.Module, name: str) -> Tensor | None:
+        """A parameter of the module in floating point, laid out as a dense module stores it."""
+        return module._parameters[name]
+
     def dense(self, module: nn.Module) -> Dense:
         """All parameters of the module by name, the weight as (out, in, ...)."""
         own = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
@@ -68,8 +93,13 @@ class Base(ABC):
         """The inverse of `dense`: the tensors as the module stores them."""
         return dense
 
-    def forward_is_plain(self, module: nn.Module) -> bool:
-        """Whether the module computes exactly its kind's textbook product, so that a fused one may stand in."""
+    def is_textbook(self, module: nn.Module) -> bool:
+        """Whether the module computes its kind's textbook product and nothing else."""
+        forward = getattr(type(module), "adopted_from", type(module)).forward
+        return forward in {kind.forward for kind in self.module_types if not isinstance(kind, str)}
+
+    def may_fuse(self, module: nn.Module) -> bool:
+        """Whether a fused product may stand in for the module's own: a textbook one with a frozen weight."""
         return False
 
 
@@ -89,26 +119,34 @@ class Site:
         return self.base.kind
 
     @property
+    def outline(self) -> Outline:
+        """The shape, dtype and device of its weight."""
+        return self.base.outline(self.module)
+
+    @property
     def role(self) -> Role | None:
         """What the module does in its block, where that can be told."""
         return role_of(self.name)
 
 
 class Frozen:
-    """What a delta is put around: called, it is what the module computes without the delta."""
+    """What a delta is put around in one call of a module: called, it is what that computes without the delta."""
 
-    __slots__ = ("base", "call", "module")
+    __slots__ = ("_weight", "base", "call", "module")
 
     def __init__(self, module: Any, base: Base, call: Callable[..., Any]) -> None:
         self.module, self.base, self.call = module, base, call
+        self._weight: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight as (out, in, ...)."""
-        return self.base.weight(self.module)
+        """The frozen weight as (out, in, ...), expanded once."""
+        if self._weight is None:
+            self._weight = self.base.weight(self.module)
+        return self._weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -176,14 +214,15 @@ class Delta(nn.Module):
         """Set `target` to a weighted combination of deltas. Raises: ConfigError, for methods that have none."""
         raise ConfigError(f"adapters with a {cls.__name__} can't be combined by '{how}'")
 
-    def hold(self, module: nn.Module, *names: str) -> None:
+    def hold(self, site: Site, *names: str) -> None:
         """Train copies of these parameters of the module in place of its own."""
-        self.whole = nn.ParameterDict({name: module.get_parameter(name).detach().clone() for name in names})
+        own = {name: site.base.floating(site.module, name) for name in names}
+        self.whole = nn.ParameterDict({name: p.detach().clone() for name, p in own.items() if p is not None})
 
-    def hold_all(self, module: nn.Module) -> None:
+    def hold_all(self, site: Site) -> None:
         """Train a copy of everything that the module itself owns, running statistics included."""
-        self.hold(module, *(name for name, _ in module.named_parameters(recurse=False)))
-        self.hold_statistics(module)
+        self.hold(site, *(name for name, _ in site.module.named_parameters(recurse=False)))
+        self.hold_statistics(site.module)
 
     def hold_statistics(self, module: nn.Module) -> None:
         """Keep copies of the module's running statistics in place of its own."""
@@ -262,11 +301,11 @@ class Difference(Delta):
         self.base = site.base
         self.difference = nn.ParameterDict()
         for name in names:
-            own = site.module._parameters[name]
-            weight = site.base.weight(site.module) if own is None else own
+            own = site.base.floating(site.module, name)
+            like = site.outline if own is None else own
             shape = (site.base.features(site.module)[1],) if own is None else own.shape
-            dtype = trainable_dtype(weight.dtype, autocast)
-            self.difference[name] = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=dtype))
+            dtype = trainable_dtype(like.dtype, autocast)
+            self.difference[name] = nn.Parameter(torch.zeros(shape, device=like.device, dtype=dtype))
 
     @property
     def differences(self) -> dict[str, Tensor]:
@@ -274,11 +313,10 @@ class Difference(Delta):
         return dict(self.difference.items())
 
     def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
-        own = base.module._parameters
-        sums = {
-            name: d.to(base.weight.dtype) if own[name] is None else (own[name] + d).to(own[name].dtype)
-            for name, d in self.differences.items()
-        }
+        sums = {}
+        for name, d in self.differences.items():
+            own = base.base.floating(base.module, name)
+            sums[name] = d.to(base.weight.dtype) if own is None else (own + d).to(own.dtype)
         with standing_in(base.module, sums):
             return base(*args, **kwargs)
 

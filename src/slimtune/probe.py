@@ -10,7 +10,6 @@ from torch import Tensor
 
 from slimtune.adopt import run
 from slimtune.bases import base_of
-from slimtune.bases.dense import own_forward
 from slimtune.delta import Delta, Dense, Difference, deltas_of, standing_in
 from slimtune.errors import MergeError
 
@@ -29,9 +28,9 @@ def check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
     # Other parameters in the module's own forward are what they are when merged.
     exact = (Delta.forward, Difference.forward)
     changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
-    if not changed or own_forward(module) in {kind.forward for kind in base.module_types}:
+    if not changed or base.is_textbook(module):
         return
-    frozen, was_training = functools.partial(own_forward(module), module), module.training
+    frozen, was_training = functools.partial(type(module).adopted_from.forward, module), module.training
     module.eval()
     try:
         with torch.no_grad():

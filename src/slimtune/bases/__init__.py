@@ -5,22 +5,35 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from typing import Any
 
+import torch
 from torch import nn
 
 from slimtune.delta import Base
 
 
 @functools.cache
-def _bases() -> tuple[Base, ...]:
-    found: list[Base] = []
-    for info in pkgutil.iter_modules(__path__):
-        found.extend(importlib.import_module(f"{__name__}.{info.name}").BASES)
-    return tuple(found)
+def _files() -> tuple[Any, ...]:
+    return tuple(importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
 
 
 @functools.cache
 def base_of(module_type: type[nn.Module]) -> Base:
     """The base for a module type: the one declared for its nearest ancestor."""
-    by_type = {declared: base for base in _bases() for declared in base.module_types}
-    return next(by_type[ancestor] for ancestor in module_type.__mro__ if ancestor in by_type)
+    by_type = {declared: base for file in _files() for base in file.BASES for declared in base.module_types}
+    named = [key for ancestor in module_type.__mro__ for key in (ancestor, _full_name(ancestor))]
+    return next(by_type[key] for key in named if key in by_type)
+
+
+def _full_name(module_type: type) -> str:
+    return f"{module_type.__module__}.{module_type.__qualname__}"
+
+
+def claim(model: nn.Module) -> None:
+    """Make ours, in place, the modules that another library quantized: the same storage, our own product."""
+    dtype = getattr(model, "dtype", None)
+    for file in _files():
+        if hasattr(file, "claim"):
+            for module in model.modules():
+                file.claim(module, dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype())

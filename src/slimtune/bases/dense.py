@@ -22,8 +22,8 @@ class DenseLinear(Base):
     def weight(self, module: Any) -> Tensor:
         return module.weight
 
-    def forward_is_plain(self, module: nn.Module) -> bool:
-        return own_forward(module) is nn.Linear.forward
+    def may_fuse(self, module: nn.Module) -> bool:
+        return self.is_textbook(module) and is_frozen(module.weight)
 
 
 class DenseConv1D(DenseLinear):
@@ -40,9 +40,6 @@ class DenseConv1D(DenseLinear):
 
     def repack(self, module: nn.Module, dense: Dense) -> Dense:
         return dense | {"weight": dense["weight"].t().contiguous()}
-
-    def forward_is_plain(self, module: nn.Module) -> bool:
-        return own_forward(module) is Conv1D.forward
 
 
 class DenseConv(Base):
@@ -73,9 +70,6 @@ class DenseEmbedding(Base):
     def repack(self, module: nn.Module, dense: Dense) -> Dense:
         return dense | {"weight": dense["weight"].t().contiguous()}
 
-    def forward_is_plain(self, module: nn.Module) -> bool:
-        return own_forward(module) is nn.Embedding.forward
-
 
 class Opaque(Base):
     """Any other module: its parameters can be trained whole, but no formula knows what it computes."""
@@ -90,9 +84,9 @@ class Opaque(Base):
         return module.weight
 
 
-def own_forward(module: nn.Module) -> Any:
-    """The forward that the module's class had before it was adopted."""
-    return getattr(type(module), "adopted_from", type(module)).forward
+def is_frozen(weight: Any) -> bool:
+    """Whether a weight is plain numbers that need no gradient."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.requires_grad
 
 
 BASES: tuple[Base, ...] = (DenseLinear(), DenseConv1D(), DenseConv(), DenseEmbedding(), Opaque())

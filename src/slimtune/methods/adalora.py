@@ -103,7 +103,7 @@ class AdaLoraConfig(LayeredConfig):
         scaling = (self.lora_alpha if self.lora_alpha > 0 else r) / (self.init_r + 1e-5)
         delta = _kind(site)(site, r, scaling, self.lora_dropout, autocast_adapter_dtype)
         if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
-            delta.hold(site.module, "bias")
+            delta.hold(site, "bias")
         return delta
 
     def settle(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:

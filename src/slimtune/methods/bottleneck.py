@@ -204,7 +204,7 @@ class BottleneckDelta(Delta):
         super().__init__()
         self.non_linearity, self.dropout = config.non_linearity, config.dropout
         self.noted: Noted | None = None
-        weight = site.base.weight(site.module)
+        weight = site.outline
         made: Any = {"device": weight.device, "dtype": trainable_dtype(weight.dtype, autocast)}
         self.adapter_down = _undrawn(width, size, made)
         self.adapter_up = _undrawn(size, width, made)

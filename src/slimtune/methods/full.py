@@ -122,7 +122,7 @@ class FullCopy(Delta):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.hold_all(site.module)
+        self.hold_all(site)
         self.tied: dict[str, tuple[FullCopy, str]] = {}
 
     @property

@@ -126,9 +126,9 @@ class IA3Delta(Delta):
     def __init__(self, site: Site, in_front: bool, autocast: bool) -> None:
         super().__init__()
         self.in_front = in_front
-        weight = site.base.weight(site.module)
+        weight = site.outline
         features = site.base.features(site.module)[0 if in_front else 1]
-        ones = (1,) * (weight.ndim - 2)
+        ones = (1,) * (len(weight.shape) - 2)
         shape = (1, features, *ones) if in_front or ones else (features, 1)
         dtype = trainable_dtype(weight.dtype, autocast)
         self.ia3_l = nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
@@ -148,7 +148,7 @@ class IA3Delta(Delta):
     def fold(self, dense: Dense) -> Dense:
         """l_O W_OI and l_O b_O, or W_OI l_I."""
         weight, vector = dense["weight"], self.ia3_l.detach().flatten()
-        tail = (1,) * (weight.ndim - 2)
+        tail = (1,) * (len(weight.shape) - 2)
         if self.in_front:
             # In a grouped convolution each group of outputs reads its own inputs.
             groups = vector.numel() // weight.shape[1]

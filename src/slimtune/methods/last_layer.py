@@ -39,5 +39,5 @@ class LastLayerConfig(TargetedConfig):
         if next(site.module.parameters(recurse=False), None) is None:
             raise wrong_kind(site, "last-layer tuning", "modules with parameters of their own")
         delta = Delta()
-        delta.hold_all(site.module)
+        delta.hold_all(site)
         return delta

@@ -36,7 +36,7 @@ class LNTuningConfig(TargetedConfig):
         if next(site.module.parameters(recurse=False), None) is None:
             raise wrong_kind(site, "LayerNorm tuning", "modules with parameters of their own")
         delta = LNTuningDelta()
-        delta.hold_all(site.module)
+        delta.hold_all(site)
         return delta
 
 

@@ -245,7 +245,7 @@ class LoraConfig(LayeredConfig):
         if self.moves_start:
             delta.keep_start()
         if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
-            delta.hold(site.module, "bias")
+            delta.hold(site, "bias")
         return delta
 
     def _kinds(self) -> dict[str, type[LoraDelta]]:
@@ -289,7 +289,7 @@ class LoraDelta(Delta):
     def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
         super().__init__()
         self.r, self.scaling, self.lora_dropout = r, scaling, dropout
-        weight = site.base.weight(site.module)
+        weight = site.outline
         dtype = trainable_dtype(weight.dtype, autocast)
         for name, shape in zip(self.factors, self.shapes(site, r), strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))

@@ -82,12 +82,12 @@ class LycorisDelta(Delta):
         self.r = config.rank_for(site.name)
         self.scaling = config.alpha_for(site.name) / self.r
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
-        self.shape = tuple(site.base.weight(site.module).shape)
+        self.shape = tuple(site.outline.shape)
         self.has_core = config.use_effective_conv2d and math.prod(self.shape[2:]) > 1
 
     def add_factors(self, site: Site, autocast: bool, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Register the factors of dW by name."""
-        weight = site.base.weight(site.module)
+        weight = site.outline
         dtype = trainable_dtype(weight.dtype, autocast)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))

@@ -79,7 +79,7 @@ class PromptLearningConfig(PeftConfig):
         for i, (site, delta) in enumerate(drafted):
             if delta.holds:
                 head = Head(site.name)
-                head.hold_all(site.module)
+                head.hold_all(site)
                 drafted[i] = (site, head)
 
 

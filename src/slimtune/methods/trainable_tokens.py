@@ -230,7 +230,7 @@ def check_module(site: Site) -> None:
     """Raises: TargetError, ConfigError, for a module whose rows can't be trained apart."""
     if site.kind not in ("embedding", "linear"):
         raise wrong_kind(site, "trainable tokens", "embeddings and output layers")
-    if not site.base.forward_is_plain(site.module) and not hasattr(site.module, "embed_scale"):
+    if not site.base.is_textbook(site.module) and not hasattr(site.module, "embed_scale"):
         raise TargetError(
             f"trainable tokens can't attach to '{site.name}': a {type(site.module).__name__} has a forward of its own, "
             "in which its rows may not be those of tokens"

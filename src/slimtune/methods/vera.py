@@ -57,7 +57,7 @@ class VeraConfig(LayeredConfig):
             raise wrong_kind(site, "VeRA", "linear layers")
         delta = VeraLinear(site, self.r, self.vera_dropout, autocast_adapter_dtype)
         if self.bias == "vera_only" and getattr(site.module, "bias", None) is not None:
-            delta.hold(site.module, "bias")
+            delta.hold(site, "bias")
         return delta
 
     def settle(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
@@ -113,7 +113,7 @@ class VeraLinear(Delta):
         super().__init__()
         self.vera_dropout = dropout
         self.features_in, features_out = site.base.features(site.module)
-        weight = site.base.weight(site.module)
+        weight = site.outline
         options: Any = {"device": weight.device, "dtype": trainable_dtype(weight.dtype, autocast)}
         self.vera_lambda_b = nn.Parameter(torch.empty(features_out, **options))
         self.vera_lambda_d = nn.Parameter(torch.empty(r, **options))

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from slimtune.bases import base_of
 from slimtune.bases.dense import DenseLinear
+from slimtune.delta import Frozen
 from slimtune.methods.loha import LohaLinear
 from slimtune.ops import fuses
 
@@ -22,9 +23,9 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 @fuses(LohaLinear, DenseLinear)
-def dense_update(delta: LohaLinear, module: Any, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def dense_update(delta: LohaLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s dW x`, fused where the base is a plain frozen product in the adapter's precision."""
-    weight_OI = base_of(type(module)).weight(module)
+    weight_OI = base.weight
     drops = delta.training and (delta.rank_dropout or delta.module_dropout)
     if args or kwargs or drops or not _is_plain(module, weight_OI, x, delta.factors[0].dtype):
         return delta.forward(base, x, *args, **kwargs)
@@ -37,12 +38,10 @@ def dense_update(delta: LohaLinear, module: Any, base: Any, x: Tensor, *args: An
 def _is_plain(module: Any, weight: Tensor, x: Any, dtype: torch.dtype) -> bool:
     return (
         type(x) in _PLAIN_TENSORS
-        and type(weight) in _PLAIN_TENSORS
         and x.dtype == weight.dtype == dtype
         and dtype in (torch.float32, torch.float64)
-        and not weight.requires_grad
         and not torch.is_autocast_enabled(x.device.type)
-        and base_of(type(module)).forward_is_plain(module)
+        and base_of(type(module)).may_fuse(module)
     )
 
 

@@ -1,4 +1,4 @@
-"""DoRA on a dense linear layer in one autograd node.
+"""DoRA on a frozen linear layer in one autograd node.
 
 y = c * (x W^T + s B A x) + b: the product of LoRA, scaled by rows in place. Backward needs that product once more, for
 the gradient of c; it is got back as y / c from the output, which whatever comes next keeps in most cases anyway.
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.bases import base_of
 from slimtune.bases.dense import DenseLinear
+from slimtune.bases.packed import PackedLinear
+from slimtune.delta import Frozen
 from slimtune.methods.dora import DoraLinear, quotient
 from slimtune.ops import fuses
-from slimtune.ops.lora_linear import Pass, gradients, is_plain, no_autocast, products, saving_is_hooked, this_pass
+from slimtune.ops.frozen_linear import no_autocast
+from slimtune.ops.lora_linear import Pass, gradients, is_plain, products, saving_is_hooked, this_pass
 
 _NEAR = 0.5
 """So near to one, f - 1 in 16 bits is as good as the rounding of f times a number."""
@@ -24,19 +26,17 @@ _LEAST_RATIO = 1e-12
 """A smaller |c| stands for zero: multiplied by it a product is nothing, and can still be got back."""
 
 
+@fuses(DoraLinear, PackedLinear)
 @fuses(DoraLinear, DenseLinear)
-def dora_linear(delta: DoraLinear, module: Any, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def dora_linear(delta: DoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """DoRA's equation, fused where the base is a plain frozen product and nothing is dropped."""
     dropping = delta.training and delta.lora_dropout
     if args or kwargs or dropping or not is_plain(module, x):
         return delta.forward(base, x, *args, **kwargs)
-    weight_OI = base_of(type(module)).weight(module)
-    settings = this_pass(x, weight_OI, delta.scaling, 0.0)
-    bias: Any = module.bias
+    settings = this_pass(base, x, delta.scaling, 0.0)
     scale = delta.lora_magnitude_vector, delta.norms_now(base)
-    y_TO: Any = _DoraLinear.apply(x, weight_OI, bias, *delta.pair, *scale, settings)
-    # Not inside: what a custom function returns as a view can't be changed in place.
-    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+    y_TO: Any = _DoraLinear.apply(x, base.weight, base.bias, *delta.pair, *scale, settings)
+    return settings.output(y_TO)
 
 
 def _scaled(matrix: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class _DoraLinear(torch.autograd.Function):
                     straight_TO = y_TO.clone()
                 _scaled(y_TO, ratio_O, out=y_TO)
         saved_TI = None if settings.product else x_TI
-        ctx.save_for_backward(saved_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO)
+        ctx.save_for_backward(saved_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO)
         ctx.settings = settings
         # Not by save_for_backward: an output that is changed in place afterwards is no error.
         is_kept = straight_TO is None and not y_TO.is_inference()
@@ -102,9 +102,12 @@ class _DoraLinear(torch.autograd.Function):
                 gratio_O = _dot(g_TO, output_TO, ratio_O.dtype) / ratio_O
             elif needs_magnitude:
                 if straight_TO is None:
-                    straight_TO, _ = products(x_TI, weight_OI, None, a_RI, b_OR, settings)
+                    straight_TO, _ = products(x_TI, settings.weight(weight_OI), None, a_RI, b_OR, settings)
                 gratio_O = _dot(g_TO, straight_TO, ratio_O.dtype)
-            scaled_OI = _scaled(weight_OI.to(settings.dtype), ratio_O[:, None]) if needs_x else weight_OI
+            scaled_OI = None
+            if needs_x:
+                own_OI = settings.weight(weight_OI)
+                scaled_OI = _scaled(own_OI, ratio_O[:, None], out=None if settings.recall is None else own_OI)
             needed = needs_x, needs_a, needs_b
             scaled_OR = b_OR * ratio_O[:, None]
             gx, ga_RI, gb_OR = gradients(g_TO, x_TI, z_TR, scaled_OI, a_RI, scaled_OR, settings, needed)

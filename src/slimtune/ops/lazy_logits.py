@@ -146,7 +146,7 @@ def _is_plain_frozen(head: Any) -> bool:
     deltas_in_effect = any(name in deltas_of(head) for name in head.adapter_switch.applied)
     frozen = not any(parameter.requires_grad for parameter in head.parameters(recurse=False))
     base = base_of(type(head))
-    return frozen and not deltas_in_effect and base.kind == "linear" and base.forward_is_plain(head)
+    return frozen and not deltas_in_effect and base.kind == "linear" and base.may_fuse(head)
 
 
 def _real(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""LoRA on a dense linear layer in one autograd node.
+"""LoRA on a frozen linear layer in one autograd node.
 
 Forward adds the low-rank term into the base's product in place; backward adds its part into the input's gradient in
 place. Saved are the input (shared with the siblings that read it) and the (tokens, r) product; dropout masks are drawn
@@ -7,8 +7,7 @@ again from their seed instead of being kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +19,24 @@ from torch.autograd.function import once_differentiable
 
 from slimtune.bases import base_of
 from slimtune.bases.dense import DenseLinear
+from slimtune.bases.packed import PackedLinear
+from slimtune.delta import Frozen
 from slimtune.methods.lora import LoraLinear
 from slimtune.ops import fuses
+from slimtune.ops.frozen_linear import no_autocast
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
+@fuses(LoraLinear, PackedLinear)
 @fuses(LoraLinear, DenseLinear)
-def lora_linear(delta: LoraLinear, module: Any, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def lora_linear(delta: LoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * B(A(dropout(x)))`, fused where the base is a plain frozen product."""
     if args or kwargs or not is_plain(module, x):
         return delta.forward(base, x, *args, **kwargs)
-    weight_OI = base_of(type(module)).weight(module)
-    settings = this_pass(x, weight_OI, delta.scaling, delta.lora_dropout if delta.training else 0.0)
-    bias: Any = module.bias
-    y_TO: Any = _LoraLinear.apply(x, weight_OI, bias, *delta.pair, settings)
-    # Not inside: what a custom function returns as a view can't be changed in place.
-    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+    settings = this_pass(base, x, delta.scaling, delta.lora_dropout if delta.training else 0.0)
+    y_TO: Any = _LoraLinear.apply(x, base.weight, base.bias, *delta.pair, settings)
+    return settings.output(y_TO)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Pass:
     Attributes:
         dtype: what the products are computed in.
         product: the node of an input that need not be saved.
+        recall: what expands a weight that isn't saved.
+        y_dtype: what the output is given back in.
     """
 
     scaling: float
@@ -55,6 +57,21 @@ class Pass:
     shape: torch.Size
     x_dtype: torch.dtype
     product: Any
+    recall: Callable[[], Tensor] | None
+    y_dtype: torch.dtype
+
+    def output(self, y_TO: Tensor) -> Tensor:
+        """The output in its shape and dtype; not inside a node, whose views can't be changed in place."""
+        return y_TO.view(*self.shape[:-1], y_TO.shape[-1]).to(self.y_dtype)
+
+    def kept(self, weight_OI: Tensor) -> Tensor | None:
+        """What is saved of the weight."""
+        return weight_OI if self.recall is None else None
+
+    def weight(self, kept_OI: Tensor | None) -> Tensor:
+        """The weight again, in the dtype of the products."""
+        weight_OI = self.recall() if kept_OI is None and self.recall else kept_OI
+        return torch.as_tensor(weight_OI).to(self.dtype)
 
     def mask(self, x_TI: Tensor) -> tuple[Tensor | None, float]:
         """The dropout mask, the same at each call, and the probability to stay."""
@@ -68,12 +85,14 @@ class Pass:
         return x.reshape(-1, self.shape[-1]).to(self.dtype)
 
 
-def this_pass(x: Tensor, weight_OI: Tensor, scaling: float, dropout: float) -> Pass:
+def this_pass(base: Frozen, x: Tensor, scaling: float, dropout: float) -> Pass:
     """The settings of a forward that starts now."""
-    dtype = weight_OI.dtype
+    recall, dtype = base.base.recall(base.module), base.base.outline(base.module).dtype
+    y_dtype = dtype if recall is None else x.dtype
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return Pass(scaling, dropout, _draw_seed() if dropout else 0, dtype, x.shape, x.dtype, _product(x))
+        dtype = y_dtype = torch.get_autocast_dtype(x.device.type)
+    seed = _draw_seed() if dropout else 0
+    return Pass(scaling, dropout, seed, dtype, x.shape, x.dtype, _product(x), recall, y_dtype)
 
 
 def _product(x: Tensor) -> Any:
@@ -94,21 +113,12 @@ def saving_is_hooked() -> bool:
 
 
 def is_plain(module: Any, x: Any) -> bool:
-    weight = module.weight
     return (
-        type(weight) in _PLAIN_TENSORS
-        and type(x) in _PLAIN_TENSORS
+        type(x) in _PLAIN_TENSORS
         and x.is_floating_point()
-        and weight.is_floating_point()
-        and not weight.requires_grad
-        and base_of(type(module)).forward_is_plain(module)
+        and base_of(type(module)).may_fuse(module)
         and not torch.compiler.is_compiling()
     )
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 def _draw_seed() -> int:
@@ -149,7 +159,7 @@ def products(
 
 
 def gradients(
-    g_TO: Tensor, x_TI: Tensor, z_TR: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, settings: Pass,
+    g_TO: Tensor, x_TI: Tensor, z_TR: Tensor, weight_OI: Tensor | None, a_RI: Tensor, b_OR: Tensor, settings: Pass,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of x, A and B in `products`, each where it is needed."""
@@ -162,7 +172,7 @@ def gradients(
     if needed[1]:
         ga_RI = (gz_TR.t() @ (x_TI if keep is None else apply_mask(x_TI, keep))).to(a_RI.dtype)
     if needed[0]:
-        gx_TI = g_TO @ weight_OI.to(dtype)
+        gx_TI = g_TO @ settings.weight(weight_OI)
         if keep is None:
             gx_TI.addmm_(gz_TR, a_RI.to(dtype))
         else:
@@ -179,7 +189,7 @@ class _LoraLinear(torch.autograd.Function):
         with no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
             y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
-        ctx.save_for_backward(None if settings.product else x_TI, weight_OI, a_RI, b_OR, z_TR)
+        ctx.save_for_backward(None if settings.product else x_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR)
         ctx.settings = settings
         return y_TO
 

@@ -1,0 +1,78 @@
+"""bitsandbytes' storage: NF4 and FP4, with and without double quantization, and int8.
+
+bitsandbytes itself is imported by `slimtune.quantized.bnb`, once a model has such modules.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.bases.packed import PackedLinear
+from slimtune.delta import Base
+
+
+class Bnb4bitLinear(PackedLinear):
+    """4-bit codes in blocks, each with the largest magnitude in it: w = codebook[code] * absmax of its block."""
+
+    module_types = ("bitsandbytes.nn.modules.Linear4bit",)
+
+    def is_packed(self, module: Any) -> bool:
+        return state_of(module) is not None and super().is_packed(module)
+
+    def expansion(self, module: Any) -> Callable[[], Tensor]:
+        from slimtune.quantized.bnb import expand_4bit
+
+        return functools.partial(expand_4bit, module.weight, state_of(module))
+
+    def dtype(self, module: Any) -> torch.dtype:
+        return module.compute_dtype or state_of(module).dtype
+
+
+class Bnb8bitLinear(PackedLinear):
+    """int8 codes with one scale a row: w = code * scale / 127."""
+
+    module_types = ("bitsandbytes.nn.modules.Linear8bitLt",)
+
+    def is_packed(self, module: Any) -> bool:
+        return module.weight.dtype == torch.int8
+
+    def expansion(self, module: Any) -> Callable[[], Tensor]:
+        from slimtune.quantized.bnb import expand_8bit
+
+        return functools.partial(expand_8bit, module.weight, scales_of(module), self.dtype(module))
+
+    def dtype(self, module: Any) -> torch.dtype:
+        # bitsandbytes doesn't store what the weight was before; what the model computes in is noted when it is claimed.
+        return getattr(module, "compute_dtype", None) or torch.get_default_dtype()
+
+
+def state_of(module: Any) -> Any:
+    """The quantization state of a 4-bit module, or None where its weight isn't quantized."""
+    own = getattr(module.weight, "quant_state", None)
+    # FSDP makes plain parameters of the weights; the module keeps the state.
+    return own if own is not None or module.weight.dtype != module.quant_storage else module.quant_state
+
+
+def scales_of(module: Any) -> Tensor:
+    """The scale of each row of an int8 module."""
+    own = getattr(module.weight, "SCB", None)
+    return module.state.SCB if own is None else own
+
+
+def claim(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make a module of bitsandbytes one of ours, in place, with the same storage."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None or not isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
+        return
+    from slimtune.quantized.bnb import adopt_storage
+
+    adopt_storage(module, dtype)
+
+
+BASES: tuple[Base, ...] = (Bnb4bitLinear(), Bnb8bitLinear())

@@ -1,0 +1,82 @@
+"""Quantized linear layers: the weight is kept as codes and expanded for each product, in forward and in backward.
+
+The module that another library made is re-classed to one of ours on the very same storage: what is stored stays that
+library's, the product is ours. Nothing expanded outlives the product that it is expanded for.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.delta import Base, Outline
+from slimtune.ops.frozen_linear import frozen_linear
+
+
+class PackedLinear(Base):
+    """`y = x W^T + b` with W (out, in) stored as codes.
+
+    A floating-point weight in its place, as after a merge, is taken as it is.
+    """
+
+    kind = "linear"
+
+    def features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    @abstractmethod
+    def expansion(self, module: Any) -> Callable[[], Tensor]:
+        """What expands the stored codes as (out, in)."""
+
+    @abstractmethod
+    def dtype(self, module: Any) -> torch.dtype:
+        """What a packed module computes in."""
+
+    def is_packed(self, module: Any) -> bool:
+        """Whether the weight is stored as codes now."""
+        weight = module.weight
+        return not (weight.is_floating_point() and tuple(weight.shape) == (module.out_features, module.in_features))
+
+    def recall(self, module: Any) -> Callable[[], Tensor] | None:
+        return self.expansion(module) if self.is_packed(module) else None
+
+    def weight(self, module: Any) -> Tensor:
+        return self.expansion(module)() if self.is_packed(module) else module.weight
+
+    def outline(self, module: Any) -> Outline:
+        if not self.is_packed(module):
+            return super().outline(module)
+        shape = torch.Size((module.out_features, module.in_features))
+        return Outline(shape, self.dtype(module), module.weight.device)
+
+    def floating(self, module: nn.Module, name: str) -> Tensor | None:
+        return self.weight(module) if name == "weight" else super().floating(module, name)
+
+    def is_textbook(self, module: nn.Module) -> bool:
+        return isinstance(module, Packed)
+
+    def may_fuse(self, module: Any) -> bool:
+        return self.is_textbook(module) and (self.is_packed(module) or not module.weight.requires_grad)
+
+
+class Packed:
+    """Mixed in front of a module that another library quantized: the product of its expanded weight, no more.
+
+    Attributes:
+        packed_base: what expands the weight.
+    """
+
+    packed_base: PackedLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in the dtype of x."""
+        module: Any = self
+        base = module.packed_base
+        return frozen_linear(x, base.weight(module), module.bias, base.recall(module), base.outline(module).dtype)
+
+
+BASES: tuple[Base, ...] = ()

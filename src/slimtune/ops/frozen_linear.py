@@ -1,0 +1,55 @@
+"""A product with a frozen weight that is expanded again for the backward pass instead of being kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def frozen_linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, recall: Callable[[], Tensor] | None, dtype: torch.dtype
+) -> Tensor:
+    """y = x W^T + b, computed in `dtype` or in that of autocast, given back in the dtype of x.
+
+    Args:
+        recall: expands the weight once more for the backward pass; None where the weight is kept.
+    """
+    is_cast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if is_cast else dtype
+    with no_autocast(x.device.type):
+        x_TI, weight_OI = x.to(dtype), weight_OI.to(dtype)
+        bias_O = None if bias_O is None else bias_O.to(dtype)
+        if recall is None or torch.compiler.is_compiling():
+            y: Any = F.linear(x_TI, weight_OI, bias_O)
+        else:
+            y = _FrozenLinear.apply(x_TI, weight_OI, bias_O, recall)
+    return y if is_cast else y.to(x.dtype)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast switched off, where it is on."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, recall: Callable[[], Tensor]) -> Tensor:
+        ctx.recall = recall
+        return F.linear(x, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (g,) = received
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        with no_autocast(g.device.type):
+            gx = g @ ctx.recall().to(g.dtype) if needs_x else None
+            gbias_O = g.reshape(-1, g.shape[-1]).sum(0) if needs_bias else None
+        return gx, None, gbias_O, None

@@ -1,0 +1,1 @@
+"""Modules and tensors of the libraries that quantize; each file imports its library, and is imported once needed."""

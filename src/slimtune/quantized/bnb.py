@@ -1,0 +1,99 @@
+"""bitsandbytes' modules with our product, and the expansion of its codes.
+
+Its own `Linear4bit.forward` is not used: on CPUs with AVX512-BF16 one evaluation repacks the weights in place, after
+which training loses gradients without an error, and a model that is saved has lost the exact block maxima.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_blockwise
+from bitsandbytes.nn.modules import Linear4bit as Stored4bit
+from bitsandbytes.nn.modules import Linear8bitLt as Stored8bit
+from torch import Tensor
+
+from slimtune.bases.bnb import Bnb4bitLinear, Bnb8bitLinear
+from slimtune.bases.packed import Packed
+
+_LARGEST_FAST_BLOCK = 1024
+"""Beyond it bitsandbytes' kernel for the CPU is inexact where it uses AVX512."""
+
+
+class Linear4bit(Packed, Stored4bit):
+    """NF4 or FP4: what bitsandbytes stores, the product with the expanded weight."""
+
+    packed_base = Bnb4bitLinear()
+
+
+class Linear8bit(Packed, Stored8bit):
+    """int8 with a scale a row: what bitsandbytes stores, the product with the expanded weight.
+
+    The inputs are not quantized, unlike in bitsandbytes' own product.
+    """
+
+    packed_base = Bnb8bitLinear()
+
+
+def adopt_storage(module: Any, dtype: torch.dtype) -> None:
+    """Make one of bitsandbytes' modules ours in place; weights that an evaluation repacked are put back in order."""
+    if isinstance(module, Packed):
+        return
+    if isinstance(module, Stored4bit):
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            _unpack_cpu_format(module.weight, state)
+        module.__class__ = Linear4bit
+    else:
+        module.compute_dtype = dtype  # type: ignore[assignment]
+        module.__class__ = Linear8bit
+
+
+def _unpack_cpu_format(weight: Any, state: Any) -> None:
+    """Undo the repacking that bitsandbytes does on CPUs; the block maxima stay rounded to bfloat16."""
+    absmax = state.absmax.T.reshape(-1).float()
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    if not state.nested:
+        # The inverse of bitsandbytes leaves them transposed.
+        weight.quant_state.absmax = absmax
+
+
+@torch.no_grad()
+def expand_4bit(packed: Tensor, state: Any) -> Tensor:
+    """The weight in the shape and dtype that it had before it was quantized, equal to bitsandbytes' bit for bit."""
+    codes, absmax = packed.data, state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2).float().add_(state.offset)
+    shape, size, dtype = tuple(state.shape), state.blocksize, state.dtype
+    if codes.device.type != "cpu":
+        return _kernel(codes, absmax, state, shape)
+    # The kernel for the CPU takes each row to begin a block; as (blocks, block) that is true of any shape.
+    count = math.prod(shape)
+    whole = count // size if size <= _LARGEST_FAST_BLOCK else 0
+    codes, absmax = codes.reshape(-1).view(torch.uint8), absmax.float()
+    if whole * size == count:
+        return _kernel(codes, absmax, state, (whole, size)).view(shape)
+    head = _kernel(codes[: whole * size // 2], absmax[:whole], state, (whole, size)).view(-1) if whole else None
+    tail = _looked_up(codes[whole * size // 2 :], absmax[whole:], state.code, size)[: count - whole * size].to(dtype)
+    return (tail if head is None else torch.cat([head, tail])).view(shape)
+
+
+def _kernel(codes: Tensor, absmax: Tensor, state: Any, shape: Sequence[int]) -> Tensor:
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        codes, absmax, state.blocksize, state.quant_type, list(shape), state.dtype
+    )
+
+
+def _looked_up(codes: Tensor, absmax: Tensor, codebook: Tensor, size: int) -> Tensor:
+    """codebook[code] * absmax of its block, in float32; the high half of a byte comes first."""
+    pairs = torch.stack([codes >> 4, codes & 0xF], dim=1).reshape(-1).int()
+    return codebook.float()[pairs] * absmax.repeat_interleave(size)[: pairs.numel()]
+
+
+@torch.no_grad()
+def expand_8bit(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """w = code * scale / 127 by rows, rounded once."""
+    return torch.mul(codes_OI.data, (scales_O / 127.0)[:, None]).to(dtype)
