@@ -249,7 +249,7 @@ def _attaches(method: str, kind: Kind) -> bool:
     module = kind.build()
     config: Any = methods()[method](target_modules=["site"])
     try:
-        config.delta_for(Site("site", module, base_of(type(module))))
+        config.delta_for(Site("site", module, base_of(module)))
     except TargetError:
         return False
     except ConfigError:  # a default that is too large for so small a module
@@ -263,7 +263,7 @@ def folds(method: str) -> bool:
     config: Any = methods()[method](**{"target_modules": ["site"], **NEEDED.get(method, {})})
     for module in (nn.Linear(64, 64), nn.Embedding(64, 64), nn.LayerNorm(64)):
         try:
-            return not config.delta_for(Site("site", module, base_of(type(module)))).unmergeable
+            return not config.delta_for(Site("site", module, base_of(module))).unmergeable
         except TargetError:
             continue
     raise AssertionError(f"{method} attaches to none of the usual modules")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases import base_of
+from slimtune.bases import base_of_type
 from slimtune.delta import Base, Frozen, deltas_of, standing_in
 from slimtune.errors import ConfigError
 from slimtune.ops import fused_for
@@ -53,7 +53,7 @@ class Adopted:
     """Mixed in front of a module's class: its forward is the active deltas' formulas around the class's own."""
 
     adopted_from: ClassVar[type[nn.Module]]
-    adopted_base: ClassVar[Base]
+    adopted_base: Base
     deltas: nn.ModuleDict
     adapter_switch: Switch
 
@@ -187,7 +187,7 @@ def adopted_class(module_type: type[nn.Module], mixin: type) -> type[nn.Module]:
     return type(
         module_type.__name__,
         (mixin, module_type),
-        {"adopted_from": module_type, "adopted_base": base_of(module_type)} | names | extra,
+        {"adopted_from": module_type, "adopted_base": base_of_type(module_type)} | names | extra,
     )
 
 

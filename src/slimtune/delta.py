@@ -80,6 +80,10 @@ class Base(ABC):
         """What expands the weight once more, so that a backward pass need not keep it; None where it is kept anyway."""
         return None
 
+    def bias(self, module: Any) -> Tensor | None:
+        """The bias that the module adds to its output, if it has one."""
+        return getattr(module, "bias", None)
+
     def floating(self, module: nn.Module, name: str) -> Tensor | None:
         """A parameter of the module in floating point, laid out as a dense module stores it."""
         return module._parameters[name]
@@ -151,7 +155,7 @@ class Frozen:
     @property
     def bias(self) -> Tensor | None:
         """The bias that the module adds to its output, if it has one."""
-        return getattr(self.module, "bias", None)
+        return self.base.bias(self.module)
 
 
 class Delta(nn.Module):

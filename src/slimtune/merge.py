@@ -27,7 +27,7 @@ def fold(module: Any, names: tuple[str, ...]) -> Dense:
     Raises:
         MergeError: a change has no form as weights, or the result is not finite.
     """
-    base = base_of(type(module))
+    base = base_of(module)
     deltas = [deltas_of(module)[name] for name in names if name in deltas_of(module)]
     held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
     with standing_in(module, held):

@@ -81,7 +81,7 @@ def _adopt_root(model: Any) -> None:
         if isinstance(module, ENCODERS) and module is not model:
             adopt(module, model.adapter_switch, WithoutFastPath)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and base_of(type(head)).kind == "linear":
+    if head is not None and base_of(head).kind == "linear":
         adopt(head, model.adapter_switch)
 
 

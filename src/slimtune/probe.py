@@ -23,7 +23,7 @@ def check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
     Raises:
         MergeError: the two differ by more than rounding.
     """
-    base = base_of(type(module))
+    base = base_of(module)
     deltas = [delta for name, delta in deltas_of(module).items() if name in names]
     # Other parameters in the module's own forward are what they are when merged.
     exact = (Delta.forward, Difference.forward)
@@ -61,5 +61,5 @@ def _probe(module: Any, kind: str) -> Tensor:
         reach = [d * (k - 1) + 4 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         shape: tuple[int, ...] = (1, module.in_channels, *reach)
     else:
-        shape = (4, base_of(type(module)).features(module)[0])
+        shape = (4, base_of(module).features(module)[0])
     return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)

@@ -47,7 +47,7 @@ class Modules(dict[str, nn.Module]):
     def site(self, name: str) -> Site:
         """The module of that path as a site, under its first path."""
         module = self[name]
-        return Site(self._first[id(module)], module, base_of(type(module)))
+        return Site(self._first[id(module)], module, base_of(module))
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -243,7 +243,7 @@ def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_
     linear = [
         name
         for name in names
-        if base_of(type(modules[name])).kind == "linear"
+        if base_of(modules[name]).kind == "linear"
         and modules[name] is not head
         and not _is_bypassed(modules, name)
     ]
@@ -356,4 +356,4 @@ def _last_names(names: Iterable[str]) -> set[str]:
 
 
 def _example(modules: Modules) -> str:
-    return max((n for n in modules if base_of(type(modules[n])).kind == "linear"), key=len, default="layers.0.linear")
+    return max((n for n in modules if base_of(modules[n]).kind == "linear"), key=len, default="layers.0.linear")

@@ -211,7 +211,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_roles(name: str) -> None:
     build, suffixes = MODELS[name]
-    linear = [path for path, module in build().named_modules() if base_of(type(module)).kind == "linear"]
+    linear = [path for path, module in build().named_modules() if base_of(module).kind == "linear"]
     expected = {path: role for path in linear for suffix, role in suffixes.items() if f".{path}".endswith(f".{suffix}")}
     assert {path: role for path in linear if (role := role_of(path))} == expected
     assert all(any(path.endswith(suffix) for path in expected) for suffix in suffixes)

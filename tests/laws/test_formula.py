@@ -50,7 +50,7 @@ def equation(site: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def dense(site: Any, stored: Tensor) -> Tensor:
     """A weight as (out, in, ...)."""
-    return stored.t() if base_of(type(site)).fan_in_fan_out or isinstance(site, nn.Embedding) else stored
+    return stored.t() if base_of(site).fan_in_fan_out or isinstance(site, nn.Embedding) else stored
 
 
 def expected_output(kind: Kind, config: Any, tensors: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,7 +120,7 @@ def small_config(method: str, kind: Kind, options: dict[str, Any]) -> Any:
 
 
 def fused_for(model: Any) -> Any:
-    return ops.fused_for(type(model.site.deltas["default"]), type(base_of(type(model.site))))
+    return ops.fused_for(type(model.site.deltas["default"]), type(base_of(model.site)))
 
 
 def fused_variants() -> list[Variant]:
@@ -159,7 +159,7 @@ def run(kind: Kind, config: PeftConfig, dtype: torch.dtype, fused: bool) -> tupl
     model = randomize(slimtune, slimtune.get_peft_model(kind.host().to(dtype), config)).train()
     x = kind.input().to(dtype).requires_grad_()
     site: Any = model.site
-    frozen = Frozen(site, base_of(type(site)), functools.partial(site.adopted_from.forward, site))
+    frozen = Frozen(site, base_of(site), functools.partial(site.adopted_from.forward, site))
     y = model(x) if fused else site.deltas["default"](frozen, x)
     y.backward(cotangent(y))
     gradients = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}

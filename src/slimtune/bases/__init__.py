@@ -18,8 +18,13 @@ def _files() -> tuple[Any, ...]:
     return tuple(importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
 
 
+def base_of(module: nn.Module) -> Base:
+    """The base of a module: the one that it was claimed for, or else that of its type."""
+    return module.__dict__.get("adopted_base") or base_of_type(type(module))
+
+
 @functools.cache
-def base_of(module_type: type[nn.Module]) -> Base:
+def base_of_type(module_type: type[nn.Module]) -> Base:
     """The base for a module type: the one declared for its nearest ancestor."""
     by_type = {declared: base for file in _files() for base in file.BASES for declared in base.module_types}
     named = [key for ancestor in module_type.__mro__ for key in (ancestor, _full_name(ancestor))]

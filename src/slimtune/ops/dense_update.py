@@ -41,7 +41,7 @@ def _is_plain(module: Any, weight: Tensor, x: Any, dtype: torch.dtype) -> bool:
         and x.dtype == weight.dtype == dtype
         and dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(x.device.type)
-        and base_of(type(module)).may_fuse(module)
+        and base_of(module).may_fuse(module)
     )
 
 

@@ -54,7 +54,7 @@ class LazyLogits:
 
     @property
     def _vocabulary(self) -> int:
-        return base_of(type(self._head)).features(self._head)[1]
+        return base_of(self._head).features(self._head)[1]
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -117,7 +117,7 @@ class LazyLogits:
             return None
         if self.dim() != 2 or target.dim() != 1 or not _is_plain_frozen(self._head):
             return None
-        weight, bias = base_of(type(self._head)).weight(self._head), self._head.bias
+        weight, bias = base_of(self._head).weight(self._head), self._head.bias
         return chunked_cross_entropy(self._hidden, weight, bias, target, ignore_index, reduction)
 
 
@@ -145,7 +145,7 @@ def _is_plain_frozen(head: Any) -> bool:
     """Whether the head is a product with a frozen weight and nothing else."""
     deltas_in_effect = any(name in deltas_of(head) for name in head.adapter_switch.applied)
     frozen = not any(parameter.requires_grad for parameter in head.parameters(recurse=False))
-    base = base_of(type(head))
+    base = base_of(head)
     return frozen and not deltas_in_effect and base.kind == "linear" and base.may_fuse(head)
 
 

@@ -116,7 +116,7 @@ def is_plain(module: Any, x: Any) -> bool:
     return (
         type(x) in _PLAIN_TENSORS
         and x.is_floating_point()
-        and base_of(type(module)).may_fuse(module)
+        and base_of(module).may_fuse(module)
         and not torch.compiler.is_compiling()
     )
 
