@@ -19,7 +19,7 @@ from slimtune.plan.memory import STEP, MemoryPlan, Work
 from slimtune.plan.setting import Setting
 
 USUAL_EFFICIENCY = 0.6
-"""Of large products, against the data sheet; a whole training reaches 30% to 60% (PaLM, arXiv:2204.02311, appendix B)."""
+"""Of large products against the data sheet; a whole training reaches 30% to 60% (PaLM, arXiv:2204.02311, app. B)."""
 USUAL_BANDWIDTH = 0.8
 USUAL_SLACK = 1.2
 
