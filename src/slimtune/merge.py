@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,17 @@ MAX_RELATIVE_DRIFT = 0.1
 Kept = list[tuple[nn.Module, dict[str, Tensor]]]
 """What was in the modules before a merge: (module, its tensors by name)."""
 
+Store = Callable[[Any, Dense], Dense]
+"""Turns a module and its folded tensors into those that the module is to hold."""
 
-def fold(module: Any, names: tuple[str, ...]) -> Dense:
-    """The module's parameters with these adapters written in, as the module stores them; nothing is changed.
+
+def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Dense:
+    """The parameters of a module that these adapters change, with them written in; nothing is changed.
+
+    They are as the module stores them, but for a weight that is stored as codes, which is in floating point.
+
+    Args:
+        dtype: of a weight that is stored as codes; without it, what the module computes in.
 
     Raises:
         MergeError: a change has no form as weights, or the result is not finite.
@@ -30,11 +39,19 @@ def fold(module: Any, names: tuple[str, ...]) -> Dense:
     base = base_of(module)
     deltas = [deltas_of(module)[name] for name in names if name in deltas_of(module)]
     held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
+    expands_to = None if base.recall(module) is None else dtype or base.outline(module).dtype
     with standing_in(module, held):
-        dense = frozen = base.dense(module)
+        frozen = base.dense(module)
+    if expands_to is not None:
+        # Rounded once, at the end.
+        frozen["weight"] = frozen["weight"].to(torch.promote_types(frozen["weight"].dtype, expands_to))
+    dense = frozen
     for delta in deltas:
         dense = delta.fold_beside(dense, frozen)
-    stored = held | base.repack(module, dense)
+    changed = {name for name, tensor in dense.items() if tensor is not frozen[name]}
+    stored = held | {name: tensor for name, tensor in base.repack(module, dense).items() if name in changed}
+    if expands_to is not None and "weight" in stored:
+        stored["weight"] = stored["weight"].to(expands_to)
     for name, tensor in stored.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise MergeError(
@@ -45,11 +62,15 @@ def fold(module: Any, names: tuple[str, ...]) -> Dense:
     return stored
 
 
-def merge(model: Any, names: tuple[str, ...], safe: bool = False) -> Kept:
+def merge(
+    model: Any, names: tuple[str, ...], safe: bool = False, dtype: torch.dtype | None = None, store: Store | None = None
+) -> Kept:
     """Write adapters into the model's weights; gives back the tensors that were there.
 
     Args:
         safe: compare the outputs before and after on probe inputs.
+        dtype: of weights that are stored as codes; without it, what their modules compute in.
+        store: what is put into a module in place of the folded tensors.
 
     Raises:
         MergeError: it can't be done or strays too far; nothing is changed then.
@@ -62,13 +83,13 @@ def merge(model: Any, names: tuple[str, ...], safe: bool = False) -> Kept:
     try:
         for path, module in adopted_modules(model):
             if any(name in deltas_of(module) for name in names):
-                kept.append((module, _exchange(module, _named(path, module, names))))
+                kept.append((module, _exchange(module, _at(path, module, names, dtype, store))))
         _tie_again(kept)
         switch.merged = names
         if probe and before is not None:
             with switch.using(active=names):
                 _check_drift(compare_outputs(before, outputs(model, probe)))
-    except MergeError:
+    except BaseException:
         restore(kept)
         switch.merged = ()
         raise
@@ -83,9 +104,11 @@ def _check_drift(drift: Drift) -> None:
         )
 
 
-def _named(path: str, module: Any, names: tuple[str, ...]) -> Dense:
+def _at(path: str, module: Any, names: tuple[str, ...], dtype: torch.dtype | None, store: Store | None) -> Dense:
+    """What a module is to hold; errors name its path."""
     try:
-        return fold(module, names)
+        folded = fold(module, names, dtype)
+        return store(module, folded) if store else folded
     except MergeError as error:
         raise MergeError(f"'{path}': {error}" if path else str(error)) from error
 
@@ -102,13 +125,19 @@ def _exchange(module: nn.Module, tensors: Dense) -> Dense:
     for name, tensor in tensors.items():
         slots: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
         own = slots[name]
-        if tensor is own or (slots is module._parameters and tensor.data_ptr() == own.data_ptr()):
+        if tensor is own or (slots is module._parameters and _begin_alike(tensor, own)):
             continue
         before[name] = own
         if slots is module._parameters and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=own.requires_grad)
         slots[name] = tensor
     return before
+
+
+def _begin_alike(tensor: Tensor, own: Tensor) -> bool:
+    """Whether two tensors begin at the same place of one storage."""
+    same = tensor.untyped_storage()._cdata == own.untyped_storage()._cdata
+    return same and tensor.storage_offset() == own.storage_offset()
 
 
 def _tie_again(kept: Kept) -> None:

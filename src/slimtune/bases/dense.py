@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from slimtune.delta import Base, Dense
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+"""What holds nothing but numbers, or stands for such a tensor where memory is planned."""
 
 
 class DenseLinear(Base):
@@ -86,7 +90,7 @@ class Opaque(Base):
 
 def is_frozen(weight: Any) -> bool:
     """Whether a weight is plain numbers that need no gradient."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.requires_grad
+    return type(weight) in PLAIN_TENSORS and weight.is_floating_point() and not weight.requires_grad
 
 
 BASES: tuple[Base, ...] = (DenseLinear(), DenseConv1D(), DenseConv(), DenseEmbedding(), Opaque())

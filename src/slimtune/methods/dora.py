@@ -91,7 +91,7 @@ class DoraDelta(LoraDelta):
         owner = getattr(base.module, "weight", None)
         if not isinstance(owner, Tensor) or owner.is_inference() or torch.compiler.is_compiling():
             return _squares(base.weight.detach())
-        state = (owner._version, owner.data_ptr(), owner.device, owner.dtype)
+        state = (owner._version, owner.untyped_storage()._cdata, owner.device, owner.dtype)
         if self._squares is None or self._squares[0]() is not owner or self._squares[1] != state:
             self._squares = (weakref.ref(owner), state, _squares(base.weight.detach()))
         return self._squares[2]

@@ -121,7 +121,7 @@ class LycorisDelta(Delta):
 
     def skips(self) -> bool:
         """Whether module dropout leaves the layer's update out this time."""
-        return bool(self.training and self.module_dropout and torch.rand(1) <= self.module_dropout)
+        return bool(self.training and self.module_dropout and torch.rand(1).item() <= self.module_dropout)
 
     def kept_rows(self) -> Tensor:
         """One for each output that rank dropout keeps, enlarged by what it drops, and zero for the others."""

@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimtune.bases import base_of
-from slimtune.bases.dense import DenseLinear
+from slimtune.bases.dense import PLAIN_TENSORS, DenseLinear
 from slimtune.delta import Frozen
 from slimtune.methods.loha import LohaLinear
 from slimtune.ops import fuses
-
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 @fuses(LohaLinear, DenseLinear)
@@ -37,7 +35,7 @@ def dense_update(delta: LohaLinear, module: Any, base: Frozen, x: Tensor, *args:
 
 def _is_plain(module: Any, weight: Tensor, x: Any, dtype: torch.dtype) -> bool:
     return (
-        type(x) in _PLAIN_TENSORS
+        type(x) in PLAIN_TENSORS
         and x.dtype == weight.dtype == dtype
         and dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(x.device.type)

@@ -14,18 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from slimtune.bases import base_of
-from slimtune.bases.dense import DenseLinear
+from slimtune.bases.dense import PLAIN_TENSORS, DenseLinear
 from slimtune.bases.packed import PackedLinear
 from slimtune.delta import Frozen
 from slimtune.methods.lora import LoraLinear
 from slimtune.ops import fuses
 from slimtune.ops.frozen_linear import no_autocast
-
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 @fuses(LoraLinear, PackedLinear)
@@ -114,7 +113,7 @@ def saving_is_hooked() -> bool:
 
 def is_plain(module: Any, x: Any) -> bool:
     return (
-        type(x) in _PLAIN_TENSORS
+        type(x) in PLAIN_TENSORS
         and x.is_floating_point()
         and base_of(module).may_fuse(module)
         and not torch.compiler.is_compiling()
@@ -132,10 +131,17 @@ def keep_mask(x: Tensor, dropout: float, seed: int) -> tuple[Tensor, float]:
         generator = torch.Generator(device=x.device).manual_seed(seed)
         return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator), 1 - dropout
     # torch draws serially and needs a draw an element; here one of 64 bits serves four, to a resolution of 2^-15.
-    words = torch.from_numpy(np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16))
+    words = _random_words(4 * ((x.numel() + 3) // 4), seed, x)
     dropped = max(1, round(dropout * 2**15))
     keep = words.bitwise_and_(2**15 - 1).sub_(dropped - 1).clamp_(0, 1)
     return keep[: x.numel()].view(x.shape), 1 - dropped / 2**15
+
+
+def _random_words(count: int, seed: int, like: Tensor) -> Tensor:
+    """So many random numbers of 16 bits; memory is planned without drawing them."""
+    if isinstance(like, FakeTensor):
+        return like.new_empty(count, dtype=torch.int16)
+    return torch.from_numpy(np.random.SFC64(seed).random_raw(count // 4).view(np.int16))
 
 
 def apply_mask(x: Tensor, keep: Tensor) -> Tensor:
