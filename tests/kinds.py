@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import slimtune
+from quantizers import QUANTIZERS, Quantizer, expanded
 from slimtune.bases import base_of
 from slimtune.delta import PeftConfig, Site, TargetedConfig, methods
 from slimtune.errors import ConfigError, TargetError
@@ -60,6 +61,10 @@ class Kind:
         torch.manual_seed(seed)
         return Host(self.build()).eval()
 
+    def exact(self, dtype: torch.dtype) -> nn.Module:
+        """The site of a host, computing in this dtype; what is quantized is expanded."""
+        return expanded(self.host().site).to(dtype).requires_grad_(False)
+
     def input(self, seed: int = 1) -> Tensor:
         torch.manual_seed(seed)
         return self.example()
@@ -88,7 +93,11 @@ def embedding(name: str, **options: Any) -> Kind:
     return Kind(name, lambda: nn.Embedding(11, 6, **options), lambda: torch.randint(0, 11, (2, 5)), 6)
 
 
-KINDS = (
+def quantized(quantizer: Quantizer, **options: Any) -> Kind:
+    return linear(quantizer.linear, f"linear-in-{quantizer}", **options)
+
+
+FLOATING = (
     linear(nn.Linear, "linear"),
     linear(nn.Linear, "linear-without-bias", bias=False),
     linear(lambda i, o: NamedLinear("mine", i, o), "subclass-of-linear"),
@@ -109,6 +118,8 @@ KINDS = (
     embedding("embedding"),
     embedding("embedding-padded", padding_idx=3),
 )
+QUANTIZED = tuple(quantized(quantizer, bias=i % 2 == 0) for i, quantizer in enumerate(QUANTIZERS))
+KINDS = FLOATING + QUANTIZED
 FOLDING = tuple(kind for kind in KINDS if kind.folds)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+
+from quantizers import QUANTIZERS, Quantizer
+from slimtune.bases import claim
 
 VOCABULARY = 101
 HIDDEN = 32
@@ -291,4 +294,17 @@ VIT = Specimen(
 )
 MIXTURE = Specimen("mixture", Mixture, mixture_batch, {"target_modules": MIXTURE_TARGETS})
 
+
+def in_few_bits(quantizer: Quantizer) -> Specimen:
+    """A Llama whose blocks are quantized, and ours: what its library would compute with them is no law."""
+
+    def build() -> nn.Module:
+        model = quantizer.model(llama())
+        claim(model)
+        return model
+
+    return replace(LLAMA, name=f"llama-in-{quantizer}", build=build)
+
+
+QUANTIZED = tuple(in_few_bits(quantizer) for quantizer in QUANTIZERS)
 SPECIMENS = (LLAMA, TIED_LLAMA, QWEN2, GPT2, GPT_NEOX, GEMMA3, BERT, T5, VIT, MIXTURE)

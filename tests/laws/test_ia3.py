@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import slimtune
-from kinds import KINDS
+from kinds import FLOATING
 from slimtune.errors import ConfigError, TargetError
 from tensors import adapter_gradients, adapter_tensors, assert_near, randomize
 from zoo import BERT, GPT2, LLAMA, MIXTURE
 
-LAYERS = [kind for kind in KINDS if "linear" in kind.name or "conv" in kind.name]
+LAYERS = [kind for kind in FLOATING if "linear" in kind.name or "conv" in kind.name]
 each_layer = pytest.mark.parametrize("kind", LAYERS, ids=repr)
 each_side = pytest.mark.parametrize("in_front", [False, True], ids=["output", "input"])
 

@@ -16,9 +16,9 @@ from kinds import NEEDED
 from slimtune.delta import Delta, methods
 from slimtune.errors import ConfigError, MergeError, TargetError
 from tensors import adapter_tensors, assert_near, assert_same, copies, loss_of, predict, randomize, trainable
-from zoo import SPECIMENS, Specimen
+from zoo import QUANTIZED, SPECIMENS, Specimen
 
-BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
+BY_NAME = {specimen.name: specimen for specimen in SPECIMENS + QUANTIZED}
 
 
 def default_config(method: str) -> Any:
@@ -31,7 +31,7 @@ def applicable() -> list[tuple[str, str]]:
     """The pairs of a method and a model on which the method's defaults attach."""
     found = []
     for method in sorted(methods()):
-        for specimen in SPECIMENS:
+        for specimen in BY_NAME.values():
             try:
                 slimtune.get_peft_model(specimen.model(), default_config(method))
             except (TargetError, ConfigError):

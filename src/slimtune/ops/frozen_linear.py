@@ -28,7 +28,9 @@ def frozen_linear(
         if recall is None or torch.compiler.is_compiling():
             y: Any = F.linear(x_TI, weight_OI, bias_O)
         else:
-            y = _FrozenLinear.apply(x_TI, weight_OI, bias_O, recall)
+            y_TO: Any = _FrozenLinear.apply(x_TI.reshape(-1, x.shape[-1]), weight_OI, bias_O, recall)
+            # Not inside: what a custom function returns as a view can't be changed in place.
+            y = y_TO.view(*x.shape[:-1], y_TO.shape[-1])
     return y if is_cast else y.to(x.dtype)
 
 
@@ -40,16 +42,18 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, recall: Callable[[], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, recall: Callable[[], Tensor]
+    ) -> Tensor:
         ctx.recall = recall
-        return F.linear(x, weight_OI, bias_O)
+        return F.linear(x_TI, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (g,) = received
+        (g_TO,) = received
         needs_x, _, needs_bias, _ = ctx.needs_input_grad
-        with no_autocast(g.device.type):
-            gx = g @ ctx.recall().to(g.dtype) if needs_x else None
-            gbias_O = g.reshape(-1, g.shape[-1]).sum(0) if needs_bias else None
-        return gx, None, gbias_O, None
+        with no_autocast(g_TO.device.type):
+            gx_TI = g_TO @ ctx.recall().to(g_TO.dtype) if needs_x else None
+            gbias_O = g_TO.sum(0) if needs_bias else None
+        return gx_TI, None, gbias_O, None

@@ -7,11 +7,11 @@ which training loses gradients without an error, and a model that is saved has l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_blockwise
+from bitsandbytes.functional import QuantState, _convert_weight_packed_for_cpu_inverse, dequantize_blockwise
 from bitsandbytes.nn.modules import Linear4bit as Stored4bit
 from bitsandbytes.nn.modules import Linear8bitLt as Stored8bit
 from torch import Tensor
@@ -27,6 +27,26 @@ class Linear4bit(Packed, Stored4bit):
     """NF4 or FP4: what bitsandbytes stores, the product with the expanded weight."""
 
     packed_base = Bnb4bitLinear()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Codes come with the state that they mean something by, which bitsandbytes leaves behind."""
+        begin = f"{prefix}weight."
+        parts = {name: value for name, value in state_dict.items() if name.startswith(begin)}
+        rest = {name: value for name, value in state_dict.items() if name not in parts}
+        codes = rest.get(f"{prefix}weight")
+        state: Any = QuantState.from_dict(parts, device=self.weight.device) if parts else None
+        if codes is not None and self.packed_base.is_packed(self):
+            if state is None:
+                missing_keys.append(f"{begin}absmax")
+                del rest[f"{prefix}weight"]
+            elif tuple(state.shape) != (self.out_features, self.in_features):
+                error_msgs.append(f"'{prefix}weight' is quantized from {tuple(state.shape)}, not from its shape here")
+            elif codes.shape == self.weight.shape:
+                self.quant_state = self.weight.quant_state = state
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 class Linear8bit(Packed, Stored8bit):
