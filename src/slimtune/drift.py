@@ -24,6 +24,43 @@ class Drift:
         )
 
 
+@dataclass(frozen=True)
+class MergeDrift:
+    """What a merge into quantized weights lost: the model with its adapter apart against the merged one.
+
+    With dW the change that the adapter makes to the weights, and D the one that was left once they were quantized
+    again, over all of them together:
+
+    Attributes:
+        outputs: how far the logits moved; None where no inputs are known for the model.
+        loss_before: with the adapter apart, where the inputs had labels.
+        loss_after: merged.
+        survived: <D, dW> / ||dW||^2, which is 1 where nothing is lost and 0 where nothing is left.
+        noise: ||D - dW|| / ||dW||.
+        beyond: how many entries the scales before the merge couldn't have reached; scales are new, so none is clipped.
+        entries: of how many.
+    """
+
+    outputs: Drift | None
+    loss_before: float | None
+    loss_after: float | None
+    survived: float
+    noise: float
+    beyond: int
+    entries: int
+
+    def __str__(self) -> str:
+        losses = (
+            "" if self.loss_before is None else f"loss {self.loss_before:.4f} before, {self.loss_after:.4f} after; "
+        )
+        return (
+            f"{self.survived:.1%} of the update is left, under noise of {self.noise:.2f} times its size; "
+            + (f"{self.outputs}; " if self.outputs else "")
+            + losses
+            + f"{self.beyond:,} of {self.entries:,} entries were beyond the old scales, which were computed anew"
+        )
+
+
 def compare_outputs(before: torch.Tensor, after: torch.Tensor) -> Drift:
     """Compare logits (..., classes) of the same inputs: `kl` is the mean of KL(before || after) in nats.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from slimtune.coverage import Coverage, coverage
 from slimtune.delta import PeftConfig, deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.ops.lazy_logits import lazy_head, without_lazy
+from slimtune.quantized.dequantize import expanded, make_plain, plain_dtype
+from slimtune.quantized.requantize import merge_requantized
 from slimtune.storage.checkpoint import is_checkpoint, offer_to_trainer
 from slimtune.storage.peft_format import KEY_PREFIX, adapter_folder, read_adapter, save_adapter
 
@@ -294,12 +297,15 @@ class PeftModel(Adopted):
         Raises:
             MergeError: it can't be done or strays too far; nothing is changed then.
         """
+        self._merge(adapter_names, safe_merge)
+
+    def _merge(self, adapter_names: Sequence[str] | None, safe: bool, dtype: torch.dtype | None = None) -> None:
         names = self.adapter_switch.active if adapter_names is None else tuple(adapter_names)
         self._check_known(*names)
         if self.kept:
             merged = listing(self.adapter_switch.merged)
             raise MergeError(f"adapters are merged already: {merged}; call unmerge_adapter() first")
-        self.kept = merging.merge(self, names, safe_merge)
+        self.kept = merging.merge(self, names, safe, dtype)
 
     def unmerge_adapter(self) -> None:
         """Put the weights back that were there before `merge_adapter`."""
@@ -307,21 +313,62 @@ class PeftModel(Adopted):
         self.kept, self.adapter_switch.merged = [], ()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        requantize: bool = False,
+        drift_inputs: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """The plain model with the active adapters (or these) in its weights; it is this very object.
+
+        A quantized base becomes a plain one of the model's dtype, also where no adapter is.
 
         Args:
             progressbar: taken as in `peft`; a merge takes no time to speak of and shows none.
             safe_merge: compare the outputs before and after on probe inputs.
+            requantize: leave a quantized base quantized; the merged weights are quantized again, which wipes small
+                updates out. What is lost is warned of and kept as the model's `merge_drift`.
+            drift_inputs: a batch to measure that on, with labels for the loss; without it, pseudo-random inputs.
 
         Raises:
             MergeError: it can't be done or strays too far; nothing is changed then.
+            ConfigError: the base is quantized in a way that can't be expanded.
         """
-        if not self.kept:
-            self.merge_adapter(adapter_names, safe_merge)
+        if drift_inputs is not None and not requantize:
+            raise ConfigError("drift_inputs measure what requantize=True loses; pass both or none")
+        names = self.adapter_switch.merged or adapter_names
+        if requantize:
+            return self._merged_requantized(names, safe_merge, drift_inputs)
+        dtype = plain_dtype(self)
+        was_merged = bool(self.kept)
+        if not was_merged:
+            self._merge(names, safe_merge, dtype)
+        try:
+            weights = expanded(self, dtype)
+        except BaseException:
+            if not was_merged:
+                self.unmerge_adapter()
+            raise
         merging.untie_if_changed(self)
-        return self._released()
+        return make_plain(self._released(), weights)
+
+    def _merged_requantized(self, names: Sequence[str] | None, safe: bool, inputs: Mapping[str, Tensor] | None) -> Any:
+        merged = self.adapter_switch.merged
+        chosen = self.adapter_switch.active if names is None else tuple(names)
+        self._check_known(*chosen)
+        self.unmerge_adapter()
+        try:
+            self.kept, drift = merge_requantized(self, chosen, safe, inputs)
+        except BaseException:
+            if merged:
+                self.merge_adapter(merged)
+            raise
+        merging.untie_if_changed(self)
+        model = self._released()
+        model.merge_drift = drift
+        warnings.warn(f"merged into quantized weights: {drift}", stacklevel=3)
+        return model
 
     def unload(self) -> Any:
         """The plain model without any adapter; it is this very object, with its own class and tensors."""

@@ -33,6 +33,27 @@ class Bnb4bitLinear(PackedLinear):
     def dtype(self, module: Any) -> torch.dtype:
         return module.compute_dtype or state_of(module).dtype
 
+    def make_plain(self, module: Any, weight_OI: Tensor) -> None:
+        from slimtune.quantized.bnb_storage import give_up_storage
+
+        give_up_storage(module, weight_OI)
+
+    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+        from slimtune.quantized.bnb_storage import pack_4bit
+
+        return pack_4bit(weight_OI, module.weight, state_of(module))
+
+    def beyond(self, module: Any, weight_OI: Tensor) -> int:
+        from slimtune.quantized.bnb_storage import block_maxima
+
+        state = state_of(module)
+        reach = block_maxima(state).repeat_interleave(state.blocksize)[: weight_OI.numel()]
+        # The largest of a block is its maximum, rounded as the weight is.
+        return int((weight_OI.reshape(-1).abs() > reach * (1 + 2 * torch.finfo(state.dtype).eps)).sum())
+
+    def settle(self, module: Any) -> None:
+        module.weight.module, module.quant_state = module, module.weight.quant_state
+
 
 class Bnb8bitLinear(PackedLinear):
     """int8 codes with one scale a row: w = code * scale / 127."""
@@ -50,6 +71,23 @@ class Bnb8bitLinear(PackedLinear):
     def dtype(self, module: Any) -> torch.dtype:
         # bitsandbytes doesn't store what the weight was before; what the model computes in is noted when it is claimed.
         return getattr(module, "compute_dtype", None) or torch.get_default_dtype()
+
+    def make_plain(self, module: Any, weight_OI: Tensor) -> None:
+        from slimtune.quantized.bnb_storage import give_up_storage
+
+        give_up_storage(module, weight_OI)
+
+    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+        from slimtune.quantized.bnb_storage import pack_8bit
+
+        return pack_8bit(weight_OI)
+
+    def beyond(self, module: Any, weight_OI: Tensor) -> int:
+        # A code of 127.5 would be rounded beyond the last one.
+        return int((weight_OI.abs() > scales_of(module)[:, None] * (127.5 / 127)).sum())
+
+    def settle(self, module: Any) -> None:
+        module.state.CB = module.state.SCB = None
 
 
 def state_of(module: Any) -> Any:

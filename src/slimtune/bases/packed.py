@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.delta import Base, Outline
+from slimtune.errors import MergeError
 from slimtune.ops.frozen_linear import frozen_linear
 
 
@@ -58,6 +59,26 @@ class PackedLinear(Base):
 
     def is_textbook(self, module: nn.Module) -> bool:
         return isinstance(module, Packed)
+
+    def make_plain(self, module: Any, weight_OI: Tensor) -> None:
+        """Make the module, in place, the plain one that it was before its library quantized it, with this weight."""
+        module.__class__ = nn.Linear
+        module._parameters["weight"] = nn.Parameter(weight_OI, requires_grad=False)
+
+    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+        """What the module stores for another weight, with its own settings and new scales; nothing is changed.
+
+        Raises:
+            MergeError: there is no way back into these codes.
+        """
+        raise MergeError(f"a {type(module).__name__} can't be quantized again here; merge into 16 bits")
+
+    def beyond(self, module: Any, weight_OI: Tensor) -> int:
+        """How many entries of another weight the scales that the module has can't reach."""
+        raise NotImplementedError
+
+    def settle(self, module: Any) -> None:
+        """Let what the module itself notes of its codes follow those that were put into it."""
 
     def may_fuse(self, module: Any) -> bool:
         return self.is_textbook(module) and (self.is_packed(module) or not module.weight.requires_grad)
