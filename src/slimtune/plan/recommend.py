@@ -1,0 +1,256 @@
+"""Which method and settings to choose: every candidate is fitted into the device, and the goal orders them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from slimtune.engines import Verdict, verdicts
+from slimtune.plan import rules
+from slimtune.plan.data import Lengths
+from slimtune.plan.devices import Device
+from slimtune.plan.memory import MemoryPlan, Parts
+from slimtune.plan.rules import Case, Rule
+from slimtune.plan.setting import Precision, Setting
+from slimtune.plan.time import Duration, Rates, duration
+
+FULL = "full"
+LOW_RANK = ("lora", "dora")
+
+BASES: tuple[Precision, ...] = ("dense", "nf4", "int8")
+
+_LORA: tuple[tuple[str, Precision], ...] = (("lora", "dense"), ("lora", "nf4"), ("lora", "int8"))
+_OTHERS: tuple[tuple[str, Precision], ...] = ((FULL, "dense"), ("ia3", "nf4"))
+ORDER: dict[str, tuple[tuple[str, Precision], ...]] = {
+    "task": (("lora", "dense"), ("dora", "dense"), ("lora", "nf4"), ("lora", "int8"), *_OTHERS),
+    "quality": (("dora", "dense"), ("lora", "dense"), ("dora", "nf4"), ("lora", "nf4"), *_OTHERS),
+    "fast": (*_LORA, ("ia3", "dense"), *_OTHERS),
+    "domain": ((FULL, "dense"), *_LORA),
+    "tiny": (("prompt-tuning", "dense"), ("ia3", "dense"), ("prompt-tuning", "nf4"), *_LORA),
+}
+"""What is tried for each goal, the best first: the order is that of the rules and of what they name as evidence."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a training is planned for.
+
+    Attributes:
+        methods: to choose among, by the names of `slimtune methods`; None for those of the goal.
+        bases: precisions of the base to choose among; None for all.
+        rank, batch: as wanted; None for what the rules say.
+        sequence: the longest example, in tokens.
+        dtype: of what isn't quantized.
+        devices: GPUs that share the training, by FSDP2.
+        served_on: the device that the result has to run on, where that is another one.
+    """
+
+    device: Device
+    lengths: Lengths
+    sequence: int
+    goal: str = "task"
+    has_data: bool = True
+    epochs: float = 3.0
+    methods: Sequence[str] | None = None
+    bases: Sequence[Precision] | None = None
+    rank: int | None = None
+    batch: int | None = None
+    accumulation: int | None = None
+    checkpointing: bool | None = None
+    dtype: str = "bfloat16"
+    task_type: str = "CAUSAL_LM"
+    devices: int = 1
+    served_on: Device | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train, with what it takes and why.
+
+    Attributes:
+        fits: whether the device holds it.
+        needed_bytes: of each device's memory, context and fragmentation included.
+        adapter_bytes: what is written at the end.
+        reasons: the rules that speak for it and for its settings.
+    """
+
+    method: str
+    base: Precision
+    plan: MemoryPlan
+    parts: Parts
+    fits: bool
+    needed_bytes: int
+    adapter_bytes: int
+    learning_rate: float
+    rank: int | None
+    duration: Duration
+    reasons: tuple[Rule, ...]
+    engines: tuple[Verdict, ...]
+
+    @property
+    def setting(self) -> Setting:
+        """Batch, precision, checkpointing."""
+        return self.plan.setting
+
+    @property
+    def label(self) -> str:
+        """The method with its base, as people call it."""
+        quantized = {"nf4": "NF4", "fp4": "FP4", "int8": "int8"}.get(self.base)
+        return f"{self.method} on {quantized}" if quantized else self.method
+
+
+Simulate = Callable[[Setting], MemoryPlan]
+
+
+def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: int) -> tuple[Case, list[Choice]]:
+    """All candidates of a goal, those that fit first and in the goal's order, then the others by what they need.
+
+    Raises:
+        ConfigError: a method, a goal or a setting that can't be.
+    """
+    case = Case(
+        goal=wish.goal,
+        lengths=wish.lengths if wish.has_data else None,
+        epochs=wish.epochs,
+        devices=wish.devices,
+        numbers_per_rank=numbers_per_rank,
+    )
+    choices = [_choice(method, base, wish, case, simulate, rates) for method, base in _candidates(wish)]
+    case = _judged(case, choices, wish)
+    reasoned = [replace(choice, reasons=tuple(_reasons(choice, case))) for choice in choices]
+    order = {candidate: number for number, candidate in enumerate(_preferred(case, wish))}
+    return case, sorted(
+        reasoned,
+        key=lambda choice: (
+            (False, order.get((choice.method, choice.base), len(order))) if choice.fits else (True, choice.needed_bytes)
+        ),
+    )
+
+
+def _candidates(wish: Wish) -> list[tuple[str, Precision]]:
+    order = ORDER[wish.goal]
+    if wish.methods is not None:
+        order = tuple(product(wish.methods, BASES))
+    # All weights of a quantized base can't be trained.
+    return [
+        (method, base)
+        for method, base in order
+        if (method != FULL or base == "dense") and (wish.bases is None or base in wish.bases)
+    ]
+
+
+def _preferred(case: Case, wish: Wish) -> list[tuple[str, Precision]]:
+    """The candidates in the order of preference: what will be served in 4 bits is tuned in 4 bits."""
+    candidates = _candidates(wish)
+    wanted = rules.tight_inference(case)
+    return candidates if wanted is None else sorted(candidates, key=lambda candidate: candidate[1] != wanted)
+
+
+def _judged(case: Case, choices: Sequence[Choice], wish: Wish) -> Case:
+    """The case with what the simulations have shown."""
+    fits = {(choice.method, choice.base): choice.fits for choice in choices}
+    dense = [choice for choice in choices if choice.base == "dense" and choice.method != FULL]
+    served = wish.served_on
+    return replace(
+        case,
+        dense_fits=any(choice.fits for choice in dense) if dense else True,
+        full_fits=fits.get((FULL, "dense"), False),
+        is_served_tight=bool(served and dense and not served.takes(dense[0].plan.peak.parts.weights)),
+    )
+
+
+def _choice(method: str, base: Precision, wish: Wish, case: Case, simulate: Simulate, rates: Rates) -> Choice:
+    from slimtune.cli.method import configure, find
+
+    found = find(method)
+    size = (wish.rank or rules.rank(case)) if method in LOW_RANK else None
+    config = None if method == FULL else configure(found, {"rank": size} if size else {})
+    if config is not None:
+        config.task_type = wish.task_type
+    first = Setting(
+        method=config,
+        base=base,
+        dtype="float32" if method == FULL else wish.dtype,
+        autocast=method == FULL and wish.dtype == "bfloat16",
+        sequence=wish.sequence,
+        padded=wish.lengths.tokens[0] != wish.lengths.longest,
+        task_type=wish.task_type,
+        device="cpu" if wish.device.is_cpu else "cuda",
+    )
+    plan = _fitted(first, wish, case, simulate)
+    parts = plan.sharded(wish.devices)
+    return Choice(
+        method=method,
+        base=base,
+        plan=plan,
+        parts=parts,
+        fits=wish.device.takes(parts.total),
+        needed_bytes=wish.device.needed_bytes(parts.total),
+        adapter_bytes=plan.peak.parts.weights if method == FULL else plan.peak.parts.adapter,
+        learning_rate=found.config.learning_rate,
+        rank=size,
+        duration=duration(plan, wish.lengths, wish.epochs, wish.device, rates),
+        reasons=(),
+        engines=tuple(verdicts(config.to_dict(), [])) if config is not None else (),
+    )
+
+
+def _fitted(first: Setting, wish: Wish, case: Case, simulate: Simulate) -> MemoryPlan:
+    """The plan of the largest micro-batch that fits, without checkpointing if any does; the smallest if none does.
+
+    What is accumulated makes up for a smaller micro-batch.
+    """
+    effective = wish.batch * (wish.accumulation or 1) if wish.batch else rules.effective_batch(case)
+
+    def planned(batch: int, checkpointing: bool) -> MemoryPlan:
+        accumulation = wish.accumulation or max(1, effective // batch)
+        return simulate(replace(first, batch=batch, accumulation=accumulation, gradient_checkpointing=checkpointing))
+
+    options = (False, True) if wish.checkpointing is None else (wish.checkpointing,)
+    for checkpointing in options:
+        batch = wish.batch or effective
+        while batch:
+            plan = planned(batch, checkpointing)
+            if wish.device.takes(plan.sharded(wish.devices).total):
+                return plan
+            batch = 0 if wish.batch else _smaller(plan, wish)
+    return planned(wish.batch or 1, options[-1])
+
+
+def _smaller(plan: MemoryPlan, wish: Wish) -> int:
+    """The largest half of a half of a plan's micro-batch that may fit; 0 if not even a single example can."""
+    parts = plan.sharded(wish.devices)
+    lasting = parts.weights + parts.adapter + parts.gradients + parts.optimizer
+    batch = plan.setting.batch // 2
+    while batch and lasting + parts.activations * batch / plan.setting.batch > wish.device.room_bytes:
+        batch //= 2
+    return batch
+
+
+def _reasons(choice: Choice, case: Case) -> Iterator[Rule]:
+    """The rules that led to a choice, those on the method first."""
+    case = replace(case, rank=choice.rank or case.rank)
+    if rules.in_context_first(case):
+        yield rules.in_context_first
+    on_method: dict[str, Any] = {
+        "dora": rules.dora,
+        "prompt-tuning": rules.soft_prompt,
+        FULL: rules.full_for_domains,
+        "lora": rules.full_for_domains,
+    }
+    rule = on_method.get(choice.method)
+    if rule and rule(case) == choice.method:
+        yield rule
+    if choice.base == "nf4" and rules.qlora(case):
+        yield rules.qlora
+    if rules.tight_inference(case):
+        yield rules.tight_inference
+    if rules.plenty(case):
+        yield rules.plenty
+    elif rules.not_enough(case):
+        yield rules.not_enough
+    if choice.method in LOW_RANK:
+        yield from (rules.all_linear, rules.rank, rules.alpha, rules.learning_rate)
+    yield rules.effective_batch
