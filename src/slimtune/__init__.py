@@ -26,8 +26,10 @@ _HOME = {
     "AutoPeftModelForTokenClassification": "auto",
     "PromptEncoderReparameterizationType": "methods.p_tuning",
     "PromptTuningInit": "methods.prompt_tuning",
-    "EvaConfig": "methods.lora",
+    "EvaConfig": "methods.lora_starts",
+    "LoftQConfig": "methods.lora_starts",
     "initialize_lora_eva_weights": "eva",
+    "replace_lora_weights_loftq": "loftq",
     "load": "loading",
     "load_diffusers_lora": "diffusion",
     "save_diffusers_lora": "diffusion",
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
     from slimtune.diffusion import load_diffusers_lora, save_diffusers_lora
     from slimtune.eva import initialize_lora_eva_weights
     from slimtune.loading import load
-    from slimtune.methods.lora import EvaConfig, LoraConfig
+    from slimtune.loftq import replace_lora_weights_loftq
+    from slimtune.methods.lora import LoraConfig
+    from slimtune.methods.lora_starts import EvaConfig, LoftQConfig
     from slimtune.methods.p_tuning import PromptEncoderReparameterizationType
     from slimtune.methods.prompt_tuning import PromptTuningInit
     from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

@@ -20,7 +20,8 @@ from slimtune.adopt import attach_to
 from slimtune.delta import Delta, Site
 from slimtune.errors import ConfigError, did_you_mean
 from slimtune.inits import IncrementalPCA
-from slimtune.methods.lora import EvaConfig, LoraConfig, LoraDelta, LoraLinear
+from slimtune.methods.lora import LoraConfig, LoraDelta, LoraLinear
+from slimtune.methods.lora_starts import EvaConfig
 
 Sites = dict[str, tuple[Site, LoraLinear]]
 

@@ -212,7 +212,7 @@ MISTAKES: dict[str, tuple[Specimen, dict[str, Any], str]] = {
     "convolution": (MIXTURE, {"target_modules": ["conv2d"], "init_lora_weights": "pissa", "r": 2}, "linear layers"),
     "too-large-a-rank": (LLAMA, {"r": 12, "init_lora_weights": "olora", "target_modules": ["k_proj"]}, "choose r <= 8"),
     "odd-rank": (LLAMA, {"r": 3, "init_lora_weights": "orthogonal"}, "even rank"),
-    "loftq": (LLAMA, {"init_lora_weights": "loftq"}, "quantized base"),
+    "loftq": (LLAMA, {"init_lora_weights": "loftq"}, "isn.t in them; load the model with quantize"),
     "iterations": (LLAMA, {"init_lora_weights": "pissa_niter_many"}, "pissa_niter_"),
     "misspelt": (LLAMA, {"init_lora_weights": "pisa"}, "did you mean 'pissa'"),
     "eva-config": (LLAMA, {"eva_config": {}}, "init_lora_weights='eva'"),

@@ -4,7 +4,8 @@ y = base(x) + s * B(A(dropout(x))),  s = alpha / r, or alpha / sqrt(r) with rsLo
 
 With PiSSA and OLoRA training starts at factors A0 and B0 of the base weight; the change is then B A - B0 A0, which is
 nothing at the start, and the base stays as it is. In one product, and without a difference of large numbers:
-B A - B0 A0 = [B, B - B0] [A - A0; A0], which is a LoRA of rank 2r and is stored as one.
+B A - B0 A0 = [B, B - B0] [A - A0; A0], which is a LoRA of rank 2r and is stored as one. With LoftQ s B A starts at what
+quantization took from the base, which stays as it is too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,41 +30,16 @@ from slimtune.errors import (
     check_whole,
     did_you_mean,
 )
-from slimtune.inits import orthogonal, principal
+from slimtune.inits import Factors, orthogonal, pissa, principal
 from slimtune.methods.lora_parameters import LoraParameters, holders
+from slimtune.methods.lora_starts import EvaConfig, LoftQConfig, settings
 from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
 
-INITIALISATIONS = ("gaussian", "pissa", "olora", "eva", "orthogonal")
-LINEAR_ONLY = ("pissa", "olora", "orthogonal")
+if TYPE_CHECKING:
+    from slimtune.originals import Originals
 
-
-@dataclass
-class EvaConfig:
-    """How EVA finds and shares out the ranks; names, defaults and meanings are those of `peft.EvaConfig`.
-
-    Args:
-        rho: a module gets at most rho * r ranks; 1 leaves all ranks as they are.
-        tau: a direction has settled when its cosine with the one before is at least this.
-        use_label_mask, label_mask_value: leave out the tokens whose label is this value.
-        whiten: divide each direction by the root of its singular value.
-        adjust_scaling_factors: give a module with another rank the alpha that keeps its scale.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-
-    rho: float = 2.0
-    tau: float = 0.99
-    use_label_mask: bool = True
-    label_mask_value: int = -100
-    whiten: bool = False
-    adjust_scaling_factors: bool = True
-
-    def __post_init__(self) -> None:
-        if self.rho < 1:
-            raise ConfigError(f"rho must be at least 1, found {self.rho!r}")
-        if not 0 <= self.tau <= 1:
-            raise ConfigError(f"tau must lie in [0, 1], found {self.tau!r}")
+INITIALISATIONS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal")
+LINEAR_ONLY = ("pissa", "olora", "loftq", "orthogonal")
 
 
 @register
@@ -90,6 +66,7 @@ class LoraConfig(LayeredConfig):
     use_dora: bool = False
     init_lora_weights: bool | str = True
     eva_config: EvaConfig | dict[str, Any] | None = None
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_parameters: list[str] | None = None
@@ -97,7 +74,7 @@ class LoraConfig(LayeredConfig):
 
     inert: ClassVar[Mapping[str, Any]] = {
         "megatron_config": None, "megatron_core": "megatron.core",
-        "loftq_config": {}, "corda_config": None, "lora_ga_config": None, "velora_config": None,
+        "corda_config": None, "lora_ga_config": None, "velora_config": None,
         "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
         "monteclora_config": None, "layer_replication": None, "lora_bias": False,
         "use_bdlora": None, "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
@@ -111,6 +88,7 @@ class LoraConfig(LayeredConfig):
         self._check_parts()
         self.parameters_of: dict[str, list[str]] = {}
         self.tokens_of: dict[str, list[int]] = {}
+        self.originals: Originals | None = None
 
     def _check_parts(self) -> None:
         if self.target_parameters and self.target_modules is None:
@@ -141,8 +119,15 @@ class LoraConfig(LayeredConfig):
         return further
 
     def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
-        """Let tied embeddings share their trained rows."""
+        """Let tied embeddings share their trained rows; note where the weights are that LoftQ starts from."""
         share_tied_rows(drafted)
+        if self.initialisation == "loftq":
+            # It reads quantized modules, which most models have none of.
+            from slimtune.originals import Originals
+
+            assert isinstance(self.loftq_config, LoftQConfig)
+            self.loftq_config.check()
+            self.originals = Originals.of(model)
 
     def _check_numbers(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -155,15 +140,17 @@ class LoraConfig(LayeredConfig):
     def _check_initialisation(self) -> None:
         init = self.initialisation
         steps = init.removeprefix("pissa_niter_")
-        if init == "loftq":
-            raise ConfigError("init_lora_weights='loftq' needs a quantized base, which this version doesn't have")
         if not isinstance(self.init_lora_weights, bool) and init not in INITIALISATIONS and not steps.isdecimal():
             raise ConfigError(
-                "init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'olora', 'eva' or "
-                f"'orthogonal', found {self.init_lora_weights!r}{did_you_mean(init, INITIALISATIONS)}"
+                "init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'olora', 'eva', "
+                f"'loftq' or 'orthogonal', found {self.init_lora_weights!r}{did_you_mean(init, INITIALISATIONS)}"
             )
         if isinstance(self.eva_config, dict):
-            self.eva_config = EvaConfig(**self.eva_config)
+            self.eva_config = settings(EvaConfig, self.eva_config)
+        if init == "loftq" and not isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = settings(LoftQConfig, self.loftq_config or {})
+        elif init != "loftq" and self.loftq_config:
+            raise ConfigError(f"loftq_config needs init_lora_weights='loftq', found {self.init_lora_weights!r}")
         if init == "eva":
             self.eva_config = self.eva_config or EvaConfig()
         elif self.eva_config is not None:
@@ -181,6 +168,9 @@ class LoraConfig(LayeredConfig):
 
     def stored_fields(self) -> dict[str, Any]:
         """The config as it is stored; a change from a moved start is a plain LoRA of twice the rank."""
+        if self.initialisation == "loftq":
+            # Whoever reads it finds the quantized base as it was, not one that the start has changed.
+            return super().stored_fields() | {"init_lora_weights": True, "loftq_config": {}}
         if not self.moves_start:
             return super().stored_fields()
         by = math.sqrt(2) if self.use_rslora else 2
@@ -198,6 +188,11 @@ class LoraConfig(LayeredConfig):
             raise ConfigError(
                 f"an adapter stored with init_lora_weights={self.init_lora_weights!r} belongs to a base that was "
                 "changed at its start; convert it with peft's path_initial_model_for_weight_conversion"
+            )
+        if self.initialisation == "loftq":
+            raise ConfigError(
+                "an adapter stored with init_lora_weights='loftq' belongs to a base that was changed at its start; set "
+                "init_lora_weights to true in its adapter_config.json and load it on the base stored with it"
             )
 
     def rank_for(self, name: str) -> int:
@@ -221,7 +216,7 @@ class LoraConfig(LayeredConfig):
         rank = sum(ranks) if how == "cat" else (rank or max(ranks))
         # alpha = r and no rsLoRA: the adapters' scales are inside the factors.
         plain: Any = {"lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-        plain |= {"init_lora_weights": True, "eva_config": None}
+        plain |= {"init_lora_weights": True, "eva_config": None, "loftq_config": {}}
         return replace(self, r=rank, target_modules=targets, **plain)
 
     def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> Delta:
@@ -411,21 +406,26 @@ class LoraLinear(LoraDelta):
         if not config.initialisation.startswith(LINEAR_ONLY):
             super().initialise(config, site)
             return
-        weight_OI = site.base.weight(site.module).detach()
-        if weight_OI.is_meta:
-            raise ConfigError(
-                f"init_lora_weights={config.init_lora_weights!r} reads the weight of '{site.name}', which is offloaded"
-            )
-        if config.initialisation == "orthogonal":
-            start = orthogonal(weight_OI, self.r)
-        else:
-            start = principal(weight_OI, self.r, self.scaling, config.initialisation)
         with torch.no_grad():
-            for parameter, value in zip(self.trained, start, strict=True):
+            for parameter, value in zip(self.trained, self._start(config, site), strict=True):
                 parameter.copy_(value)
             if self.moved:
                 self.get_buffer("start_A").copy_(self.trained[0])
                 self.get_buffer("start_B").copy_(self.trained[1])
+
+    def _start(self, config: LoraConfig, site: Site) -> Factors:
+        """The factors that follow from the base weight. Raises: ConfigError, where that can't be read."""
+        if site.outline.device.type == "meta":
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r} reads the weight of '{site.name}', which is offloaded"
+            )
+        if config.initialisation == "loftq":
+            assert config.originals is not None
+            return pissa(config.originals.lost(site), self.r, self.scaling)
+        weight_OI = site.base.weight(site.module).detach()
+        if config.initialisation == "orthogonal":
+            return orthogonal(weight_OI, self.r)
+        return principal(weight_OI, self.r, self.scaling, config.initialisation)
 
     def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.moved:
