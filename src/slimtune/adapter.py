@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adopt import Adopted, adopt, attach_to
-from slimtune.bases import claim
+from slimtune.bases import base_of, claim
 from slimtune.delta import Delta, PeftConfig, Site, deltas_of
-from slimtune.errors import AdapterExistsError, BaseMismatchError, ConfigError, listing
+from slimtune.errors import AdapterExistsError, BaseMismatchError, ConfigError, TargetError, listing
 from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
 from slimtune.structure import input_embeddings
 from slimtune.targets import resolve, walk
@@ -49,7 +50,20 @@ def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: boo
         deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site, "bias")
     drafted = list(deltas.values())
     config.settle(model, drafted)
+    if not config.inference_mode:
+        _check_gradients(model, drafted)
     return drafted
+
+
+def _check_gradients(model: nn.Module, drafted: Draft) -> None:
+    """See that gradients come through the modules from the first delta on. Raises: TargetError."""
+    sites = {id(site.module) for site, _ in drafted}
+    for path, module in itertools.dropwhile(lambda named: id(named[1]) not in sites, walk(model)):
+        if base_of(module).loses_gradient(module):
+            raise TargetError(
+                f"gradients don't come through '{path}', a {type(module).__name__}, so that nothing below it would "
+                "learn; load the base in 16 bits or quantized by bitsandbytes"
+            )
 
 
 def attach(model: Any, name: str, drafted: Draft) -> None:

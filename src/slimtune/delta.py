@@ -97,6 +97,10 @@ class Base(ABC):
         """The inverse of `dense`: the tensors as the module stores them."""
         return dense
 
+    def loses_gradient(self, module: Any) -> bool:
+        """Whether gradients don't come through the module, found by trying where its forward isn't known."""
+        return False
+
     def is_textbook(self, module: nn.Module) -> bool:
         """Whether the module computes its kind's textbook product and nothing else."""
         forward = getattr(type(module), "adopted_from", type(module)).forward

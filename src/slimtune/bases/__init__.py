@@ -15,7 +15,8 @@ from slimtune.delta import Base
 
 @functools.cache
 def _files() -> tuple[Any, ...]:
-    return tuple(importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    files = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return tuple(sorted(files, key=lambda file: getattr(file, "GENERIC", False)))
 
 
 def base_of(module: nn.Module) -> Base:
@@ -36,7 +37,7 @@ def _full_name(module_type: type) -> str:
 
 
 def claim(model: nn.Module) -> None:
-    """Make ours, in place, the modules that another library quantized: the same storage, our own product."""
+    """Find the modules that another library quantized; where their storage is known, our own product takes over."""
     dtype = getattr(model, "dtype", None)
     for file in _files():
         if hasattr(file, "claim"):
