@@ -71,6 +71,10 @@ class Base(ABC):
     def weight(self, module: Any) -> Tensor:
         """The weight as (out, in, ...), a view of the stored one where that is possible."""
 
+    def turned(self, stored: Tensor) -> Tensor:
+        """A dense weight that is laid out as the module stores it, as (out, in, ...)."""
+        return stored
+
     def outline(self, module: Any) -> Outline:
         """The weight's shape, dtype and device."""
         weight = self.weight(module)
@@ -330,8 +334,7 @@ class Difference(Delta):
 
     def fold(self, dense: Dense) -> Dense:
         """W + D. Raises: MergeError, where the module has no place for it."""
-        # A carrier of the same layout, so that D is turned as W is.
-        changes = self.base.dense(nn.ParameterDict(self.differences))
+        changes = {n: self.base.turned(d) if n == "weight" else d for n, d in self.differences.items()}
         for name in changes.keys() - dense.keys():
             raise MergeError(
                 f"the base's architecture has no place for a {name} here, so that none can be written into it; keep "

@@ -62,6 +62,11 @@ def test_every_method_attaches_somewhere_by_default() -> None:
     assert {method for method, _ in applicable()} == set(methods())
 
 
+def test_every_method_for_a_model_is_for_it_in_few_bits_too() -> None:
+    on_model = {name: {method for method, on in applicable() if on == name} for name in BY_NAME}
+    assert all(on_model[specimen.name] == on_model["llama"] for specimen in QUANTIZED)
+
+
 @each_pair
 def test_identity_at_initialisation(method: str, on: str) -> None:
     specimen = BY_NAME[on]

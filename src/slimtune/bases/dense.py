@@ -40,7 +40,10 @@ class DenseConv1D(DenseLinear):
         return module.weight.shape[0], module.weight.shape[1]
 
     def weight(self, module: Any) -> Tensor:
-        return module.weight.t()
+        return self.turned(module.weight)
+
+    def turned(self, stored: Tensor) -> Tensor:
+        return stored.t()
 
     def repack(self, module: nn.Module, dense: Dense) -> Dense:
         return dense | {"weight": dense["weight"].t().contiguous()}
@@ -69,7 +72,10 @@ class DenseEmbedding(Base):
         return module.num_embeddings, module.embedding_dim
 
     def weight(self, module: Any) -> Tensor:
-        return module.weight.t()
+        return self.turned(module.weight)
+
+    def turned(self, stored: Tensor) -> Tensor:
+        return stored.t()
 
     def repack(self, module: nn.Module, dense: Dense) -> Dense:
         return dense | {"weight": dense["weight"].t().contiguous()}

@@ -31,6 +31,8 @@ class FullConfig(TargetedConfig):
     - `store="whole"` holds W' in the base's dtype, P numbers and no sums; 16-bit weights lose updates that are small
       beside them. Two such adapters can't be active together.
 
+    A quantized weight is expanded for either: W' of a 4-bit base is four times its size, in 16 bits, and D eight times.
+
     Gradients and the optimizer's state come on top, as in any full fine-tuning; what neither saves is the base, which
     stays for switching back. Parameters that are tied in the base are one parameter here too.
 
@@ -56,9 +58,11 @@ class FullConfig(TargetedConfig):
 
     def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> FullDifference | FullCopy:
         """What is trained of one module's own parameters. Raises: TargetError."""
-        own = dict(site.module.named_parameters(recurse=False))
-        if not own or not all(parameter.is_floating_point() for parameter in own.values()):
-            raise wrong_kind(site, "full tuning", "modules with floating-point parameters of their own")
+        own = {name: site.base.floating(site.module, name) for name, _ in site.module.named_parameters(recurse=False)}
+        if not own or not all(tensor is not None and tensor.is_floating_point() for tensor in own.values()):
+            raise wrong_kind(
+                site, "full tuning", "modules with parameters of their own that have a floating-point form"
+            )
         return FullCopy(site) if self.store == "whole" else FullDifference(site, [*own], autocast_adapter_dtype)
 
     def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
