@@ -1,0 +1,71 @@
+"""Tensors without data that run through the code of real ones.
+
+Numbers are fake; token ids, labels and masks are real, so that code which looks at them takes its usual way. Where a
+number is read all the same the answer is one, and yes: a check passes, a bound is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+
+from slimtune.errors import ConfigError
+from slimtune.plan.live import Ledger, tensors_in
+
+LARGEST_REAL = 2**20
+"""Elements of the largest integers and flags that are kept real."""
+
+_aten = torch.ops.aten
+
+
+class FakeLedger(Ledger):
+    """Counts what operations on fake tensors would allocate; enter it inside of its `fake` mode."""
+
+    def __init__(self, rounded: Callable[[int], int] | None = None, fake: FakeTensorMode | None = None) -> None:
+        super().__init__(rounded)
+        self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        has_fake = any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, tuple(kwargs.values()))))
+        if not has_fake and func in (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default):
+            return _really(func, args, kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except DataDependentOutputException:
+            return _answer(func, args)
+        except DynamicOutputShapeException as error:
+            raise ConfigError(
+                f"the model chooses how much it computes by what it has computed ({func}), which can't be planned "
+                "without running it"
+            ) from error
+        return result if has_fake or not _stays_real(result) else _really(func, args, kwargs)
+
+
+def _stays_real(result: Any) -> bool:
+    found = list(tensors_in((result,)))
+    return bool(found) and all(not t.is_floating_point() and t.numel() <= LARGEST_REAL for t in found)
+
+
+def _really(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with unset_fake_temporarily():
+        return func(*args, **kwargs)
+
+
+def _answer(func: Any, args: tuple[Any, ...]) -> Any:
+    if func is _aten.equal.default:
+        return False
+    value: Tensor = args[0]
+    return {torch.bool: True}.get(
+        value.dtype, math.nan if value.is_complex() else 1.0 if value.is_floating_point() else 1
+    )

@@ -1,0 +1,135 @@
+"""Planning memory: the library's own load, attach and training step, run on tensors without data."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from slimtune.delta import PeftConfig
+from slimtune.errors import ConfigError, did_you_mean
+from slimtune.plan.build import build, config_of
+from slimtune.plan.depth import Sketch, continued, cut, repeating
+from slimtune.plan.memory import MemoryPlan, Moment, Phase, Work, fullest
+from slimtune.plan.setting import Setting
+from slimtune.plan.trace import trace
+
+ORDER: tuple[Phase, ...] = ("load", "attach", "forward", "backward", "update", "evaluation", "merge")
+
+
+def simulate(
+    model: str | Path | Any,
+    method: PeftConfig | None = None,
+    *,
+    evaluation: bool = False,
+    merge: bool = False,
+    rounded: Callable[[int], int] | None = None,
+    whole: bool = False,
+    trust_remote_code: bool = False,
+    **setting: Any,
+) -> MemoryPlan:
+    """The memory of one training step, from a model's configuration alone.
+
+    Args:
+        model: a folder with config.json, a Hub id, a packaged name, or a configuration of transformers.
+        method: the adapter's config, or None for tuning all weights themselves.
+        evaluation: simulate an evaluation step too.
+        merge: simulate merging the adapter too.
+        rounded: what an allocator makes of a number of bytes.
+        whole: simulate every block, also where they repeat.
+        setting: the fields of `Setting`.
+
+    Raises:
+        ModelNotFoundError: the configuration can't be read.
+        ConfigError, TargetError: a setting that can't be, or that doesn't go with the model.
+    """
+    asked = setting_of(method, setting)
+    config = config_of(model, trust_remote_code)
+    asked, notes = _as_stored(config, asked)
+    task_type = asked.task_type or getattr(method, "task_type", None)
+    options: Any = {"evaluation": evaluation, "merge": merge, "rounded": rounded}
+    with _quiet():
+        sketch = None
+        blocks = None if whole else repeating(config, lambda short: build(short, asked, task_type), method)
+        if blocks is not None:
+            small, large = (
+                trace(cut(config, depth), asked, task_type, blocks=blocks, **options) for depth in blocks.depths
+            )
+            sketch = continued(small, large, blocks)
+        if sketch is None:
+            sketch = trace(config, asked, task_type, **options)
+    return plan_of(sketch, asked, notes)
+
+
+def setting_of(method: PeftConfig | None, fields: dict[str, Any]) -> Setting:
+    """The setting with these fields. Raises: ConfigError."""
+    known = [field.name for field in dataclasses.fields(Setting) if field.name != "method"]
+    for name in fields.keys() - set(known):
+        raise ConfigError(f"a plan has no setting {name!r}{did_you_mean(name, known)}")
+    setting = Setting(method=method, **fields)
+    if method is None and setting.base != "dense":
+        raise ConfigError(f"the weights of a {setting.base} base can't be tuned themselves; pass a method's config")
+    return setting
+
+
+def _as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]:
+    """The setting for a model that is stored quantized already: that is the base then. Raises: ConfigError."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return setting, ()
+    how = stored if isinstance(stored, dict) else stored.to_dict()
+    if how.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        raise ConfigError(
+            f"the model is stored by {how.get('quant_method')}, which can't be planned; use its dense form"
+        )
+    base = how.get("bnb_4bit_quant_type", "fp4") if how.get("load_in_4bit") else "int8"
+    del config.quantization_config
+    nested = bool(how.get("bnb_4bit_use_double_quant"))
+    return dataclasses.replace(setting, base=base, double_quantization=nested), (f"the model is stored as {base}",)
+
+
+def plan_of(sketch: Sketch, setting: Setting, notes: tuple[str, ...] = ()) -> MemoryPlan:
+    """The plan that a run comes to."""
+    by_phase: dict[Phase, list[Moment]] = {}
+    for moment in sketch.moments.values():
+        by_phase.setdefault(moment.phase, []).append(moment)
+    return MemoryPlan(
+        setting=setting,
+        moments=tuple(fullest(by_phase[phase]) for phase in ORDER if phase in by_phase),
+        activations=sketch.activations,
+        parameters=sketch.facts.parameters,
+        trainable=sketch.facts.trainable,
+        block_bytes=sketch.facts.block_bytes,
+        trainable_block_bytes=sketch.facts.trainable_block_bytes,
+        paged_bytes=sketch.paged_bytes,
+        work=_work(sketch, setting),
+        notes=(*notes, *sketch.notes),
+    )
+
+
+def _work(sketch: Sketch, setting: Setting) -> dict[Phase, Work]:
+    """The work of a step: of an accumulation two micro-batches at most were run."""
+    ran = min(setting.accumulation, 2)
+
+    def all_of(phase: Phase, done: int) -> int:
+        return done * setting.accumulation // ran if phase in ("forward", "backward") else done
+
+    return {p: Work(all_of(p, w.flops), all_of(p, w.bytes_moved)) for p, w in sketch.work.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries say of a model that won't be used."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)

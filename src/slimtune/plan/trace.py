@@ -1,0 +1,276 @@
+"""One training step run under a ledger: attach, forward, backward, update, and after them evaluation and merge."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from slimtune.errors import ConfigError, MergeError
+from slimtune.model import get_peft_model
+from slimtune.plan.build import PAGED_FROM, batch_for, build, kernels_of, optimizer_for
+from slimtune.plan.depth import Blocks, Facts, Key, Sketch, block_list
+from slimtune.plan.fake import FakeLedger
+from slimtune.plan.live import Ledger, Places, Storage
+from slimtune.plan.memory import Moment, Parts, Phase
+from slimtune.plan.setting import Setting
+
+PARTS = tuple(Parts().named())
+
+
+@dataclass
+class Run:
+    """A model, its ledger, and which storages are what.
+
+    Attributes:
+        owners: the part of a storage by the storage's identity.
+        began: the number of the step's first operation.
+        kept: what was there when a forward ended and not before it.
+    """
+
+    setting: Setting
+    ledger: Ledger
+    model: Any
+    largest_dense: int
+    facts: Facts
+    owners: dict[int, str] = field(default_factory=dict)
+    paged: set[int] = field(default_factory=set)
+    began: int = 0
+    kept: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def own(self, part: str, storages: Iterable[Storage]) -> None:
+        """Note what storages are, unless they are known to be something else."""
+        for storage in storages:
+            self.owners.setdefault(id(storage), part)
+
+
+def trace(
+    config: Any,
+    setting: Setting,
+    task_type: str | None,
+    fake: bool = True,
+    steps: int = 1,
+    evaluation: bool = False,
+    merge: bool = False,
+    rounded: Callable[[int], int] | None = None,
+    blocks: Blocks | None = None,
+) -> Sketch:
+    """Run the setting on a model of this configuration, and sum up what it took.
+
+    Args:
+        fake: on tensors without data; else really, on the CPU.
+        steps: one is enough for the steady state, which keeps what the first update leaves behind.
+        blocks: where moments are told apart by the position of their block.
+    """
+    with kernels_of(setting.device, fake):
+        run = _prepared(config, setting, task_type, fake, rounded)
+        _train(run, steps)
+        if evaluation:
+            _evaluate(run)
+        if merge:
+            _merge(run)
+    return _sketch(run, blocks)
+
+
+@contextlib.contextmanager
+def _counting(ledger: Ledger, phase: Phase) -> Any:
+    ledger.phase = phase
+    fake = ledger.fake if isinstance(ledger, FakeLedger) else contextlib.nullcontext()
+    with fake, ledger:
+        yield
+
+
+def _prepared(
+    config: Any, setting: Setting, task_type: str | None, fake: bool, rounded: Callable[[int], int] | None
+) -> Run:
+    from transformers.initialization import no_init_weights
+
+    builder = FakeLedger() if fake else None
+    with builder.fake if builder else contextlib.nullcontext(), builder or contextlib.nullcontext():
+        with no_init_weights() if fake else contextlib.nullcontext():
+            model = build(config, setting, task_type)
+        largest = 0
+        if setting.base != "dense":
+            from slimtune.plan.quantize import quantize
+
+            largest = quantize(model, setting)
+    ledger = FakeLedger(rounded, builder.fake) if builder else Ledger(rounded)
+    with _counting(ledger, "attach"):
+        weights = ledger.of(_held(model))
+        if setting.method is not None:
+            # A copy: attaching notes in a config what it found.
+            model = get_peft_model(model, copy.deepcopy(setting.method))
+        else:
+            model.requires_grad_(True)
+        model.train()
+    run = Run(setting, ledger, model, largest, _facts(model))
+    run.own("weights", weights)
+    run.own("adapter", ledger.live())
+    return run
+
+
+def _facts(model: Any) -> Facts:
+    """What is counted without running: parameters as they are before quantization, and bytes."""
+    found = block_list(model)
+    blocks = list(found[1]) if found else []
+    return Facts(
+        depth=len(blocks),
+        parameters=sum(_count(parameter) for parameter in model.parameters()),
+        trainable=sum(parameter.numel() for parameter in _trained(model)),
+        block_bytes=max((sum(p.nbytes for p in block.parameters()) for block in blocks), default=0),
+        trainable_block_bytes=max((sum(p.nbytes for p in _trained(block)) for block in blocks), default=0),
+    )
+
+
+def _count(parameter: Any) -> int:
+    """How many numbers a parameter stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def _held(model: nn.Module) -> list[torch.Tensor]:
+    if any(hasattr(parameter, "quant_state") or hasattr(parameter, "SCB") for parameter in model.parameters()):
+        from slimtune.plan.quantize import tensors_of
+
+        return tensors_of(model)
+    return [*model.parameters(), *model.buffers()]
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _train(run: Run, steps: int) -> None:
+    ledger, setting, model = run.ledger, run.setting, run.model
+    trained = _trained(model)
+    if not trained:
+        raise ConfigError("nothing of the model would be trained; choose another method")
+    optimizer = optimizer_for(setting, trained)
+    with _counting(ledger, "forward"):
+        batch = batch_for(model, setting)
+        run.own("activations", ledger.of(batch.values()))
+    run.began = ledger.time
+    ledger.places = Places(model, _head(model))
+    autocast = torch.autocast("cpu", torch.bfloat16) if setting.autocast else contextlib.nullcontext()
+    with ledger.places.watched():
+        for _ in range(steps):
+            # A third micro-batch finds what the second one found.
+            for _ in range(min(setting.accumulation, 2)):
+                with _counting(ledger, "forward"), autocast:
+                    before = {id(storage) for storage in ledger.live()}
+                    loss = model(**batch).loss
+                    if loss is None:
+                        raise ConfigError(f"a {type(model).__name__} has no loss of its own; pass another task_type")
+                    kept = [storage for storage in ledger.live() if id(storage) not in before]
+                run.kept |= {id(storage) for storage in kept}
+                with _counting(ledger, "backward"):
+                    (loss / setting.accumulation if setting.accumulation > 1 else loss).backward()
+                    del loss
+                    run.own("gradients", ledger.of(p.grad for p in trained if p.grad is not None))
+            with _counting(ledger, "update"):
+                optimizer.step()
+                for parameter in trained:
+                    state = ledger.of(t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor))
+                    run.own("optimizer", state)
+                    if setting.optimizer.startswith("paged") and parameter.numel() >= PAGED_FROM:
+                        run.paged |= {id(s) for s in state if s.nbytes >= parameter.numel()}
+                optimizer.zero_grad()
+    # What is still there belongs to the method: it keeps it from step to step.
+    run.own("adapter", [s for s in ledger.live() if s.born >= run.began])
+    if steps == 1:
+        for storage in ledger.live():
+            storage.born = min(storage.born, run.began)
+
+
+def _head(model: Any) -> str:
+    """The path of the layer after which the loss comes."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [name for name, module in model.named_modules() if module is output]
+    last = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    return names[0] if names else last[-1]
+
+
+def _evaluate(run: Run) -> None:
+    model = run.model.eval()
+    with _counting(run.ledger, "evaluation"), run.ledger.places.watched(), torch.no_grad():  # type: ignore[union-attr]
+        model(**batch_for(model, run.setting))
+    model.train()
+
+
+def _merge(run: Run) -> None:
+    if run.setting.method is None:
+        return
+    with _counting(run.ledger, "merge"):
+        try:
+            run.model.merge_and_unload()
+        except MergeError as error:
+            run.notes.append(f"it can't be merged: {error}")
+
+
+def _sketch(run: Run, blocks: Blocks | None) -> Sketch:
+    """The fullest moment of each phase and place, and the totals."""
+    live = _timeline(run)
+    totals = live.sum(0)
+    moments: dict[Key, Moment] = {("load", "", False): _load(run)}
+    for operation in run.ledger.operations:
+        place = operation.place
+        label = blocks.label(place.module, run.facts.depth) if blocks else place.module
+        key = operation.phase, label or "", place.in_loss
+        total = int(totals[operation.time])
+        if label is not None and (key not in moments or total > moments[key].total):
+            parts = Parts(**{name: int(live[i, operation.time]) for i, name in enumerate(PARTS)})
+            moments[key] = Moment(operation.phase, place.module, operation.name, parts)
+    return Sketch(
+        moments=moments,
+        activations=_activations(run),
+        facts=run.facts,
+        paged_bytes=sum(s.nbytes for s in run.ledger.storages if id(s) in run.paged),
+        work=dict(run.ledger.work),
+        notes=tuple(run.notes),
+    )
+
+
+def _load(run: Run) -> Moment:
+    """Weights come one by one, and one that is quantized is there in its dense form until it is done."""
+    weights = sum(s.nbytes for s in run.ledger.storages if run.owners.get(id(s)) == "weights")
+    return Moment("load", "", "", Parts(weights=weights, workspace=run.largest_dense))
+
+
+def _part(run: Run, storage: Storage) -> str:
+    known = run.owners.get(id(storage))
+    if known is not None:
+        return known
+    if storage.place.in_loss:
+        return "loss"
+    return "activations" if id(storage) in run.kept else "workspace"
+
+
+def _timeline(run: Run) -> np.ndarray:
+    """Live bytes of each part (rows) at each operation (columns)."""
+    ledger = run.ledger
+    changes = np.zeros((len(PARTS), ledger.time + 2), dtype=np.int64)
+    for storage in ledger.storages:
+        if id(storage) not in run.paged and storage.died >= storage.born:
+            row = PARTS.index(_part(run, storage))
+            changes[row, storage.born] += storage.nbytes
+            changes[row, min(storage.died, ledger.time) + 1] -= storage.nbytes
+    return changes.cumsum(1)
+
+
+def _activations(run: Run) -> dict[str, int]:
+    """What is kept for the backward pass, by module, all blocks together."""
+    found: dict[str, int] = {}
+    for storage in run.ledger.storages:
+        if id(storage) in run.kept and _part(run, storage) == "activations":
+            name = re.sub(r"\.\d+(?=\.|$)", ".*", storage.place.module)
+            found[name] = found.get(name, 0) + storage.nbytes
+    return found
