@@ -33,7 +33,7 @@ from slimtune.coverage import Coverage, coverage
 from slimtune.delta import PeftConfig, deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.ops.lazy_logits import lazy_head, without_lazy
-from slimtune.quantized.dequantize import expanded, make_plain, plain_dtype
+from slimtune.quantized.dequantize import expanded, make_plain, mend_saving, plain_dtype
 from slimtune.quantized.requantize import merge_requantized
 from slimtune.storage.checkpoint import is_checkpoint, offer_to_trainer
 from slimtune.storage.peft_format import KEY_PREFIX, adapter_folder, read_adapter, save_adapter
@@ -366,6 +366,7 @@ class PeftModel(Adopted):
             raise
         merging.untie_if_changed(self)
         model = self._released()
+        mend_saving(model)
         model.merge_drift = drift
         warnings.warn(f"merged into quantized weights: {drift}", stacklevel=3)
         return model

@@ -99,6 +99,23 @@ def forget(model: nn.Module) -> None:
         for owner, marks in ((part, MODEL_MARKS), (getattr(part, "config", None), CONFIG_MARKS)):
             for name in marks if owner is not None else ():
                 vars(owner).pop(name, None)
+    mend_saving(model)
+
+
+def mend_saving(model: nn.Module) -> None:
+    """Let a model that was loaded from a quantized folder be saved again.
+
+    transformers writes a model by undoing what it did when it read it, and has nothing that undoes the reading of
+    codes: it raises NotImplementedError. They are written as they are.
+    """
+    for part in model.modules():
+        conversions = vars(part).get("_weight_conversions")
+        if conversions:
+            part._weight_conversions = [one for one in conversions if not _reads_codes(one)]
+
+
+def _reads_codes(conversion: Any) -> bool:
+    return any(getattr(step, "hf_quantizer", None) is not None for step in getattr(conversion, "operations", ()))
 
 
 def plain_dtype(model: Any) -> torch.dtype | None:
