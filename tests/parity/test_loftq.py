@@ -259,18 +259,18 @@ LAYERS = range(8)
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Any:
+def smollm2_in_nf4() -> Any:
     """SmolLM2 in NF4 with LoftQ in its first layers."""
     options = {"r": 64, "lora_alpha": 128, "init_lora_weights": "loftq", "layers_to_transform": list(LAYERS)}
     return slimtune.get_peft_model(in_4_bits(resolve(SMOLLM2)), slimtune.LoraConfig(**options))
 
 
-def test_every_layer_of_smollm2_loses_less_with_every_rank(smollm2: Any) -> None:
+def test_every_layer_of_smollm2_loses_less_with_every_rank(smollm2_in_nf4: Any) -> None:
     with safe_open(Path(resolve(SMOLLM2), "model.safetensors"), framework="pt") as file:
-        weights = {f"{name}.weight": file.get_tensor(f"{name}.weight").float() for name in deltas(smollm2)}
+        weights = {f"{name}.weight": file.get_tensor(f"{name}.weight").float() for name in deltas(smollm2_in_nf4)}
     assert len(weights) == 7 * len(LAYERS)
-    for name, delta in deltas(smollm2).items():
-        layer = smollm2.get_submodule(name)
+    for name, delta in deltas(smollm2_in_nf4).items():
+        layer = smollm2_in_nf4.get_submodule(name)
         lost = weights[f"{name}.weight"] - base_of(layer).weight(layer).float()
         assert 0.08 < lost.norm() / weights[f"{name}.weight"].norm() < 0.11
         a, b = (factor.detach() for factor in delta.pair)
@@ -280,7 +280,7 @@ def test_every_layer_of_smollm2_loses_less_with_every_rank(smollm2: Any) -> None
         assert rests[-1] < 0.9 * rests[0]
 
 
-def test_smollm2_answers_more_like_its_16_bits(smollm2: Any) -> None:
+def test_smollm2_answers_more_like_its_16_bits(smollm2_in_nf4: Any) -> None:
     folder = resolve(SMOLLM2)
     text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :512].view(2, 256)
@@ -293,9 +293,9 @@ def test_smollm2_answers_more_like_its_16_bits(smollm2: Any) -> None:
 
     def divergence() -> float:
         """KL(16 bits || 4 bits), the mean over tokens."""
-        each = F.kl_div(answers(smollm2), reference, log_target=True, reduction="none")
+        each = F.kl_div(answers(smollm2_in_nf4), reference, log_target=True, reduction="none")
         return float(each.sum(-1).mean())
 
-    with smollm2.disable_adapter():
+    with smollm2_in_nf4.disable_adapter():
         alone = divergence()
     assert divergence() < alone
