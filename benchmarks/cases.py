@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-Side = Literal["peft", "ours", "floor", "peft-lora", "ours-lora"]
-"""Who does the work; the last two leave DoRA out of a piece of work with it."""
+Side = Literal["peft", "ours", "floor", "peft-lora", "ours-lora", "peft-uncast", "ours-dense"]
+"""Who does the work; behind a hyphen, in what their work differs from the case's."""
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "": {},
+    "lora": {"dora": False},
+    "uncast": {"prepare": False},
+    "dense": {"quantize": ""},
+}
+
+Codec = Literal["", "nf4-dq", "nf4", "fp4-dq", "fp4", "int8"]
+"""How the linear layers of the base are stored; -dq: with double quantization."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Figure:
 class Work:
     """What one process does. It travels to the process as JSON."""
 
-    kind: Literal["train", "adapters"] = "train"
+    kind: Literal["train", "adapters", "load"] = "train"
     model: str = "smollm2"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     batch: int = 4
@@ -37,9 +48,17 @@ class Work:
     dropout: float = 0.0
     checkpointing: bool = False
     dora: bool = False
+    quantize: Codec = ""
+    prepare: bool = True
+    """peft's side calls `prepare_model_for_kbit_training`, as its guide has it."""
     steps: int = 4
     """The first one is warm-up and is thrown away."""
     device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def is_written_first(self) -> bool:
+        """Whether the model of random weights has to lie on disk: it is quantized while it is loaded."""
+        return bool(self.quantize) and self.model != "smollm2"
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,9 @@ class Case:
     work: Work
     sides: tuple[Side, ...]
     figures: tuple[Figure, ...]
+
+    def work_of(self, side: Side) -> Work:
+        return replace(self.work, **VARIANTS[side.partition("-")[2]])
 
 
 def training(
@@ -78,17 +100,50 @@ def training(
     return Case(name, title, work, ("peft", "ours", "floor"), figures + over_floor)
 
 
-def dora(name: str, title: str, work: Work, at_most: float) -> Case:
+def dora(name: str, title: str, work: Work, at_most: float | None = None, *, with_peft: bool = True) -> Case:
     """A case of training steps with DoRA; `at_most` is what it may cost over LoRA, in time and in memory."""
-    figures = (
-        Figure("step", "step_seconds", "s"),
-        Figure("peak memory", "peak_bytes", "GB"),
+    over_lora = (
         Figure("step / LoRA", "step_seconds", "s", ("ours", "ours-lora"), at_most=at_most),
         Figure("peak / LoRA", "peak_bytes", "GB", ("ours", "ours-lora"), at_most=at_most),
+    )
+    if not with_peft:
+        return Case(name, title, work, ("ours-lora", "ours"), over_lora)
+    beside_peft = (Figure("step", "step_seconds", "s"), Figure("peak memory", "peak_bytes", "GB"))
+    peft_over_lora = (
         Figure("step / LoRA, peft", "step_seconds", "s", ("peft", "peft-lora")),
         Figure("peak / LoRA, peft", "peak_bytes", "GB", ("peft", "peft-lora")),
     )
-    return Case(name, title, work, ("peft-lora", "ours-lora", "ours", "peft"), figures)
+    sides: tuple[Side, ...] = ("peft-lora", "ours-lora", "ours", "peft")
+    return Case(name, title, work, sides, (*beside_peft, *over_lora, *peft_over_lora))
+
+
+def quantized(name: str, title: str, work: Work, *, time: float, memory: float, dense: float | None = None) -> Case:
+    """A case of training steps on a quantized base.
+
+    Args:
+        time, memory: the ratios wanted to peft, used as its guide has it; without its casts it is shown besides.
+        dense: what the step may cost over LoRA on the base that isn't quantized.
+    """
+    figures = (
+        Figure("step", "step_seconds", "s", at_least=time),
+        Figure("peak memory", "peak_bytes", "GB", at_least=memory),
+        Figure("above imports", "peak_above_imports_bytes", "GB"),
+        Figure("step, peft uncast", "step_seconds", "s", ("peft-uncast", "ours")),
+        Figure("peak, peft uncast", "peak_bytes", "GB", ("peft-uncast", "ours")),
+        Figure("step / LoRA bf16", "step_seconds", "s", ("ours", "ours-dense"), at_most=dense),
+        Figure("peak / LoRA bf16", "peak_bytes", "GB", ("ours", "ours-dense")),
+    )
+    return Case(name, title, work, ("peft", "peft-uncast", "ours", "ours-dense"), figures)
+
+
+def loading(name: str, title: str, work: Work) -> Case:
+    """Loading a base from a 16-bit folder in fewer bits, beside transformers."""
+    figures = (
+        Figure("load", "load_seconds", "s", at_least=1),
+        Figure("peak memory", "peak_bytes", "GB", at_least=1),
+        Figure("above imports", "peak_above_imports_bytes", "GB"),
+    )
+    return Case(name, title, replace(work, kind="load"), ("peft", "ours"), figures)
 
 
 def quick(case: Case) -> Case:
@@ -122,6 +177,32 @@ CPU_CASES = (
     training("llama-1b", "Llama 1B, bf16, batch 1 x 256", Work(model="llama-1b", batch=1, steps=2)),
 )
 
+NF4 = Work(quantize="nf4-dq")
+INT8 = Work(quantize="int8")
+LLAMA_NF4 = Work(model="llama-1b", quantize="nf4-dq", batch=1, steps=2)
+
+QUANTIZED_CASES = (
+    quantized("nf4", "NF4", NF4, time=1.7, memory=2.4, dense=1.15),
+    dora("nf4-dora", "NF4, DoRA", replace(NF4, dora=True), at_most=1.25),
+    quantized("int8", "int8", INT8, time=1, memory=1),
+    # In peft 0.21 the second forward of DoRA on int8 fails: it loses the scales of bitsandbytes' module.
+    dora("int8-dora", "int8, DoRA", replace(INT8, dora=True), with_peft=False),
+    loading("nf4-load", "loading in NF4", NF4),
+    loading("llama-1b-nf4-load", "loading Llama 1B in NF4", LLAMA_NF4),
+    Case(
+        "llama-1b-nf4",
+        "Llama 1B, NF4, loaded and trained, batch 1 x 256",
+        LLAMA_NF4,
+        ("peft", "ours"),
+        (
+            Figure("step", "step_seconds", "s"),
+            Figure("peak memory", "peak_bytes", "GB"),
+            Figure("above imports", "peak_above_imports_bytes", "GB", ours_below=2.2e9),
+        ),
+    ),
+)
+"""NF4: always with double quantization."""
+
 CUDA_CASES = tuple(
     training(
         f"{model}-cuda",
@@ -132,4 +213,16 @@ CUDA_CASES = tuple(
         floor=1.1,
     )
     for model in ("llama-1b", "llama-8b")
+)
+
+QUANTIZED_CUDA_CASES = tuple(
+    quantized(
+        f"llama-8b-nf4{'-checkpointing' if checkpointing else ''}-cuda",
+        f"Llama 8B, NF4, batch 2 x 2048{', gradient checkpointing' if checkpointing else ''}",
+        replace(NF4, model="llama-8b", batch=2, length=2048, steps=8, device="cuda", checkpointing=checkpointing),
+        time=1.7,
+        memory=2.4,
+        dense=1.15,
+    )
+    for checkpointing in (False, True)
 )

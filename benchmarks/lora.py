@@ -18,10 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import machine, results, table
-from benchmarks.cases import CPU_CASES, CUDA_CASES, Case, quick
+from benchmarks.cases import CPU_CASES, CUDA_CASES, QUANTIZED_CASES, QUANTIZED_CUDA_CASES, Case, quick
 from benchmarks.runs import Bench, MeasurementError
 
-CASES = {"cpu": CPU_CASES, "cuda": CUDA_CASES}
+CASES = {"cpu": CPU_CASES + QUANTIZED_CASES, "cuda": CUDA_CASES + QUANTIZED_CUDA_CASES}
 EXAMPLES = """
 Examples:
 

@@ -21,7 +21,10 @@ NOTE = (
     "floor: the same frozen model without an adapter, its gradients passing through to the input, "
     "with the loss of transformers. "
     "import: after torch and transformers. "
-    "attach, load: an adapter onto a fresh base; load a second: onto a model that has one. "
+    "LoRA bf16: slimtune's LoRA on the base that isn't quantized. "
+    "peft uncast: without prepare_model_for_kbit_training, which peft's guide asks for. "
+    "attach, load: an adapter onto a fresh base; load a second: onto a model that has one; of a base: from a 16-bit "
+    "folder (peft: transformers). "
     "ratio: peft / slimtune unless the figure says otherwise; its median and range over the rounds, "
     "in each of which all sides took their turn in a process of their own."
 )

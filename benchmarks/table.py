@@ -15,6 +15,7 @@ from benchmarks.runs import Round
 
 SCALES = {"s": 1.0, "ms": 1e3, "GB": 1e-9}
 HEADER = ("case", "figure", "peft", "slimtune", "floor", "ratio", "range", "wanted", "reached")
+COLUMNS: tuple[Side, ...] = ("peft", "ours", "floor")
 COLOURS = {"yes": "green", "no": "red", "": ""}
 
 
@@ -26,6 +27,11 @@ def ratios(rounds: list[Round], figure: Figure) -> list[float]:
     """Pair by pair: the two numbers of a pair were taken one right after the other."""
     above, below = (values(rounds, side, figure.metric) for side in figure.ratio)
     return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def column(figure: Figure, who: Side) -> Side:
+    """The side that is shown in a library's column: the one that the ratio names first."""
+    return next((side for side in figure.ratio if side.partition("-")[0] == who), who)
 
 
 def wanted(figure: Figure) -> str:
@@ -65,7 +71,10 @@ def summary(case: Case, rounds: list[Round]) -> Iterator[dict[str, Any]]:
     """One entry a figure: medians, the ratio with its range, and whether what is wanted is reached."""
     for figure in case.figures:
         pairs = ratios(rounds, figure)
-        medians = {side: median(values(rounds, side, figure.metric)) for side in case.sides}
+        columns = {who: column(figure, who) for who in COLUMNS}
+        medians = {
+            who: median(values(rounds, side, figure.metric)) for who, side in columns.items() if side in case.sides
+        }
         yield {
             "case": case.title,
             "figure": figure.label,
@@ -80,8 +89,7 @@ def summary(case: Case, rounds: list[Round]) -> Iterator[dict[str, Any]]:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table as text."""
-    sides = ("peft", "ours", "floor")
-    numbers = [shown(row["medians"][side], row["unit"]) if side in row["medians"] else "" for side in sides]
+    numbers = [shown(row["medians"][who], row["unit"]) if who in row["medians"] else "" for who in COLUMNS]
     low, high = row["ratio_range"]
     ratio = f"{row['ratio']:.2f}"
     spread = f"{digits(low)}-{digits(high)}"

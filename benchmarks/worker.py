@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.bases import base_model
 from benchmarks.cases import Work
 
 Metrics = dict[str, float]
@@ -28,27 +29,6 @@ Metrics = dict[str, float]
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-3
 REPEATS = 5
 SWITCHES = 20
-
-LLAMAS: dict[str, dict[str, Any]] = {
-    "llama-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "llama-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-}
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -82,16 +62,6 @@ def resident_bytes() -> int:
     return status_bytes("VmRSS") if sys.platform == "linux" else peak_rss_bytes()
 
 
-def base_model(work: Work, folder: str) -> Any:
-    """The frozen base: SmolLM2 from its folder, or a Llama of random weights."""
-    dtype = getattr(torch, work.dtype)
-    if work.model not in LLAMAS:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    config = transformers.LlamaConfig(**LLAMAS[work.model], max_position_embeddings=8192)
-    with torch.device(work.device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
 def lora_config(library: Any, dropout: float = 0.0, dora: bool = False) -> Any:
     """The adapter of every case: all linear layers, rank 16."""
     options: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "use_dora": dora}
@@ -100,9 +70,11 @@ def lora_config(library: Any, dropout: float = 0.0, dora: bool = False) -> Any:
 
 def prepared(work: Work, library: Any | None, folder: str) -> Any:
     """The model with the library's adapter; for the floor frozen, its gradients only passing through."""
-    model = base_model(work, folder)
+    model = base_model(work, folder, library)
     if work.checkpointing:
         model.gradient_checkpointing_enable()
+    if work.quantize and work.prepare and hasattr(library, "prepare_model_for_kbit_training"):
+        library.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if library is None:
         model.requires_grad_(False)
         model.enable_input_require_grads()
@@ -172,6 +144,15 @@ def measure_training(work: Work, library: Any | None, folder: str) -> dict[str, 
     return {"metrics": metrics, "checks": checks}
 
 
+def measure_loading(work: Work, library: Any, folder: str) -> dict[str, Metrics]:
+    """Seconds and bytes of loading; the loss is taken in training mode, which leaves bitsandbytes' storage alone."""
+    imported_bytes = resident_bytes()
+    seconds, model = timed(lambda: base_model(work, folder, library))
+    peak = peak_rss_bytes()
+    metrics = {"load_seconds": seconds, "peak_bytes": peak, "peak_above_imports_bytes": peak - imported_bytes}
+    return {"metrics": metrics, "checks": {"loss": fixed_loss(model.train())}}
+
+
 def measure_adapters(work: Work, library: Any, folder: str, adapter: str) -> dict[str, Metrics]:
     """Seconds to attach a new adapter, to load one from disk, and to switch between two."""
     base = base_model(work, folder)
@@ -201,14 +182,14 @@ def measure_adapters(work: Work, library: Any, folder: str, adapter: str) -> dic
         "load_second_seconds": median(load_second[1:]),
         "switch_seconds": median(switch[1:]),
     }
-    return {"metrics": metrics, "checks": {"adapter_loss": evaluation_loss(model)}}
+    return {"metrics": metrics, "checks": {"adapter_loss": fixed_loss(model.eval())}}
 
 
 @torch.no_grad()
-def evaluation_loss(model: Any) -> float:
-    """The loss of a fixed row of tokens: the same on both sides if they loaded the same adapter."""
+def fixed_loss(model: Any) -> float:
+    """The loss of a fixed row of tokens: the same on both sides if they loaded the same."""
     row = torch.arange(1000, 1064)[None]
-    return model.eval()(input_ids=row, labels=row).loss.item()
+    return model(input_ids=row, labels=row).loss.item()
 
 
 def measure(specification: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +198,9 @@ def measure(specification: dict[str, Any]) -> dict[str, Any]:
     work = Work(**specification["work"])
     name, folder = specification["library"], specification["folder"]
     import_seconds, library = timed(lambda: load_library(name))
+    if work.quantize:
+        for needed in ("accelerate", "bitsandbytes"):
+            importlib.import_module(needed)
     if specification["profile"]:
         from benchmarks.profiling import profile_step
 
@@ -224,6 +208,8 @@ def measure(specification: dict[str, Any]) -> dict[str, Any]:
         return profile_step(trainer)
     if work.kind == "adapters":
         result: dict[str, Any] = measure_adapters(work, library, folder, specification["adapter"])
+    elif work.kind == "load":
+        result = measure_loading(work, library, folder)
     else:
         result = measure_training(work, library, folder)
     result["metrics"]["import_seconds"] = import_seconds
