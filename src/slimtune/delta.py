@@ -328,7 +328,7 @@ class Difference(Delta):
         sums = {}
         for name, d in self.differences.items():
             own = base.base.floating(base.module, name)
-            sums[name] = d.to(base.weight.dtype) if own is None else (own + d).to(own.dtype)
+            sums[name] = d.to(base.base.outline(base.module).dtype) if own is None else (own + d).to(own.dtype)
         with standing_in(base.module, sums):
             return base(*args, **kwargs)
 

@@ -9,11 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.delta import Site, register, wrong_kind
-from slimtune.methods.lycoris import LycorisConfig, LycorisDelta, from_core, recomputed
+from slimtune.methods.lycoris import LycorisConfig, LycorisDelta, from_core, recomputed, updated_product
 
 
 @register
@@ -71,8 +70,7 @@ class LohaLinear(LohaDelta):
     """y_TO = base(x_TI) + s * x_TI dW_OI^T."""
 
     def change(self, module: Any, x: Tensor) -> Tensor:
-        weight_OI = recomputed(self.update, *self.factors)
-        return F.linear(x.to(weight_OI.dtype), weight_OI)
+        return updated_product(self.update, x, None, None, *self.factors)
 
 
 class LohaConv(LohaDelta):

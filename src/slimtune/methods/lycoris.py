@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -151,22 +152,66 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return _Recomputed.apply(function, *tensors)  # type: ignore[return-value]
 
 
+def updated_product(
+    update: Callable[..., Tensor], x: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, *factors: Tensor
+) -> Tensor:
+    """x (W + s dW)^T + b, or x (s dW)^T without W; kept until the backward pass are x, W, and the factors of s dW."""
+    if torch.compiler.is_compiling():
+        update_OI = update(*factors)
+        return F.linear(x.to(update_OI.dtype), update_OI if weight_OI is None else update_OI + weight_OI, bias_O)
+    y_TO: Any = _UpdatedProduct.apply(update, x.reshape(-1, x.shape[-1]), weight_OI, bias_O, *factors)
+    # Not inside: what a custom function returns as a view can't be changed in place.
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+
+class _UpdatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, update: Any, x_TI: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_OI, *factors)
+        ctx.update, ctx.autocast = update, _autocast(x_TI.device.type)
+        update_OI = update(*factors) if weight_OI is None else update(*factors).add_(weight_OI)
+        return F.linear(x_TI.to(update_OI.dtype), update_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TI, weight_OI, *factors = ctx.saved_tensors
+        (g_TO,), device = gradients, x_TI.device.type
+        leaves = [factor.detach().requires_grad_() for factor in factors]
+        with torch.enable_grad(), torch.autocast(device, *ctx.autocast):
+            update_OI = ctx.update(*leaves)
+        _, needs_x, _, needs_bias, *needed = ctx.needs_input_grad
+        of_factors: Any = [None] * len(factors)
+        with torch.autocast(device, enabled=False):
+            if any(needed):
+                of_update_OI = (g_TO.t() @ x_TI.to(g_TO.dtype)).to(update_OI.dtype)
+                of_factors = torch.autograd.grad(update_OI, leaves, of_update_OI)
+            weight_OI = update_OI.detach() if weight_OI is None else update_OI.detach().add_(weight_OI)
+            gx_TI = (g_TO @ weight_OI.to(g_TO.dtype)).to(x_TI.dtype) if needs_x else None
+        return None, gx_TI, None, g_TO.sum(0) if needs_bias else None, *of_factors
+
+
+def _autocast(device: str) -> tuple[torch.dtype, bool]:
+    return torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         device = tensors[0].device.type
         ctx.save_for_backward(*tensors)
         ctx.function, ctx.device = function, device
-        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.autocast = _autocast(device)
         return function(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        enabled, dtype = ctx.autocast
         needed = ctx.needs_input_grad[1:]
         leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
-        with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled):
+        with torch.enable_grad(), torch.autocast(ctx.device, *ctx.autocast):
             result = ctx.function(*leaves)
         found = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], gradients))
         return None, *(next(found) if need else None for need in needed)
