@@ -57,12 +57,15 @@ if TYPE_CHECKING:
     from slimtune.methods.p_tuning import PromptEncoderReparameterizationType
     from slimtune.methods.prompt_tuning import PromptTuningInit
     from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from slimtune.plan.ask import plan
     from slimtune.train.lora_plus import create_loraplus_optimizer, lora_plus_groups
 
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         return __dir__()
+    if name == "plan":
+        return importlib.import_module("slimtune.plan")  # a package that is called
     if name in _HOME:
         value = getattr(importlib.import_module(f"slimtune.{_HOME[name]}"), name)
     elif name.endswith("Config"):
@@ -81,4 +84,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from slimtune.delta import methods
 
-    return ["__version__", *_HOME, *(config.__name__ for config in methods().values())]
+    return ["__version__", "plan", *_HOME, *(config.__name__ for config in methods().values())]

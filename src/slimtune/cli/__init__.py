@@ -16,6 +16,7 @@ from slimtune.cli.generate import generate
 from slimtune.cli.info import info
 from slimtune.cli.merge import merge
 from slimtune.cli.methods import methods
+from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
 from slimtune.cli.train import train
 from slimtune.errors import MergeError, SlimtuneError
@@ -51,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 the work failed or a bound refused it, 2 a mistake in what was asked.",
+    epilog="Exit codes: 0 done, 1 the work failed or a bound refused it, 2 a mistake, 3 a plan finds that nothing fits.",
 )
 
 
@@ -75,6 +76,7 @@ def options(
 
 for name, command in {
     "demo": demo,
+    "plan": plan,
     "train": train,
     "chat": chat,
     "generate": generate,

@@ -1,0 +1,173 @@
+"""`slimtune plan`: what fits, how long it takes, what it costs and what to choose, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimtune.cli.options import Json, TrustRemoteCode, console
+from slimtune.errors import ConfigError
+
+NOTHING_FITS = 3
+WHAT, HOW, WHERE = "What is tuned", "Settings (by default the best that fit)", "Where"
+
+
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder with a config.json, a Hub id, a packaged name, or one of the classic table: llama-2-7b, "
+            "llama-2-13b, llama-30b, llama-3-70b, qwen1.5-110b.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The file to train on; its lengths are measured.", rich_help_panel=WHAT),
+    ] = None,
+    goal: Annotated[str, typer.Option(help="task, quality, fast, domain or tiny.", rich_help_panel=WHAT)] = "task",
+    method: Annotated[
+        list[str],
+        typer.Option(help="Only these methods, by their name in train; repeatable.", rich_help_panel=WHAT),
+    ] = [],  # noqa: B006 - typer copies it
+    base: Annotated[
+        list[str], typer.Option(help="Only these bases: dense, nf4 or int8; repeatable.", rich_help_panel=WHAT)
+    ] = [],  # noqa: B006
+    device: Annotated[
+        str, typer.Option(help="A GPU's name, cpu, or auto for this machine.", rich_help_panel=WHERE)
+    ] = "auto",
+    devices: Annotated[int, typer.Option(help="GPUs that share the work (FSDP2).", rich_help_panel=WHERE)] = 1,
+    serve_on: Annotated[
+        str | None, typer.Option(help="The device that has to run the result.", rich_help_panel=WHERE)
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory of the device, if other.", rich_help_panel=WHERE)
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="USD", help="Price of an hour of it, if other.", rich_help_panel=WHERE)
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "--r", help="Of lora and dora.", rich_help_panel=HOW)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples at once.", rich_help_panel=HOW)] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Batches per step.", rich_help_panel=HOW)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Less memory, more time.",
+            rich_help_panel=HOW,
+            show_default=False,
+        ),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="In tokens; the longest example.", rich_help_panel=HOW)] = None,
+    epochs: Annotated[float, typer.Option(help="Times through the data.", rich_help_panel=HOW)] = 3.0,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto (what the device computes in), bfloat16, float16 or float32.")
+    ] = "auto",
+    table: Annotated[
+        bool, typer.Option("--table", help="The classic table: four methods by five sizes of model.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the memory: PNG or SVG.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine's speed first, for a minute, and keep it.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Say what tuning a model takes by method: memory, time, cost; which one to choose, and the command to run it.
+
+    Nothing is downloaded but the configuration (and the tokenizer, with --data): the real training step is run on
+    tensors without data. Exit code 3: nothing fits the device.
+
+    Examples: slimtune plan llama-2-7b --device "RTX 4090"
+
+    slimtune plan smollm2-135m-instruct --data orders/train.jsonl --goal quality
+
+    slimtune plan --table --plot table.svg
+    """
+    if plot is not None:
+        from slimtune.plan.plot import check_picture
+
+        check_picture(plot)
+    if calibrate:
+        _calibrate(as_json, is_all=model is None and not table)
+    if table:
+        _classic(plot, as_json, batch_size or 1, max_length or 512, rank or 16, gradient_checkpointing is not False)
+        return
+    if model is None:
+        if calibrate:
+            return
+        raise ConfigError("plan needs a MODEL, --table or --calibrate; try `slimtune plan llama-2-7b`")
+    from slimtune.cli.plan_view import show
+    from slimtune.plan.ask import plan as ask
+
+    screen = console(as_json)
+    with screen.status("simulating..."):
+        report = ask(
+            model, data, device, goal, method or None, base or None,  # type: ignore[arg-type]
+            rank=rank, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+            gradient_checkpointing=gradient_checkpointing, max_length=max_length, epochs=epochs, dtype=dtype,
+            devices=devices, served_on=serve_on, memory_gb=memory, price_per_hour=price,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    if plot is not None:
+        from slimtune.plan.plot import Bar, plot_bars
+
+        bars = [Bar(f"{choice.label}, batch {choice.setting.batch}", choice.parts) for choice in report.choices]
+        plot_bars(bars, plot, f"{model} on {report.wish.device.name}", report.wish.device.room_bytes)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        show(screen, report)
+    if report.best is None:
+        raise typer.Exit(NOTHING_FITS)
+
+
+def _calibrate(as_json: bool, is_all: bool) -> None:
+    from dataclasses import asdict
+
+    from slimtune.plan.calibrate import calibrate, calibration_file
+    from slimtune.plan.devices import this_device
+
+    screen = console(as_json)
+    device = this_device()
+    screen.print(f"measuring {device.name} ({device.source})", markup=False)
+    rates = calibrate(device, lambda line: screen.print(line, markup=False))
+    screen.print(f"kept in {calibration_file()}", markup=False)
+    if as_json and is_all:
+        print(json.dumps({"device": device.name, **asdict(rates)}))
+
+
+def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool) -> None:
+    from slimtune.cli.plan_view import show_classic
+    from slimtune.plan.ask import read_config, simulation
+    from slimtune.plan.classic import SIZES, classic_table
+    from slimtune.plan.plot import classic_bars, plot_bars
+
+    screen = console(as_json)
+    with screen.status("simulating..."):
+        cells = classic_table(
+            lambda name, setting: simulation(read_config(name))(setting),
+            batch=batch, sequence=sequence, rank=rank, checkpointing=checkpointing,
+        )  # fmt: skip
+    if plot is not None:
+        plot_bars(classic_bars(cells), plot, f"tuning, batch {batch} x {sequence} tokens")
+    if as_json:
+        rows = [
+            {
+                "method": cell.row.name,
+                "size": cell.size,
+                "model": SIZES[cell.size],
+                "peak_bytes": cell.plan.peak_bytes,
+                "parts": cell.plan.peak.parts.named(),
+                "rule_of_thumb_gb": cell.rule_of_thumb_gb,
+                "holds": cell.row.holds,
+            }
+            for cell in cells
+        ]
+        print(json.dumps({"batch_size": batch, "max_length": sequence, "rank": rank, "cells": rows}))
+    else:
+        show_classic(screen, cells)

@@ -1,0 +1,201 @@
+"""A plan on the screen: a bar of memory for each method, the recommendation with its reasons, the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from slimtune.plan.ask import Report
+from slimtune.plan.classic import ROWS, SIZES, Cell
+from slimtune.plan.data import PERCENTILES
+from slimtune.plan.memory import Parts
+from slimtune.plan.plot import COLOURS
+from slimtune.plan.recommend import Choice
+from slimtune.plan.rules import GOALS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BAR_WIDTH = 32
+LETTERS = {
+    "weights": "w",
+    "adapter": "a",
+    "gradients": "g",
+    "optimizer": "o",
+    "activations": "h",
+    "loss": "l",
+    "workspace": "t",
+}
+"""Of each part, where there are no colours."""
+
+
+def show(screen: Console, report: Report) -> None:
+    """All of a report."""
+    _show_question(screen, report)
+    _show_choices(screen, report)
+    best = report.best
+    if best is None:
+        _show_refusal(screen, report)
+        return
+    screen.print(f"\n[bold]{_described(best, report)}[/]")
+    for rule in best.reasons:
+        screen.print(f"  - {rule.text}", markup=False)
+        screen.print(f"    {rule.evidence}", style="dim", markup=False)
+        if rule.against:
+            screen.print(f"    but: {rule.against}", style="dim", markup=False)
+    for note in best.plan.notes:
+        screen.print(f"  note: {note}", markup=False)
+    for verdict in best.engines:
+        screen.print(f"  {verdict.engine} {'takes' if verdict.takes else 'refuses'} it: {verdict.note}", markup=False)
+    if not best.engines:
+        screen.print("  any engine takes it: the result is a whole model", markup=False)
+    screen.print("\nrun it:")
+    screen.print(f"  {report.command(best)}", markup=False)
+
+
+def show_classic(screen: Console, cells: Sequence[Cell]) -> None:
+    """The classic table: simulated gigabytes, and the rule of thumb beside them."""
+    from rich.table import Table
+
+    sizes = [size for size in SIZES if any(cell.size == size for cell in cells)]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("GB, simulated (rule of thumb)")
+    for size in sizes:
+        table.add_column(f"{size}\n{SIZES[size]}", justify="right")
+    for row in ROWS:
+        found = [cell for cell in cells if cell.row is row]
+        table.add_row(row.name, *(f"{cell.gigabytes:,.1f} ({cell.rule_of_thumb_gb:,})" for cell in found))
+    screen.print(table, soft_wrap=False)
+    setting = cells[0].plan.setting
+    screen.print(
+        f"\nsimulated: batch {setting.batch} x {setting.sequence} tokens, bf16, "
+        f"{'with' if setting.gradient_checkpointing else 'without'} checkpointing, AdamW, LoRA on all linear layers; "
+        "live tensors at their peak, to which a device adds its context and fragmentation"
+    )
+    screen.print("when the rules of thumb hold:")
+    for row in ROWS:
+        ratios = [cell.ratio for cell in cells if cell.row is row]
+        screen.print(f"  {row.name}: {row.holds} Here {min(ratios):.2f} to {max(ratios):.2f} times that.", markup=False)
+
+
+def _show_question(screen: Console, report: Report) -> None:
+    wish, device, lengths = report.wish, report.wish.device, report.wish.lengths
+    several = f"{wish.devices} x " if wish.devices > 1 else ""
+    screen.print(
+        f"{report.model} on {several}{device.name}: {device.memory_bytes / 1e9:.1f} GB, of which "
+        f"{device.room_bytes / 1e9:.1f} are left beside context and fragmentation; goal {wish.goal}: "
+        f"{GOALS[wish.goal]}",
+        markup=False,
+    )
+    if report.data is None:
+        screen.print(
+            f"no data given: time and cost are for {lengths.examples:,} examples of {wish.sequence:,} tokens, "
+            f"{wish.epochs:g} times (--data measures yours)"
+        )
+        return
+    spread = ", ".join(f"{share}% up to {lengths.percentile(share):,}" for share in PERCENTILES)
+    screen.print(
+        f"data: {lengths.examples:,} examples, {lengths.total:,} tokens"
+        + ("" if lengths.labels else f" of which {lengths.learned / lengths.total:.0%} are learned")
+        + f"; {spread}; the longest has {lengths.longest:,}"
+    )
+    if report.cut:
+        screen.print(
+            f"[yellow]{report.cut:,} examples are longer than {wish.sequence:,} tokens[/] and would be cut "
+            "(--too-long truncate) or dropped (--too-long drop)"
+        )
+    batch = report.choices[0].setting.batch
+    gain = lengths.packing_gain(wish.sequence, batch)
+    screen.print(
+        f"padding: {lengths.padding_waste(batch):.0%} of a batch of {batch}; packed rows of {wish.sequence:,} tokens "
+        f"would compute {1 / gain:.2f} times as many"
+    )
+
+
+def _show_choices(screen: Console, report: Report) -> None:
+    from rich.table import Table
+
+    scale = max(report.wish.device.room_bytes, 1)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("method", "needs"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_column(f"of {scale / 1e9:.1f} GB", width=BAR_WIDTH + 1, no_wrap=True)
+    for name in ("batch", "time", "cost", "adapter"):
+        table.add_column(name, justify="right")
+    for choice in report.choices:
+        mark = "" if choice.fits else "red"
+        table.add_row(
+            Text(choice.label + (f", r={choice.rank}" if choice.rank else ""), style=mark),
+            Text(_bytes(choice.needed_bytes), style=mark),
+            bar(choice.parts, scale, has_colour=screen.color_system is not None),
+            _batch(choice),
+            _time(choice.duration.seconds) if choice.fits else "does not fit",
+            "" if choice.duration.cost is None or not choice.fits else f"${choice.duration.cost:,.2f}",
+            _bytes(choice.adapter_bytes),
+        )
+    screen.print()
+    screen.print(table, soft_wrap=False)
+    legend = Text("  ".join(""))
+    for part, colour in COLOURS.items():
+        shown = "█" if screen.color_system is not None else LETTERS[part]
+        legend.append(shown, style=colour).append(f" {part}  ")
+    screen.print(legend)
+    rates = report.rates
+    how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
+    price = report.wish.device.price_per_hour
+    cost = f"; ${price:g} an hour ({report.wish.device.price_date})" if price is not None else ""
+    screen.print(f"times: {how}{cost}")
+
+
+def _show_refusal(screen: Console, report: Report) -> None:
+    nearest = min(report.choices, key=lambda choice: choice.needed_bytes)
+    screen.print(
+        f"\n[bold red]nothing fits[/]: the least is {nearest.label} with {_bytes(nearest.needed_bytes)}, at batch "
+        f"{nearest.setting.batch} x {nearest.setting.sequence:,} tokens, and {report.wish.device.name} has "
+        f"{_bytes(report.wish.device.memory_bytes)}; take a smaller model, a shorter --max-length, a larger --device "
+        "or more of them (--devices)"
+    )
+
+
+def bar(parts: Parts, scale: int, has_colour: bool = True, width: int = BAR_WIDTH) -> Text:
+    """The parts of a peak, `width` characters for `scale` bytes; cut with an arrow where it is longer."""
+    text, drawn, reached = Text(), 0, 0.0
+    for part, colour in COLOURS.items():
+        reached += getattr(parts, part) / scale * width
+        count = min(round(reached), width) - drawn
+        text.append(("█" if has_colour else LETTERS[part]) * max(count, 0), style=colour)
+        drawn += max(count, 0)
+    if round(reached) > width:
+        text.append("▶" if has_colour else ">", style="red")
+    return text
+
+
+def _described(choice: Choice, report: Report) -> str:
+    setting, words = choice.setting, [choice.label]
+    if choice.rank:
+        words.append(f"rank {choice.rank}, alpha {2 * choice.rank}, all linear layers")
+    words.append(f"learning rate {choice.learning_rate:g}")
+    words.append(f"batch {setting.batch}" + (f" x {setting.accumulation}" if setting.accumulation > 1 else ""))
+    words.append("checkpointing" if setting.gradient_checkpointing else "no checkpointing")
+    took = [_bytes(choice.needed_bytes), _time(choice.duration.seconds)]
+    if choice.duration.cost is not None:
+        took.append(f"${choice.duration.cost:,.2f}")
+    return f"take {', '.join(words)}: {', '.join(took)}, {_bytes(choice.adapter_bytes)} on disk"
+
+
+def _batch(choice: Choice) -> str:
+    setting = choice.setting
+    shown = str(setting.batch) + (f" x {setting.accumulation}" if setting.accumulation > 1 else "")
+    return shown + (" ckpt" if setting.gradient_checkpointing else "")
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
