@@ -30,6 +30,7 @@ _HOME = {
     "LoftQConfig": "methods.lora_starts",
     "initialize_lora_eva_weights": "eva",
     "replace_lora_weights_loftq": "loftq",
+    "dequantize": "quantized.dequantize",
     "load": "loading",
     "load_diffusers_lora": "diffusion",
     "save_diffusers_lora": "diffusion",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from slimtune.methods.prompt_tuning import PromptTuningInit
     from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from slimtune.plan.ask import plan
+    from slimtune.quantized.dequantize import dequantize
     from slimtune.train.lora_plus import create_loraplus_optimizer, lora_plus_groups
 
 
