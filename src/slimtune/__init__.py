@@ -32,6 +32,7 @@ _HOME = {
     "replace_lora_weights_loftq": "loftq",
     "dequantize": "quantized.dequantize",
     "load": "loading",
+    "Quantization": "quantized.settings",
     "load_diffusers_lora": "diffusion",
     "save_diffusers_lora": "diffusion",
     "lora_plus_groups": "train.lora_plus",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from slimtune.plan.ask import plan
     from slimtune.quantized.dequantize import dequantize
+    from slimtune.quantized.settings import Quantization
     from slimtune.train.lora_plus import create_loraplus_optimizer, lora_plus_groups
 
 

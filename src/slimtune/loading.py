@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -11,17 +12,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import (
     AdapterFileError,
     ConfigError,
     MissingDependencyError,
     ModelNotFoundError,
+    SlimtuneError,
     did_you_mean,
     listing,
 )
+from slimtune.quantized.settings import settings_of, stored_by_bitsandbytes
 from slimtune.staging import staged
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+    from slimtune.quantized.settings import Quantization, Quantize
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -49,6 +57,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, Any]:
     """The model and its tokenizer (None where it has none) for a folder, a Hub id, a packaged name or an adapter.
 
@@ -59,9 +68,9 @@ def load(
     if is_adapter(source):
         from slimtune import PeftModel
 
-        model, tokenizer = load_base(source, None, dtype, device, trust_remote_code)
+        model, tokenizer = load_base(source, None, dtype, device, trust_remote_code, quantize)
         return PeftModel.from_pretrained(model, source), tokenizer
-    return _load(source, dtype, device, trust_remote_code)
+    return _load(source, dtype, device, trust_remote_code, quantize=quantize)
 
 
 def load_base(
@@ -70,6 +79,7 @@ def load_base(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, Any]:
     """The base of an adapter, of the class that it was trained as, and the tokenizer that it was trained with.
 
@@ -82,7 +92,7 @@ def load_base(
     source = base or base_of(adapter)
     head = _head_of(Path(adapter) / "config.json")
     model_class = named_class(PeftConfig.from_pretrained(adapter))
-    model, tokenizer = _load(source, dtype, device, trust_remote_code, model_class, **head)
+    model, tokenizer = _load(source, dtype, device, trust_remote_code, model_class, quantize, **head)
     return model, load_tokenizer(adapter, trust_remote_code) or tokenizer
 
 
@@ -92,13 +102,14 @@ def load_classifier(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, Any]:
     """A base with a head for these labels, new unless the base has one of that size; raises as `load`."""
     from transformers import AutoModelForSequenceClassification
 
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     model, tokenizer = _load(
-        source, dtype, device, trust_remote_code, AutoModelForSequenceClassification,
+        source, dtype, device, trust_remote_code, AutoModelForSequenceClassification, quantize,
         ignore_mismatched_sizes=True, **named,
     )  # fmt: skip
     if tokenizer is None:
@@ -112,32 +123,47 @@ def load_classifier(
 
 
 def load_trained_classifier(
-    source: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    source: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, Any]:
     """As `load`, for a model that gives texts labels; raises ConfigError for any other."""
-    model, tokenizer = load(source, dtype, device, trust_remote_code)
+    model, tokenizer = load(source, dtype, device, trust_remote_code, quantize)
     if tokenizer is None or not type(model).__name__.endswith("ForSequenceClassification"):
         raise ConfigError(f"{source} is a {type(model).__name__}, which gives texts no labels; train it on such first")
     return model.eval(), tokenizer
 
 
 def load_encoder(
-    source: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    source: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, Any]:
     """A base without any head, and its tokenizer, for features; raises as `load`."""
     from transformers import AutoModel
 
-    model, tokenizer = _load(source, dtype, device, trust_remote_code, AutoModel)
+    model, tokenizer = _load(source, dtype, device, trust_remote_code, AutoModel, quantize)
     if tokenizer is None:
         raise ModelNotFoundError(f"{source} has no tokenizer; save the tokenizer into the folder of the model")
     return model.eval(), tokenizer
 
 
 def _load(
-    source: str, dtype: str, device: str, trust_remote_code: bool, model_class: Any = None, **options: Any
+    source: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    model_class: Any = None,
+    quantize: Quantize | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
+    settings = None if quantize is None else settings_of(quantize)
     folder = resolve(source)
-    model = _load_model(folder, dtype, device, trust_remote_code, model_class, **options)
+    model = _load_model(folder, dtype, device, trust_remote_code, model_class, settings, **options)
     if source in PACKAGED:
         # The name holds on every machine, the cache's folder on this one only.
         model.name_or_path = model.config.name_or_path = source
@@ -163,9 +189,10 @@ def load_text_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, Any]:
     """As `load`, for a model that writes text; raises ConfigError for any other."""
-    model, tokenizer = load(source, dtype, device, trust_remote_code)
+    model, tokenizer = load(source, dtype, device, trust_remote_code, quantize)
     if not model.can_generate():
         raise ConfigError(
             f"{source} is a {type(model).__name__}, which writes no text; pass a causal language model instead"
@@ -228,18 +255,32 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
 
 def _load_model(
-    source: str, dtype: str, device: str, trust_remote_code: bool, model_class: Any = None, **options: Any
+    source: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    model_class: Any,
+    settings: Quantization | BitsAndBytesConfig | None,
+    **options: Any,
 ) -> Any:
+    import transformers
     from safetensors import SafetensorError
 
     if dtype not in DTYPES:
         raise ConfigError(f"no dtype '{dtype}'; pass one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    device = pick_device(device)
     options |= {"trust_remote_code": trust_remote_code}
     try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         # A class that was chosen brings a head of its own, which transformers would report as missing.
         with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
-            chosen = model_class or _model_class(source, trust_remote_code)
-            model = chosen.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            chosen = model_class or _model_class(config)
+            options |= {"dtype": dtype, "use_safetensors": True}
+            if settings is not None or stored_by_bitsandbytes(config):
+                return _quantized(chosen, source, config, settings, device, **options)
+            return chosen.from_pretrained(source, **options).to(device)
+    except SlimtuneError:
+        raise
     except SafetensorError as error:
         raise ModelNotFoundError(f"the weights of {source} are damaged ({error}); fetch the model again") from error
     except (OSError, ValueError) as error:
@@ -247,13 +288,35 @@ def _load_model(
             f"the model '{source}' can't be loaded: {_first_line(error)}; pass a model folder, a Hub id that can be "
             f"reached, or a packaged name ({listing(PACKAGED)})"
         ) from error
-    return model.to(pick_device(device))
 
 
-def _model_class(source: str, trust_remote_code: bool) -> Any:
+def _quantized(
+    chosen: Any,
+    source: str,
+    config: Any,
+    settings: Quantization | BitsAndBytesConfig | None,
+    device: str,
+    **options: Any,
+) -> Any:
+    for name in ("accelerate", "bitsandbytes"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"a quantized base needs {name}: run `pip install 'slimtune[quantized]'`"
+            ) from error
+    from slimtune.quantized.loading import load_as_stored, load_quantized
+
+    if settings is None:
+        return load_as_stored(chosen, source, device, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{source} is quantized already; load it without quantize, or pass the folder in 16 bits")
+    return load_quantized(chosen, source, settings, device, **options)
+
+
+def _model_class(config: Any) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     named = [getattr(transformers, name, None) for name in config.architectures or []]
     return next(filter(None, named), transformers.AutoModelForCausalLM)
 

@@ -1,0 +1,48 @@
+"""A weight as the codes of bitsandbytes, equal to its own bit for bit, a piece at a time.
+
+Whole, a weight takes ten times its size on a CPU while it is quantized, and more time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
+from bitsandbytes.nn.modules import Int8Params, Params4bit
+from torch import Tensor
+
+PIECE = 1 << 18
+"""How many weights are quantized at once on a CPU: what that takes stays in its cache. A multiple of all blocks."""
+_NESTED_BLOCK = 256
+"""How many scales share a scale in double quantization, in bitsandbytes."""
+
+
+def packed_4bit(
+    weight_OI: Tensor, blocksize: int, kind: str, double: bool, storage: torch.dtype, module: Any = None
+) -> Params4bit:
+    """What bitsandbytes' `quantize_4bit` gives for any shape; the state is noted in the module as well."""
+    pieces = weight_OI.reshape(-1).split(PIECE if weight_OI.device.type == "cpu" else weight_OI.numel())
+    quantize = torch.ops.bitsandbytes.quantize_4bit.default
+    packed, maxima = zip(*(quantize(piece, blocksize, kind, storage) for piece in pieces), strict=True)
+    absmax, nested = torch.cat(maxima), {}
+    if double:
+        offset = absmax.mean()
+        absmax, state2 = quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+        nested = {"offset": offset, "state2": state2}
+    state = QuantState(
+        absmax, weight_OI.shape, get_4bit_type(kind, weight_OI.device), blocksize, kind, weight_OI.dtype, **nested
+    )
+    if module is not None:
+        module.quant_state = state
+    parameter: Any = Params4bit
+    return parameter(torch.cat(packed), False, state, blocksize, double, kind, storage, module, bnb_quantized=True)
+
+
+def packed_8bit(weight_OI: Tensor) -> Int8Params:
+    """What bitsandbytes' `Int8Params` makes of a weight: codes by way of float16, and a scale a row."""
+    rows = max(1, PIECE // weight_OI.shape[1]) if weight_OI.device.type == "cpu" else weight_OI.shape[0]
+    pieces = [int8_vectorwise_quant(piece.contiguous().half())[:2] for piece in weight_OI.split(rows)]
+    codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    parameter: Any = Int8Params
+    return parameter(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)

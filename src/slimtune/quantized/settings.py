@@ -1,0 +1,91 @@
+"""What `quantize=` means: names and numbers, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slimtune.errors import ConfigError, check_choice
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+KINDS = ("nf4", "fp4", "int8")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+COMPUTE_DTYPES = (None, "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of a base are quantized while it is loaded, in the storage of bitsandbytes.
+
+    Embeddings, norms, the output layer and a classifier's head are never quantized. Dettmers et al.,
+    https://arxiv.org/abs/2305.14314 (nf4, fp4) and https://arxiv.org/abs/2208.07339 (int8).
+
+    Attributes:
+        kind: nf4 (the better of the two in 4 bits), fp4 or int8.
+        double: quantize the scales of the blocks as well; of nf4 and fp4.
+        blocksize: how many weights share a scale; of nf4 and fp4. int8 has a scale for each row.
+        compute_dtype: what the products are computed in; without it, the dtype of the model.
+        keep: more modules to leave as they are: names, ends of paths or regular expressions.
+
+    Raises:
+        ConfigError: a value that can't be.
+    """
+
+    kind: str = "nf4"
+    double: bool = True
+    blocksize: int = 64
+    compute_dtype: str | None = None
+    keep: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("quantize", self.kind, KINDS)
+        check_choice("double", self.double, (True, False))
+        check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        if self.blocksize not in BLOCK_SIZES:
+            known = ", ".join(map(str, BLOCK_SIZES))
+            raise ConfigError(f"blocksize must be one of {known}, found {self.blocksize!r}")
+        if isinstance(self.keep, str) or not all(isinstance(name, str) for name in self.keep):
+            raise ConfigError(f"keep must be a list of module names, found {self.keep!r}")
+        own = (self.double, self.blocksize, self.compute_dtype)
+        if self.kind == "int8" and own != (True, 64, None):
+            raise ConfigError("double, blocksize and compute_dtype would change nothing with int8; leave them out")
+
+
+if TYPE_CHECKING:
+    Quantize = str | Quantization | BitsAndBytesConfig
+
+
+def settings_of(quantize: Quantize) -> Quantization | BitsAndBytesConfig:
+    """What a name is short for; settings as they are. Raises: ConfigError."""
+    if isinstance(quantize, str):
+        return Quantization(quantize)
+    if isinstance(quantize, Quantization):
+        return quantize
+    # By name, because a name alone must not import transformers.
+    if type(quantize).__name__ != "BitsAndBytesConfig":
+        raise ConfigError(
+            f"quantize takes {', '.join(KINDS)}, a slimtune.Quantization or transformers' BitsAndBytesConfig, found "
+            f"{quantize!r}"
+        )
+    _check_foreign(quantize)
+    return quantize
+
+
+def _check_foreign(config: BitsAndBytesConfig) -> None:
+    if not config.is_quantizable():
+        raise ConfigError("the BitsAndBytesConfig asks for nothing; pass load_in_4bit=True or load_in_8bit=True")
+    for name in ("llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name} isn't supported: weights are quantized once, and stay on one device; leave it out"
+            )
+
+
+def stored_by_bitsandbytes(config: Any) -> bool:
+    """Whether a model's configuration says that its weights are stored as bitsandbytes quantized them."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return method is not None and str(getattr(method, "value", method)).startswith("bitsandbytes")
