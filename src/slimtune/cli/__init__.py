@@ -52,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 the work failed or a bound refused it, 2 a mistake, 3 a plan finds that nothing fits.",
+    epilog="Exit codes: 0 done, 1 the work failed or a bound refused it, 2 a mistake, 3 a plan of which nothing fits.",
 )
 
 

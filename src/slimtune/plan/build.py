@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from slimtune.auto import BY_TASK
 from slimtune.errors import ConfigError, ModelNotFoundError
@@ -81,6 +80,8 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
             model: Any = made._from_config(config, dtype=getattr(torch, setting.dtype), **options)
         else:
             model = made.from_config(config, dtype=getattr(torch, setting.dtype), **options)
+        # Without initialisation, weights aren't tied either.
+        model.tie_weights()
         if setting.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (ValueError, ImportError) as error:
@@ -145,27 +146,23 @@ def kernels_of(device: str, is_fake: bool) -> Iterator[None]:
     if device == "cpu" or not is_fake:
         yield
         return
-    held = cross_entropy.HELD["cpu"]
+    held, attention = cross_entropy.HELD["cpu"], F.scaled_dot_product_attention
     cross_entropy.HELD["cpu"] = cross_entropy.HELD[device]
+    # Not a mode of torch's: inside of a backward pass, which computes checkpoints again, none would be entered.
+    F.scaled_dot_product_attention = _cuda_attention
     try:
-        with _CudaAttention():
-            yield
+        yield
     finally:
-        cross_entropy.HELD["cpu"] = held
+        cross_entropy.HELD["cpu"], F.scaled_dot_product_attention = held, attention
 
 
-class _CudaAttention(TorchFunctionMode):
-    """`scaled_dot_product_attention` by the kernels that torch picks on CUDA: flash, efficient under a mask."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if given["query"].dtype == torch.float32 and given.get("attn_mask") is None:
-            return _efficient(**given)
-        return _flash(**given) if given.get("attn_mask") is None else _efficient(**given)
+def _cuda_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """`scaled_dot_product_attention` by the kernels that torch picks on CUDA: flash, or the efficient one."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if given["query"].dtype == torch.float32 and given.get("attn_mask") is None:
+        return _efficient(**given)
+    return _flash(**given) if given.get("attn_mask") is None else _efficient(**given)
 
 
 def _flash(
