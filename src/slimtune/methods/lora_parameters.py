@@ -136,6 +136,8 @@ def _check(site: Site, name: str, weight: Tensor, r: int) -> None:
     called = f"'{site.name}.{name}'"
     if weight.ndim not in (2, 3):
         raise TargetError(f"{called} has {weight.ndim} dimensions; target_parameters takes those with 2 or 3")
+    if name == "weight" and site.base.recall(site.module) is not None:
+        raise TargetError(f"{called} is quantized, and no update can be added to codes; name it in target_modules")
     if not weight.is_floating_point() or weight.itemsize < 2:
         raise TargetError(f"{called} is stored as {weight.dtype}, to which an update can't be added")
     if name == "weight" and site.kind != "other" and (site.kind != "linear" or site.base.fan_in_fan_out):

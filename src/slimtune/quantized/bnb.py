@@ -115,5 +115,5 @@ def _looked_up(codes: Tensor, absmax: Tensor, codebook: Tensor, size: int) -> Te
 
 @torch.no_grad()
 def expand_8bit(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
-    """w = code * scale / 127 by rows, rounded once."""
-    return torch.mul(codes_OI.data, (scales_O / 127.0)[:, None]).to(dtype)
+    """w = code * scale / 127 by rows, in bitsandbytes' order of rounding in float32."""
+    return torch.mul(codes_OI.data, scales_O[:, None]).mul_(1 / 127).to(dtype)
