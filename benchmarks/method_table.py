@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
+from benchmarks import page
 from benchmarks.machine import ROOT
 from benchmarks.method_cases import METHODS, TASKS, Method, Task, settings_of
 from benchmarks.results import subtitle
@@ -131,11 +131,6 @@ def write(document: dict[str, Any]) -> None:
     if not document["runs"]:
         return
     plot(document)
-    page = PAGE.read_text()
     for task in TASKS.values():
         if any(key.startswith(task.name + "/") for key in document["runs"]):
-            mark = f"<!-- {task.name} -->"
-            pattern = re.compile(rf"{mark}.*?{mark}", re.DOTALL)
-            found = f"{mark}\n{table(document, task)}\n{mark}"
-            page = pattern.sub(lambda _, found=found: found, page)
-    PAGE.write_text(page)
+            page.fill(PAGE, task.name, table(document, task))

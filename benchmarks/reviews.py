@@ -40,15 +40,9 @@ def read_reviews(folder: str | Path, held_out_share: float = 0.2) -> tuple[list[
     Raises:
         FileNotFoundError: the archive is not in the folder.
     """
-    with tarfile.open(Path(folder) / ARCHIVE) as outer:
-        inner = outer.extractfile(INNER)
-        with tarfile.open(fileobj=inner) as archive:
-            file = archive.extractfile(RATINGS)
-            assert file is not None
-            lines = file.read().decode("utf-8").splitlines()
+    lines = table_of(folder, RATINGS)
     found: dict[str, Review] = {}
-    for line in lines:
-        _, rating, text = line.split("\t")
+    for _, rating, text in lines:
         if abs(float(rating)) >= CLEAR:
             review = Review(html.unescape(text).strip(), "positive" if float(rating) > 0 else "negative")
             found.setdefault(_place(review.text), review)
@@ -58,18 +52,33 @@ def read_reviews(folder: str | Path, held_out_share: float = 0.2) -> tuple[list[
     return ordered[count:], ordered[:count]
 
 
+def table_of(folder: str | Path, name: str) -> list[list[str]]:
+    """The rows of a file of ratings: place, rating, text; raises FileNotFoundError where the archive is missing."""
+    with tarfile.open(Path(folder) / ARCHIVE) as outer:
+        inner = outer.extractfile(INNER)
+        with tarfile.open(fileobj=inner) as archive:
+            file = archive.extractfile(name)
+            assert file is not None
+            return [line.split("\t") for line in file.read().decode("utf-8").splitlines()]
+
+
 def write_rows(path: Path, reviews: list[Review]) -> None:
     """The rows that `slimtune train` reads."""
     path.write_text("".join(json.dumps(asdict(review)) + "\n" for review in reviews), encoding="utf-8")
 
 
 def cached_reviews() -> tuple[list[Review], list[Review]]:
-    """The reviews as `read_reviews` gives them; the archive is fetched once into the user's cache."""
+    """The reviews as `read_reviews` gives them."""
+    return read_reviews(cached_archive())
+
+
+def cached_archive() -> Path:
+    """The folder of the archive, which is fetched once into the user's cache."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtune" / "benchmarks"
     if not (folder / ARCHIVE).is_file():
         fetch = ("download", "--quiet", "--no-binary", ":all:", "--no-deps", "vaderSentiment==3.3.2", "-d", str(folder))
         subprocess.run([sys.executable, "-m", "pip", *fetch], check=True)
-    return read_reviews(folder)
+    return folder
 
 
 def _place(text: str) -> str:
