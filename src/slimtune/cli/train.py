@@ -85,11 +85,15 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Stop after these steps.", rich_help_panel=RUN)] = None,
     batch_size: Annotated[int, typer.Option(help="Examples at once.", rich_help_panel=RUN)] = 8,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches per step.", rich_help_panel=RUN)] = 1,
+    optim: Annotated[
+        str,
+        typer.Option(help="adamw_8bit, paged_adamw_8bit, adafactor, ...: transformers' names.", rich_help_panel=RUN),
+    ] = "adamw_torch_fused",
     scheduler: Annotated[
         str, typer.Option(help="linear, cosine, constant or constant_with_warmup.", rich_help_panel=RUN)
     ] = "linear",
     warmup: Annotated[float, typer.Option(help="Steps, or a share of them below 1.", rich_help_panel=RUN)] = 0.03,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=RUN)] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Of the optimizer.", rich_help_panel=RUN)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.", rich_help_panel=RUN)] = 1.0,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=RUN)
@@ -119,7 +123,9 @@ def train(
     """
     from slimtune.cli.method import FEATURES, configure, find, table
     from slimtune.cli.tuning import Files, load_for, tune
+    from slimtune.loading import pick_device
     from slimtune.staging import refuse_existing
+    from slimtune.train.optimizer import check_runs
     from slimtune.train.settings import TrainSettings
 
     # All that needs no model comes first: a slip of the pen must not cost a download.
@@ -141,6 +147,7 @@ def train(
         return
     rate = chosen.config.learning_rate if learning_rate is None else learning_rate
     settings = TrainSettings(**{**_taken(ctx, TrainSettings.__dataclass_fields__), "learning_rate": rate})
+    check_runs(optim, pick_device(device).partition(":")[0])
     loaded, tokenizer, autocast = load_for(method, config, files, model, dtype, device, trust_remote_code, seed)
     outcome = tune(screen, loaded, tokenizer, files, settings, output, overwrite, table(chosen, config), autocast)
     use = f"slimtune chat {output}" if files.task_type == "CAUSAL_LM" else f"slimtune predict {output} TEXTS.jsonl"

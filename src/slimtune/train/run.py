@@ -15,6 +15,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from slimtune.evaluate.generation import pad_id_of
 from slimtune.train.checks import EachDeltaLearns, LastGood
+from slimtune.train.offload import OffloadedAdamW
+from slimtune.train.optimizer import DEFAULT, OFFLOADED, check_runs
 from slimtune.train.progress import LossFile, ShownProgress
 from slimtune.train.settings import TrainSettings
 from slimtune.train.trainer import AnswerTrainer, Objective, PadRight
@@ -56,8 +58,11 @@ def fine_tune(
     computes in bf16 over weights that are held in float32, as tuning all of them wants.
 
     Raises TrainingError if nothing can be trained, nothing moves, or the loss is no longer a number: the weights are
-    then those of the last good step, except where a copy would double a whole model.
+    then those of the last good step, except where a copy would double a whole model. Raises ConfigError or
+    MissingDependencyError for an optimizer that can't run here.
     """
+    check_runs(settings.optim, model.device.type)
+    offloaded = (OffloadedAdamW, {"lr": settings.learning_rate}) if settings.optim == OFFLOADED else None
     bar = ShownProgress(console)
     objective = objective or Objective(PadRight(pad_id_of(tokenizer)))
     with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing):
@@ -70,6 +75,7 @@ def fine_tune(
             compute_loss_func=objective.loss,
             last_good=LastGood(model, has_copy=is_adopted(model)),
             lora_plus_ratio=settings.lora_plus_ratio,
+            optimizer_cls_and_kwargs=offloaded,
             callbacks=[
                 EachDeltaLearns(model, lambda what: console.print(f"[yellow]warning:[/] {what}")),
                 LossFile(folder / "loss.jsonl"),
@@ -104,6 +110,7 @@ def _arguments(
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
+        optim=DEFAULT if settings.optim == OFFLOADED else settings.optim,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,

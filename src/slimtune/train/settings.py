@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slimtune.errors import ConfigError, did_you_mean
+from slimtune.train.optimizer import DEFAULT, check_name
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -18,6 +19,7 @@ class TrainSettings:
     max_steps: int | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
+    optim: str = DEFAULT
     scheduler: str = "linear"
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -39,6 +41,7 @@ class TrainSettings:
         for name in ("warmup", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}; pass 0 or more")
+        check_name(self.optim)
         if self.scheduler not in SCHEDULERS:
             near = did_you_mean(self.scheduler, SCHEDULERS)
             raise ConfigError(f"no scheduler '{self.scheduler}'; pass one of {', '.join(SCHEDULERS)}{near}")

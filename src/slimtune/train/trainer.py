@@ -54,7 +54,7 @@ class AnswerTrainer(Trainer):
             groups = lora_plus_groups(
                 cast(nn.Module, self.model), self.args.learning_rate, self.lora_plus_ratio, self.args.weight_decay
             )
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
 
