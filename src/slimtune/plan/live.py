@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from slimtune.plan.flops import flops_of
 from slimtune.plan.memory import Phase, Work
 
 ALIVE = 2**62
@@ -159,8 +159,7 @@ class Ledger(TorchDispatchMode):
     def _measure(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, outputs: list[Tensor], new: bool
     ) -> None:
-        count = flop_registry.get(func.overloadpacket)
-        flops = count(*args, **kwargs, out_val=result) if count else 0
+        flops = flops_of(func, args, kwargs, result)
         # A view moves nothing, and an operation in place allocates nothing but writes.
         moves = new or func._schema.is_mutable
         moved = sum(tensor.nbytes for tensor in [*tensors_in(args), *outputs]) if moves else 0

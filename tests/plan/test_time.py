@@ -1,0 +1,117 @@
+"""Time and cost: operations counted in the simulated step, a device's rates, the user's lengths."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from slimtune.errors import ConfigError
+from slimtune.methods.lora import LoraConfig
+from slimtune.plan import calibrate as calibration
+from slimtune.plan.ask import simulation
+from slimtune.plan.calibrate import calibrate, calibration_file, rates_of
+from slimtune.plan.data import Lengths, uniform
+from slimtune.plan.devices import find
+from slimtune.plan.memory import STEP, MemoryPlan, Work
+from slimtune.plan.setting import Setting
+from slimtune.plan.time import Rates, duration, step_seconds, usual
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, dtype="bfloat16"
+)
+WEIGHTS = 3 * (4 * 512 * 512 + 3 * 512 * 1024)
+TOKENS = 4 * 32
+T4 = find("T4")
+
+
+def planned(**changes: object) -> MemoryPlan:
+    setting = Setting(batch=4, sequence=32, padded=False, task_type="CAUSAL_LM", device="cpu")
+    return simulation(CONFIG)(replace(setting, **changes))  # type: ignore[arg-type]
+
+
+def flops(plan: MemoryPlan) -> int:
+    return sum(plan.work[phase].flops for phase in STEP)
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "by_rule"),
+    [(LoraConfig(r=1), False, 4), (None, False, 6), (LoraConfig(r=1), True, 6), (None, True, 8)],
+    ids=["frozen", "trained", "frozen, checkpointing", "trained, checkpointing"],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_operations_are_those_of_the_rule(
+    method: LoraConfig | None, checkpointing: bool, by_rule: int, device: str
+) -> None:
+    plan = planned(method=method, gradient_checkpointing=checkpointing, device=device)
+    assert flops(plan) == pytest.approx(by_rule * WEIGHTS * TOKENS, rel=0.06)
+
+
+def test_an_accumulated_step_is_as_many_batches() -> None:
+    once, thrice = planned(method=LoraConfig(r=1)), planned(method=LoraConfig(r=1), accumulation=3)
+    assert flops(thrice) == 3 * flops(once)
+
+
+def test_seconds_are_work_over_rates() -> None:
+    rates = Rates(flops_16bit=100.0, flops_32bit=10.0, bandwidth=50.0, slack=2.0, is_measured=True)
+    assert rates.seconds(Work(1000, 100), is_half=True) == 2 * (10 + 2)
+    assert rates.seconds(Work(1000, 100), is_half=False) == 2 * (100 + 2)
+
+
+def test_a_training_counts_its_padded_tokens_and_costs_by_the_hour() -> None:
+    plan, lengths = planned(method=LoraConfig(r=1), accumulation=2), Lengths((8, 8, 16, 32), learned=20)
+    rates = usual(T4)
+    found = duration(plan, lengths, epochs=3, device=T4, rates=rates)
+    assert found.tokens == 3 * 4 * 32
+    assert found.steps == 2
+    assert found.seconds == pytest.approx(step_seconds(plan, rates) * 3 / 2)
+    assert found.cost == pytest.approx(found.seconds / 3600 * T4.price_per_hour)  # type: ignore[operator]
+    assert not found.is_measured
+    assert duration(plan, lengths, 3, replace(T4, price_per_hour=None), rates).cost is None
+
+
+def test_a_faster_device_is_faster_and_longer_texts_are_slower() -> None:
+    plan = planned(method=LoraConfig(r=1))
+
+    def took(name: str, lengths: Lengths) -> float:
+        return duration(plan, lengths, 1, find(name), usual(find(name))).seconds
+
+    assert took("H100", uniform(32, 100)) < took("RTX 4090", uniform(32, 100)) < took("T4", uniform(32, 100))
+    assert took("T4", uniform(16, 100)) < took("T4", uniform(32, 100))
+
+
+def test_negative_epochs_are_refused() -> None:
+    with pytest.raises(ConfigError, match="-1"):
+        duration(planned(), uniform(8, 8), -1, T4, usual(T4))
+
+
+def test_rates_are_measured_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "SECONDS_EACH", 0.05)
+    device = find("cpu")
+    assert rates_of(device) == usual(device)
+    said: list[str] = []
+    rates = calibrate(device, said.append)
+    assert rates.is_measured
+    assert min(rates.flops_16bit, rates.flops_32bit, rates.bandwidth) > 1e8
+    assert 0.1 < rates.slack < 50
+    assert len(said) == 2
+    assert rates_of(device) == rates
+    assert calibration_file().is_relative_to(tmp_path)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    try:
+        assert not rates_of(device).is_measured
+    finally:
+        torch.set_num_threads(torch.get_num_threads() - 1)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"cpu, 1 threads": {"slack": 1}})])
+def test_a_damaged_calibration_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibration_file().parent.mkdir(parents=True)
+    calibration_file().write_text(content)
+    assert not rates_of(find("cpu")).is_measured
