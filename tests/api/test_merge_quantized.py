@@ -1,0 +1,541 @@
+"""Merging from a quantized base: into a plain model that saves, loads and trains, or into codes with the loss told."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+import slimtune
+from kinds import NEEDED, folds
+from quantizers import QUANTIZERS, Quantizer, four_bit
+from slimtune import dequantize
+from slimtune.bases import base_of, claim
+from slimtune.delta import TargetedConfig, methods
+from slimtune.drift import compare_outputs
+from slimtune.errors import ConfigError, MergeError
+from tensors import adapter_tensors, assert_near, assert_same, copies, predict, randomize, relative_error
+from zoo import BERT, GPT2, LLAMA, T5, TIED_LLAMA, Specimen, llama
+
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)
+INT8 = BitsAndBytesConfig(load_in_8bit=True)
+BY_NAME = {quantizer.name: quantizer for quantizer in QUANTIZERS}
+each_config = pytest.mark.parametrize("config", [NF4, INT8], ids=["nf4", "int8"])
+each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+pytestmark = pytest.mark.filterwarnings("ignore:.*(quantiz|4-bit|8-bit|Already found|embed)")
+
+
+def loaded(specimen: Specimen, folder: Path, config: Any = NF4, dtype: torch.dtype = torch.float32) -> Any:
+    """A specimen as a user has it in few bits: written in 16 or 32, quantized by transformers while it is loaded."""
+    model: Any = specimen.model().to(dtype)
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
+
+
+def options(specimen: Specimen) -> dict[str, Any]:
+    return {name: value for name, value in specimen.options().items() if name != "fan_in_fan_out"}
+
+
+def tuned(model: Any, specimen: Specimen = LLAMA, **changes: Any) -> Any:
+    config = slimtune.LoraConfig(**{"r": 4, **options(specimen), **changes})
+    return randomize(slimtune, slimtune.get_peft_model(model, config)).eval()
+
+
+def in_codes(quantizer: Quantizer) -> Any:
+    return quantizer.model(LLAMA.model())
+
+
+def storage(model: nn.Module) -> dict[str, tuple[int, type]]:
+    """Which objects the base consists of."""
+    found = [(n, p) for n, p in model.named_parameters() if ".deltas." not in n]
+    return {name: (id(parameter), type(parameter)) for name, parameter in found}
+
+
+def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copies({name: tensor for name, tensor in model.state_dict().items() if ".deltas." not in name})
+
+
+class TestApart:
+    """Merged for a while: floating weights, and the very same codes afterwards."""
+
+    @each_quantizer
+    def test_merged_is_unmerged_and_taken_out_the_codes_are_the_very_same(self, quantizer: Quantizer) -> None:
+        model = tuned(in_codes(quantizer))
+        objects, state, batch = storage(model), base_state(model), LLAMA.batch()
+        expected = predict(model, batch)
+        for _ in range(2):
+            model.merge_adapter(safe_merge=True)
+            weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+            assert weight.dtype == torch.float32
+            assert weight.shape == (48, 32)
+            assert_near(predict(model, batch), expected)
+            model.unmerge_adapter()
+        assert storage(model) == objects
+        assert_same(base_state(model), state)
+        assert torch.equal(predict(model, batch), expected)
+
+    @each_quantizer
+    def test_the_base_shows_through_while_merged(self, quantizer: Quantizer) -> None:
+        model = tuned(in_codes(quantizer))
+        merged = predict(model, LLAMA.batch())
+        model.merge_adapter()
+        with model.disable_adapter():
+            base = in_codes(quantizer)
+            claim(base)
+            assert torch.equal(predict(model, LLAMA.batch()), predict(base, LLAMA.batch()))
+        assert_near(predict(model, LLAMA.batch()), merged)
+
+    def test_one_merged_and_another_around_it(self) -> None:
+        model = tuned(in_codes(BY_NAME["nf4"]))
+        model.add_adapter("other", slimtune.LoraConfig(r=2, **LLAMA.options()))
+        randomize(slimtune, model, "other", seed=9)
+        model.set_adapter(["default", "other"])
+        both = predict(model, LLAMA.batch())
+        model.merge_adapter(["default"])
+        assert_near(predict(model, LLAMA.batch()), both)
+
+    def test_what_is_merged_is_in_the_dtype_that_the_module_computes_in(self, tmp_path: Path) -> None:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        model = tuned(loaded(LLAMA, tmp_path, config, torch.bfloat16))
+        expected = predict(model, LLAMA.batch())
+        model.merge_adapter()
+        assert model.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.float32
+        assert relative_error(predict(model, LLAMA.batch()), expected) < 1e-2
+        plain = model.merge_and_unload()
+        assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+
+    def test_what_a_method_leaves_alone_stays_packed(self) -> None:
+        model = in_codes(BY_NAME["nf4"])
+        model = randomize(slimtune, slimtune.get_peft_model(model, slimtune.LNTuningConfig()))
+        before = storage(model)
+        model.merge_adapter()
+        changed = {name for name, what in storage(model).items() if what != before[name]}
+        assert changed
+        assert all("norm" in name for name in changed)
+
+
+class TestPlain:
+    """`merge_and_unload()`: as if the model had never been quantized."""
+
+    @each_config
+    @pytest.mark.parametrize("specimen", [LLAMA, GPT2, BERT, T5], ids=lambda specimen: specimen.name)
+    def test_it_saves_and_loads_as_a_plain_model(self, specimen: Specimen, config: Any, tmp_path: Path) -> None:
+        model = tuned(loaded(specimen, tmp_path / "base", config), specimen)
+        expected = predict(model, specimen.batch())
+        merged = model.merge_and_unload(safe_merge=True)
+        plain = type(specimen.model()).from_pretrained(tmp_path / "base")
+        assert merged is model
+        assert [type(m) for m in merged.modules()] == [type(m) for m in plain.modules()]
+        for module, original in zip(merged.modules(), plain.modules(), strict=True):
+            assert vars(module).keys() - {"_is_hf_initialized"} <= vars(original).keys()
+        assert_near(predict(merged, specimen.batch()), expected)
+        merged.save_pretrained(tmp_path / "merged")
+        again = type(merged).from_pretrained(tmp_path / "merged")
+        assert not hasattr(again.config, "quantization_config")
+        assert torch.equal(predict(again, specimen.batch()), predict(merged, specimen.batch()))
+
+    @each_config
+    def test_nothing_says_that_it_was_quantized(self, config: Any, tmp_path: Path) -> None:
+        merged = tuned(loaded(LLAMA, tmp_path, config)).merge_and_unload()
+        for name in ("hf_quantizer", "quantization_method"):
+            assert not hasattr(merged, name)
+        for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+            assert not getattr(merged, name, False)
+        assert "quantization_config" not in merged.config.to_dict()
+        assert all(parameter.requires_grad for parameter in merged.parameters())
+        merged.to(torch.bfloat16)  # which transformers refuses for a quantized model
+
+    @each_config
+    def test_the_trainer_trains_it(self, config: Any, tmp_path: Path) -> None:
+        merged = tuned(loaded(LLAMA, tmp_path, config)).merge_and_unload()
+        before = copies(dict(merged.named_parameters()))
+        batch = LLAMA.batch()
+        rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(2)]
+        arguments = transformers.TrainingArguments(
+            tmp_path / "run", max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=1e-2
+        )
+        transformers.Trainer(merged, arguments, train_dataset=rows).train()
+        assert [name for name, p in merged.named_parameters() if torch.equal(p, before[name])] == []
+
+    def test_a_frozen_model_stays_frozen(self, tmp_path: Path) -> None:
+        model = loaded(LLAMA, tmp_path).requires_grad_(False)
+        assert not any(p.requires_grad for p in tuned(model).merge_and_unload().parameters())
+
+    def test_layers_without_an_adapter_are_expanded_too(self, tmp_path: Path) -> None:
+        model = tuned(loaded(LLAMA, tmp_path), target_modules=["q_proj"])
+        merged = model.merge_and_unload()
+        assert {type(m) for m in merged.modules() if hasattr(m, "in_features")} == {nn.Linear}
+
+    def test_unloading_leaves_it_quantized(self, tmp_path: Path) -> None:
+        model = loaded(LLAMA, tmp_path / "base")
+        before, objects = base_state(model), storage(model)
+        model = tuned(model)
+        model.merge_adapter()
+        model = model.unload()
+        assert storage(model) == objects
+        assert model.is_quantized
+        assert_same(base_state(model), before)
+        model.save_pretrained(tmp_path / "again")
+        again = type(model).from_pretrained(tmp_path / "again", device_map="cpu")
+        assert_same(base_state(again), before)
+
+    @pytest.mark.parametrize("already_merged", [True, False])
+    def test_an_error_leaves_everything_as_it_was(self, already_merged: bool, tmp_path: Path) -> None:
+        model = tuned(loaded(LLAMA, tmp_path))
+        # A layer that nothing can expand.
+        model.lm_head.extra = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+        if already_merged:
+            model.merge_adapter()
+        expected, objects, types = predict(model, LLAMA.batch()), storage(model), [type(m) for m in model.modules()]
+        with pytest.raises(ConfigError, match=r"lm_head.*int8"):
+            model.merge_and_unload()
+        assert [type(m) for m in model.modules()] == types
+        assert model.is_quantized
+        assert torch.equal(predict(model, LLAMA.batch()), expected)
+        assert model.active_adapters == ["default"]
+        if not already_merged:
+            assert storage(model) == objects
+        model.unmerge_adapter()
+
+    @pytest.mark.parametrize("how", [{}, {"requantize": True}], ids=["plain", "requantized"])
+    def test_a_broken_adapter_is_not_merged(self, how: dict[str, Any]) -> None:
+        model = tuned(in_codes(BY_NAME["nf4"]))
+        broken = copies(adapter_tensors(slimtune, model))
+        broken[max(broken)][0, 0] = float("nan")
+        slimtune.set_peft_model_state_dict(model, broken)
+        objects, types = storage(model), [type(m) for m in model.modules()]
+        with pytest.raises(MergeError, match="layers"):
+            model.merge_and_unload(**how)
+        assert storage(model) == objects
+        assert [type(m) for m in model.modules()] == types
+
+    def test_a_failure_that_no_one_foresaw_leaves_everything_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As when memory runs out in the middle."""
+        model = tuned(in_codes(BY_NAME["nf4"]))
+        objects, expected = storage(model), predict(model, LLAMA.batch())
+        delta: Any = model.get_submodule("model.layers.1.mlp.down_proj").deltas["default"]
+        monkeypatch.setattr(delta, "product", lambda: torch.zeros(3) + torch.zeros(2))
+        with pytest.raises(RuntimeError, match="size"):
+            model.merge_and_unload()
+        monkeypatch.undo()
+        assert storage(model) == objects
+        assert torch.equal(predict(model, LLAMA.batch()), expected)
+
+
+class TestDequantize:
+    """`slimtune.dequantize(model)`: the same without adapters."""
+
+    @each_config
+    @pytest.mark.parametrize("specimen", [LLAMA, GPT2], ids=lambda specimen: specimen.name)
+    def test_a_folder_that_is_quantized_becomes_a_plain_one(
+        self, specimen: Specimen, config: Any, tmp_path: Path
+    ) -> None:
+        loaded(specimen, tmp_path / "base", config).save_pretrained(tmp_path / "quantized")
+        model = type(specimen.model()).from_pretrained(tmp_path / "quantized", device_map="cpu")
+        claim(model)
+        expected = predict(model, specimen.batch())
+        assert dequantize(model) is model
+        assert torch.equal(predict(model, specimen.batch()), expected)
+        model.save_pretrained(tmp_path / "plain")
+        again = type(model).from_pretrained(tmp_path / "plain")
+        assert [type(m) for m in again.modules()] == [type(m) for m in specimen.model().modules()]
+        assert torch.equal(predict(again, specimen.batch()), expected)
+
+    def test_the_weights_are_those_that_bitsandbytes_makes_of_its_codes(self, tmp_path: Path) -> None:
+        model = loaded(wide(), tmp_path)
+        codes = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+        expected = {n: bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for n, m in codes.items()}
+        dequantize(model)
+        assert_same({name: model.get_submodule(name).weight.detach() for name in expected}, expected)
+
+    def test_another_dtype_is_that_of_the_whole_model(self, tmp_path: Path) -> None:
+        model = dequantize(loaded(LLAMA, tmp_path), torch.bfloat16)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert predict(model, LLAMA.batch()).isfinite().all()
+
+    def test_norms_that_were_put_into_float32_stay_usable(self, tmp_path: Path) -> None:
+        """peft's preparation for training casts what isn't quantized; the expanded weights go with it."""
+        model = loaded(LLAMA, tmp_path, dtype=torch.bfloat16)
+        model = dequantize(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert predict(model, LLAMA.batch()).isfinite().all()
+
+    def test_a_plain_model_stays_as_it_is(self) -> None:
+        model: Any = LLAMA.model()
+        before = storage(model)
+        assert storage(dequantize(model)) == before
+
+    def test_a_quantized_head_is_untied_from_the_embedding(self, tmp_path: Path) -> None:
+        """Loaded again as tied, the head would be the embedding and not what its codes stand for."""
+        model: Any = TIED_LLAMA.model()
+        model.set_submodule("lm_head", BY_NAME["nf4"].quantize(nn.Linear(32, 101, bias=False)))
+        dequantize(model).save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        assert torch.equal(predict(again, LLAMA.batch()), predict(model, LLAMA.batch()))
+
+    def test_one_s_own_model_with_nothing_else_in_it(self) -> None:
+        layer = BY_NAME["nf4"].quantize(nn.Linear(64, 32))
+        host = dequantize(nn.Sequential(layer))
+        assert type(host[0]) is nn.Linear
+        assert host[0].weight.dtype == torch.float32
+
+    def test_mistakes(self, tmp_path: Path) -> None:
+        model = tuned(loaded(LLAMA, tmp_path))
+        with pytest.raises(ConfigError, match=r"adapters default; call merge_and_unload\(\)"):
+            dequantize(model)
+        with pytest.raises(ConfigError, match=r"torch\.int8"):
+            dequantize(LLAMA.model(), torch.int8)
+        own = nn.Sequential(bnb.nn.Embedding4bit(32, 64).to("cpu"), BY_NAME["nf4"].quantize(nn.Linear(64, 32)))
+        with pytest.raises(ConfigError, match=r"'0' is a Embedding4bit whose weight is stored as torch\.uint8"):
+            dequantize(own)
+        assert isinstance(own[1], bnb.nn.Linear4bit)
+
+
+def wide() -> Specimen:
+    """A Llama whose rows begin with a block: where they don't, bitsandbytes' own expansion on CPUs is wrong."""
+    return replace(LLAMA, name="wide", build=lambda: llama(hidden_size=64, intermediate_size=128))
+
+
+def biased() -> Specimen:
+    """A Llama with a bias in each layer of its blocks."""
+    return replace(LLAMA, name="biased", build=lambda: llama(attention_bias=True, mlp_bias=True))
+
+
+class TestRequantized:
+    """`merge_and_unload(requantize=True)`: quantized as it was, what was lost told."""
+
+    @each_config
+    @pytest.mark.parametrize("is_stored", [False, True], ids=["quantized-while-loaded", "stored-quantized"])
+    def test_it_saves_and_loads_as_a_quantized_model(self, config: Any, is_stored: bool, tmp_path: Path) -> None:
+        model = loaded(GPT2, tmp_path / "base", config)
+        if is_stored:
+            model.save_pretrained(tmp_path / "quantized")
+            model = type(model).from_pretrained(tmp_path / "quantized", device_map="cpu")
+        stored = model.config.to_dict()["quantization_config"]
+        merged = tuned(model, GPT2).merge_and_unload(requantize=True)
+        merged.save_pretrained(tmp_path / "merged")
+        again = type(merged).from_pretrained(tmp_path / "merged", device_map="cpu")
+        assert again.is_quantized
+        assert again.config.to_dict()["quantization_config"] == stored
+        assert_same(base_state(again), base_state(merged))
+        claim(again)
+        assert torch.equal(predict(again, GPT2.batch()), predict(merged, GPT2.batch()))
+
+    @each_quantizer
+    def test_the_codes_are_those_of_bitsandbytes_for_the_merged_weight(self, quantizer: Quantizer) -> None:
+        plain = tuned(in_codes(quantizer)).merge_and_unload()
+        merged = tuned(in_codes(quantizer)).merge_and_unload(requantize=True)
+        expected = quantizer.model(plain)
+        assert_same(base_state(merged), base_state(expected))
+
+    @each_quantizer
+    def test_the_storage_s_settings_stay(self, quantizer: Quantizer) -> None:
+        before = in_codes(quantizer).get_submodule("model.layers.0.mlp.up_proj")
+        after = tuned(in_codes(quantizer)).merge_and_unload(requantize=True).get_submodule("model.layers.0.mlp.up_proj")
+        assert type(after.weight) is type(before.weight)
+        assert after.weight.dtype == before.weight.dtype
+        assert after.weight.shape == before.weight.shape
+        if isinstance(after, bnb.nn.Linear4bit):
+            ours, theirs = after.weight.quant_state, before.weight.quant_state
+            for name in ("quant_type", "blocksize", "nested", "dtype", "shape"):
+                assert getattr(ours, name) == getattr(theirs, name), name
+            assert after.quant_state is ours
+            assert after.weight.module is after
+
+    def test_16_bit_storage_stays(self) -> None:
+        model = Quantizer("bf16-storage", four_bit("nf4", quant_storage=torch.bfloat16)).model(LLAMA.model())
+        merged = tuned(model).merge_and_unload(requantize=True)
+        assert merged.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.bfloat16
+
+    def test_layers_without_an_adapter_keep_their_very_codes(self) -> None:
+        model = tuned(in_codes(BY_NAME["nf4-double"]), target_modules=["q_proj"])
+        before = storage(model)
+        after = storage(model.merge_and_unload(requantize=True))
+        assert {name for name in before if after[name] != before[name]} == {
+            f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)
+        }
+
+    @each_quantizer
+    def test_what_was_lost_is_told(self, quantizer: Quantizer) -> None:
+        batch = LLAMA.batch()
+        model = tuned(in_codes(quantizer))
+        apart, loss = predict(model, batch), float(model(**batch).loss.detach())
+        weight = frozen_weights(model)
+        with pytest.warns(UserWarning, match=r"merged into quantized weights: .*% of the update is left"):
+            merged = model.merge_and_unload(requantize=True, drift_inputs=batch)
+        drift = merged.merge_drift
+        assert drift.outputs == compare_outputs(apart, predict(merged, batch))
+        assert drift.loss_before == pytest.approx(loss)
+        assert drift.loss_after == pytest.approx(float(merged(**batch).loss.detach()))
+        plain = frozen_weights(tuned(in_codes(quantizer)).merge_and_unload())
+        update = {name: plain[name] - weight[name] for name in weight}
+        left = {name: tensor - weight[name] for name, tensor in frozen_weights(merged).items()}
+        size = sum(float(d.square().sum()) for d in update.values())
+        assert drift.survived == pytest.approx(sum(float((left[n] * update[n]).sum()) for n in update) / size, rel=1e-4)
+        strayed = sum(float((left[n] - update[n]).square().sum()) for n in update)
+        assert drift.noise == pytest.approx((strayed / size) ** 0.5, rel=1e-4)
+        assert drift.entries == sum(tensor.numel() for tensor in weight.values())
+
+    def test_a_small_update_is_wiped_out_of_4_bits_and_told(self) -> None:
+        model = tuned(in_codes(BY_NAME["nf4"]))
+        stored = adapter_tensors(slimtune, model)
+        slimtune.set_peft_model_state_dict(model, {name: 0.02 * tensor for name, tensor in stored.items()})
+        before, plain = frozen_weights(model), copy.deepcopy(model).merge_and_unload()
+        merged = model.merge_and_unload(requantize=True)
+        assert all((plain.get_submodule(n).weight - tensor).abs().max() > 0 for n, tensor in before.items())
+        assert merged.merge_drift.survived < 0.5
+        assert merged.merge_drift.noise > 0.5
+
+    def test_nothing_is_clipped_into_int8(self) -> None:
+        """An entry far beyond the old scale of its row comes back, and it is counted."""
+        model = tuned(in_codes(BY_NAME["int8"]), target_modules=["q_proj"])
+        module = model.get_submodule("model.layers.0.self_attn.q_proj")
+        delta = module.deltas["default"]
+        with torch.no_grad():
+            for layer in range(2):
+                other = model.get_submodule(f"model.layers.{layer}.self_attn.q_proj").deltas["default"]
+                for factor in other.trained:
+                    factor.zero_()
+            delta.trained[0][0, 3], delta.trained[1][5, 0] = 1.0, 7.0
+        row = frozen_weights(model)["model.layers.0.self_attn.q_proj"][5]
+        merged = model.merge_and_unload(requantize=True)
+        assert merged.merge_drift.beyond == 1
+        after = frozen_weights(merged)["model.layers.0.self_attn.q_proj"][5, 3]
+        assert float(after) == pytest.approx(float(row[3] + 7.0 * delta.scaling), rel=1e-2)
+
+    @each_quantizer
+    def test_an_update_of_nothing_moves_nothing(self, quantizer: Quantizer) -> None:
+        model = slimtune.get_peft_model(in_codes(quantizer), slimtune.LoraConfig(**LLAMA.options())).eval()
+        expected = predict(model, LLAMA.batch())
+        merged = model.merge_and_unload(requantize=True)
+        assert merged.merge_drift.beyond == 0
+        assert merged.merge_drift.survived == 1
+        assert relative_error(predict(merged, LLAMA.batch()), expected) < 0.05
+
+    def test_what_is_merged_already_is_merged_anew(self) -> None:
+        model = tuned(in_codes(BY_NAME["nf4"]))
+        model.merge_adapter()
+        merged = model.merge_and_unload(requantize=True)
+        assert_same(base_state(merged), base_state(tuned(in_codes(BY_NAME["nf4"])).merge_and_unload(requantize=True)))
+
+    @pytest.mark.parametrize("already_merged", [True, False])
+    def test_a_safe_merge_refuses_what_strays(self, already_merged: bool) -> None:
+        model = tuned(in_codes(BY_NAME["fp4-128"]))
+        if already_merged:
+            model.merge_adapter()
+        expected, types = predict(model, LLAMA.batch()), [type(m) for m in model.modules()]
+        with pytest.raises(MergeError, match="beyond 10%"):
+            model.merge_and_unload(requantize=True, safe_merge=True)
+        assert torch.equal(predict(model, LLAMA.batch()), expected)
+        assert [type(m) for m in model.modules()] == types
+        assert bool(model.kept) == already_merged
+
+    def test_mistakes(self) -> None:
+        plain = tuned(LLAMA.model())
+        before = storage(plain)
+        with pytest.raises(MergeError, match="default changes no quantized weight"):
+            plain.merge_and_unload(requantize=True)
+        assert storage(plain) == before
+        with pytest.raises(ConfigError, match="requantize=True"):
+            plain.merge_and_unload(drift_inputs=LLAMA.batch())
+        huge = tuned(in_codes(BY_NAME["int8"]))
+        before = storage(huge)
+        stored = adapter_tensors(slimtune, huge)
+        slimtune.set_peft_model_state_dict(huge, {name: 1e3 * tensor for name, tensor in stored.items()})
+        with pytest.raises(MergeError, match=r"'model\..*merge into 16 bits"):
+            huge.merge_and_unload(requantize=True)
+        assert storage(huge) == before
+
+
+def frozen_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of the blocks' linear layers in floating point."""
+    layers = {n: m for n, m in model.named_modules() if n.endswith("_proj")}
+    return {n: base_of(m).weight(m).detach().double() for n, m in layers.items()}
+
+
+FOLDING = [name for name in sorted(methods()) if issubclass(methods()[name], TargetedConfig) and folds(name)]
+
+
+class TestMethods:
+    """Every method that has a form as weights, on NF4 in float32."""
+
+    @pytest.mark.parametrize("method", FOLDING)
+    @pytest.mark.parametrize("config", [NF4, INT8], ids=["nf4", "int8"])
+    def test_merged_is_unmerged(self, method: str, config: Any, tmp_path: Path) -> None:
+        made: Any = methods()[method](**NEEDED.get(method, {}))
+        model = slimtune.get_peft_model(loaded(biased(), tmp_path / "base", config), made)
+        model = randomize(slimtune, model).eval()
+        base = predict(dequantize(loaded(biased(), tmp_path / "base", config)), LLAMA.batch())
+        expected = predict(model, LLAMA.batch())
+        assert relative_error(base, expected) > 1e-3
+        model.merge_adapter()
+        assert_near(predict(model, LLAMA.batch()), expected)
+        model.unmerge_adapter()
+        assert torch.equal(predict(model, LLAMA.batch()), expected)
+        merged = model.merge_and_unload()
+        assert_near(predict(merged, LLAMA.batch()), expected)
+        merged.save_pretrained(tmp_path / "merged")
+        again = type(merged).from_pretrained(tmp_path / "merged")
+        assert torch.equal(predict(again, LLAMA.batch()), predict(merged, LLAMA.batch()))
+
+
+class TestAcrossBases:
+    """An adapter is for all precisions of its base, here and in peft."""
+
+    @staticmethod
+    def trained(library: Any, base: Any, folder: Path) -> dict[str, torch.Tensor]:
+        """Three steps, and the adapter as it was written."""
+        torch.manual_seed(0)
+        model = library.get_peft_model(base, library.LoraConfig(r=4, lora_alpha=8, **LLAMA.options())).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        for _ in range(3):
+            model(**LLAMA.batch()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return copies(adapter_tensors(library, model))
+
+    @pytest.mark.parametrize("trainer", [slimtune, peft], ids=["slimtune", "peft"])
+    @pytest.mark.parametrize("reader", [slimtune, peft], ids=["slimtune", "peft"])
+    @pytest.mark.parametrize("there", ["nf4", "float32"])
+    def test_trained_on_one_and_loaded_on_the_other(
+        self, trainer: Any, reader: Any, there: str, tmp_path: Path
+    ) -> None:
+        bases = {"nf4": lambda: loaded(wide(), tmp_path / "base"), "float32": wide().model}
+        here = "float32" if there == "nf4" else "nf4"
+        written = self.trained(trainer, bases[here](), tmp_path / "adapter")
+        # In training mode, because bitsandbytes repacks weights on some CPUs when it evaluates.
+        model = reader.PeftModel.from_pretrained(bases[there](), tmp_path / "adapter").train()
+        assert_same(adapter_tensors(reader, model), written)
+        ours = slimtune.PeftModel.from_pretrained(bases[there](), tmp_path / "adapter")
+        batch = {"input_ids": LLAMA.batch()["input_ids"]}
+        with torch.no_grad():
+            assert_near(model(**batch).logits, predict(ours, batch))
+        base: Any = bases[there]()
+        claim(base)
+        assert relative_error(predict(base, batch), predict(ours, batch)) > 1e-3
+
+    def test_merged_into_what_it_was_trained_on_it_is_the_same_and_into_the_original_it_is_not(
+        self, tmp_path: Path
+    ) -> None:
+        self.trained(slimtune, loaded(wide(), tmp_path / "base"), tmp_path / "adapter")
+        batch = {"input_ids": LLAMA.batch()["input_ids"]}
+        apart = slimtune.PeftModel.from_pretrained(loaded(wide(), tmp_path / "base"), tmp_path / "adapter")
+        expected = predict(apart, batch)
+        assert_near(predict(apart.merge_and_unload(), batch), expected)
+        other = slimtune.PeftModel.from_pretrained(wide().model(), tmp_path / "adapter").merge_and_unload()
+        assert relative_error(predict(other, batch), expected) > 1e-2
