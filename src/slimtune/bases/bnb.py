@@ -39,9 +39,11 @@ class Bnb4bitLinear(PackedLinear):
         give_up_storage(module, weight_OI)
 
     def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
-        from slimtune.quantized.bnb_storage import pack_4bit
+        from slimtune.quantized.packing import packed_4bit
 
-        return pack_4bit(weight_OI, module.weight, state_of(module))
+        state = state_of(module)
+        dense_OI, storage = weight_OI.to(state.dtype), module.weight.dtype
+        return packed_4bit(dense_OI, state.blocksize, state.quant_type, state.nested, storage)
 
     def beyond(self, module: Any, weight_OI: Tensor) -> int:
         from slimtune.quantized.bnb_storage import block_maxima

@@ -1,4 +1,4 @@
-"""What bitsandbytes stores, made anew from a weight or given up for a plain layer."""
+"""What bitsandbytes stores: its reach, made anew from a weight, given up for a plain layer."""
 
 from __future__ import annotations
 
@@ -6,30 +6,17 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_blockwise
-from bitsandbytes.nn.modules import Int8Params, Params4bit
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from slimtune.errors import MergeError
+from slimtune.quantized.packing import packed_8bit
 
 _OWN = (
     "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
     "state", "index", "source_cls",
 )  # fmt: skip
 """What bitsandbytes and transformers note in a quantized module."""
-
-
-@torch.no_grad()
-def pack_4bit(weight_OI: Tensor, like: Any, state: Any) -> Tensor:
-    """4-bit codes of a weight in the type, block size, double quantization and storage of others."""
-    settings: dict[str, Any] = {
-        "blocksize": state.blocksize,
-        "compress_statistics": state.nested,
-        "quant_type": state.quant_type,
-        "quant_storage": like.dtype,
-    }
-    packed: Any = Params4bit(weight_OI.to(state.dtype), False, **settings)
-    return packed.to(weight_OI.device)
 
 
 @torch.no_grad()
@@ -45,9 +32,7 @@ def pack_8bit(weight_OI: Tensor) -> Tensor:
             f"the merged weight has an entry of {largest:.3g}, which bitsandbytes can't quantize to int8; merge into "
             "16 bits"
         )
-    # By way of the CPU, because bitsandbytes quantizes a parameter when it comes from there.
-    packed: Any = Int8Params(weight_OI.to("cpu", torch.float16), requires_grad=False)
-    return packed.to(weight_OI.device)
+    return packed_8bit(weight_OI)
 
 
 def block_maxima(state: Any) -> Tensor:
