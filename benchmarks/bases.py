@@ -52,6 +52,8 @@ def base_model(work: Work, folder: str, library: Any | None = None) -> Any:
     dtype = getattr(torch, work.dtype)
     if work.quantize:
         settings = settings_of(work.quantize, dtype)
+        if hasattr(library, "load"):
+            return library.load(folder, work.dtype, work.device, quantize=settings)[0]
         named = {"dtype": dtype, "quantization_config": settings, "device_map": {"": work.device}}
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **named)
     return random_llama(work) if work.model in LLAMAS else plain_base(folder, dtype)
