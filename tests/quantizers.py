@@ -9,6 +9,8 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, quantize_
+from torchao.quantization.granularity import PerGroup
 
 from slimtune.bases import base_of, claim
 
@@ -66,11 +68,25 @@ def int8(layer: nn.Linear) -> Any:
     return made.to(layer.weight.device)
 
 
+def torchao(settings: Any) -> Callable[[nn.Linear], Any]:
+    """torchao's tensor in a plain `nn.Linear`."""
+
+    def quantize(layer: nn.Linear) -> Any:
+        quantize_(layer, settings)
+        return layer
+
+    return quantize
+
+
+INT4: Any = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+
 QUANTIZERS = (
     Quantizer("nf4", four_bit("nf4")),
     Quantizer("nf4-double", four_bit("nf4", double=True)),
     Quantizer("fp4-128", four_bit("fp4", blocksize=128)),
     Quantizer("int8", int8),
+    Quantizer("torchao-int8", torchao(Int8WeightOnlyConfig())),
+    Quantizer("torchao-int4", torchao(IntxWeightOnlyConfig(INT4, PerGroup(4), MappingType.ASYMMETRIC))),
 )
 
 

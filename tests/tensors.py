@@ -95,8 +95,17 @@ def assert_all_near(actual: dict[str, Tensor], expected: dict[str, Tensor], boun
         assert_near(actual[key], tensor, bound, key)
 
 
+def parts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name; of one that is made of others, as torchao's, those."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        inside = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+        found |= {f"{key}.{name}": getattr(tensor, name) for name in inside} or {key: tensor}
+    return found
+
+
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    return {key: tensor.detach().clone() for key, tensor in parts(tensors).items()}
 
 
 def plain(value: Any) -> Any:

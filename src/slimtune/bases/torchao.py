@@ -36,6 +36,16 @@ class TorchaoLinear(PackedLinear):
     def dtype(self, module: Any) -> torch.dtype:
         return module.weight.dtype
 
+    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+        from slimtune.quantized.torchao import pack
+
+        return pack(weight_OI, module.weight)
+
+    def beyond(self, module: Any, weight_OI: Tensor) -> int:
+        from slimtune.quantized.torchao import beyond
+
+        return beyond(weight_OI, module.weight)
+
 
 def expands_itself(weight: Any) -> bool:
     """Whether a weight is a tensor of torchao that can give its numbers back; those packed for one kernel can't."""

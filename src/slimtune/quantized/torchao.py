@@ -16,12 +16,12 @@ from torchao.quantization import (
     IntxWeightOnlyConfig,
     MappingType,
 )
-from torchao.quantization.granularity import PerGroup
+from torchao.quantization.granularity import PerBlock, PerGroup
 from transformers import TorchAoConfig
 
 from slimtune.bases.packed import Packed
 from slimtune.bases.torchao import TorchaoLinear
-from slimtune.errors import check_choice
+from slimtune.errors import MergeError, check_choice
 
 KINDS = ("int8-torchao", "int4-torchao")
 """int8 with a scale a row; int4 with a scale and a zero point for each group of 32."""
@@ -53,12 +53,58 @@ def expand(weight: Any) -> Tensor:
 
 def _affine(weight: Any) -> Tensor:
     # As torchao has it, less the pass over all codes for zero points that are zero and a copy.
+    codes = _in_blocks(weight, weight.qdata)
+    if _has_zeros(weight):
+        codes = codes.to(weight.dtype) - _of_blocks(weight, weight.zero_point).to(weight.dtype)
+    return torch.mul(codes, _of_blocks(weight, weight.scale)).view(weight.shape).to(weight.dtype)
+
+
+def _in_blocks(weight: Any, entries_OI: Tensor) -> Tensor:
     (rows, columns), (height, width) = weight.shape, weight.block_size
-    blocks = rows // height, 1, columns // width, 1
-    codes, zeros = weight.qdata.view(rows // height, height, columns // width, width), weight.zero_point
-    if zeros is not None and zeros.any():
-        codes = codes.to(weight.dtype) - zeros.view(blocks).to(weight.dtype)
-    return torch.mul(codes, weight.scale.view(blocks)).view(rows, columns).to(weight.dtype)
+    return entries_OI.view(rows // height, height, columns // width, width)
+
+
+def _of_blocks(weight: Any, numbers: Tensor) -> Tensor:
+    """One number a block, in the shape of the blocks."""
+    (rows, columns), (height, width) = weight.shape, weight.block_size
+    return numbers.view(rows // height, 1, columns // width, 1)
+
+
+def _has_zeros(weight: Any) -> bool:
+    return weight.zero_point is not None and bool(weight.zero_point.any())
+
+
+@torch.no_grad()
+def pack(weight_OI: Tensor, like: Any) -> Tensor:
+    """A weight in codes as `like` has them: in blocks of that shape, with zero points if that one has any.
+
+    Raises:
+        MergeError: another tensor of torchao.
+    """
+    if type(like) not in _AFFINE:
+        raise MergeError(f"a {type(like).__name__} of torchao can't be made again from what it is; merge into 16 bits")
+    mapping = MappingType.ASYMMETRIC if _has_zeros(like) else MappingType.SYMMETRIC
+    weight_OI = weight_OI.to(like.dtype)
+    if isinstance(like, IntxUnpackedToInt8Tensor):
+        activations = like.activation_quantization
+        return IntxUnpackedToInt8Tensor.from_hp(
+            weight_OI, like.block_size, like.target_dtype, mapping_type=mapping, activation_quantization=activations
+        )
+    parts = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
+    own = {name: getattr(like, name) for name in parts}
+    if own["act_pre_scale"] is not None:
+        weight_OI = weight_OI / own["act_pre_scale"]
+    return Int8Tensor.from_hp(weight_OI, PerBlock(tuple(like.block_size)), mapping, **own)
+
+
+def beyond(weight_OI: Tensor, like: Any) -> int:
+    """How many entries of a weight lie outside of what the codes of `like` reach with its scales."""
+    codes = _in_blocks(like, weight_OI.float()) / _of_blocks(like, like.scale).float()
+    if _has_zeros(like):
+        codes += _of_blocks(like, like.zero_point)
+    kind = getattr(like, "target_dtype", torch.int8)
+    reach = 2 ** (int(str(kind).removeprefix("torch.int")) - 1)
+    return int(((codes < -reach - 0.5) | (codes > reach - 0.5)).sum())
 
 
 def settings(kind: str) -> TorchAoConfig:
