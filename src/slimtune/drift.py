@@ -50,14 +50,19 @@ class MergeDrift:
     entries: int
 
     def __str__(self) -> str:
-        losses = (
-            "" if self.loss_before is None else f"loss {self.loss_before:.4f} before, {self.loss_after:.4f} after; "
-        )
+        parts = [self.left]
+        if self.outputs:
+            parts.append(str(self.outputs))
+        if self.loss_before is not None:
+            parts.append(f"loss {self.loss_before:.4f} before, {self.loss_after:.4f} after")
+        return "; ".join(parts)
+
+    @property
+    def left(self) -> str:
+        """What is left in the weights, in words."""
         return (
             f"{self.survived:.1%} of the update is left, under noise of {self.noise:.2f} times its size; "
-            + (f"{self.outputs}; " if self.outputs else "")
-            + losses
-            + f"{self.beyond:,} of {self.entries:,} entries were beyond the old scales, which were computed anew"
+            f"{self.beyond:,} of {self.entries:,} entries were beyond the old scales, which were computed anew"
         )
 
 

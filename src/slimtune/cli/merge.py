@@ -1,4 +1,4 @@
-"""`slimtune merge`: an adapter and its base become one plain model."""
+"""`slimtune merge`: an adapter and its base become one model."""
 
 from __future__ import annotations
 
@@ -14,23 +14,41 @@ def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter folder.")],
     output: Output,
     base: Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Quantize the base before merging, as it was in training: nf4, fp4 or int8."),
+    ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Leave a quantized base quantized; what is lost of the update is reported."),
+    ] = False,
     max_kl: Annotated[
-        float, typer.Option(min=0.0, help="Refuse (exit code 1) if the outputs drift further than this KL divergence.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            min=0.0,
+            show_default="0.01; 0.1 with --requantize",
+            help="Refuse (exit code 1) if the outputs drift further than this KL divergence.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Merge an adapter into its base and write a plain model folder, after comparing the outputs.
+    """Merge an adapter into its base and write a model folder, after comparing the outputs.
 
     The written folder is read again and compared as well. Example: slimtune merge tuned --output merged
+
+    An adapter that was trained on a quantized base (QLoRA) belongs into the numbers that the codes stand for: with the
+    same --quantize, or on a quantized folder, the written 16-bit model is the one that was trained. Merged into the
+    original 16-bit base it is another model, which may be better or worse. A merge back into codes (--requantize) can
+    wipe a small update out.
     """
     from pathlib import Path
 
     from slimtune.cli.adapters import attach
-    from slimtune.errors import AdapterFileError
+    from slimtune.errors import AdapterFileError, ConfigError
     from slimtune.export import merge_to_folder
     from slimtune.loading import base_of, is_adapter, load_base
     from slimtune.staging import refuse_existing
@@ -39,9 +57,11 @@ def merge(
     if not is_adapter(adapter):
         raise AdapterFileError(f"{adapter} is no adapter folder: adapter_config.json is missing; pass what train wrote")
     source = base or base_of(adapter)
-    model, tokenizer = load_base(adapter, source, dtype, device, trust_remote_code)
+    model, tokenizer = load_base(adapter, source, dtype, device, trust_remote_code, quantize)
+    if requantize and not getattr(model, "is_quantized", False):
+        raise ConfigError(f"{source} isn't quantized, so that there is nothing to quantize again; pass --quantize nf4")
     model = attach(model, {"default": adapter})
-    report = merge_to_folder(model, tokenizer, output, max_kl, overwrite)
+    report = merge_to_folder(model, tokenizer, output, max_kl, overwrite, requantize)
     if as_json:
         print(json.dumps({"output": str(output), "base": source, **report.to_dict()}))
         return
@@ -50,6 +70,9 @@ def merge(
     screen.print(f"what the adapter changes      {report.adapter}")
     screen.print(f"what merging lost             {report.merged}")
     screen.print(f"written, read again           {report.reloaded}")
+    if report.requantized is not None:
+        screen.print(f"quantized again               {report.requantized.left}")
     if report.adapter.max_abs == 0:
         screen.print("[yellow]warning:[/] the adapter changes nothing: the merged model equals its base")
-    screen.print(f"{output}: {size / 1e6:,.0f} MB, a plain model", markup=False)
+    kind = "a plain model" if report.requantized is None else "a quantized model"
+    screen.print(f"{output}: {size / 1e6:,.0f} MB, {kind}", markup=False)
