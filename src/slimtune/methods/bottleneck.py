@@ -244,7 +244,10 @@ class BottleneckDelta(Delta):
 
 def _undrawn(features_in: int, features_out: int, made: dict[str, Any]) -> nn.Linear:
     """A linear layer whose parameters are still to be set."""
-    layer: Any = nn.utils.skip_init(nn.Linear, features_in, features_out, **made)
+    # Not by torch's skip_init, which can't make tensors without data.
+    layer = nn.Linear(features_in, features_out, device="meta")
+    layer.weight = nn.Parameter(torch.empty(layer.weight.shape, **made))
+    layer.bias = nn.Parameter(torch.empty(layer.bias.shape, **made))
     return layer
 
 
