@@ -82,6 +82,8 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
             model = made.from_config(config, dtype=getattr(torch, setting.dtype), **options)
         # Without initialisation, weights aren't tied either.
         model.tie_weights()
+        # A model whose weights aren't drawn has its ties left undone.
+        model.tie_weights()
         if setting.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (ValueError, ImportError) as error:
