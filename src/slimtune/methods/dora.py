@@ -89,7 +89,8 @@ class DoraDelta(LoraDelta):
     def _square_norms(self, base: Frozen) -> Tensor:
         """||W||^2 by rows; computed again only if the weight is no more what it was."""
         owner = getattr(base.module, "weight", None)
-        if not isinstance(owner, Tensor) or owner.is_inference() or torch.compiler.is_compiling():
+        # The compiler can't trace what is asked after it.
+        if torch.compiler.is_compiling() or not isinstance(owner, Tensor) or owner.is_inference():
             return _squares(base.weight.detach())
         state = (owner._version, owner.untyped_storage()._cdata, owner.device, owner.dtype)
         if self._squares is None or self._squares[0]() is not owner or self._squares[1] != state:

@@ -16,8 +16,9 @@ from bitsandbytes.nn.modules import Linear4bit as Stored4bit
 from bitsandbytes.nn.modules import Linear8bitLt as Stored8bit
 from torch import Tensor
 
-from slimtune.bases.bnb import Bnb4bitLinear, Bnb8bitLinear
+from slimtune.bases.bnb import Bnb4bitLinear, Bnb8bitLinear, scales_of, state_of
 from slimtune.bases.packed import Packed
+from slimtune.quantized.damage import check_4bit, check_8bit
 
 _LARGEST_FAST_BLOCK = 1024
 """Beyond it bitsandbytes' kernel for the CPU is inexact where it uses AVX512."""
@@ -27,6 +28,12 @@ class Linear4bit(Packed, Stored4bit):
     """NF4 or FP4: what bitsandbytes stores, the product with the expanded weight."""
 
     packed_base = Bnb4bitLinear()
+
+    def __setstate__(self, state: Any) -> None:
+        """A copy: its codes lead to it, and not to the module that they were copied from, which that would keep."""
+        super().__setstate__(state)
+        if getattr(self.weight, "quant_state", None) is not None:
+            self.packed_base.settle(self)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -59,15 +66,23 @@ class Linear8bit(Packed, Stored8bit):
 
 
 def adopt_storage(module: Any, dtype: torch.dtype) -> None:
-    """Make one of bitsandbytes' modules ours in place; weights that an evaluation repacked are put back in order."""
+    """Make one of bitsandbytes' modules ours in place; weights that an evaluation repacked are put back in order.
+
+    Raises:
+        DamagedBaseError: what is stored doesn't fit together.
+    """
     if isinstance(module, Packed):
         return
     if isinstance(module, Stored4bit):
         state = getattr(module.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             _unpack_cpu_format(module.weight, state)
+        if Linear4bit.packed_base.is_packed(module) or not module.weight.is_floating_point():
+            check_4bit(module, state_of(module))
         module.__class__ = Linear4bit
     else:
+        if Linear8bit.packed_base.is_packed(module):
+            check_8bit(module, scales_of(module))
         module.compute_dtype = dtype  # type: ignore[assignment]
         module.__class__ = Linear8bit
 
