@@ -56,6 +56,10 @@ class ModelNotFoundError(SlimtuneError, FileNotFoundError):
     """A base model that is neither a folder, nor on the Hub, nor packaged."""
 
 
+class DamagedBaseError(SlimtuneError, ValueError):
+    """A quantized base model whose stored weights don't fit together."""
+
+
 class OutputExistsError(SlimtuneError, FileExistsError):
     """An output folder that already holds something."""
 

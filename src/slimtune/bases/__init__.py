@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slimtune.delta import Base
+from slimtune.errors import DamagedBaseError
 
 
 @functools.cache
@@ -37,9 +38,18 @@ def _full_name(module_type: type) -> str:
 
 
 def claim(model: nn.Module) -> None:
-    """Find the modules that another library quantized; where their storage is known, our own product takes over."""
+    """Find the modules that another library quantized; where their storage is known, our own product takes over.
+
+    Raises:
+        DamagedBaseError: what is stored of a weight doesn't fit together.
+    """
     dtype = getattr(model, "dtype", None)
     for file in _files():
         if hasattr(file, "claim"):
-            for module in model.modules():
-                file.claim(module, dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype())
+            for path, module in model.named_modules():
+                try:
+                    file.claim(module, dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype())
+                except DamagedBaseError as error:
+                    raise DamagedBaseError(
+                        f"the quantized weight '{path}.weight' is damaged: {error}; fetch the model again"
+                    ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -28,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slimtune.bases import claim
 from slimtune.errors import ConfigError, did_you_mean, listing
 from slimtune.quantized.bnb_storage import give_up_storage
+from slimtune.quantized.damage import check_files
 from slimtune.quantized.packing import packed_4bit, packed_8bit
 from slimtune.quantized.settings import Quantization
 
@@ -51,7 +53,12 @@ def load_quantized(
 
 
 def load_as_stored(chosen: Any, source: str, device: str, **options: Any) -> Any:
-    """`chosen.from_pretrained` of what bitsandbytes quantized before, claimed for our product."""
+    """`chosen.from_pretrained` of what bitsandbytes quantized before, claimed for our product.
+
+    Raises:
+        DamagedBaseError: what is stored of a weight doesn't fit together.
+    """
+    check_files(Path(source))
     model = chosen.from_pretrained(source, device_map={"": device}, **options)
     claim(model)
     return model
