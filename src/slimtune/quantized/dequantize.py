@@ -18,8 +18,8 @@ Expanded = list[tuple[nn.Module, PackedLinear, Tensor]]
 """The quantized modules of a model, their kinds, and their weights (out, in) in floating point."""
 
 MODEL_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
-CONFIG_MARKS = ("quantization_config", "_is_quantized")
-"""Where transformers notes that a model is quantized, which keeps it from being saved or trained as a plain one."""
+CONFIG_MARKS = ("quantization_config", "_is_quantized", "_pre_quantization_dtype")
+"""Where transformers and diffusers note that a model is quantized; a plain one could not be saved or trained then."""
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -96,6 +96,11 @@ def make_plain(model: Any, weights: Expanded) -> Any:
 def forget(model: nn.Module) -> None:
     """Take the quantization out of what a model and its configs say of themselves."""
     for part in model.modules():
+        frozen = vars(part).get("_internal_dict")
+        if isinstance(frozen, dict):
+            # The config of diffusers, which can't be changed; `part.config` is made of it.
+            kept = {name: value for name, value in frozen.items() if name not in CONFIG_MARKS}
+            part._internal_dict = type(frozen)(kept)
         for owner, marks in ((part, MODEL_MARKS), (getattr(part, "config", None), CONFIG_MARKS)):
             for name in marks if owner is not None else ():
                 vars(owner).pop(name, None)
