@@ -262,7 +262,8 @@ LAYERS = range(8)
 def smollm2_in_nf4() -> Any:
     """SmolLM2 in NF4 with LoftQ in its first layers."""
     options = {"r": 64, "lora_alpha": 128, "init_lora_weights": "loftq", "layers_to_transform": list(LAYERS)}
-    return slimtune.get_peft_model(in_4_bits(resolve(SMOLLM2)), slimtune.LoraConfig(**options))
+    model, _ = slimtune.load(SMOLLM2, dtype="bfloat16", quantize="nf4")
+    return slimtune.get_peft_model(model, slimtune.LoraConfig(**options))
 
 
 def test_every_layer_of_smollm2_loses_less_with_every_rank(smollm2_in_nf4: Any) -> None:
