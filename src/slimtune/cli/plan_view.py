@@ -18,7 +18,7 @@ from slimtune.plan.rules import GOALS
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR_WIDTH = 32
+BAR_WIDTH = 22
 LETTERS = {
     "weights": "w",
     "adapter": "a",
@@ -60,17 +60,17 @@ def show_classic(screen: Console, cells: Sequence[Cell]) -> None:
     from rich.table import Table
 
     sizes = [size for size in SIZES if any(cell.size == size for cell in cells)]
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("GB, simulated (rule of thumb)")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("GB", no_wrap=True)
     for size in sizes:
-        table.add_column(f"{size}\n{SIZES[size]}", justify="right")
+        table.add_column(f"{size}\n{SIZES[size]}", justify="right", no_wrap=True)
     for row in ROWS:
         found = [cell for cell in cells if cell.row is row]
-        table.add_row(row.name, *(f"{cell.gigabytes:,.1f} ({cell.rule_of_thumb_gb:,})" for cell in found))
+        table.add_row(row.name, *(f"{_short(cell.gigabytes)} ({cell.rule_of_thumb_gb})" for cell in found))
     screen.print(table, soft_wrap=False)
     setting = cells[0].plan.setting
     screen.print(
-        f"\nsimulated: batch {setting.batch} x {setting.sequence} tokens, bf16, "
+        f"\nsimulated (and the rule of thumb): batch {setting.batch} x {setting.sequence} tokens, bf16, "
         f"{'with' if setting.gradient_checkpointing else 'without'} checkpointing, AdamW, LoRA on all linear layers; "
         "live tensors at their peak, to which a device adds its context and fragmentation"
     )
@@ -118,30 +118,33 @@ def _show_choices(screen: Console, report: Report) -> None:
     from rich.table import Table
 
     scale = max(report.wish.device.room_bytes, 1)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("method", "needs"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    table.add_column("needs", justify="right", no_wrap=True)
     table.add_column(f"of {scale / 1e9:.1f} GB", width=BAR_WIDTH + 1, no_wrap=True)
     for name in ("batch", "time", "cost", "adapter"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for choice in report.choices:
         mark = "" if choice.fits else "red"
+        cost = choice.duration.cost
         table.add_row(
-            Text(choice.label + (f", r={choice.rank}" if choice.rank else ""), style=mark),
+            Text(choice.label, style=mark),
             Text(_bytes(choice.needed_bytes), style=mark),
             bar(choice.parts, scale, has_colour=screen.color_system is not None),
             _batch(choice),
-            _time(choice.duration.seconds) if choice.fits else "does not fit",
-            "" if choice.duration.cost is None or not choice.fits else f"${choice.duration.cost:,.2f}",
+            _time(choice.duration.seconds) if choice.fits else "no",
+            "" if cost is None or not choice.fits else _dollars(cost),
             _bytes(choice.adapter_bytes),
         )
     screen.print()
     screen.print(table, soft_wrap=False)
-    legend = Text("  ".join(""))
+    legend = Text()
     for part, colour in COLOURS.items():
         shown = "█" if screen.color_system is not None else LETTERS[part]
         legend.append(shown, style=colour).append(f" {part}  ")
     screen.print(legend)
+    if any(choice.setting.gradient_checkpointing for choice in report.choices):
+        screen.print("* with gradient checkpointing")
     rates = report.rates
     how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
     price = report.wish.device.price_per_hour
@@ -181,21 +184,31 @@ def _described(choice: Choice, report: Report) -> str:
     words.append("checkpointing" if setting.gradient_checkpointing else "no checkpointing")
     took = [_bytes(choice.needed_bytes), _time(choice.duration.seconds)]
     if choice.duration.cost is not None:
-        took.append(f"${choice.duration.cost:,.2f}")
+        took.append(_dollars(choice.duration.cost))
     return f"take {', '.join(words)}: {', '.join(took)}, {_bytes(choice.adapter_bytes)} on disk"
 
 
 def _batch(choice: Choice) -> str:
     setting = choice.setting
     shown = str(setting.batch) + (f" x {setting.accumulation}" if setting.accumulation > 1 else "")
-    return shown + (" ckpt" if setting.gradient_checkpointing else "")
+    return shown + ("*" if setting.gradient_checkpointing else "")
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB" if count < 1e11 else f"{count / 1e9:,.0f} GB"
+    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
+
+
+def _short(gigabytes: float) -> str:
+    return f"{gigabytes:.1f}" if gigabytes < 100 else f"{gigabytes:.0f}"
+
+
+def _dollars(cost: float) -> str:
+    return f"${cost:,.2f}" if cost >= 0.01 else "< 1 cent"
 
 
 def _time(seconds: float) -> str:
-    if seconds < 90:
+    if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -170,6 +171,8 @@ def plan(
     if lengths.labels:
         config.num_labels = len(lengths.labels)
     stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    task_type = "SEQ_CLS" if lengths.labels else "CAUSAL_LM"
+    parameters, numbers_per_rank = count(config, task_type)
     wish = Wish(
         device=chosen,
         lengths=lengths.within(limit),
@@ -184,12 +187,13 @@ def plan(
         accumulation=gradient_accumulation,
         checkpointing=gradient_checkpointing,
         dtype=_dtype(dtype, stored, chosen),
-        task_type="SEQ_CLS" if lengths.labels else "CAUSAL_LM",
+        task_type=task_type,
         devices=devices,
+        parameters=parameters,
         served_on=_device(served_on) if served_on else None,
     )
     rates = rates_of(chosen)
-    case, choices = recommend(wish, simulation(config), rates, numbers_per_rank(config, wish.task_type))
+    case, choices = recommend(wish, simulation(config), rates, numbers_per_rank)
     named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
     said = None if data is None else str(data)
     return Report(named, said, wish, case, tuple(choices), rates, lengths.over(limit), stored)
@@ -215,23 +219,22 @@ def read_config(model: Any, trust_remote_code: bool = False) -> Any:
     return config_of(model, trust_remote_code)
 
 
-def numbers_per_rank(config: Any, task_type: str) -> int:
-    """Parameters of LoRA of rank 1 on all linear layers."""
-    import copy
-
+def count(config: Any, task_type: str) -> tuple[int, int]:
+    """Parameters of the model, and of LoRA of rank 1 on all its linear layers."""
     import torch
 
     from slimtune import get_peft_model
     from slimtune.methods.lora import LoraConfig
 
-    found = []
+    parameters, trained = 0, []
     for rank in (1, 2):
         with torch.device("meta"):
             model = build(copy.deepcopy(config), Setting(), task_type)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
             get_peft_model(model, LoraConfig(r=rank, task_type=task_type))
-        found.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
     # A new head counts in both.
-    return found[1] - found[0]
+    return parameters, trained[1] - trained[0]
 
 
 def _check(

@@ -44,6 +44,7 @@ class Wish:
         sequence: the longest example, in tokens.
         dtype: of what isn't quantized.
         devices: GPUs that share the training, by FSDP2.
+        parameters: of the base, 0 if they weren't counted.
         served_on: the device that the result has to run on, where that is another one.
     """
 
@@ -62,6 +63,7 @@ class Wish:
     dtype: str = "bfloat16"
     task_type: str = "CAUSAL_LM"
     devices: int = 1
+    parameters: int = 0
     served_on: Device | None = None
 
 
@@ -104,7 +106,7 @@ class Choice:
 Simulate = Callable[[Setting], MemoryPlan]
 
 
-def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: int) -> tuple[Case, list[Choice]]:
+def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: int = 0) -> tuple[Case, list[Choice]]:
     """All candidates of a goal, those that fit first and in the goal's order, then the others by what they need.
 
     Raises:
@@ -210,13 +212,22 @@ def _fitted(first: Setting, wish: Wish, case: Case, simulate: Simulate) -> Memor
 
     options = (False, True) if wish.checkpointing is None else (wish.checkpointing,)
     for checkpointing in options:
-        batch = wish.batch or effective
+        batch = 0 if _is_hopeless(first, wish) else wish.batch or effective
         while batch:
             plan = planned(batch, checkpointing)
             if wish.device.takes(plan.sharded(wish.devices).total):
                 return plan
             batch = 0 if wish.batch else _smaller(plan, wish)
     return planned(wish.batch or 1, options[-1])
+
+
+def _is_hopeless(setting: Setting, wish: Wish) -> bool:
+    """Whether the parameters alone are too many, so that no batch has to be tried."""
+    stored = {"dense": 4 if setting.dtype == "float32" else 2, "int8": 1, "nf4": 0.5, "fp4": 0.5}[setting.base]
+    if setting.method is None:
+        # Gradients and Adam's two moments.
+        stored *= 4
+    return wish.parameters * stored > wish.device.room_bytes * wish.devices
 
 
 def _smaller(plan: MemoryPlan, wish: Wish) -> int:
