@@ -383,6 +383,8 @@ def _unpack(gguf: Path, target: Path) -> None:
     import torch
     import transformers
 
+    from slimtune.quantized.dequantize import forget
+
     options: dict[str, Any] = {"gguf_file": gguf.name}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -395,11 +397,8 @@ def _unpack(gguf: Path, target: Path) -> None:
         raise MissingDependencyError(
             "reading GGUF needs two more packages: run `pip install gguf accelerate`"
         ) from error
-    # The weights are plain now; what says otherwise would forbid saving and training.
-    model.hf_quantizer, model.is_quantized = None, False
-    for stale in ("quantization_config", "_model_name_or_path"):
-        if hasattr(model.config, stale):
-            delattr(model.config, stale)
+    forget(model)
+    vars(model.config).pop("_model_name_or_path", None)
     with no_weight_bar():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
