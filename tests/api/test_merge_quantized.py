@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -179,6 +180,21 @@ class TestPlain:
         model = tuned(loaded(LLAMA, tmp_path), target_modules=["q_proj"])
         merged = model.merge_and_unload()
         assert {type(m) for m in merged.modules() if hasattr(m, "in_features")} == {nn.Linear}
+
+    @pytest.mark.parametrize("kind", ["nf4", "int8"])
+    def test_hooks_of_accelerate_go_with_it(self, kind: str) -> None:
+        """As on a model that is spread over devices."""
+        model = in_codes(BY_NAME[kind])
+        expected = predict(tuned(copy.deepcopy(model)), LLAMA.batch())
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        model = tuned(model)
+        assert torch.equal(predict(model, LLAMA.batch()), expected)
+        layer = model.get_submodule("model.layers.0.mlp.up_proj")
+        assert layer._old_forward.__func__ is layer.adopted_from.forward
+        merged = model.merge_and_unload()
+        assert_near(predict(merged, LLAMA.batch()), expected)
 
     def test_unloading_leaves_it_quantized(self, tmp_path: Path) -> None:
         model = loaded(LLAMA, tmp_path / "base")

@@ -47,9 +47,18 @@ def claim(model: nn.Module) -> None:
     for file in _files():
         if hasattr(file, "claim"):
             for path, module in model.named_modules():
+                was = type(module)
                 try:
                     file.claim(module, dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype())
                 except DamagedBaseError as error:
                     raise DamagedBaseError(
                         f"the quantized weight '{path}.weight' is damaged: {error}; fetch the model again"
                     ) from error
+                if type(module) is not was:
+                    follow_class(module)
+
+
+def follow_class(module: nn.Module) -> None:
+    """Let hooks of accelerate, which noted the forward of the class that a module had, run that of its class now."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module)

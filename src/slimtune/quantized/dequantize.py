@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases import base_of, claim
+from slimtune.bases import base_of, claim, follow_class
 from slimtune.bases.packed import PackedLinear
 from slimtune.errors import ConfigError, listing
 from slimtune.merge import untie_if_changed
@@ -86,6 +86,7 @@ def make_plain(model: Any, weights: Expanded) -> Any:
     trained = any(parameter.requires_grad for parameter in model.parameters())
     for module, base, weight_OI in weights:
         base.make_plain(module, weight_OI)
+        follow_class(module)
         module.requires_grad_(trained)
     if weights:
         forget(model)
