@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from slimtune.engines import Verdict, verdicts
+from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.plan import rules
 from slimtune.plan.data import Lengths
 from slimtune.plan.devices import Device
@@ -132,15 +133,25 @@ def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: in
 
 
 def _candidates(wish: Wish) -> list[tuple[str, Precision]]:
-    order = ORDER[wish.goal]
+    from slimtune.cli.method import FEATURES, find
+
+    order: tuple[tuple[str, Precision], ...] = ORDER[wish.goal]
     if wish.methods is not None:
+        for method in wish.methods:
+            if find(method).name == FEATURES:
+                raise ConfigError("--method features trains nothing of the model; plan another method")
         order = tuple(product(wish.methods, BASES))
-    # All weights of a quantized base can't be trained.
-    return [
+    for base in wish.bases or ():
+        check_choice("base", base, BASES)
+    # All weights of a quantized base can't be trained in place.
+    found: list[tuple[str, Precision]] = [
         (method, base)
         for method, base in order
         if (method != FULL or base == "dense") and (wish.bases is None or base in wish.bases)
     ]
+    if not found:
+        raise ConfigError(f"full tuning needs a dense base, found {listing(wish.bases or ())}; plan it on dense")
+    return found
 
 
 def _preferred(case: Case, wish: Wish) -> list[tuple[str, Precision]]:
