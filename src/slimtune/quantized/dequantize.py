@@ -96,6 +96,7 @@ def make_plain(model: Any, weights: Expanded) -> Any:
 
 def forget(model: nn.Module) -> None:
     """Take the quantization out of what a model and its configs say of themselves."""
+    part: Any
     for part in model.modules():
         frozen = vars(part).get("_internal_dict")
         if isinstance(frozen, dict):
@@ -114,6 +115,7 @@ def mend_saving(model: nn.Module) -> None:
     transformers writes a model by undoing what it did when it read it, and has nothing that undoes the reading of
     codes: it raises NotImplementedError. They are written as they are.
     """
+    part: Any
     for part in model.modules():
         conversions = vars(part).get("_weight_conversions")
         if conversions:
