@@ -33,6 +33,7 @@ _HOME = {
     "dequantize": "quantized.dequantize",
     "load": "loading",
     "Quantization": "quantized.settings",
+    "parts": "quantized.report",
     "load_diffusers_lora": "diffusion",
     "save_diffusers_lora": "diffusion",
     "lora_plus_groups": "train.lora_plus",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from slimtune.plan.ask import plan
     from slimtune.quantized.dequantize import dequantize
+    from slimtune.quantized.report import parts
     from slimtune.quantized.settings import Quantization
     from slimtune.train.lora_plus import create_loraplus_optimizer, lora_plus_groups
 

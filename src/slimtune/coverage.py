@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from slimtune.adapter import attached
-from slimtune.delta import Site
+from slimtune.delta import dtypes_of
 from slimtune.targets import walk
 
 
@@ -65,16 +63,16 @@ def coverage(model: Any, adapter_name: str) -> Coverage:
             continue
         before = rows[last] if last in rows else Row(0, last_names.count(last), 0, "")
         parameters = before.parameters + sum(p.numel() for p in own)
-        rows[last] = Row(before.trained + 1, before.there, parameters, f"{_dtypes(own)} on {_dtypes(_frozen(site))}")
+        rows[last] = Row(
+            before.trained + 1, before.there, parameters, f"{dtypes_of(own)} on {site.base.stored_as(site.module)}"
+        )
         stored_bytes += sum(p.numel() * p.element_size() for p in own)
     trainable = sum(row.parameters for row in rows.values())
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(count_of(p) for p in model.parameters())
     return Coverage(adapter_name, rows, trainable, total, stored_bytes, unmergeable)
 
 
-def _frozen(site: Site) -> list[Tensor]:
-    return list(site.module.parameters(recurse=False))
-
-
-def _dtypes(tensors: Iterable[Tensor]) -> str:
-    return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+def count_of(parameter: Any) -> int:
+    """How many numbers a parameter stands for, which is more than what is stored of codes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)

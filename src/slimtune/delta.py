@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -79,6 +79,14 @@ class Base(ABC):
         """The weight's shape, dtype and device."""
         weight = self.weight(module)
         return Outline(weight.shape, weight.dtype, weight.device)
+
+    def stored_as(self, module: nn.Module) -> str:
+        """As which numbers the module's own parameters are stored, or its buffers if it has none, in words."""
+        return dtypes_of(module.parameters(recurse=False)) or dtypes_of(module.buffers(recurse=False))
+
+    def held(self, module: nn.Module) -> list[Tensor]:
+        """All tensors that the module itself keeps."""
+        return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
     def recall(self, module: Any) -> Callable[[], Tensor] | None:
         """What expands the weight once more, so that a backward pass need not keep it; None where it is kept anyway."""
@@ -612,6 +620,11 @@ def method(peft_type: str) -> type[PeftConfig]:
 def means(pattern: str, name: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern`, a name or expression, means the module of that path."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def dtypes_of(tensors: Iterable[Tensor]) -> str:
+    """The types of number of some tensors, in words."""
+    return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def trainable_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:

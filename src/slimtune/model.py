@@ -29,7 +29,7 @@ from slimtune.adapter import (
 from slimtune.adopt import BASE, ENCODERS, FAST_PATHS, Adopted, Switch, WithoutFastPath, adopt, release, run
 from slimtune.bases import base_of
 from slimtune.combine import combined
-from slimtune.coverage import Coverage, coverage
+from slimtune.coverage import Coverage, count_of, coverage
 from slimtune.delta import PeftConfig, deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.ops.lazy_logits import lazy_head, without_lazy
@@ -453,7 +453,7 @@ class PeftModel(Adopted):
         """(trainable parameters, all parameters)."""
         model: Any = self
         parameters = list(model.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(count_of(p) for p in parameters)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trainable, of how many."""

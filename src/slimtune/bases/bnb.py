@@ -22,6 +22,15 @@ class Bnb4bitLinear(PackedLinear):
 
     module_types = ("bitsandbytes.nn.modules.Linear4bit",)
 
+    def code(self, module: Any) -> str:
+        return state_of(module).quant_type
+
+    def held(self, module: Any) -> list[Tensor]:
+        state = state_of(module)
+        inner = state.state2 if state is not None and state.nested else None
+        kept = [part for one in (state, inner) if one is not None for part in (one.absmax, one.code)]
+        return [*super().held(module), *kept]
+
     def is_packed(self, module: Any) -> bool:
         return state_of(module) is not None and super().is_packed(module)
 
@@ -61,6 +70,12 @@ class Bnb8bitLinear(PackedLinear):
     """int8 codes with one scale a row: w = code * scale / 127."""
 
     module_types = ("bitsandbytes.nn.modules.Linear8bitLt",)
+
+    def code(self, module: Any) -> str:
+        return "int8"
+
+    def held(self, module: Any) -> list[Tensor]:
+        return [*super().held(module), *([scales_of(module)] if self.is_packed(module) else [])]
 
     def is_packed(self, module: Any) -> bool:
         return module.weight.dtype == torch.int8

@@ -42,6 +42,13 @@ class PackedLinear(Base):
         weight = module.weight
         return not (weight.is_floating_point() and tuple(weight.shape) == (module.out_features, module.in_features))
 
+    def stored_as(self, module: Any) -> str:
+        return self.code(module) if self.is_packed(module) else super().stored_as(module)
+
+    def code(self, module: Any) -> str:
+        """What the stored codes are called."""
+        return type(module.weight).__name__
+
     def recall(self, module: Any) -> Callable[[], Tensor] | None:
         return self.expansion(module) if self.is_packed(module) else None
 

@@ -6,7 +6,7 @@ transformers loads as ever, with its renamings, ties and new heads; this says ho
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class Request(QuantizationConfigMixin):
     def __init__(self, settings: Quantization | BitsAndBytesConfig) -> None:
         is_own = isinstance(settings, Quantization)
         self.keep: Sequence[str] = settings.keep if is_own else ()
+        self.keeps_heads = is_own or settings.llm_int8_skip_modules is None
         self.blocksize = settings.blocksize if is_own else 64
         # Unset, it would be float32 in bitsandbytes; ours is the dtype of the model, which isn't known yet.
         self.computes_as_model = is_own and settings.kind != "int8" and settings.compute_dtype is None
@@ -91,6 +92,7 @@ def _as_bitsandbytes(settings: Quantization) -> BitsAndBytesConfig:
 class _Quantizer(HfQuantizer):
     """Mixed in front of transformers' quantizers for bitsandbytes."""
 
+    quantization_config: Any
     module_type: type[nn.Module]
 
     def quantized(self, weight_OI: Tensor, module: Any) -> Tensor:
@@ -102,20 +104,30 @@ class _Quantizer(HfQuantizer):
         self.request = request
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **options: Any) -> None:
-        config: Any = self.quantization_config
         if self.request.computes_as_model:
-            config.bnb_4bit_compute_dtype = model.dtype
+            self.quantization_config.bnb_4bit_compute_dtype = model.dtype
         linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
         self._check_kept(linear, model)
-        default = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
-        if self.request.keep:
-            config.llm_int8_skip_modules = [*sorted(default), *self.request.keep]
-        if not any(should_convert_module(name, [*default, *self.request.keep]) for name in linear):
+        last = list(model.named_parameters())[-1][0].rpartition(".")[0]
+        # transformers keeps the last module, but misses one with a bias, as most classifiers' heads have.
+        self._keep(model, {*self.request.keep, *({last} & set(linear) if self.request.keeps_heads else ())})
+        if not any(should_convert_module(name, self._kept(model)) for name in linear):
             raise ConfigError(
                 f"{type(model).__name__} has no linear layer to quantize beside {listing(linear) or 'none at all'}; "
                 "load it without quantize"
             )
         super()._process_model_before_weight_loading(model, device_map=device_map, **options)
+
+    def _kept(self, model: Any) -> list[str]:
+        skipped = self.quantization_config.llm_int8_skip_modules
+        return self.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
+
+    def _keep(self, model: Any, names: Iterable[str]) -> None:
+        """Have these modules as they are, here and wherever the saved model is loaded again."""
+        before = self._kept(model)
+        more = [name for name in sorted(names) if name not in before]
+        if more:
+            self.quantization_config.llm_int8_skip_modules = [*sorted(before), *more]
 
     def _check_kept(self, linear: Sequence[str], model: Any) -> None:
         for pattern in self.request.keep:
@@ -131,10 +143,7 @@ class _Quantizer(HfQuantizer):
             # It wasn't in the file: a head to be trained, of numbers that were just drawn.
             module: Any = model.get_submodule(name)
             give_up_storage(module, module.weight.data)
-        if new:
-            config: Any = self.quantization_config
-            kept = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
-            config.llm_int8_skip_modules = [*sorted(kept), *new]
+        self._keep(model, new)
         return model
 
     def _is_new(self, module: Any) -> bool:
