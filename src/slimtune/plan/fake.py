@@ -6,11 +6,13 @@ number is read all the same the answer is one, and yes: a check passes, a bound 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -50,6 +52,34 @@ class FakeLedger(Ledger):
                 "without running it"
             ) from error
         return result if has_fake or not _stays_real(result) else _really(func, args, kwargs)
+
+
+@contextlib.contextmanager
+def taken_for_real() -> Iterator[None]:
+    """Let libraries treat fake tensors as they treat real ones.
+
+    transformers leaves out short cuts of its masks for them, and torch can't move a module that has them.
+    """
+    patches: list[tuple[Any, str, Any]] = [
+        (transformers.utils.import_utils, "is_fake_tensor", lambda tensor: False),
+        (torch.utils, "swap_tensors", _overwrite),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(patches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _overwrite(target: Any, source: Any) -> None:
+    """Make one fake tensor what another one is."""
+    requires_grad = target.requires_grad
+    target.data = source.detach()
+    target.fake_device = source.fake_device
+    target.requires_grad_(requires_grad)
 
 
 def _stays_real(result: Any) -> bool:

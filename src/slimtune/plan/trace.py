@@ -18,7 +18,7 @@ from slimtune.errors import ConfigError, MergeError
 from slimtune.model import get_peft_model
 from slimtune.plan.build import PAGED_FROM, batch_for, build, kernels_of, optimizer_for
 from slimtune.plan.depth import Blocks, Facts, Key, Sketch, block_list
-from slimtune.plan.fake import FakeLedger
+from slimtune.plan.fake import FakeLedger, taken_for_real
 from slimtune.plan.live import Ledger, Places, Storage
 from slimtune.plan.memory import Moment, Parts, Phase
 from slimtune.plan.setting import Setting
@@ -71,7 +71,7 @@ def trace(
         steps: one is enough for the steady state, which keeps what the first update leaves behind.
         blocks: where moments are told apart by the position of their block.
     """
-    with kernels_of(setting.device, fake):
+    with kernels_of(setting.device, fake), taken_for_real() if fake else contextlib.nullcontext():
         run = _prepared(config, setting, task_type, fake, rounded)
         _train(run, steps)
         if evaluation:
