@@ -31,6 +31,8 @@ Examples:
 
     python -m benchmarks --case bf16 --case dropout   these cases only
 
+    python -m benchmarks --quantized                  quantized bases; fills in docs/quantized.md
+
     python -m benchmarks --case bf16 --profile        where time and memory go
 
     python -m benchmarks --case bf16 --ours peft      peft against itself: how large is the noise?
@@ -40,9 +42,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 console = Console()
 
 
-def chosen(device: str, names: Sequence[str], small: bool) -> list[Case]:
+def chosen(device: str, names: Sequence[str], small: bool, quantized: bool) -> list[Case]:
     """The cases of a device by name, or all of them."""
-    cases = {case.name: case for case in CASES[device]}
+    cases = {case.name: case for case in CASES[device] if case.work.quantize or not quantized}
     unknown = sorted(set(names) - set(cases))
     if unknown:
         raise typer.BadParameter(f"no case {', '.join(unknown)}; there are: {', '.join(cases)}")
@@ -67,6 +69,8 @@ def measure(bench: Bench, cases: Sequence[Case], rounds: int, path: Path | None,
             on = machine.describe(done[-1]["ours"]["torch"])
             target = path or results.FOLDER / f"lora-{machine.host_kind(on)}.json"
             results.write(target, on, records, CASES[case.work.device])
+            if path is None:
+                results.show(target, case.work.device)
             console.print(f"Written: {os.path.relpath(target)}", highlight=False)
     console.print(results.NOTE, highlight=False)
 
@@ -84,6 +88,7 @@ def profiles(bench: Bench, cases: Sequence[Case]) -> Iterator[Table]:
 def main(
     case: Annotated[list[str] | None, typer.Option(help="One case; may be given again.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often all sides take turns.")] = 5,
+    quantized: Annotated[bool, typer.Option("--quantized", help="The cases of quantized bases only.")] = False,
     small: Annotated[bool, typer.Option("--quick", help="One small round; not kept.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: Llamas of 1B and 8B.")] = "cpu",
@@ -92,7 +97,7 @@ def main(
     model: Annotated[str, typer.Option(help="A folder with SmolLM2, if not the packaged one.")] = "",
 ) -> None:
     """Measure LoRA of slimtune beside peft and beside the frozen floor, in turns, each in a fresh process."""
-    cases = chosen(device, case or [], small)
+    cases = chosen(device, case or [], small, quantized)
     warn_if_busy()
     try:
         with tempfile.TemporaryDirectory() as scratch:

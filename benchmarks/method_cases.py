@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from benchmarks.cases import Codec
 
 Side = Literal["ours", "peft"]
 TaskName = Literal["orders", "reviews"]
@@ -43,6 +45,8 @@ class Method:
     places: tuple[str, ...] = ()
     """Fields that are given the task's own module names, so that both libraries train the same places."""
     in_peft: bool = True
+    quantize: Codec = ""
+    """How the base is stored while the adapter is trained and scored."""
 
 
 TASKS = {
@@ -100,10 +104,19 @@ METHODS = (
 )  # fmt: skip
 
 
+ON_QUANTIZED = (
+    *(replace(METHODS[0], name=f"lora-{codec}", in_peft=False, quantize=codec) for codec in ("nf4-dq", "nf4", "int8")),
+    replace(METHODS[1], name="dora-nf4-dq", in_peft=False, quantize="nf4-dq"),
+)
+"""LoRA and DoRA as they stand above, on quantized bases."""
+
+
 def settings_of(task: Task, method: Method) -> dict[str, Any]:
     """What a run depends on; a run under other settings is another run."""
     settings = {
         "fields": dict(method.fields), "rate": method.rates[task.name], "steps": task.steps, "batch": task.batch,
         "held_out": task.held_out, "places": {place: task.names[place] for place in method.places},
     }  # fmt: skip
+    if method.quantize:
+        settings["quantize"] = method.quantize
     return json.loads(json.dumps(settings))

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import torch
 import transformers
 
-from benchmarks.method_cases import METHODS, TASKS, Method, Side, Task
+from benchmarks.bases import settings_of
+from benchmarks.cases import Codec
+from benchmarks.method_cases import METHODS, ON_QUANTIZED, TASKS, Method, Side, Task
 from benchmarks.reviews import Review, cached_reviews
 from benchmarks.worker import peak_rss_bytes, resident_bytes, timed
 
@@ -30,7 +32,7 @@ Batch = dict[str, torch.Tensor]
 class Bench(Protocol):
     """What a task brings: the base, batches to learn from, and a score."""
 
-    def base(self, dtype: torch.dtype) -> Any: ...
+    def base(self, dtype: torch.dtype, quantize: Codec = "") -> Any: ...
 
     def batch(self, chosen: Sequence[int]) -> Batch: ...
 
@@ -57,8 +59,13 @@ class Orders:
     def size(self) -> int:
         return len(self.examples)
 
-    def base(self, dtype: torch.dtype) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+    def base(self, dtype: torch.dtype, quantize: Codec = "") -> Any:
+        if not quantize:
+            return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+        import slimtune
+
+        settings = settings_of(quantize, dtype)
+        return slimtune.load(self.folder, str(dtype).removeprefix("torch."), "cpu", quantize=settings)[0]
 
     def batch(self, chosen: Sequence[int]) -> Batch:
         from slimtune.evaluate.generation import pad_id_of
@@ -84,7 +91,8 @@ class Reviews:
     def size(self) -> int:
         return len(self.train)
 
-    def base(self, dtype: torch.dtype) -> Any:
+    def base(self, dtype: torch.dtype, quantize: Codec = "") -> Any:
+        assert not quantize, "measured on the orders alone"
         return transformers.AutoModelForSequenceClassification.from_pretrained(self.folder, dtype=dtype, num_labels=2)
 
     def batch(self, chosen: Sequence[int]) -> Batch:
@@ -120,11 +128,18 @@ def config_of(method: Method, task: Task, library: Any) -> Any:
     return getattr(library, method.config)(**fields)
 
 
+def bits_per_weight(model: Any) -> float:
+    """What is stored for a weight of the linear layers in the blocks, scales included."""
+    blocks = [one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and ".layers." in name]
+    stored = sum(tensor.nbytes for one in blocks for tensor in one.state_dict().values())
+    return 8 * stored / sum(one.in_features * one.out_features for one in blocks)
+
+
 def prepared(bench: Bench, method: Method, task: Task, library: Any) -> tuple[Any, float]:
     """The model ready to train and the seconds that attaching took; full tuning holds its weights in float32."""
     if not method.config:
         return bench.base(torch.float32).train(), 0.0
-    base = bench.base(getattr(torch, task.dtype))
+    base = bench.base(getattr(torch, task.dtype), method.quantize)
     # The library's own modules are imported by the first config, which is no part of attaching.
     config = config_of(method, task, library)
     seconds, model = timed(lambda: library.get_peft_model(base, config))
@@ -179,6 +194,9 @@ def measure(task: Task, method: Method, side: Side, seed: int, folder: str) -> d
     bench = BENCHES[task.name](task, folder)
     library = importlib.import_module("slimtune" if side == "ours" else "peft")
     transformers.set_seed(seed)
+    if method.quantize:
+        for needed in ("accelerate", "bitsandbytes"):
+            importlib.import_module(needed)
     before = resident_bytes()
     model, attach_seconds = prepared(bench, method, task, library)
     found: dict[str, Any] = {"attach_seconds": attach_seconds, **train(bench, model, method, task, seed)}
@@ -195,7 +213,10 @@ def measure(task: Task, method: Method, side: Side, seed: int, folder: str) -> d
         from slimtune import PeftModel
 
         transformers.set_seed(seed)
-        reread = PeftModel.from_pretrained(bench.base(getattr(torch, task.dtype)), saved)
+        base = bench.base(getattr(torch, task.dtype), method.quantize)
+        if method.quantize:
+            found["bits_per_weight"] = bits_per_weight(base)
+        reread = PeftModel.from_pretrained(base, saved)
         return found | {"score": bench.score(reread)}
 
 
@@ -203,7 +224,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     given = json.loads(sys.argv[1])
-    chosen = next(method for method in METHODS if method.name == given["method"])
+    chosen = next(method for method in METHODS + ON_QUANTIZED if method.name == given["method"])
     result = measure(TASKS[given["task"]], chosen, given["side"], given["seed"], given["folder"])
     result["torch"] = {"threads": torch.get_num_threads(), "device": "cpu",
                        "cpu_capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import machine, method_table
+from benchmarks import machine, method_table, quality_table
 from benchmarks.lora import warn_if_busy
-from benchmarks.method_cases import METHODS, TASKS, Method, Side, Task, settings_of
+from benchmarks.method_cases import METHODS, ON_QUANTIZED, TASKS, Method, Side, Task, settings_of
 from benchmarks.results import FOLDER
 from benchmarks.runs import MeasurementError, run_module
 
@@ -31,9 +32,11 @@ Examples:
 
     python -m benchmarks.methods --method dora --seeds 1           one method once
 
+    python -m benchmarks.methods --quantized                       LoRA in bf16 and on quantized bases, on the orders
+
     python -m benchmarks.methods --busy                            other work runs beside: keep scores, not times
 
-    python -m benchmarks.methods --table                           only write docs/methods.md and its plot anew
+    python -m benchmarks.methods --table                           only write the pages and the plot anew
 """
 
 Run = dict[str, Any]
@@ -133,21 +136,24 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="One method; may be given again.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="orders or reviews; may be given again.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    quantized: Annotated[bool, typer.Option("--quantized", help="LoRA on quantized bases, on the orders.")] = False,
     only_table: Annotated[bool, typer.Option("--table", help="Write the table and the plot, measure nothing.")] = False,
     busy: Annotated[bool, typer.Option("--busy", help="Other work runs beside: these times don't count.")] = False,
     path: Annotated[Path | None, typer.Option("--json", help="Where the runs are kept.")] = None,
 ) -> None:
-    """Tune with every method on two tasks beside peft, and write the table and the plot of docs/methods.md."""
+    """Tune with every method on two tasks beside peft, and write the tables of the pages in docs/."""
     path = path or FOLDER / "methods.json"
     kept = Kept(path)
     failed: list[str] = []
     if not only_table:
         if not busy:
             warn_if_busy()
-        tasks = picked(task or [], dict(TASKS), "task")
-        methods = picked(method or [], {one.name: one for one in METHODS}, "method")
+        tasks = [TASKS["orders"]] if quantized else picked(task or [], dict(TASKS), "task")
+        known = (replace(METHODS[0], in_peft=False), *ON_QUANTIZED) if quantized else METHODS
+        methods = picked(method or [], {one.name: one for one in known}, "method")
         failed = run_all(kept, planned(tasks, methods, range(seeds)), busy)
     method_table.write(kept.document)
+    quality_table.write(kept.document)
     if failed:
         console.print(f"[red]{len(failed)} runs failed; run the command again to repeat them")
         raise typer.Exit(1)

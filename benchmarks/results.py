@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, table
+from benchmarks import machine, page, table
 from benchmarks.cases import Case
 from benchmarks.runs import Round
 
@@ -37,6 +37,7 @@ def record(case: Case, rounds: list[Round], load_before: float) -> dict[str, Any
         "commit": machine.commit(),
         "load_before": load_before,
         "work": asdict(case.work),
+        "bitsandbytes": machine.installed("bitsandbytes") if case.work.quantize else None,
         "summary": list(table.summary(case, rounds)),
         "rounds": rounds,
     }
@@ -58,6 +59,18 @@ def write(path: Path, on: dict[str, Any], records: dict[str, Any], order: Sequen
     path.write_text(json.dumps({"machine": on, "note": NOTE, "cases": cases}, indent=1) + "\n")
     rows = [row for one in cases.values() for row in one["summary"]]
     path.with_suffix(".md").write_text(f"{table.markdown(rows)}\n{subtitle(on)}\n\n{NOTE}\n")
+
+
+def show(path: Path, device: str) -> None:
+    """Put what the file holds of quantized bases into their page."""
+    document = json.loads(path.read_text())
+    cases = [one for one in document["cases"].values() if one["work"].get("quantize")]
+    if not cases:
+        return
+    rows = table.markdown(row for one in cases for row in one["summary"])
+    dates = sorted({one["date"] for one in cases})
+    note = f"{len(cases[0]['rounds'])} rounds; bitsandbytes {cases[0]['bitsandbytes']}; {subtitle(document['machine'])}"
+    page.fill(page.QUANTIZED, f"speed {device}", f"{rows}\n{note} {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.")
 
 
 def subtitle(on: dict[str, Any]) -> str:

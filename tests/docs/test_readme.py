@@ -53,7 +53,7 @@ def test_every_module_of_the_core_is_in_the_tree() -> None:
 
 
 def test_the_figures_are_those_of_the_last_benchmarks() -> None:
-    shown = README + (ROOT / "docs/methods.md").read_text()
+    shown = README + "".join((ROOT / "docs" / name).read_text() for name in ("methods.md", "quantized.md"))
     measured = list((ROOT / "benchmarks/results").glob("lora-*.md"))
     assert measured
     for path in measured:
