@@ -34,6 +34,7 @@ _HOME = {
     "load": "loading",
     "Quantization": "quantized.settings",
     "parts": "quantized.report",
+    "prepare_model_for_kbit_training": "quantized.preparing",
     "load_diffusers_lora": "diffusion",
     "save_diffusers_lora": "diffusion",
     "lora_plus_groups": "train.lora_plus",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from slimtune.plan.ask import plan
     from slimtune.quantized.dequantize import dequantize
+    from slimtune.quantized.preparing import prepare_model_for_kbit_training
     from slimtune.quantized.report import parts
     from slimtune.quantized.settings import Quantization
     from slimtune.train.lora_plus import create_loraplus_optimizer, lora_plus_groups

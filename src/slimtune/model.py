@@ -38,6 +38,11 @@ from slimtune.quantized.requantize import merge_requantized
 from slimtune.storage.checkpoint import is_checkpoint, offer_to_trainer
 from slimtune.storage.peft_format import KEY_PREFIX, adapter_folder, read_adapter, save_adapter
 
+_TRAINED_AS_ANY = {
+    name: property(lambda self: False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+}
+"""What trainers ask of a model: transformers' refuses a quantized one that isn't `peft`'s, TRL's cast its adapters."""
+
 
 def get_peft_model(
     model: Any, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
@@ -114,7 +119,7 @@ class PeftModel(Adopted):
             for name, wrapper in wrappers.items()
             if hasattr(model_type, name)
         }
-        return wrapped | (FAST_PATHS if issubclass(model_type, ENCODERS) else {})
+        return wrapped | _TRAINED_AS_ANY | (FAST_PATHS if issubclass(model_type, ENCODERS) else {})
 
     @property
     def active_adapters(self) -> list[str]:

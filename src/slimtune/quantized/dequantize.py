@@ -68,7 +68,7 @@ def expanded(model: Any, dtype: torch.dtype | None) -> Expanded:
                     f"'{path}' is a {type(module).__name__} whose {name} is stored as {parameter.dtype}, which can't "
                     "be expanded; load the model with that module in 16 bits"
                 )
-    if not packed and getattr(model, "is_quantized", False):
+    if not packed and vars(model).get("is_quantized"):
         raise ConfigError(
             f"the model is quantized by {getattr(model, 'quantization_method', 'a library')!s} in a way that can't be "
             "expanded; load the base in 16 bits"

@@ -30,6 +30,7 @@ from slimtune.bases import claim
 from slimtune.errors import ConfigError, did_you_mean, listing
 from slimtune.quantized.bnb_storage import give_up_storage
 from slimtune.quantized.damage import check_files
+from slimtune.quantized.dequantize import mend_saving
 from slimtune.quantized.packing import packed_4bit, packed_8bit
 from slimtune.quantized.settings import Quantization
 
@@ -61,6 +62,7 @@ def load_as_stored(chosen: Any, source: str, device: str, **options: Any) -> Any
     check_files(Path(source))
     model = chosen.from_pretrained(source, device_map={"": device}, **options)
     claim(model)
+    mend_saving(model)
     return model
 
 
