@@ -1,0 +1,179 @@
+"""`slimtune plan`: the answer on the screen and as JSON, pictures, the classic table, exit codes, mistakes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from small_text_model import orders, write_lines
+
+NOTHING_FITS = 3
+LORA = ("--method", "lora", "--base", "dense")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No calibration of this machine may change what is told."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def refused(result: Any, *said: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("slimtune: ")
+    assert result.stderr.count("\n") == 1
+    for part in said:
+        assert part in result.stderr
+
+
+def test_a_model_data_and_a_gpu_give_the_answer_in_one_command(run: Any, base: Path, data: Path) -> None:
+    result = run("plan", base, "--data", data, "--device", "RTX 3060", "--method", "lora", "--base", "dense")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.split())
+    for part in (
+        "RTX 3060: 12.6 GB",
+        "data: 24 examples",
+        "% are learned",
+        "padding:",
+        "lora",
+        "w weights",
+        "by the data sheet",
+        "take lora, rank 16, alpha 32, all linear layers, learning rate 0.0002, batch",
+        "Dettmers et al. 2023, arXiv:2305.14314",
+        "but: ",
+        "vLLM takes it",
+        "run it: slimtune train",
+    ):
+        assert part in shown, part
+
+
+def test_the_command_that_is_told_runs(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
+    told = json.loads(run("plan", base, "--data", data, "--device", "cpu", *LORA, "--json").stdout)
+    command = shlex.split(told["choices"][0]["command"])
+    assert command[:2] == ["slimtune", "train"]
+    arguments = [str(tmp_path / "tuned") if word == "tuned" else word for word in command[1:]]
+    result = run(*arguments, "--max-steps", 1, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (16, 32)
+    stored = (tmp_path / "tuned" / "adapter_model.safetensors").stat().st_size
+    assert stored == pytest.approx(told["choices"][0]["adapter_bytes"], rel=0.15)
+
+
+def test_json_holds_all_of_it(run: Any, base: Path, data: Path) -> None:
+    result = run("plan", base, "--data", data, "--device", "t4", "--price", 2, "--memory", 4, *LORA, "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["fits"] is True
+    assert told["device"]["name"] == "T4"
+    assert told["device"]["memory_bytes"] == 4_000_000_000
+    assert told["data"]["examples"] == 24
+    (choice,) = told["choices"]
+    assert choice["peak_bytes"] == sum(choice["parts"].values())
+    assert choice["peak_bytes"] < choice["needed_bytes"] < 4e9
+    assert choice["time"]["cost"] == pytest.approx(choice["time"]["seconds"] / 3600 * 2)
+    assert {reason["rule"] for reason in choice["reasons"]} >= {"all-linear", "rank", "alpha"}
+    assert {verdict["engine"] for verdict in choice["engines"]} == {"peft", "vLLM", "llama.cpp"}
+
+
+def test_examples_that_would_be_cut_are_counted(run: Any, base: Path, data: Path) -> None:
+    result = run("plan", base, "--data", data, "--device", "T4", "--max-length", 70, *LORA, "--json")
+    told = json.loads(result.stdout)
+    assert 0 < told["data"]["cut"] <= 24
+    assert "--max-length 70 --too-long truncate" in told["choices"][0]["command"]
+    shown = run("plan", base, "--data", data, "--device", "T4", "--max-length", 70, *LORA).stdout
+    assert f"{told['data']['cut']} examples are longer than 70 tokens" in " ".join(shown.split())
+
+
+def test_rows_with_labels_are_planned_as_a_classifier(run: Any, base: Path, tmp_path: Path) -> None:
+    rows = [{"text": e.messages()[-1]["content"], "label": str(i % 3)} for i, e in enumerate(orders(12))]
+    path = write_lines(tmp_path / "rows.jsonl", *rows)
+    told = json.loads(run("plan", base, "--data", path, "--device", "T4", *LORA, "--json").stdout)
+    assert told["data"]["labels"] == ["0", "1", "2"]
+    assert "in-context-first" not in {reason["rule"] for reason in told["choices"][0]["reasons"]}
+
+
+def test_nothing_fits_is_an_exit_code_of_its_own(run: Any, base: Path) -> None:
+    result = run("plan", base, "--device", "RTX 3060", "--memory", 0.43, *LORA)
+    assert result.exit_code == NOTHING_FITS
+    assert "nothing fits" in result.stdout
+    assert "the least is lora with" in " ".join(result.stdout.split())
+
+
+def test_a_configuration_alone_is_enough(run: Any, base: Path, tmp_path: Path) -> None:
+    shutil.copy(base / "config.json", tmp_path / "config.json")
+    result = run("plan", tmp_path, "--device", "T4", "--max-length", 32, *LORA)
+    assert result.exit_code == 0, result.output
+    assert "no data given: time and cost are for 1,000 examples of 32 tokens" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["plan.png", "plan.svg"])
+def test_the_memory_is_drawn(run: Any, base: Path, tmp_path: Path, name: str) -> None:
+    options = ["--device", "T4", "--max-length", 32, *LORA, "--plot", tmp_path / name]
+    assert run("plan", base, *options).exit_code == 0
+    assert (tmp_path / name).stat().st_size > 3000
+
+
+def test_the_classic_table(run: Any) -> None:
+    result = run("plan", "--table")
+    assert result.exit_code == 0, result.output
+    for part in ("llama-2-7b", "qwen1.5-110b", "(67)", "(1056)", "(229)", "(138)", "(72)", "QLoRA, 4-bit", "hold"):
+        assert part in result.stdout, part
+
+
+def test_calibration_alone(run: Any, monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    from slimtune.plan import calibrate
+
+    monkeypatch.setattr(calibrate, "SECONDS_EACH", 0.05)
+    measured = json.loads(run("plan", "--calibrate", "--json").stdout)
+    assert measured["is_measured"] is True
+    told = json.loads(run("plan", base, "--device", measured["device"], "--max-length", 32, *LORA, "--json").stdout)
+    assert told["rates"]["flops_32bit"] == measured["flops_32bit"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], ["MODEL", "--table", "--calibrate"]),
+        (["nowhere/at-all"], ["nowhere/at-all"]),
+        (["smollm2-135m-instuct"], ["did you mean 'smollm2-135m-instruct'?"]),
+        (["llama-2-7b", "--device", "RTX 50900"], ["did you mean 'rtx 5090'?"]),
+        (["llama-2-7b", "--goal", "qualty"], ["did you mean 'quality'?"]),
+        (["llama-2-7b", "--method", "lorra"], ["did you mean 'lora'?"]),
+        (["llama-2-7b", "--base", "nf5"], ["nf5"]),
+        (["llama-2-7b", "--rank", -1], ["rank", "-1"]),
+        (["llama-2-7b", "--batch-size", 0], ["batch_size", "0"]),
+        (["llama-2-7b", "--max-length", 0], ["max_length", "0"]),
+        (["llama-2-7b", "--memory", 0], ["memory", "0"]),
+        (["llama-2-7b", "--price", -1], ["price", "-1"]),
+        (["llama-2-7b", "--epochs", -1], ["epochs", "-1"]),
+        (["llama-2-7b", "--devices", 0], ["devices", "0"]),
+        (["llama-2-7b", "--plot", "x.bmp"], ["x.bmp", "PNG or SVG"]),
+        (["llama-2-7b", "--data", "nowhere.jsonl"], ["'llama-2-7b' has no tokenizer"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_mistakes(run: Any, options: list[Any], said: list[str]) -> None:
+    refused(run("plan", *options), *said)
+
+
+def test_a_folder_without_a_configuration(run: Any, tmp_path: Path) -> None:
+    refused(run("plan", tmp_path), "config.json")
+
+
+def test_code_from_a_models_folder_is_not_run(run: Any, base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('ran')\n")
+    refused(run("plan", tmp_path, "--device", "T4"), str(tmp_path))
+
+
+def test_data_that_is_not_there_or_without_the_needed_fields(run: Any, base: Path, tmp_path: Path) -> None:
+    refused(run("plan", base, "--data", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
+    path = write_lines(tmp_path / "rows.jsonl", {"question": "x", "answer": "y"})
+    refused(run("plan", base, "--data", path), "rows.jsonl, line 1", "answer, question")
