@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -173,6 +174,31 @@ class TestClaiming:
             "sys.exit('torchao' in sys.modules)"
         )
         subprocess.run([sys.executable, "-c", script], check=True)
+
+
+class TestTraced:
+    def adapted(self) -> Any:
+        host = Host(layer(Int8WeightOnlyConfig()))
+        return slimtune.get_peft_model(host, slimtune.LoraConfig(r=4, init_lora_weights=False, target_modules=["site"]))
+
+    def test_it_compiles_into_one_graph(self) -> None:
+        model = self.adapted()
+        expected, compiled = (
+            torch.randn(5, 64, requires_grad=True),
+            torch.compile(model, backend="aot_eager", fullgraph=True),
+        )
+        found = expected.detach().clone().requires_grad_()
+        for x, call in ((expected, model), (found, compiled)):
+            call(x).square().sum().backward()
+        assert_near(found.grad, expected.grad)
+
+    def test_it_runs_where_memory_is_planned(self) -> None:
+        with FakeTensorMode():
+            model = self.adapted()
+            y = model(torch.randn(5, 64, requires_grad=True))
+            y.sum().backward()
+        assert y.shape == (5, 48)
+        assert model.site.deltas["default"].lora_A.grad is not None
 
 
 class TestGradients:
