@@ -388,6 +388,8 @@ class PeftModel(Adopted):
             release(module)
         for name in ("peft_config", "return_logits", "kept", "trained_before"):
             delattr(model, name)
+        # That of another merge, before these adapters came.
+        vars(model).pop("merge_drift", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained_before)
         return model

@@ -134,6 +134,13 @@ class TestRequantized:
         assert merged.merge_drift.survived == 1
         assert relative_error(predict(merged, LLAMA.batch()), expected) < 0.05
 
+    def test_the_drift_is_that_of_the_last_merge(self) -> None:
+        merged = tuned(in_codes(BY_NAME["nf4"])).merge_and_unload(requantize=True)
+        first = merged.merge_drift
+        again = tuned(merged).merge_and_unload(requantize=True)
+        assert again.merge_drift != first
+        assert not hasattr(tuned(again).merge_and_unload(), "merge_drift")
+
     def test_what_is_merged_already_is_merged_anew(self) -> None:
         model = tuned(in_codes(BY_NAME["nf4"]))
         model.merge_adapter()
