@@ -60,6 +60,10 @@ class DamagedBaseError(SlimtuneError, ValueError):
     """A quantized base model whose stored weights don't fit together."""
 
 
+class DoesNotFitError(SlimtuneError, MemoryError):
+    """A training that needs more memory than the device has."""
+
+
 class OutputExistsError(SlimtuneError, FileExistsError):
     """An output folder that already holds something."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -177,3 +178,34 @@ def test_data_that_is_not_there_or_without_the_needed_fields(run: Any, base: Pat
     refused(run("plan", base, "--data", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
     path = write_lines(tmp_path / "rows.jsonl", {"question": "x", "answer": "y"})
     refused(run("plan", base, "--data", path), "rows.jsonl, line 1", "answer, question")
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """560 MB of memory, of which 23 MB are left beside Python and its libraries."""
+    from slimtune.plan import devices
+
+    monkeypatch.setattr(devices, "_memory_sources", lambda: [560_000_000])
+
+
+def test_training_plans_first_and_says_what_would_fit(
+    run: Any, base: Path, data: Path, tmp_path: Path, small_machine: None
+) -> None:
+    options = ["-o", tmp_path / "out", "--max-steps", 1, "--device", "cpu"]
+    result = run("train", base, data, *options, "--batch-size", 24)
+    assert result.exit_code == 1, result.output
+    assert "the training needs" in result.stderr
+    assert "cpu has 0.6" in result.stderr
+    assert "--no-plan" in result.stderr
+    assert not (tmp_path / "out").exists()
+    told = result.stderr.partition(" tokens peak in ")[2].partition("; ")[2].partition(" needs ")[0]
+    fitting = run("train", base, data, *options, *shlex.split(told))
+    assert fitting.exit_code == 0, fitting.output
+    assert re.search(r"planned: 0\.[56] GB of 0\.6 on cpu", fitting.stdout)
+
+
+def test_training_goes_on_where_a_plan_is_not_wanted(
+    run: Any, base: Path, data: Path, tmp_path: Path, small_machine: None
+) -> None:
+    options = ["-o", tmp_path / "out", "--max-steps", 1, "--device", "cpu", "--batch-size", 24, "--no-plan"]
+    assert run("train", base, data, *options).exit_code == 0

@@ -19,7 +19,7 @@ from slimtune.cli.methods import methods
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
 from slimtune.cli.train import train
-from slimtune.errors import MergeError, SlimtuneError
+from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
 
 REFUSED, MISTAKE = 1, 2
 
@@ -35,7 +35,7 @@ class Commands(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             # The work was right and its result was not: that is no mistake of the user.
-            _fail(str(error), REFUSED if isinstance(error, MergeError) else MISTAKE)
+            _fail(str(error), REFUSED if isinstance(error, MergeError | DoesNotFitError) else MISTAKE)
         except OSError as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -110,6 +111,9 @@ def train(
         float, typer.Option(min=0.0, max=0.9, help="Share of the data held out.", rich_help_panel=DATA)
     ] = 0.0,
     overwrite: Overwrite = False,
+    plans: Annotated[
+        bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")
+    ] = True,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -147,7 +151,15 @@ def train(
         return
     rate = chosen.config.learning_rate if learning_rate is None else learning_rate
     settings = TrainSettings(**{**_taken(ctx, TrainSettings.__dataclass_fields__), "learning_rate": rate})
-    check_runs(optim, pick_device(device).partition(":")[0])
+    place = pick_device(device).partition(":")[0]
+    check_runs(optim, place)
+    if plans:
+        from slimtune.cli.foresight import refuse_what_does_not_fit
+
+        refuse_what_does_not_fit(
+            screen, model, method, copy.deepcopy(config), data, files.task_type, settings, max_length, dtype, None,
+            place, trust_remote_code,
+        )  # fmt: skip
     loaded, tokenizer, autocast = load_for(method, config, files, model, dtype, device, trust_remote_code, seed)
     outcome = tune(screen, loaded, tokenizer, files, settings, output, overwrite, table(chosen, config), autocast)
     use = f"slimtune chat {output}" if files.task_type == "CAUSAL_LM" else f"slimtune predict {output} TEXTS.jsonl"

@@ -273,11 +273,12 @@ def _lengths(
     if data is None:
         length = min(n for n in (max_length or TRAIN_LENGTH, positions) if n is not None)
         return uniform(length, ASSUMED_EXAMPLES), length
-    lengths = measure(data, _tokenizer(model, trust_remote_code))
+    lengths = measure(data, tokenizer_of(model, trust_remote_code))
     return lengths, min(n for n in (max_length or lengths.longest, positions) if n is not None)
 
 
-def _tokenizer(model: Any, trust_remote_code: bool) -> Any:
+def tokenizer_of(model: Any, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lengths are measured with. Raises: ModelNotFoundError."""
     from slimtune.loading import PACKAGED, load_tokenizer, resolve
 
     folder = resolve(model) if model in PACKAGED else str(model)
