@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Adapters, Device, Dtype, MaxNewTokens, Model, Temperature, TrustRemoteCode
+from slimtune.cli.options import Adapters, Device, Dtype, MaxNewTokens, Model, Quantize, Temperature, TrustRemoteCode
 from slimtune.errors import SlimtuneError
 
 HELP = """/use NAME   answer with this adapter
@@ -29,6 +29,7 @@ def chat(
     temperature: Temperature = 0.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a model; several adapters share its one base and are switched with /use.
@@ -39,7 +40,7 @@ def chat(
     from slimtune.loading import load_text_model
 
     named = parse(adapter)
-    loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code, quantize)
     opening = [{"role": "system", "content": system}] if system else []
     talk = Talk(attach(loaded, named), tokenizer, max_new_tokens, temperature, opening)
     print("/help lists what can be done besides talking.", file=sys.stderr)

@@ -14,6 +14,7 @@ from slimtune.cli.options import Json, console
 FEATURES = {
     "train": (("accelerate", "datasets", "matplotlib"), "pip install 'slimtune[train]'"),
     "line editing in chat": (("prompt-toolkit",), "pip install 'slimtune[chat]'"),
+    "quantized bases": (("bitsandbytes", "accelerate"), "pip install 'slimtune[quantized]'"),
     "GGUF models": (("gguf", "accelerate"), "pip install 'slimtune[gguf,train]'"),
     "trl's trainers": (("trl",), "pip install 'slimtune[trl]'"),
     "diffusion models": (("diffusers",), "pip install 'slimtune[diffusers]'"),
@@ -63,7 +64,13 @@ def _devices() -> list[dict[str, Any]]:
     from slimtune.loading import native_dtype
 
     found: list[dict[str, Any]] = [
-        {"name": "cpu", "threads": torch.get_num_threads(), "cores": os.cpu_count(), "native_dtype": native_dtype()}
+        {
+            "name": "cpu",
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "native_dtype": native_dtype(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
     ]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -129,6 +136,8 @@ def _show(found: dict[str, Any]) -> None:
     for key, value in found["memory"].items():
         table.add_row(key.removesuffix("_bytes").replace("_", " "), _readable(key, value))
     screen.print(table, soft_wrap=False)
+    if found["devices"][0]["capability"] != "AVX512":
+        screen.print("4-bit bases work on this cpu, but slower than on one with AVX512, which expands them faster")
     for gap in found["missing"]:
         screen.print(f"for {gap['feature']}: {', '.join(gap['packages'])} is missing, run `{gap['command']}`")
     for conflict in found["conflicts"]:

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from slimtune.cli.options import Adapters, Device, Dtype, Json, MaxNewTokens, Model, Temperature, TrustRemoteCode
+from slimtune.cli.options import (
+    Adapters,
+    Device,
+    Dtype,
+    Json,
+    MaxNewTokens,
+    Model,
+    Quantize,
+    Temperature,
+    TrustRemoteCode,
+)
 from slimtune.errors import DataError
 
 
@@ -27,6 +37,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -43,7 +54,7 @@ def generate(
     from slimtune.template import render
 
     named = parse(adapter)
-    loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code, quantize)
     loaded = attach(loaded, named)
     set_seed(seed)
     prompts = [render(tokenizer, conversation, for_answer=True) for conversation in conversations]

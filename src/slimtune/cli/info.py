@@ -57,7 +57,18 @@ def _model_facts(folder: Folder) -> dict[str, Any]:
     names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
     config = folder.config
     facts = {"kind": "model", "architecture": ", ".join(config.get("architectures") or ["unknown"])}
-    return facts | {name: config[name] for name in names if name in config} | _stored(folder)
+    quantized = {"quantized": _quantized(config["quantization_config"])} if config.get("quantization_config") else {}
+    return facts | {name: config[name] for name in names if name in config} | quantized | _stored(folder)
+
+
+def _quantized(config: dict[str, Any]) -> str:
+    method = str(config.get("quant_method", "unknown"))
+    if config.get("load_in_8bit"):
+        return f"{method}, int8"
+    if not config.get("load_in_4bit"):
+        return method
+    double = ", double" if config.get("bnb_4bit_use_double_quant") else ""
+    return f"{method}, {config.get('bnb_4bit_quant_type', 'fp4')}{double}"
 
 
 def _stored(folder: Folder) -> dict[str, Any]:

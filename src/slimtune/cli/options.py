@@ -31,6 +31,10 @@ Overwrite = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="KIND", help="Quantize the base while it is loaded: nf4, fp4 or int8."),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, TrustRemoteCode
+from slimtune.cli.options import Device, Dtype, Json, Quantize, TrustRemoteCode
+from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,7 @@ def predict(
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +41,7 @@ def predict(
 
     rows = read_texts(data)
     labels, likelihood_NL = _judge(
-        model, [row.texts for row in rows], batch_size, truncate, dtype, device, trust_remote_code
+        model, [row.texts for row in rows], batch_size, truncate, quantize, (dtype, device, trust_remote_code)
     )
     answers = [labels[index] for index in likelihood_NL.argmax(-1).tolist()]
     for row, answer, p in zip(rows, answers, likelihood_NL.amax(-1).tolist(), strict=True):
@@ -50,17 +52,18 @@ def predict(
 
 
 def _judge(
-    source: str, texts: list[Text], batch_size: int, truncate: bool, dtype: str, device: str, trust_remote_code: bool
+    source: str, texts: list[Text], batch_size: int, truncate: bool, quantize: str | None, options: tuple[Any, ...]
 ) -> tuple[list[str], Tensor]:
     """The labels that there are, and p_NL of each for each text."""
     from slimtune.features import is_feature_classifier
 
     too_long = "truncate" if truncate else "error"
-    options: Any = (dtype, device, trust_remote_code)
     if is_feature_classifier(source):
         from slimtune.features import FeatureClassifier, extract
         from slimtune.loading import load_encoder
 
+        if quantize is not None:
+            raise ConfigError(f"{source} was trained on features of the base as it is; leave --quantize out")
         classifier = FeatureClassifier.load(source)
         model, tokenizer = load_encoder(classifier.base, *options)
         features_ND = extract(
@@ -71,6 +74,6 @@ def _judge(
     from slimtune.loading import load_trained_classifier
     from slimtune.train.labelled import longest_input, tokenize
 
-    model, tokenizer = load_trained_classifier(source, *options)
+    model, tokenizer = load_trained_classifier(source, *options, quantize=quantize)
     rows = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long).rows
     return list(model.config.id2label.values()), classify(model, tokenizer, rows, batch_size)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from slimtune.delta import dtypes_of
+from slimtune.quantized.report import parts
 from slimtune.train.data import Encoded, Prepared, pieces
 from slimtune.train.labelled import Tokenized
 
@@ -24,11 +26,7 @@ def show_trained(screen: Console, model: Any) -> None:
         screen.print(str(model.coverage()), markup=False)
     else:
         screen.print(f"all weights are trained: {sum(p.numel() for p in trainable):,} parameters")
-    frozen = {_name(p) for p in model.parameters() if not p.requires_grad} or {"none"}
-    screen.print(
-        f"numbers: trained in {', '.join(sorted({_name(p) for p in trainable}))}, "
-        f"frozen in {', '.join(sorted(frozen))}, on {model.device}"
-    )
+    screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
 
 
 def show_data(screen: Console, prepared: Prepared, held_out: Sequence[Encoded], max_length: int) -> None:
@@ -76,7 +74,3 @@ def show_preview(screen: Console, tokenizer: Any, example: Encoded) -> None:
     how = "in colour" if has_colour else "between [[ and ]]"
     screen.print(f"the first example, with what is learned {how}:", markup=False)
     screen.print(text)
-
-
-def _name(parameter: Any) -> str:
-    return str(parameter.dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimtune.cli.method import OPTIONS
-from slimtune.cli.options import Base, Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, console
+from slimtune.cli.options import Base, Device, Dtype, Json, Output, Overwrite, Quantize, TrustRemoteCode, console
 from slimtune.errors import ConfigError, listing
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights and order.", rich_help_panel=RUN)] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     max_length: Annotated[int, typer.Option(min=2, help="In tokens.", rich_help_panel=DATA)] = 1024,
     too_long: Annotated[
         str, typer.Option(help="error, drop or truncate what is longer.", rich_help_panel=DATA)
@@ -128,6 +129,7 @@ def train(
     from slimtune.cli.method import FEATURES, configure, find, table
     from slimtune.cli.tuning import Files, load_for, tune
     from slimtune.loading import pick_device
+    from slimtune.quantized.report import parts
     from slimtune.staging import refuse_existing
     from slimtune.train.optimizer import check_runs
     from slimtune.train.settings import TrainSettings
@@ -137,6 +139,8 @@ def train(
     chosen = find(method)
     given = _given(ctx)
     _refuse_what_changes_nothing(chosen, given)
+    if quantize is not None:
+        _check_quantize(method, quantize)
     config = configure(chosen, {name: ctx.params[name] for name in OPTIONS if name in given}, assignments, model)
     files = Files(data, eval_data, eval_fraction, max_length, too_long, seed).read()
     screen = console(as_json)
@@ -157,15 +161,20 @@ def train(
         from slimtune.cli.foresight import refuse_what_does_not_fit
 
         refuse_what_does_not_fit(
-            screen, model, method, copy.deepcopy(config), data, files.task_type, settings, max_length, dtype, None,
+            screen, model, method, copy.deepcopy(config), data, files.task_type, settings, max_length, dtype, quantize,
             place, trust_remote_code,
         )  # fmt: skip
-    loaded, tokenizer, autocast = load_for(method, config, files, model, dtype, device, trust_remote_code, seed)
-    outcome = tune(screen, loaded, tokenizer, files, settings, output, overwrite, table(chosen, config), autocast)
+    loaded, tokenizer, autocast = load_for(
+        method, config, files, model, dtype, device, trust_remote_code, seed, quantize
+    )
+    outcome = tune(
+        screen, loaded, tokenizer, files, settings, output, overwrite, table(chosen, config), autocast, quantize
+    )
     use = f"slimtune chat {output}" if files.task_type == "CAUSAL_LM" else f"slimtune predict {output} TEXTS.jsonl"
+    use += f" --quantize {quantize}" if quantize else ""
     screen.print(f"written to {output}; try it:  {use}", markup=False)
     if as_json:
-        print(json.dumps({"output": str(output), **asdict(outcome)}))
+        print(json.dumps({"output": str(output), **asdict(outcome), "parts": parts(loaded).to_dict()}))
     if outcome.interrupted:
         raise typer.Exit(1)
 
@@ -178,6 +187,15 @@ def _given(ctx: typer.Context) -> set[str]:
     """The options that were written, not those at their defaults."""
     # By name, for typer carries a copy of click whose place changes.
     return {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+
+
+def _check_quantize(method: str, quantize: str) -> None:
+    from slimtune.quantized.settings import settings_of
+
+    settings_of(quantize)
+    if method in ("full", "features"):
+        why = "trains all weights, and codes can't be trained" if method == "full" else "takes a base as it is stored"
+        raise ConfigError(f"--method {method} {why}; leave --quantize out, or choose another method")
 
 
 def _refuse_what_changes_nothing(method: Method, given: set[str]) -> None:

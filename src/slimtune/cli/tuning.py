@@ -13,6 +13,7 @@ from slimtune.cli.report import show_data, show_labels, show_preview, show_train
 from slimtune.errors import ConfigError, DataError, did_you_mean, listing
 from slimtune.evaluate.classification import classify, scores, shown
 from slimtune.loading import is_adapter, load_classifier, load_text_model, native_dtype, resolve
+from slimtune.quantized.report import parts
 from slimtune.staging import staged
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
@@ -99,9 +100,11 @@ class Conversations:
 
     task_type = "CAUSAL_LM"
 
-    def load(self, source: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    def load(
+        self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
+    ) -> tuple[Any, Any]:
         """A model that writes text, and its tokenizer."""
-        return load_text_model(source, dtype, device, trust_remote_code)
+        return load_text_model(source, dtype, device, trust_remote_code, quantize)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids, shown with what is learned of them; raises DataError."""
@@ -133,9 +136,11 @@ class Classes:
 
     task_type = "SEQ_CLS"
 
-    def load(self, source: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    def load(
+        self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
+    ) -> tuple[Any, Any]:
         """A model with a head for the labels, and its tokenizer."""
-        return load_classifier(source, self.labels, dtype, device, trust_remote_code)
+        return load_classifier(source, self.labels, dtype, device, trust_remote_code, quantize)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids with their labels' numbers; raises DataError."""
@@ -174,7 +179,15 @@ Data = Conversations | Classes
 
 
 def load_for(
-    name: str, config: Any, data: Data, source: str, dtype: str, device: str, trust_remote_code: bool, seed: int
+    name: str,
+    config: Any,
+    data: Data,
+    source: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    seed: int,
+    quantize: str | None = None,
 ) -> tuple[Any, Any, bool]:
     """The model made ready for a method, its tokenizer, and whether it computes in bf16 over float32 weights."""
     from transformers import set_seed
@@ -184,7 +197,7 @@ def load_for(
     # A new head is drawn while the model is loaded.
     set_seed(seed)
     if name != FULL:
-        model, tokenizer = data.load(source, dtype, device, trust_remote_code)
+        model, tokenizer = data.load(source, dtype, device, trust_remote_code, quantize)
         return adopt(model, config, seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
     model, tokenizer = data.load(source, "float32", device, trust_remote_code)
@@ -220,6 +233,7 @@ def tune(
     overwrite: bool,
     method: dict[str, Any],
     autocast: bool = False,
+    quantize: str | None = None,
 ) -> Outcome:
     """Show what will happen, train, and write the results; raises SlimtuneError, with what was learned put aside."""
     base = model.name_or_path
@@ -233,7 +247,8 @@ def tune(
 
             model.to(torch.bfloat16)
         outcome = replace(outcome, scores=lesson.judge(model))
-        card = Card(output.name, base, data.task_type, method, lesson.facts, settings, outcome)
+        method = method | {"base stored as": parts(model).line}
+        card = Card(output.name, base, data.task_type, method, lesson.facts, settings, outcome, quantize)
         write_results(folder, model, tokenizer, card)
     screen.print(
         f"{outcome.steps} steps in {outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, "

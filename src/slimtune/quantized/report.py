@@ -26,6 +26,9 @@ class Part:
     modules: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
 
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {kind}{'s' if count > 1 else ''}" for kind, count in self.modules.items())
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -38,37 +41,40 @@ class Parts:
         """What all of it takes."""
         return sum(part.bytes for part in self.rows.values())
 
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        return "; ".join(f"{part} in {name}, {part.bytes / 1e6:,.1f} MB" for name, part in self._sorted())
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: by kind of number the modules and bytes."""
         return {name: {"modules": dict(part.modules), "bytes": part.bytes} for name, part in self.rows.items()}
 
     def __str__(self) -> str:
         width = max(map(len, self.rows), default=0)
-        lines = [
-            f"  {name:<{width}}  {part.bytes / 1e6:>10,.1f} MB  "
-            + ", ".join(f"{count:,} {kind}{'s' if count > 1 else ''}" for kind, count in part.modules.items())
-            for name, part in sorted(self.rows.items(), key=lambda row: -row[1].bytes)
-        ]
+        lines = [f"  {name:<{width}}  {part.bytes / 1e6:>10,.1f} MB  {part}" for name, part in self._sorted()]
         return "\n".join([f"the base, {self.bytes / 1e6:,.1f} MB:", *lines])
+
+    def _sorted(self) -> list[tuple[str, Part]]:
+        return sorted(self.rows.items(), key=lambda row: -row[1].bytes)
 
 
 def parts(model: nn.Module) -> Parts:
     """Which modules of a base are stored as which numbers, and how many bytes they take; `print` it."""
     rows: dict[str, Part] = {}
-    seen: set[int] = set()
-    for _, module in walk(model):
+    counted: set[int] = set()
+    for module in {id(module): module for _, module in walk(model)}.values():
         base = base_of(module)
-        held = [tensor for tensor in base.held(module) if id(module) not in seen]
-        seen.add(id(module))
+        held = base.held(module)
         if not held:
             continue
         part = rows.setdefault(base.stored_as(module), Part())
         part.modules[_NAMES.get(base.kind) or _other(module)] += 1
         for tensor in held:
-            # Codes and scales may be held twice, and tied weights are one tensor.
-            key = tensor.data_ptr() or id(tensor)
-            part.bytes += 0 if key in seen else _bytes(tensor)
-            seen.add(key)
+            # Tied weights are one tensor; one that packs others has no memory of its own.
+            key = id(tensor) if _is_packed(tensor) else tensor.data_ptr() or id(tensor)
+            part.bytes += 0 if key in counted else _bytes(tensor)
+            counted.add(key)
     return Parts(rows)
 
 
@@ -78,6 +84,10 @@ def _other(module: nn.Module) -> str:
 
 def _bytes(tensor: Any) -> int:
     """What is stored of a tensor, which of a packed one is less than it looks."""
-    if hasattr(tensor, "__tensor_flatten__"):
+    if _is_packed(tensor):
         return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.nbytes
+
+
+def _is_packed(tensor: Any) -> bool:
+    return hasattr(tensor, "__tensor_flatten__")

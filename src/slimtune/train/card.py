@@ -25,6 +25,8 @@ class Card:
     data: dict[str, Any]
     settings: TrainSettings
     outcome: Outcome
+    quantize: str | None = None
+    """As what the base was quantized while it was loaded."""
 
     def write(self, folder: Path) -> None:
         """Write README.md into `folder`."""
@@ -88,8 +90,10 @@ class Card:
                 f'model = {auto}.from_pretrained("path/to/this/folder")',
                 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
             )
-        ours = _python("import slimtune\n", 'model, tokenizer = slimtune.load("path/to/this/folder")')
+        quantize = f', quantize="{self.quantize}"' if self.quantize else ""
+        ours = _python("import slimtune\n", f'model, tokenizer = slimtune.load("path/to/this/folder"{quantize})')
         use = "slimtune predict path/to/this/folder texts.jsonl" if self.is_classifier else _chat(self.base)
+        use += f" --quantize {self.quantize}" if self.quantize else ""
         text = f"With slimtune, on the command line:\n\n```shell\n{use}\n```\n\nor in Python:\n\n"
         return (
             text
@@ -100,6 +104,7 @@ class Card:
     def _attaching(self, auto: str, library: str) -> str:
         is_packaged = self.base in PACKAGED
         names = f"{'AutoConfig, ' if self.is_classifier else ''}{auto}, AutoTokenizer"
+        names += ", BitsAndBytesConfig" if self.quantize else ""
         head = ['config = AutoConfig.from_pretrained("path/to/this/folder")'] if self.is_classifier else []
         base = f'resolve("{self.base}")' if is_packaged else f'"{self.base}"'
         return _python(
@@ -108,7 +113,9 @@ class Card:
             *(["from slimtune.loading import resolve"] if is_packaged else []),
             "",
             *head,
-            f"model = {auto}.from_pretrained({base}{', config=config' if head else ''})",
+            *([f"quantization = {_as_bitsandbytes(self.quantize)}"] if self.quantize else []),
+            f"model = {auto}.from_pretrained({base}{', config=config' if head else ''}"
+            f"{', quantization_config=quantization' if self.quantize else ''})",
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         )
@@ -119,6 +126,15 @@ class Card:
 
 def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
+
+
+def _as_bitsandbytes(kind: str) -> str:
+    if kind == "int8":
+        return "BitsAndBytesConfig(load_in_8bit=True)"
+    return (
+        f'BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_use_double_quant=True,\n'
+        '    bnb_4bit_compute_dtype="bfloat16",\n)'
+    )
 
 
 def _chat(base: str) -> str:
