@@ -52,7 +52,8 @@ class Linear4bit(Packed, Stored4bit):
             elif tuple(state.shape) != (self.out_features, self.in_features):
                 error_msgs.append(f"'{prefix}weight' is quantized from {tuple(state.shape)}, not from its shape here")
             elif codes.shape == self.weight.shape:
-                self.quant_state = self.weight.quant_state = state
+                self.weight.quant_state = state  # pyright: ignore[reportAttributeAccessIssue]
+                self.quant_state = state
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
