@@ -79,7 +79,7 @@ def main(
     about = {"machine": on, "bitsandbytes": machine.installed("bitsandbytes"), "date": machine.today()}
     document = {**about, "commit": machine.commit(), "rounds": done}
     (FOLDER / f"decoding-{machine.host_kind(on)}.json").write_text(json.dumps(document, indent=1) + "\n")
-    note = f"{len(done)} rounds; bitsandbytes {about['bitsandbytes']}; {subtitle(on)} {about['date']}."
+    note = f"rounds: {len(done)}; bitsandbytes {about['bitsandbytes']}; {subtitle(on)} {about['date']}."
     page.fill(page.QUANTIZED, f"decoding {device}", f"{page.table(HEADER, rows(done))}\n\n{note}")
 
 

@@ -69,7 +69,9 @@ def show(path: Path, device: str) -> None:
         return
     rows = table.markdown(row for one in cases for row in one["summary"])
     dates = sorted({one["date"] for one in cases})
-    note = f"{len(cases[0]['rounds'])} rounds; bitsandbytes {cases[0]['bitsandbytes']}; {subtitle(document['machine'])}"
+    note = (
+        f"rounds: {len(cases[0]['rounds'])}; bitsandbytes {cases[0]['bitsandbytes']}; {subtitle(document['machine'])}"
+    )
     page.fill(page.QUANTIZED, f"speed {device}", f"{rows}\n{note} {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.")
 
 

@@ -14,17 +14,22 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "quantized.md").read_text()
 SECTIONS = {part.split("\n")[0]: part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]}
 EXAMPLES = [
-    pytest.param(code, id=f"{title} {number}")
+    pytest.param(code, said, id=f"{title} {number}")
     for title, text in SECTIONS.items()
-    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    for number, (code, said) in enumerate(
+        re.findall(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", text, re.MULTILINE | re.DOTALL)
+    )
 ]
 COMMANDS = re.findall(r"^slimtune (\w+) (.*?)(?:#|$)", PAGE, re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_the_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("code", "said"), EXAMPLES)
+def test_the_example_runs_and_prints_what_is_shown(
+    code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "quantized.md", "exec"), {})
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("command", "arguments"), COMMANDS)
