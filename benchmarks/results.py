@@ -67,12 +67,13 @@ def show(path: Path, device: str) -> None:
     cases = [one for one in document["cases"].values() if one["work"].get("quantize")]
     if not cases:
         return
-    rows = table.markdown(row for one in cases for row in one["summary"])
-    dates = sorted({one["date"] for one in cases})
+    last, dates = cases[-1], sorted({one["date"] for one in cases})
     note = (
-        f"rounds: {len(cases[0]['rounds'])}; bitsandbytes {cases[0]['bitsandbytes']}; {subtitle(document['machine'])}"
+        f"rounds: {len(last['rounds'])}; bitsandbytes {last['bitsandbytes']}; {subtitle(document['machine'])} "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
     )
-    page.fill(page.QUANTIZED, f"speed {device}", f"{rows}\n{note} {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.")
+    rows = table.markdown(row for one in cases for row in one["summary"])
+    page.fill(page.QUANTIZED, f"speed {device}", f"{rows}\n{note}")
 
 
 def subtitle(on: dict[str, Any]) -> str:
