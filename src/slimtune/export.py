@@ -86,7 +86,10 @@ def merge_to_folder(
 
 
 _WAY_OUT = "merge in float32 with --dtype float32"
-_WAY_OUT_REQUANTIZED = "merge into 16 bits, without --requantize"
+_WAY_OUT_REQUANTIZED = (
+    "merge into 16 bits, without --requantize; for a model in few bits merge into the original 16-bit base and "
+    "quantize what that gives"
+)
 
 
 def _read_again(model: Any, folder: Path, is_quantized: bool) -> Any:

@@ -43,6 +43,11 @@ _TRAINED_AS_ANY = {
 }
 """What trainers ask of a model: transformers' refuses a quantized one that isn't `peft`'s, TRL's cast its adapters."""
 
+_ADVICE = (
+    "; most of the update is rounded away: merge into 16 bits, or for a model in few bits merge into the original "
+    "16-bit base and quantize what that gives"
+)
+
 
 def get_peft_model(
     model: Any, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
@@ -373,7 +378,7 @@ class PeftModel(Adopted):
         model = self._released()
         mend_saving(model)
         model.merge_drift = drift
-        warnings.warn(f"merged into quantized weights: {drift}", stacklevel=3)
+        warnings.warn(f"merged into quantized weights: {drift}{_ADVICE if drift.survived < 0.5 else ''}", stacklevel=3)
         return model
 
     def unload(self) -> Any:

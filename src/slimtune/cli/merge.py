@@ -42,8 +42,8 @@ def merge(
 
     An adapter that was trained on a quantized base (QLoRA) belongs into the numbers that the codes stand for: with the
     same --quantize, or on a quantized folder, the written 16-bit model is the one that was trained. Merged into the
-    original 16-bit base it is another model, which may be better or worse. A merge back into codes (--requantize) can
-    wipe a small update out.
+    original 16-bit base it is another model; where it was measured, a worse one. A merge back into codes (--requantize)
+    rounds a small update away: for a model in few bits merge into the original base and quantize what that gives.
     """
     from pathlib import Path
 
