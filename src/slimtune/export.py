@@ -22,9 +22,6 @@ PROBES = (
     "The capital of France is Paris. Die Hauptstadt von Deutschland ist Berlin.",
     "In 1969, 3 people flew 384,400 km; what is 17 * 23?",
 )
-MAX_KL = 0.01
-MAX_KL_REQUANTIZED = 0.1
-"""How far a merge may drift where nothing else is said: rounding to 16 bits loses less, quantizing again loses more."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +46,18 @@ def merge_to_folder(
     model: Any,
     tokenizer: Any,
     output: Path,
-    max_kl: float | None = None,
+    max_kl: float = 0.01,
     overwrite: bool = False,
     requantize: bool = False,
 ) -> MergeReport:
     """Merge the active adapters, write the model to `output` and compare its answers with those before.
 
     Args:
-        max_kl: how far the answers may drift; without it, `MAX_KL`, or `MAX_KL_REQUANTIZED`.
+        max_kl: how far the answers may drift.
         requantize: leave a quantized base quantized; without it, a plain model is written.
 
     Raises MergeError past `max_kl` (nothing is written then), OutputExistsError if the folder holds something.
     """
-    if max_kl is None:
-        max_kl = MAX_KL_REQUANTIZED if requantize else MAX_KL
     with staged(output, overwrite) as folder:
         inputs = _probes(model, tokenizer)
         tuned = _outputs(model, inputs)

@@ -23,13 +23,8 @@ def merge(
         typer.Option("--requantize", help="Leave a quantized base quantized; what is lost of the update is reported."),
     ] = False,
     max_kl: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            show_default="0.01; 0.1 with --requantize",
-            help="Refuse (exit code 1) if the outputs drift further than this KL divergence.",
-        ),
-    ] = None,
+        float, typer.Option(min=0.0, help="Refuse (exit code 1) if the outputs drift further than this KL divergence.")
+    ] = 0.01,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
