@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import slimtune
-from slimtune import LoraConfig, PeftModel, Quantization, get_peft_model
+from slimtune import AutoPeftModelForCausalLM, LoraConfig, PeftModel, Quantization, get_peft_model
 from slimtune.bases import claim
 from slimtune.loading import load_classifier, load_encoder
 from slimtune.quantized.packing import PIECE, packed_4bit, packed_8bit
@@ -265,6 +265,13 @@ class TestFiles:
         assert isinstance(loaded, PeftModel)
         assert torch.equal(logits(loaded), logits(model))
         assert not torch.allclose(logits(slimtune.load(tmp_path / "adapter")[0]), logits(model), atol=1e-3)
+
+    @pytest.mark.parametrize("kind", ["nf4", "int8"])
+    def test_automatic_classes_quantize_through_transformers(self, kind: str, base: Path, tmp_path: Path) -> None:
+        get_peft_model(slimtune.load(base)[0], LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, quantization_config=theirs(kind, True))
+        assert torch.equal(logits(loaded), logits(slimtune.load(base, quantize=kind)[0]))
+        assert slimtune.parts(loaded).rows[kind].modules == {"linear layer": 14}
 
     def test_an_encoder_for_features(self, encoder: Path) -> None:
         model, _ = load_encoder(str(encoder), quantize="nf4")
