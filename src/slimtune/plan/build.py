@@ -129,11 +129,11 @@ def optimizer_for(setting: Setting, parameters: list[nn.Parameter]) -> Any:
         return torch.optim.SGD(parameters, lr=LEARNING_RATE)
     if name == "adafactor":
         return transformers.Adafactor(parameters, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)
-    import bitsandbytes
+    from bitsandbytes.optim.adamw import AdamW
 
     bits = 8 if name.endswith("8bit") else 32
     # Not as paged: fake tensors have no pages. What would be paged is told apart afterwards.
-    optimizer = bitsandbytes.optim.AdamW(parameters, lr=LEARNING_RATE, optim_bits=bits)
+    optimizer = AdamW(parameters, lr=LEARNING_RATE, optim_bits=bits)
     optimizer.fill_qmap()
     return optimizer
 

@@ -86,7 +86,7 @@ class Places:
     def _mark(self) -> None:
         path = self.stack[-1] if self.stack else ""
         self.current = Place(path, self.after_head and path in ("", self.head))
-        number = torch.autograd._get_sequence_nr()
+        number = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         if self.numbers and self.numbers[-1] == number:
             self.marks[-1] = self.current
         else:

@@ -55,11 +55,12 @@ def quantize(model: Any, setting: Setting) -> int:
 
 def _packed_4bit(weight: Tensor, module: Any) -> Any:
     from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
 
+    stored: Any = Params4bit
     options = {"quant_type": module.weight.quant_type, "compress_statistics": module.weight.compress_statistics}
     if not isinstance(weight, FakeTensor):
-        return Params4bit(weight, requires_grad=False, module=module, **options).to(weight.device)
+        return stored(weight, requires_grad=False, module=module, **options).to(weight.device)
     # A fake tensor can't be of bitsandbytes' own class of parameters; what is stored is the same.
     codes, state = quantize_4bit(weight, blocksize=64, **options)
     parameter: Any = nn.Parameter(codes, requires_grad=False)
@@ -69,10 +70,11 @@ def _packed_4bit(weight: Tensor, module: Any) -> Any:
 
 def _packed_8bit(weight: Tensor, module: Any) -> Any:
     from bitsandbytes.functional import int8_vectorwise_quant
-    from bitsandbytes.nn import Int8Params
+    from bitsandbytes.nn.modules import Int8Params
 
+    stored: Any = Int8Params
     if not isinstance(weight, FakeTensor):
-        return Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+        return stored(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
     codes, scales, _ = int8_vectorwise_quant(weight)
     parameter: Any = nn.Parameter(codes, requires_grad=False)
     parameter.SCB = scales

@@ -53,7 +53,7 @@ def simulate(
     asked, notes = _as_stored(config, asked)
     task_type = asked.task_type or getattr(method, "task_type", None)
     options: Any = {"evaluation": evaluation, "merge": merge, "rounded": rounded}
-    with _quiet():
+    with quiet():
         sketch = None
         blocks = None if whole else repeating(config, lambda short: build(short, asked, task_type), method)
         if blocks is not None:
@@ -123,7 +123,7 @@ def _work(sketch: Sketch, setting: Setting) -> dict[Phase, Work]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what libraries say of a model that won't be used."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -72,8 +72,8 @@ def trace(
         blocks: where moments are told apart by the position of their block.
     """
     with kernels_of(setting.device, fake), taken_for_real() if fake else contextlib.nullcontext():
-        run = _prepared(config, setting, task_type, fake, rounded)
-        _train(run, steps)
+        run = prepare(config, setting, task_type, fake, rounded)
+        train(run, steps)
         if evaluation:
             _evaluate(run)
         if merge:
@@ -89,9 +89,14 @@ def _counting(ledger: Ledger, phase: Phase) -> Any:
         yield
 
 
-def _prepared(
-    config: Any, setting: Setting, task_type: str | None, fake: bool, rounded: Callable[[int], int] | None
+def prepare(
+    config: Any,
+    setting: Setting,
+    task_type: str | None,
+    fake: bool = True,
+    rounded: Callable[[int], int] | None = None,
 ) -> Run:
+    """The model as the setting stores it, with the adapter attached. Raises: ConfigError, TargetError."""
     from transformers.initialization import no_init_weights
 
     builder = FakeLedger() if fake else None
@@ -149,7 +154,8 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _train(run: Run, steps: int) -> None:
+def train(run: Run, steps: int = 1) -> None:
+    """Training steps, each storage of them counted. Raises: ConfigError."""
     ledger, setting, model = run.ledger, run.setting, run.model
     trained = _trained(model)
     if not trained:
@@ -167,7 +173,7 @@ def _train(run: Run, steps: int) -> None:
             for _ in range(min(setting.accumulation, 2)):
                 with _counting(ledger, "forward"), autocast:
                     before = {id(storage) for storage in ledger.live()}
-                    loss = model(**batch).loss
+                    loss = getattr(model(**batch), "loss", None)
                     if loss is None:
                         raise ConfigError(f"a {type(model).__name__} has no loss of its own; pass another task_type")
                     kept = [storage for storage in ledger.live() if id(storage) not in before]
