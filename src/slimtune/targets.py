@@ -243,9 +243,7 @@ def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_
     linear = [
         name
         for name in names
-        if base_of(modules[name]).kind == "linear"
-        and modules[name] is not head
-        and not _is_bypassed(modules, name)
+        if base_of(modules[name]).kind == "linear" and modules[name] is not head and not _is_bypassed(modules, name)
     ]
     lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     in_blocks = [name for name in linear if any(name.startswith(prefix) for prefix in lists)]
