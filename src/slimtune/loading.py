@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -23,13 +22,11 @@ from slimtune.errors import (
     did_you_mean,
     listing,
 )
-from slimtune.quantized.settings import settings_of, stored_by_bitsandbytes
+from slimtune.quantized.settings import require, settings_of, stored_by_bitsandbytes
 from slimtune.staging import staged
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
-
-    from slimtune.quantized.settings import Quantization, Quantize
+    from slimtune.quantized.settings import Quantize, Settings
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -260,7 +257,7 @@ def _load_model(
     device: str,
     trust_remote_code: bool,
     model_class: Any,
-    settings: Quantization | BitsAndBytesConfig | None,
+    settings: Settings | None,
     **options: Any,
 ) -> Any:
     import transformers
@@ -294,24 +291,24 @@ def _quantized(
     chosen: Any,
     source: str,
     config: Any,
-    settings: Quantization | BitsAndBytesConfig | None,
+    settings: Settings | None,
     device: str,
     **options: Any,
 ) -> Any:
+    if settings is not None and getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{source} is quantized already; load it without quantize, or pass the folder in 16 bits")
+    others: Any = settings
+    if type(settings).__name__ == "TorchAoConfig":
+        from slimtune.quantized.torchao import load_quantized as load_by_torchao
+
+        return load_by_torchao(chosen, source, settings, device, **options)
     for name in ("accelerate", "bitsandbytes"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"a quantized base needs {name}: run `pip install 'slimtune[quantized]'`"
-            ) from error
+        require(name, "quantized")
     from slimtune.quantized.loading import load_as_stored, load_quantized
 
     if settings is None:
         return load_as_stored(chosen, source, device, **options)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{source} is quantized already; load it without quantize, or pass the folder in 16 bits")
-    return load_quantized(chosen, source, settings, device, **options)
+    return load_quantized(chosen, source, others, device, **options)
 
 
 def _model_class(config: Any) -> Any:

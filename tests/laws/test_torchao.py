@@ -31,7 +31,8 @@ from kinds import Host
 from quantizers import INT4
 from slimtune.bases import base_of, claim
 from slimtune.errors import ConfigError, MergeError
-from slimtune.quantized.torchao import KINDS, TensorLinear, beyond, expand, pack, settings
+from slimtune.quantized.settings import TORCHAO_KINDS
+from slimtune.quantized.torchao import TensorLinear, beyond, expand, pack, settings
 from tensors import (
     adapter_gradients,
     adapter_tensors,
@@ -63,7 +64,7 @@ ROUNDS_INPUTS: dict[str, Any] = {
 }
 each_weight_only = pytest.mark.parametrize("config", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY.keys())
 each_that_rounds = pytest.mark.parametrize("config", ROUNDS_INPUTS.values(), ids=ROUNDS_INPUTS.keys())
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", TORCHAO_KINDS)
 
 
 def layer(config: Any, dtype: torch.dtype = torch.float32, bias: bool = True) -> Any:
@@ -288,3 +289,24 @@ class TestThroughTransformers:
 def test_another_name_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match="int8-torchao, int4-torchao, found 'int8-torcho'; did you mean"):
         settings("int8-torcho")
+
+
+@each_kind
+def test_load_quantizes_by_name_and_claims(kind: str, tmp_path: Path) -> None:
+    wide().save_pretrained(tmp_path / "base")
+    model, _ = slimtune.load(tmp_path / "base", dtype="float32", device="cpu", quantize=kind)
+    layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    assert layers
+    assert all(type(layer) is TensorLinear for layer in layers)
+    model.save_pretrained(tmp_path / "stored")
+    with pytest.raises(ConfigError, match="is quantized already"):
+        slimtune.load(tmp_path / "stored", quantize=kind)
+
+
+def test_a_width_that_the_groups_do_not_divide_is_named(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="torchao can't quantize"):
+        slimtune.load(tmp_path, device="cpu", quantize="int4-torchao")

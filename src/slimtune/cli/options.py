@@ -33,7 +33,11 @@ Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto (as stored), bflo
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")]
 Quantize = Annotated[
     str | None,
-    typer.Option("--quantize", metavar="KIND", help="Quantize the base while it is loaded: nf4, fp4 or int8."),
+    typer.Option(
+        "--quantize",
+        metavar="KIND",
+        help="While loading: nf4, fp4, int8, int8-torchao, int4-torchao.",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slimtune.errors import ConfigError, check_choice
+from slimtune.errors import ConfigError, MissingDependencyError, check_choice
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
 KINDS = ("nf4", "fp4", "int8")
+TORCHAO_KINDS = ("int8-torchao", "int4-torchao")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE_DTYPES = (None, "bfloat16", "float16", "float32")
 
@@ -55,23 +57,43 @@ class Quantization:
 
 
 if TYPE_CHECKING:
-    Quantize = str | Quantization | BitsAndBytesConfig
+    Settings = Quantization | BitsAndBytesConfig | TorchAoConfig
+    Quantize = str | Settings
 
 
-def settings_of(quantize: Quantize) -> Quantization | BitsAndBytesConfig:
-    """What a name is short for; settings as they are. Raises: ConfigError."""
+def settings_of(quantize: Quantize) -> Settings:
+    """What a name is short for; settings as they are. Raises: ConfigError, MissingDependencyError."""
     if isinstance(quantize, str):
+        check_choice("quantize", quantize, (*KINDS, *TORCHAO_KINDS))
+        if quantize in TORCHAO_KINDS:
+            require("torchao", "torchao")
+            from slimtune.quantized.torchao import settings
+
+            return settings(quantize)
         return Quantization(quantize)
     if isinstance(quantize, Quantization):
         return quantize
     # By name, because a name alone must not import transformers.
+    if type(quantize).__name__ == "TorchAoConfig":
+        return quantize
     if type(quantize).__name__ != "BitsAndBytesConfig":
         raise ConfigError(
-            f"quantize takes {', '.join(KINDS)}, a slimtune.Quantization or transformers' BitsAndBytesConfig, found "
-            f"{quantize!r}"
+            f"quantize takes {', '.join((*KINDS, *TORCHAO_KINDS))}, a slimtune.Quantization, or transformers' "
+            f"BitsAndBytesConfig or TorchAoConfig, found {quantize!r}"
         )
-    _check_foreign(quantize)
-    return quantize
+    bitsandbytes: Any = quantize
+    _check_foreign(bitsandbytes)
+    return bitsandbytes
+
+
+def require(package: str, extra: str) -> None:
+    """See that a package is there. Raises: MissingDependencyError."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a quantized base needs {package}: run `pip install 'slimtune[{extra}]'`"
+        ) from error
 
 
 def _check_foreign(config: BitsAndBytesConfig) -> None:

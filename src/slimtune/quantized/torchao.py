@@ -20,12 +20,11 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerBlock, PerGroup
 from transformers import TorchAoConfig
 
+from slimtune.bases import claim
 from slimtune.bases.packed import Packed
 from slimtune.bases.torchao import TorchaoLinear
-from slimtune.errors import MergeError, check_choice
-
-KINDS = ("int8-torchao", "int4-torchao")
-"""int8 with a scale a row; int4 with a scale and a zero point for each group of 32."""
+from slimtune.errors import ConfigError, MergeError, check_choice
+from slimtune.quantized.settings import TORCHAO_KINDS
 
 _GROUP = 32
 _AFFINE = (Int8Tensor, IntxUnpackedToInt8Tensor)
@@ -113,14 +112,33 @@ def beyond(weight_OI: Tensor, like: Any) -> int:
 def settings(kind: str) -> TorchAoConfig:
     """What transformers loads a model with so that its linear layers are quantized by torchao.
 
-    torchao's 4-bit codes lie in a byte each: that halves no memory against int8, and is for what is deployed in int4.
+    int8 has a scale a row, int4 a scale and a zero point for each group of 32. torchao's 4-bit codes lie in a byte
+    each: that halves no memory against int8, and is for what is deployed in int4.
 
     Raises:
         ConfigError: another kind.
     """
-    check_choice("quantize", kind, KINDS)
+    check_choice("quantize", kind, TORCHAO_KINDS)
     if kind == "int8-torchao":
         return TorchAoConfig(Int8WeightOnlyConfig())
     int4: torch.dtype = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
     groups = PerGroup(_GROUP)
     return TorchAoConfig(IntxWeightOnlyConfig(int4, groups, MappingType.ASYMMETRIC))
+
+
+def load_quantized(chosen: Any, source: str, settings: Any, device: str, **options: Any) -> Any:
+    """`chosen.from_pretrained` with the linear layers quantized by torchao, claimed for our product.
+
+    Raises:
+        ConfigError: torchao refuses a layer, as one whose width the groups don't divide.
+    """
+    try:
+        model = chosen.from_pretrained(source, quantization_config=settings, device_map={"": device}, **options)
+    except (AssertionError, RuntimeError) as error:
+        # transformers reports what torchao raised as a RuntimeError of its own.
+        raise ConfigError(
+            f"torchao can't quantize {source}: its groups must divide the widths of all linear layers; choose "
+            "int8-torchao or nf4"
+        ) from error
+    claim(model)
+    return model
