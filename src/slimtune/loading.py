@@ -291,24 +291,24 @@ def _quantized(
     chosen: Any,
     source: str,
     config: Any,
-    settings: Settings | None,
+    settings: Any,
     device: str,
     **options: Any,
 ) -> Any:
     if settings is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source} is quantized already; load it without quantize, or pass the folder in 16 bits")
-    others: Any = settings
-    if type(settings).__name__ == "TorchAoConfig":
+    by_torchao = type(settings).__name__ == "TorchAoConfig"
+    require("accelerate", "torchao" if by_torchao else "quantized")
+    if by_torchao:
         from slimtune.quantized.torchao import load_quantized as load_by_torchao
 
         return load_by_torchao(chosen, source, settings, device, **options)
-    for name in ("accelerate", "bitsandbytes"):
-        require(name, "quantized")
+    require("bitsandbytes", "quantized")
     from slimtune.quantized.loading import load_as_stored, load_quantized
 
     if settings is None:
         return load_as_stored(chosen, source, device, **options)
-    return load_quantized(chosen, source, others, device, **options)
+    return load_quantized(chosen, source, settings, device, **options)
 
 
 def _model_class(config: Any) -> Any:

@@ -13,6 +13,7 @@ import transformers as hf
 from torch import nn
 
 import slimtune
+from denoisers import flux
 from slimtune.bases import base_of
 from slimtune.structure import role_of
 from tensors import trainable
@@ -110,19 +111,6 @@ def unet() -> nn.Module:
         cross_attention_dim=8,
         attention_head_dim=2,
         norm_num_groups=4,
-    )
-
-
-def flux() -> nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(2, 2, 4),
     )
 
 

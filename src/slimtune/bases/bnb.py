@@ -17,7 +17,16 @@ from slimtune.bases.packed import PackedLinear
 from slimtune.delta import Base
 
 
-class Bnb4bitLinear(PackedLinear):
+class BnbLinear(PackedLinear):
+    """What both storages have in common."""
+
+    def make_plain(self, module: Any, weight_OI: Tensor) -> None:
+        from slimtune.quantized.bnb_storage import give_up_storage
+
+        give_up_storage(module, weight_OI)
+
+
+class Bnb4bitLinear(BnbLinear):
     """4-bit codes in blocks, each with the largest magnitude in it: w = codebook[code] * absmax of its block."""
 
     module_types = ("bitsandbytes.nn.modules.Linear4bit",)
@@ -27,9 +36,10 @@ class Bnb4bitLinear(PackedLinear):
 
     def held(self, module: Any) -> list[Tensor]:
         state = state_of(module)
-        inner = state.state2 if state is not None and state.nested else None
-        kept = [part for one in (state, inner) if one is not None for part in (one.absmax, one.code)]
-        return [*super().held(module), *kept]
+        if state is None:
+            return super().held(module)
+        nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        return [*super().held(module), state.absmax, state.code, *nested]
 
     def is_packed(self, module: Any) -> bool:
         return state_of(module) is not None and super().is_packed(module)
@@ -41,11 +51,6 @@ class Bnb4bitLinear(PackedLinear):
 
     def dtype(self, module: Any) -> torch.dtype:
         return module.compute_dtype or state_of(module).dtype
-
-    def make_plain(self, module: Any, weight_OI: Tensor) -> None:
-        from slimtune.quantized.bnb_storage import give_up_storage
-
-        give_up_storage(module, weight_OI)
 
     def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
         from slimtune.quantized.packing import packed_4bit
@@ -66,7 +71,7 @@ class Bnb4bitLinear(PackedLinear):
         module.weight.module, module.quant_state = module, module.weight.quant_state
 
 
-class Bnb8bitLinear(PackedLinear):
+class Bnb8bitLinear(BnbLinear):
     """int8 codes with one scale a row: w = code * scale / 127."""
 
     module_types = ("bitsandbytes.nn.modules.Linear8bitLt",)
@@ -88,11 +93,6 @@ class Bnb8bitLinear(PackedLinear):
     def dtype(self, module: Any) -> torch.dtype:
         # bitsandbytes doesn't store what the weight was before; what the model computes in is noted when it is claimed.
         return getattr(module, "compute_dtype", None) or torch.get_default_dtype()
-
-    def make_plain(self, module: Any, weight_OI: Tensor) -> None:
-        from slimtune.quantized.bnb_storage import give_up_storage
-
-        give_up_storage(module, weight_OI)
 
     def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
         from slimtune.quantized.bnb_storage import pack_8bit

@@ -78,11 +78,14 @@ class PackedLinear(Base):
         Raises:
             MergeError: there is no way back into these codes.
         """
-        raise MergeError(f"a {type(module).__name__} can't be quantized again here; merge into 16 bits")
+        raise self._no_way_back(module)
 
     def beyond(self, module: Any, weight_OI: Tensor) -> int:
-        """How many entries of another weight the scales that the module has can't reach."""
-        raise NotImplementedError
+        """How many entries of another weight the scales that the module has can't reach. Raises: as `quantize`."""
+        raise self._no_way_back(module)
+
+    def _no_way_back(self, module: Any) -> MergeError:
+        return MergeError(f"a {type(module).__name__} can't be quantized again here; merge into 16 bits")
 
     def settle(self, module: Any) -> None:
         """Let what the module itself notes of its codes follow those that were put into it."""

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
+from slimtune.bases import base_of
 from slimtune.plan.setting import Setting
 
 
@@ -83,17 +84,4 @@ def _packed_8bit(weight: Tensor, module: Any) -> Any:
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
     """All that a model holds: parameters, buffers, and what quantized weights keep beside their codes."""
-    held = [*model.parameters(), *model.buffers()]
-    for parameter in model.parameters():
-        scales = getattr(parameter, "SCB", None)
-        held += [scales] if scales is not None else []
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            held += [*_state_tensors(state)]
-    return held
-
-
-def _state_tensors(state: Any) -> list[Tensor]:
-    nested = _state_tensors(state.state2) if state.nested else []
-    own = [state.absmax, state.code, *([state.offset] if state.nested else [])]
-    return [tensor for tensor in own if isinstance(tensor, Tensor)] + nested
+    return [tensor for module in model.modules() for tensor in base_of(module).held(module)]

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, _convert_weight_packed_for_cpu_inverse, dequantize_blockwise
+from bitsandbytes.functional import QuantState, _convert_weight_packed_for_cpu_inverse
 from bitsandbytes.nn.modules import Linear4bit as Stored4bit
 from bitsandbytes.nn.modules import Linear8bitLt as Stored8bit
 from torch import Tensor
 
 from slimtune.bases.bnb import Bnb4bitLinear, Bnb8bitLinear, scales_of, state_of
 from slimtune.bases.packed import Packed
+from slimtune.quantized.bnb_storage import block_maxima
 from slimtune.quantized.damage import check_4bit, check_8bit
 
 _LARGEST_FAST_BLOCK = 1024
@@ -100,16 +101,14 @@ def _unpack_cpu_format(weight: Any, state: Any) -> None:
 @torch.no_grad()
 def expand_4bit(packed: Tensor, state: Any) -> Tensor:
     """The weight in the shape and dtype that it had before it was quantized, equal to bitsandbytes' bit for bit."""
-    codes, absmax = packed.data, state.absmax
-    if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2).float().add_(state.offset)
+    codes, absmax = packed.data, block_maxima(state)
     shape, size, dtype = tuple(state.shape), state.blocksize, state.dtype
     if codes.device.type != "cpu":
         return _kernel(codes, absmax, state, shape)
     # The kernel for the CPU takes each row to begin a block; as (blocks, block) that is true of any shape.
     count = math.prod(shape)
     whole = count // size if size <= _LARGEST_FAST_BLOCK else 0
-    codes, absmax = codes.reshape(-1).view(torch.uint8), absmax.float()
+    codes = codes.reshape(-1).view(torch.uint8)
     if whole * size == count:
         return _kernel(codes, absmax, state, (whole, size)).view(shape)
     head = _kernel(codes[: whole * size // 2], absmax[:whole], state, (whole, size)).view(-1) if whole else None

@@ -6,6 +6,7 @@ transformers loads as ever, with its renamings, ties and new heads; this says ho
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,9 +98,9 @@ class _Quantizer(HfQuantizer):
     quantization_config: Any
     module_type: type[nn.Module]
 
+    @abstractmethod
     def quantized(self, weight_OI: Tensor, module: Any) -> Tensor:
         """The parameter of a quantized module for the weight that was read."""
-        raise NotImplementedError
 
     def __init__(self, request: Request, **options: Any) -> None:
         super().__init__(request.plain, **options)
