@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import slimtune
 from quantizers import QUANTIZERS, Quantizer, expanded
 from slimtune.bases import base_of
-from slimtune.delta import PeftConfig, Site, TargetedConfig, methods
+from slimtune.config import PeftConfig, TargetedConfig, methods
+from slimtune.delta import Site
 from slimtune.errors import ConfigError, TargetError
 
 

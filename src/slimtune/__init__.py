@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "PeftConfig": "delta",
-    "TaskType": "delta",
+    "PeftConfig": "config",
+    "TaskType": "config",
     "PeftModel": "model",
     "get_peft_model": "model",
     "get_peft_model_state_dict": "model",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from slimtune.delta import PeftConfig, TaskType
+    from slimtune.config import PeftConfig, TaskType
     from slimtune.diffusion import load_diffusers_lora, save_diffusers_lora
     from slimtune.eva import initialize_lora_eva_weights
     from slimtune.loading import load
@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"slimtune.{_HOME[name]}"), name)
     elif name.endswith("Config"):
         # A method is enrolled by its file being there; its config needs no entry here.
-        from slimtune.delta import methods
+        from slimtune.config import methods
 
         value = next((config for config in methods().values() if config.__name__ == name), None)
     else:
@@ -90,6 +90,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from slimtune.delta import methods
+    from slimtune.config import methods
 
     return ["__version__", "plan", *_HOME, *(config.__name__ for config in methods().values())]

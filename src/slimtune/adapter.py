@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from slimtune.adopt import Adopted, adopt, attach_to
 from slimtune.bases import base_of, claim
-from slimtune.delta import Delta, PeftConfig, Site, deltas_of
+from slimtune.config import PeftConfig
+from slimtune.delta import Delta, Site, deltas_of
 from slimtune.errors import AdapterExistsError, BaseMismatchError, ConfigError, TargetError, listing
 from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
 from slimtune.structure import input_embeddings

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
-from slimtune.delta import PeftConfig
+from slimtune.config import PeftConfig
 from slimtune.errors import AdapterFileError
 from slimtune.model import PeftModel
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimtune.delta import PeftConfig
+from slimtune.config import PeftConfig
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean, listing
 from slimtune.methods.lora import LoraConfig
 from slimtune.model import PeftModel, attach_stored, get_peft_model_state_dict

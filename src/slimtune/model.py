@@ -29,8 +29,9 @@ from slimtune.adapter import (
 from slimtune.adopt import BASE, ENCODERS, FAST_PATHS, Adopted, Switch, WithoutFastPath, adopt, release, run
 from slimtune.bases import base_of
 from slimtune.combine import combined
+from slimtune.config import PeftConfig
 from slimtune.coverage import Coverage, count_of, coverage
-from slimtune.delta import PeftConfig, deltas_of
+from slimtune.delta import deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.ops.lazy_logits import lazy_head, without_lazy
 from slimtune.quantized.dequantize import expanded, make_plain, mend_saving, plain_dtype

@@ -11,7 +11,8 @@ from torch import nn
 
 from slimtune.adopt import Adopted
 from slimtune.bases import base_of
-from slimtune.delta import Site, means
+from slimtune.config import means
+from slimtune.delta import Site
 from slimtune.errors import TargetError, did_you_mean, listing
 from slimtune.structure import input_embeddings
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from slimtune.cli.method import FEATURES, FULL, methods, table
-from slimtune.delta import methods as registered
+from slimtune.config import methods as registered
 from slimtune.errors import MergeError
 from slimtune.loading import load
 from small_encoder import reviews, save_encoder

@@ -19,7 +19,8 @@ import slimtune
 from kinds import FLOATING, KINDS, Kind, attach, cases, configs, methods_for
 from slimtune import ops
 from slimtune.bases import base_of
-from slimtune.delta import Frozen, PeftConfig, methods
+from slimtune.config import PeftConfig, methods
+from slimtune.delta import Frozen
 from slimtune.errors import ConfigError, TargetError
 from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_near, copies, randomize, trainable
 

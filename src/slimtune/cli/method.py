@@ -61,7 +61,7 @@ class Method:
     @property
     def fields(self) -> dict[str, Any]:
         """The fields that can be set, with their defaults."""
-        from slimtune.delta import PeftConfig
+        from slimtune.config import PeftConfig
 
         shared = {field.name for field in dataclasses.fields(PeftConfig)} if self.is_adapter else set()
         default = dataclasses.asdict(self.config())
@@ -70,7 +70,7 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """All methods by name: each registered one, DoRA, and the two that attach nothing."""
-    from slimtune.delta import methods as registered
+    from slimtune.config import methods as registered
     from slimtune.features import FeatureTuning
 
     configs = registered()

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, LayeredConfig, Site, register, wrong_kind
+from slimtune.config import LayeredConfig, register
+from slimtune.delta import Delta, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole
 from slimtune.methods.lora import LoraConv, LoraDelta, LoraLinear
 

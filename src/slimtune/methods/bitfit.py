@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from slimtune.delta import Difference, Site, TargetedConfig, register, wrong_kind
+from slimtune.config import TargetedConfig, register
+from slimtune.delta import Difference, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError
 
 

@@ -20,17 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.delta import (
-    Delta,
-    Frozen,
-    LayeredConfig,
-    Role,
-    Site,
-    Whereabouts,
-    register,
-    trainable_dtype,
-    wrong_kind,
-)
+from slimtune.config import LayeredConfig, Whereabouts, register
+from slimtune.delta import Delta, Frozen, Role, Site, trainable_dtype, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean, listing
 
 PLACEMENTS: dict[str, tuple[Role, ...]] = {

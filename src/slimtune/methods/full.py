@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, Difference, Site, TargetedConfig, register, statistics, wrong_kind
+from slimtune.config import TargetedConfig, register
+from slimtune.delta import Delta, Difference, Site, statistics, wrong_kind
 from slimtune.errors import ConfigError, did_you_mean
 
 STORES = ("difference", "whole")

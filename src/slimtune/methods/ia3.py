@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, Dense, Frozen, Site, TargetedConfig, add_up, register, trainable_dtype, wrong_kind
+from slimtune.config import TargetedConfig, register
+from slimtune.delta import Delta, Dense, Frozen, Site, add_up, trainable_dtype, wrong_kind
 from slimtune.errors import ConfigError, did_you_mean, listing
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from slimtune.delta import Delta, Site, TargetedConfig, register, wrong_kind
+from slimtune.config import TargetedConfig, register
+from slimtune.delta import Delta, Site, wrong_kind
 
 
 @register

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimtune.delta import Site, register, wrong_kind
+from slimtune.config import register
+from slimtune.delta import Site, wrong_kind
 from slimtune.methods.lycoris import LycorisConfig, LycorisDelta, from_core, recomputed, updated_product
 
 

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.delta import Site, register, wrong_kind
+from slimtune.config import register
+from slimtune.delta import Site, wrong_kind
 from slimtune.errors import ConfigError, check_choice
 from slimtune.methods.lycoris import LycorisConfig, LycorisDelta, from_core, recomputed
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, Dense, Frozen, LayeredConfig, Site, means, register, trainable_dtype, wrong_kind
+from slimtune.config import LayeredConfig, means, register
+from slimtune.delta import Delta, Dense, Frozen, Site, trainable_dtype, wrong_kind
 from slimtune.errors import (
     ConfigError,
     MergeError,

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from slimtune.delta import Delta, Dense, Frozen, LayeredConfig, Site, added, means, trainable_dtype
+from slimtune.config import LayeredConfig, means
+from slimtune.delta import Delta, Dense, Frozen, Site, added, trainable_dtype
 from slimtune.errors import check_choice, check_number, check_whole
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from slimtune.delta import register
+from slimtune.config import register
 from slimtune.errors import ConfigError, check_whole, did_you_mean, listing
 from slimtune.methods.prompt_tuning import EmbeddedPromptConfig
 

@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.delta import Frozen, Site, register, trainable_dtype
+from slimtune.config import register
+from slimtune.delta import Frozen, Site, trainable_dtype
 from slimtune.errors import ConfigError, TargetError, check_whole
 from slimtune.methods.prompt_learning import (
     Call,

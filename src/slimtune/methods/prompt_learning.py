@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, PeftConfig, Role, Site, Whereabouts
+from slimtune.config import PeftConfig, Whereabouts
+from slimtune.delta import Delta, Role, Site
 from slimtune.errors import BaseMismatchError, ConfigError, TargetError, check_whole
 
 ENCODER = "/prompt_encoder."

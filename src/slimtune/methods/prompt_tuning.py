@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, Frozen, Site, register, trainable_dtype
+from slimtune.config import register
+from slimtune.delta import Delta, Frozen, Site, trainable_dtype
 from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
 from slimtune.methods.prompt_learning import (
     UNMERGEABLE,

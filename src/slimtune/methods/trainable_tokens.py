@@ -13,18 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.delta import (
-    Delta,
-    Dense,
-    Frozen,
-    Role,
-    Site,
-    TargetedConfig,
-    Whereabouts,
-    register,
-    trainable_dtype,
-    wrong_kind,
-)
+from slimtune.config import TargetedConfig, Whereabouts, register
+from slimtune.delta import Delta, Dense, Frozen, Role, Site, trainable_dtype, wrong_kind
 from slimtune.errors import ConfigError, TargetError, did_you_mean
 from slimtune.structure import input_embeddings
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.delta import Delta, Dense, Frozen, LayeredConfig, Site, added, register, trainable_dtype, wrong_kind
+from slimtune.config import LayeredConfig, register
+from slimtune.delta import Delta, Dense, Frozen, Site, added, trainable_dtype, wrong_kind
 from slimtune.errors import check_choice, check_number, check_whole
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimtune.delta import PeftConfig
+from slimtune.config import PeftConfig
 from slimtune.plan.memory import Moment, Parts, Phase, Work
 from slimtune.targets import resolve
 

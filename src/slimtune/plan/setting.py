@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slimtune.delta import PeftConfig
+from slimtune.config import PeftConfig
 from slimtune.errors import check_choice, check_whole
 
 Precision = Literal["dense", "nf4", "fp4", "int8"]

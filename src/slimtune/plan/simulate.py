@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from slimtune.delta import PeftConfig
+from slimtune.config import PeftConfig
 from slimtune.errors import ConfigError, did_you_mean
 from slimtune.plan.build import build, config_of
 from slimtune.plan.depth import Sketch, continued, cut, repeating
