@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import slimtune
 from benchmarks.prepare import model_folder
 from slimtune.bases import claim
+from slimtune.data.encode import IGNORED, Encoded, encode_row
+from slimtune.data.rows import Conversation
 from slimtune.drift import compare_outputs
 from slimtune.evaluate.exact_match import exact_match
 from slimtune.tasks.orders import Example, make_orders
-from slimtune.train.data import IGNORED, Encoded, encode_row
-from slimtune.train.rows import Conversation
 from slimtune.train.run import fine_tune
 from slimtune.train.settings import TrainSettings
 

@@ -46,9 +46,9 @@ class Orders:
     """Spoken orders as chats, of which the answers are learned; scored by exact match of greedy answers."""
 
     def __init__(self, task: Task, folder: str) -> None:
+        from slimtune.data.encode import encode
+        from slimtune.data.rows import Conversation
         from slimtune.tasks.orders import make_orders
-        from slimtune.train.data import encode
-        from slimtune.train.rows import Conversation
 
         self.folder, self.tokenizer = folder, transformers.AutoTokenizer.from_pretrained(folder)
         train, self.held_out = make_orders(held_out=task.held_out)

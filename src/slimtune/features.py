@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slimtune.data.labelled import Text, longest_input, tokenize
 from slimtune.errors import (
     AdapterFileError,
     ConfigError,
@@ -32,7 +33,6 @@ from slimtune.errors import (
     check_whole,
 )
 from slimtune.staging import staged_file
-from slimtune.train.labelled import Text, longest_input, tokenize
 
 POOLINGS = ("mean", "cls", "last")
 SOLVERS = ("sklearn", "torch")

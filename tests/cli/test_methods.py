@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimtune.cli.method import FEATURES, FULL, methods, table
 from slimtune.config import methods as registered
 from slimtune.errors import MergeError
 from slimtune.loading import load
+from slimtune.train.method import FEATURES, FULL, methods, table
 from small_encoder import reviews, save_encoder
 from small_text_model import write_lines
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from slimtune.data.encode import encode
+from slimtune.data.rows import read_rows
 from slimtune.errors import ConfigError, DataError
 from slimtune.plan.data import Lengths, measure, uniform
-from slimtune.train.data import encode
-from slimtune.train.rows import read_rows
 from small_text_model import orders, tiny_tokenizer, write_lines
 
 LENGTHS = Lengths((3, 5, 8, 8, 13, 20), learned=30)

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 import slimtune
 from quantizers import QUANTIZERS, Quantizer
 from slimtune.cli import app
+from slimtune.data.encode import Encoded, encode
+from slimtune.data.rows import Conversation
 from slimtune.errors import MissingDependencyError, TrainingError
 from slimtune.train import optimizer
 from slimtune.train.checks import trainable
-from slimtune.train.data import Encoded, encode
 from slimtune.train.offload import OffloadedAdamW
 from slimtune.train.optimizer import OFFLOADED, OPTIMIZERS, PAGED, TORCHAO, check_runs
-from slimtune.train.rows import Conversation
 from slimtune.train.run import fine_tune
 from slimtune.train.settings import TrainSettings
 from slimtune.train.trainer import PadRight

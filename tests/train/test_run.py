@@ -12,10 +12,10 @@ from rich.console import Console
 from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
+from slimtune.data.encode import Encoded, encode
+from slimtune.data.rows import Conversation
 from slimtune.errors import TrainingError
 from slimtune.train.checks import DivergedError, trainable
-from slimtune.train.data import Encoded, encode
-from slimtune.train.rows import Conversation
 from slimtune.train.run import Outcome, fine_tune
 from slimtune.train.settings import TrainSettings
 from small_text_model import orders, tiny_model, tiny_tokenizer

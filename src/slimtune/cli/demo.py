@@ -97,9 +97,10 @@ class Demo:
         return zero
 
     def _tune(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], base: Score) -> Score:
-        from slimtune.cli.method import configure, find, table
-        from slimtune.cli.tuning import Conversations, adopt, tune
-        from slimtune.train.rows import Conversation
+        from slimtune.data.lesson import Conversations
+        from slimtune.data.rows import Conversation
+        from slimtune.train.job import adopt, tune
+        from slimtune.train.method import configure, find, table
         from slimtune.train.settings import TrainSettings
 
         lora = find("lora")

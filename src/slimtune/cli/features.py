@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.cli.tuning import Classes, Data
+from slimtune.data.labelled import Labelled, longest_input, tokenize
+from slimtune.data.lesson import Classes, Data
 from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import scores, shown
 from slimtune.features import FeatureClassifier, FeatureTuning, extract
 from slimtune.loading import is_adapter, load_encoder
 from slimtune.staging import staged
-from slimtune.train.labelled import Labelled, longest_input, tokenize
 
 if TYPE_CHECKING:
     from rich.console import Console

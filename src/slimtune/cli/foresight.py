@@ -59,11 +59,11 @@ def _setting(
     quantize: str | None,
     device: str,
 ) -> Any:
-    from slimtune.cli.method import FULL
     from slimtune.loading import native_dtype
     from slimtune.plan.ask import read_config
     from slimtune.plan.foresee import OPTIMIZERS
     from slimtune.plan.setting import Setting
+    from slimtune.train.method import FULL
 
     if dtype == "auto":
         dtype = str(getattr(read_config(model), "dtype", None) or "float32").removeprefix("torch.")

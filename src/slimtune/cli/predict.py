@@ -14,7 +14,7 @@ from slimtune.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slimtune.train.labelled import Text
+    from slimtune.data.labelled import Text
 
 
 def predict(
@@ -36,8 +36,8 @@ def predict(
     Example: slimtune predict tuned texts.jsonl --json
     """
     from slimtune.cli.options import console
+    from slimtune.data.labelled import Labelled, read_texts
     from slimtune.evaluate.classification import scores, shown
-    from slimtune.train.labelled import Labelled, read_texts
 
     rows = read_texts(data)
     labels, likelihood_NL = _judge(
@@ -70,9 +70,9 @@ def _judge(
             model, tokenizer, texts, classifier.pooling, batch_size, None, classifier.max_length, too_long
         )
         return classifier.labels, classifier.probabilities(features_ND)
+    from slimtune.data.labelled import longest_input, tokenize
     from slimtune.evaluate.classification import classify
     from slimtune.loading import load_trained_classifier
-    from slimtune.train.labelled import longest_input, tokenize
 
     model, tokenizer = load_trained_classifier(source, *options, quantize=quantize)
     rows = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long).rows

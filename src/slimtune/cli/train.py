@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.method import OPTIONS
 from slimtune.cli.options import Base, Device, Dtype, Json, Output, Overwrite, Quantize, TrustRemoteCode, console
 from slimtune.errors import ConfigError, listing
+from slimtune.train.method import OPTIONS
 
 if TYPE_CHECKING:
-    from slimtune.cli.method import Method
+    from slimtune.train.method import Method
 
 METHOD, RUN, DATA = "Method", "Training", "Data"
 NEEDED_BY_FEATURES = {"batch_size", "seed", "dtype", "device"}
@@ -126,11 +126,12 @@ def train(
 
     Example: slimtune train smollm2-135m-instruct orders/train.jsonl --output tuned --max-steps 40
     """
-    from slimtune.cli.method import FEATURES, configure, find, table
-    from slimtune.cli.tuning import Files, load_for, tune
+    from slimtune.data.lesson import Files
     from slimtune.loading import pick_device
     from slimtune.quantized.report import parts
     from slimtune.staging import refuse_existing
+    from slimtune.train.job import load_for, tune
+    from slimtune.train.method import FEATURES, configure, find, table
     from slimtune.train.optimizer import check_runs
     from slimtune.train.settings import TrainSettings
 

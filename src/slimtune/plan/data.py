@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.encode import encode
+from slimtune.data.labelled import has_labels, labels_of, read_labelled, tokenize
+from slimtune.data.rows import read_rows
 from slimtune.errors import check_whole
-from slimtune.train.data import encode
-from slimtune.train.labelled import has_labels, labels_of, read_labelled, tokenize
-from slimtune.train.rows import read_rows
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -133,7 +133,7 @@ def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: in
 
 
 def _candidates(wish: Wish) -> list[tuple[str, Precision]]:
-    from slimtune.cli.method import FEATURES, find
+    from slimtune.train.method import FEATURES, find
 
     order: tuple[tuple[str, Precision], ...] = ORDER[wish.goal]
     if wish.methods is not None:
@@ -175,7 +175,7 @@ def _judged(case: Case, choices: Sequence[Choice], wish: Wish) -> Case:
 
 
 def _choice(method: str, base: Precision, wish: Wish, case: Case, simulate: Simulate, rates: Rates) -> Choice:
-    from slimtune.cli.method import configure, find
+    from slimtune.train.method import configure, find
 
     found = find(method)
     size = (wish.rank or rules.rank(case)) if method in LOW_RANK else None

@@ -13,13 +13,14 @@ from rich.console import Console
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from slimtune.data.batches import Objective, PadRight
 from slimtune.evaluate.generation import pad_id_of
 from slimtune.train.checks import EachDeltaLearns, LastGood
 from slimtune.train.offload import OffloadedAdamW
 from slimtune.train.optimizer import DEFAULT, OFFLOADED, check_runs
 from slimtune.train.progress import LossFile, ShownProgress
 from slimtune.train.settings import TrainSettings
-from slimtune.train.trainer import AnswerTrainer, Objective, PadRight
+from slimtune.train.trainer import AnswerTrainer
 
 
 @dataclass(frozen=True)

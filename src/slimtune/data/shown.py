@@ -1,4 +1,4 @@
-"""What `train` and `demo` show before they begin: what is trained, on what, and which part of it is learned."""
+"""Data as a person looks at it before training: how much there is, and which part of it is learned."""
 
 from __future__ import annotations
 
@@ -8,25 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from slimtune.delta import dtypes_of
-from slimtune.quantized.report import parts
-from slimtune.train.data import Encoded, Prepared, pieces
-from slimtune.train.labelled import Tokenized
+from slimtune.data.encode import Encoded, Prepared, pieces
+from slimtune.data.labelled import Tokenized
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PREVIEWED_TOKENS = 400
-
-
-def show_trained(screen: Console, model: Any) -> None:
-    """Which modules are trained, in which types of number."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if getattr(model, "peft_config", None):
-        screen.print(str(model.coverage()), markup=False)
-    else:
-        screen.print(f"all weights are trained: {sum(p.numel() for p in trainable):,} parameters")
-    screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
 
 
 def show_data(screen: Console, prepared: Prepared, held_out: Sequence[Encoded], max_length: int) -> None:

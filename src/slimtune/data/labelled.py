@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, field_validator
 
+from slimtune.data.encode import TOO_LONG
+from slimtune.data.rows import checked, objects, read_text
 from slimtune.errors import ConfigError, DataError, did_you_mean
-from slimtune.train.data import TOO_LONG
-from slimtune.train.rows import checked, objects, read_text
 
 _QUOTE = "put fields with commas or line breaks in them between quotation marks"
 

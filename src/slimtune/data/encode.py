@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from slimtune.data.rows import Conversation, Row
 from slimtune.errors import DataError
 from slimtune.template import assistant_spans, has_template
-from slimtune.train.rows import Conversation, Row
 
 TOO_LONG = ("error", "drop", "truncate")
 IGNORED = -100

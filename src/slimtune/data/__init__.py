@@ -1,0 +1,1 @@
+"""Training and test data: rows as people write them, encoded examples, batches."""
