@@ -68,8 +68,8 @@ class Orders:
         return slimtune.load(self.folder, str(dtype).removeprefix("torch."), "cpu", quantize=settings)[0]
 
     def batch(self, chosen: Sequence[int]) -> Batch:
+        from slimtune.data.batches import PadRight
         from slimtune.evaluate.generation import pad_id_of
-        from slimtune.train.trainer import PadRight
 
         return PadRight(pad_id_of(self.tokenizer))([self.examples[index] for index in chosen])
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slimtune.data.batches import PadRight
 from slimtune.data.encode import IGNORED, Encoded, encode, encode_row, pieces
 from slimtune.data.rows import Conversation, Pair, read_rows
 from slimtune.errors import DataError
-from slimtune.train.trainer import PadRight
 from small_text_model import CHATML, orders, tiny_tokenizer, write_lines
 
 TOKENIZER = tiny_tokenizer()

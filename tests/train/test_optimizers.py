@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import slimtune
 from quantizers import QUANTIZERS, Quantizer
 from slimtune.cli import app
+from slimtune.data.batches import PadRight
 from slimtune.data.encode import Encoded, encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import MissingDependencyError, TrainingError
@@ -27,7 +28,6 @@ from slimtune.train.offload import OffloadedAdamW
 from slimtune.train.optimizer import OFFLOADED, OPTIMIZERS, PAGED, TORCHAO, check_runs
 from slimtune.train.run import fine_tune
 from slimtune.train.settings import TrainSettings
-from slimtune.train.trainer import PadRight
 from small_text_model import orders, save_base, tiny_model, tiny_tokenizer, write_lines
 from tensors import assert_same, copies
 

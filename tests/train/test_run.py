@@ -145,7 +145,7 @@ def test_the_loss_is_transformers_own(tmp_path: Path) -> None:
     """The mean over the learned tokens of the whole batch."""
     data = examples(4)
     outcome, _ = train(adopted(), tmp_path, data, max_steps=1, batch_size=4)
-    from slimtune.train.trainer import PadRight
+    from slimtune.data.batches import PadRight
 
     batch = PadRight(TOKENIZER.pad_token_id)(data)
     with torch.no_grad():
