@@ -126,7 +126,8 @@ def train(
 
     Example: slimtune train smollm2-135m-instruct orders/train.jsonl --output tuned --max-steps 40
     """
-    from slimtune.data.lesson import Files
+    from slimtune.data.lesson import read
+    from slimtune.data.settings import DataSettings
     from slimtune.loading import pick_device
     from slimtune.quantized.report import parts
     from slimtune.staging import refuse_existing
@@ -143,7 +144,9 @@ def train(
     if quantize is not None:
         _check_quantize(method, quantize)
     config = configure(chosen, {name: ctx.params[name] for name in OPTIONS if name in given}, assignments, model)
-    files = Files(data, eval_data, eval_fraction, max_length, too_long, seed).read()
+    if eval_data and eval_fraction:
+        raise ConfigError("--eval-data and --eval-fraction were both given; pass one of them")
+    files = read(DataSettings(data, eval_data or eval_fraction, max_length=max_length, too_long=too_long), seed=seed)
     screen = console(as_json)
     if method == FEATURES:
         from slimtune.cli.features import train_on_features

@@ -11,7 +11,6 @@ from slimtune.data.rows import Conversation, Row
 from slimtune.errors import DataError
 from slimtune.template import assistant_spans, has_template
 
-TOO_LONG = ("error", "drop", "truncate")
 IGNORED = -100
 
 

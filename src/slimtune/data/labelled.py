@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, field_validator
 
-from slimtune.data.encode import TOO_LONG
 from slimtune.data.rows import checked, objects, read_text
+from slimtune.data.settings import TOO_LONG
 from slimtune.errors import ConfigError, DataError, did_you_mean
 
 _QUOTE = "put fields with commas or line breaks in them between quotation marks"

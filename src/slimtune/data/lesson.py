@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slimtune.data.batches import Objective, classification
-from slimtune.data.encode import TOO_LONG, encode
+from slimtune.data.encode import encode
 from slimtune.data.labelled import (
     Labelled,
     Tokenized,
@@ -20,8 +20,9 @@ from slimtune.data.labelled import (
     tokenize,
 )
 from slimtune.data.rows import Row, read_rows
+from slimtune.data.settings import DataSettings
 from slimtune.data.shown import show_data, show_labels, show_preview
-from slimtune.errors import ConfigError, DataError, did_you_mean, listing
+from slimtune.errors import DataError, listing
 from slimtune.evaluate.classification import classify, scores
 from slimtune.loading import load_classifier, load_text_model
 
@@ -31,42 +32,29 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where rows come from, which of them are held out, and what becomes of long ones."""
+def read(settings: DataSettings, task: str = "auto", seed: int = 0) -> Data:
+    """Rows of conversations, or of labelled texts if the first one has a label; raises DataError, ConfigError."""
+    path = Path(settings.train[0].path)
+    if not has_labels(path):
+        return Conversations(str(path), *_split(settings, read_rows, seed), settings.max_length, settings.too_long)
+    rows, held_out = _split(settings, read_labelled, seed)
+    labels = labels_of(rows if settings.held_out_sources else rows + held_out)
+    unknown = {row.label for row in held_out} - set(labels)
+    if unknown:
+        there = settings.held_out_sources[0].path
+        raise DataError(f"{there} has labels that {path} hasn't: {listing(unknown)}; correct them")
+    return Classes(str(path), labels, rows, held_out, settings.max_length, settings.too_long)
 
-    data: Path
-    held_out: Path | None
-    fraction: float
-    max_length: int
-    too_long: str
-    seed: int
 
-    def read(self) -> Conversations | Classes:
-        """Rows of conversations, or of labelled texts if the first one has a label; raises DataError, ConfigError."""
-        if self.too_long not in TOO_LONG:
-            near = did_you_mean(self.too_long, TOO_LONG)
-            raise ConfigError(f"--too-long takes {', '.join(TOO_LONG)}, found '{self.too_long}'{near}")
-        if self.held_out and self.fraction:
-            raise ConfigError("--eval-data and --eval-fraction were both given; pass one of them")
-        if not has_labels(self.data):
-            return Conversations(str(self.data), *self._split(read_rows), self.max_length, self.too_long)
-        rows, held_out = self._split(read_labelled)
-        labels = labels_of(rows if self.held_out else rows + held_out)
-        unknown = {row.label for row in held_out} - set(labels)
-        if unknown:
-            raise DataError(f"{self.held_out} has labels that {self.data} hasn't: {listing(unknown)}; correct them")
-        return Classes(str(self.data), labels, rows, held_out, self.max_length, self.too_long)
-
-    def _split(self, read: Callable[[Path], list[R]]) -> tuple[list[R], list[R]]:
-        rows = read(self.data)
-        if self.held_out:
-            return rows, read(self.held_out)
-        random.Random(self.seed).shuffle(rows)
-        count = round(len(rows) * self.fraction)
-        if count == len(rows):
-            raise DataError(f"nothing is left of {len(rows)} examples to learn from; lower --eval-fraction")
-        return rows[count:], rows[:count]
+def _split(settings: DataSettings, read: Callable[[Path], list[R]], seed: int) -> tuple[list[R], list[R]]:
+    rows = [row for source in settings.train for row in read(Path(source.path))]
+    if settings.held_out_sources:
+        return rows, [row for source in settings.held_out_sources for row in read(Path(source.path))]
+    random.Random(seed).shuffle(rows)
+    count = round(len(rows) * settings.held_out_share)
+    if count == len(rows):
+        raise DataError(f"nothing is left of {len(rows)} examples to learn from; hold out a smaller share")
+    return rows[count:], rows[:count]
 
 
 @dataclass(frozen=True)

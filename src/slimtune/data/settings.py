@@ -1,0 +1,117 @@
+"""The data section of a recipe: which sources, what is held out, how rows become examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import ConfigError, check_choice, check_number, check_whole, did_you_mean, listing
+
+TOO_LONG = ("error", "drop", "truncate")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that rows come from; raises ConfigError.
+
+    Attributes:
+        path: a file, a folder or the id of a data set on the Hub.
+        format: a name of `slimtune.data.formats`, or auto: found by looking at the first rows.
+        weight: the share of an epoch that is drawn from here; all sources have one, or none has.
+        split: of a folder or a data set; train unless told.
+        subset: the configuration of a data set on the Hub.
+        fields: names of the format's columns, and what they are called here.
+    """
+
+    path: str
+    format: str = "auto"
+    weight: float | None = None
+    split: str | None = None
+    subset: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+        if not self.path or self.path == ".":
+            raise ConfigError("a data source needs a path: a file, a folder or the id of a data set on the Hub")
+        if self.weight is not None:
+            check_number(f"the weight of {self.path}", self.weight, 0)
+            if not self.weight:
+                raise ConfigError(f"the weight of {self.path} is 0; give it more, or leave the source out")
+        if not isinstance(self.fields, Mapping) or not all(isinstance(name, str) for name in self.fields.values()):
+            raise ConfigError(f"fields of {self.path} must map names to columns, found {self.fields!r}")
+
+    @classmethod
+    def of(cls, value: Any) -> Source:
+        """A source from its path, or from a mapping of its fields; raises ConfigError for what is neither."""
+        if isinstance(value, Source):
+            return value
+        if isinstance(value, str | Path):
+            return cls(str(value))
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"a data source is a path or a mapping with a path, found {value!r}")
+        known = {item.name for item in fields(cls)}
+        for name in value:
+            if name not in known:
+                advice = did_you_mean(str(name), known) or f"; it has {listing(known)}"
+                raise ConfigError(f"a data source has no field '{name}'{advice}")
+        if "path" not in value:
+            raise ConfigError(f"the data source {dict(value)!r} has no path; add the file, folder or id to read")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is learned from; raises ConfigError for values that can't be.
+
+    Attributes:
+        train: one source or several, each a path, a mapping or a `Source`; kept as a tuple of sources.
+        held_out: a share of the rows of each source, or sources of their own.
+        format: of every source that names none of its own.
+        max_length: of an example, in tokens.
+        too_long: what becomes of longer ones: error, drop or truncate.
+        packing: several examples in one row of max_length, none of which sees another.
+        streaming: rows are read and encoded while the model learns, for data larger than memory.
+    """
+
+    train: Any
+    held_out: Any = 0.0
+    format: str = "auto"
+    max_length: int = 1024
+    too_long: str = "error"
+    packing: bool = False
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", _sources(self.train))
+        if isinstance(self.held_out, bool | int | float):
+            check_number("held_out as a share", self.held_out, 0, 1)
+        else:
+            object.__setattr__(self, "held_out", _sources(self.held_out) if self.held_out is not None else 0.0)
+        check_whole("max_length", self.max_length, 2)
+        check_choice("too_long", self.too_long, TOO_LONG)
+        for name in ("packing", "streaming"):
+            check_choice(name, getattr(self, name), (True, False))
+        weighted = [source.weight is not None for source in self.train]
+        if any(weighted) and not all(weighted):
+            raise ConfigError("some data sources have a weight and some have none; give all of them one, or none")
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of the rows that is held out, 0 if there are sources of their own for it."""
+        return self.held_out if isinstance(self.held_out, int | float) else 0.0
+
+    @property
+    def held_out_sources(self) -> tuple[Source, ...]:
+        """The sources of what is held out, none if it is a share."""
+        return self.held_out if isinstance(self.held_out, tuple) else ()
+
+
+def _sources(value: Any) -> tuple[Source, ...]:
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    found = tuple(Source.of(item) for item in (value if several else [value]))
+    if not found:
+        raise ConfigError("no data source was given; name a file, a folder or a data set on the Hub")
+    return found
