@@ -16,10 +16,12 @@ from transformers.trainer_callback import PrinterCallback
 from slimtune.data.batches import Objective, PadRight
 from slimtune.evaluate.generation import pad_id_of
 from slimtune.train.checks import EachDeltaLearns, LastGood
+from slimtune.train.method import FullTuning
 from slimtune.train.offload import OffloadedAdamW
 from slimtune.train.optimizer import DEFAULT, OFFLOADED, check_runs
 from slimtune.train.progress import LossFile, ShownProgress
 from slimtune.train.settings import TrainSettings
+from slimtune.train.trackers import check_installed
 from slimtune.train.trainer import AnswerTrainer
 
 
@@ -63,13 +65,15 @@ def fine_tune(
     MissingDependencyError for an optimizer that can't run here.
     """
     check_runs(settings.optim, model.device.type)
-    offloaded = (OffloadedAdamW, {"lr": settings.learning_rate}) if settings.optim == OFFLOADED else None
+    check_installed(settings.trackers)
+    rate = settings.learning_rate or own_rate(model)
+    offloaded = (OffloadedAdamW, {"lr": rate}) if settings.optim == OFFLOADED else None
     bar = ShownProgress(console)
     objective = objective or Objective(PadRight(pad_id_of(tokenizer)))
     with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing):
         trainer = AnswerTrainer(
             model=model,
-            args=_arguments(settings, model.device.type, folder, bool(eval_examples), autocast),
+            args=_arguments(settings, rate, model.device.type, folder, bool(eval_examples), autocast),
             train_dataset=examples,
             eval_dataset=eval_examples or None,
             data_collator=objective.collate,
@@ -100,12 +104,17 @@ def is_adopted(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
+def own_rate(model: Any) -> float:
+    """The learning rate of the method that the model is tuned with, where the settings give none."""
+    return model.active_peft_config.learning_rate if is_adopted(model) else FullTuning.learning_rate
+
+
 def _arguments(
-    settings: TrainSettings, device: str, folder: Path, evaluates: bool, autocast: bool
+    settings: TrainSettings, rate: float, device: str, folder: Path, evaluates: bool, autocast: bool
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
-        learning_rate=settings.learning_rate,
+        learning_rate=rate,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
@@ -113,23 +122,26 @@ def _arguments(
         gradient_accumulation_steps=settings.gradient_accumulation,
         optim=DEFAULT if settings.optim == OFFLOADED else settings.optim,
         lr_scheduler_type=settings.scheduler,
+        lr_scheduler_kwargs=dict(settings.scheduler_options),
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
+        data_seed=settings.seed,
+        dataloader_num_workers=settings.dataloader_workers,
         bf16=autocast,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
         eval_strategy="epoch" if evaluates else "no",
         prediction_loss_only=True,
         save_strategy="no",
-        logging_steps=1,
+        logging_steps=settings.logging_steps,
         # The filter would put the mean in place of a loss that is not a number.
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to="none",
+        report_to=list(settings.trackers) or "none",
         disable_tqdm=True,
     )
 
