@@ -18,6 +18,10 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+KEPT = ("loss", "grad_norm", "learning_rate", "epoch", "reward", "kl")
+"""What is written of each logged step, beside everything in a group of KEPT_GROUPS, `eval_` in front or not."""
+KEPT_GROUPS = ("rewards/", "completions/")
+
 
 class ShownProgress(TrainerCallback):
     """A bar on a terminal, else a line now and then."""
@@ -71,7 +75,9 @@ class LossFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append a line."""
         kept = {
-            k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate", "epoch")
+            name: value
+            for name, value in (logs or {}).items()
+            if (own := name.removeprefix("eval_")) in KEPT or own.startswith(KEPT_GROUPS)
         }
         if "loss" in kept or "eval_loss" in kept:
             with self.path.open("a", encoding="utf-8") as file:

@@ -22,7 +22,7 @@ from slimtune.train.optimizer import DEFAULT, OFFLOADED, check_runs
 from slimtune.train.progress import LossFile, ShownProgress
 from slimtune.train.settings import TrainSettings
 from slimtune.train.trackers import check_installed
-from slimtune.train.trainer import AnswerTrainer
+from slimtune.train.trainer import AnswerTrainer, Kind, supervised
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,13 @@ def fine_tune(
     eval_examples: Sequence[Any] = (),
     autocast: bool = False,
     objective: Objective | None = None,
+    kind: Kind | None = None,
 ) -> Outcome:
     """Train in place, with `loss.jsonl` in `folder`; Ctrl-C ends it early and keeps what was learned.
 
-    `objective` says how examples become a batch and a batch a loss, the answers of texts if it isn't given. `autocast`
-    computes in bf16 over weights that are held in float32, as tuning all of them wants.
+    `objective` says how examples become a batch and a batch a loss, the answers of texts if it isn't given; `kind` is
+    for training that isn't by examples with labels. `autocast` computes in bf16 over weights that are held in float32,
+    as tuning all of them wants.
 
     Raises TrainingError if nothing can be trained, nothing moves, or the loss is no longer a number: the weights are
     then those of the last good step, except where a copy would double a whole model. Raises ConfigError or
@@ -66,18 +68,16 @@ def fine_tune(
     """
     check_runs(settings.optim, model.device.type)
     check_installed(settings.trackers)
-    rate = settings.learning_rate or own_rate(model)
+    kind = kind or supervised(objective or Objective(PadRight(pad_id_of(tokenizer))))
+    rate = settings.learning_rate or own_rate(model) * kind.share_of_rate
     offloaded = (OffloadedAdamW, {"lr": rate}) if settings.optim == OFFLOADED else None
     bar = ShownProgress(console)
-    objective = objective or Objective(PadRight(pad_id_of(tokenizer)))
-    with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing):
-        trainer = AnswerTrainer(
+    with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing), kind.keeping(model):
+        trainer = kind.trainer(
             model=model,
-            args=_arguments(settings, rate, model.device.type, folder, bool(eval_examples), autocast),
+            args=_arguments(kind, settings, rate, model.device.type, folder, bool(eval_examples), autocast),
             train_dataset=examples,
             eval_dataset=eval_examples or None,
-            data_collator=objective.collate,
-            compute_loss_func=objective.loss,
             last_good=LastGood(model, has_copy=is_adopted(model)),
             lora_plus_ratio=settings.lora_plus_ratio,
             optimizer_cls_and_kwargs=offloaded,
@@ -110,9 +110,9 @@ def own_rate(model: Any) -> float:
 
 
 def _arguments(
-    settings: TrainSettings, rate: float, device: str, folder: Path, evaluates: bool, autocast: bool
+    kind: Kind, settings: TrainSettings, rate: float, device: str, folder: Path, evaluates: bool, autocast: bool
 ) -> TrainingArguments:
-    return TrainingArguments(
+    return kind.arguments(
         output_dir=str(folder),
         learning_rate=rate,
         num_train_epochs=settings.epochs,

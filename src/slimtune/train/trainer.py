@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
+from slimtune.data.batches import Objective
 from slimtune.train.allocation import RankAllocation
 from slimtune.train.checks import LastGood
 from slimtune.train.lora_plus import lora_plus_groups
@@ -38,3 +43,19 @@ class AnswerTrainer(Trainer):
         if not math.isfinite(loss.item()):
             self.last_good.stop(f"the loss became {loss.item()}", self.args, self.state)
         return loss
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training: its Trainer, the Trainer's arguments, and what puts back what they change in a model."""
+
+    trainer: Callable[..., AnswerTrainer]
+    arguments: Callable[..., TrainingArguments] = TrainingArguments
+    keeping: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    share_of_rate: float = 1.0
+    """Of a method's own learning rate, where the settings give none."""
+
+
+def supervised(objective: Objective) -> Kind:
+    """Examples with their labels, learned by transformers' own Trainer."""
+    return Kind(functools.partial(AnswerTrainer, data_collator=objective.collate, compute_loss_func=objective.loss))

@@ -1,0 +1,98 @@
+"""The base as the reference model of preference tuning: the tuned model with its adapters off, not a second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from slimtune.bases import base_of
+from slimtune.delta import deltas_of
+from slimtune.errors import ConfigError, listing
+
+
+class WithoutAdapter(nn.Module):
+    """An adopted model with its adapters off, as a model of its own that holds no tensor."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        # In a tuple, so that its parameters aren't counted, moved or stored a second time.
+        self.shared = (model,)
+        self.config = model.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base computes, dropout off."""
+        with _base_alone(self.shared[0]) as model:
+            return model(*args, **kwargs)
+
+    def base_model(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base computes up to its last hidden state; TRL's fused head asks a model for it by this name."""
+        with _base_alone(self.shared[0]) as model:
+            return model.base_model(*args, **kwargs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The frozen head."""
+        return self.shared[0].get_output_embeddings()
+
+
+@contextmanager
+def _base_alone(model: Any) -> Iterator[Any]:
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def check_trl_reaches(model: Any, fused_head: bool) -> None:
+    """See that no delta is passed by where TRL takes the layers' last hidden state, not what the model puts out.
+
+    Args:
+        fused_head: whether TRL multiplies by the head's weight itself too, in place of calling the head.
+
+    Raises: ConfigError, for adapters around the whole model, and with a fused head for those on it or one in few bits.
+    """
+    if deltas_of(model):
+        kinds = listing(str(model.peft_config[name].peft_type) for name in deltas_of(model))
+        raise ConfigError(
+            f"TRL reads a model's layers past what {kinds} puts around the whole model, which would not be trained; "
+            f"choose a method inside of the layers (lora)"
+        )
+    head = model.get_output_embeddings()
+    if not fused_head:
+        return
+    if deltas_of(head):
+        raise ConfigError(
+            "TRL multiplies by the weight of the head itself, so that an adapter on the head would not be trained; "
+            "leave the head out of target_modules, or choose task orpo"
+        )
+    if base_of(head).kind != "linear" or not head.weight.is_floating_point():
+        raise ConfigError(
+            f"TRL multiplies by the head's weight, and this head is a {type(head).__name__} of {head.weight.dtype}; "
+            "load the model with its head in 16 bits, or choose task orpo"
+        )
+
+
+@contextmanager
+def as_it_was(model: Any) -> Iterator[None]:
+    """Undo afterwards what TRL changes in a model: its forward, the dropout of its modules, its id of padding."""
+    forward = vars(model).get("forward")
+    dropout = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    configs = [model.config.get_text_config(), model.generation_config]
+    padding = [config.pad_token_id for config in configs]
+    tags = getattr(model, "model_tags", None)
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if forward is not None:
+            model.forward = forward
+        for module, p in dropout.items():
+            module.p = p
+        for config, pad_id in zip(configs, padding, strict=True):
+            config.pad_token_id = pad_id
+        model.model_tags = tags
