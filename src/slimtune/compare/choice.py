@@ -1,0 +1,271 @@
+"""Which arm to choose and how sure that is, by rules: each sentence follows from figures of the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from slimtune.compare import figures
+from slimtune.compare.statistics import Interval
+from slimtune.compare.summary import Row, Summary
+
+ENOUGH_SEEDS = 3
+ALIKE = 1.05
+"""Costs within this factor are no reason to choose."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The arm to choose, None if nothing can be said, and why, sentence by sentence."""
+
+    arm: str | None
+    headline: str
+    sentences: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def paragraph(self) -> str:
+        """All of it as running text."""
+        return " ".join((*self.sentences, *self.warnings))
+
+
+def choose(summary: Summary) -> Choice:
+    """The best by score; of those not shown to differ from it the cheapest, and no training where none is needed."""
+    ranked = summary.scored
+    if not ranked:
+        return Choice(None, "Nothing can be chosen", ("No run gave a score.",), tuple(_warnings(summary, None)))
+    best = ranked[0]
+    near = [row for row in ranked[1:] if not summary.is_shown(best, row)]
+    # What is as good as the best as far as was seen, but worse than a third, is no candidate.
+    peers = [best, *(row for row in near if summary.beaten_by(row) is None)]
+    chosen, reason = _cheapest(best, peers)
+    sentences = [
+        _best(summary, best, near),
+        *_beaten(summary, near),
+        reason,
+        *_against_base(summary, chosen),
+        *_in_context(summary, chosen, peers),
+        *_control(summary),
+        *_forgetting(summary, chosen),
+    ]
+    headline = _headline(chosen, best, peers, summary)
+    return Choice(chosen.name, headline, tuple(sentences), tuple(_warnings(summary, best)))
+
+
+def _headline(chosen: Row, best: Row, peers: list[Row], summary: Summary) -> str:
+    name = "the model as it comes" if chosen is summary.base else chosen.name
+    if len(summary.scored) == 1:
+        return f"Only {name} has a score"
+    if len(peers) == 1:
+        return f"Choose {name}: it is shown to be better than everything else here"
+    if chosen is summary.base:
+        return "Keep the model as it comes: nothing is shown to be better"
+    if chosen is best:
+        return f"Choose {name}: it scores best, though {_others(peers, best)} {_be(peers)} not shown to be worse"
+    why = "nothing is trained" if not chosen.arm.is_trained else "it costs less to train"
+    return f"Choose {name}: not shown to be worse than the best, {best.name}, and {why}"
+
+
+def _others(rows: list[Row], best: Row) -> str:
+    return figures.names([row.name for row in rows if row is not best])
+
+
+def _be(peers: list[Row]) -> str:
+    return "is" if len(peers) == 2 else "are"
+
+
+def _best(summary: Summary, best: Row, near: list[Row]) -> str:
+    assert best.score
+    begin = f"{_name(best)} scores best: {summary.scorer} {_with_interval(best.score)}"
+    rest = [row for row in summary.scored if row is not best]
+    if not rest:
+        return f"{begin}; there is nothing to compare it with."
+    if not near:
+        worst = max(pair.adjusted for row in rest if (pair := summary.pair(best, row)))
+        return f"{begin}, and is shown to differ from each of the others (adjusted p {figures.p_value(worst)} at most)."
+    seen = [pair for row in near if (pair := summary.pair(best, row))]
+    if not seen:
+        return f"{begin}; no seed was done by it and by {_others(near, best)}, so they can't be compared."
+    least = min(pair.adjusted for pair in seen)
+    could = max(pair.detectable for pair in seen)
+    return (
+        f"{begin}, but no difference is shown between it and {_others(near, best)} (adjusted p "
+        f"{figures.p_value(least)}{' at least' if len(seen) > 1 else ''}); that does not make them equal, for a "
+        f"difference below {figures.score(could)} would often have gone unseen."
+    )
+
+
+def _beaten(summary: Summary, near: list[Row]) -> Iterator[str]:
+    for row in near:
+        better = summary.beaten_by(row)
+        if better is not None:
+            yield f"{row.name} is shown to be worse than {better.name}."
+
+
+def _cheapest(best: Row, peers: list[Row]) -> tuple[Row, str]:
+    """No training before training; then the least memory, time and size, each where it tells them apart."""
+    untrained = sorted((row for row in peers if not row.arm.is_trained), key=lambda row: row.arm.shots)
+    if untrained:
+        row = untrained[0]
+        if len(peers) == 1:
+            return row, f"{_name(row)} needs no training."
+        return row, f"Of these {row.name} needs no training, so nothing speaks for paying for one on these figures."
+    if len(peers) == 1:
+        return best, f"Its training took {_costs(best)}."
+    for what, cost in COSTS.items():
+        known = [(value, row) for row in peers if (value := cost(row)) is not None]
+        if len(known) < len(peers):
+            continue
+        least, row = min(known, key=lambda pair: pair[0])
+        others = [(value, other) for value, other in known if other is not row]
+        if all(value > ALIKE * least for value, _ in others):
+            beside = figures.names([f"{SHOWN[what](value)} ({other.name})" for value, other in others])
+            below = "" if row is best else f" ({figures.score(abs(best.mean - row.mean))} from the best)"
+            return row, f"Of these {row.name}{below} takes the least {what}: {SHOWN[what](least)} against {beside}."
+    return best, f"Their costs hardly differ, so the score decides: {best.name} took {_costs(best)}."
+
+
+COSTS: dict[str, Callable[[Row], float | None]] = {
+    "memory to train": lambda row: row.peak_bytes,
+    "time to train": lambda row: row.train_seconds,
+    "room on disk": lambda row: row.size_bytes,
+}
+"""What a method costs, what weighs most first."""
+SHOWN: dict[str, Callable[[float | None], str]] = {
+    "memory to train": figures.size,
+    "time to train": figures.duration,
+    "room on disk": figures.size,
+}
+
+
+def _costs(row: Row) -> str:
+    known = [SHOWN[what](value) for what, cost in COSTS.items() if (value := cost(row)) is not None]
+    return " / ".join(known) + " (memory, time, disk)" if len(known) == len(COSTS) else " / ".join(known) or "no time"
+
+
+def _against_base(summary: Summary, chosen: Row) -> Iterator[str]:
+    base = summary.base
+    if base is None or base is chosen:
+        return
+    pair = summary.pair(chosen, base)
+    gain = summary.sign * (chosen.mean - base.mean)
+    if pair is None:
+        return
+    if pair.is_shown and gain > 0:
+        yield (
+            f"The model as it comes scores {figures.score(base.mean)}; {chosen.name} is shown to be better "
+            f"(by {figures.score(gain)}, adjusted p {figures.p_value(pair.adjusted)})."
+        )
+    else:
+        yield (
+            f"Against the model as it comes ({figures.score(base.mean)}) no gain is shown for {chosen.name} "
+            f"(adjusted p {figures.p_value(pair.adjusted)})."
+        )
+
+
+def _in_context(summary: Summary, chosen: Row, peers: list[Row]) -> Iterator[str]:
+    prompts = [row for row in summary.scored if not row.arm.is_trained and row.arm.shots > 0]
+    methods = [row for row in summary.scored if row.arm.is_trained]
+    if not prompts or not methods:
+        return
+    prompt, method = prompts[0], methods[0]
+    pair = summary.pair(prompt, method)
+    if pair is None:
+        return
+    ahead = summary.sign * (prompt.mean - method.mean)
+    scores = f"{figures.score(prompt.mean)} against {figures.score(method.mean)}"
+    if not pair.is_shown:
+        yield (
+            f"Examples in the prompt may suffice: between {prompt.name} and {method.name} ({scores}) no difference is "
+            f"shown (adjusted p {figures.p_value(pair.adjusted)}){_price_of_asking(prompt, method)}."
+        )
+    elif ahead > 0:
+        yield f"Examples in the prompt suffice: {prompt.name} beats the best tuned model, {method.name} ({scores})."
+    else:
+        yield (
+            f"Examples in the prompt do not suffice: {prompt.name}, the best of them, is shown to be worse than "
+            f"{method.name} ({scores}, adjusted p {figures.p_value(pair.adjusted)})."
+        )
+
+
+def _price_of_asking(prompt: Row, method: Row) -> str:
+    longer, shorter = prompt.answer_seconds, method.answer_seconds
+    if not longer or not shorter or longer <= ALIKE * shorter:
+        return ""
+    return f"; each answer then takes {figures.duration(longer)} instead of {figures.duration(shorter)}"
+
+
+def _control(summary: Summary) -> Iterator[str]:
+    control = summary.control
+    if control is None:
+        return
+    twin = next((row for row in summary.scored if row.arm.is_same_prompt(control.arm)), None)
+    pair = summary.pair(twin, control) if twin else None
+    if twin is None or pair is None:
+        return
+    scores = f"{figures.score(twin.mean)} with right answers, {figures.score(control.mean)} with random ones"
+    p = f"adjusted p {figures.p_value(pair.adjusted)}"
+    if pair.is_shown and summary.sign * pair.difference > 0:
+        yield f"The examples of the {twin.name} prompt teach more than the format: {scores} ({p})."
+    elif pair.is_shown:
+        yield f"The {twin.name} prompt does better with random answers than with right ones: {scores} ({p})."
+    else:
+        yield f"That the examples of the {twin.name} prompt teach more than the format is not shown: {scores} ({p})."
+
+
+def _forgetting(summary: Summary, chosen: Row) -> Iterator[str]:
+    rise = chosen.forgotten
+    if rise is None:
+        return
+    worst = max(chosen.domains, key=lambda domain: domain.rise)
+    others = [row for row in summary.scored if row.forgotten is not None and row is not chosen]
+    least = min(others, key=lambda row: row.forgotten or 0.0, default=None)
+    if rise <= 0:
+        text = f"{chosen.name} forgot nothing that was measured: loss on other text changed by {figures.change(rise)}"
+    else:
+        text = (
+            f"{chosen.name} forgot: loss on other text rose by {figures.change(rise)} nats per token, most in "
+            f"{worst.name} ({figures.score(worst.before)} to {figures.score(worst.after)})"
+        )
+    if least is not None and least.forgotten is not None and least.forgotten < rise:
+        text += f"; {least.name} changed it least ({figures.change(least.forgotten)})"
+    yield text + "."
+
+
+def _warnings(summary: Summary, best: Row | None) -> Iterator[str]:
+    if summary.missing:
+        runs = "1 run is" if summary.missing == 1 else f"{summary.missing} runs are"
+        yield f"This is unfinished: {runs} still to be done."
+    for row in summary.rows:
+        for result in row.failed:
+            yield f"{row.name} failed with seed {result.seed}: {result.reason.rstrip('.')}."
+    if best is None or not best.score:
+        return
+    seeds = min(row.score.seeds for row in summary.scored if row.score and row.arm.is_seeded) if _seeded(summary) else 0
+    if 0 < seeds < ENOUGH_SEEDS:
+        yield (
+            f"Fewer than {ENOUGH_SEEDS} seeds ({seeds}): {_SEEDS[seeds]}; repeat with {ENOUGH_SEEDS} or more "
+            f"before relying on it."
+        )
+
+
+_SEEDS = {
+    1: "the intervals know nothing of how much another seed would change, and the tests call too much a difference",
+    2: "how much seeds matter is hardly known from two",
+}
+
+
+def _seeded(summary: Summary) -> bool:
+    return any(row.arm.is_seeded for row in summary.scored)
+
+
+def _with_interval(score: Interval) -> str:
+    seeds = "1 seed" if score.seeds == 1 else f"{score.seeds} seeds"
+    return (
+        f"{figures.score(score.mean)} (95% interval {figures.score(score.low)} to {figures.score(score.high)}, "
+        f"{seeds}, {score.questions} questions)"
+    )
+
+
+def _name(row: Row) -> str:
+    return "The model as it comes" if row.name == "base" else row.name

@@ -1,0 +1,90 @@
+"""What a comparison was made with: kept beside the results, shown on the page."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from slimtune.errors import DataError
+from slimtune.staging import staged_file
+
+FACTS = "comparison.json"
+PACKAGES = ("slimtune", "torch", "transformers", "tokenizers", "bitsandbytes", "datasets", "accelerate")
+
+
+class Facts(BaseModel):
+    """The settings, the machine and the versions.
+
+    Attributes:
+        same: what must not change while runs are added: model, data, budget, training, evaluation.
+        price_per_hour: US dollars for the machine, None if it costs nothing or nobody knows.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    data: str
+    command: str
+    date: str
+    recipe: str
+    arms: list[str]
+    seeds: int
+    same: dict[str, Any]
+    machine: dict[str, str]
+    versions: dict[str, str]
+    price_per_hour: float | None = None
+    price_of: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Write it whole or not at all."""
+        with staged_file(folder / FACTS) as scratch:
+            scratch.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """The facts of the comparison that lies in a folder, if there is one; raises DataError if they are damaged."""
+    path = folder / FACTS
+    if not path.is_file():
+        return None
+    try:
+        return Facts.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged; choose another --output") from error
+
+
+def today() -> str:
+    """In UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what computes."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str]:
+    """The processor, its cores, the memory; without loading torch, whose memory the runs need."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = {"processor": _processor(), "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    return found
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.is_file() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()

@@ -1,0 +1,162 @@
+"""What the literature found, and whether it showed here: told either way, and where the runs can't tell, why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from slimtune.compare import figures
+from slimtune.compare.summary import Row, Summary
+
+Verdict = Literal["seen here", "not seen here", "can't be told"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, where it comes from, and what these runs say to it."""
+
+    claim: str
+    source: str
+    verdict: Verdict
+    evidence: str
+
+
+def findings(summary: Summary) -> list[Finding]:
+    """Every known finding for which the arms are there."""
+    made = [rule(summary) for rule in RULES]
+    return [finding for finding in made if finding is not None]
+
+
+def _qlora(summary: Summary) -> Finding | None:
+    claim, source = "LoRA on a base in 4 bits scores as on one in 16", "Dettmers et al. 2023"
+    lora, qlora = summary.row("lora"), summary.row("qlora")
+    if lora is None or qlora is None or lora.score is None:
+        return None
+    pair, low, high = summary.pair(lora, qlora), lora.score.low, lora.score.high
+    if pair is None:
+        return Finding(claim, source, "can't be told", "no seed was done with both")
+    inside = low <= qlora.mean <= high
+    verdict: Verdict = "not seen here" if pair.is_shown else "seen here" if inside else "can't be told"
+    return Finding(
+        claim, source, verdict,
+        f"qlora {figures.score(qlora.mean)} is {'inside' if inside else 'outside'} of lora's interval "
+        f"({figures.score(low)} to {figures.score(high)}), {_difference(summary, lora, qlora)}",
+    )  # fmt: skip
+
+
+def _lora_against_full(summary: Summary) -> Finding | None:
+    lora, full = summary.row("lora"), summary.row("full")
+    if lora is None or full is None:
+        return None
+    pair = summary.pair(lora, full)
+    claim, source = "LoRA learns less than full tuning", "Biderman et al. 2024"
+    if pair is None:
+        return Finding(claim, source, "can't be told", "no seed was done with both")
+    worse = summary.sign * (full.mean - lora.mean) > 0
+    verdict: Verdict = ("seen here" if worse else "not seen here") if pair.is_shown else "can't be told"
+    return Finding(
+        claim, source, verdict,
+        f"lora {figures.score(lora.mean)}, full {figures.score(full.mean)}, {_difference(summary, lora, full)}; each "
+        f"had its own learning rate and {_steps(lora)}",
+    )  # fmt: skip
+
+
+def _forgetting(summary: Summary) -> Finding | None:
+    lora, full = summary.row("lora"), summary.row("full")
+    return _lower(
+        "LoRA forgets less than full tuning", "Biderman et al. 2024", lora, full, lambda row: row.forgotten,
+        lambda value: f"{figures.change(value)} nats per token on other text",
+    )  # fmt: skip
+
+
+def _intruders(summary: Summary) -> Finding | None:
+    lora, full = summary.row("lora"), summary.row("full")
+    return _lower(
+        "Full tuning has fewer intruder dimensions than LoRA", "Shuttleworth et al. 2024", full, lora,
+        lambda row: row.intruders, lambda value: f"{figures.ratio(value)} a matrix",
+    )  # fmt: skip
+
+
+def _rslora(summary: Summary) -> Finding | None:
+    """The pair of arms that differ in `use_rslora` alone, at the highest rank."""
+    pairs = []
+    for row in summary.scored:
+        fields = dict(row.arm.fields)
+        if row.arm.method == "lora" and fields.pop("use_rslora", "false").lower() == "true":
+            twins = [r for r in summary.scored if r.arm.method == "lora" and dict(r.arm.fields) == fields]
+            pairs += [(int(fields.get("r", 16)), row, twin) for twin in twins if twin.arm.quantize == row.arm.quantize]
+    _, scaled, plain = max(pairs, key=lambda pair: pair[0], default=(0, None, None))
+    return _lower(
+        "rsLoRA has fewer intruder dimensions than LoRA of the same high rank", "Shuttleworth et al. 2024",
+        scaled, plain, lambda row: row.intruders, lambda value: f"{figures.ratio(value)} a matrix",
+    )  # fmt: skip
+
+
+def _random_labels(summary: Summary) -> Finding | None:
+    control = summary.control
+    twin = next((row for row in summary.scored if control and row.arm.is_same_prompt(control.arm)), None)
+    pair = summary.pair(twin, control) if twin and control else None
+    if control is None or twin is None or pair is None:
+        return None
+    lost = pair.is_shown and summary.sign * (twin.mean - control.mean) > 0
+    return Finding(
+        "Examples in the prompt help through their format; random answers serve nearly as well",
+        "Min et al. 2022",
+        "not seen here" if lost else "can't be told",
+        f"{twin.name} {figures.score(twin.mean)}, with random answers {figures.score(control.mean)}, "
+        f"{_difference(summary, twin, control)}",
+    )
+
+
+RULES: tuple[Callable[[Summary], Finding | None], ...] = (
+    _qlora,
+    _lora_against_full,
+    _forgetting,
+    _intruders,
+    _rslora,
+    _random_labels,
+)
+
+
+def _lower(
+    claim: str,
+    source: str,
+    low: Row | None,
+    high: Row | None,
+    figure: Callable[[Row], float | None],
+    shown: Callable[[float], str],
+) -> Finding | None:
+    """A claim that one arm's figure is below another's; these have no test, so every seed must agree."""
+    if low is None or high is None:
+        return None
+    first, second = figure(low), figure(high)
+    if first is None or second is None:
+        return Finding(claim, source, "can't be told", "it was not measured on both")
+    values = [[value for r in row.done if (value := figure(_alone(row, r))) is not None] for row in (low, high)]
+    ordered, reverse = max(values[0]) < min(values[1]), min(values[0]) >= max(values[1])
+    verdict: Verdict = "seen here" if ordered else "not seen here" if reverse else "can't be told"
+    apart = "the seeds are apart" if ordered or reverse else "the seeds overlap"
+    runs = min(len(values[0]), len(values[1]))
+    return Finding(
+        claim, source, verdict,
+        f"{low.name} {shown(first)}, {high.name} {shown(second)}; {apart if runs > 1 else 'one seed each'}",
+    )  # fmt: skip
+
+
+def _alone(row: Row, result: object) -> Row:
+    """A row of one run."""
+    return Row(row.arm, 1, (result,), (), row.score)  # type: ignore[arg-type]
+
+
+def _difference(summary: Summary, first: Row, second: Row) -> str:
+    pair = summary.pair(first, second)
+    if pair is None:
+        return "not tested"
+    shown = "a difference is shown" if pair.is_shown else "no difference is shown"
+    return f"{shown} (adjusted p {figures.p_value(pair.adjusted)}; detectable {figures.score(pair.detectable)})"
+
+
+def _steps(row: Row) -> str:
+    steps = row.of_training(lambda training: training.steps)
+    return f"{figures.count(steps)} steps"

@@ -1,0 +1,86 @@
+"""The report: one HTML file that needs nothing else, the same as Markdown, and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimtune.compare import figures, plot
+from slimtune.compare.budget import equal_and_not
+from slimtune.compare.choice import Choice, choose
+from slimtune.compare.facts import Facts
+from slimtune.compare.findings import Finding, findings
+from slimtune.compare.markdown import markdown
+from slimtune.compare.results import Question
+from slimtune.compare.samples import Sample, samples
+from slimtune.compare.summary import Summary
+from slimtune.compare.table import MEANING, Line, lines
+from slimtune.errors import MissingDependencyError
+from slimtune.staging import staged_file
+
+PAGE, TABLE = "report.html", "report.md"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page tells."""
+
+    summary: Summary
+    facts: Facts
+    choice: Choice
+    lines: list[Line]
+    findings: list[Finding]
+    samples: list[Sample]
+    same: list[str]
+    different: list[str]
+    notes: list[str]
+
+
+def report(summary: Summary, facts: Facts, questions: Sequence[Question]) -> Report:
+    """What follows from the results."""
+    same, different = equal_and_not(summary)
+    notes = [f"{row.name}: {note}" for row in summary.rows for result in row.done for note in result.notes]
+    return Report(
+        summary,
+        facts,
+        choose(summary),
+        lines(summary, facts.price_per_hour),
+        findings(summary),
+        samples(summary, questions),
+        same,
+        different,
+        list(dict.fromkeys(notes)),
+    )
+
+
+def html(told: Report) -> str:
+    """The page; whatever models answered or files are called is escaped."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingDependencyError("the report needs jinja2: run `pip install 'slimtune[compare]'`") from error
+    from markupsafe import Markup
+
+    loader = PackageLoader("slimtune.compare", "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    pictures = {"scores": "", "costs": ""}
+    if told.summary.scored:
+        # Drawn by matplotlib, which escapes what it writes; the names of arms are all that comes from outside.
+        pictures = {"scores": Markup(plot.scores_svg(told.summary)), "costs": Markup(plot.costs_svg(told.summary))}
+    domains = {row.name: row.domains for row in told.summary.rows if row.domains}
+    values: dict[str, Any] = {"told": told, "pictures": pictures, "domains": domains, "figures": figures}
+    return environment.get_template("report.html.j2").render(**values, meaning=MEANING)
+
+
+def write_report(folder: Path, told: Report) -> Path:
+    """`report.html`, `report.md` and the pictures, each whole or not at all; the page's path."""
+    for name, text in ((PAGE, html(told)), (TABLE, markdown(told))):
+        with staged_file(folder / name) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    if told.summary.scored:
+        plot.write_pictures(told.summary, folder)
+    return folder / PAGE

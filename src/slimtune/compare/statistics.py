@@ -1,0 +1,244 @@
+"""What scores of several seeds on the same questions say: intervals, paired tests, what could have been seen at all.
+
+Scores are tables x_SQ of S seeds on Q questions, crossed: every seed answers every question. New seeds and new
+questions would both have given another mean, so both enter its variance (two-way random effects; Brennan,
+*Generalizability Theory*, 2001):
+
+    Var(mean) = (MS_seeds + MS_questions - MS_rest) / (S Q)
+
+with degrees of freedom after Satterthwaite (1946). One seed alone leaves MS_questions / Q, and says nothing of others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from slimtune.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Table = np.ndarray
+
+LEVEL = 0.05
+"""Of tests; intervals hold 95%."""
+POWER = 0.8
+"""With which the minimum detectable difference would have been seen."""
+PERMUTATIONS = 20_000
+
+
+@dataclass(frozen=True)
+class Scores:
+    """An arm's scores per question by seed; an arm without seeds (the model as it comes) has one entry."""
+
+    by_seed: Mapping[int, Sequence[float]]
+    is_seeded: bool = True
+
+    @property
+    def table(self) -> Table:
+        """x_SQ."""
+        import numpy as np
+
+        return np.array(list(self.by_seed.values()), dtype=float)
+
+    def of(self, seed: int) -> Sequence[float]:
+        """Of one seed."""
+        return self.by_seed[seed] if self.is_seeded else next(iter(self.by_seed.values()))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The variance of a mean, and its degrees of freedom."""
+
+    variance: float
+    freedom: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% interval, over `seeds` seeds and `questions` questions."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    questions: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms on the same questions.
+
+    Attributes:
+        difference: the mean of `first` less that of `second`.
+        p_value: of no difference, two-sided; `adjusted` after Holm over all pairs that were asked.
+        detectable: the smallest difference that this many questions and seeds would have shown with 80% power.
+        test: which one it was.
+    """
+
+    first: str
+    second: str
+    difference: float
+    p_value: float
+    adjusted: float
+    detectable: float
+    test: str
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether a difference was shown."""
+        return self.adjusted < LEVEL
+
+
+def spread(scores_SQ: Table) -> Spread:
+    """Var(mean) of a crossed table of seeds and questions; raises DataError below two questions."""
+    import numpy as np
+
+    seeds, questions = scores_SQ.shape
+    if questions < 2:
+        raise DataError(f"an interval needs at least 2 questions, found {questions}")
+    of_questions = seeds * np.var(scores_SQ.mean(0), ddof=1)
+    if seeds == 1:
+        return Spread(float(of_questions / questions), questions - 1)
+    of_seeds = questions * np.var(scores_SQ.mean(1), ddof=1)
+    rest = scores_SQ - scores_SQ.mean(0) - scores_SQ.mean(1, keepdims=True) + scores_SQ.mean()
+    of_rest = (rest**2).sum() / ((seeds - 1) * (questions - 1))
+    both = of_seeds + of_questions - of_rest
+    # The difference of estimates may fall below either of them, where only chance can be the cause: the larger counts.
+    if both <= max(of_seeds, of_questions):
+        both, freedom = max((of_seeds, seeds - 1), (of_questions, questions - 1))
+    else:
+        parts = of_seeds**2 / (seeds - 1) + of_questions**2 / (questions - 1)
+        freedom = both**2 / (parts + of_rest**2 / ((seeds - 1) * (questions - 1)))
+    return Spread(float(both / scores_SQ.size), float(freedom))
+
+
+def interval(scores_SQ: Table) -> Interval:
+    """The mean with its 95% interval.
+
+    Of shares (scores of 0 and 1) the interval of Korn and Graubard (1998): Clopper-Pearson's for the number of
+    questions that would have this variance, so that 100 of 100 is not 1.0 to 1.0. Otherwise mean +- t * sqrt(Var).
+    """
+    from scipy import stats
+
+    mean, found = float(scores_SQ.mean()), spread(scores_SQ)
+    seeds, questions = scores_SQ.shape
+    if is_share(scores_SQ):
+        low, high = _share_interval(mean, found, questions)
+    else:
+        half = float(stats.t.ppf(1 - LEVEL / 2, found.freedom)) * math.sqrt(found.variance)
+        low, high = mean - half, mean + half
+    return Interval(mean, low, high, seeds, questions)
+
+
+def is_share(scores_SQ: Table) -> bool:
+    """Whether every score is 0 or 1."""
+    import numpy as np
+
+    return bool(np.isin(scores_SQ, (0.0, 1.0)).all())
+
+
+def compare_all(scores: Mapping[str, Scores], pairs: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
+    """Each pair tested, with Holm's correction over all of them; every pair of the names if none are given."""
+    pairs = list(itertools.combinations(scores, 2)) if pairs is None else pairs
+    found = [_tested(first, second, difference(scores[first], scores[second])) for first, second in pairs]
+    adjusted = holm([pair.p_value for pair in found])
+    return [replace(pair, adjusted=value) for pair, value in zip(found, adjusted, strict=True)]
+
+
+def difference(first: Scores, second: Scores) -> Table:
+    """d_SQ = first - second, seed by seed where both have it; a side without seeds stands against every seed.
+
+    Raises: DataError, if they did not answer the same questions, or have no seed in common.
+    """
+    import numpy as np
+
+    seeds = [seed for seed in first.by_seed if seed in second.by_seed or not second.is_seeded]
+    if not first.is_seeded:
+        seeds = list(second.by_seed)
+    rows = [(first.of(seed), second.of(seed)) for seed in seeds]
+    if not rows or any(len(one) != len(other) for one, other in rows):
+        raise DataError("two arms without a seed or without questions in common can't be compared; run both again")
+    return np.array([one for one, _ in rows]) - np.array([other for _, other in rows])
+
+
+def paired_p(differences_SQ: Table) -> tuple[float, str]:
+    """The two-sided p-value of no difference, and the name of the test.
+
+    One seed: McNemar's exact test for right and wrong, else a sign-flip permutation over the questions. Several: t over
+    seeds and questions, and never below the permutation, which needs no normal distribution.
+    """
+    from scipy import stats
+
+    by_question = differences_SQ.mean(0)
+    if differences_SQ.shape[0] == 1 and set(by_question.tolist()) <= {-1.0, 0.0, 1.0}:
+        wins, losses = int((by_question > 0).sum()), int((by_question < 0).sum())
+        p = 1.0 if wins + losses == 0 else float(stats.binomtest(wins, wins + losses).pvalue)
+        return p, "McNemar, exact"
+    flipped = _permutation(by_question)
+    if differences_SQ.shape[0] == 1:
+        return flipped, "sign-flip permutation over questions"
+    found, mean = spread(differences_SQ), abs(float(differences_SQ.mean()))
+    t = float(2 * stats.t.sf(mean / math.sqrt(found.variance), found.freedom)) if found.variance > 0 else 0.0
+    return max(t, flipped), "t over seeds and questions"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values after Holm (1979), in their order."""
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def detectable(differences_SQ: Table) -> float:
+    """The smallest difference seen with 80% power at 5%: (t_0.975 + t_0.8) * sqrt(Var).
+
+    Of right and wrong never below 6 / Q: five questions that all fall one way still have p = 0.06.
+    """
+    from scipy import stats
+
+    found = spread(differences_SQ)
+    factor = float(stats.t.ppf(1 - LEVEL / 2, found.freedom) + stats.t.ppf(POWER, found.freedom))
+    floor = 6 / differences_SQ.shape[1] if is_share(abs(differences_SQ)) else 0.0
+    return max(floor, factor * math.sqrt(found.variance))
+
+
+def _tested(first: str, second: str, differences_SQ: Table) -> Pair:
+    p, test = paired_p(differences_SQ)
+    return Pair(first, second, float(differences_SQ.mean()), p, p, detectable(differences_SQ), test)
+
+
+def _share_interval(mean: float, found: Spread, questions: int) -> tuple[float, float]:
+    from scipy import stats
+
+    size = float(questions)
+    if found.variance > 0 and 0 < mean < 1:
+        # Fewer degrees of freedom than questions widen the interval as they widen t.
+        wider = stats.t.ppf(1 - LEVEL / 2, found.freedom) / stats.t.ppf(1 - LEVEL / 2, questions - 1)
+        size = mean * (1 - mean) / (found.variance * float(wider) ** 2)
+    right, wrong = mean * size, (1 - mean) * size
+    low = float(stats.beta.ppf(LEVEL / 2, right, wrong + 1)) if right > 0 else 0.0
+    high = float(stats.beta.ppf(1 - LEVEL / 2, right + 1, wrong)) if wrong > 0 else 1.0
+    return low, high
+
+
+def _permutation(by_question: Table) -> float:
+    """P(|mean| as large | signs by chance): all of them where there are few, else drawn with a fixed seed."""
+    import numpy as np
+
+    moved = by_question[by_question != 0]
+    if not moved.size:
+        return 1.0
+    observed = abs(moved.sum()) * (1 - 1e-12)
+    if moved.size <= 14:
+        signs = np.array(list(itertools.product((-1, 1), repeat=moved.size)))
+        return float((abs(signs @ moved) >= observed).mean())
+    signs = np.random.default_rng(0).choice(np.array((-1.0, 1.0)), size=(PERMUTATIONS, moved.size))
+    # The observed signs are one of the draws, so that no p-value is 0.
+    return float(((abs(signs @ moved) >= observed).sum() + 1) / (PERMUTATIONS + 1))

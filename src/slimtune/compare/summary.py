@@ -1,0 +1,198 @@
+"""The results of all runs as one table: a row for each arm, and every pair of arms tested."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from slimtune.compare.arms import BASE, Arm
+from slimtune.compare.results import Domain, Result, Score, Training
+from slimtune.compare.statistics import Interval, Pair, Scores, compare_all, interval
+from slimtune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm over its seeds; means over the runs that were done, None where nothing was measured."""
+
+    arm: Arm
+    wanted: int
+    """Runs that were asked for."""
+    done: tuple[Result, ...]
+    failed: tuple[Result, ...]
+    score: Interval | None
+
+    @property
+    def name(self) -> str:
+        """Of the arm."""
+        return self.arm.name
+
+    def of_training(self, figure: Callable[[Training], float]) -> float | None:
+        """The mean of a figure of the training."""
+        return _mean([figure(result.training) for result in self.done if result.training])
+
+    @property
+    def mean(self) -> float:
+        """Of the score; not a number where there is none."""
+        return self.score.mean if self.score else math.nan
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Of memory while training."""
+        return self.of_training(lambda training: training.peak_bytes)
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Of training."""
+        return self.of_training(lambda training: training.seconds)
+
+    @property
+    def size_bytes(self) -> float | None:
+        """On disk."""
+        return self.of_training(lambda training: training.size_bytes)
+
+    @property
+    def trainable(self) -> float | None:
+        """Parameters."""
+        return self.of_training(lambda training: training.trainable_parameters)
+
+    @property
+    def answer_seconds(self) -> float | None:
+        """For one question."""
+        return _mean([r.score.seconds / len(r.score.per_question) for r in self.done if r.score])
+
+    @property
+    def domains(self) -> list[Domain]:
+        """Loss on other text before and after, means over the seeds."""
+        measured = [result.forgetting for result in self.done if result.forgetting]
+        names = [domain.name for domain in measured[0]] if measured else []
+        return [_mean_domain(name, measured) for name in names]
+
+    @property
+    def forgotten(self) -> float | None:
+        """The mean rise of the loss over the domains, in nats per token."""
+        return _mean([domain.rise for domain in self.domains])
+
+    @property
+    def intruders(self) -> float | None:
+        """Intruder dimensions for each matrix of weights."""
+        return _mean([result.spectrum.intruders_per_matrix for result in self.done if result.spectrum])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rows, and all pairs of them."""
+
+    rows: tuple[Row, ...]
+    pairs: tuple[Pair, ...]
+    scorer: str
+    higher_is_better: bool
+
+    @property
+    def scored(self) -> list[Row]:
+        """Rows with a score, the best first; controls are no candidates and stand apart."""
+        rows = [row for row in self.rows if row.score and not row.arm.random_labels]
+        return sorted(rows, key=lambda row: self.sign * row.mean, reverse=True)
+
+    @property
+    def control(self) -> Row | None:
+        """The prompt whose answers were dealt at random."""
+        return next((row for row in self.rows if row.score and row.arm.random_labels), None)
+
+    @property
+    def sign(self) -> int:
+        """+1 where more is better."""
+        return 1 if self.higher_is_better else -1
+
+    def row(self, name: str) -> Row | None:
+        """The row of an arm that has a score."""
+        return next((row for row in self.rows if row.name == name and row.score), None)
+
+    @property
+    def base(self) -> Row | None:
+        """The model as it comes."""
+        return self.row(BASE)
+
+    def pair(self, first: Row, second: Row) -> Pair | None:
+        """Their test, whichever came first; None where no seed was done by both."""
+        names = {first.name, second.name}
+        return next((pair for pair in self.pairs if {pair.first, pair.second} == names), None)
+
+    def is_shown(self, first: Row, second: Row) -> bool:
+        """Whether a difference between two arms was shown."""
+        pair = self.pair(first, second)
+        return pair is not None and pair.is_shown
+
+    def beaten_by(self, row: Row) -> Row | None:
+        """The best of the arms that are shown to be better than this one."""
+        return next((other for other in self.scored if other is not row and self._is_better(other, row)), None)
+
+    def _is_better(self, first: Row, second: Row) -> bool:
+        pair = self.pair(first, second)
+        if pair is None or not pair.is_shown:
+            return False
+        gain = self.sign * pair.difference
+        return (gain if pair.first == first.name else -gain) > 0
+
+    @property
+    def missing(self) -> int:
+        """Runs that were asked for and neither done nor failed yet."""
+        return sum(row.wanted - len(row.done) - len(row.failed) for row in self.rows)
+
+
+def summarize(arms: Sequence[Arm], results: Sequence[Result], seeds: int) -> Summary:
+    """The table of what was measured so far; raises DataError if the scores can't be compared."""
+    rows = [_row(arm, [result for result in results if result.arm == arm.name], seeds) for arm in arms]
+    name, higher = _scorer([result.score for row in rows for result in row.done if result.score])
+    tables = {row.name: _scores(row) for row in rows if row.score}
+    pairs = [pair for pair in _pairs(rows) if _have_common_seed(tables[pair[0]], tables[pair[1]])]
+    return Summary(tuple(rows), tuple(compare_all(tables, pairs)), name, higher)
+
+
+def _scorer(scores: Sequence[Score]) -> tuple[str, bool]:
+    """What all scores are and whether more is better; raises DataError if they differ."""
+    kinds = {(score.name, score.higher_is_better, len(score.per_question)) for score in scores}
+    if len(kinds) > 1:
+        told = ", ".join(f"{name} on {count} questions" for name, _, count in sorted(kinds))
+        raise DataError(f"the runs were judged differently ({told}); start with a new --output")
+    name, higher, _ = next(iter(kinds), ("score", True, 0))
+    return name, higher
+
+
+def _pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """All pairs of candidates, and the control with its twin: a test that nobody asks for costs the others power."""
+    candidates = [row for row in rows if row.score and not row.arm.random_labels]
+    pairs = [(first.name, second.name) for first, second in combinations(candidates, 2)]
+    for control in (row for row in rows if row.score and row.arm.random_labels):
+        pairs += [(row.name, control.name) for row in candidates if row.arm.is_same_prompt(control.arm)]
+    return pairs
+
+
+def _row(arm: Arm, results: Sequence[Result], seeds: int) -> Row:
+    wanted = seeds if arm.is_seeded else 1
+    inside = sorted((result for result in results if result.seed < wanted), key=lambda result: result.seed)
+    done = tuple(result for result in inside if result.status == "done")
+    failed = tuple(result for result in inside if result.status == "failed")
+    row = Row(arm, wanted, done, failed, None)
+    return Row(arm, wanted, done, failed, interval(_scores(row).table)) if done else row
+
+
+def _scores(row: Row) -> Scores:
+    return Scores({r.seed: r.score.per_question for r in row.done if r.score}, row.arm.is_seeded)
+
+
+def _have_common_seed(first: Scores, second: Scores) -> bool:
+    return not (first.is_seeded and second.is_seeded) or bool(set(first.by_seed) & set(second.by_seed))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _mean_domain(name: str, measured: Sequence[Sequence[Domain]]) -> Domain:
+    same: list[Any] = [domain for domains in measured for domain in domains if domain.name == name]
+    return Domain(name=name, before=fmean(d.before for d in same), after=fmean(d.after for d in same))
