@@ -12,12 +12,14 @@ from slimtune.cli.chat import chat
 from slimtune.cli.demo import demo
 from slimtune.cli.demo_data import demo_data
 from slimtune.cli.doctor import doctor
+from slimtune.cli.forgetting import forgetting
 from slimtune.cli.generate import generate
 from slimtune.cli.info import info
 from slimtune.cli.merge import merge
 from slimtune.cli.methods import methods
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
+from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
 
@@ -81,6 +83,8 @@ for name, command in {
     "chat": chat,
     "generate": generate,
     "predict": predict,
+    "forgetting": forgetting,
+    "spectra": spectra,
     "methods": methods,
     "info": info,
     "merge": merge,

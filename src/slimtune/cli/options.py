@@ -21,6 +21,13 @@ Base = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/]."),
 ]
+TunedModel = Annotated[
+    str, typer.Argument(metavar="TUNED", help="The folder of an adapter, or of a model that was tuned as a whole.")
+]
+TunedBase = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="What it was tuned from; without it, what its folder names."),
+]
 Adapters = Annotated[
     list[str],
     typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter folder, named if wanted; repeatable."),

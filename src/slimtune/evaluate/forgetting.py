@@ -1,0 +1,188 @@
+"""Forgetting: the language loss on texts outside of the training's domain, before tuning and after.
+
+For the texts i of a domain, with n_i tokens and the summed losses b_i before and a_i after, in nats:
+
+before = sum_i b_i / sum_i n_i,  after = sum_i a_i / sum_i n_i,  difference = after - before
+
+The interval is the paired bootstrap's: texts are drawn with replacement, each with both of its losses.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from slimtune.errors import DataError
+from slimtune.evaluate.language_loss import BATCH_TOKENS, Passage, Text, losses, passages, require_language_loss
+from slimtune.evaluate.tuned import Tuned
+
+DRAWS = 2000
+"""Of the bootstrap."""
+CONFIDENCE = 0.95
+MAX_LENGTH = 512
+
+Interval = tuple[float, float] | None
+"""Of which a single text has none."""
+
+
+@dataclass(frozen=True)
+class Rise:
+    """What became of one text; losses in nats per token."""
+
+    text: str
+    tokens: int
+    before: float
+    after: float
+
+    @property
+    def rise(self) -> float:
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one domain; losses in nats per token."""
+
+    texts: int
+    tokens: int
+    before: float
+    after: float
+    interval: Interval
+    worst: list[Rise]
+
+    @property
+    def difference(self) -> float:
+        """after - before: above 0 where something was forgotten."""
+        return self.after - self.before
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        worst = [{**asdict(rise), "rise": rise.rise} for rise in self.worst]
+        return {
+            **asdict(self),
+            "difference": self.difference,
+            "perplexity_before": perplexity(self.before),
+            "perplexity_after": perplexity(self.after),
+            "worst": worst,
+        }
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What became of all domains.
+
+    Attributes:
+        difference: the mean of the domains' differences, each domain counting the same.
+        interval: of that mean.
+    """
+
+    domains: dict[str, Change]
+    difference: float
+    interval: Interval
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        return {
+            "domains": {name: change.to_dict() for name, change in self.domains.items()},
+            "difference": self.difference,
+            "interval": self.interval,
+            "confidence": CONFIDENCE,
+            "seconds": self.seconds,
+        }
+
+
+def measure(
+    tuned: Tuned,
+    domains: Mapping[str, Sequence[Text]],
+    max_length: int = MAX_LENGTH,
+    worst: int = 3,
+    batch_tokens: int = BATCH_TOKENS,
+    on_start: Callable[[str, int], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Forgetting:
+    """The losses of a base and of what was tuned from it, on the same texts.
+
+    An adapter is switched off for its base's losses; for a whole model its base is loaded after it.
+
+    Args:
+        on_start: told what is read next and how many tokens that are.
+        on_batch: told how many tokens were read.
+
+    Raises:
+        ConfigError: the model has no language loss.
+        DataError: there is no text, or one can't be scored.
+    """
+    began = time.monotonic()
+    model, tokenizer = tuned.load()
+    require_language_loss(model, tuned.source)
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    read = all_passages(domains, tokenizer, min(max_length, positions))
+
+    def scored(chosen: Any, what: str) -> np.ndarray:
+        if on_start:
+            on_start(what, sum(len(passage.encoded.input_ids) for passage in read))
+        return losses(chosen, tokenizer, read, batch_tokens, on_batch).numpy()
+
+    after = scored(model, "after")
+    if tuned.is_adapter:
+        with model.disable_adapter():
+            before = scored(model, "before")
+    else:
+        del model
+        before = scored(tuned.load_base(), "before")
+    return compare(read, before, after, worst, time.monotonic() - began)
+
+
+def all_passages(domains: Mapping[str, Sequence[Text]], tokenizer: Any, max_length: int) -> list[Passage]:
+    """The texts of all domains as ids; raises DataError."""
+    read = [one for name, texts in domains.items() for one in passages(name, texts, tokenizer, max_length)]
+    if not read:
+        raise DataError("there is no text to measure forgetting on; name a domain, or pass --data with texts")
+    return read
+
+
+def compare(
+    read: Sequence[Passage], before: np.ndarray, after: np.ndarray, worst: int = 3, seconds: float = 0.0
+) -> Forgetting:
+    """The changes from the summed losses of each passage, in nats."""
+    tokens = np.array([passage.tokens for passage in read], dtype=np.float64)
+    found: dict[str, Change] = {}
+    draws = []
+    rng = np.random.default_rng(0)
+    for name in dict.fromkeys(passage.domain for passage in read):
+        own = np.array([index for index, passage in enumerate(read) if passage.domain == name])
+        n, b, a = tokens[own], before[own], after[own]
+        drawn = _drawn_differences(a - b, n, rng)
+        draws.append(drawn)
+        order = np.argsort(-(a - b) / n, kind="stable")[:worst]
+        rises = [Rise(read[int(own[i])].shown, int(n[i]), float(b[i] / n[i]), float(a[i] / n[i])) for i in order]
+        found[name] = Change(
+            len(own), int(n.sum()), float(b.sum() / n.sum()), float(a.sum() / n.sum()), _interval(drawn, len(own)),
+            [rise for rise in rises if rise.rise > 0],
+        )  # fmt: skip
+    mean = float(np.mean([change.difference for change in found.values()]))
+    return Forgetting(found, mean, _interval(np.mean(draws, axis=0), len(read)), seconds)
+
+
+def _drawn_differences(rises: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The difference per token in each draw of the bootstrap."""
+    chosen = rng.integers(0, len(rises), (DRAWS, len(rises)))
+    return rises[chosen].sum(1) / tokens[chosen].sum(1)
+
+
+def _interval(drawn: np.ndarray, texts: int) -> Interval:
+    if texts < 2:
+        return None
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss), or None beyond what a number can hold."""
+    return math.exp(loss) if loss < 700 else None

@@ -1,0 +1,230 @@
+"""The spectra of all matrices of a tuned model, one after the other; `decomposition` has the formulas."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.errors import BaseMismatchError, check_number, check_whole
+from slimtune.evaluate.decomposition import (
+    EPSILON,
+    TOP,
+    Decomposition,
+    decompose,
+    decompose_product,
+    effective_rank,
+    nearest_cosines,
+    overlap,
+    stable_rank,
+)
+from slimtune.evaluate.tuned import Tuned
+from slimtune.evaluate.updates import TunedMatrix, Update, Updates, adapter_updates, model_updates
+
+
+@dataclass(frozen=True)
+class Intruder:
+    """A singular vector of W' that is like none of W.
+
+    Attributes:
+        index: its place among the singular vectors of W', from 0.
+        cosine: the largest |cosine| with a singular vector of W.
+        value: its singular value in W'.
+    """
+
+    index: int
+    cosine: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of the leading subspaces two updates of one matrix share, from 0 to 1.
+
+    Attributes:
+        directions: how many leading singular vectors of each were compared.
+        left: on the side of the outputs.
+        right: on the side of the inputs.
+        left_by_chance: the mean for subspaces drawn at random.
+        right_by_chance: likewise.
+    """
+
+    directions: int
+    left: float
+    right: float
+    left_by_chance: float
+    right_by_chance: float
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What tuning did to one matrix.
+
+    Attributes:
+        values: the singular values of W' - W, falling.
+        relative_norm: ||W' - W|| / ||W||.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    shape: tuple[int, int]
+    values: list[float]
+    effective_rank: float
+    stable_rank: float
+    relative_norm: float
+    intruders: list[Intruder]
+    overlap: Overlap | None = None
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """What tuning did to all matrices of a model.
+
+    Attributes:
+        top: how many singular vectors of each W' were looked at.
+        epsilon: below which cosine one is an intruder.
+        left_out: the embeddings and heads that were tuned and not looked at.
+        only_here: with another model beside, the matrices that it hasn't tuned.
+    """
+
+    matrices: list[Spectrum]
+    top: int
+    epsilon: float
+    left_out: list[str]
+    only_here: list[str]
+    seconds: float
+
+    @property
+    def intruders(self) -> int:
+        """How many intruder dimensions all matrices have together."""
+        return sum(len(one.intruders) for one in self.matrices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON; of the matrices' figures, the medians stand in front."""
+        overlaps = [one.overlap for one in self.matrices if one.overlap]
+        return {
+            "count": len(self.matrices),
+            "intruders": self.intruders,
+            "matrices_with_intruders": sum(bool(one.intruders) for one in self.matrices),
+            "effective_rank": median(one.effective_rank for one in self.matrices),
+            "stable_rank": median(one.stable_rank for one in self.matrices),
+            "relative_norm": median(one.relative_norm for one in self.matrices),
+            "overlap": median(one.left for one in overlaps) if overlaps else None,
+            **asdict(self),
+        }
+
+
+def updates_of(tuned: Tuned, embeddings: bool = False) -> Updates:
+    """The matrices that tuning changed. Raises: as `adapter_updates` and `model_updates`."""
+    model, _ = tuned.load()
+    if tuned.is_adapter:
+        return adapter_updates(model, model.active_adapter, embeddings)
+    return model_updates(tuned.load_base(), model, embeddings)
+
+
+def measure(
+    tuned: Tuned,
+    top: int = TOP,
+    epsilon: float = EPSILON,
+    against: Tuned | None = None,
+    embeddings: bool = False,
+    on_start: Callable[[str, int], None] | None = None,
+    on_matrix: Callable[[], None] | None = None,
+) -> Spectra:
+    """Take apart what tuning did to each matrix.
+
+    Args:
+        top: how many leading singular vectors of each W' are looked at for intruders, and of two updates compared.
+        epsilon: below which largest |cosine| a singular vector is an intruder.
+        against: another model that was tuned from the same base, for the overlap of the updates.
+        embeddings: take the embeddings and heads in.
+        on_start: told what is done next and how many matrices that are.
+        on_matrix: called after each.
+
+    Raises:
+        ConfigError: the method changes no weight matrices.
+        BaseMismatchError: the models are of different shapes.
+    """
+    check_whole("top", top)
+    check_number("epsilon", epsilon, 0, 1.0 + 1e-9)
+    began = time.monotonic()
+    found = updates_of(tuned, embeddings)
+    others = {one.name: one for one in updates_of(against, embeddings).matrices} if against else {}
+    if on_start:
+        on_start("decomposing", len(found.matrices))
+    spectra = []
+    for matrix in found.matrices:
+        spectra.append(spectrum(matrix, top, epsilon, other=others.get(matrix.name)))
+        if on_matrix:
+            on_matrix()
+    only_here = [one.name for one in found.matrices if one.name not in others] if against else []
+    return Spectra(spectra, top, epsilon, found.left_out, only_here, time.monotonic() - began)
+
+
+@torch.no_grad()
+def spectrum(
+    matrix: TunedMatrix,
+    top: int = TOP,
+    epsilon: float = EPSILON,
+    left: Tensor | None = None,
+    other: TunedMatrix | None = None,
+) -> Spectrum:
+    """Take apart what tuning did to one matrix.
+
+    Args:
+        left: the left singular vectors of W, where they are known from before.
+        other: the same matrix of another tuned model.
+    """
+    update = matrix.read()
+    change = change_of(update)
+    rows, columns = update.before.shape
+    return Spectrum(
+        name=matrix.name,
+        layer=matrix.layer,
+        kind=matrix.kind,
+        shape=(rows, columns),
+        values=change.values.tolist(),
+        effective_rank=effective_rank(change.values),
+        stable_rank=stable_rank(change.values),
+        relative_norm=float(change.values.norm() / update.before.norm()),
+        intruders=_intruders(update, change, top, epsilon, left),
+        overlap=_overlap(matrix, change, other, top) if other else None,
+    )
+
+
+def change_of(update: Update) -> Decomposition:
+    """The decomposition of W' - W."""
+    return decompose_product(*update.factors) if update.factors else decompose(update.after - update.before)
+
+
+def _intruders(update: Update, change: Decomposition, top: int, epsilon: float, left: Tensor | None) -> list[Intruder]:
+    if not change.values.any():
+        return []
+    after = decompose(update.after)
+    cosines = nearest_cosines(after.left[:, :top], decompose(update.before).left if left is None else left)
+    return [
+        Intruder(index, float(cosine), float(after.values[index]))
+        for index, cosine in enumerate(cosines)
+        if cosine < epsilon
+    ]
+
+
+def _overlap(matrix: TunedMatrix, change: Decomposition, other: TunedMatrix, top: int) -> Overlap:
+    theirs = change_of(other.read())
+    if change.left.shape[0] != theirs.left.shape[0] or change.right.shape[0] != theirs.right.shape[0]:
+        raise BaseMismatchError(
+            f"'{matrix.name}' has other shapes in the two models; compare what was tuned from the same base"
+        )
+    n = min(top, change.rank, theirs.rank)
+    rows, columns = len(change.left), len(change.right)
+    left, right = (
+        overlap(mine[:, :n], its[:, :n])
+        for mine, its in ((change.left, theirs.left), (change.right, theirs.right))
+    )  # fmt: skip
+    return Overlap(n, left, right, n / rows, n / columns)

@@ -1,0 +1,87 @@
+"""What was tuned beside what it was tuned from: an adapter on its base, or a model beside its base."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimtune.errors import ConfigError, ModelNotFoundError
+from slimtune.loading import base_of, is_adapter, load, load_base
+
+if TYPE_CHECKING:
+    from slimtune.quantized.settings import Quantize
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model by its folder, and its base.
+
+    Attributes:
+        source: the folder of an adapter, or a model as `slimtune.load` takes it.
+        base: the model that it was tuned from.
+        quantize: as what the base is quantized while it is loaded.
+    """
+
+    source: str
+    base: str
+    is_adapter: bool
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    quantize: Quantize | None = None
+
+    @classmethod
+    def find(cls, source: str, base: str | None = None, **loading: Any) -> Tuned:
+        """The tuned model with the base that is given, or else the one that its folder names.
+
+        Raises:
+            ModelNotFoundError: there is no such folder or packaged model.
+            ConfigError: a fully tuned model that doesn't say what it was tuned from.
+        """
+        if is_adapter(source):
+            return cls(source, base or base_of(source), True, **loading)
+        named = base or _named_base(Path(source))
+        if named is None:
+            raise ConfigError(
+                f"{source} is a whole model and doesn't say which one it was tuned from; name that one with --base"
+            )
+        return cls(source, named, False, **loading)
+
+    def load(self) -> tuple[Any, Any]:
+        """The tuned model, its adapter active, and its tokenizer. Raises: as `slimtune.load`."""
+        if not self.is_adapter:
+            model, tokenizer = load(self.source, *self._how)
+        else:
+            from slimtune import PeftModel
+
+            model, tokenizer = load_base(self.source, self.base, *self._how)
+            model = PeftModel.from_pretrained(model, self.source)
+        if tokenizer is None:
+            raise ModelNotFoundError(f"{self.source} has no tokenizer; save the tokenizer into the folder of the model")
+        return model.eval(), tokenizer
+
+    def load_base(self) -> Any:
+        """The base of a whole model. Raises: as `slimtune.load`."""
+        return load(self.base, *self._how)[0].eval()
+
+    @property
+    def _how(self) -> tuple[Any, ...]:
+        return self.dtype, self.device, self.trust_remote_code, self.quantize
+
+
+def _named_base(folder: Path) -> str | None:
+    """The base that the recipe or the card beside a tuned model names."""
+    recipe, card = folder / "recipe.yaml", folder / "README.md"
+    if recipe.is_file():
+        import yaml
+
+        try:
+            return str(yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["name"])
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{recipe} doesn't name the model that was tuned ({error}); pass --base") from error
+    if card.is_file():
+        found = re.search(r"^base_model: (\S+)$|full fine-tune of `([^`]+)`", card.read_text("utf-8"), re.MULTILINE)
+        return (found[1] or found[2]) if found else None
+    return None
