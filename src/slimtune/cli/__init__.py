@@ -12,6 +12,7 @@ from slimtune.cli.chat import chat
 from slimtune.cli.demo import demo
 from slimtune.cli.demo_data import demo_data
 from slimtune.cli.doctor import doctor
+from slimtune.cli.evaluate import evaluate
 from slimtune.cli.forgetting import forgetting
 from slimtune.cli.generate import generate
 from slimtune.cli.info import info
@@ -83,6 +84,7 @@ for name, command in {
     "chat": chat,
     "generate": generate,
     "predict": predict,
+    "evaluate": evaluate,
     "forgetting": forgetting,
     "spectra": spectra,
     "methods": methods,

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from slimtune.cli.options import Device, Dtype, Json, Quantize, TrustRemoteCode
-from slimtune.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from slimtune.data.labelled import Text
 
 
 def predict(
@@ -38,42 +32,15 @@ def predict(
     from slimtune.cli.options import console
     from slimtune.data.labelled import Labelled, read_texts
     from slimtune.evaluate.classification import scores, shown
+    from slimtune.evaluate.labelling import label_texts
 
     rows = read_texts(data)
-    labels, likelihood_NL = _judge(
-        model, [row.texts for row in rows], batch_size, truncate, quantize, (dtype, device, trust_remote_code)
-    )
+    too_long, options = "truncate" if truncate else "error", (dtype, device, trust_remote_code)
+    texts = [row.texts for row in rows]
+    labels, _, likelihood_NL = label_texts(model, texts, batch_size, too_long, quantize, options)
     answers = [labels[index] for index in likelihood_NL.argmax(-1).tolist()]
     for row, answer, p in zip(rows, answers, likelihood_NL.amax(-1).tolist(), strict=True):
         print(json.dumps({**row.model_dump(exclude_none=True), "label": answer, "p": p}) if as_json else answer)
     true = [row.label for row in rows if isinstance(row, Labelled)]
     if len(true) == len(rows):
         console(as_json=True).print(shown(scores(answers, true)))
-
-
-def _judge(
-    source: str, texts: list[Text], batch_size: int, truncate: bool, quantize: str | None, options: tuple[Any, ...]
-) -> tuple[list[str], Tensor]:
-    """The labels that there are, and p_NL of each for each text."""
-    from slimtune.features import is_feature_classifier
-
-    too_long = "truncate" if truncate else "error"
-    if is_feature_classifier(source):
-        from slimtune.features import FeatureClassifier, extract
-        from slimtune.loading import load_encoder
-
-        if quantize is not None:
-            raise ConfigError(f"{source} was trained on features of the base as it is; leave --quantize out")
-        classifier = FeatureClassifier.load(source)
-        model, tokenizer = load_encoder(classifier.base, *options)
-        features_ND = extract(
-            model, tokenizer, texts, classifier.pooling, batch_size, None, classifier.max_length, too_long
-        )
-        return classifier.labels, classifier.probabilities(features_ND)
-    from slimtune.data.labelled import longest_input, tokenize
-    from slimtune.evaluate.classification import classify
-    from slimtune.loading import load_trained_classifier
-
-    model, tokenizer = load_trained_classifier(source, *options, quantize=quantize)
-    rows = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long).rows
-    return list(model.config.id2label.values()), classify(model, tokenizer, rows, batch_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,11 +40,10 @@ def exact_match(
     examples: Sequence[Checkable],
     conversations: Sequence[Sequence[Message]],
     max_new_tokens: int = 64,
-    on_batch: Callable[[int], None] | None = None,
 ) -> Score:
     """Ask each conversation greedily and count the examples that are answered exactly."""
     prompts = [render(tokenizer, conversation, for_answer=True) for conversation in conversations]
-    return judged(examples, generate_batch(model, tokenizer, prompts, max_new_tokens, on_batch=on_batch))
+    return judged(examples, generate_batch(model, tokenizer, prompts, max_new_tokens))
 
 
 def judged(examples: Sequence[Checkable], answers: list[str]) -> Score:

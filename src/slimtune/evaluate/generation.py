@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from slimtune.errors import ConfigError
+from slimtune.template import has_template
 
 
 def sampling(temperature: float) -> dict[str, Any]:
@@ -27,7 +28,18 @@ def pad_id_of(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-@torch.inference_mode()
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of a rendered prompt; a chat template has written the special tokens itself."""
+    return tokenizer(prompt, add_special_tokens=not has_template(tokenizer))["input_ids"]
+
+
+class Reply(NamedTuple):
+    """An answer, and whether the model ended it before it had as many tokens as it may."""
+
+    text: str
+    ended: bool
+
+
 def generate_batch(
     model: Any,
     tokenizer: Any,
@@ -35,40 +47,69 @@ def generate_batch(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The answers to rendered prompts, in their order; raises ConfigError for a negative temperature.
+    """The answers to rendered prompts, in their order; raises ConfigError for a negative temperature."""
+    replies = generate_replies(model, tokenizer, prompts, max_new_tokens, temperature, batch_size)
+    return [reply.text for reply in replies]
 
-    `on_batch` is told how many answers each batch brought.
+
+@torch.inference_mode()
+def generate_replies(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    batch_size: int = 32,
+    on_batch: Callable[[dict[int, Reply]], None] | None = None,
+    stop: str | None = None,
+) -> list[Reply]:
+    """As `generate_batch`, with word of the answers that were cut off.
+
+    Args:
+        on_batch: is told the answers of each batch, by the number of their prompt.
+        stop: text at which an answer is over besides the end of turn; it and what follows are left out.
     """
     was_training = model.training
     model.eval()
-    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    prefix, cache = _read_shared_prefix(model, rows)
-    pad_id = pad_id_of(tokenizer)
-    answers = [""] * len(rows)
+    prefix, cache = read_shared_prefix(model, rows)
+    replies: dict[int, Reply] = {}
+    options = sampling(temperature) | ({"stop_strings": stop, "tokenizer": tokenizer} if stop else {})
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
-        ids, mask = _pad_behind(prefix, [rows[index][len(prefix) :] for index in chosen], pad_id, model.device)
+        ids, mask = _padded(model, prefix, [rows[index][len(prefix) :] for index in chosen], pad_id_of(tokenizer))
         produced = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=_repeated(cache, len(chosen)),
+            past_key_values=repeated(cache, len(chosen)),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad_id,
-            **sampling(temperature),
+            pad_token_id=pad_id_of(tokenizer),
+            **options,
         )
-        texts = tokenizer.batch_decode(produced[:, ids.shape[1] :], skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text.strip()
+        answers = produced[:, 1:] if model.config.is_encoder_decoder else produced[:, ids.shape[1] :]
+        found = _replies(model, tokenizer, answers, max_new_tokens, stop)
+        batch = dict(zip(chosen, found, strict=True))
+        replies |= batch
         if on_batch:
-            on_batch(len(chosen))
+            on_batch(batch)
     model.train(was_training)
-    return answers
+    return [replies[index] for index in range(len(rows))]
 
 
-def _read_shared_prefix(model: Any, rows: Sequence[list[int]]) -> tuple[list[int], Any]:
+def _replies(model: Any, tokenizer: Any, produced: torch.Tensor, most: int, stop: str | None) -> list[Reply]:
+    """What was produced as text; `produced` holds ids_BT of at most `most` tokens a row."""
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=produced.device).flatten()
+    has_end = torch.isin(produced, ends).any(-1).tolist() if produced.shape[1] >= most else [True] * len(produced)
+    texts = tokenizer.batch_decode(produced, skip_special_tokens=True)
+    # White space in front is no end: the answer hasn't begun.
+    cut = [text.lstrip().partition(stop) if stop else (text, "", "") for text in texts]
+    return [Reply(text.strip(), ended or bool(found)) for (text, found, _), ended in zip(cut, has_end, strict=True)]
+
+
+def read_shared_prefix(model: Any, rows: Sequence[list[int]]) -> tuple[list[int], Any]:
     """The ids with which all rows begin, and the keys and values that the model computes for them."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -93,7 +134,8 @@ def _common_start(rows: Sequence[list[int]]) -> list[int]:
     return [column[0] for column in alike]
 
 
-def _repeated(cache: Any, rows: int) -> Any:
+def repeated(cache: Any, rows: int) -> Any:
+    """A copy of the shared keys and values for so many rows."""
     if cache is None:
         return None
     own = copy.deepcopy(cache)
@@ -101,12 +143,13 @@ def _repeated(cache: Any, rows: int) -> Any:
     return own
 
 
-def _pad_behind(
-    prefix: list[int], rows: Sequence[list[int]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefix, padding, row: every row ends at the same place, where generation goes on."""
+def _padded(model: Any, prefix: list[int], rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefix, padding, row, so that all rows end where generation goes on; an encoder reads from the left."""
     longest = max(map(len, rows))
-    gaps = [longest - len(row) for row in rows]
-    ids = [prefix + [pad_id] * gap + row for gap, row in zip(gaps, rows, strict=True)]
-    mask = [[1] * len(prefix) + [0] * gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids, mask = [], []
+    for row in rows:
+        gap = longest - len(row)
+        before, behind = (0, gap) if model.config.is_encoder_decoder else (gap, 0)
+        ids.append(prefix + [pad_id] * before + row + [pad_id] * behind)
+        mask.append([1] * len(prefix) + [0] * before + [1] * len(row) + [0] * behind)
+    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)

@@ -1,0 +1,111 @@
+"""In-context learning: answered examples in the prompt in place of training (Brown et al. 2020, arXiv:2005.14165)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from slimtune.errors import ConfigError, DataError, check_choice, check_whole
+from slimtune.evaluate.similarity import nearest
+from slimtune.evaluate.tasks import Question, Task
+
+PICKS = ("random", "similar")
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Which examples stand in front of each question; raises ConfigError for values that can't be.
+
+    Attributes:
+        count: how many, 0 asking outright.
+        pick: "random" draws the same examples for all questions, each label as often as the others where there are
+            labels; "similar" takes those whose question is most alike (Liu et al. 2022, arXiv:2101.06804), the nearest
+            one last.
+        seed: of the draw, and of random labels.
+        random_labels: give the examples wrong answers: each a label at random (Min et al. 2022, arXiv:2202.12837), or
+            another example's answer where there are no labels. A score that stays shows that the examples told the
+            form of an answer only.
+    """
+
+    count: int = 0
+    pick: str = "random"
+    seed: int = 0
+    random_labels: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("shots", self.count, least=0)
+        check_choice("pick", self.pick, PICKS)
+        check_whole("seed", self.seed, least=0)
+        if self.random_labels and not self.count:
+            raise ConfigError("random labels are for examples in the prompt, and there are none; ask for shots")
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The examples in front of each question.
+
+    Attributes:
+        leaked: how many examples were left out, because they are questions of the task.
+        by: how the examples were found.
+    """
+
+    shots: list[list[Question]]
+    leaked: int
+    by: str
+
+
+def contexts(task: Task, questions: Sequence[Question], examples: Task | None, shots: Shots) -> Contexts:
+    """The examples in front of each of the questions; raises DataError, ConfigError if there are too few."""
+    if not shots.count:
+        return Contexts([[] for _ in questions], 0, "asked outright")
+    if examples is None:
+        raise ConfigError(f"{shots.count} shots were asked for, but no examples were given; pass a file of examples")
+    held_out = {question.asked for question in task.questions}
+    pool = [example for example in examples.questions if example.asked not in held_out]
+    leaked = len(examples.questions) - len(pool)
+    if shots.count > len(pool):
+        left = f", of which {leaked} are left out as questions of the task itself" if leaked else ""
+        raise DataError(
+            f"{shots.count} shots were asked for, but {examples.source} has {len(examples.questions)} "
+            f"examples{left}; ask for {len(pool)} at most, or add examples"
+        )
+    if shots.random_labels:
+        pool = _mislabelled(pool, task.labels, random.Random(shots.seed), examples.source)
+    if shots.pick == "random":
+        drawn = _draw(pool, shots.count, bool(task.labels), random.Random(shots.seed))
+        return Contexts([drawn for _ in questions], leaked, f"drawn with seed {shots.seed}")
+    ranked, by = nearest([q.asked for q in questions], [e.asked for e in pool], shots.count)
+    return Contexts([[pool[index] for index in reversed(row)] for row in ranked], leaked, by)
+
+
+def _draw(pool: Sequence[Question], count: int, has_labels: bool, rng: random.Random) -> list[Question]:
+    """As many examples, of each label as many as of the others, or one more."""
+    if not has_labels:
+        return rng.sample(list(pool), count)
+    by_label: dict[str, list[Question]] = {}
+    for example in rng.sample(list(pool), len(pool)):
+        by_label.setdefault(example.expected, []).append(example)
+    piles = rng.sample(list(by_label.values()), len(by_label))
+    drawn: list[Question] = []
+    while len(drawn) < count:
+        drawn += [pile.pop() for pile in piles if pile]
+    drawn = drawn[:count]
+    # Labels in turn would show a pattern that is none.
+    rng.shuffle(drawn)
+    return drawn
+
+
+def _mislabelled(pool: list[Question], labels: Sequence[str], rng: random.Random, source: str) -> list[Question]:
+    answers = {example.expected for example in pool}
+    if len(labels or answers) < 2:
+        raise ConfigError(
+            f"random labels need two different answers at least, and all of {source} has {answers.pop()!r}; "
+            f"leave them out"
+        )
+    if labels:
+        return [replace(example, expected=rng.choice(labels)) for example in pool]
+    # In a circle of random order, nobody keeps an answer.
+    circle = rng.sample(range(len(pool)), len(pool))
+    given = {index: pool[circle[place - 1]].expected for place, index in enumerate(circle)}
+    return [replace(example, expected=given[index]) for index, example in enumerate(pool)]

@@ -1,0 +1,107 @@
+"""The score of a classifier, of whatever kind it is, on texts with labels."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimtune.errors import ConfigError, DataError, listing
+from slimtune.evaluate.result import Evaluation, Scored, summarised
+from slimtune.evaluate.scorers import CHOICE, find_scorers
+from slimtune.evaluate.settings import EvaluationSettings
+from slimtune.evaluate.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slimtune.data.labelled import Text
+
+
+def label_texts(
+    source: str, texts: list[Text], batch_size: int = 32, too_long: str = "error", quantize: str | None = None,
+    options: tuple[Any, ...] = (),
+) -> tuple[list[str], list[int], Tensor]:  # fmt: skip
+    """The labels of a classifier, which texts it judged, and p_NL of each label for each of these.
+
+    Args:
+        source: a folder that was trained on texts with labels: an adapter, a model, or a classifier on features.
+        too_long: "error", "drop" or "truncate".
+        options: dtype, device and trust_remote_code, as `load` takes them.
+    """
+    from slimtune.features import is_feature_classifier
+
+    if is_feature_classifier(source):
+        return _by_features(source, texts, batch_size, too_long, quantize, options)
+    from slimtune.data.labelled import longest_input, tokenize
+    from slimtune.evaluate.classification import classify
+    from slimtune.loading import load_trained_classifier
+
+    model, tokenizer = load_trained_classifier(source, *options, quantize=quantize)
+    found = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
+    return list(model.config.id2label.values()), found.kept, classify(model, tokenizer, found.rows, batch_size)
+
+
+def evaluate_classifier(
+    source: str, task: Task, settings: EvaluationSettings, quantize: str | None = None, options: tuple[Any, ...] = ()
+) -> Evaluation:
+    """Accuracy, macro F1 and the loss, -log p(label), of a classifier on a task with labels.
+
+    Raises:
+        ConfigError: a scorer other than accuracy.
+        DataError: the task has no labels, or some that the classifier doesn't know.
+    """
+    began = time.monotonic()
+    if not task.labels:
+        raise DataError(f"{source} gives texts labels, but {task.source} has none; pass rows with text and label")
+    scorers = find_scorers(settings.scorer, task)
+    if scorers[0].name != CHOICE:
+        raise ConfigError(f"{source} gives texts labels, which the scorer '{CHOICE}' is for; leave --scorer out")
+    questions = task.questions[: settings.limit]
+    texts = [question.text for question in questions if question.text is not None]
+    labels, kept, p_NL = label_texts(source, texts, settings.batch_size, settings.too_long, quantize, options)
+    unknown = {question.expected for question in questions} - set(labels)
+    if unknown:
+        raise DataError(f"{task.source} has labels that {source} doesn't know: {listing(unknown)}; it has {labels}")
+    losses_NL = -p_NL.clamp_min(1e-38).log()
+    scored = []
+    for row, index in enumerate(kept):
+        question = questions[index]
+        answer = labels[int(p_NL[row].argmax())]
+        loss = float(losses_NL[row, labels.index(question.expected)])
+        scored.append(Scored(question, answer, dict(scorers[0].score(answer, question)), loss, 1))
+    facts = {"dropped": len(questions) - len(kept), "shots": 0}
+    return summarised(scored, time.monotonic() - began, facts, of_tokens=False)
+
+
+def _by_features(
+    source: str, texts: list[Text], batch_size: int, too_long: str, quantize: str | None, options: tuple[Any, ...]
+) -> tuple[list[str], list[int], Tensor]:
+    from slimtune.features import FeatureClassifier, extract
+    from slimtune.loading import load_encoder
+
+    if quantize is not None:
+        raise ConfigError(f"{source} was trained on features of the base as it is; leave --quantize out")
+    if too_long == "drop":
+        raise ConfigError(f"{source} judges all texts; leave --too-long out, or train an adapter")
+    found = FeatureClassifier.load(source)
+    model, tokenizer = load_encoder(found.base, *options)
+    features_ND = extract(model, tokenizer, texts, found.pooling, batch_size, None, found.max_length, too_long)
+    return found.labels, list(range(len(texts))), found.probabilities(features_ND)
+
+
+def is_classifier(source: str) -> bool:
+    """Whether a folder holds what gives texts labels, so that it writes no answers."""
+    from slimtune.features import is_feature_classifier
+
+    folder = Path(source)
+    if is_feature_classifier(folder):
+        return True
+    name = "adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json"
+    try:
+        stored = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    named = stored.get("architectures") or [] if isinstance(stored, dict) else []
+    return stored.get("task_type") == "SEQ_CLS" or any(str(n).endswith("ForSequenceClassification") for n in named)

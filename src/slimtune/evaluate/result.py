@@ -1,0 +1,133 @@
+"""What an evaluation found: scores with intervals, the loss of the expected answers, and every answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from slimtune.evaluate.classification import scores as label_scores
+from slimtune.evaluate.intervals import bootstrap, interval_of_mean
+from slimtune.evaluate.scorers import CHOICE
+from slimtune.evaluate.tasks import Question
+
+MACRO_F1 = "macro_f1"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer and its scores.
+
+    Attributes:
+        scores: by name, the main one first; more is better.
+        loss: of the expected answer in nats, -sum log p(token).
+        tokens: that the expected answer has, its end of turn included.
+        ended: whether the model ended its answer before it had as many tokens as it may.
+        shots: how many examples stood in front of the question.
+    """
+
+    question: Question
+    answer: str
+    scores: dict[str, float]
+    loss: float
+    tokens: int
+    ended: bool = True
+    shots: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of the answers' file."""
+        asked = self.question.turns if self.question.text is None else self.question.text
+        main = next(iter(self.scores.values()))
+        found = {"question": asked, "answer": self.answer, "expected": self.question.expected, "score": main}
+        return found | {"scores": self.scores, "loss": self.loss, "tokens": self.tokens, "ended": self.ended}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a model on a task.
+
+    Attributes:
+        metric: the name of the main score.
+        scores: means over the questions, or over all of them at once (macro F1), between 0 and 1 unless the scorer is
+            the user's own.
+        intervals: of 95%, by Wilson's formula for shares, else by bootstrap over the questions.
+        loss: in nats a token of the expected answers, over all tokens; a text's loss where a classifier was asked.
+        perplexity: exp(loss), where the loss is of tokens.
+        facts: what else there is to know: how many were dropped, cut off, left out.
+    """
+
+    metric: str
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    loss: float
+    perplexity: float | None
+    answers: list[Scored]
+    seconds: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float:
+        """The main score."""
+        return self.scores[self.metric]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without the answers."""
+        return {
+            "metric": self.metric,
+            "scores": self.scores,
+            "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
+            "count": len(self.answers),
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "seconds": self.seconds,
+            **self.facts,
+        }
+
+    def remarks(self) -> list[str]:
+        """What a reader must know besides the scores, a sentence each."""
+        facts, found = self.facts, []
+        if facts.get("known"):
+            found.append(f"{facts['known']} of the answers were there from a run that broke off")
+        if facts.get("dropped"):
+            found.append(f"{facts['dropped']} questions were dropped, because they don't fit into the model")
+        if facts.get("unfinished"):
+            most = facts["max_new_tokens"]
+            found.append(f"{facts['unfinished']} answers were cut off after {most} tokens (--max-new-tokens)")
+        if examples := facts.get("examples"):
+            found.append(f"{facts['shots']} examples in front of each question, {examples['by']}")
+            if examples["leaked"]:
+                found.append(f"{examples['leaked']} examples were left out, because they are questions of the task")
+            if examples["shortened"]:
+                found.append(f"{examples['shortened']} questions stand behind fewer examples, to fit into the model")
+        return found
+
+
+def summarised(answers: Sequence[Scored], seconds: float, facts: dict[str, Any], of_tokens: bool = True) -> Evaluation:
+    """Scores over all answers, which all have the same names."""
+    names = list(answers[0].scores)
+    by_name = {name: [answer.scores[name] for answer in answers] for name in names}
+    means = {name: math.fsum(values) / len(values) for name, values in by_name.items()}
+    intervals = {name: interval_of_mean(values) for name, values in by_name.items()}
+    if CHOICE in names:
+        means[MACRO_F1], intervals[MACRO_F1] = _macro_f1(answers)
+    count = sum(answer.tokens for answer in answers) if of_tokens else len(answers)
+    loss = math.fsum(answer.loss for answer in answers) / count
+    perplexity = _exp(loss) if of_tokens else None
+    return Evaluation(names[0], means, intervals, loss, perplexity, list(answers), seconds, facts)
+
+
+def _macro_f1(answers: Sequence[Scored]) -> tuple[float, tuple[float, float]]:
+    pairs = [(answer.answer, answer.question.expected) for answer in answers]
+
+    def of(chosen: np.ndarray) -> float:
+        picked = [pairs[index] for index in chosen]
+        return label_scores([answer for answer, _ in picked], [true for _, true in picked])[MACRO_F1]
+
+    return of(np.arange(len(pairs))), bootstrap(of, len(pairs))
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

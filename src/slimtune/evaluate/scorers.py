@@ -1,0 +1,179 @@
+"""Scores of answers: exact, as JSON, as numbers, by overlap of text, or by a function of the user's own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from slimtune.errors import ConfigError, MissingDependencyError, did_you_mean
+from slimtune.evaluate.tasks import Question, Task
+
+AUTO, CHOICE = "auto", "accuracy"
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One way to score an answer; more is better.
+
+    Attributes:
+        score: the scores of one answer by name, the first being the main one.
+    """
+
+    name: str
+    score: Callable[[str, Question], Mapping[str, float]]
+
+
+def find_scorers(names: str, task: Task) -> list[Scorer]:
+    """The scorers of these names, or of a task if "auto"; raises ConfigError, MissingDependencyError."""
+    check_scorer(names)
+    return [_found(name) for name in (_fitting(task) if names == AUTO else names.split(","))]
+
+
+def check_scorer(names: str) -> None:
+    """Raises: ConfigError, for names that no scorer has, with the nearest."""
+    if not isinstance(names, str):
+        raise ConfigError(f"scorer must be a name or path.py:function, found {names!r}")
+    for name in names.split(","):
+        if name in SCORERS or ".py:" in name or (name == AUTO == names):
+            continue
+        known = (AUTO, *SCORERS)
+        raise ConfigError(
+            f"no scorer '{name}'; pass one of {', '.join(known)}, or a function of your own as path.py:function"
+            f"{did_you_mean(name, known)}"
+        )
+    if CHOICE in names.split(",") and names != CHOICE:
+        raise ConfigError(f"the scorer '{CHOICE}' lets the model choose a label instead of writing; pass it alone")
+
+
+def _fitting(task: Task) -> tuple[str, ...]:
+    if task.labels:
+        return (CHOICE,)
+    if any(question.entry is not None for question in task.questions):
+        return ("reasoning_gym",)
+    if all(isinstance(_parsed(question.expected), dict | list) for question in task.questions):
+        return ("json", "exact_match")
+    if all(_as_number(question.expected) is not None for question in task.questions):
+        return ("number", "exact_match")
+    return ("exact_match",)
+
+
+def _found(name: str) -> Scorer:
+    if ".py:" in name:
+        from slimtune.evaluate.user_scorer import load_scorer
+
+        return Scorer(name, load_scorer(name))
+    return Scorer(name, SCORERS[name]())
+
+
+def _exact_match() -> Callable[[str, Question], dict[str, float]]:
+    return lambda answer, question: {"exact_match": float(answer.strip() == question.expected.strip())}
+
+
+def _choice() -> Callable[[str, Question], dict[str, float]]:
+    return lambda answer, question: {CHOICE: float(answer == question.expected)}
+
+
+def _json_match() -> Callable[[str, Question], dict[str, float]]:
+    def score(answer: str, question: Question) -> dict[str, float]:
+        expected = _parsed(question.expected)
+        if expected is _BROKEN:
+            raise ConfigError(
+                f"the scorer 'json' needs expected answers that are JSON, found {question.expected!r}; choose another"
+            )
+        found = _parsed(answer)
+        return {"json_match": float(_alike(found, expected)), "json_valid": float(found is not _BROKEN)}
+
+    return score
+
+
+def _number_match() -> Callable[[str, Question], dict[str, float]]:
+    def score(answer: str, question: Question) -> dict[str, float]:
+        expected = _last_number(question.expected)
+        if expected is None:
+            raise ConfigError(
+                f"the scorer 'number' needs a number in each expected answer, found {question.expected!r}; "
+                f"choose another"
+            )
+        return {"number_match": float(_last_number(answer) == expected)}
+
+    return score
+
+
+def _rouge() -> Callable[[str, Question], dict[str, float]]:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise _missing("rouge", "rouge-score") from error
+    kinds = ["rougeL", "rouge1", "rouge2"]
+    scorer = RougeScorer(kinds)
+
+    def score(answer: str, question: Question) -> dict[str, float]:
+        found = scorer.score(question.expected, answer)
+        return {kind: found[kind].fmeasure for kind in kinds}
+
+    return score
+
+
+def _chrf() -> Callable[[str, Question], dict[str, float]]:
+    try:
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise _missing("chrf", "sacrebleu") from error
+    scorer = CHRF()
+    return lambda answer, question: {"chrf": scorer.sentence_score(answer, [question.expected]).score / 100}
+
+
+def _reasoning_gym() -> Callable[[str, Question], dict[str, float]]:
+    from slimtune.evaluate.reasoning import score_entry
+
+    return lambda answer, question: {"reasoning_gym": score_entry(answer, question)}
+
+
+SCORERS: dict[str, Callable[[], Callable[[str, Question], Mapping[str, float]]]] = {
+    "exact_match": _exact_match,
+    CHOICE: _choice,
+    "json": _json_match,
+    "number": _number_match,
+    "rouge": _rouge,
+    "chrf": _chrf,
+    "reasoning_gym": _reasoning_gym,
+}
+
+
+def _missing(scorer: str, package: str) -> MissingDependencyError:
+    return MissingDependencyError(f"the scorer '{scorer}' needs {package}: run `pip install 'slimtune[evaluate]'`")
+
+
+_BROKEN = object()
+"""In place of a value: what is no JSON."""
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _BROKEN
+
+
+def _alike(found: Any, expected: Any) -> bool:
+    """Whether two values of JSON are the same; in Python, true equals 1."""
+    return found is not _BROKEN and json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def _last_number(text: str) -> Decimal | None:
+    """The last number in a text, where an answer that reasons first ends."""
+    found = _NUMBER.findall(text)
+    return _as_number(found[-1]) if found else None
+
+
+def _as_number(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text.strip().replace(",", ""))
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None

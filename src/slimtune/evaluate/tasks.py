@@ -1,0 +1,174 @@
+"""Questions with the answers that are expected, read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from slimtune.data.labelled import Labelled, Text, has_labels, read_labelled
+from slimtune.data.rows import Pair, Row, read_rows
+from slimtune.errors import DataError
+from slimtune.template import Message, has_template, render
+
+MADE = "reasoning-gym:"
+"""In front of the names of tasks that are made, not read."""
+BETWEEN_SHOTS = "\n\n"
+"""What separates examples in a text for models without a chat template."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and the one answer that is expected.
+
+    Attributes:
+        turns: the conversation up to the answer.
+        expected: the answer.
+        plain: the question as text, for models without a chat template.
+        gap: what stands between that text and the answer.
+        text: what a classifier is shown, where the task has labels.
+        entry: the row that a task brought along for its own scorer.
+    """
+
+    turns: list[Message]
+    expected: str
+    plain: str
+    gap: str = ""
+    text: Text | None = None
+    entry: Any = None
+
+    @property
+    def asked(self) -> str:
+        """The question without a system message, by which two of them are known as the same."""
+        return "\n".join(turn["content"] for turn in self.turns if turn["role"] != "system").strip()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions of one kind.
+
+    Attributes:
+        source: where they come from.
+        labels: the answers among which one is right, if the task is to choose.
+        instruction: what is said in front of all questions, in place of their own system messages; empty for nothing.
+    """
+
+    source: str
+    questions: list[Question]
+    labels: list[str] = field(default_factory=list)
+    instruction: str = ""
+
+
+def read_task(path: str | Path, instruction: str = "") -> Task:
+    """The questions of a file: conversations, prompts with completions, or texts with labels; raises DataError.
+
+    For texts with labels, the instruction lists the labels unless another one is given.
+    """
+    path = Path(path)
+    if has_labels(path):
+        return _labelled(str(path), read_labelled(path), instruction)
+    rows = read_rows(path)
+    questions = [_question(row, f"{path}, example {number}") for number, row in enumerate(rows, 1)]
+    return Task(str(path), questions, instruction=instruction)
+
+
+def open_task(source: str, instruction: str = "", size: int | None = None, seed: int = 0) -> Task:
+    """The questions of a file, or `size` questions (100 unless told) of `reasoning-gym:NAME`, made by seed."""
+    if source.startswith(MADE):
+        from slimtune.evaluate.reasoning import make_task
+
+        return make_task(source.removeprefix(MADE), size or 100, seed, instruction)
+    return read_task(source, instruction)
+
+
+def conversation(question: Question, shots: Sequence[Question] = (), instruction: str = "") -> list[Message]:
+    """The turns of a question behind answered examples, which keep no system message of their own."""
+    own = [turn for turn in question.turns if turn["role"] == "system"]
+    opening = [{"role": "system", "content": instruction}] if instruction else own
+    answered = [turn for shot in shots for turn in [*_spoken(shot), {"role": "assistant", "content": shot.expected}]]
+    return [*opening, *answered, *_spoken(question)]
+
+
+def prompt(tokenizer: Any, question: Question, shots: Sequence[Question] = (), instruction: str = "") -> str:
+    """What the model is shown: former turns of the chat, or text with blank lines between the examples.
+
+    Raises:
+        DataError: the chat template refuses the conversation.
+    """
+    return _shown(tokenizer, question, shots, instruction, None)
+
+
+def answered(
+    tokenizer: Any, question: Question, shots: Sequence[Question], instruction: str, answer: str
+) -> tuple[str, int]:
+    """The prompt with an answer and its end of turn, and where in this text the answer begins; raises DataError."""
+    before = prompt(tokenizer, question, shots, instruction)
+    whole = _shown(tokenizer, question, shots, instruction, answer)
+    if not whole.startswith(before):
+        raise DataError(
+            "the tokenizer's chat template renders a question differently once its answer follows, so the loss of the "
+            "answer can't be told; evaluate with a template that leaves former turns as they are"
+        )
+    return whole, len(before)
+
+
+def _shown(tokenizer: Any, question: Question, shots: Sequence[Question], instruction: str, answer: str | None) -> str:
+    if not has_template(tokenizer):
+        former = "".join(f"{shot.plain}{shot.gap}{shot.expected}{BETWEEN_SHOTS}" for shot in shots)
+        opening = f"{instruction}{BETWEEN_SHOTS}" if instruction else ""
+        return f"{opening}{former}{question.plain}" + ("" if answer is None else f"{question.gap}{answer}")
+    turns = conversation(question, shots, instruction)
+    if turns[0]["role"] == "system" and not _takes_system(tokenizer):
+        first = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+        turns = [first, *turns[2:]]
+    if answer is None:
+        return render(tokenizer, turns, for_answer=True)
+    # White space behind the end of turn belongs to the template: generation has stopped before it.
+    return render(tokenizer, [*turns, {"role": "assistant", "content": answer}]).rstrip()
+
+
+def _takes_system(tokenizer: Any) -> bool:
+    """Whether the chat template knows system messages; some refuse them."""
+    try:
+        render(tokenizer, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+    except DataError:
+        return False
+    return True
+
+
+def _spoken(question: Question) -> list[Message]:
+    return [turn for turn in question.turns if turn["role"] != "system"]
+
+
+def _question(row: Row, where: str) -> Question:
+    turns = row.turns()
+    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+        raise DataError(f"{where} has no expected answer; end it with an assistant turn that isn't empty")
+    *asked, answer = turns
+    if not any(turn["role"] == "user" for turn in asked):
+        raise DataError(f"{where} asks nothing: no user turn stands before the answer; add the question")
+    if isinstance(row, Pair):
+        return Question(asked, answer["content"], plain=row.prompt)
+    return Question(asked, answer["content"], plain="\n".join(turn["content"] for turn in asked) + "\n")
+
+
+def _labelled(source: str, rows: list[Labelled], instruction: str) -> Task:
+    labels = sorted({row.label for row in rows})
+    questions = []
+    for row in rows:
+        shown = row.text if row.text_pair is None else f"{row.text}\n\n{row.text_pair}"
+        turns = [{"role": "user", "content": shown}]
+        questions.append(Question(turns, row.label, f"Text: {shown}\nLabel:", " ", row.texts))
+    return with_labels(Task(source, questions, labels, instruction), labels)
+
+
+def with_labels(task: Task, labels: Sequence[str]) -> Task:
+    """The task with these labels to choose from, named in its instruction unless it has another one."""
+    said = _label_instruction(task.labels)
+    instruction = _label_instruction(labels) if task.instruction in ("", said) else task.instruction
+    return replace(task, labels=list(labels), instruction=instruction)
+
+
+def _label_instruction(labels: Sequence[str]) -> str:
+    return f"Answer with one of these labels and nothing else: {', '.join(labels)}."
