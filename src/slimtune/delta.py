@@ -73,6 +73,10 @@ class Base(ABC):
         """What expands the weight once more, so that a backward pass need not keep it; None where it is kept anyway."""
         return None
 
+    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """`x W^T` without expanding W, where that is quicker: few tokens, and nothing to learn."""
+        return None
+
     def bias(self, module: Any) -> Tensor | None:
         """The bias that the module adds to its output, if it has one."""
         return getattr(module, "bias", None)

@@ -49,6 +49,13 @@ class Bnb4bitLinear(BnbLinear):
 
         return functools.partial(expand_4bit, module.weight, state_of(module))
 
+    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        if not self.is_packed(module):
+            return None
+        from slimtune.quantized.few_tokens import few_tokens_4bit
+
+        return few_tokens_4bit(module, state_of(module), x, self.product_dtype(module, x))
+
     def dtype(self, module: Any) -> torch.dtype:
         return module.compute_dtype or state_of(module).dtype
 
@@ -89,6 +96,13 @@ class Bnb8bitLinear(BnbLinear):
         from slimtune.quantized.bnb import expand_8bit
 
         return functools.partial(expand_8bit, module.weight, scales_of(module), self.dtype(module))
+
+    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        if not self.is_packed(module):
+            return None
+        from slimtune.quantized.few_tokens import few_tokens_8bit
+
+        return few_tokens_8bit(module.weight, scales_of(module), x, self.product_dtype(module, x))
 
     def dtype(self, module: Any) -> torch.dtype:
         # bitsandbytes doesn't store what the weight was before; what the model computes in is noted when it is claimed.

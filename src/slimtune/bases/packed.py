@@ -61,6 +61,11 @@ class PackedLinear(Base):
         shape = torch.Size((module.out_features, module.in_features))
         return Outline(shape, self.dtype(module), module.weight.device)
 
+    def product_dtype(self, module: Any, x: Tensor) -> torch.dtype:
+        """What a product with x is computed in: the dtype of autocast where that is on."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.outline(module).dtype
+
     def floating(self, module: nn.Module, name: str) -> Tensor | None:
         return self.weight(module) if name == "weight" else super().floating(module, name)
 
@@ -107,6 +112,11 @@ class Packed:
         """x (..., in) to (..., out), in the dtype of x."""
         module: Any = self
         base = module.packed_base
+        product = base.for_few_tokens(module, x)
+        if product is not None:
+            y = product(x.to(base.product_dtype(module, x)))
+            y = y if module.bias is None else y + module.bias.to(y.dtype)
+            return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
         return frozen_linear(x, base.weight(module), module.bias, base.recall(module), base.outline(module).dtype)
 
 

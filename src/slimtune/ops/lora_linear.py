@@ -31,7 +31,7 @@ from slimtune.ops.frozen_linear import no_autocast
 @fuses(LoraLinear, DenseLinear)
 def lora_linear(delta: LoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * B(A(dropout(x)))`, fused where the base is a plain frozen product."""
-    if args or kwargs or not is_plain(module, x):
+    if args or kwargs or not is_plain(module, x) or base.base.for_few_tokens(module, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, delta.lora_dropout if delta.training else 0.0)
     y_TO: Any = _LoraLinear.apply(x, base.weight, base.bias, *delta.pair, settings)
