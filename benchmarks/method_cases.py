@@ -83,7 +83,8 @@ def both(rate: float, reviews: float | None = None) -> dict[str, float]:
 METHODS = (
     Method("lora", "LoraConfig", LOW_RANK, both(1e-3), ("target_modules",)),
     Method("dora", "LoraConfig", {**LOW_RANK, "use_dora": True}, both(1e-3), ("target_modules",)),
-    Method("pissa", "LoraConfig", {**LOW_RANK, "init_lora_weights": "pissa"}, both(1e-3), ("target_modules",)),
+    Method("pissa", "LoraConfig", {**LOW_RANK, "init_lora_weights": "pissa"}, both(1e-3, reviews=3e-4),
+           ("target_modules",)),
     Method("adalora", "AdaLoraConfig", {"init_r": 16, "target_r": 12, "lora_alpha": 32, "tinit": 8, "tfinal": 16},
            both(1e-2), ("target_modules",)),
     Method("vera", "VeraConfig", {"r": 256}, both(2e-2, reviews=3e-2), ("target_modules",)),

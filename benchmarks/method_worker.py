@@ -199,6 +199,8 @@ def measure(task: Task, method: Method, side: Side, seed: int, folder: str) -> d
             importlib.import_module(needed)
     before = resident_bytes()
     model, attach_seconds = prepared(bench, method, task, library)
+    # Attaching draws more numbers in one library than in the other, and dropout would differ from there on.
+    transformers.set_seed(seed)
     found: dict[str, Any] = {"attach_seconds": attach_seconds, **train(bench, model, method, task, seed)}
     found |= {"peak_bytes": peak_rss_bytes(), "peak_above_imports_bytes": peak_rss_bytes() - before}
     if not method.config:
