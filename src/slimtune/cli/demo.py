@@ -97,21 +97,25 @@ class Demo:
         return zero
 
     def _tune(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], base: Score) -> Score:
-        from slimtune.data.lesson import Conversations
-        from slimtune.data.rows import Conversation
+        from slimtune.data.lesson import read
         from slimtune.train.job import adopt, tune
-        from slimtune.train.method import configure, find, table
-        from slimtune.train.settings import TrainSettings
+        from slimtune.train.recipe import Recipe
 
-        lora = find("lora")
-        config = configure(lora, {"target_modules": "all-linear"})
-        settings = TrainSettings(learning_rate=1e-3, max_steps=self.steps, batch_size=16, warmup=0.1, seed=self.seed)
-        rows = [Conversation.model_validate({"messages": example.messages()}) for example in train]
-        data = Conversations("spoken orders (slimtune demo-data)", list(rows), [], max_length=256, too_long="error")
+        rows = self.output / "train.jsonl"
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text("".join(json.dumps({"messages": e.messages()}) + "\n" for e in train), encoding="utf-8")
+        training = {"learning_rate": 1e-3, "max_steps": self.steps, "batch_size": 16, "warmup": 0.1, "seed": self.seed}
+        recipe = Recipe.of({
+            "model": {"name": BASE, "dtype": _native()},
+            "data": {"train": str(rows), "max_length": 256},
+            "method": {"name": "lora", "target_modules": "all-linear"},
+            "training": training,
+            "output": str(self.adapter),
+        })  # fmt: skip
         with self._step("Tune with LoRA"):
-            adopt(model, config, self.seed)
-            method = table(lora, config)
-            outcome = tune(self.screen, model, tokenizer, data, settings, self.adapter, True, method)
+            adopt(model, recipe.method.config(), self.seed)
+            data = read(recipe.data, recipe.task, self.seed)
+            outcome = tune(self.screen, model, tokenizer, data, recipe, overwrite=True)
             self.results |= {"train_seconds": outcome.seconds, "tokens_per_second": outcome.tokens_per_second}
         with self._step("Score the tuned model on the same orders"):
             tuned = self._ask(model, tokenizer, held_out)

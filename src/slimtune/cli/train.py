@@ -1,37 +1,53 @@
-"""`slimtune train`: a model, a data file and a method in, an adapter out."""
+"""`slimtune train`: a recipe, or options that make one, to a tuned adapter or model in a folder."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Base, Device, Dtype, Json, Output, Overwrite, Quantize, TrustRemoteCode, console
+from slimtune.cli.options import Device, Dtype, Json, Overwrite, Quantize, TrustRemoteCode, console
 from slimtune.errors import ConfigError, listing
 from slimtune.train.method import OPTIONS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from slimtune.train.method import Method
+    from slimtune.train.recipe import Recipe
 
 METHOD, RUN, DATA = "Method", "Training", "Data"
-NEEDED_BY_FEATURES = {"batch_size", "seed", "dtype", "device"}
+MODEL_OPTIONS = ("dtype", "device", "quantize", "trust_remote_code")
+DATA_OPTIONS = ("max_length", "too_long")
+WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "plans", "as_json")
+"""Parameters that say how a recipe is run, not what it says."""
 
 
 def train(
     ctx: typer.Context,
-    model: Base,
-    data: Annotated[
-        Path,
+    source: Annotated[
+        str,
         typer.Argument(
-            metavar="DATA", help="JSONL with messages, or prompt and completion; JSONL or CSV with text and label."
+            metavar="RECIPE.yaml|MODEL",
+            help="A recipe, or a model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/].",
         ),
     ],
-    output: Output,
+    rest: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[DATA] [SECTION.KEY=VALUE]...",
+            help="With a model the data: JSONL with messages, or prompt and completion; JSONL or CSV with text and "
+            "label. Then settings of a recipe, such as training.learning_rate=1e-4.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The folder to write; by default the recipe's."),
+    ] = None,
     method: Annotated[
         str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.", rich_help_panel=METHOD)
     ] = "lora",
@@ -118,73 +134,76 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Tune a model on a file of conversations, of which the answers are learned, or of texts with labels.
+    """Tune a model as a recipe says, or on a file of conversations, of which the answers are learned, or of labels.
 
-    Writes the adapter, the tokenizer with its chat template, the loss curve and a model card. Rows with text, label
-    and perhaps text_pair train a classifier of whole texts; labels of single tokens, answers in a passage and images
-    are trained in Python.
+    Writes the adapter, the tokenizer with its chat template, the loss curve, a model card, what came out as
+    results.json, and the recipe in full, which run again gives the same. Rows with text, label and perhaps text_pair
+    train a classifier of whole texts; labels of single tokens, answers in a passage and images are trained in Python.
+
+    Example: slimtune train recipe.yaml training.learning_rate=1e-4
 
     Example: slimtune train smollm2-135m-instruct orders/train.jsonl --output tuned --max-steps 40
     """
-    from slimtune.data.lesson import read
-    from slimtune.data.settings import DataSettings
-    from slimtune.loading import pick_device
-    from slimtune.quantized.report import parts
     from slimtune.staging import refuse_existing
-    from slimtune.train.job import load_for, tune
-    from slimtune.train.method import FEATURES, configure, find, table
-    from slimtune.train.optimizer import check_runs
-    from slimtune.train.settings import TrainSettings
+    from slimtune.train.figures import RESULTS
+    from slimtune.train.job import run
 
-    # All that needs no model comes first: a slip of the pen must not cost a download.
-    refuse_existing(output, overwrite)
-    chosen = find(method)
-    given = _given(ctx)
-    _refuse_what_changes_nothing(chosen, given)
-    if quantize is not None:
-        _check_quantize(method, quantize)
-    config = configure(chosen, {name: ctx.params[name] for name in OPTIONS if name in given}, assignments, model)
-    if eval_data and eval_fraction:
-        raise ConfigError("--eval-data and --eval-fraction were both given; pass one of them")
-    files = read(DataSettings(data, eval_data or eval_fraction, max_length=max_length, too_long=too_long), seed=seed)
-    screen = console(as_json)
-    if method == FEATURES:
-        from slimtune.cli.features import train_on_features
-
-        found = train_on_features(
-            screen, config, files, model, output, overwrite, batch_size, dtype, device, trust_remote_code
-        )
-        if as_json:
-            print(json.dumps({"output": str(output), **found}))
-        return
-    rate = chosen.config.learning_rate if learning_rate is None else learning_rate
-    settings = TrainSettings(**{**_taken(ctx, TrainSettings.__dataclass_fields__), "learning_rate": rate})
-    place = pick_device(device).partition(":")[0]
-    check_runs(optim, place)
-    if plans:
-        from slimtune.cli.foresight import refuse_what_does_not_fit
-
-        refuse_what_does_not_fit(
-            screen, model, method, copy.deepcopy(config), data, files.task_type, settings, max_length, dtype, quantize,
-            place, trust_remote_code,
-        )  # fmt: skip
-    loaded, tokenizer, autocast = load_for(
-        method, config, files, model, dtype, device, trust_remote_code, seed, quantize
-    )
-    outcome = tune(
-        screen, loaded, tokenizer, files, settings, output, overwrite, table(chosen, config), autocast, quantize
-    )
-    use = f"slimtune chat {output}" if files.task_type == "CAUSAL_LM" else f"slimtune predict {output} TEXTS.jsonl"
-    use += f" --quantize {quantize}" if quantize else ""
-    screen.print(f"written to {output}; try it:  {use}", markup=False)
+    if output is not None:
+        refuse_existing(output, overwrite)
+    recipe = _recipe(ctx, source, rest, output)
+    outcome = run(recipe, console(as_json), overwrite, plans)
+    written = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
+    _say_how_to_use(console(as_json), recipe, written["task_type"])
     if as_json:
-        print(json.dumps({"output": str(output), **asdict(outcome), "parts": parts(loaded).to_dict()}))
+        print(json.dumps({"output": recipe.output, **written}))
     if outcome.interrupted:
         raise typer.Exit(1)
 
 
-def _taken(ctx: typer.Context, names: Iterable[str]) -> dict[str, Any]:
-    return {name: ctx.params[name] for name in names if name in ctx.params}
+def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
+    from slimtune.train.recipe import Recipe, overridden
+    from slimtune.train.yaml_file import is_yaml, read_mapping
+
+    given = _given(ctx) - set(WITH_A_RECIPE)
+    target = {} if output is None else {"output": str(output)}
+    if is_yaml(source):
+        if given:
+            raise ConfigError(
+                f"{_options(given)} does not go with a recipe; write settings as section.key=value behind it, for "
+                "example training.learning_rate=1e-4"
+            )
+        return Recipe.of(overridden(read_mapping(Path(source)), rest) | target)
+    if not rest or ("=" in rest[0] and not Path(rest[0]).exists()):
+        raise ConfigError(f"no data was named to train {source} on; pass a data file behind it, or a recipe.yaml")
+    if output is None:
+        raise ConfigError("no folder was named to write; pass --output DIR")
+    return Recipe.of(overridden(_sections(ctx, source, rest[0], given) | target, rest[1:]))
+
+
+def _sections(ctx: typer.Context, model: str, data: str, given: set[str]) -> dict[str, Any]:
+    """The recipe that options make: what was not given is left to it."""
+    from slimtune.train.method import find, options_as_fields
+    from slimtune.train.settings import TrainSettings
+
+    taken = {name: value for name, value in ctx.params.items() if name in given}
+    method = find(ctx.params["method"])
+    _refuse_what_changes_nothing(method, given)
+    fields = options_as_fields(
+        method, {name: taken[name] for name in OPTIONS if name in taken}, taken.get("assignments", ())
+    )
+    if "eval_data" in taken and "eval_fraction" in taken:
+        raise ConfigError("--eval-data and --eval-fraction were both given; pass one of them")
+    held_out = str(taken["eval_data"]) if "eval_data" in taken else taken.get("eval_fraction", 0.0)
+    return {
+        "model": {"name": model} | _only(taken, MODEL_OPTIONS),
+        "data": {"train": data, "held_out": held_out} | _only(taken, DATA_OPTIONS),
+        "method": {"name": method.name} | fields,
+        "training": _only(taken, TrainSettings.__dataclass_fields__),
+    }
+
+
+def _only(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
 
 
 def _given(ctx: typer.Context) -> set[str]:
@@ -193,21 +212,26 @@ def _given(ctx: typer.Context) -> set[str]:
     return {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
 
 
-def _check_quantize(method: str, quantize: str) -> None:
-    from slimtune.quantized.settings import settings_of
-
-    settings_of(quantize)
-    if method in ("full", "features"):
-        why = "trains all weights, and codes can't be trained" if method == "full" else "takes a base as it is stored"
-        raise ConfigError(f"--method {method} {why}; leave --quantize out, or choose another method")
-
-
 def _refuse_what_changes_nothing(method: Method, given: set[str]) -> None:
+    from slimtune.train.recipe import USED_BY_FEATURES
     from slimtune.train.settings import TrainSettings
 
     strangers = set() if method.has_low_rank_pair else given & {"lora_plus_ratio"}
     if method.name == "features":
-        strangers |= (given & set(TrainSettings.__dataclass_fields__)) - NEEDED_BY_FEATURES
+        strangers |= (given & set(TrainSettings.__dataclass_fields__)) - set(USED_BY_FEATURES)
     if strangers:
-        options = listing("--" + name.replace("_", "-") for name in strangers)
-        raise ConfigError(f"{options} would change nothing with --method {method.name}; leave it out")
+        raise ConfigError(f"{_options(strangers)} would change nothing with --method {method.name}; leave it out")
+
+
+def _options(names: Iterable[str]) -> str:
+    return listing("--" + {"assignments": "set"}.get(name, name).replace("_", "-") for name in names)
+
+
+def _say_how_to_use(screen: Console, recipe: Recipe, task_type: str) -> None:
+    use = (
+        f"slimtune chat {recipe.output}"
+        if task_type == "CAUSAL_LM"
+        else f"slimtune predict {recipe.output} TEXTS.jsonl"
+    )
+    use += f" --quantize {recipe.model.quantize}" if recipe.model.quantize else ""
+    screen.print(f"written to {recipe.output}; try it:  {use}", markup=False)

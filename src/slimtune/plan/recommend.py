@@ -179,7 +179,7 @@ def _choice(method: str, base: Precision, wish: Wish, case: Case, simulate: Simu
 
     found = find(method)
     size = (wish.rank or rules.rank(case)) if method in LOW_RANK else None
-    config = None if method == FULL else configure(found, {"rank": size} if size else {})
+    config = None if method == FULL else configure(found, {"r": size} if size else {})
     if config is not None:
         config.task_type = wish.task_type
     first = Setting(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from slimtune.engines import UNKNOWN_TO_PEFT
 from slimtune.loading import PACKAGED
+from slimtune.train.figures import versions
 from slimtune.train.run import Outcome
 from slimtune.train.settings import TrainSettings
 
@@ -34,7 +33,6 @@ class Card:
 
     def text(self) -> str:
         """The card as Markdown with the metadata that the Hub reads."""
-        versions = {name: version(name) for name in ("slimtune", "torch", "transformers")}
         sections = [
             self._front_matter(),
             f"# {self.name}\n\n{'An adapter for' if self.is_adapter else 'A full fine-tune of'} `{self.base}`.",
@@ -43,7 +41,7 @@ class Card:
             "## Data\n\n" + _table(self.data),
             "## Settings\n\n" + _table(vars(self.settings)),
             "## Result\n\n" + _table(self._result()) + "\n\n![loss](loss.png)",
-            "## Versions\n\n" + _table({"python": platform.python_version(), **versions}),
+            "## Versions\n\n" + _table(versions()),
         ]
         return "\n\n".join(sections) + "\n"
 

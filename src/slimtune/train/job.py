@@ -1,4 +1,4 @@
-"""From data and a method to a written adapter: load, attach, show, train, judge, write."""
+"""From a recipe to a written folder: load, attach, show, train, judge, write."""
 
 from __future__ import annotations
 
@@ -6,49 +6,64 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.data.lesson import Data, Lesson
+from slimtune.data.lesson import Data, Lesson, read
 from slimtune.delta import dtypes_of
 from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import shown
-from slimtune.loading import is_adapter, native_dtype, resolve
+from slimtune.loading import is_adapter, native_dtype, pick_device, resolve
 from slimtune.quantized.report import parts
-from slimtune.staging import staged
+from slimtune.staging import refuse_existing, staged
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
-from slimtune.train.method import FULL
+from slimtune.train.features import train_on_features
+from slimtune.train.figures import Memory
+from slimtune.train.foresight import refuse_what_does_not_fit
+from slimtune.train.method import FEATURES, FULL, table
+from slimtune.train.optimizer import check_runs
+from slimtune.train.recipe import Recipe
 from slimtune.train.results import rescue, write_results
 from slimtune.train.run import Outcome, fine_tune
-from slimtune.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def load_for(
-    name: str,
-    config: Any,
-    data: Data,
-    source: str,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    seed: int,
-    quantize: str | None = None,
-) -> tuple[Any, Any, bool]:
-    """The model made ready for a method, its tokenizer, and whether it computes in bf16 over float32 weights."""
+def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = True) -> Outcome:
+    """From a recipe to a written folder, the one way there is; raises SlimtuneError.
+
+    Args:
+        plans: refuse what can't fit before anything is loaded.
+    """
+    # All that needs no model comes first: a slip of the pen must not cost a download.
+    refuse_existing(Path(recipe.output), overwrite)
+    data = read(recipe.data, recipe.task, recipe.training.seed)
+    if recipe.method.name == FEATURES:
+        return train_on_features(screen, recipe, data, overwrite)
+    check_runs(recipe.training.optim, pick_device(recipe.model.device).partition(":")[0])
+    if plans:
+        refuse_what_does_not_fit(screen, recipe, data.task_type)
+    Memory.watch()
+    model, tokenizer, autocast = load_for(recipe, data)
+    return tune(screen, model, tokenizer, data, recipe, overwrite, autocast)
+
+
+def load_for(recipe: Recipe, data: Data) -> tuple[Any, Any, bool]:
+    """The model made ready for its method, its tokenizer, and whether it computes in bf16 over float32 weights."""
     from transformers import set_seed
 
-    if is_adapter(source):
-        raise ConfigError(f"{source} is an adapter already; train its base, or merge it first with slimtune merge")
+    model, seed = recipe.model, recipe.training.seed
+    if is_adapter(model.name):
+        raise ConfigError(f"{model.name} is an adapter already; train its base, or merge it first with slimtune merge")
     # A new head is drawn while the model is loaded.
     set_seed(seed)
-    if name != FULL:
-        model, tokenizer = data.load(source, dtype, device, trust_remote_code, quantize)
-        return adopt(model, config, seed, data.task_type), tokenizer, False
+    if recipe.method.name != FULL:
+        how = (model.dtype, model.device, model.trust_remote_code, model.quantize)
+        loaded, tokenizer = data.load(model.name, *how)
+        return adopt(loaded, recipe.method.config(), seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
-    model, tokenizer = data.load(source, "float32", device, trust_remote_code)
-    model.requires_grad_(True)
-    return model, tokenizer, (native_dtype() if dtype == "auto" else dtype) == "bfloat16"
+    loaded, tokenizer = data.load(model.name, "float32", model.device, model.trust_remote_code)
+    loaded.requires_grad_(True)
+    return loaded, tokenizer, (native_dtype() if model.dtype == "auto" else model.dtype) == "bfloat16"
 
 
 def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> Any:
@@ -70,32 +85,31 @@ def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> A
 
 
 def tune(
-    screen: Console,
-    model: Any,
-    tokenizer: Any,
-    data: Data,
-    settings: TrainSettings,
-    output: Path,
-    overwrite: bool,
-    method: dict[str, Any],
-    autocast: bool = False,
-    quantize: str | None = None,
+    screen: Console, model: Any, tokenizer: Any, data: Data, recipe: Recipe, overwrite: bool, autocast: bool = False
 ) -> Outcome:
     """Show what will happen, train, and write the results; raises SlimtuneError, with what was learned put aside."""
-    base = model.name_or_path
+    base, output = model.name_or_path, Path(recipe.output)
     trainable(model)
     show_trained(screen, model)
     lesson = data.lesson(screen, model, tokenizer)
     with staged(output, overwrite) as folder:
-        outcome = _train_or_rescue(screen, model, tokenizer, lesson, settings, folder, output, autocast)
+        outcome = _train_or_rescue(screen, model, tokenizer, lesson, recipe, folder, autocast)
         if autocast:
             import torch
 
             model.to(torch.bfloat16)
         outcome = replace(outcome, scores=lesson.judge(model))
-        method = method | {"base stored as": parts(model).line}
-        card = Card(output.name, base, data.task_type, method, lesson.facts, settings, outcome, quantize)
-        write_results(folder, model, tokenizer, card)
+        method = table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line}
+        card = Card(
+            output.name, base, data.task_type, method, lesson.facts, recipe.training, outcome, recipe.model.quantize
+        )
+        write_results(folder, model, tokenizer, recipe, card)
+    show_outcome(screen, outcome)
+    return outcome
+
+
+def show_outcome(screen: Console, outcome: Outcome) -> None:
+    """The result in a line or three."""
     screen.print(
         f"{outcome.steps} steps in {outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, "
         f"loss {outcome.final_loss:.4f}"
@@ -105,7 +119,6 @@ def tune(
         screen.print(f"on the held-out rows: [bold]{shown(outcome.scores)}[/]")
     if outcome.interrupted:
         screen.print(f"[yellow]stopped by hand[/] after {outcome.steps} steps; what was learned so far is written")
-    return outcome
 
 
 def show_trained(screen: Console, model: Any) -> None:
@@ -123,18 +136,19 @@ def _train_or_rescue(
     model: Any,
     tokenizer: Any,
     lesson: Lesson,
-    settings: TrainSettings,
+    recipe: Recipe,
     folder: Path,
-    output: Path,
     autocast: bool,
 ) -> Outcome:
     try:
         return fine_tune(
-            model, tokenizer, lesson.examples, settings, folder, screen, lesson.held_out, autocast, lesson.objective
-        )
+            model, tokenizer, lesson.examples, recipe.training, folder, screen, lesson.held_out, autocast,
+            lesson.objective,
+        )  # fmt: skip
     except DivergedError as error:
         if not error.kept_steps:
             raise
+        output = Path(recipe.output)
         aside = output.with_name(f"{output.name}-until-step-{error.kept_steps}")
         rescue(aside, model, tokenizer)
         raise DivergedError(f"{error}; the state after step {error.kept_steps} is kept in {aside}", 0) from error

@@ -8,9 +8,14 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar
 
+import yaml
+
 from slimtune.errors import ConfigError, did_you_mean, listing
+from slimtune.train.validation import read_field, type_name
+from slimtune.train.yaml_file import parse
 
 FULL, FEATURES = "full", "features"
 INITS: dict[str, bool | str] = {"default": True, "random": False}
@@ -90,12 +95,37 @@ def find(name: str) -> Method:
     return known[name]
 
 
-def configure(method: Method, options: Mapping[str, Any], assignments: Sequence[str] = (), base: str = "") -> Any:
-    """The config that options of the command line and `NAME=VALUE` assignments make; raises ConfigError.
+def configure(method: Method, fields: Mapping[str, Any], base: str = "", place: str = "method") -> Any:
+    """The config that these fields make, the others as the method has them; raises ConfigError.
+
+    Args:
+        base: whose tokenizer a prompt is read with that begins as a text.
+        place: where the fields stand, for a mistake in them.
+    """
+    hints = typing.get_type_hints(method.config)
+    for name in fields:
+        if name not in method.fields:
+            raise ConfigError(_stranger(method, name, place))
+    values = {name: read_field(hints[name], value, f"{place}.{name}") for name, value in fields.items()}
+    if method.has_low_rank_pair:
+        # The same scale of 2 for every rank.
+        values.setdefault("r", 16)
+        values.setdefault("lora_alpha", 2 * values["r"])
+    if base and "tokenizer_name_or_path" in method.fields and values.get("tokenizer_name_or_path") is None:
+        values["tokenizer_name_or_path"] = base
+    return method.config(**values, **method.fixed)
+
+
+def plain_fields(method: Method, config: Any) -> dict[str, Any]:
+    """All fields that can be set, as `configure` reads them from a file."""
+    return {name: _plain(getattr(config, name)) for name in method.fields}
+
+
+def options_as_fields(method: Method, options: Mapping[str, Any], assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields that options of the command line and `NAME=VALUE` assignments set; raises ConfigError.
 
     Args:
         options: those that were given, by the names in OPTIONS.
-        base: whose tokenizer a prompt is read with that begins as a text.
     """
     known = method.fields
     field_of = {option: next((name for name in OPTIONS[option] if name in known), "") for option in options}
@@ -116,13 +146,7 @@ def configure(method: Method, options: Mapping[str, Any], assignments: Sequence[
         if name in values:
             raise ConfigError(f"'{name}' is set twice, the second time to '{text}'; set it once")
         values[name] = _read(method.config, name, text)
-    if method.has_low_rank_pair:
-        # The same scale of 2 for every rank.
-        values.setdefault("r", 16)
-        values.setdefault("lora_alpha", 2 * values["r"])
-    if base and "tokenizer_name_or_path" in known:
-        values.setdefault("tokenizer_name_or_path", base)
-    return method.config(**values, **method.fixed)
+    return values
 
 
 def table(method: Method, config: Any) -> dict[str, Any]:
@@ -162,25 +186,38 @@ def _read_option(option: str, value: Any) -> Any:
 
 def _read(config: Any, name: str, text: str) -> Any:
     """A value as YAML if that has the field's type, else the text as it stands; raises ConfigError."""
-    import yaml
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
     hint = typing.get_type_hints(config)[name]
-    adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     try:
-        candidates = [yaml.safe_load(text), text]
+        candidates = [parse(text), text]
     except yaml.YAMLError:
         candidates = [text]
     for candidate in candidates:
         try:
-            return adapter.validate_python(candidate)
-        except ValidationError:
+            read_field(hint, candidate, name)
+        except ConfigError:
             continue
-    raise ConfigError(f"--set {name} takes {_type_name(hint)}, found '{text}'")
+        return candidate
+    raise ConfigError(f"--set {name} takes {type_name(hint)}, found '{text}'")
 
 
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+def _stranger(method: Method, name: str, place: str) -> str:
+    if name in method.fixed:
+        return f"{place}.{name} is what makes {method.name} what it is; leave it out"
+    field = next((field for field in OPTIONS.get(name, ()) if field in method.fields), None)
+    near = f"; did you mean '{field}'?" if field else did_you_mean(name, method.fields)
+    return f"unknown key {place}.{name}: {method.name} has no such field" + (
+        near or f"; slimtune methods {method.name} lists them"
+    )
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: _plain(inner) for name, inner in dataclasses.asdict(value).items()}
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, Enum):
+        return value.value
+    return sorted(value) if isinstance(value, set) else value
 
 
 def _example(known: Mapping[str, Any]) -> str:

@@ -5,17 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from slimtune.quantized.report import parts
 from slimtune.train.card import Card
+from slimtune.train.figures import Figures, Memory
 from slimtune.train.plot import plot_losses
+from slimtune.train.recipe import Recipe
 
 
-def write_results(folder: Path, model: Any, tokenizer: Any, card: Card) -> None:
+def write_results(folder: Path, model: Any, tokenizer: Any, recipe: Recipe, card: Card) -> None:
     """Write everything but `loss.jsonl`, which the run wrote step by step."""
     _save(folder, model)
     # With its chat template: a model that is asked in another template answers worse than untuned.
     tokenizer.save_pretrained(folder)
     plot_losses(folder / "loss.jsonl", folder / "loss.png")
     card.write(folder)
+    recipe.write(folder / "recipe.yaml")
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    Figures(
+        recipe,
+        card.task_type,
+        card.outcome,
+        card.data["examples"],
+        trainable_parameters=sum(count for count, is_trained in counts if is_trained),
+        memory=Memory.peak(),
+        parameters=sum(count for count, _ in counts),
+        parts=parts(model).to_dict(),
+    ).write(folder)
 
 
 def rescue(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -1,0 +1,72 @@
+"""Before anything is loaded: does the training of a recipe fit, and if not, what would?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimtune.errors import DoesNotFitError
+from slimtune.loading import native_dtype, pick_device
+from slimtune.plan.ask import read_config
+from slimtune.plan.devices import Device, find, this_device
+from slimtune.plan.foresee import OPTIMIZERS, foresee
+from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.setting import Setting
+from slimtune.train.method import FULL
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slimtune.train.recipe import Recipe
+
+
+def refuse_what_does_not_fit(screen: Console, recipe: Recipe, task_type: str) -> None:
+    """Say what the training will take; raises DoesNotFitError, with the nearest setting that fits."""
+    try:
+        found, where = planned(recipe, task_type)
+    except DoesNotFitError:
+        raise
+    except Exception as error:
+        # A plan that can't be made must not stop a training that might work; mistakes are told by what comes next.
+        screen.print(f"not planned: {str(error).splitlines()[0] if str(error) else type(error).__name__}", markup=False)
+        return
+    if found is not None:
+        screen.print(
+            f"planned: {where.needed_bytes(found.peak_bytes) / 1e9:.1f} GB of {where.memory_bytes / 1e9:.1f} on "
+            f"{where.name}"
+        )
+
+
+def planned(recipe: Recipe, task_type: str) -> tuple[MemoryPlan | None, Device]:
+    """The plan, None where it fits by far, and the device that it is for; raises DoesNotFitError, SlimtuneError."""
+    model = recipe.model
+    place = pick_device(model.device).partition(":")[0]
+    where = find("cpu") if place == "cpu" else this_device()
+    setting = _setting(recipe, task_type, place)
+    data = Path(recipe.data.train[0].path)
+    return foresee(model.name, recipe.method.name, data, setting, where, model.trust_remote_code), where
+
+
+def _setting(recipe: Recipe, task_type: str, place: str) -> Setting:
+    model, training = recipe.model, recipe.training
+    dtype = model.dtype
+    if dtype == "auto":
+        dtype = str(getattr(read_config(model.name), "dtype", None) or "float32").removeprefix("torch.")
+    is_full = recipe.method.name == FULL
+    config = None if is_full else recipe.method.config()
+    if config is not None:
+        config.task_type = task_type
+    return Setting(
+        method=config,
+        base=model.quantize or "dense",  # type: ignore[arg-type]
+        # As `load_for` has it: float32 weights, with products in the machine's own 16 bits.
+        dtype="float32" if is_full else dtype,
+        autocast=is_full and native_dtype() == "bfloat16",
+        batch=training.batch_size,
+        sequence=recipe.data.max_length,
+        gradient_checkpointing=training.gradient_checkpointing,
+        accumulation=training.gradient_accumulation,
+        optimizer=OPTIMIZERS.get(training.optim, "adamw"),
+        task_type=task_type,
+        device="cpu" if place == "cpu" else "cuda",
+    )
