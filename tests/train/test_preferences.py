@@ -18,7 +18,8 @@ from transformers import LlamaForCausalLM
 
 import slimtune
 from slimtune.errors import ConfigError, TrainingError
-from slimtune.train.preferences import PreferenceSettings, preference
+from slimtune.train.preference_settings import LOSSES, PreferenceSettings
+from slimtune.train.preferences import preference
 from slimtune.train.reward import Reward, reward_of
 from slimtune.train.run import Outcome, fine_tune
 from slimtune.train.settings import TrainSettings
@@ -73,13 +74,13 @@ def adopted(**options: Any) -> Any:
 
 
 def train(
-    task: str, model: Any, rows: Any, folder: Path, reward: Reward | None = None,
-    preferred: PreferenceSettings | None = None, held_out: Any = (), **changes: Any,
+    task: str, model: Any, rows: Any, folder: Path, preferred: PreferenceSettings | None = None, held_out: Any = (),
+    **changes: Any,
 ) -> tuple[Outcome, list[dict[str, Any]]]:  # fmt: skip
     settings = TrainSettings(
         **{"learning_rate": 0.01, "max_steps": 6, "batch_size": 4, "warmup": 0, "scheduler": "constant"} | changes
     )
-    kind = preference(task, model, TOKENIZER, preferred or PreferenceSettings(), 128, reward)
+    kind = preference(task, model, TOKENIZER, preferred or PreferenceSettings(), 128)
     with (folder / "screen.txt").open("w") as file:
         screen = Console(file=file, width=250)
         outcome = fine_tune(model, TOKENIZER, rows, settings, folder, screen, held_out, kind=kind)
@@ -117,15 +118,25 @@ def test_orpo_learns_without_a_reference(tmp_path: Path) -> None:
     assert outcome.tokens > 0
 
 
-def test_grpo_raises_the_reward(tmp_path: Path) -> None:
-    def vowels(completions: list[str], prompts: list[str], answer: list[str]) -> list[float]:
-        assert set(prompts) <= set(PROMPTS)
-        return [float(text.count(letter)) for text, letter in zip(completions, answer, strict=True)]
+VOWELS = """
+def vowels(completions, prompts, answer):
+    assert set(prompts) <= {"two large lattes", "one tea for maria", "a small flat white", "three espressos to go"}
+    return [text.count(letter) for text, letter in zip(completions, answer)]
+"""
 
-    chosen = PreferenceSettings(generations=8, max_new_tokens=8)
-    reward = Reward("vowels", vowels)
+
+@pytest.fixture(scope="module")
+def vowels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward of the user's own, in a file."""
+    path = tmp_path_factory.mktemp("rewards") / "judge.py"
+    path.write_text(VOWELS)
+    return f"{path}:vowels"
+
+
+def test_grpo_raises_the_reward(vowels: str, tmp_path: Path) -> None:
+    chosen = PreferenceSettings(reward=vowels, generations=8, max_new_tokens=8)
     outcome, lines = train(
-        "grpo", adopted(), questions(), tmp_path, reward, chosen, batch_size=16, max_steps=25, learning_rate=0.02
+        "grpo", adopted(), questions(), tmp_path, chosen, batch_size=16, max_steps=25, learning_rate=0.02
     )
     rewards = [line["reward"] for line in lines if "reward" in line]
     assert len(rewards) == 25
@@ -193,7 +204,7 @@ def test_there_is_one_base_in_memory(method: str, task: str, base: Path, tmp_pat
     rows = {"dpo": pairs(4), "kto": judged(4), "grpo": questions(4)}[task]
     compared = task == "grpo" and method == "lora"
     chosen = PreferenceSettings(beta=0.1 if compared else None, **(SHORT if task == "grpo" else {}))
-    _, lines = train(task, model, rows, tmp_path, reward_of("exact-match") if task == "grpo" else None, chosen)
+    _, lines = train(task, model, rows, tmp_path, chosen)
     assert seen == [before + 1]
     if task == "grpo":
         assert ("kl" in lines[-1]) == compared
@@ -214,13 +225,11 @@ def test_the_rate_is_a_tenth_of_the_methods_own(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.parametrize("task", ["dpo", "orpo", "grpo"])
-def test_an_adapter_on_a_quantized_base_learns_in_float32(task: str, base: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_a_quantized_base_learns_in_float32(task: str, base: Path, vowels: str, tmp_path: Path) -> None:
     model = slimtune.load(str(base), dtype="bfloat16", quantize="nf4")[0]
     model = slimtune.get_peft_model(model, slimtune.LoraConfig(**LORA))
     rows = questions(4) if task == "grpo" else pairs(8)
-    chosen = PreferenceSettings(**(SHORT if task == "grpo" else {}))
-    vowels = Reward("vowels", lambda completions, **_: [text.count("e") for text in completions])
-    train(task, model, rows, tmp_path, vowels if task == "grpo" else None, chosen)
+    train(task, model, rows, tmp_path, PreferenceSettings(**(SHORT | {"reward": vowels} if task == "grpo" else {})))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
     assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
@@ -240,7 +249,10 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("dop", {}, "did you mean 'dpo'"),
     ("dpo", {"desirable_weight": 2.0}, "desirable_weight would change nothing with task dpo"),
     ("orpo", {"loss_type": "ipo"}, "loss_type would change nothing"),
+    ("dpo", {"reward": "exact-match"}, "reward would change nothing"),
     ("grpo", {"temperature": 0.0}, "temperature must be above 0"),
+    ("grpo", {"generations": 1}, "generations must be a whole number of at least 2"),
+    ("dpo", {"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
     ("dpo", {"loss_type": "exo_pair"}, "TRL refuses these settings for dpo: .*exo_pair"),
 ]
 
@@ -249,14 +261,19 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
 def test_settings_that_cannot_be_are_refused(
     task: str, options: dict[str, Any], complaint: str, tmp_path: Path
 ) -> None:
-    reward = reward_of("exact-match") if task == "grpo" else None
     with pytest.raises(ConfigError, match=complaint):
-        train(task, adopted(), pairs(), tmp_path, reward, PreferenceSettings(**options))
+        train(task, adopted(), pairs(), tmp_path, PreferenceSettings(**options))
+
+
+@pytest.mark.parametrize("task", ["dpo", "grpo"])
+def test_the_losses_that_can_be_named_are_trls(task: str, base: Path, tmp_path: Path) -> None:
+    known = getattr(trl, f"{task.upper()}Config").__dataclass_fields__["loss_type"].metadata["help"]
+    assert not [name for name in LOSSES[task] if f"'{name}'" not in known]
 
 
 def test_groups_that_do_not_fill_a_step_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="4 answers can't hold whole groups of 8"):
-        train("grpo", adopted(), questions(), tmp_path, reward_of("exact-match"))
+        train("grpo", adopted(), questions(), tmp_path)
 
 
 def test_an_adapter_that_trl_would_pass_by_is_refused(tmp_path: Path) -> None:
@@ -271,7 +288,7 @@ def test_an_adapter_that_trl_would_pass_by_is_refused(tmp_path: Path) -> None:
             train(task, slimtune.get_peft_model(tiny_model(), soft), pairs(), tmp_path)
 
 
-def test_a_reward_of_the_users_own(tmp_path: Path) -> None:
+def test_rewards_are_found_by_name(tmp_path: Path) -> None:
     file = tmp_path / "judge.py"
     file.write_text("def short(completions, **columns):\n    return [-len(text) for text in completions]\n")
     assert reward_of(f"{file}:short")(prompts=["a"], completions=[said("assistant", "abc")]) == [-3.0]

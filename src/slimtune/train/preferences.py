@@ -9,83 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, did_you_mean, listing
+from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
+from slimtune.train.preference_settings import EXACT_MATCH, PREFERENCE_TASKS, PreferenceSettings
 from slimtune.train.reference import WithoutAdapter, as_it_was, check_trl_reaches
-from slimtune.train.reward import Reward
+from slimtune.train.reward import Reward, reward_of
 from slimtune.train.trainer import AnswerTrainer, Kind
 
 SHARE_OF_RATE = 0.1
 """Of a method's own learning rate: preferences move a model that answers already."""
 
 
-@dataclass(frozen=True)
-class PreferenceSettings:
-    """What these kinds of training have beside the settings of every run; what is None is as TRL has it.
-
-    Attributes:
-        beta: the weight of staying near the base; 0.1, and 0 for GRPO, which then needs no reference. For ORPO the
-            weight of the odds ratio.
-        loss_type: for DPO sigmoid, hinge, ipo, ...; for GRPO dapo, grpo, dr_grpo, bnpo, ...
-        label_smoothing: for DPO, the share of pairs whose order is taken to be wrong.
-        desirable_weight, undesirable_weight: for KTO, to balance how many there are of both.
-        generations: for GRPO, the answers that are drawn to each prompt.
-        max_new_tokens: for GRPO, of an answer.
-        temperature: for GRPO, of drawing answers.
-    """
-
-    beta: float | None = None
-    loss_type: str | None = None
-    label_smoothing: float | None = None
-    desirable_weight: float | None = None
-    undesirable_weight: float | None = None
-    generations: int | None = None
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-
-    def taken_by(self, task: str) -> dict[str, Any]:
-        """Those that were set, by TRL's names; raises ConfigError for one that this task hasn't."""
-        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        strangers = given.keys() - TAKEN[task].keys()
-        if strangers:
-            raise ConfigError(
-                f"{listing(strangers)} would change nothing with task {task}, which takes {', '.join(TAKEN[task])}; "
-                "leave it out"
-            )
-        for name in given.keys() & {"generations", "max_new_tokens", "temperature"}:
-            if not given[name] > 0:
-                raise ConfigError(f"{name} must be above 0, found {given[name]}")
-        return {TAKEN[task][name]: value for name, value in given.items()}
-
-
-TAKEN = {
-    "dpo": {"beta": "beta", "loss_type": "loss_type", "label_smoothing": "label_smoothing"},
-    "kto": {
-        "beta": "beta",
-        "desirable_weight": "desirable_weight",
-        "undesirable_weight": "undesirable_weight",
-    },
-    "orpo": {"beta": "beta"},
-    "grpo": {
-        "beta": "beta",
-        "loss_type": "loss_type",
-        "generations": "num_generations",
-        "max_new_tokens": "max_completion_length",
-        "temperature": "temperature",
-    },
-}
-"""Which settings each task takes, and TRL's names for them."""
-
-
-def preference(
-    task: str, model: Any, tokenizer: Any, settings: PreferenceSettings, max_length: int, reward: Reward | None = None
-) -> Kind:
+def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettings, max_length: int) -> Kind:
     """How `fine_tune` trains for "dpo", "kto", "orpo" or "grpo", on a `datasets.Dataset` in TRL's columns.
 
     There is one base in memory: the reference is the model with its adapters off, and where all weights are trained
@@ -93,17 +34,14 @@ def preference(
 
     Args:
         max_length: in tokens of prompt and answer; rows are within it already.
-        reward: for grpo, what judges the answers.
 
     Raises:
         ConfigError: no such task, settings that it hasn't, or a model or adapter that TRL can't train so.
         MissingDependencyError: TRL isn't installed.
     """
-    if task not in TAKEN:
-        raise ConfigError(f"no task '{task}'; there are {', '.join(TAKEN)}{did_you_mean(task, TAKEN)}")
-    options = settings.taken_by(task)
-    if (reward is None) == (task == "grpo"):
-        raise ConfigError(f"task {task} {'needs' if task == 'grpo' else 'takes no'} reward; pass one with grpo alone")
+    check_choice("task", task, PREFERENCE_TASKS)
+    options = settings.for_trl(task)
+    reward = reward_of(settings.reward or EXACT_MATCH) if task == "grpo" else None
     trainer, arguments = _from_trl(task)
     has_adapter = bool(getattr(model, "peft_config", None))
     check_trl_reaches(model, fused_head=task != "orpo")

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, TrainingError, did_you_mean
-
-EXACT_MATCH = "exact-match"
+from slimtune.train.preference_settings import EXACT_MATCH
 
 
 class Reward:
@@ -52,11 +51,12 @@ def reward_of(name: str) -> Reward:
     return Reward(function, _function(Path(path), function))
 
 
-def exact_match(completions: Sequence[str], answer: Sequence[str] | None = None, **_: Any) -> list[float]:
-    """1 where the completion is the answer, white space around it aside, else 0."""
-    if answer is None:
+def exact_match(completions: Sequence[str], **columns: Any) -> list[float]:
+    """1 where the completion is the row's `answer` (or `completion`), white space around it aside, else 0."""
+    expected = columns.get("answer", columns.get("completion"))
+    if expected is None:
         raise ConfigError(f"the reward {EXACT_MATCH} needs the field answer in each row of the data; add it")
-    return [float(said.strip() == right.strip()) for said, right in zip(completions, answer, strict=True)]
+    return [float(said.strip() == str(right).strip()) for said, right in zip(completions, expected, strict=True)]
 
 
 def _function(path: Path, name: str) -> Callable[..., Any]:
