@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def load_scorer(spec: str) -> Callable[[str, Question], dict[str, float]]:
         ConfigError: the file or the function isn't there, doesn't run, or returns no number.
     """
     path, _, name = spec.rpartition(":")
-    function = _function(Path(path), name)
+    function = function_of(Path(path), name, "scorer")
     takes_turns = _positional(function, spec) == 3
 
     def score(answer: str, question: Question) -> dict[str, float]:
@@ -44,19 +45,26 @@ def load_scorer(spec: str) -> Callable[[str, Question], dict[str, float]]:
     return score
 
 
-def _function(path: Path, name: str) -> Callable[..., Any]:
+def function_of(path: Path, name: str, role: str) -> Callable[..., Any]:
+    """A function of a user's file, which is run for it; raises ConfigError if it isn't there or doesn't run.
+
+    Args:
+        role: what it is wanted as, for complaints.
+    """
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = did_you_mean(path.name, siblings) or "; pass path.py:function"
-        raise ConfigError(f"no file {path} with a scorer{near}")
-    spec = importlib.util.spec_from_file_location("slimtune_user_scorer", path)
+        raise ConfigError(f"no file {path} with a {role}{near}")
+    spec = importlib.util.spec_from_file_location(f"slimtune_user_{role}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses and the like look their own module up.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"the scorer's file {path} can't be run: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"the {role}'s file {path} can't be run: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, TrainingError, did_you_mean
+from slimtune.evaluate.user_scorer import function_of
 from slimtune.train.preference_settings import EXACT_MATCH
 
 
@@ -48,7 +47,7 @@ def reward_of(name: str) -> Reward:
     if not colon or not path.endswith(".py"):
         near = did_you_mean(name, [EXACT_MATCH])
         raise ConfigError(f"no reward '{name}'; pass {EXACT_MATCH}, or path.py:function{near}")
-    return Reward(function, _function(Path(path), function))
+    return Reward(function, function_of(Path(path), function, "reward"))
 
 
 def exact_match(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -57,27 +56,6 @@ def exact_match(completions: Sequence[str], **columns: Any) -> list[float]:
     if expected is None:
         raise ConfigError(f"the reward {EXACT_MATCH} needs the field answer in each row of the data; add it")
     return [float(said.strip() == str(right).strip()) for said, right in zip(completions, expected, strict=True)]
-
-
-def _function(path: Path, name: str) -> Callable[..., Any]:
-    if not path.is_file():
-        siblings = [entry.name for entry in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ConfigError(f"there is no file {path} with a reward function{did_you_mean(path.name, siblings)}")
-    spec = importlib.util.spec_from_file_location("slimtune_user_reward", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and the like look their own module up.
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{path} can't be run: {type(error).__name__}: {error}; correct it") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise ConfigError(f"{path} has no function '{name}'{did_you_mean(name, known)}")
-    return function
 
 
 def _text(said: Any) -> str:
