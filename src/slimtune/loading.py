@@ -107,23 +107,17 @@ def load_classifier(
     return _with_head(AutoModelForSequenceClassification, labels, source, dtype, device, trust_remote_code, quantize)
 
 
-def load_tagger(
-    source: str,
-    tags: Sequence[str],
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantize: Quantize | None = None,
-) -> tuple[Any, Any]:
+def load_tagger(source: str, tags: Sequence[str], *how: Any, **options: Any) -> tuple[Any, Any]:
     """A base with a head that gives each token one of these tags, new unless the base has one; raises as `load`."""
     from transformers import AutoModelForTokenClassification
 
-    return _with_head(AutoModelForTokenClassification, tags, source, dtype, device, trust_remote_code, quantize)
+    return _with_head(AutoModelForTokenClassification, tags, source, *how, **options)
 
 
 def _with_head(
-    auto_class: Any, labels: Sequence[str], source: str, dtype: str, device: str, trust_remote_code: bool, quantize: Any
-) -> tuple[Any, Any]:
+    auto_class: Any, labels: Sequence[str], source: str, dtype: str = "auto", device: str = "auto",
+    trust_remote_code: bool = False, quantize: Quantize | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     model, tokenizer = _load(
         source, dtype, device, trust_remote_code, auto_class, quantize, ignore_mismatched_sizes=True, **named
@@ -152,29 +146,17 @@ def load_trained_classifier(
     return model.eval(), tokenizer
 
 
-def load_trained_tagger(
-    source: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantize: Quantize | None = None,
-) -> tuple[Any, Any]:
+def load_trained_tagger(source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
     """As `load`, for a model that gives each token a tag; raises ConfigError for any other."""
-    model, tokenizer = load(source, dtype, device, trust_remote_code, quantize)
+    model, tokenizer = load(source, *how, **options)
     if tokenizer is None or not type(model).__name__.endswith("ForTokenClassification"):
         raise ConfigError(f"{source} is a {type(model).__name__}, which gives tokens no tags; train it on such first")
     return model.eval(), tokenizer
 
 
-def load_seq2seq(
-    source: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantize: Quantize | None = None,
-) -> tuple[Any, Any]:
+def load_seq2seq(source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
     """As `load`, for a model whose encoder reads a text and whose decoder writes one; raises ConfigError if not."""
-    model, tokenizer = load_text_model(source, dtype, device, trust_remote_code, quantize)
+    model, tokenizer = load_text_model(source, *how, **options)
     if not model.config.is_encoder_decoder:
         raise ConfigError(f"{source} is a {type(model).__name__}, which has no encoder; leave task out, or pass text")
     return model, tokenizer

@@ -23,14 +23,14 @@ def test_entities_are_those_that_the_tags_spell(tags: str, found: list[tuple[str
 
 
 def test_an_entity_is_right_as_a_whole_or_not_at_all() -> None:
-    true = ["B-PER I-PER O O".split(), "B-LOC O B-PER O".split()]
-    said = ["B-PER O O O".split(), "B-LOC O B-PER B-LOC".split()]
+    true = [["B-PER", "I-PER", "O", "O"], ["B-LOC", "O", "B-PER", "O"]]
+    said = [["B-PER", "O", "O", "O"], ["B-LOC", "O", "B-PER", "B-LOC"]]
     # Of four that were named two are right, of three that there are two were found.
     assert tag_scores(said, true) == {
         "accuracy": 6 / 8, "precision": 2 / 4, "recall": 2 / 3, "entity_f1": pytest.approx(4 / 7)
     }  # fmt: skip
     assert tag_scores(true, true)["entity_f1"] == 1
-    nothing = ["O O O O".split()] * 2
+    nothing = [["O", "O", "O", "O"]] * 2
     assert tag_scores(nothing, true)["entity_f1"] == 0
 
 
