@@ -13,16 +13,16 @@ LINE_SECONDS = 10.0
 
 
 class Counting:
-    """Stages of work, each with a name and a number of units; used as a context, it gives the terminal back."""
+    """Stages of work, each named with its unit ("reading tokens"); a context that gives the terminal back."""
 
-    def __init__(self, screen: Console, unit: str) -> None:
+    def __init__(self, screen: Console) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.screen, self.unit = screen, unit
+        self.screen = screen
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit + "  {task.fields[speed]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[speed]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -52,8 +52,8 @@ class Counting:
         self.done += count
         now = time.monotonic()
         rate = self.done / max(now - self.began, 1e-9)
-        self.bar.update(self.task, advance=count, speed=f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s")
+        self.bar.update(self.task, advance=count, speed=f"{rate:,.{0 if rate >= 10 else 1}f}/s")
         if not self.screen.is_terminal and now - self.last_line > LINE_SECONDS:
             left = (self.total - self.done) / rate
-            self.screen.print(f"  {self.what}: {self.done:,}/{self.total:,} {self.unit}, {left:.0f} s left")
+            self.screen.print(f"  {self.what}: {self.done:,}/{self.total:,}, {rate:,.1f}/s, {left:.0f} s left")
             self.last_line = now

@@ -58,7 +58,7 @@ def forgetting(
     )  # fmt: skip
     from slimtune.cli.counting import Counting
 
-    with Counting(screen, "tokens") as counting:
+    with Counting(screen) as counting:
         found = measure(what, chosen, max_length, worst, on_start=counting.start, on_batch=counting.advance)
     if plot:
         plot_forgetting(found, plot, f"{Path(tuned).name} on texts of other domains")
@@ -87,16 +87,18 @@ def _show(screen: Console, base: str, found: Forgetting) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from slimtune.evaluate.forgetting import in_words
+
     table = Table(title=f"loss in nats per token (perplexity), against {escape(base)}", title_justify="left")
     for name in ("domain", "texts", "before", "after", "difference", "95% interval"):
         table.add_column(name, justify="left" if name == "domain" else "right", no_wrap=name == "domain")
     for name, change in found.domains.items():
         table.add_row(
             escape(name), f"{change.texts}", _loss(change.before), _loss(change.after), f"{change.difference:+.4f}",
-            _interval(change.interval),
+            in_words(change.interval),
         )  # fmt: skip
     table.add_section()
-    table.add_row("mean", "", "", "", f"{found.difference:+.4f}", _interval(found.interval))
+    table.add_row("mean", "", "", "", f"{found.difference:+.4f}", in_words(found.interval))
     screen.print(table)
     screen.print(_verdict(found))
     for name, change in found.domains.items():
@@ -108,10 +110,6 @@ def _loss(nats: float) -> str:
 
     power = perplexity(nats)
     return f"{nats:.4f} ({'beyond numbers' if power is None else f'{power:.4g}'})"
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "one text" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
 
 
 def _verdict(found: Forgetting) -> str:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Quantize, TrustRemoteCode, TunedBase, TunedModel, console
+from slimtune.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Overwrite,
+    Quantize,
+    TrustRemoteCode,
+    TunedBase,
+    TunedModel,
+    console,
+)
+from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from slimtune.evaluate.spectra import Spectra
+    from slimtune.evaluate.tuned import Tuned
+    from slimtune.evaluate.updates import Updates
 
-    from slimtune.evaluate.spectra import Spectra, Spectrum
+SCALING = "Scaling intruders down"
 
 
 def spectra(
@@ -29,6 +43,27 @@ def spectra(
         float, typer.Option(min=0.0, max=1.0, help="An intruder's largest cosine with the old ones is below this.")
     ] = 0.5,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Take tuned embeddings and heads in.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw layers and a matrix as PNG or SVG.")] = None,
+    matrix: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The matrix to draw; without it, that with the most intruders.")
+    ] = None,
+    scale_intruders: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, metavar="FACTOR", help="Multiply their singular values by this.", rich_help_panel=SCALING
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", rich_help_panel=SCALING)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Texts of the task: what scaling costs there.", rich_help_panel=SCALING),
+    ] = None,
+    as_model: Annotated[
+        bool, typer.Option("--as-model", help="Write a plain model, not an adapter.", rich_help_panel=SCALING)
+    ] = False,
+    overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
@@ -38,70 +73,70 @@ def spectra(
     """Take apart what tuning did to each weight matrix: ranks, norms, overlaps and intruder dimensions.
 
     Intruder dimensions (Shuttleworth et al. 2024) are leading singular vectors of a tuned matrix that are like none of
-    the matrix before; the paper ties them to forgetting.
+    the matrix before; the paper ties them to forgetting. --scale-intruders weakens them and measures what that gives.
 
-    Example: slimtune spectra tuned --against other
+    Example: slimtune spectra tuned --against other --plot spectra.png
     """
-    from slimtune.cli.counting import Counting
-    from slimtune.evaluate.spectra import measure
     from slimtune.evaluate.tuned import Tuned
 
-    screen = console(as_json)
-    how = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
+    how: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize
+    }  # fmt: skip
     what = Tuned.find(tuned, base, **how)
+    if scale_intruders is not None:
+        from slimtune.cli.mitigation import scale
+
+        if output is None:
+            raise ConfigError("--scale-intruders writes a changed model; say where with --output")
+        if against or plot:
+            raise ConfigError(
+                "--scale-intruders takes neither --against nor --plot; run slimtune spectra on its output"
+            )
+        scale(what, scale_intruders, output, top, epsilon, embeddings, data, as_model, overwrite, as_json)
+        return
+    if output or data or as_model:
+        raise ConfigError("--output, --data and --as-model belong to --scale-intruders; pass it a factor such as 0.5")
     other = Tuned.find(against, base, **how) if against else None
-    with Counting(screen, "matrices") as counting:
-        found = measure(what, top, epsilon, other, embeddings, counting.start, counting.advance)
+    found = _measured(what, other, top, epsilon, embeddings, plot, matrix, as_json)
     if as_json:
         print(json.dumps({"tuned": tuned, "base": what.base, "against": against, **found.to_dict()}))
-        return
-    _show(screen, what.base, found)
 
 
-def _show(screen: Console, base: str, found: Spectra) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+def _measured(
+    what: Tuned,
+    other: Tuned | None,
+    top: int,
+    epsilon: float,
+    embeddings: bool,
+    plot: Path | None,
+    matrix: str | None,
+    as_json: bool,
+) -> Spectra:
+    from slimtune.cli.counting import Counting
+    from slimtune.cli.spectra_view import show
+    from slimtune.evaluate.plots import check_picture
+    from slimtune.evaluate.spectra import measure, updates_of
 
-    table = Table(title=f"medians over the matrices, against {escape(base)}", title_justify="left")
-    overlaps = any(one.overlap for one in found.matrices)
-    names = ["matrices", "count", "eff. rank", "stable rank", "change", "intruders"]
-    for name in names + ["overlap", "chance"] * overlaps:
-        table.add_column(name, justify="left" if name == "matrices" else "right", no_wrap=True)
-    for kind in dict.fromkeys(one.kind for one in found.matrices):
-        own = [one for one in found.matrices if one.kind == kind]
-        table.add_row(*_row(escape(kind), own, overlaps))
-    table.add_section()
-    table.add_row(*_row("all", found.matrices, overlaps))
-    screen.print(table)
-    with_some = [one for one in found.matrices if one.intruders]
-    screen.print(
-        f"{found.intruders} intruder dimensions in {len(with_some)} of {len(found.matrices)} matrices: among the first "
-        f"{found.top} singular vectors of each, those with no cosine of {found.epsilon:g} or more with an old one"
-    )
-    for one in sorted(with_some, key=lambda one: -len(one.intruders))[:5]:
-        first = one.intruders[0]
-        screen.print(
-            f"  {one.name}: {len(one.intruders)}, the first at place {first.index + 1} with a cosine of "
-            f"{first.cosine:.2f}",
-            markup=False,
-        )
-    if found.left_out:
-        screen.print(f"tuned and left out: {', '.join(found.left_out)}; --embeddings takes them in", markup=False)
-    if found.only_here:
-        screen.print(f"{len(found.only_here)} matrices are tuned here alone and have no overlap")
+    if plot:
+        check_picture(plot)
+    screen = console(as_json)
+    updates = updates_of(what, embeddings)
+    against = updates_of(other, embeddings) if other else None
+    with Counting(screen) as counting:
+        counting.start("decomposing matrices", len(updates.matrices))
+        found = measure(updates, top, epsilon, against, counting.advance)
+    if not as_json:
+        show(screen, what.base, found)
+    if plot:
+        _draw(updates, found, matrix, plot, Path(what.source).name)
+        screen.print(f"drawn: {plot}", markup=False)
+    return found
 
 
-def _row(name: str, own: list[Spectrum], overlaps: bool) -> list[str]:
-    from statistics import median
+def _draw(updates: Updates, found: Spectra, matrix: str | None, plot: Path, title: str) -> None:
+    from slimtune.evaluate.plots.spectra import DIRECTIONS, most_telling, plot_spectra
+    from slimtune.evaluate.spectra import similarity
 
-    cells = [
-        name, str(len(own)), f"{median(one.effective_rank for one in own):.2f}",
-        f"{median(one.stable_rank for one in own):.2f}", f"{median(one.relative_norm for one in own):.2%}",
-        str(sum(len(one.intruders) for one in own)),
-    ]  # fmt: skip
-    shared = [one.overlap for one in own if one.overlap]
-    if not overlaps:
-        return cells
-    if not shared:
-        return [*cells, "-", "-"]
-    return [*cells, f"{median(o.left for o in shared):.2f}", f"{median(o.left_by_chance for o in shared):.2f}"]
+    shown = most_telling(found, matrix)
+    read = next(one for one in updates.matrices if one.name == shown.name)
+    plot_spectra(found, shown, similarity(read, DIRECTIONS), plot, title)

@@ -129,13 +129,13 @@ def measure(
             on_start(what, sum(len(passage.encoded.input_ids) for passage in read))
         return losses(chosen, tokenizer, read, batch_tokens, on_batch).numpy()
 
-    after = scored(model, "after")
+    after = scored(model, "reading tokens, tuned")
     if tuned.is_adapter:
         with model.disable_adapter():
-            before = scored(model, "before")
+            before = scored(model, "reading tokens, base")
     else:
         del model
-        before = scored(tuned.load_base(), "before")
+        before = scored(tuned.load_base(), "reading tokens, base")
     return compare(read, before, after, worst, time.monotonic() - began)
 
 
@@ -186,3 +186,8 @@ def _interval(drawn: np.ndarray, texts: int) -> Interval:
 def perplexity(loss: float) -> float | None:
     """exp(loss), or None beyond what a number can hold."""
     return math.exp(loss) if loss < 700 else None
+
+
+def in_words(interval: Interval) -> str:
+    """`+0.0123 to +0.0456`."""
+    return "one text" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"

@@ -84,15 +84,19 @@ def _opening(text: Text) -> str:
     return repr((text if isinstance(text, str) else text.turns()[0]["content"])[:40])
 
 
+def has_language_loss(model: Any) -> bool:
+    """Whether the model predicts the next token of a text."""
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
 def require_language_loss(model: Any, source: str) -> None:
     """Raises: ConfigError, for a model that doesn't predict the next token."""
-    config = getattr(model, "config", None)
     if not model.can_generate():
         raise ConfigError(
             f"{source} is a {type(model).__name__}, which predicts no next token and so has no language loss; "
             "measure what it forgot by its accuracy on labelled texts of other domains, with slimtune evaluate"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if not has_language_loss(model):
         raise ConfigError(
             f"{source} is a {type(model).__name__}, which writes an answer to a text and has no loss on the text "
             "itself; measure what it forgot by its score on other tasks, with slimtune evaluate"

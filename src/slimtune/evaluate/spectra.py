@@ -121,7 +121,14 @@ class Spectra:
 
 
 def updates_of(tuned: Tuned, embeddings: bool = False) -> Updates:
-    """The matrices that tuning changed. Raises: as `adapter_updates` and `model_updates`."""
+    """The matrices that tuning changed.
+
+    Args:
+        embeddings: take embeddings and heads in.
+
+    Raises:
+        ConfigError, BaseMismatchError: as `adapter_updates` and `model_updates`.
+    """
     model, _ = tuned.load()
     if tuned.is_adapter:
         return adapter_updates(model, model.active_adapter, embeddings)
@@ -129,12 +136,10 @@ def updates_of(tuned: Tuned, embeddings: bool = False) -> Updates:
 
 
 def measure(
-    tuned: Tuned,
+    updates: Updates,
     top: int = TOP,
     epsilon: float = EPSILON,
-    against: Tuned | None = None,
-    embeddings: bool = False,
-    on_start: Callable[[str, int], None] | None = None,
+    against: Updates | None = None,
     on_matrix: Callable[[], None] | None = None,
 ) -> Spectra:
     """Take apart what tuning did to each matrix.
@@ -142,29 +147,24 @@ def measure(
     Args:
         top: how many leading singular vectors of each W' are looked at for intruders, and of two updates compared.
         epsilon: below which largest |cosine| a singular vector is an intruder.
-        against: another model that was tuned from the same base, for the overlap of the updates.
-        embeddings: take the embeddings and heads in.
-        on_start: told what is done next and how many matrices that are.
+        against: of another model that was tuned from the same base, for the overlap of the updates.
         on_matrix: called after each.
 
     Raises:
-        ConfigError: the method changes no weight matrices.
+        ConfigError: a number out of range.
         BaseMismatchError: the models are of different shapes.
     """
     check_whole("top", top)
     check_number("epsilon", epsilon, 0, 1.0 + 1e-9)
     began = time.monotonic()
-    found = updates_of(tuned, embeddings)
-    others = {one.name: one for one in updates_of(against, embeddings).matrices} if against else {}
-    if on_start:
-        on_start("decomposing", len(found.matrices))
+    others = {one.name: one for one in against.matrices} if against else {}
     spectra = []
-    for matrix in found.matrices:
+    for matrix in updates.matrices:
         spectra.append(spectrum(matrix, top, epsilon, other=others.get(matrix.name)))
         if on_matrix:
             on_matrix()
-    only_here = [one.name for one in found.matrices if one.name not in others] if against else []
-    return Spectra(spectra, top, epsilon, found.left_out, only_here, time.monotonic() - began)
+    only_here = [one.name for one in updates.matrices if one.name not in others] if against else []
+    return Spectra(spectra, top, epsilon, updates.left_out, only_here, time.monotonic() - began)
 
 
 @torch.no_grad()
@@ -228,3 +228,11 @@ def _overlap(matrix: TunedMatrix, change: Decomposition, other: TunedMatrix, top
         for mine, its in ((change.left, theirs.left), (change.right, theirs.right))
     )  # fmt: skip
     return Overlap(n, left, right, n / rows, n / columns)
+
+
+@torch.no_grad()
+def similarity(matrix: TunedMatrix, directions: int) -> Tensor:
+    """|cos(y_j, x_i)| of the leading left singular vectors of W' (rows) and of W (columns)."""
+    update = matrix.read()
+    after, before = (decompose(one).left[:, :directions] for one in (update.after, update.before))
+    return (after.mT @ before).abs()

@@ -49,15 +49,15 @@ class Tuned:
             )
         return cls(source, named, False, **loading)
 
-    def load(self) -> tuple[Any, Any]:
-        """The tuned model, its adapter active, and its tokenizer. Raises: as `slimtune.load`."""
+    def load(self, adapter_name: str = "default") -> tuple[Any, Any]:
+        """The tuned model, its adapter active under this name, and its tokenizer. Raises: as `slimtune.load`."""
         if not self.is_adapter:
             model, tokenizer = load(self.source, *self._how)
         else:
             from slimtune import PeftModel
 
             model, tokenizer = load_base(self.source, self.base, *self._how)
-            model = PeftModel.from_pretrained(model, self.source)
+            model = PeftModel.from_pretrained(model, self.source, adapter_name)
         if tokenizer is None:
             raise ModelNotFoundError(f"{self.source} has no tokenizer; save the tokenizer into the folder of the model")
         return model.eval(), tokenizer

@@ -140,8 +140,8 @@ def _some(found: list[TunedMatrix], left_out: list[str], what: str) -> list[Tune
         raise ConfigError(f"{what} changes only embeddings or heads ({listing(left_out)}); pass --embeddings")
     if not found:
         raise ConfigError(
-            f"{what} changes no weight matrix: there is no spectrum to show; compare the losses with slimtune "
-            "forgetting instead"
+            f"{what} changes no weight matrix, so that there is no update to take apart; compare the losses with "
+            "slimtune forgetting instead"
         )
     return found
 
@@ -190,7 +190,10 @@ def _folded(path: str, module: Any, name: str) -> tuple[Dense, Dense]:
     try:
         folded = delta.fold_beside(own, own)
     except MergeError as error:
-        raise ConfigError(f"what was tuned of '{path}' has no form as weights: {error}") from error
+        raise ConfigError(
+            f"what was tuned of '{path}' has no form as weights, so that there is no update to take apart ({error}); "
+            "compare the losses with slimtune forgetting instead"
+        ) from error
     matrices = {n: tensor for n, tensor in frozen.items() if tensor.ndim > 1}
     return matrices, {n: folded[n] for n in matrices}
 
@@ -199,7 +202,7 @@ def _reader(path: str, module: Any, name: str, parameter: str, expert: int | Non
     def read() -> Update:
         before, after = _folded(path, module, name)
         return Update(
-            _matrix(before[parameter], expert), _matrix(after[parameter], expert), _factors(deltas_of(module)[name])
+            _matrix(before[parameter], expert), _matrix(after[parameter], expert), factors_of(deltas_of(module)[name])
         )
 
     return read
@@ -209,7 +212,7 @@ def _pair_reader(before: nn.Module, after: nn.Module, parameter: str, expert: in
     return lambda: Update(_matrix(_dense(before)[parameter], expert), _matrix(_dense(after)[parameter], expert))
 
 
-def _factors(delta: Any) -> tuple[Tensor, Tensor] | None:
+def factors_of(delta: Any) -> tuple[Tensor, Tensor] | None:
     """(s B, A), (out, r) and (r, in), of a delta that adds their product; DoRA and others do more than that."""
     if not isinstance(delta, LoraDelta) or type(delta).fold is not LoraDelta.fold:
         return None
