@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slimtune.cli.options import Device, Dtype, Json, Model, Quantize, TrustRemoteCode, console
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, listing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.evaluate.in_context import Shots
     from slimtune.evaluate.result import Evaluation
+    from slimtune.evaluate.run import Prepared
     from slimtune.evaluate.settings import EvaluationSettings
-    from slimtune.evaluate.tasks import Task
 
-SHOTS = "Examples in the prompt"
+SHOTS, HARNESS = "Examples in the prompt", "lm-evaluation-harness"
+OF_FILES = ("scorer", "system", "max_new_tokens", "too_long", "answers", "overwrite", "examples", "pick")
+"""What changes nothing for the tasks of the harness; neither do seed and random_labels."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model by name, and how it is loaded."""
+
+    name: str
+    quantize: str | None
+    options: tuple[str, str, bool]
+
+    def load(self) -> tuple[Any, Any]:
+        """A model that writes text, and its tokenizer."""
+        from slimtune.loading import load_text_model
+
+        return load_text_model(self.name, *self.options, quantize=self.quantize)
 
 
 def evaluate(
+    ctx: typer.Context,
     model: Model,
     task: Annotated[
-        str, typer.Argument(metavar="TASK", help="JSONL with messages, prompt and completion, or text and label.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="TASK",
+            help="A file with messages, prompt and completion, or text and label; or a task that is made, such as "
+            "reasoning-gym:chain_sum.",
+        ),
+    ] = None,
     scorer: Annotated[
         str,
         typer.Option(
@@ -58,7 +83,20 @@ def evaluate(
         bool,
         typer.Option("--random-labels", help="Give them wrong answers, as a control.", rich_help_panel=SHOTS),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.", rich_help_panel=SHOTS)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw, and of tasks that are made.")] = 0,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Tasks of the harness in place of TASK.", rich_help_panel=HARNESS),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="More tasks, in YAML that may run Python of its own.", rich_help_panel=HARNESS
+        ),
+    ] = None,
+    lm_eval_chat: Annotated[
+        bool, typer.Option("--lm-eval-chat", help="Ask in turns of the chat template.", rich_help_panel=HARNESS)
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
@@ -72,51 +110,86 @@ def evaluate(
 
     Example: slimtune evaluate tuned orders/held_out.jsonl --answers answers.jsonl
     """
-    from slimtune.evaluate.in_context import Shots
-    from slimtune.evaluate.settings import EvaluationSettings
-    from slimtune.evaluate.tasks import open_task
+    screen, given = console(as_json), _given(ctx)
+    _refuse_what_changes_nothing(given, lm_eval, task, shots)
+    source = Source(model, quantize, (dtype, device, trust_remote_code))
+    if lm_eval is not None:
+        few = shots if "shots" in given else None
+        found = _by_harness(source, lm_eval.split(","), lm_eval_path, batch_size, limit, few, lm_eval_chat)
+    else:
+        from slimtune.evaluate.in_context import Shots
+        from slimtune.evaluate.settings import EvaluationSettings
 
-    # All that needs no model comes first: a slip of the pen must not cost a download.
-    settings = EvaluationSettings(scorer, max_new_tokens, batch_size, limit, too_long)
-    drawn = Shots(shots, pick, seed, random_labels)
-    if examples is not None and not shots:
-        raise ConfigError("--examples were given, but no --shots; say how many of them stand in the prompt")
-    asked = open_task(task, system, limit, seed)
-    # Of a task that is made by seed, the examples must be others than the questions.
-    former = None if examples is None else open_task(examples, system, None, seed + 1)
-    screen = console(as_json)
-    options = (dtype, device, trust_remote_code)
-    found = _evaluated(screen, model, asked, settings, drawn, former, answers, overwrite, quantize, options)
+        assert task is not None
+        settings = EvaluationSettings(scorer, max_new_tokens, batch_size, limit, too_long)
+        # All that needs no model comes first: a slip of the pen must not cost a download.
+        prepared = _prepared(task, settings, Shots(shots, pick, seed, random_labels), examples, system)
+        found = _evaluated(screen, source, prepared, answers, overwrite)
     if as_json:
-        print(json.dumps({"model": model, "task": asked.source, **found.to_dict()}))
+        print(json.dumps({"model": model, "task": lm_eval or task, **found.to_dict()}))
     else:
         _show(screen, found)
     if answers is not None:
         screen.print(f"answers written to {answers}", markup=False)
 
 
-def _evaluated(
-    screen: Console, source: str, task: Task, settings: EvaluationSettings, shots: Any, examples: Task | None,
-    answers: Path | None, overwrite: bool, quantize: str | None, options: tuple[Any, ...],
+def _given(ctx: typer.Context) -> set[str]:
+    """The options that were written, not those at their defaults."""
+    return {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+
+
+def _refuse_what_changes_nothing(given: set[str], lm_eval: str | None, task: str | None, shots: int) -> None:
+    if (lm_eval is None) == (task is None):
+        both = "both TASK and --lm-eval were given" if task else "neither TASK nor --lm-eval was given"
+        raise ConfigError(f"{both}; pass one of them")
+    if lm_eval is not None:
+        strangers, where = given & {*OF_FILES, "seed", "random_labels"}, "with --lm-eval"
+    else:
+        strangers, where = given & {"lm_eval_path", "lm_eval_chat"}, "without --lm-eval"
+        if not shots and not strangers:
+            strangers, where = given & {"examples", "pick"}, "without --shots"
+    if strangers:
+        options = listing("--" + name.replace("_", "-") for name in strangers)
+        raise ConfigError(f"{options} would change nothing {where}; leave it out")
+
+
+def _by_harness(
+    source: Source, tasks: list[str], folder: Path | None, batch_size: int, limit: int | None, shots: int | None,
+    chat_template: bool,
 ) -> Evaluation:  # fmt: skip
+    from slimtune.evaluate.harness import evaluate_by_harness, find_tasks
+
+    manager = find_tasks(tasks, folder)
+    return evaluate_by_harness(*source.load(), tasks, batch_size, limit, shots, manager, chat_template)
+
+
+def _prepared(
+    task: str, settings: EvaluationSettings, shots: Shots, examples: str | None, instruction: str
+) -> Prepared:
+    from slimtune.evaluate.run import prepare
+    from slimtune.evaluate.tasks import open_task
+
+    asked = open_task(task, instruction, settings.limit, shots.seed)
+    # Of a task that is made by seed, the examples must be others than the questions.
+    former = None if examples is None else open_task(examples, instruction, None, shots.seed + 1)
+    return prepare(asked, settings, shots, former)
+
+
+def _evaluated(
+    screen: Console, source: Source, prepared: Prepared, answers: Path | None, overwrite: bool
+) -> Evaluation:
     from slimtune.evaluate.answers import AnswerFile, weights_of
     from slimtune.evaluate.labelling import evaluate_classifier, is_classifier
     from slimtune.evaluate.progress import ShownAnswers
     from slimtune.evaluate.run import evaluate as ask
-    from slimtune.loading import load_text_model
 
-    about = {"model": weights_of(source), "quantize": quantize, "options": options}
+    about = {"model": weights_of(source.name), "quantize": source.quantize, "options": source.options}
     file = None if answers is None else AnswerFile(answers, about, overwrite)
-    if is_classifier(source):
-        if shots.count:
-            raise ConfigError(f"{source} gives texts labels and reads no examples; leave --shots out")
-        found = evaluate_classifier(source, task, settings, quantize, options)
-        if file:
-            file.finish(found.answers)
-        return found
-    model, tokenizer = load_text_model(source, *options, quantize=quantize)
+    if is_classifier(source.name):
+        return evaluate_classifier(source.name, prepared, source.quantize, source.options, file)
+    model, tokenizer = source.load()
     with ShownAnswers(screen) as progress:
-        return ask(model, tokenizer, task, settings, shots, examples, progress, file)
+        return ask(model, tokenizer, prepared, progress, file)
 
 
 def _show(screen: Console, found: Evaluation) -> None:
@@ -124,11 +197,13 @@ def _show(screen: Console, found: Evaluation) -> None:
 
     table = Table("score", "value", "95% interval", box=None, padding=(0, 3, 0, 0))
     for name, value in found.scores.items():
-        low, high = found.intervals[name]
-        table.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}")
+        bounds = found.intervals.get(name)
+        table.add_row(name, f"{value:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "")
     screen.print(table, soft_wrap=False)
-    of = "a text" if found.perplexity is None else "a token of the expected answers"
-    perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.4g}"
-    screen.print(f"loss {found.loss:.4f} {of}{perplexity}; {len(found.answers)} questions in {found.seconds:.0f} s")
+    if found.perplexity is not None:
+        screen.print(f"loss {found.loss:.4f} a token of the expected answers, perplexity {found.perplexity:.4g}")
+    elif found.loss is not None:
+        screen.print(f"loss {found.loss:.4f} a text")
+    screen.print(f"{found.count} questions in {found.seconds:.0f} s")
     for line in found.remarks():
         screen.print(line, markup=False)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, DataError, listing
 from slimtune.evaluate.result import Evaluation, Scored, summarised
-from slimtune.evaluate.scorers import CHOICE, find_scorers
-from slimtune.evaluate.settings import EvaluationSettings
-from slimtune.evaluate.tasks import Task
+from slimtune.evaluate.scorers import CHOICE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from slimtune.data.labelled import Text
+    from slimtune.evaluate.answers import AnswerFile
+    from slimtune.evaluate.run import Prepared
 
 
 def label_texts(
@@ -44,35 +44,48 @@ def label_texts(
 
 
 def evaluate_classifier(
-    source: str, task: Task, settings: EvaluationSettings, quantize: str | None = None, options: tuple[Any, ...] = ()
+    source: str,
+    prepared: Prepared,
+    quantize: str | None = None,
+    options: tuple[Any, ...] = (),
+    answers: AnswerFile | None = None,
 ) -> Evaluation:
     """Accuracy, macro F1 and the loss, -log p(label), of a classifier on a task with labels.
 
     Raises:
-        ConfigError: a scorer other than accuracy.
+        ConfigError: a scorer other than accuracy, or examples in front of the questions.
         DataError: the task has no labels, or some that the classifier doesn't know.
     """
-    began = time.monotonic()
-    if not task.labels:
-        raise DataError(f"{source} gives texts labels, but {task.source} has none; pass rows with text and label")
-    scorers = find_scorers(settings.scorer, task)
-    if scorers[0].name != CHOICE:
-        raise ConfigError(f"{source} gives texts labels, which the scorer '{CHOICE}' is for; leave --scorer out")
-    questions = task.questions[: settings.limit]
+    began, questions = time.monotonic(), prepared.questions
+    _check_classes(source, prepared)
     texts = [question.text for question in questions if question.text is not None]
+    settings = prepared.settings
     labels, kept, p_NL = label_texts(source, texts, settings.batch_size, settings.too_long, quantize, options)
     unknown = {question.expected for question in questions} - set(labels)
     if unknown:
-        raise DataError(f"{task.source} has labels that {source} doesn't know: {listing(unknown)}; it has {labels}")
+        raise DataError(
+            f"{prepared.task.source} has labels that {source} doesn't know: {listing(unknown)}; it has {labels}"
+        )
     losses_NL = -p_NL.clamp_min(1e-38).log()
     scored = []
     for row, index in enumerate(kept):
-        question = questions[index]
-        answer = labels[int(p_NL[row].argmax())]
+        question, answer = questions[index], labels[int(p_NL[row].argmax())]
         loss = float(losses_NL[row, labels.index(question.expected)])
-        scored.append(Scored(question, answer, dict(scorers[0].score(answer, question)), loss, 1))
+        scored.append(Scored(question, answer, dict(prepared.scorers[0].score(answer, question)), loss, 1))
     facts = {"dropped": len(questions) - len(kept), "shots": 0}
-    return summarised(scored, time.monotonic() - began, facts, of_tokens=False)
+    found = summarised(scored, time.monotonic() - began, facts, of_tokens=False)
+    if answers:
+        answers.finish(found.answers)
+    return found
+
+
+def _check_classes(source: str, prepared: Prepared) -> None:
+    if any(question.text is None for question in prepared.questions):
+        raise DataError(f"{source} gives texts labels, but {prepared.task.source} has none; pass rows with text, label")
+    if not prepared.chooses:
+        raise ConfigError(f"{source} gives texts labels, which the scorer '{CHOICE}' is for; leave --scorer out")
+    if prepared.shots.count:
+        raise ConfigError(f"{source} gives texts labels and reads no examples; leave --shots out")
 
 
 def _by_features(

@@ -53,8 +53,9 @@ class Evaluation:
         metric: the name of the main score.
         scores: means over the questions, or over all of them at once (macro F1), between 0 and 1 unless the scorer is
             the user's own.
-        intervals: of 95%, by Wilson's formula for shares, else by bootstrap over the questions.
-        loss: in nats a token of the expected answers, over all tokens; a text's loss where a classifier was asked.
+        intervals: of 95%, by Wilson's formula for shares, else by bootstrap over the questions, where there is one.
+        loss: in nats a token of the expected answers, over all tokens; a text's loss where a classifier was asked; None
+            where it wasn't told.
         perplexity: exp(loss), where the loss is of tokens.
         facts: what else there is to know: how many were dropped, cut off, left out.
     """
@@ -62,7 +63,7 @@ class Evaluation:
     metric: str
     scores: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    loss: float
+    loss: float | None
     perplexity: float | None
     answers: list[Scored]
     seconds: float
@@ -73,13 +74,18 @@ class Evaluation:
         """The main score."""
         return self.scores[self.metric]
 
+    @property
+    def count(self) -> int:
+        """How many questions were asked."""
+        return self.facts.get("count", len(self.answers))
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the answers."""
         return {
             "metric": self.metric,
             "scores": self.scores,
             "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
-            "count": len(self.answers),
+            "count": self.count,
             "loss": self.loss,
             "perplexity": self.perplexity,
             "seconds": self.seconds,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slimtune.errors import DataError
 from slimtune.evaluate.answers import AnswerFile
-from slimtune.evaluate.asking import Asked, Asking
+from slimtune.evaluate.asking import Asked, Asking, Fitted
 from slimtune.evaluate.generation import Reply
-from slimtune.evaluate.in_context import Shots, contexts
+from slimtune.evaluate.in_context import Contexts, Shots, contexts
 from slimtune.evaluate.result import Evaluation, Scored, summarised
 from slimtune.evaluate.scorers import CHOICE, Scorer, find_scorers
 from slimtune.evaluate.settings import EvaluationSettings
@@ -21,39 +21,73 @@ Progress = Callable[[int, int], None]
 """Is told how many questions are answered, and how many there are."""
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
+@dataclass(frozen=True)
+class Prepared:
+    """All of an evaluation that needs no model: the questions, the examples in front of each, the scorers."""
+
+    task: Task
+    questions: list[Question]
+    settings: EvaluationSettings
+    shots: Shots
+    drawn: Contexts
+    scorers: list[Scorer]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the model chooses a label instead of writing."""
+        return self.scorers[0].name == CHOICE
+
+
+def prepare(
     task: Task,
     settings: EvaluationSettings | None = None,
     shots: Shots | None = None,
     examples: Task | None = None,
+) -> Prepared:
+    """Find scorers and examples.
+
+    Args:
+        examples: where `shots` are taken from.
+
+    Raises:
+        ConfigError: an unknown scorer, shots without examples.
+        DataError: there are fewer examples than shots, or nothing to choose between.
+    """
+    settings, shots = settings or EvaluationSettings(), shots or Shots()
+    scorers = find_scorers(settings.scorer, task)
+    task = _with_all_labels(task, examples, scorers[0].name == CHOICE)
+    questions = task.questions[: settings.limit]
+    return Prepared(task, questions, settings, shots, contexts(task, questions, examples, shots), scorers)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    prepared: Prepared | Task,
     progress: Progress | None = None,
     answers: AnswerFile | None = None,
 ) -> Evaluation:
-    """Ask a model that writes text all questions of a task, greedily, and score its answers.
+    """Ask a model that writes text all questions, greedily, and score its answers.
 
     Where the task has labels, the answer is the label that the model finds likeliest: the one whose tokens, end of
     turn included, have the greatest sum of log p. That is the probability of saying this label and no more, so labels
     of different length need no other normalisation.
 
     Args:
-        examples: where `shots` are taken from.
+        prepared: what `prepare` made, or a task that is asked outright.
         answers: a file for the answers, with which an evaluation that broke off goes on.
 
     Raises:
-        ConfigError: an unknown scorer, a scorer that fails, shots without examples.
-        DataError: a question doesn't fit into the model, or there are fewer examples than shots.
+        ConfigError: a scorer that fails.
+        DataError: a question doesn't fit into the model.
     """
-    settings, shots, began = settings or EvaluationSettings(), shots or Shots(), time.monotonic()
-    scorers = find_scorers(settings.scorer, task)
-    chooses = scorers[0].name == CHOICE
-    task = _with_all_labels(task, examples, chooses)
-    questions = task.questions[: settings.limit]
-    drawn = contexts(task, questions, examples, shots)
-    asking = Asking(model, tokenizer, task, settings.batch_size)
-    most = settings.max_new_tokens or longest_answer(asking, questions, chooses)
-    fitted = asking.fit(questions, drawn.shots, most, drop=settings.too_long == "drop")
+    began = time.monotonic()
+    if isinstance(prepared, Task):
+        prepared = prepare(prepared)
+    settings, chooses = prepared.settings, prepared.chooses
+    asking = Asking(model, tokenizer, prepared.task, settings.batch_size)
+    most = settings.max_new_tokens or longest_answer(asking, prepared.questions, chooses)
+    fitted = asking.fit(prepared.questions, prepared.drawn.shots, most, drop=settings.too_long == "drop")
     known = answers.begin([asking.prompt(one) for one in fitted.asked], most) if answers and not chooses else {}
     heard = _Heard(len(fitted.asked), len(known), progress, None if chooses else answers)
     if chooses:
@@ -61,21 +95,25 @@ def evaluate(
     else:
         replies = asking.write(fitted.asked, most, known, heard)
         losses = asking.losses(fitted.asked)
-    scored = [
-        _scored(one, reply, loss, scorers) for one, reply, loss in zip(fitted.asked, replies, losses, strict=True)
-    ]
-    facts = {
+    triples = zip(fitted.asked, replies, losses, strict=True)
+    scored = [_scored(one, reply, loss, prepared.scorers) for one, reply, loss in triples]
+    facts = _facts(prepared, fitted) | {
         "max_new_tokens": most,
         "unfinished": sum(not reply.ended for reply in replies),
-        "dropped": fitted.dropped,
-        "shots": shots.count,
-        "examples": {"by": drawn.by, "leaked": drawn.leaked, "shortened": fitted.shortened} if shots.count else None,
         "known": len(known),
     }
     found = summarised(scored, time.monotonic() - began, facts)
     if answers:
         answers.finish(found.answers)
     return found
+
+
+def _facts(prepared: Prepared, fitted: Fitted) -> dict[str, Any]:
+    shots, drawn = prepared.shots, prepared.drawn
+    examples = {"by": drawn.by, "leaked": drawn.leaked, "shortened": fitted.shortened} | {
+        name: getattr(shots, name) for name in ("pick", "seed", "random_labels")
+    }
+    return {"dropped": fitted.dropped, "shots": shots.count, "examples": examples if shots.count else None}
 
 
 def longest_answer(asking: Asking, questions: Sequence[Question], chooses: bool = False) -> int:

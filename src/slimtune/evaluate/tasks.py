@@ -146,8 +146,8 @@ def _question(row: Row, where: str) -> Question:
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
         raise DataError(f"{where} has no expected answer; end it with an assistant turn that isn't empty")
     *asked, answer = turns
-    if not any(turn["role"] == "user" for turn in asked):
-        raise DataError(f"{where} asks nothing: no user turn stands before the answer; add the question")
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in asked):
+        raise DataError(f"{where} asks nothing: no user turn with text stands before the answer; add the question")
     if isinstance(row, Pair):
         return Question(asked, answer["content"], plain=row.prompt)
     return Question(asked, answer["content"], plain="\n".join(turn["content"] for turn in asked) + "\n")
