@@ -28,6 +28,7 @@ import slimtune
 from benchmarks.worker import status_bytes
 from slimtune.errors import ConfigError, TargetError
 from slimtune.plan.build import config_of
+from slimtune.plan.devices import CPU_LIBRARIES_BYTES, this_cpu
 from slimtune.plan.memory import MemoryPlan
 from slimtune.plan.simulate import plan_of, quiet, setting_of
 from slimtune.plan.trace import prepare, trace, train
@@ -165,13 +166,14 @@ RSS_SHAPE = Model(MODELS["SmolLM2-135M"].config, "CAUSAL_LM", 4, 256)
 
 def rss_table() -> list[str]:
     """The simulated peak beside the resident peak of a process, above what it was before it built the model."""
-    lines = [_row(["method", "base", "checkpointing", "planned", "process, memory given back", "", "as it is", ""])]
-    lines.append(_row(["---"] * 8))
+    head = ["method", "base", "checkpointing", "live", "process, memory given back", "live beside it"]
+    lines = [_row([*head, "planned", "process", "planned beside it"]), _row(["---"] * 9)]
     for method, base, checkpointing in RSS_CASES:
-        planned = _process(method, base, checkpointing, True, {})
-        peaks = [_process(method, base, checkpointing, False, env) for env in (RETURNS_MEMORY, {})]
-        shown = [text for peak in peaks for text in (_gb(peak), f"{planned / peak - 1:+.1%}")]
-        lines.append(_row([method, base, "yes" if checkpointing else "no", _gb(planned), *shown]))
+        live = _process(method, base, checkpointing, True, {})
+        planned = this_cpu().needed_bytes(live) - CPU_LIBRARIES_BYTES
+        lean, usual = (_process(method, base, checkpointing, False, env) for env in (RETURNS_MEMORY, {}))
+        shown = [_gb(live), _gb(lean), _error(live, lean), _gb(planned), _gb(usual), _error(planned, usual)]
+        lines.append(_row([method, base, "yes" if checkpointing else "no", *shown]))
         print(lines[-1], flush=True)
     return lines
 
@@ -211,6 +213,10 @@ def write(name: str, lines: Sequence[str]) -> None:
     head, _, rest = text.partition(start)
     tail = rest.partition(end)[2]
     PAGE.write_text("\n".join([head + start, *lines, end]) + tail, encoding="utf-8")
+
+
+def _error(planned: int, measured: int) -> str:
+    return f"{planned / measured - 1:+.1%}"
 
 
 def _gb(value: int) -> str:

@@ -17,8 +17,12 @@ AUTO, CPU = "auto", "cpu"
 TABLE = Path(__file__).with_name("devices.yaml")
 HALF_PRECISIONS = ("bfloat16", "float16")
 
-_CPU_CONTEXT_BYTES = int(0.5 * GIB)
+CPU_LIBRARIES_BYTES = int(0.5 * GIB)
 """What Python, torch and transformers take in memory before a model is loaded; measured on Linux."""
+_CPU_WORKSPACE_BYTES = 40_000_000
+"""Workspaces of kernels and the graph, whatever the model: `python -m benchmarks.plan_accuracy --rss`."""
+_CPU_FRAGMENTATION = 0.25
+"""The share of freed memory that glibc keeps as it is set by default, where trainable parts are small: as above."""
 _CPU_FLOPS_PER_CORE = 1e11
 """Sixteen float32 lanes, two operations each, at 3 GHz: a guess that a calibration replaces."""
 _CPU_16BIT_GAIN = 4
@@ -152,9 +156,8 @@ def this_cpu() -> Device:
         bandwidth=_CPU_BANDWIDTH,
         flops_16bit=cores * _CPU_FLOPS_PER_CORE * (_CPU_16BIT_GAIN if native_dtype() in HALF_PRECISIONS else 1),
         flops_32bit=cores * _CPU_FLOPS_PER_CORE,
-        context_bytes=_CPU_CONTEXT_BYTES,
-        # Freed blocks go back to the system here.
-        fragmentation=0.0,
+        context_bytes=CPU_LIBRARIES_BYTES + _CPU_WORKSPACE_BYTES,
+        fragmentation=_CPU_FRAGMENTATION,
         source=f"this machine, {cores} cores",
     )
 
