@@ -20,6 +20,7 @@ from slimtune.cli.merge import merge
 from slimtune.cli.methods import methods
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
+from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
@@ -94,6 +95,7 @@ for name, command in {
     "demo-data": demo_data,
 }.items():
     app.command(name)(command)
+app.add_typer(recipe, name="recipe")
 
 
 def main() -> None:

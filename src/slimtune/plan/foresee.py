@@ -28,9 +28,18 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def foresee(
-    model: str, method: str, data: Path, setting: Setting, device: Device, trust_remote_code: bool = False
+    model: str,
+    method: str,
+    data: Path,
+    setting: Setting,
+    device: Device,
+    trust_remote_code: bool = False,
+    in_full: bool = False,
 ) -> MemoryPlan | None:
-    """The plan of a training, with `setting.sequence` as the longest that is allowed; None where it fits by far.
+    """The plan of a training, with `setting.sequence` as the longest that is allowed.
+
+    Args:
+        in_full: plan also where it fits by far; None is returned there otherwise.
 
     Raises:
         DoesNotFitError: with the numbers, and the nearest setting that does fit.
@@ -38,7 +47,7 @@ def foresee(
     config = read_config(model, trust_remote_code)
     positions = getattr(config, "max_position_embeddings", None) or setting.sequence
     setting = replace(setting, sequence=min(setting.sequence, positions))
-    if _fits_by_far(config, setting, device):
+    if not in_full and _fits_by_far(config, setting, device):
         return None
     lengths = measure(data, tokenizer_of(model, trust_remote_code)).within(setting.sequence)
     setting = replace(setting, sequence=lengths.longest, padded=lengths.tokens[0] != lengths.longest)

@@ -37,14 +37,18 @@ def refuse_what_does_not_fit(screen: Console, recipe: Recipe, task_type: str) ->
         )
 
 
-def planned(recipe: Recipe, task_type: str) -> tuple[MemoryPlan | None, Device]:
-    """The plan, None where it fits by far, and the device that it is for; raises DoesNotFitError, SlimtuneError."""
+def planned(recipe: Recipe, task_type: str, in_full: bool = False) -> tuple[MemoryPlan | None, Device]:
+    """The plan and the device that it is for; raises DoesNotFitError, SlimtuneError.
+
+    Args:
+        in_full: plan also what fits by far, for which there is no plan otherwise.
+    """
     model = recipe.model
     place = pick_device(model.device).partition(":")[0]
     where = find("cpu") if place == "cpu" else this_device()
     setting = _setting(recipe, task_type, place)
     data = Path(recipe.data.train[0].path)
-    return foresee(model.name, recipe.method.name, data, setting, where, model.trust_remote_code), where
+    return foresee(model.name, recipe.method.name, data, setting, where, model.trust_remote_code, in_full), where
 
 
 def _setting(recipe: Recipe, task_type: str, place: str) -> Setting:

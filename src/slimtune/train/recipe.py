@@ -132,6 +132,11 @@ class Recipe:
         """From a YAML file, changed by `section.key=value`; raises ConfigError."""
         return cls.of(overridden(read_mapping(Path(path)), overrides))
 
+    @staticmethod
+    def sections() -> dict[str, type]:
+        """The sections that are dataclasses, by name."""
+        return {"model": ModelSettings, "data": DataSettings, "training": TrainSettings}
+
     def to_dict(self) -> dict[str, Any]:
         """All sections with all keys, in plain types, from which `of` makes the same recipe."""
         found = TypeAdapter(Recipe).dump_python(self, mode="json")

@@ -1,0 +1,103 @@
+"""A recipe tried without training: all that can be known beforehand is found out, nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slimtune.data.lesson import Data, read
+from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
+from slimtune.loading import is_adapter, load_tokenizer, pick_device, resolve
+from slimtune.plan.ask import read_config
+from slimtune.plan.build import build
+from slimtune.plan.setting import Setting
+from slimtune.staging import refuse_existing
+from slimtune.train.foresight import planned
+from slimtune.train.method import FEATURES
+from slimtune.train.optimizer import check_runs
+from slimtune.train.recipe import Recipe
+from slimtune.train.trackers import check_installed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass
+class Rehearsal:
+    """What was found.
+
+    Attributes:
+        problems: what would stop the training, or ruin it.
+        notes: what should be known besides.
+        data: what is learned, in figures.
+        needed_bytes: of the device's memory, at the peak; None where it wasn't planned.
+        memory_bytes: what the device has.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    task_type: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    needed_bytes: int | None = None
+    memory_bytes: int | None = None
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """What a user can cause is a problem, and no reason to stop looking."""
+        try:
+            yield
+        except SlimtuneError as error:
+            self.problems.append(str(error))
+
+
+def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
+    """Read and encode the data, attach the method to the model's shape, and simulate a step of training."""
+    found, model, device = Rehearsal(), recipe.model, "cpu"
+    try:
+        refuse_existing(Path(recipe.output))
+    except OutputExistsError as error:
+        found.notes.append(str(error))
+    with found.noting():
+        device = pick_device(model.device).partition(":")[0]
+        if recipe.method.name != FEATURES:
+            check_runs(recipe.training.optim, device)
+            check_installed(recipe.training.trackers)
+    with found.noting():
+        if is_adapter(model.name):
+            raise ConfigError(f"{model.name} is an adapter already; train its base, or merge it first")
+        data = read(recipe.data, recipe.task, recipe.training.seed)
+        found.task_type = data.task_type
+        found.data = _encoded(recipe, data, screen)
+        if recipe.method.name != FEATURES:
+            _plan(recipe, data.task_type, found)
+    return found
+
+
+def _encoded(recipe: Recipe, data: Data, screen: Console) -> dict[str, Any]:
+    """What the data comes to, encoded for a model that is there in shape only."""
+    name, trusts = recipe.model.name, recipe.model.trust_remote_code
+    config = read_config(name, trusts)
+    tokenizer = load_tokenizer(resolve(name), trusts)
+    with torch.device("meta"):
+        shape = build(config, Setting(), data.task_type)
+    return data.lesson(screen, shape, tokenizer).facts
+
+
+def _plan(recipe: Recipe, task_type: str, found: Rehearsal) -> None:
+    try:
+        plan, where = planned(recipe, task_type, in_full=True)
+    except SlimtuneError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0] or type(error).__name__
+        found.notes.append(f"the memory it takes could not be planned: {first}")
+        return
+    assert plan is not None
+    found.device, found.memory_bytes = where.name, where.memory_bytes
+    found.needed_bytes = int(where.needed_bytes(plan.peak_bytes))
