@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slimtune.data.labelled import Text, longest_input, tokenize
+from slimtune.data.labelled import longest_input, tokenize
+from slimtune.data.rows import Text
 from slimtune.errors import (
     AdapterFileError,
     ConfigError,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune import PeftModel
 from slimtune.data.encode import encode
-from slimtune.data.rows import read_rows
+from slimtune.data.reading import read_rows
 from small_text_model import save_base, tiny_tokenizer, write_lines
 
 FAST = ["--max-steps", 5, "--batch-size", 4, "--rank", 4]

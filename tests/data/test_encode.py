@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from slimtune.data.batches import PadRight
 from slimtune.data.encode import IGNORED, Encoded, encode, encode_row, pieces
-from slimtune.data.rows import Conversation, Pair, read_rows
+from slimtune.data.reading import read_rows
+from slimtune.data.rows import Conversation, Pair
 from slimtune.errors import DataError
 from small_text_model import CHATML, orders, tiny_tokenizer, write_lines
 

@@ -141,7 +141,7 @@ def test_files_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("\n \n", encoding="utf-8")
     with pytest.raises(DataError, match="holds no text"):
         read_texts(tmp_path / "d.txt")
-    with pytest.raises(DataError, match=r"b\.jsonl, line 2: 'text' must be"):
+    with pytest.raises(DataError, match=r"b\.jsonl, line 2: text: "):
         read_texts(write_lines(tmp_path / "b.jsonl", {"text": "x"}, {"text": 3}))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slimtune.data.encode import encode
-from slimtune.data.rows import read_rows
+from slimtune.data.reading import read_rows
 from slimtune.errors import ConfigError, DataError
 from slimtune.plan.data import Lengths, measure, uniform
 from small_text_model import orders, tiny_tokenizer, write_lines
@@ -39,7 +39,8 @@ def test_texts_with_labels(tmp_path: Path) -> None:
     [
         ({"messages": [{"role": "user", "content": "no answer"}]}, "no assistant turn"),
         ({"promt": "x", "completion": "y"}, "did you mean 'prompt'"),
-        ({"text": "no label"}, "needs messages, or prompt and completion"),
+        ({"text": "x", "lable": "y"}, "did you mean 'label'"),
+        ({"answer": "y"}, "messages needs messages; .* prompt-completion needs prompt and completion"),
     ],
 )
 def test_data_without_the_needed_fields(tmp_path: Path, row: dict[str, str], said: str) -> None:

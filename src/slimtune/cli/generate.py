@@ -68,7 +68,7 @@ def _conversations(prompt: str | None, file: Path | None, system: str | None) ->
         raise DataError("a prompt and --input were both given; pass one of them")
     opening = [{"role": "system", "content": system}] if system else []
     if file is not None:
-        from slimtune.data.rows import read_questions
+        from slimtune.data.reading import read_questions
 
         return [opening + question for question in read_questions(file)]
     if prompt is None and sys.stdin.isatty():

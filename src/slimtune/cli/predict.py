@@ -30,7 +30,8 @@ def predict(
     Example: slimtune predict tuned texts.jsonl --json
     """
     from slimtune.cli.options import console
-    from slimtune.data.labelled import Labelled, read_texts
+    from slimtune.data.reading import read_texts
+    from slimtune.data.rows import Labelled
     from slimtune.evaluate.classification import scores, shown
     from slimtune.evaluate.labelling import label_texts
 

@@ -52,3 +52,43 @@ class PadRight:
             "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
             "labels": padded([example.labels for example in examples], IGNORED),
         }
+
+
+class PackRows:
+    """Rows of several examples as tensors: positions begin anew with each of them, and no padding is learned.
+
+    There is no attention mask, because transformers looks at positions only without one.
+    """
+
+    def __init__(self, pad_id: int, is_flat: bool = False) -> None:
+        self.pad_id = pad_id
+        self.is_flat = is_flat
+
+    @classmethod
+    def of(cls, model: Any, pad_id: int) -> PackRows:
+        """As the attention of this model wants them: flash attention tells examples apart in a single row."""
+        return cls(pad_id, is_flat="flash" in (getattr(model.config, "_attn_implementation", None) or ""))
+
+    def __call__(self, rows: Sequence[Sequence[Encoded] | Encoded]) -> dict[str, Any]:
+        """The batch, as long as its longest row; an example that is in no row is one of its own."""
+        packed = [[row] if isinstance(row, Encoded) else list(row) for row in rows]
+        if self.is_flat:
+            packed = [[example for row in packed for example in row]]
+        longest = max(sum(len(example.input_ids) for example in row) for row in packed)
+        ids, labels, positions = [], [], []
+        for row in packed:
+            missing = longest - sum(len(example.input_ids) for example in row)
+            # Padding is one more example, so that it can't be taken for the rest of the last.
+            filled = [*row, Encoded([self.pad_id] * missing, [IGNORED] * missing)]
+            ids.append([token for example in filled for token in example.input_ids])
+            labels.append(
+                [label for example in filled for label in [IGNORED, *example.labels[1:]][: len(example.labels)]]
+            )
+            positions.append([position for example in filled for position in range(len(example.input_ids))])
+        return {
+            "input_ids": torch.tensor(ids),
+            "position_ids": torch.tensor(positions),
+            "labels": torch.tensor(labels),
+            # A cache would make transformers take the row for one text.
+            "use_cache": False,
+        }

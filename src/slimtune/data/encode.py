@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from slimtune.data.rows import Conversation, Row
-from slimtune.errors import DataError
-from slimtune.template import assistant_spans, has_template
+from slimtune.data.rows import Conversation, Document, Row
+from slimtune.errors import ConfigError, DataError
+from slimtune.template import RewritesError, assistant_spans, has_template
 
 IGNORED = -100
 
@@ -29,11 +29,20 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Encoded examples and what happened to those that were too long."""
+    """Encoded examples and what happened to those that were too long.
+
+    Attributes:
+        given: the rows that there were.
+        dropped: examples of which nothing is left.
+        truncated: examples that were cut.
+        apart: examples that conversations became where the template rewrites earlier turns.
+    """
 
     examples: list[Encoded]
-    dropped: int
-    truncated: int
+    dropped: int = 0
+    truncated: int = 0
+    given: int = 0
+    apart: int = 0
 
     @property
     def tokens(self) -> int:
@@ -51,40 +60,96 @@ class Prepared:
         return max(len(example.input_ids) for example in self.examples)
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, max_length: int, too_long: str = "error") -> Prepared:
-    """Encode rows for training; raises DataError if some are too long, or if nothing would be learned."""
-    _require_offsets(tokenizer)
-    everything = []
-    for number, row in enumerate(rows, 1):
-        try:
-            everything.append(encode_row(row, tokenizer))
-        except DataError as error:
-            raise DataError(f"example {number} of {len(rows)}: {error}") from error
-    over = [example for example in everything if len(example.input_ids) > max_length]
-    if over and too_long == "error":
-        longest = max(len(example.input_ids) for example in over)
+@dataclass(frozen=True)
+class Limit:
+    """How long an example may be, in tokens, and what becomes of longer ones.
+
+    Attributes:
+        max_length: what was asked for.
+        too_long: error, drop, truncate, or split for texts.
+        positions: what the model has, if that is known.
+    """
+
+    max_length: int
+    too_long: str = "error"
+    positions: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The longest that an example may be."""
+        return self.max_length if self.positions is None else min(self.max_length, self.positions)
+
+    def refuse(self, lengths: Sequence[int], of: int, what: str = "examples") -> None:
+        """Raises: DataError, if some are longer and that is an error."""
+        over = [length for length in lengths if length > self.tokens]
+        if not over or self.too_long != "error":
+            return
+        longest = max(over)
+        advice = f"pass --max-length {longest}, or choose with --too-long drop or --too-long truncate"
+        if self.positions is not None and longest > self.positions:
+            advice = f"the model has {self.positions} positions; choose with --too-long drop or --too-long truncate"
         raise DataError(
-            f"{len(over)} of {len(everything)} examples are longer than {max_length} tokens (the longest has "
-            f"{longest}); pass --max-length {longest}, or choose with --too-long drop or --too-long truncate"
+            f"{len(over)} of {of} {what} are longer than {self.tokens} tokens (the longest has {longest}); {advice}"
         )
-    kept = [example for example in everything if len(example.input_ids) <= max_length]
-    if too_long == "truncate":
-        kept = [_fit(example, max_length) for example in everything]
-    examples = [example for example in kept if example.learned]
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int,
+    too_long: str = "error",
+    places: Sequence[str] = (),
+    positions: int | None = None,
+) -> Prepared:
+    """Encode rows for training; raises DataError if some are too long, or if nothing would be learned.
+
+    Args:
+        places: where each row stands, for complaints.
+        positions: how many the model has.
+    """
+    require_offsets(tokenizer)
+    limit = Limit(max_length, too_long, positions)
+    everything: list[Encoded] = []
+    for number, row in enumerate(rows):
+        where = places[number] if places else f"example {number + 1} of {len(rows)}"
+        everything += encode_answers(row, tokenizer, where)
+    limit.refuse([len(example.input_ids) for example in everything], len(everything))
+    fitted = [piece for example in everything for piece in fit(example, limit)]
+    examples = [example for example in fitted if example.learned]
     if not examples:
         raise DataError(
             f"0% of the tokens would be learned: none of {len(everything)} examples has an answer within "
-            f"{max_length} tokens; check that the data has assistant turns, and raise --max-length"
+            f"{limit.tokens} tokens; check that the data has assistant turns, and raise --max-length"
         )
-    dropped = len(everything) - len(examples)
-    return Prepared(examples, dropped, truncated=len(over) if too_long == "truncate" else 0)
+    over = sum(len(example.input_ids) > limit.tokens for example in everything)
+    dropped = sum(not any(piece.learned for piece in fit(example, limit)) for example in everything)
+    cut = over if too_long in ("truncate", "split") else 0
+    return Prepared(examples, dropped, cut, len(rows), len(everything) - len(rows))
+
+
+def encode_answers(row: Row, tokenizer: Any, where: str) -> list[Encoded]:
+    """One row as one example, or as one for each answer where the template rewrites earlier turns; raises DataError."""
+    try:
+        try:
+            return [encode_row(row, tokenizer)]
+        except RewritesError as error:
+            try:
+                return [encode_row(part, tokenizer) for part in _answers_apart(row)]
+            except RewritesError:
+                raise error from None
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def encode_row(row: Row, tokenizer: Any) -> Encoded:
     """One row as ids and labels, its end of turn among what is learned; raises DataError."""
+    if isinstance(row, Document):
+        ids = list(tokenizer(row.text, verbose=False)["input_ids"])
+        ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id not in (None, ids[-1]) else []
+        return _unlearnable_first(ids, list(ids))
     text, spans, templated = _text(row, tokenizer)
     # A template writes the special tokens itself; the tokenizer would add a second beginning of sequence.
-    tokens = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
+    tokens = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise DataError(
@@ -98,6 +163,20 @@ def encode_row(row: Row, tokenizer: Any) -> Encoded:
     return _ended(ids, labels, tokenizer)
 
 
+def fit(example: Encoded, limit: Limit) -> list[Encoded]:
+    """The example if it is within the limit, and what becomes of it if it isn't."""
+    ids, labels, size = example.input_ids, example.labels, limit.tokens
+    if len(ids) <= size:
+        return [example]
+    if limit.too_long == "truncate":
+        return [Encoded(ids[:size], labels[:size])]
+    if limit.too_long == "split":
+        # Each piece begins with the last token of the one before, so that every token is predicted once.
+        cuts = range(0, len(ids) - 1, size - 1)
+        return [_unlearnable_first(ids[cut : cut + size], labels[cut : cut + size]) for cut in cuts]
+    return []
+
+
 def pieces(example: Encoded) -> Iterator[tuple[bool, list[int]]]:
     """The example cut into runs of ids that are all learned or all not."""
     marked = zip(example.labels, example.input_ids, strict=True)
@@ -105,15 +184,44 @@ def pieces(example: Encoded) -> Iterator[tuple[bool, list[int]]]:
         yield learned, [token for _, token in run]
 
 
+def require_offsets(tokenizer: Any) -> None:
+    """Raises: DataError, for a tokenizer that can't tell where its tokens stand in the text."""
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} can't tell which text its tokens come from, so answers can't be told from "
+            f"questions; load the fast tokenizer of the model (tokenizer.json)"
+        )
+
+
+def refuse_split(rows: Sequence[Row], too_long: str) -> None:
+    """Raises: ConfigError, if long rows were to be split that have a question and an answer."""
+    if too_long == "split" and not all(isinstance(row, Document) for row in rows):
+        raise ConfigError("too_long: split is for texts, because half of an answer has no question; drop or truncate")
+
+
+def _answers_apart(row: Row) -> Iterator[Conversation]:
+    """A conversation up to each of its answers, which alone is learned."""
+    assert isinstance(row, Conversation)
+    for number, learned in enumerate(row.learned(), 1):
+        if learned:
+            *before, answer = row.messages[:number]
+            shown = [turn.model_copy(update={"weight": 0}) for turn in before]
+            yield row.model_copy(update={"messages": [*shown, answer]})
+
+
 def _text(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]], bool]:
+    assert not isinstance(row, Document)
     if has_template(tokenizer):
+        if isinstance(row, Conversation):
+            return *assistant_spans(tokenizer, row.turns(), row.learned(), row.tools), True
         return *assistant_spans(tokenizer, row.turns()), True
     if isinstance(row, Conversation):
         raise DataError(
-            "the tokenizer has no chat template, so conversations can't be rendered; train an instruct model, "
-            "or give the data as prompt and completion"
+            "the tokenizer has no chat template, so conversations can't be rendered; train an instruct model, name a "
+            "template with chat_template, or give the data as prompt and completion"
         )
-    return row.prompt + row.completion, [(len(row.prompt), len(row.prompt) + len(row.completion))], False
+    prompt, completion = row.plain()
+    return prompt + completion, [(len(prompt), len(prompt) + len(completion))], False
 
 
 def _ended(ids: list[int], labels: list[int], tokenizer: Any) -> Encoded:
@@ -127,16 +235,9 @@ def _ended(ids: list[int], labels: list[int], tokenizer: Any) -> Encoded:
         # What the template puts behind the answer without an end would never be generated.
         ids, labels = ids[: learned[-1] + 1], labels[: learned[-1] + 1]
         ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-    return Encoded(ids, labels)
+    return _unlearnable_first(ids, labels)
 
 
-def _fit(example: Encoded, max_length: int) -> Encoded:
-    return Encoded(example.input_ids[:max_length], example.labels[:max_length])
-
-
-def _require_offsets(tokenizer: Any) -> None:
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{type(tokenizer).__name__} can't tell which text its tokens come from, so answers can't be told from "
-            f"questions; load the fast tokenizer of the model (tokenizer.json)"
-        )
+def _unlearnable_first(ids: list[int], labels: list[int]) -> Encoded:
+    # Nothing stands before the first token that could predict it; in a packed row another document would.
+    return Encoded(ids, [IGNORED, *labels[1:]])

@@ -1,60 +1,42 @@
-"""What a model is trained and judged on: rows of a file as conversations or classes, read and encoded."""
+"""What a model is trained and judged on: rows of all sources as conversations or classes, encoded and mixed."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from slimtune.data.batches import Objective, classification
-from slimtune.data.encode import encode
-from slimtune.data.labelled import (
-    Labelled,
-    Tokenized,
-    has_labels,
-    labels_of,
-    longest_input,
-    read_labelled,
-    tokenize,
-)
-from slimtune.data.rows import Row, read_rows
+from slimtune.data.batches import Objective, PackRows, classification
+from slimtune.data.encode import Prepared, encode, refuse_split
+from slimtune.data.labelled import Tokenized, labels_of, longest_input, positions_of, tokenize
+from slimtune.data.mixing import drawn, exact_shares, mixed
+from slimtune.data.packing import check_packs, pack
+from slimtune.data.reading import Part, Parts, read_parts, sources_of
+from slimtune.data.rows import Labelled
 from slimtune.data.settings import DataSettings
-from slimtune.data.shown import show_data, show_labels, show_preview
-from slimtune.errors import DataError, listing
+from slimtune.data.shown import show_data, show_labels, show_preview, show_sources
+from slimtune.errors import ConfigError, DataError, listing
 from slimtune.evaluate.classification import classify, scores
+from slimtune.evaluate.generation import pad_id_of
 from slimtune.loading import load_classifier, load_text_model
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-R = TypeVar("R")
-
 
 def read(settings: DataSettings, task: str = "auto", seed: int = 0) -> Data:
-    """Rows of conversations, or of labelled texts if the first one has a label; raises DataError, ConfigError."""
-    path = Path(settings.train[0].path)
-    if not has_labels(path):
-        return Conversations(str(path), *_split(settings, read_rows, seed), settings.max_length, settings.too_long)
-    rows, held_out = _split(settings, read_labelled, seed)
-    labels = labels_of(rows if settings.held_out_sources else rows + held_out)
-    unknown = {row.label for row in held_out} - set(labels)
-    if unknown:
-        there = settings.held_out_sources[0].path
-        raise DataError(f"{there} has labels that {path} hasn't: {listing(unknown)}; correct them")
-    return Classes(str(path), labels, rows, held_out, settings.max_length, settings.too_long)
+    """Rows of conversations, or of labelled texts if that is what the rows are; raises DataError, ConfigError."""
+    return data_of(read_parts(settings, task, seed), settings, seed)
 
 
-def _split(settings: DataSettings, read: Callable[[Path], list[R]], seed: int) -> tuple[list[R], list[R]]:
-    rows = [row for source in settings.train for row in read(Path(source.path))]
-    if settings.held_out_sources:
-        return rows, [row for source in settings.held_out_sources for row in read(Path(source.path))]
-    random.Random(seed).shuffle(rows)
-    count = round(len(rows) * settings.held_out_share)
-    if count == len(rows):
-        raise DataError(f"nothing is left of {len(rows)} examples to learn from; hold out a smaller share")
-    return rows[count:], rows[:count]
+def data_of(parts: Parts, settings: DataSettings, seed: int = 0) -> Data:
+    """Rows that were read, for a model to learn; raises DataError, ConfigError."""
+    if parts.task == "text":
+        refuse_split([row for part in (*parts.train, *parts.held_out) for row in part.rows], settings.too_long)
+        return Conversations(parts, settings, seed)
+    if parts.task == "classification":
+        return Classes.of(parts, settings, seed)
+    raise ConfigError(f"rows of {parts.train[0].name} are data for task {parts.task}, which isn't trained this way")
 
 
 @dataclass(frozen=True)
@@ -70,13 +52,11 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations whose answers are learned."""
+    """Conversations whose answers are learned, and texts that are learned whole."""
 
-    source: str
-    rows: list[Row]
-    held_out: list[Row]
-    max_length: int
-    too_long: str
+    parts: Parts
+    settings: DataSettings
+    seed: int = 0
 
     task_type = "CAUSAL_LM"
 
@@ -87,20 +67,37 @@ class Conversations:
         return load_text_model(source, dtype, device, trust_remote_code, quantize)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
-        """The ids, shown with what is learned of them; raises DataError."""
-        prepared = encode(self.rows, tokenizer, self.max_length, self.too_long)
-        held_out = encode(self.held_out, tokenizer, self.max_length, self.too_long).examples if self.held_out else []
-        show_data(screen, prepared, held_out, self.max_length)
-        show_preview(screen, tokenizer, prepared.examples[0])
+        """The ids, shown with what is learned of them; raises DataError, ConfigError if the model can't pack."""
+        if self.settings.packing:
+            check_packs(model)
+        positions = positions_of(model)
+        prepared = [self._encoded(part, tokenizer, positions) for part in self.parts.train]
+        held_out = [e for part in self.parts.held_out for e in self._encoded(part, tokenizer, positions).examples]
+        examples = mixed(self.parts.train, prepared, self.seed)
+        show_sources(screen, self.parts.train, prepared, self.settings)
+        show_data(screen, examples, held_out)
+        show_preview(screen, tokenizer, examples[0])
+        tokens = sum(len(example.input_ids) for example in examples)
         facts = {
-            "source": Path(self.source).name,
-            "examples": len(prepared.examples),
+            "source": sources_of(self.parts.train),
+            "examples": len(examples),
             "held out": len(held_out),
-            "tokens": f"{prepared.tokens:,}",
-            "learned": f"{prepared.learned / prepared.tokens:.0%}",
-            "maximum length": self.max_length,
+            "tokens": f"{tokens:,}",
+            "learned": f"{sum(example.learned for example in examples) / tokens:.0%}",
+            "maximum length": self.settings.max_length,
         }
-        return Lesson(prepared.examples, held_out, facts)
+        if not self.settings.packing:
+            return Lesson(examples, held_out, facts)
+        rows = pack(examples, room := self.settings.max_length)
+        screen.print(
+            f"packed into {len(rows):,} rows of at most {room:,} tokens, {tokens / (len(rows) * room):.0%} full"
+        )
+        objective = Objective(PackRows.of(model, pad_id_of(tokenizer)))
+        return Lesson(rows, held_out, facts | {"packed rows": len(rows)}, objective)
+
+    def _encoded(self, part: Part, tokenizer: Any, positions: int | None) -> Prepared:
+        limit, too_long = self.settings.max_length, self.settings.too_long
+        return encode(part.rows, tokenizer, limit, too_long, part.places, positions)
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,28 @@ class Classes:
     too_long: str
 
     task_type = "SEQ_CLS"
+
+    @classmethod
+    def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Classes:
+        """The texts of all sources; raises DataError for labels that were never learned, ConfigError for packing."""
+        for name in ("packing", "streaming"):
+            if getattr(settings, name):
+                raise ConfigError(f"{name} is for models that write text; leave it out to train a classifier")
+        if settings.too_long == "split":
+            raise ConfigError("too_long: split is for texts without labels; drop or truncate")
+        rows = [
+            row
+            for part, count in zip(parts.train, exact_shares(parts.train), strict=True)
+            for row in drawn(part.rows, count, seed)
+        ]
+        held_out = [row for part in parts.held_out for row in part.rows]
+        labels = labels_of(rows if settings.held_out_sources else rows + held_out)
+        unknown = {row.label for row in held_out} - set(labels)
+        name = sources_of(parts.train)
+        if unknown:
+            there = sources_of(parts.held_out)
+            raise DataError(f"{there} has labels that {name} hasn't: {listing(unknown)}; correct them")
+        return cls(name, labels, rows, held_out, settings.max_length, settings.too_long)
 
     def load(
         self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
@@ -133,7 +152,7 @@ class Classes:
         true = [self.held_out[i].label for i in held_out.kept]
         show_labels(screen, [row.label for row in learned], rows, len(self.rows), true, limit)
         facts = {
-            "source": Path(self.source).name,
+            "source": self.source,
             "examples": len(learned),
             "held out": len(true),
             "labels": self.labels,

@@ -1,36 +1,81 @@
-"""Rows of JSONL: conversations, or prompts and completions, with the line in every complaint."""
+"""What a row of data is once its format is known: conversations, pairs, texts, preferences, prompts."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from slimtune.errors import DataError, did_you_mean, listing
+from slimtune.errors import DataError
 from slimtune.template import Message
+
+Text = str | tuple[str, str]
+"""One text, or two that are judged together."""
 
 
 class Turn(BaseModel):
-    """One message of a conversation."""
+    """One message of a conversation; what else it carries (tool calls, a name, reasoning) goes to the template.
+
+    Attributes:
+        weight: 0 for an assistant turn that is shown and not learned, as in OpenAI's format.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: str = ""
+    weight: Literal[0, 1] = Field(1, exclude=True)
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _as_templates_call_it(cls, value: Any) -> Any:
+        return "system" if value == "developer" else value
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        if value is None:
+            return ""
+        if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+            return "".join(part["text"] for part in value)
+        return value
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _one_if_unsaid(cls, value: Any) -> Any:
+        return 1 if value is None else value
+
+    def message(self) -> Message:
+        """The turn as templates want it: arguments of tool calls as objects, nothing that is not set."""
+        said = self.model_dump(exclude_none=True)
+        if said.get("tool_calls"):
+            said["tool_calls"] = [_with_object(call) for call in said["tool_calls"]]
+        return said
 
 
 class Conversation(BaseModel):
-    """A row with `messages`; every assistant turn is learned."""
+    """Messages, and the tools that may be called; every assistant turn is learned but those of weight 0."""
 
     messages: list[Turn] = Field(min_length=1)
+    tools: list[Any] | None = None
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return (json.loads(value) if isinstance(value, str) and value.strip() else value) or None
 
     def turns(self) -> list[Message]:
         """The messages as templates want them."""
-        return [turn.model_dump() for turn in self.messages]
+        return [turn.message() for turn in self.messages]
+
+    def learned(self) -> list[bool]:
+        """Which turns are learned."""
+        return [turn.role == "assistant" and turn.weight == 1 for turn in self.messages]
 
 
 class Pair(BaseModel):
-    """A row with `prompt` and `completion`; the completion is learned."""
+    """A prompt and its completion, which is learned."""
 
     prompt: str
     completion: str
@@ -39,82 +84,108 @@ class Pair(BaseModel):
         """The pair as a user's turn and the assistant's answer."""
         return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}]
 
+    def plain(self) -> tuple[str, str]:
+        """Prompt and completion as they follow one another where there is no template."""
+        return self.prompt, self.completion
+
+
+class Instruction(Pair):
+    """A pair whose prompt is worded for models without a chat template, and which may have a system message."""
+
+    plain_prompt: str
+    system: str = ""
+
+    def turns(self) -> list[Message]:
+        """The pair as turns, behind the system message if there is one."""
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        return [*opening, *super().turns()]
+
+    def plain(self) -> tuple[str, str]:
+        """The worded prompt and the completion."""
+        return self.plain_prompt, self.completion
+
+
+class Document(BaseModel):
+    """A text to go on with: all of it is learned."""
+
+    text: str = Field(min_length=1)
+
+
+Row = Conversation | Pair | Document
+"""What a model that writes text learns from."""
+
+
+class Unlabelled(BaseModel):
+    """A row with `text`, and a second one if two are judged together."""
+
+    text: str
+    text_pair: str | None = None
+
+    @field_validator("text_pair")
+    @classmethod
+    def _empty_is_none(cls, value: str | None) -> str | None:
+        return value or None
+
+    @property
+    def texts(self) -> Text:
+        """The text, or both."""
+        return self.text if self.text_pair is None else (self.text, self.text_pair)
+
+
+class Labelled(Unlabelled):
+    """A row with `text` and `label`; a label is a name, whatever it is written as."""
+
+    label: str
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _as_name(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, bool | int) else value
+
+
+class Tagged(BaseModel):
+    """Words and the tag of each, whatever it is written as."""
+
+    tokens: list[str] = Field(min_length=1)
+    tags: list[str]
+
+    @field_validator("tags", mode="before")
+    @classmethod
+    def _as_names(cls, value: Any) -> Any:
+        return [str(tag) if isinstance(tag, int) else tag for tag in value] if isinstance(value, list) else value
+
+
+class Preference(BaseModel):
+    """Two answers to a prompt, one of them better; all three are texts, or all three lists of messages."""
+
+    prompt: str | list[Turn]
+    chosen: str | list[Turn]
+    rejected: str | list[Turn]
+
+
+class Judged(BaseModel):
+    """An answer to a prompt, and whether it is a good one; both are texts, or both lists of messages."""
+
+    prompt: str | list[Turn]
+    completion: str | list[Turn]
+    label: bool
+
 
 class Prompt(BaseModel):
-    """A row with `prompt` alone, to be answered."""
+    """A prompt alone, to be answered; what else the row has is there for a reward to look at."""
 
-    prompt: str
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | list[Turn]
+
+    def turns(self) -> list[Message]:
+        """The prompt as messages."""
+        if isinstance(self.prompt, str):
+            return [{"role": "user", "content": self.prompt}]
+        return [turn.message() for turn in self.prompt]
 
 
-Row = Conversation | Pair
 M = TypeVar("M", bound=BaseModel)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows to learn from; raises DataError with the line at fault."""
-    return [_row(value, where) for value, where in objects(path)]
-
-
-def read_questions(path: Path) -> list[list[Message]]:
-    """The conversations to answer, without the answers that they may have; raises DataError."""
-    return [_question(value, where) for value, where in objects(path)]
-
-
-def objects(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a JSONL file, each with where it stands; raises DataError."""
-    # Not splitlines(): a string in JSON may hold separators that only Python takes for the end of a line.
-    lines = read_text(path).split("\n")
-    found = [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise DataError(f"the data file {path} holds no example; write one JSON object a line")
-    return found
-
-
-def read_text(path: Path) -> str:
-    """The whole of a data file; raises DataError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        problem = f"{error.reason} at byte {error.start}"
-        raise DataError(f"{path} is not UTF-8 text ({problem}); pass a JSONL file") from error
-    except OSError as error:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        advice = did_you_mean(path.name, siblings) or "; pass a JSONL file"
-        raise DataError(f"the data file {path} can't be read: {error.strerror}{advice}") from error
-
-
-def _object(line: str, where: str) -> tuple[dict[str, Any], str]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); write one JSON object a line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is a {type(value).__name__}, not an object; write one JSON object a line")
-    return value, where
-
-
-def _row(value: dict[str, Any], where: str) -> Row:
-    if "messages" in value:
-        row = checked(Conversation, value, where)
-        if not any(turn.role == "assistant" for turn in row.messages):
-            raise DataError(f"{where} has no assistant turn, so nothing would be learned from it; add the answer")
-        return row
-    if {"prompt", "completion"} <= value.keys():
-        return checked(Pair, value, where)
-    raise DataError(f"{where} {_fields(value)}, but needs messages, or prompt and completion{_nearest(value)}")
-
-
-def _question(value: dict[str, Any], where: str) -> list[Message]:
-    if "messages" in value:
-        turns = checked(Conversation, value, where).turns()
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-        if not turns:
-            raise DataError(f"{where} holds answers only; add the question")
-        return turns
-    if "prompt" in value:
-        return [{"role": "user", "content": checked(Prompt, value, where).prompt}]
-    raise DataError(f"{where} {_fields(value)}, but needs messages or prompt{_nearest(value)}")
 
 
 def checked(model: type[M], value: dict[str, Any], where: str) -> M:
@@ -123,14 +194,17 @@ def checked(model: type[M], value: dict[str, Any], where: str) -> M:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{where}: {field}: {first['msg'][0].lower()}{first['msg'][1:]}; correct the row") from error
+        name = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{where}: {name}: {first['msg'][0].lower()}{first['msg'][1:]}; correct the row") from error
 
 
-def _fields(value: dict[str, Any]) -> str:
-    return f"has the fields {listing(value)}" if value else "has no fields"
-
-
-def _nearest(value: dict[str, Any]) -> str:
-    names = ("messages", "prompt", "completion")
-    return next(filter(None, (did_you_mean(key, names) for key in value if key not in names)), "; rename them")
+def _with_object(call: Any) -> Any:
+    """A tool call whose arguments are an object: as text they would be quoted twice by the template."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    if not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        function = function | {"arguments": json.loads(function["arguments"])}
+    except ValueError as error:
+        raise DataError(f"the arguments of the call of {function.get('name')} are not JSON ({error})") from error
+    return call | {"function": function} if "function" in call else function

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimtune.errors import ConfigError, check_choice, check_number, check_whole, did_you_mean, listing
 
-TOO_LONG = ("error", "drop", "truncate")
+TOO_LONG = ("error", "drop", "truncate", "split")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DataSettings:
         held_out: a share of the rows of each source, or sources of their own.
         format: of every source that names none of its own.
         max_length: of an example, in tokens.
-        too_long: what becomes of longer ones: error, drop or truncate.
+        too_long: what becomes of longer ones: error, drop, truncate, or for plain texts split.
         packing: several examples in one row of max_length, none of which sees another.
         streaming: rows are read and encoded while the model learns, for data larger than memory.
     """

@@ -10,24 +10,47 @@ from rich.text import Text
 
 from slimtune.data.encode import Encoded, Prepared, pieces
 from slimtune.data.labelled import Tokenized
+from slimtune.data.mixing import exact_shares
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.data.reading import Part
+    from slimtune.data.settings import DataSettings
+
 PREVIEWED_TOKENS = 400
 
 
-def show_data(screen: Console, prepared: Prepared, held_out: Sequence[Encoded], max_length: int) -> None:
+def show_sources(screen: Console, parts: Sequence[Part], prepared: Sequence[Prepared], settings: DataSettings) -> None:
+    """What each source holds, what became of long examples, and how many an epoch takes of it."""
+    shares = exact_shares(parts, [len(found.examples) for found in prepared])
+    for part, found, share in zip(parts, prepared, shares, strict=True):
+        told = f"{part.name}: format {part.format}, {len(part.rows):,} rows"
+        if part.weight is not None:
+            told += f"; of its {len(found.examples):,} examples an epoch takes {share:,} (weight {part.weight:g})"
+        screen.print(told, markup=False)
+        if found.apart:
+            screen.print(
+                f"[yellow]{found.apart:,} examples more than rows[/]: the chat template rewrites earlier turns, so "
+                f"each answer is learned in an example that ends with it"
+            )
+        if found.dropped:
+            screen.print(
+                f"[yellow]{found.dropped:,} examples dropped[/]: no answer within {settings.max_length:,} tokens"
+            )
+        if found.truncated:
+            verb = "split" if settings.too_long == "split" else "cut"
+            screen.print(f"[yellow]{found.truncated:,} examples {verb}[/] at {settings.max_length:,} tokens")
+
+
+def show_data(screen: Console, examples: Sequence[Encoded], held_out: Sequence[Encoded]) -> None:
     """How many examples and tokens there are, and how much of that is learned."""
+    tokens, learned = (sum(counts) for counts in zip(*((len(e.input_ids), e.learned) for e in examples), strict=True))
     screen.print(
-        f"data: {len(prepared.examples):,} examples, {prepared.tokens:,} tokens of which "
-        f"{prepared.learned / prepared.tokens:.0%} are learned; the longest has {prepared.longest:,}"
+        f"data: {len(examples):,} examples, {tokens:,} tokens of which {learned / tokens:.0%} are learned; "
+        f"the longest has {max(len(example.input_ids) for example in examples):,}"
         + (f"; {len(held_out):,} examples held out" if held_out else "")
     )
-    if prepared.dropped:
-        screen.print(f"[yellow]{prepared.dropped:,} examples dropped[/]: no answer within {max_length:,} tokens")
-    if prepared.truncated:
-        screen.print(f"[yellow]{prepared.truncated:,} examples cut[/] at {max_length:,} tokens")
 
 
 def show_labels(

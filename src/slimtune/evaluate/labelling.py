@@ -14,7 +14,7 @@ from slimtune.evaluate.scorers import CHOICE
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slimtune.data.labelled import Text
+    from slimtune.data.rows import Text
     from slimtune.evaluate.answers import AnswerFile
     from slimtune.evaluate.run import Prepared
 

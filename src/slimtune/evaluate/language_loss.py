@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimtune.data.encode import IGNORED, Encoded, encode_row
-from slimtune.data.rows import Pair, Row
+from slimtune.data.rows import Conversation, Pair
 from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.generation import pad_id_of
 from slimtune.template import has_template
 
-Text = str | Row
+Text = str | Conversation | Pair
 """A plain text, all of which is scored, or a conversation, of which the answers are."""
 
 BATCH_TOKENS = 1024

@@ -15,9 +15,10 @@ import random
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from slimtune.data.rows import Pair, objects, read_rows, read_text
+from slimtune.data.reading import read_rows
+from slimtune.data.rows import Document, Pair
+from slimtune.data.sources import READERS, text_of
 from slimtune.errors import ConfigError, DataError, did_you_mean
 from slimtune.evaluate.language_loss import Text
 
@@ -45,17 +46,14 @@ def texts(names: Sequence[str] | None = None, limit: int | None = None) -> dict[
 
 
 def read_texts(path: Path) -> list[Text]:
-    """The user's texts: rows with `text`, or conversations, of a JSONL file; paragraphs of any other text file.
+    """The user's texts: rows with `text`, or conversations, of a data file; paragraphs of any other text file.
 
     Raises:
         DataError: with the line at fault.
     """
-    if path.suffix.lower() not in (".jsonl", ".json"):
-        return paragraphs(read_text(path), str(path))
-    rows = objects(path)
-    if "text" not in rows[0][0]:
-        return list(read_rows(path))
-    return [_text(row, where) for row, where in rows]
+    if path.suffix.lower() == ".txt" or path.suffix.lower() not in READERS:
+        return paragraphs(text_of(path), str(path))
+    return [row.text if isinstance(row, Document) else row for row in read_rows(path)]
 
 
 def paragraphs(text: str, where: str) -> list[Text]:
@@ -64,13 +62,6 @@ def paragraphs(text: str, where: str) -> list[Text]:
     if not any(found):
         raise DataError(f"{where} holds no text; write paragraphs, with blank lines between them")
     return [part for part in found if part]
-
-
-def _text(row: dict[str, Any], where: str) -> str:
-    text = row.get("text")
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: 'text' must be a text that isn't empty, found {text!r}")
-    return text
 
 
 def _shipped(name: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slimtune.data.labelled import Labelled, Text, has_labels, read_labelled
-from slimtune.data.rows import Pair, Row, read_rows
+from slimtune.data.reading import read_labelled, read_rows, task_of
+from slimtune.data.rows import Document, Labelled, Pair, Row, Text
 from slimtune.errors import DataError
 from slimtune.template import Message, has_template, render
 
@@ -66,7 +66,7 @@ def read_task(path: str | Path, instruction: str = "") -> Task:
     For texts with labels, the instruction lists the labels unless another one is given.
     """
     path = Path(path)
-    if has_labels(path):
+    if task_of(path) == "classification":
         return _labelled(str(path), read_labelled(path), instruction)
     rows = read_rows(path)
     questions = [_question(row, f"{path}, example {number}") for number, row in enumerate(rows, 1)]
@@ -142,6 +142,8 @@ def _spoken(question: Question) -> list[Message]:
 
 
 def _question(row: Row, where: str) -> Question:
+    if isinstance(row, Document):
+        raise DataError(f"{where} is a text without a question; give messages, or prompt and completion")
     turns = row.turns()
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
         raise DataError(f"{where} has no expected answer; end it with an assistant turn that isn't empty")
@@ -149,7 +151,7 @@ def _question(row: Row, where: str) -> Question:
     if not any(turn["role"] == "user" and turn["content"].strip() for turn in asked):
         raise DataError(f"{where} asks nothing: no user turn with text stands before the answer; add the question")
     if isinstance(row, Pair):
-        return Question(asked, answer["content"], plain=row.prompt)
+        return Question(asked, answer["content"], plain=row.plain()[0])
     return Question(asked, answer["content"], plain="\n".join(turn["content"] for turn in asked) + "\n")
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.data.encode import encode
-from slimtune.data.labelled import has_labels, labels_of, read_labelled, tokenize
-from slimtune.data.rows import read_rows
+from slimtune.data.labelled import labels_of, tokenize
+from slimtune.data.reading import read_labelled, read_rows, task_of
 from slimtune.errors import check_whole
 
 PERCENTILES = (50, 90, 95, 99)
@@ -99,7 +99,7 @@ class Lengths:
 def measure(path: str | Path, tokenizer: Any) -> Lengths:
     """The lengths of a data file's examples as `slimtune train` would read and encode them; raises DataError."""
     path = Path(path)
-    if has_labels(path):
+    if task_of(path) == "classification":
         rows = read_labelled(path)
         encoded = tokenize([row.texts for row in rows], tokenizer, sys.maxsize)
         return _sorted([len(row["input_ids"]) for row in encoded.rows], len(rows), labels_of(rows))

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.data.labelled import Labelled, longest_input, tokenize
+from slimtune.data.labelled import longest_input, tokenize
 from slimtune.data.lesson import Classes, Data
+from slimtune.data.rows import Labelled
 from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import scores, shown
 from slimtune.features import FeatureClassifier, extract

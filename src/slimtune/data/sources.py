@@ -1,0 +1,287 @@
+"""Rows as they stand in files, folders and data sets on the Hub, each with where it stands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from slimtune.data.settings import Source
+from slimtune.errors import DataError, MissingDependencyError, did_you_mean, listing
+
+Record = tuple[dict[str, Any], str]
+"""A row, and where it stands: for complaints."""
+
+_QUOTE = "put fields with commas or line breaks in them between quotation marks"
+
+
+def records(source: Source, streaming: bool = False) -> Iterator[Record]:
+    """The rows of a source, its columns renamed as it says, read as they are asked for; raises DataError."""
+    found = False
+    for value, where in _opened(source, streaming):
+        found = True
+        yield _renamed(value, where, source.fields), where
+    if not found:
+        raise DataError(f"the data in {source.path} holds no example; write at least one row")
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files that a path means, none for a data set on the Hub; raises DataError for what is neither."""
+    path = Path(source.path)
+    if path.is_dir():
+        return _files_in(path, source.split)
+    if path.exists() or path.suffix.lower() in READERS or not _is_hub_id(source.path):
+        if source.split or source.subset:
+            raise DataError(f"{path} is a file, and a file has no split or subset; leave them out")
+        return [path]
+    return []
+
+
+def _opened(source: Source, streaming: bool) -> Iterator[Record]:
+    path = Path(source.path)
+    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        yield from _from_disk(source)
+        return
+    files = files_of(source)
+    if not files:
+        yield from _from_hub(source, streaming)
+    for file in files:
+        yield from _reader_of(file)(file)
+
+
+def _reader_of(path: Path) -> Callable[[Path], Iterator[Record]]:
+    suffix = path.suffix.lower()
+    if suffix and suffix not in READERS and not path.is_file():
+        _refuse_missing(path)
+    if suffix and suffix not in READERS:
+        raise DataError(f"{path} ends in {suffix}, but data is read from {listing(READERS, 12)}; convert or rename it")
+    return READERS.get(suffix, _lines)
+
+
+def _renamed(value: dict[str, Any], where: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    for column in fields.values():
+        if column not in value:
+            near = did_you_mean(column, value)
+            raise DataError(f"{where} has no column '{column}', which fields names; it has {listing(value)}{near}")
+    taken = set(fields.values())
+    rest = {name: content for name, content in value.items() if name not in taken}
+    return rest | {name: value[column] for name, column in fields.items()}
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    # In bytes: a string in JSON may hold separators that only Python takes for the end of a line.
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            text = _decoded(line, where)
+            if text.strip():
+                yield _object(text, where), where
+
+
+def _json(path: Path) -> Iterator[Record]:
+    with _open(path) as file:
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not start.startswith(b"["):
+            yield from _lines(path)
+            return
+        file.seek(0)
+        text = _decoded(file.read(), str(path))
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); write an array of objects") from error
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, item {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is a {type(row).__name__}, not an object; write an array of objects")
+        yield row, where
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with _open(path) as file:
+        lines = (_decoded(line, f"{path}, line {number}") for number, line in enumerate(file, 1))
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise DataError(f"{where} has another number of fields than the first line; {_QUOTE}")
+                yield row, where
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num} is not CSV ({error}); {_QUOTE}") from error
+
+
+def text_of(path: Path) -> str:
+    """The whole of a text file; raises DataError."""
+    with _open(path) as file:
+        return _decoded(file.read(), str(path))
+
+
+def _text(path: Path) -> Iterator[Record]:
+    text = text_of(path)
+    if text.strip():
+        yield {"text": text}, str(path)
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    kind = "parquet" if path.suffix.lower() == ".parquet" else "arrow"
+    if not path.is_file():
+        _refuse_missing(path)
+    # Streamed, because a copy in a cache of its own is of no use for a file that is here.
+    yield from _from_datasets(
+        str(path), lambda d: d.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    )
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _parquet,
+    ".txt": _text,
+}
+"""How each kind of file is read; a file without a suffix holds JSON lines."""
+
+
+def _files_in(folder: Path, split: str | None) -> list[Path]:
+    """The files of a split, found by their names as `datasets` does it."""
+    data_files = _datasets().data_files
+    try:
+        patterns = data_files.get_data_patterns(str(folder.resolve()))
+        found = data_files.DataFilesDict.from_patterns(patterns, base_path=str(folder.resolve()))
+    except data_files.EmptyDatasetError as error:
+        raise DataError(f"the folder {folder} holds no data file; {_known()}") from error
+    splits = {str(name): sorted(map(Path, files)) for name, files in found.items()}
+    wanted = split or "train"
+    if wanted not in splits:
+        near = did_you_mean(wanted, splits)
+        raise DataError(f"the folder {folder} has no split '{wanted}'; its files are of {listing(splits)}{near}")
+    files = [file for file in splits[wanted] if file.suffix.lower() in READERS]
+    if not files:
+        raise DataError(f"the folder {folder} holds no data file of split {wanted}; {_known()}")
+    return [folder / file.relative_to(folder.resolve()) for file in files]
+
+
+def _from_disk(source: Source) -> Iterator[Record]:
+    def load(datasets: Any) -> Any:
+        found = datasets.load_from_disk(source.path)
+        return _split_of(found, source) if isinstance(found, datasets.DatasetDict) else found
+
+    yield from _from_datasets(source.path, load)
+
+
+def _split_of(found: Any, source: Source) -> Any:
+    wanted = source.split or "train"
+    if wanted not in found:
+        near = did_you_mean(wanted, found)
+        raise DataError(f"the folder {source.path} has no split '{wanted}'; it has {listing(found)}{near}")
+    return found[wanted]
+
+
+def _from_hub(source: Source, streaming: bool) -> Iterator[Record]:
+    split = source.split or "train"
+    load = lambda datasets: datasets.load_dataset(source.path, source.subset, split=split, streaming=streaming)  # noqa: E731
+    yield from _from_datasets(f"{source.path} ({split})", load)
+
+
+def _from_datasets(name: str, load: Callable[[Any], Any]) -> Iterator[Record]:
+    datasets = _datasets()
+    try:
+        rows = load(datasets)
+        names = _label_names(datasets, rows.features or {})
+        for number, row in enumerate(rows, 1):
+            yield (
+                {key: _said(value, names.get(key)) for key, value in row.items() if value is not None},
+                f"{name}, row {number}",
+            )
+    except DataError:
+        raise
+    except ConnectionError as error:
+        raise DataError(
+            f"there is no file or folder {name.partition(' (')[0]}, and the Hub can't be reached to look for a data "
+            f"set of that name; go online, or download it and give its folder"
+        ) from error
+    except Exception as error:
+        # The libraries below raise of their own what they like, for a damaged file as for an unknown split.
+        said = str(error).strip().splitlines()
+        raise DataError(f"{name} can't be read: {said[0] if said else type(error).__name__}") from error
+
+
+def _label_names(datasets: Any, features: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that hold numbers of labels, alone or in lists, and the names of those."""
+    inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+    return {name: feature.names for name, feature in inner.items() if isinstance(feature, datasets.ClassLabel)}
+
+
+def _said(value: Any, names: list[str] | None) -> Any:
+    """A value of a table as it was said: a label by its name, and no fields that only other rows have."""
+    if names is not None:
+        return [names[item] for item in value] if isinstance(value, list) else names[value] if value >= 0 else value
+    if isinstance(value, list):
+        return [_said(item, None) for item in value]
+    if isinstance(value, dict):
+        return {key: _said(item, None) for key, item in value.items() if item is not None}
+    return value
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+        import datasets.data_files
+    except ImportError as error:
+        raise MissingDependencyError(
+            "folders, Parquet files and data sets of the Hub are read by the library datasets, which is missing; "
+            "install slimtune[train]"
+        ) from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _is_hub_id(name: str) -> bool:
+    return 1 <= len(name.split("/")) <= 2 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def _known() -> str:
+    return f"data is read from {listing(READERS, 12)}"
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            _refuse_missing(path)
+        raise DataError(f"the data file {path} can't be read: {error.strerror}; pass another file") from error
+
+
+def _refuse_missing(path: Path) -> None:
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    advice = did_you_mean(path.name, siblings) or "; pass a file, a folder or the id of a data set on the Hub"
+    raise DataError(f"the data file {path} can't be read: it is not there{advice}")
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}); write one JSON object a line") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is a {type(value).__name__}, not an object; write one JSON object a line")
+    return value
