@@ -256,6 +256,13 @@ class Delta(nn.Module):
         """Whether a stored tensor of this key served training alone, so that this delta does without it."""
         return False
 
+    def progress(self) -> dict[str, Tensor]:
+        """What training goes by besides parameters and buffers, for a checkpoint; most methods have none."""
+        return {}
+
+    def restore_progress(self, stored: Mapping[str, Tensor]) -> None:
+        """Go on from what `progress` gave."""
+
 
 def deltas_of(module: Any) -> Mapping[str, Any]:
     """The deltas of an adopted module by adapter; the root and the head are adopted without having any."""

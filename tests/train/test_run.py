@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slimtune.data.encode import Encoded, encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import TrainingError
 from slimtune.train.checks import DivergedError, trainable
+from slimtune.train.interrupt import InterruptedRunError
 from slimtune.train.run import Outcome, fine_tune
 from slimtune.train.settings import TrainSettings
 from small_text_model import orders, tiny_model, tiny_tokenizer
@@ -32,10 +34,12 @@ def adopted(**options: Any) -> Any:
     return get_peft_model(tiny_model(), LoraConfig(**{"r": 4, "target_modules": "all-linear"} | options))
 
 
-def train(model: Any, folder: Path, learn_from: list[Encoded] | None = None, **settings: Any) -> tuple[Outcome, str]:
+def train(
+    model: Any, folder: Path, learn_from: list[Encoded] | None = None, resume: bool = False, **settings: Any
+) -> tuple[Outcome, str]:
     screen = Console(record=True, width=200, quiet=False, file=(folder / "screen.txt").open("w"))
     chosen = TrainSettings(**{"learning_rate": 0.01, "max_steps": 6, "batch_size": 4} | settings)
-    outcome = fine_tune(model, TOKENIZER, learn_from or examples(), chosen, folder, screen)
+    outcome = fine_tune(model, TOKENIZER, learn_from or examples(), chosen, folder, screen, resume=resume)
     return outcome, screen.export_text()
 
 
@@ -116,20 +120,39 @@ def test_a_gradient_that_is_not_a_number_never_reaches_the_weights(tmp_path: Pat
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_control_c_keeps_what_was_learned(tmp_path: Path) -> None:
+def test_control_c_writes_a_checkpoint_after_the_step_and_says_how_to_go_on(tmp_path: Path) -> None:
     model, steps = adopted(), 0
 
     def interrupt(module: Any, *_: Any) -> None:
         nonlocal steps
         steps += module.training
         if steps == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
+
+    hook = model.model.register_forward_pre_hook(interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(InterruptedRunError, match=r"SIGINT after step 4 of 6.*--resume") as caught:
+        train(model, tmp_path)
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len((tmp_path / "loss.jsonl").read_text().splitlines()) == 4
+    hook.remove()
+    outcome, shown = train(model, tmp_path, resume=True)
+    assert "going on after step 4" in shown
+    assert outcome.steps == 6
+
+
+def test_a_second_control_c_stops_at_once(tmp_path: Path) -> None:
+    model = adopted()
+
+    def interrupt(module: Any, *_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     model.model.register_forward_pre_hook(interrupt)
-    outcome, _ = train(model, tmp_path)
-    assert outcome.interrupted
-    assert outcome.steps == 3
-    assert len((tmp_path / "loss.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(InterruptedRunError, match="stopped at once"):
+        train(model, tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_each_line_of_the_loss_file_tells_a_step(tmp_path: Path) -> None:

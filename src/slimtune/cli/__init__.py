@@ -39,7 +39,8 @@ class Commands(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             # The work was right and its result was not: that is no mistake of the user.
-            _fail(str(error), REFUSED if isinstance(error, MergeError | DoesNotFitError) else MISTAKE)
+            refused = isinstance(error, MergeError | DoesNotFitError)
+            _fail(str(error), getattr(error, "exit_code", REFUSED if refused else MISTAKE))
         except OSError as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
@@ -56,7 +57,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 the work failed or a bound refused it, 2 a mistake, 3 a plan of which nothing fits.",
+    epilog="Exit codes: 0 done, 1 the work failed or a bound refused it, 2 a mistake, 3 a plan of which nothing fits, "
+    "130 stopped by Ctrl-C.",
 )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 METHOD, RUN, DATA = "Method", "Training", "Data"
 MODEL_OPTIONS = ("dtype", "device", "quantize", "trust_remote_code")
 DATA_OPTIONS = ("max_length", "too_long")
-WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "plans", "as_json")
+WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "as_json")
 """Parameters that say how a recipe is run, not what it says."""
 
 
@@ -112,6 +112,9 @@ def train(
     warmup: Annotated[float, typer.Option(help="Steps, or a share of them below 1.", rich_help_panel=RUN)] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="Of the optimizer.", rich_help_panel=RUN)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.", rich_help_panel=RUN)] = 1.0,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; every 10 minutes by default.", rich_help_panel=RUN)
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=RUN)
     ] = False,
@@ -128,6 +131,9 @@ def train(
         float, typer.Option(min=0.0, max=0.9, help="Share of the data held out.", rich_help_panel=DATA)
     ] = 0.0,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that was broken off, to the same end.")
+    ] = False,
     plans: Annotated[
         bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")
     ] = True,
@@ -148,16 +154,14 @@ def train(
     from slimtune.train.figures import RESULTS
     from slimtune.train.job import run
 
-    if output is not None:
+    if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output)
-    outcome = run(recipe, console(as_json), overwrite, plans)
+    run(recipe, console(as_json), overwrite, plans, resume)
     written = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
     _say_how_to_use(console(as_json), recipe, written["task_type"])
     if as_json:
         print(json.dumps({"output": recipe.output, **written}))
-    if outcome.interrupted:
-        raise typer.Exit(1)
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:

@@ -202,6 +202,18 @@ class SvdDelta(LoraDelta):
         if ranks is not None:
             self.lora_E[~torch.tensor(ranks, dtype=torch.bool, device=self.lora_E.device)] = 0.0
 
+    def progress(self) -> dict[str, Tensor]:
+        """The smoothed importance with its variation, and the ranks that are left."""
+        parts = zip(("mean", "variation"), zip(*self.smoothed.values(), strict=True), strict=False)
+        found = {f"{part}.{n}": t for part, tensors in parts for n, t in zip(self.smoothed, tensors, strict=True)}
+        return found if self.kept is None else {**found, "kept": torch.tensor(self.kept, dtype=torch.bool)}
+
+    def restore_progress(self, stored: Mapping[str, Tensor]) -> None:
+        names = [name.removeprefix("mean.") for name in stored if name.startswith("mean.")]
+        device = self.lora_E.device
+        self.smoothed = {n: (stored[f"mean.{n}"].to(device), stored[f"variation.{n}"].to(device)) for n in names}
+        self.kept = stored["kept"].tolist() if "kept" in stored else None
+
     def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The ranks that are left, as matrices."""
         factors = {"lora_A": own["lora_A"].flatten(1), "lora_E": own["lora_E"], "lora_B": own["lora_B"].flatten(1)}

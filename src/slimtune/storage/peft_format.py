@@ -56,6 +56,7 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         weights.parent.mkdir()
         pending.write_text(text)
         save_file(contiguous, weights, metadata=metadata)
+        _sort_metadata(weights)
         _sync(pending)
         _sync(weights)
         _verify(weights, metadata["tensors_sha256"], set(contiguous))
@@ -243,6 +244,19 @@ def _verify(path: Path, expected: str, names: set[str]) -> None:
     written = load_file(path)
     if set(written) != names or checksum(written) != expected:
         raise OSError(f"{path.name} read back other than it was written")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the file's metadata a fixed order, so that the same adapter is the same file; the writer draws one."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise OSError(f"the header of {path.name} has a form that isn't known")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _why_missing(folder: Path) -> str:

@@ -75,6 +75,13 @@ class LastGood(TrainerCallback):
         self.step = 0
 
     @torch.no_grad()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the weights with which training begins, those of a checkpoint where it goes on from one."""
+        self.step = state.global_step
+        if self.copies:
+            _copy(self.parameters, self.copies)
+
+    @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the present weights; raises TrainingError if the gradient would ruin them."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -98,8 +105,7 @@ class LastGood(TrainerCallback):
 
 
 def _copy(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
-    for theirs, ours in zip(target, source, strict=True):
-        theirs.copy_(ours)
+    torch._foreach_copy_(list(target), list(source))  # type: ignore[attr-defined]
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:

@@ -61,7 +61,7 @@ def train_on_features(screen: Console, recipe: Recipe, data: Data, overwrite: bo
         screen.print(f"on the held-out rows: [bold]{shown(found)}[/]")
     with staged(Path(recipe.output), overwrite) as folder:
         classifier.save(folder)
-        outcome = Outcome(0, tokens, time.monotonic() - began, float("nan"), None, False, found)
+        outcome = Outcome(0, tokens, time.monotonic() - began, float("nan"), None, found)
         recipe.write(folder / "recipe.yaml")
         trained = classifier.weight.numel() + classifier.bias.numel()
         Figures(recipe, data.task_type, outcome, len(labels), trained, Memory.peak()).write(folder)

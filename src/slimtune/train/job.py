@@ -12,7 +12,7 @@ from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import shown
 from slimtune.loading import is_adapter, native_dtype, pick_device, resolve
 from slimtune.quantized.report import parts
-from slimtune.staging import refuse_existing, staged
+from slimtune.staging import staged
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
 from slimtune.train.features import train_on_features
@@ -23,19 +23,23 @@ from slimtune.train.optimizer import check_runs
 from slimtune.train.recipe import Recipe
 from slimtune.train.results import rescue, write_results
 from slimtune.train.run import Outcome, fine_tune
+from slimtune.train.run_folder import check_start, run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = True) -> Outcome:
+def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = True, resume: bool = False) -> Outcome:
     """From a recipe to a written folder, the one way there is; raises SlimtuneError.
 
     Args:
         plans: refuse what can't fit before anything is loaded.
+        resume: go on with the run of this recipe that was broken off.
     """
     # All that needs no model comes first: a slip of the pen must not cost a download.
-    refuse_existing(Path(recipe.output), overwrite)
+    if resume and recipe.method.name == FEATURES:
+        raise ConfigError("--resume would change nothing with the method features, which takes no steps; leave it out")
+    check_start(Path(recipe.output), recipe.to_dict(), overwrite, resume)
     data = read(recipe.data, recipe.task, recipe.training.seed)
     if recipe.method.name == FEATURES:
         return train_on_features(screen, recipe, data, overwrite)
@@ -44,7 +48,7 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
         refuse_what_does_not_fit(screen, recipe, data.task_type)
     Memory.watch()
     model, tokenizer, autocast = load_for(recipe, data)
-    return tune(screen, model, tokenizer, data, recipe, overwrite, autocast)
+    return tune(screen, model, tokenizer, data, recipe, overwrite, autocast, resume)
 
 
 def load_for(recipe: Recipe, data: Data) -> tuple[Any, Any, bool]:
@@ -85,15 +89,26 @@ def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> A
 
 
 def tune(
-    screen: Console, model: Any, tokenizer: Any, data: Data, recipe: Recipe, overwrite: bool, autocast: bool = False
+    screen: Console,
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    recipe: Recipe,
+    overwrite: bool,
+    autocast: bool = False,
+    resume: bool = False,
 ) -> Outcome:
-    """Show what will happen, train, and write the results; raises SlimtuneError, with what was learned put aside."""
+    """Show what will happen, train, and write the results; raises SlimtuneError, with what was learned put aside.
+
+    Args:
+        resume: go on with the run that was broken off before it could write its output.
+    """
     base, output = model.name_or_path, Path(recipe.output)
     trainable(model)
     show_trained(screen, model)
     lesson = data.lesson(screen, model, tokenizer)
-    with staged(output, overwrite) as folder:
-        outcome = _train_or_rescue(screen, model, tokenizer, lesson, recipe, folder, autocast)
+    with run_folder(output, recipe.to_dict(), overwrite, resume) as place:
+        outcome = _train_or_rescue(screen, model, tokenizer, lesson, recipe, place.path, autocast, resume)
         if autocast:
             import torch
 
@@ -103,12 +118,14 @@ def tune(
         card = Card(
             output.name, base, data.task_type, method, lesson.facts, recipe.training, outcome, recipe.model.quantize
         )
-        write_results(folder, model, tokenizer, recipe, card)
-    show_outcome(screen, outcome)
+        with staged(output, place.overwrite) as folder:
+            place.hand_over(folder)
+            write_results(folder, model, tokenizer, recipe, card)
+    show_outcome(screen, outcome, recipe.training.best_by)
     return outcome
 
 
-def show_outcome(screen: Console, outcome: Outcome) -> None:
+def show_outcome(screen: Console, outcome: Outcome, best_by: str | None) -> None:
     """The result in a line or three."""
     screen.print(
         f"{outcome.steps} steps in {outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, "
@@ -117,8 +134,8 @@ def show_outcome(screen: Console, outcome: Outcome) -> None:
     )
     if outcome.scores:
         screen.print(f"on the held-out rows: [bold]{shown(outcome.scores)}[/]")
-    if outcome.interrupted:
-        screen.print(f"[yellow]stopped by hand[/] after {outcome.steps} steps; what was learned so far is written")
+    if outcome.best_step is not None:
+        screen.print(f"written are the weights of step {outcome.best_step}, the best by {best_by}")
 
 
 def show_trained(screen: Console, model: Any) -> None:
@@ -139,11 +156,13 @@ def _train_or_rescue(
     recipe: Recipe,
     folder: Path,
     autocast: bool,
+    resume: bool,
 ) -> Outcome:
     try:
         return fine_tune(
             model, tokenizer, lesson.examples, recipe.training, folder, screen, lesson.held_out, autocast,
             lesson.objective,
+            judge=lesson.judge, resume=resume,
         )  # fmt: skip
     except DivergedError as error:
         if not error.kept_steps:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,12 @@ class ShownProgress(TrainerCallback):
             disable=not console.is_terminal,
         )
         self.began = self.last_line = time.monotonic()
+        self.first_step = self.first_tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar."""
-        self.task = self.bar.add_task("", total=state.max_steps, loss="-", speed="")
+        """Show the bar; what was done before this session counts as done, but not for the speed."""
+        self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
+        self.task = self.bar.add_task("", total=state.max_steps, completed=self.first_step, loss="-", speed="")
         self.bar.start()
         self.began = self.last_line = time.monotonic()
 
@@ -54,10 +58,10 @@ class ShownProgress(TrainerCallback):
             self.console.print(f"  step {step}: loss on the held-out examples {logs['eval_loss']:.4f}")
         if "loss" not in logs:
             return
-        speed = f"{state.num_input_tokens_seen / max(seconds, 1e-9):,.0f} tokens/s"
+        speed = f"{(state.num_input_tokens_seen - self.first_tokens) / max(seconds, 1e-9):,.0f} tokens/s"
         self.bar.update(self.task, completed=step, loss=f"{logs['loss']:.4f}", speed=speed)
         if not self.console.is_terminal and (step == state.max_steps or time.monotonic() - self.last_line > 10):
-            left = seconds / step * (state.max_steps - step)
+            left = seconds / max(step - self.first_step, 1) * (state.max_steps - step)
             self.console.print(f"  step {step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed}  {left:.0f} s left")
             self.last_line = time.monotonic()
 
@@ -74,13 +78,41 @@ class LossFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append a line."""
+        # Not the seconds: the file of a resumed run is to be that of one which was never broken off.
         kept = {
             name: value
             for name, value in (logs or {}).items()
-            if (own := name.removeprefix("eval_")) in KEPT or own.startswith(KEPT_GROUPS)
+            if (own := name.removeprefix("eval_")) in KEPT or own.startswith(KEPT_GROUPS) or _is_score(name)
         }
         if "loss" in kept or "eval_loss" in kept:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(
                     json.dumps({"step": state.global_step, "tokens": state.num_input_tokens_seen, **kept}) + "\n"
                 )
+
+
+def _is_score(name: str) -> bool:
+    return name.startswith("eval_") and "/" not in name and not name.endswith(("_second", "_runtime"))
+
+
+class SameAsBefore(TrainerCallback):
+    """Holds the first steps of a resumed run against what it wrote for them before it was broken off.
+
+    Args:
+        before: the losses by step.
+        tolerance: relative; 0 where the device computes the same each time.
+    """
+
+    def __init__(self, before: dict[int, float], tolerance: float, say: Callable[[str], None]) -> None:
+        self.before, self.tolerance, self.say = before, tolerance, say
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Compare; what differs is said once."""
+        then, now = self.before.pop(state.global_step, None), (logs or {}).get("loss")
+        if then is None or now is None or math.isclose(then, now, rel_tol=self.tolerance):
+            return
+        self.before.clear()
+        self.say(
+            f"warning: step {state.global_step} had a loss of {then!r} before the run was broken off and has {now!r} "
+            "now: it does not repeat exactly on this machine"
+        )

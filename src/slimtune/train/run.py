@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+import errno
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from rich.markup import escape
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from slimtune.data.batches import Objective, PadRight
+from slimtune.errors import TrainingError
 from slimtune.evaluate.generation import pad_id_of
-from slimtune.train.checks import EachDeltaLearns, LastGood
+from slimtune.train.arguments import arguments, check, identity
+from slimtune.train.best import Best
+from slimtune.train.checkpoint import LOGS, Checkpoint, last_whole
+from slimtune.train.checks import DivergedError, EachDeltaLearns, LastGood
+from slimtune.train.interrupt import InterruptedRunError, StopOnSignal
+from slimtune.train.keep import TRAINER_STATE, Keeper
 from slimtune.train.method import FullTuning
 from slimtune.train.offload import OffloadedAdamW
-from slimtune.train.optimizer import DEFAULT, OFFLOADED, check_runs
-from slimtune.train.progress import LossFile, ShownProgress
+from slimtune.train.optimizer import OFFLOADED
+from slimtune.train.progress import LossFile, SameAsBefore, ShownProgress
+from slimtune.train.samples import Samples
 from slimtune.train.settings import TrainSettings
-from slimtune.train.trackers import check_installed
+from slimtune.train.state import restore_weights
 from slimtune.train.trainer import AnswerTrainer, Kind, supervised
 
 
@@ -34,9 +42,10 @@ class Outcome:
     seconds: float
     final_loss: float
     eval_loss: float | None
-    interrupted: bool
     scores: dict[str, float] = field(default_factory=dict)
     """What the tuned model reaches on held-out examples, where they have one right answer."""
+    best_step: int | None = None
+    """The step whose weights these are, where the best were kept; `eval_loss` is theirs."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,48 +64,71 @@ def fine_tune(
     autocast: bool = False,
     objective: Objective | None = None,
     kind: Kind | None = None,
+    judge: Callable[[Any], Mapping[str, float]] | None = None,
+    resume: bool = False,
 ) -> Outcome:
-    """Train in place, with `loss.jsonl` in `folder`; Ctrl-C ends it early and keeps what was learned.
+    """Train in place, with `loss.jsonl`, `samples.jsonl` and the checkpoints in `folder`, which outlives a kill.
 
-    `objective` says how examples become a batch and a batch a loss, the answers of texts if it isn't given; `kind` is
-    for training that isn't by examples with labels. `autocast` computes in bf16 over weights that are held in float32,
-    as tuning all of them wants.
+    With `resume` the run that was broken off in `folder` goes on from its last whole checkpoint, on a model that was
+    made as the first one was. On the CPU it ends with the same bits as if it had not been broken off.
 
-    Raises TrainingError if nothing can be trained, nothing moves, or the loss is no longer a number: the weights are
-    then those of the last good step, except where a copy would double a whole model. Raises ConfigError or
-    MissingDependencyError for an optimizer that can't run here.
+    Args:
+        objective: how examples become a batch and a batch a loss; the answers of texts if it isn't given.
+        kind: for training that isn't by examples with labels.
+        autocast: compute in bf16 over weights that are held in float32, as tuning all of them wants.
+        judge: scores on the held-out examples, for `keep_best`.
+
+    Raises:
+        TrainingError: nothing can be trained, nothing moves, the disk is full, or the loss is no longer a number: the
+            weights are then those of the last good step, or of the last checkpoint where a copy would double a model.
+        InterruptedRunError: Ctrl-C or SIGTERM; a checkpoint is written.
+        OutputExistsError: a run was begun in `folder`, and `resume` is off.
+        ConfigError, MissingDependencyError: settings that can't run here, or aren't those of the checkpoint.
     """
-    check_runs(settings.optim, model.device.type)
-    check_installed(settings.trackers)
+    check(settings, model.device.type, eval_examples)
     kind = kind or supervised(objective or Objective(PadRight(pad_id_of(tokenizer))))
     rate = settings.learning_rate or own_rate(model) * kind.share_of_rate
-    offloaded = (OffloadedAdamW, {"lr": rate}) if settings.optim == OFFLOADED else None
-    bar = ShownProgress(console)
+
+    def say(what: str) -> None:
+        console.print(f"[yellow]{escape(what)}[/]")
+
+    best = Best(settings.best_by, settings.early_stopping_patience)
+    keeper = Keeper(folder, settings, identity(model, examples, eval_examples, settings, rate, autocast), best, say)
+    start = keeper.open(resume)
+    stop, bar = StopOnSignal(say), ShownProgress(console)
+    samples = (
+        [Samples(eval_examples, settings.samples, tokenizer, folder / LOGS[1], console)] if settings.samples else []
+    )
     with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing), kind.keeping(model):
         trainer = kind.trainer(
             model=model,
-            args=_arguments(kind, settings, rate, model.device.type, folder, bool(eval_examples), autocast),
+            args=arguments(kind, settings, rate, model.device.type, folder, examples, bool(eval_examples), autocast),
             train_dataset=examples,
             eval_dataset=eval_examples or None,
             last_good=LastGood(model, has_copy=is_adopted(model)),
+            keeper=keeper,
+            judge=judge if settings.best_by not in (None, "loss") else None,
             lora_plus_ratio=settings.lora_plus_ratio,
-            optimizer_cls_and_kwargs=offloaded,
+            optimizer_cls_and_kwargs=(OffloadedAdamW, {"lr": rate}) if settings.optim == OFFLOADED else None,
             callbacks=[
-                EachDeltaLearns(model, lambda what: console.print(f"[yellow]warning:[/] {what}")),
-                LossFile(folder / "loss.jsonl"),
+                EachDeltaLearns(model, lambda what: say(f"warning: {what}")),
+                LossFile(folder / LOGS[0]),
+                SameAsBefore(keeper.seen_before, 0.0 if model.device.type == "cpu" else 1e-3, say),
                 bar,
+                *samples,
+                best,
+                keeper,
+                stop,
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        began = time.monotonic()
-        try:
-            trainer.train()
-            interrupted = False
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            bar.close()
-    return _outcome(trainer, time.monotonic() - began, interrupted)
+        with stop.listening():
+            try:
+                _train(trainer, keeper, start)
+            finally:
+                bar.close()
+    _check_interrupted(trainer, stop, keeper)
+    return _outcome(trainer, keeper)
 
 
 def is_adopted(model: Any) -> bool:
@@ -109,54 +141,53 @@ def own_rate(model: Any) -> float:
     return model.active_peft_config.learning_rate if is_adopted(model) else FullTuning.learning_rate
 
 
-def _arguments(
-    kind: Kind, settings: TrainSettings, rate: float, device: str, folder: Path, evaluates: bool, autocast: bool
-) -> TrainingArguments:
-    return kind.arguments(
-        output_dir=str(folder),
-        learning_rate=rate,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        optim=DEFAULT if settings.optim == OFFLOADED else settings.optim,
-        lr_scheduler_type=settings.scheduler,
-        lr_scheduler_kwargs=dict(settings.scheduler_options),
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        dataloader_num_workers=settings.dataloader_workers,
-        bf16=autocast,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device == "cuda",
-        eval_strategy="epoch" if evaluates else "no",
-        prediction_loss_only=True,
-        save_strategy="no",
-        logging_steps=settings.logging_steps,
-        # The filter would put the mean in place of a loss that is not a number.
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=list(settings.trackers) or "none",
-        disable_tqdm=True,
-    )
+def _train(trainer: AnswerTrainer, keeper: Keeper, start: Checkpoint | None) -> None:
+    """Train to the end, unless the checkpoint is of the end. Raises: TrainingError."""
+    if start is not None and keeper.facts["finished"]:
+        restore_weights(trainer.model, keeper.weights_at(start.step))
+        trainer.state = TrainerState.load_from_json(str(start.path / TRAINER_STATE))
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    except DivergedError as error:
+        last = None if error.kept_steps else last_whole(keeper.folder)
+        if last is None:
+            raise
+        restore_weights(trainer.model, keeper.weights_at(last.step))
+        raise DivergedError(str(error), last.step) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise TrainingError(
+            f"step {trainer.state.global_step} was not written down: {error}; make room and go on with --resume"
+        ) from error
 
 
-def _outcome(trainer: AnswerTrainer, seconds: float, interrupted: bool) -> Outcome:
-    history = trainer.state.log_history
+def _check_interrupted(trainer: AnswerTrainer, stop: StopOnSignal, keeper: Keeper) -> None:
+    """Raises: InterruptedRunError, where a signal ended the run before its end."""
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if stop.received is not None and step < steps and not keeper.best.is_exhausted:
+        raise InterruptedRunError(
+            f"stopped by {signal.Signals(stop.received).name} after step {step} of {steps}, with a checkpoint in "
+            f"{keeper.folder}; go on with the same command and --resume",
+            stop.received,
+        )
+
+
+def _outcome(trainer: AnswerTrainer, keeper: Keeper) -> Outcome:
+    """The run's end, with the best weights put back where they were kept."""
+    best, history = keeper.best.step, trainer.state.log_history
+    if best is not None and best != trainer.state.global_step:
+        restore_weights(trainer.model, keeper.weights_at(best))
+    evaluated = [entry for entry in history if "eval_loss" in entry and best in (None, entry["step"])]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return Outcome(
         steps=trainer.state.global_step,
         tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=seconds,
+        seconds=keeper.seconds,
         final_loss=losses[-1] if losses else float("nan"),
-        eval_loss=evaluated[-1] if evaluated else None,
-        interrupted=interrupted,
+        eval_loss=evaluated[-1]["eval_loss"] if evaluated else None,
+        best_step=best,
     )
 
 

@@ -1,12 +1,13 @@
-"""transformers' Trainer, with the answers' loss watched and rates of LoRA+ where asked for."""
+"""transformers' Trainer, with checkpoints that a run goes on from to the bit, the loss watched, and rates of LoRA+."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,17 +15,72 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from slimtune.data.batches import Objective
+from slimtune.storage.tree import read_tree
 from slimtune.train.allocation import RankAllocation
 from slimtune.train.checks import LastGood
+from slimtune.train.keep import TRAINING, WEIGHTS, Keeper
 from slimtune.train.lora_plus import lora_plus_groups
+from slimtune.train.state import restore_random_state, restore_weights
 
 
-class AnswerTrainer(Trainer):
-    """Stops with TrainingError at the first loss that is not a number, with the last good weights put back."""
+class Kept:
+    """Mixed in front of a Trainer (TRL's too): its checkpoints are those of a `Keeper`, whole, exact and no pickle.
 
-    def __init__(self, *args: Any, last_good: LastGood, lora_plus_ratio: float | None = None, **kwargs: Any) -> None:
+    Its own hold no state of AdaLoRA, lose a loss that is not logged yet, and are half there after a kill.
+    """
+
+    keeper: Keeper
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    args: Any
+    state: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.store_flos()  # type: ignore[attr-defined]
+        self.keeper.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore_weights(self.model, read_tree(Path(resume_from_checkpoint), WEIGHTS))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            stored = read_tree(Path(checkpoint), TRAINING)
+            self.optimizer.load_state_dict(stored["optimizer"])
+            self.lr_scheduler.load_state_dict(stored["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random_state(read_tree(Path(checkpoint), TRAINING)["random"], self.args.device)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; the first time in a resumed run, the loss that was summed up for the log is put back."""
+        start, self.keeper.start = self.keeper.start, None
+        if start is not None:
+            facts = self.keeper.facts
+            self._tr_loss.fill_(facts["loss_since_logged"])  # type: ignore[attr-defined]
+            self._globalstep_last_logged = facts["last_logged"]
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+
+class AnswerTrainer(Kept, Trainer):
+    """Stops with TrainingError at the first loss that is not a number, with the last good weights put back.
+
+    Args:
+        judge: scores of the model on the held-out examples, taken at each evaluation.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        last_good: LastGood,
+        keeper: Keeper,
+        lora_plus_ratio: float | None = None,
+        judge: Callable[[Any], Mapping[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, callbacks=[last_good, RankAllocation(), *kwargs.pop("callbacks", [])], **kwargs)
-        self.last_good = last_good
+        self.last_good, self.keeper, self.judge = last_good, keeper, judge
         self.lora_plus_ratio = lora_plus_ratio
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -43,6 +99,14 @@ class AnswerTrainer(Trainer):
         if not math.isfinite(loss.item()):
             self.last_good.stop(f"the loss became {loss.item()}", self.args, self.state)
         return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, with the judge's scores."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.judge is not None:
+            metrics = output.metrics or {}
+            metrics |= {f"eval_{name}": value for name, value in self.judge(self.model).items()}
+        return output
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""The settings of a run as transformers' Trainer takes them, and what must be right about them before it starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+
+from slimtune.errors import ConfigError, listing
+from slimtune.train.optimizer import DEFAULT, OFFLOADED, check_runs
+from slimtune.train.same import MAY_CHANGE
+from slimtune.train.settings import TrainSettings
+from slimtune.train.state import fingerprint_of_base, fingerprint_of_examples
+from slimtune.train.trackers import check_installed
+from slimtune.train.trainer import Kind
+
+
+def check(settings: TrainSettings, device: str, held_out: Sequence[Any]) -> None:
+    """See that a run with these settings can start. Raises: ConfigError, MissingDependencyError, TrainingError."""
+    check_runs(settings.optim, device)
+    check_installed(settings.trackers)
+    if settings.of_held_out and not held_out:
+        raise ConfigError(
+            f"{listing(settings.of_held_out)} look at held-out examples, and there are none; hold some out with "
+            "--eval-fraction or --eval-data, or leave it out"
+        )
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(settings.scheduler, optimizer, 1, 10, dict(settings.scheduler_options))
+    except (TypeError, ValueError) as error:
+        given = f"scheduler_options {dict(settings.scheduler_options)}" if settings.scheduler_options else "no options"
+        raise ConfigError(f"the scheduler {settings.scheduler} doesn't run with {given}: {error}") from error
+
+
+def identity(
+    model: Any, examples: Any, held_out: Any, settings: TrainSettings, rate: float, autocast: bool
+) -> dict[str, Any]:
+    """What must be the same for a run to go on, by what it is about."""
+    found = {f"training.{name}": v for name, v in asdict(settings).items() if name not in MAY_CHANGE}
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        found |= {
+            f"method.{name}" + f" of {adapter}" * (adapter != "default"): v for name, v in config.to_dict().items()
+        }
+    found |= {
+        "training.learning_rate": rate,
+        "autocast": autocast,
+        "the base's weights": fingerprint_of_base(model),
+        "the examples": fingerprint_of_examples(examples),
+        "the held-out examples": fingerprint_of_examples(held_out),
+    }
+    return json.loads(json.dumps(found))
+
+
+def _steps_of_epoch(settings: TrainSettings, examples: Any) -> int:
+    """The optimizer steps of an epoch; of a stream, whose length isn't known, all of them."""
+    if not hasattr(examples, "__len__"):
+        return settings.max_steps or 1
+    return math.ceil(len(examples) / (settings.batch_size * settings.gradient_accumulation))
+
+
+def arguments(
+    kind: Kind,
+    settings: TrainSettings,
+    rate: float,
+    device: str,
+    folder: Path,
+    examples: Any,
+    evaluates: bool,
+    autocast: bool,
+) -> TrainingArguments:
+    """What transformers' Trainer is told."""
+    return kind.arguments(
+        output_dir=str(folder),
+        learning_rate=rate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        optim=DEFAULT if settings.optim == OFFLOADED else settings.optim,
+        lr_scheduler_type=settings.scheduler,
+        lr_scheduler_kwargs=dict(settings.scheduler_options),
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        dataloader_num_workers=settings.dataloader_workers,
+        bf16=autocast,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        # By steps, so that a checkpoint is written after the evaluation of its step and not before.
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=settings.eval_steps or _steps_of_epoch(settings, examples),
+        prediction_loss_only=True,
+        # A Keeper says when.
+        save_strategy="no",
+        restore_callback_states_from_checkpoint=False,
+        logging_steps=settings.logging_steps,
+        # The filter would put the mean in place of a loss that is not a number.
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=list(settings.trackers) or "none",
+        disable_tqdm=True,
+    )
