@@ -30,7 +30,7 @@ def score(share: float, seed: int = 0, noise: int = 7, questions: int = QUESTION
 def training(peak_gb: float = 1.5, seconds: float = 60.0, size_mb: float = 20.0, rate: float = 1e-4) -> Training:
     return Training(
         steps=40,
-        examples=640,
+        batch=16,
         tokens=47_000,
         seconds=seconds,
         peak_bytes=int(peak_gb * 1e9),

@@ -132,7 +132,14 @@ def test_failed_runs_are_named_with_their_reason() -> None:
 def test_when_every_run_failed_nothing_is_chosen() -> None:
     found = advice((LORA, [failed(LORA, seed) for seed in range(3)]))
     assert found.arm is None
-    assert len(found.warnings) == 3
+    assert found.warnings == ("lora failed with seeds 0, 1 and 2: the device has not enough memory.",)
+
+
+def test_that_nothing_was_right_points_to_the_scorer() -> None:
+    found = advice((BASE, done(BASE, [0.0])), (ONE_SHOT, done(ONE_SHOT, [0.0] * 3)), (LORA, done(LORA, [0.0] * 3)))
+    assert found.arm == "base"
+    assert "the scorer (exact match) may not fit" in found.warnings[0]
+    assert "suffice" not in found.paragraph
 
 
 def test_what_is_unfinished_is_said() -> None:

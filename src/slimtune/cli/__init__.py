@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimtune.cli.chat import chat
+from slimtune.cli.compare import compare
 from slimtune.cli.demo import demo
 from slimtune.cli.demo_data import demo_data
 from slimtune.cli.doctor import doctor
@@ -84,6 +85,7 @@ for name, command in {
     "demo": demo,
     "plan": plan,
     "train": train,
+    "compare": compare,
     "chat": chat,
     "generate": generate,
     "predict": predict,

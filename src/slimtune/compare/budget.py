@@ -10,7 +10,7 @@ from slimtune.compare.summary import Row, Summary
 
 COUNTED: dict[str, Callable[[Training], float]] = {
     "steps": lambda training: training.steps,
-    "examples seen": lambda training: training.examples,
+    "examples a step": lambda training: training.batch,
     "tokens seen": lambda training: training.tokens,
 }
 

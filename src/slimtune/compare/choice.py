@@ -76,7 +76,7 @@ def _be(peers: list[Row]) -> str:
 
 def _best(summary: Summary, best: Row, near: list[Row]) -> str:
     assert best.score
-    begin = f"{_name(best)} scores best: {summary.scorer} {_with_interval(best.score)}"
+    begin = f"{_name(best)} scores best: {summary.scorer} {_with_interval(best.score, best.arm.is_seeded)}"
     rest = [row for row in summary.scored if row is not best]
     if not rest:
         return f"{begin}; there is nothing to compare it with."
@@ -170,7 +170,9 @@ def _in_context(summary: Summary, chosen: Row, peers: list[Row]) -> Iterator[str
         return
     prompt, method = prompts[0], methods[0]
     pair = summary.pair(prompt, method)
-    if pair is None:
+    base = summary.base
+    is_idle = base is not None and not summary.is_better(prompt, base) and not summary.is_better(method, base)
+    if pair is None or is_idle:
         return
     ahead = summary.sign * (prompt.mean - method.mean)
     scores = f"{figures.score(prompt.mean)} against {figures.score(method.mean)}"
@@ -236,17 +238,27 @@ def _warnings(summary: Summary, best: Row | None) -> Iterator[str]:
     if summary.missing:
         runs = "1 run is" if summary.missing == 1 else f"{summary.missing} runs are"
         yield f"This is unfinished: {runs} still to be done."
-    for row in summary.rows:
-        for result in row.failed:
-            yield f"{row.name} failed with seed {result.seed}: {result.reason.rstrip('.')}."
-    if best is None or not best.score:
+    yield from _failures(summary)
+    if best is None:
         return
+    if summary.is_all_wrong:
+        yield f"No answer of any arm was right: look at some, for the scorer ({summary.scorer}) may not fit the task."
     seeds = min(row.score.seeds for row in summary.scored if row.score and row.arm.is_seeded) if _seeded(summary) else 0
     if 0 < seeds < ENOUGH_SEEDS:
         yield (
             f"Fewer than {ENOUGH_SEEDS} seeds ({seeds}): {_SEEDS[seeds]}; repeat with {ENOUGH_SEEDS} or more "
             f"before relying on it."
         )
+
+
+def _failures(summary: Summary) -> Iterator[str]:
+    """Each arm's reasons; seeds that failed alike are told together."""
+    for row in summary.rows:
+        reasons = dict.fromkeys(result.reason.rstrip(".") for result in row.failed)
+        for reason in reasons:
+            seeds = [str(result.seed) for result in row.failed if result.reason.rstrip(".") == reason]
+            told = f" with seed{'s' if len(seeds) > 1 else ''} {figures.names(seeds)}" if row.arm.is_seeded else ""
+            yield f"{row.name} failed{told}: {reason}."
 
 
 _SEEDS = {
@@ -259,11 +271,11 @@ def _seeded(summary: Summary) -> bool:
     return any(row.arm.is_seeded for row in summary.scored)
 
 
-def _with_interval(score: Interval) -> str:
-    seeds = "1 seed" if score.seeds == 1 else f"{score.seeds} seeds"
+def _with_interval(score: Interval, is_seeded: bool) -> str:
+    seeds = ("1 seed, " if score.seeds == 1 else f"{score.seeds} seeds, ") if is_seeded else ""
     return (
         f"{figures.score(score.mean)} (95% interval {figures.score(score.low)} to {figures.score(score.high)}, "
-        f"{seeds}, {score.questions} questions)"
+        f"{seeds}{score.questions} questions)"
     )
 
 

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from slimtune.errors import DataError
 from slimtune.staging import staged_file
 
 FACTS = "comparison.json"
-PACKAGES = ("slimtune", "torch", "transformers", "tokenizers", "bitsandbytes", "datasets", "accelerate")
 
 
 class Facts(BaseModel):
@@ -64,19 +62,8 @@ def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of what computes."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def machine() -> dict[str, str]:
-    """The processor, its cores, the memory; without loading torch, whose memory the runs need."""
+    """The processor, its cores, the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = {"processor": _processor(), "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

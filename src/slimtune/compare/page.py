@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from slimtune.compare.table import MEANING, Line, lines
 from slimtune.errors import MissingDependencyError
 from slimtune.staging import staged_file
 
-PAGE, TABLE = "report.html", "report.md"
+PAGE, TABLE, FIGURES = "report.html", "report.md", "report.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,21 @@ class Report:
     same: list[str]
     different: list[str]
     notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the choice, every arm, every pair, the findings and how it was run."""
+        return {
+            "chosen": self.choice.arm,
+            "headline": self.choice.headline,
+            "sentences": list(self.choice.sentences),
+            "warnings": list(self.choice.warnings),
+            "scorer": self.summary.scorer,
+            "arms": [row.to_dict() for row in self.summary.rows],
+            "pairs": [asdict(pair) | {"shown": pair.is_shown} for pair in self.summary.pairs],
+            "findings": [asdict(finding) for finding in self.findings],
+            "notes": self.notes,
+            "facts": self.facts.model_dump(),
+        }
 
 
 def report(summary: Summary, facts: Facts, questions: Sequence[Question]) -> Report:
@@ -77,8 +93,9 @@ def html(told: Report) -> str:
 
 
 def write_report(folder: Path, told: Report) -> Path:
-    """`report.html`, `report.md` and the pictures, each whole or not at all; the page's path."""
-    for name, text in ((PAGE, html(told)), (TABLE, markdown(told))):
+    """`report.html`, `report.md`, `report.json` and the pictures, each whole or not at all; the page's path."""
+    numbers = json.dumps(told.to_dict(), indent=1) + "\n"
+    for name, text in ((PAGE, html(told)), (TABLE, markdown(told)), (FIGURES, numbers)):
         with staged_file(folder / name) as scratch:
             scratch.write_text(text, encoding="utf-8")
     if told.summary.scored:

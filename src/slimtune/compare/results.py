@@ -46,7 +46,8 @@ class Training(_Strict):
     """What the training took."""
 
     steps: int
-    examples: int
+    batch: int
+    """Examples a step."""
     tokens: int
     seconds: float = Field(ge=0)
     peak_bytes: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -82,6 +82,23 @@ class Row:
         """Intruder dimensions for each matrix of weights."""
         return _mean([result.spectrum.intruders_per_matrix for result in self.done if result.spectrum])
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; sizes in bytes, times in seconds, forgetting in nats per token."""
+        return {
+            "arm": self.name,
+            "summary": self.arm.summary,
+            "score": None if self.score is None else asdict(self.score),
+            "forgotten": self.forgotten,
+            "domains": [domain.model_dump() for domain in self.domains],
+            "intruders_per_matrix": self.intruders,
+            "peak_bytes": self.peak_bytes,
+            "train_seconds": self.train_seconds,
+            "trainable_parameters": self.trainable,
+            "size_bytes": self.size_bytes,
+            "answer_seconds": self.answer_seconds,
+            "runs": {"wanted": self.wanted, "done": len(self.done), "failed": [r.reason for r in self.failed]},
+        }
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -108,6 +125,11 @@ class Summary:
         """+1 where more is better."""
         return 1 if self.higher_is_better else -1
 
+    @property
+    def is_all_wrong(self) -> bool:
+        """Whether nobody gave a right answer, which says more of the scorer than of the arms."""
+        return bool(self.scored) and self.higher_is_better and all(row.mean == 0 for row in self.scored)
+
     def row(self, name: str) -> Row | None:
         """The row of an arm that has a score."""
         return next((row for row in self.rows if row.name == name and row.score), None)
@@ -129,9 +151,10 @@ class Summary:
 
     def beaten_by(self, row: Row) -> Row | None:
         """The best of the arms that are shown to be better than this one."""
-        return next((other for other in self.scored if other is not row and self._is_better(other, row)), None)
+        return next((other for other in self.scored if other is not row and self.is_better(other, row)), None)
 
-    def _is_better(self, first: Row, second: Row) -> bool:
+    def is_better(self, first: Row, second: Row) -> bool:
+        """Whether the first is shown to be better than the second."""
         pair = self.pair(first, second)
         if pair is None or not pair.is_shown:
             return False

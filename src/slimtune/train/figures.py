@@ -42,10 +42,18 @@ class Memory:
     @classmethod
     def peak(cls) -> Memory:
         """The peaks at this moment."""
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        # Linux counts kilobytes, macOS bytes.
-        return cls(rss if sys.platform == "darwin" else rss * 1024, cuda)
+        return cls(_peak_rss_bytes(), cuda)
+
+
+def _peak_rss_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # What getrusage says begins with the memory of the process that started this one.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,11 @@ class Recipe:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Recipe:
         """From sections with some of their keys; raises ConfigError with the place of a mistake."""
+        from slimtune.compare.settings import CompareSettings
+
         sections = dict(values)
+        # For another command, which finds its mistakes here too.
+        CompareSettings.of(sections.pop("compare", None))
         base = sections.get("model")
         name = base.get("name", "") if isinstance(base, Mapping) else ""
         method = MethodSettings.of(sections.get("method", {}), str(name))

@@ -1,0 +1,147 @@
+"""A comparison as a whole: from a recipe to its folder of runs and its page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slimtune.compare.arms import Run, runs_of
+from slimtune.compare.facts import FACTS, Facts, machine, read_facts, today
+from slimtune.compare.material import QUESTIONS, TRAIN, write_material
+from slimtune.compare.page import Report, report, write_report
+from slimtune.compare.results import read_questions
+from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
+from slimtune.compare.settings import CompareSettings
+from slimtune.compare.summary import summarize
+from slimtune.compare.task import Task, check_arms, check_unchanged, refuse_changes
+from slimtune.errors import ConfigError, OutputExistsError
+
+DATA, SECTION = "data", "compare"
+BUDGET = ("questions", "scorer", "max_new_tokens", "texts")
+"""What of the settings must stay as it is while methods and seeds are added."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is run and what is known of it."""
+
+    task: Task
+    facts: Facts
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them, in their order."""
+        return runs_of(self.task.settings.arms, self.task.settings.seeds)
+
+    def run(self, watcher: Watcher) -> Report:
+        """Do what is unfinished, with the page written anew after each run."""
+        run_all(self.task, self.runs, watcher, self._write)
+        return self._write()
+
+    def report(self) -> Report:
+        """What follows from the runs that are there."""
+        asked = self.task.folder / ASKED
+        settings = self.task.settings
+        summary = summarize(settings.arms, results_of(self.task, self.runs), settings.seeds)
+        return report(summary, self.facts, read_questions(asked) if asked.is_file() else [])
+
+    def _write(self) -> Report:
+        told = self.report()
+        write_report(self.task.folder, told)
+        return told
+
+
+def prepare(
+    path: Path,
+    overrides: Sequence[str],
+    options: Mapping[str, Any],
+    output: Path,
+    price: str | None = None,
+    scratch: Path | None = None,
+) -> Comparison:
+    """A recipe made ready: read, checked, its data written down; nothing is loaded yet.
+
+    Args:
+        options: settings of the comparison that come before those of the recipe.
+        price: of an hour, in US dollars or as the name of a device.
+        scratch: where the data is written instead, for a comparison that is looked at and not run.
+
+    Raises:
+        ConfigError, DataError: a mistake in the recipe, or data that can't be compared on.
+        OutputExistsError: the folder holds another comparison, or something else.
+    """
+    from slimtune.train.figures import versions
+    from slimtune.train.recipe import Recipe, overridden
+    from slimtune.train.yaml_file import dump, read_mapping
+
+    values = overridden(read_mapping(path), overrides)
+    settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
+    base = Recipe.of(values)
+    data = output / DATA if scratch is None else scratch
+    task = Task(output, values, settings, data / TRAIN, data / QUESTIONS)
+    check_arms(task)
+    same = {"recipe": base.to_dict() | {"output": ""}, **{name: getattr(settings, name) for name in BUDGET}}
+    before = _same_as_before(output, same)
+    check_unchanged(task, runs_of(settings.arms, settings.seeds))
+    per_hour, priced_as = _priced(price)
+    if before is None or scratch is not None:
+        name = write_material(base.data, base.task, base.training.seed, settings.questions, data)
+    else:
+        name = before.data
+    facts = Facts(
+        model=base.model.name,
+        data=name,
+        command=shlex.join(["slimtune", *sys.argv[1:]]),
+        date=today(),
+        recipe=dump(values | {SECTION: _listed(settings)}),
+        arms=[arm.name for arm in settings.arms],
+        seeds=settings.seeds,
+        same=same,
+        machine=machine(),
+        versions=versions(),
+        price_per_hour=per_hour,
+        price_of=priced_as,
+    )
+    if scratch is None:
+        facts.write(output)
+    return Comparison(task, facts)
+
+
+def _same_as_before(output: Path, same: Mapping[str, Any]) -> Facts | None:
+    """The facts of a comparison that goes on; raises OutputExistsError for another one."""
+    before = read_facts(output)
+    if before is None:
+        # A folder that was begun holds data at most; anything else isn't ours.
+        strangers = [entry.name for entry in output.iterdir() if entry.name != DATA] if output.is_dir() else []
+        if strangers or output.is_file():
+            what = f"holds {min(strangers)} and no {FACTS}" if strangers else "is a file"
+            raise OutputExistsError(f"the output {output} {what}; choose another folder")
+        return None
+    refuse_changes(before.same, same, f"the comparison in {output}")
+    return before
+
+
+def _priced(price: str | None) -> tuple[float | None, str]:
+    """US dollars an hour and what they are for; raises ConfigError for what is neither a number nor a device."""
+    if price is None:
+        return None, ""
+    try:
+        value = float(price)
+    except ValueError:
+        from slimtune.plan.devices import find
+
+        device = find(price)
+        if device.price_per_hour is None:
+            raise ConfigError(f"nobody rents out a {device.name} in the table; pass its price, --price 0.40") from None
+        return device.price_per_hour, f"{device.name}, {device.price_date}"
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"a price is 0 or more, found {price}")
+    return value, "given"
+
+
+def _listed(settings: CompareSettings) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}

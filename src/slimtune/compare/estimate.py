@@ -1,0 +1,164 @@
+"""About how long a comparison takes, before it is paid for."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slimtune.compare.arms import Arm
+from slimtune.compare.comparison import Comparison
+from slimtune.compare.runner import unfinished
+from slimtune.compare.stages import stages_of
+from slimtune.compare.task import Task, recipe_of
+
+START_SECONDS = 8.0
+"""Of each process: libraries and weights, on two cores."""
+SPECTRA_SECONDS = 60.0
+FORWARD_SHARE = 0.5
+"""Of a step with a frozen base: two operations a weight forward, and two for the gradient of its input."""
+ANSWER_TOKENS, ASKED_AT_ONCE = 40, 32
+TEXTS_TOKENS = 12_000
+"""Of all shipped sets together; they are read before and after."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm: its runs, those still to be done, and about how many seconds each takes, None if nobody knows."""
+
+    arm: Arm
+    runs: int
+    todo: int
+    seconds: float | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of all that are still to be done."""
+        return None if self.seconds is None else self.seconds * self.todo
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"arm": self.arm.name, "runs": self.runs, "todo": self.todo, "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All arms, and where the figures come from."""
+
+    lines: list[Line]
+    why: str
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all that is still to be done."""
+        left = [line.seconds_left for line in self.lines]
+        return None if None in left else sum(value for value in left if value is not None)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the planner says of the steps: seconds by method and base, tokens in each, bytes of the weights."""
+
+    steps: dict[tuple[str, str], float]
+    tokens_a_step: float
+    weight_bytes: float
+    bandwidth: float
+    is_measured: bool
+
+    @property
+    def read_seconds(self) -> float:
+        """Of one token, forward."""
+        return FORWARD_SHARE * min(self.steps.values()) / self.tokens_a_step
+
+    @property
+    def write_seconds(self) -> float:
+        """Of one token of each answer in a batch: all weights are read once."""
+        return 2 * self.weight_bytes / self.bandwidth
+
+
+def estimate(comparison: Comparison) -> Estimate:
+    """From the planner's simulated steps; coarse, for it knows the machine only if it was calibrated."""
+    task, runs = comparison.task, comparison.runs
+    arms, todo = task.settings.arms, unfinished(task, runs)
+    planned, why = _plan(task, [arm for arm in arms if arm.is_trained])
+    lines = []
+    for arm in arms:
+        own = [run for run in runs if run.arm == arm]
+        mean = sum(_seconds(task, run, planned) for run in own) / len(own) if planned else None
+        lines.append(Line(arm, len(own), sum(run in todo for run in own), mean))
+    return Estimate(lines, why)
+
+
+def _seconds(task: Task, run: Any, planned: Planned) -> float:
+    arm = run.arm
+    asked = sum(1 for _ in task.questions.open(encoding="utf-8"))
+    tokens = planned.tokens_a_step / _batch(task, run)
+    seconds = 0.0
+    for stage in stages_of(task, run):
+        seconds += START_SECONDS
+        if stage.name == "train":
+            known = planned.steps.get((arm.method or "", arm.quantize or "dense"))
+            seconds += _steps(task, run) * (known or max(planned.steps.values()))
+        elif stage.name == "evaluate":
+            # What all prompts begin with is read once, so that examples cost little more than a longer cache.
+            seconds += asked * (tokens * 2) * planned.read_seconds + arm.shots * tokens * planned.read_seconds
+            seconds += math.ceil(asked / ASKED_AT_ONCE) * ANSWER_TOKENS * planned.write_seconds
+        elif stage.name == "forgetting":
+            share = 1.0 if task.settings.texts is None else min(1.0, task.settings.texts / 20)
+            seconds += 2 * share * TEXTS_TOKENS * planned.read_seconds
+        else:
+            seconds += SPECTRA_SECONDS
+    return seconds
+
+
+def _training(task: Task, run: Any) -> dict[str, Any]:
+    return recipe_of(task, run)["training"]
+
+
+def _batch(task: Task, run: Any) -> int:
+    settings = _training(task, run) if run.arm.is_trained else task.recipe.get("training") or {}
+    return settings.get("batch_size", 8) * settings.get("gradient_accumulation", 1)
+
+
+def _steps(task: Task, run: Any) -> int:
+    settings = _training(task, run)
+    rows = sum(1 for _ in task.train.open(encoding="utf-8"))
+    return settings.get("max_steps") or math.ceil(rows / _batch(task, run) * settings.get("epochs", 3.0))
+
+
+def _plan(task: Task, arms: Sequence[Arm]) -> tuple[Planned | None, str]:
+    """What `slimtune plan` says, and where it knows it from."""
+    training = task.recipe.get("training") or {}
+    methods = sorted({arm.method or "" for arm in arms}) or ["lora"]
+    command = ["plan", task.recipe["model"]["name"], "--data", str(task.train), "--json"]
+    command += [word for method in methods for word in ("--method", method)]
+    command += ["--batch-size", str(training.get("batch_size", 8))]
+    command += ["--gradient-accumulation", str(training.get("gradient_accumulation", 1))]
+    checkpointing = "" if training.get("gradient_checkpointing") else "no-"
+    command += [f"--{checkpointing}gradient-checkpointing", "--epochs", "1"]
+    done = subprocess.run([sys.executable, "-m", "slimtune", *command], capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
+        said = [line for line in done.stderr.splitlines() if line.startswith("slimtune: ")]
+        return None, f"how long it takes could not be planned: {(said or ['the planner failed'])[-1]}"
+    found = json.loads(done.stdout.splitlines()[-1])
+    return _read(found)
+
+
+def _read(found: dict[str, Any]) -> tuple[Planned | None, str]:
+    choices = [choice for choice in found["choices"] if choice["time"]]
+    if not choices:
+        return None, "nothing of this fits the device, so its time is not known"
+    time = choices[0]["time"]
+    planned = Planned(
+        steps={(choice["method"], choice["base"]): choice["time"]["step_seconds"] for choice in choices},
+        tokens_a_step=time["tokens"] / time["steps"],
+        weight_bytes=choices[0]["parts"]["weights"],
+        bandwidth=found["rates"]["bandwidth"],
+        is_measured=found["rates"]["is_measured"],
+    )
+    how = "measured before" if planned.is_measured else "a guess, which slimtune plan --calibrate replaces"
+    return planned, f"the steps were simulated; the speed of this machine is {how}"

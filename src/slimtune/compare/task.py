@@ -1,0 +1,146 @@
+"""What all runs of a comparison share, and the recipe that each of them makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimtune.compare.arms import LEARNING_RATE, QUANTIZED, Arm, Run
+from slimtune.compare.settings import CompareSettings
+from slimtune.errors import ConfigError, OutputExistsError, did_you_mean
+from slimtune.staging import staged_file
+
+RECIPE, TUNED = "recipe.yaml", "tuned"
+DATA_KEPT = ("max_length", "too_long", "packing")
+"""What of the data section is left once the data is written down."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs share.
+
+    Attributes:
+        recipe: sections of the recipe, the comparison's own left out.
+        train, questions: the files that were written for all runs.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    settings: CompareSettings
+    train: Path
+    questions: Path
+
+    def place(self, run: Run) -> Path:
+        """The folder of a run."""
+        return self.folder / "runs" / run.slug
+
+
+def recipe_of(task: Task, run: Run) -> dict[str, Any]:
+    """The recipe of one run: the same for all but the method, its learning rate, its base and the seed."""
+    arm, sections = run.arm, task.recipe
+    fields = {name: _value(text) for name, text in arm.fields if name != LEARNING_RATE}
+    training = {**(sections.get("training") or {}), "seed": run.seed}
+    training.pop(LEARNING_RATE, None)
+    training |= {LEARNING_RATE: rate} if (rate := _learning_rate(task, arm)) is not None else {}
+    if task.settings.max_steps is not None:
+        training["max_steps"] = task.settings.max_steps
+    # The questions are held out of every run alike, and no checkpoint is chosen by them.
+    data = {name: value for name, value in sections["data"].items() if name in DATA_KEPT}
+    return sections | {
+        "model": model_of(task, arm),
+        "data": data | {"train": str(task.train), "held_out": 0},
+        "method": _same_method(sections.get("method"), arm.method) | {"name": arm.method} | fields,
+        "training": training,
+        "output": str(task.place(run) / TUNED),
+    }
+
+
+def model_of(task: Task, arm: Arm) -> dict[str, Any]:
+    """The model section for an arm."""
+    return task.recipe["model"] | ({"quantize": arm.quantize} if arm.quantize else {})
+
+
+def write_recipe(task: Task, run: Run) -> None:
+    """Write the recipe of a run into its folder."""
+    from slimtune.train.yaml_file import dump
+
+    with staged_file(task.place(run) / RECIPE) as scratch:
+        scratch.write_text(dump(recipe_of(task, run)), encoding="utf-8")
+
+
+def check_arms(task: Task) -> None:
+    """Raises: ConfigError, for a method or a field that is none, before anything is run."""
+    from slimtune.train.method import methods
+    from slimtune.train.recipe import Recipe
+
+    known = [*methods(), *QUANTIZED, *(arm.name for arm in task.settings.arms)]
+    for name in task.settings.learning_rates:
+        if name not in known:
+            raise ConfigError(f"compare.learning_rates names no method '{name}'{did_you_mean(name, known)}")
+    for arm in task.settings.arms:
+        if arm.is_trained:
+            try:
+                Recipe.of(recipe_of(task, Run(arm, 0)))
+            except ConfigError as error:
+                raise ConfigError(f"{arm.name}: {error}") from error
+
+
+def check_unchanged(task: Task, runs: Sequence[Run]) -> None:
+    """Raises: OutputExistsError, for a run that was begun with other settings than it has now."""
+    from slimtune.train.yaml_file import read_mapping
+
+    for run in runs:
+        path = task.place(run) / RECIPE
+        if run.arm.is_trained and path.is_file():
+            refuse_changes(read_mapping(path), recipe_of(task, run), f"the run {run} in {task.folder}")
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Raises: OutputExistsError, with what was changed."""
+    changed = [f"{place} was {old} and is now {new}" for place, old, new in _differences(before, now)]
+    if changed:
+        raise OutputExistsError(
+            f"{what} was begun with other settings: {'; '.join(changed[:4])}; choose another --output, or go back to "
+            f"what they were"
+        )
+
+
+def _differences(before: Any, now: Any, place: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = list(dict.fromkeys([*before, *now]))
+        found = (_differences(before.get(name), now.get(name), f"{place}.{name}".lstrip(".")) for name in names)
+        return [difference for differences in found for difference in differences]
+    return [] if before == now else [(place, before, now)]
+
+
+def _learning_rate(task: Task, arm: Arm) -> float | None:
+    """The variant's own, else that of the compare section, else the recipe's; None is the method's own.
+
+    The recipe's is for the kind of method that it names: what suits LoRA is ten times too much for full tuning.
+    """
+    from slimtune.train.method import find
+
+    fields, rates = dict(arm.fields), task.settings.learning_rates
+    if LEARNING_RATE in fields:
+        return _value(fields[LEARNING_RATE])
+    named = next((name for name in (arm.name, arm.name.partition(":")[0]) if name in rates), None)
+    if named is not None:
+        return rates[named]
+    own = (task.recipe.get("method") or {}).get("name", "lora")
+    is_alike = find(own).config is find(arm.method or own).config
+    return (task.recipe.get("training") or {}).get(LEARNING_RATE) if is_alike else None
+
+
+def _same_method(section: Any, method: str | None) -> dict[str, Any]:
+    """The recipe's fields of a method are for that method: others have their own defaults."""
+    if not isinstance(section, Mapping) or section.get("name", "lora") != method:
+        return {}
+    return {name: value for name, value in section.items() if name != "name"}
+
+
+def _value(text: str) -> Any:
+    from slimtune.train.yaml_file import parse
+
+    return parse(text)
