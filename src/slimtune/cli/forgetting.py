@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from slimtune.evaluate.forgetting import Change, Forgetting
 
 
+WIDE = 100
+"""Columns of a terminal with room for perplexities."""
+
+
 def forgetting(
     tuned: TunedModel,
     base: TunedBase = None,
@@ -45,9 +49,9 @@ def forgetting(
     Example: slimtune forgetting tuned --data our-docs.txt --plot forgetting.png
     """
     from slimtune.evaluate.forgetting import measure
-    from slimtune.evaluate.plots import check_picture
     from slimtune.evaluate.plots.forgetting import plot_forgetting
     from slimtune.evaluate.tuned import Tuned
+    from slimtune.picture import check_picture
 
     if plot:
         check_picture(plot)
@@ -89,27 +93,29 @@ def _show(screen: Console, base: str, found: Forgetting) -> None:
 
     from slimtune.evaluate.forgetting import in_words
 
-    table = Table(title=f"loss in nats per token (perplexity), against {escape(base)}", title_justify="left")
-    for name in ("domain", "texts", "before", "after", "difference", "95% interval"):
-        table.add_column(name, justify="left" if name == "domain" else "right", no_wrap=name == "domain")
+    wide = screen.width >= WIDE
+    table = Table(title=f"loss in nats per token, against {escape(base)}", title_justify="left")
+    for name in ["domain", "texts", "before", "after", "difference", "95% interval"] + ["perplexity"] * wide:
+        table.add_column(name, justify="left" if name == "domain" else "right", no_wrap=True)
     for name, change in found.domains.items():
-        table.add_row(
-            escape(name), f"{change.texts}", _loss(change.before), _loss(change.after), f"{change.difference:+.4f}",
-            in_words(change.interval),
-        )  # fmt: skip
+        cells = [
+            escape(name), f"{change.texts}", f"{change.before:.4f}", f"{change.after:.4f}",
+            f"{change.difference:+.4f}", in_words(change.interval),
+        ]  # fmt: skip
+        table.add_row(*cells, *[f"{_power(change.before)} to {_power(change.after)}"] * wide)
     table.add_section()
-    table.add_row("mean", "", "", "", f"{found.difference:+.4f}", in_words(found.interval))
+    table.add_row("mean", "", "", "", f"{found.difference:+.4f}", in_words(found.interval), *[""] * wide)
     screen.print(table)
     screen.print(_verdict(found))
     for name, change in found.domains.items():
         _show_worst(screen, name, change)
 
 
-def _loss(nats: float) -> str:
+def _power(nats: float) -> str:
     from slimtune.evaluate.forgetting import perplexity
 
     power = perplexity(nats)
-    return f"{nats:.4f} ({'beyond numbers' if power is None else f'{power:.4g}'})"
+    return "inf" if power is None else f"{power:.4g}"
 
 
 def _verdict(found: Forgetting) -> str:

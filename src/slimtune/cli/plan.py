@@ -89,7 +89,7 @@ def plan(
     slimtune plan --table --plot table.svg
     """
     if plot is not None:
-        from slimtune.plan.plot import check_picture
+        from slimtune.picture import check_picture
 
         check_picture(plot)
     if calibrate:

@@ -24,7 +24,7 @@ from slimtune.errors import ConfigError
 if TYPE_CHECKING:
     from slimtune.evaluate.spectra import Spectra
     from slimtune.evaluate.tuned import Tuned
-    from slimtune.evaluate.updates import Updates
+    from slimtune.evaluate.updates import TunedMatrix, Updates
 
 SCALING = "Scaling intruders down"
 
@@ -114,13 +114,16 @@ def _measured(
 ) -> Spectra:
     from slimtune.cli.counting import Counting
     from slimtune.cli.spectra_view import show
-    from slimtune.evaluate.plots import check_picture
     from slimtune.evaluate.spectra import measure, updates_of
+    from slimtune.picture import check_picture
 
     if plot:
         check_picture(plot)
+    elif matrix:
+        raise ConfigError(f"--matrix says what to draw; say where with --plot, or leave '{matrix}' out")
     screen = console(as_json)
     updates = updates_of(what, embeddings)
+    chosen = updates.named(matrix) if matrix else None
     against = updates_of(other, embeddings) if other else None
     with Counting(screen) as counting:
         counting.start("decomposing matrices", len(updates.matrices))
@@ -128,15 +131,15 @@ def _measured(
     if not as_json:
         show(screen, what.base, found)
     if plot:
-        _draw(updates, found, matrix, plot, Path(what.source).name)
+        _draw(updates, found, chosen, plot, Path(what.source).name)
         screen.print(f"drawn: {plot}", markup=False)
     return found
 
 
-def _draw(updates: Updates, found: Spectra, matrix: str | None, plot: Path, title: str) -> None:
+def _draw(updates: Updates, found: Spectra, chosen: TunedMatrix | None, plot: Path, title: str) -> None:
     from slimtune.evaluate.plots.spectra import DIRECTIONS, most_telling, plot_spectra
     from slimtune.evaluate.spectra import similarity
 
-    shown = most_telling(found, matrix)
-    read = next(one for one in updates.matrices if one.name == shown.name)
-    plot_spectra(found, shown, similarity(read, DIRECTIONS), plot, title)
+    matrix = chosen or updates.named(most_telling(found).name)
+    shown = next(one for one in found.matrices if one.name == matrix.name)
+    plot_spectra(found, shown, similarity(matrix, DIRECTIONS), plot, title)

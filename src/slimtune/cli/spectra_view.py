@@ -23,7 +23,7 @@ def show(screen: Console, base: str, found: Spectra) -> None:
     overlaps = any(one.overlap for one in found.matrices)
     names = ["matrices", "count", "eff. rank", "stable rank", "change", "intruders"]
     for name in names + ["overlap", "chance"] * overlaps:
-        table.add_column(name, justify="left" if name == "matrices" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "matrices" else "right", no_wrap=name == "matrices")
     for kind in dict.fromkeys(one.kind for one in found.matrices):
         table.add_row(*_row(escape(kind), [one for one in found.matrices if one.kind == kind], overlaps))
     table.add_section()

@@ -19,6 +19,7 @@ from slimtune.errors import ConfigError, DataError, listing
 from slimtune.evaluate.classification import classify, scores
 from slimtune.evaluate.generation import pad_id_of
 from slimtune.loading import load_classifier, load_text_model
+from slimtune.template import use_template
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,6 +69,8 @@ class Conversations:
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids, shown with what is learned of them; raises DataError, ConfigError if the model can't pack."""
+        if self.settings.chat_template is not None:
+            use_template(tokenizer, self.settings.chat_template)
         if self.settings.packing:
             check_packs(model)
         positions = positions_of(model)
@@ -116,7 +119,7 @@ class Classes:
     @classmethod
     def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Classes:
         """The texts of all sources; raises DataError for labels that were never learned, ConfigError for packing."""
-        for name in ("packing", "streaming"):
+        for name in ("packing", "streaming", "chat_template"):
             if getattr(settings, name):
                 raise ConfigError(f"{name} is for models that write text; leave it out to train a classifier")
         if settings.too_long == "split":

@@ -74,6 +74,7 @@ class DataSettings:
         too_long: what becomes of longer ones: error, drop, truncate, or for plain texts split.
         packing: several examples in one row of max_length, none of which sees another.
         streaming: rows are read and encoded while the model learns, for data larger than memory.
+        chat_template: a name of `slimtune.template.named_templates` or a file, in place of the tokenizer's own.
     """
 
     train: Any
@@ -83,6 +84,7 @@ class DataSettings:
     too_long: str = "error"
     packing: bool = False
     streaming: bool = False
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", _sources(self.train))

@@ -68,6 +68,7 @@ class Spectrum:
     Attributes:
         values: the singular values of W' - W, falling.
         relative_norm: ||W' - W|| / ||W||.
+        cosines: of each of the leading left singular vectors of W', the largest |cosine| with one of W.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Spectrum:
     effective_rank: float
     stable_rank: float
     relative_norm: float
+    cosines: list[float]
     intruders: list[Intruder]
     overlap: Overlap | None = None
 
@@ -184,6 +186,7 @@ def spectrum(
     update = matrix.read()
     change = change_of(update)
     rows, columns = update.before.shape
+    values, cosines = _cosines(update, change, top, left)
     return Spectrum(
         name=matrix.name,
         layer=matrix.layer,
@@ -193,7 +196,8 @@ def spectrum(
         effective_rank=effective_rank(change.values),
         stable_rank=stable_rank(change.values),
         relative_norm=float(change.values.norm() / update.before.norm()),
-        intruders=_intruders(update, change, top, epsilon, left),
+        cosines=cosines,
+        intruders=[Intruder(i, cosine, values[i]) for i, cosine in enumerate(cosines) if cosine < epsilon],
         overlap=_overlap(matrix, change, other, top) if other else None,
     )
 
@@ -203,16 +207,13 @@ def change_of(update: Update) -> Decomposition:
     return decompose_product(*update.factors) if update.factors else decompose(update.after - update.before)
 
 
-def _intruders(update: Update, change: Decomposition, top: int, epsilon: float, left: Tensor | None) -> list[Intruder]:
+def _cosines(update: Update, change: Decomposition, top: int, left: Tensor | None) -> tuple[list[float], list[float]]:
+    """The leading singular values of W', and how near each one's left singular vector comes to one of W."""
     if not change.values.any():
-        return []
+        return [], []
     after = decompose(update.after)
     cosines = nearest_cosines(after.left[:, :top], decompose(update.before).left if left is None else left)
-    return [
-        Intruder(index, float(cosine), float(after.values[index]))
-        for index, cosine in enumerate(cosines)
-        if cosine < epsilon
-    ]
+    return after.values[:top].tolist(), cosines.tolist()
 
 
 def _overlap(matrix: TunedMatrix, change: Decomposition, other: TunedMatrix, top: int) -> Overlap:

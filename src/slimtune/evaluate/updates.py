@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimtune.adapter import adopted_modules
 from slimtune.bases import base_of
 from slimtune.delta import Dense, deltas_of, standing_in
-from slimtune.errors import BaseMismatchError, ConfigError, MergeError, listing
+from slimtune.errors import BaseMismatchError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.methods.lora import LoraDelta
 from slimtune.structure import input_embeddings
 
@@ -71,6 +71,14 @@ class Updates:
 
     matrices: list[TunedMatrix]
     left_out: list[str]
+
+    def named(self, name: str) -> TunedMatrix:
+        """The matrix of that name. Raises: ConfigError, with the nearest."""
+        by_name = {one.name: one for one in self.matrices}
+        if name not in by_name:
+            near = did_you_mean(name, by_name) or f"; they are called like '{self.matrices[0].name}'"
+            raise ConfigError(f"no tuned matrix '{name}'{near}")
+        return by_name[name]
 
 
 def adapter_updates(model: Any, name: str, embeddings: bool = False) -> Updates:

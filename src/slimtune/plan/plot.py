@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimtune.errors import ConfigError, MissingDependencyError
+from slimtune.picture import check_picture, new_figure, write
 from slimtune.plan.classic import Cell
 from slimtune.plan.memory import Parts
 
@@ -20,7 +20,6 @@ COLOURS = {
     "workspace": "#8c8c8c",
 }
 """Of each part, on paper and on the screen."""
-FORMATS = (".png", ".svg")
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,6 @@ class Bar:
     rule_of_thumb_bytes: float | None = None
 
 
-def check_picture(path: Path) -> None:
-    """Raises: ConfigError, for a file name that isn't PNG or SVG."""
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"--plot writes PNG or SVG, found '{path.name}'; pass for example plan.png")
-
-
 def plot_bars(bars: Sequence[Bar], picture: Path, title: str, limit_bytes: float | None = None) -> None:
     """Draw a bar for each of `bars`, cut into its parts, with the device's memory as a line.
 
@@ -46,11 +39,7 @@ def plot_bars(bars: Sequence[Bar], picture: Path, title: str, limit_bytes: float
         MissingDependencyError: matplotlib is not installed.
     """
     check_picture(picture)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("--plot needs matplotlib: run `pip install 'slimtune[train]'`") from error
-    figure = Figure(figsize=(9, 1.2 + 0.34 * len(bars)), layout="constrained")
+    figure = new_figure(9, 1.2 + 0.34 * len(bars))
     axes = figure.add_subplot(xlabel="GB", title=title)
     rows = range(len(bars))
     left = [0.0] * len(bars)
@@ -67,8 +56,7 @@ def plot_bars(bars: Sequence[Bar], picture: Path, title: str, limit_bytes: float
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
+    write(figure, picture)
 
 
 def classic_bars(cells: Sequence[Cell]) -> list[Bar]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slimtune.evaluate.forgetting import Forgetting, Interval
-from slimtune.evaluate.plots import new_figure, write
+from slimtune.picture import new_figure, write
 
 
 def plot_forgetting(found: Forgetting, picture: Path, title: str) -> None:

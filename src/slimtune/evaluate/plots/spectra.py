@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from slimtune.errors import ConfigError, did_you_mean
-from slimtune.evaluate.plots import new_figure, write
 from slimtune.evaluate.spectra import Spectra, Spectrum
+from slimtune.picture import new_figure, write
 
 DIRECTIONS = 48
 """Leading singular vectors on each side of the similarity matrix."""
@@ -18,19 +17,9 @@ BAND = (10, 90)
 """Percent of the singular values that the band leaves below and above."""
 
 
-def most_telling(found: Spectra, name: str | None = None) -> Spectrum:
-    """The matrix of that name; without one, that with the most intruders or else the largest change.
-
-    Raises:
-        ConfigError: no tuned matrix is called so.
-    """
-    if name is None:
-        return max(found.matrices, key=lambda one: (len(one.intruders), one.relative_norm))
-    by_name = {one.name: one for one in found.matrices}
-    if name not in by_name:
-        near = did_you_mean(name, by_name) or f"; they are called like '{found.matrices[0].name}'"
-        raise ConfigError(f"no tuned matrix '{name}'{near}")
-    return by_name[name]
+def most_telling(found: Spectra) -> Spectrum:
+    """The matrix with the most intruders, or else the largest change."""
+    return max(found.matrices, key=lambda one: (len(one.intruders), one.relative_norm))
 
 
 def plot_spectra(found: Spectra, shown: Spectrum, cosines_JI: Tensor, picture: Path, title: str) -> None:
