@@ -78,13 +78,11 @@ class PackRows:
         ids, labels, positions = [], [], []
         for row in packed:
             missing = longest - sum(len(example.input_ids) for example in row)
-            # Padding is one more example, so that it can't be taken for the rest of the last.
-            filled = [*row, Encoded([self.pad_id] * missing, [IGNORED] * missing)]
-            ids.append([token for example in filled for token in example.input_ids])
-            labels.append(
-                [label for example in filled for label in [IGNORED, *example.labels[1:]][: len(example.labels)]]
-            )
-            positions.append([position for example in filled for position in range(len(example.input_ids))])
+            ids.append([token for example in row for token in example.input_ids] + [self.pad_id] * missing)
+            # Nothing before an example's first token may be taken to predict it.
+            labels.append([label for e in row for label in (IGNORED, *e.labels[1:])] + [IGNORED] * missing)
+            # Each token of the padding is alone, so that it can't be taken for the rest of the last example.
+            positions.append([place for example in row for place in range(len(example.input_ids))] + [0] * missing)
         return {
             "input_ids": torch.tensor(ids),
             "position_ids": torch.tensor(positions),
@@ -92,3 +90,8 @@ class PackRows:
             # A cache would make transformers take the row for one text.
             "use_cache": False,
         }
+
+
+def count_packed(position_ids: torch.Tensor) -> int:
+    """The tokens of packed rows without padding: an example has one token at position 1, and one before it."""
+    return int((position_ids > 0).sum() + (position_ids == 1).sum())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from slimtune.data.batches import Objective
+from slimtune.data.batches import Objective, count_packed
 from slimtune.storage.tree import read_tree
 from slimtune.train.allocation import RankAllocation
 from slimtune.train.checks import LastGood
@@ -99,6 +99,13 @@ class AnswerTrainer(Kept, Trainer):
         if not math.isfinite(loss.item()):
             self.last_good.stop(f"the loss became {loss.item()}", self.args, self.state)
         return loss
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Trainer's own, which counts padding where there is no attention mask, as in packed rows."""
+        if "attention_mask" in inputs or "position_ids" not in inputs:
+            super()._track_num_input_tokens(inputs)
+        else:
+            self.state.num_input_tokens_seen += count_packed(inputs["position_ids"])
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, with the judge's scores."""
