@@ -9,7 +9,7 @@ import torch
 
 from slimtune.drift import compare_outputs
 from slimtune.errors import ConfigError
-from slimtune.evaluate.generation import generate_batch
+from slimtune.evaluate.generation import generate_batch, generate_replies
 from slimtune.template import render
 from small_text_model import orders, tiny_model, tiny_tokenizer
 
@@ -53,6 +53,41 @@ def test_windows_that_slide() -> None:
         )
     ).eval()  # fmt: skip
     assert generate_batch(model, TOKENIZER, PROMPTS[:3], 10) == [one_by_one(model, prompt) for prompt in PROMPTS[:3]]
+
+
+def test_an_encoder_reads_from_the_left() -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    model: Any = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=512, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, init_std=0.5,
+            decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, forced_eos_token_id=None,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=2,
+        )
+    ).eval()  # fmt: skip
+    prompts = [prompt[:length] for prompt, length in zip(PROMPTS, (30, 80, 140), strict=False)]
+    alone = [generate_batch(model, TOKENIZER, [prompt], 10)[0] for prompt in prompts]
+    assert generate_batch(model, TOKENIZER, prompts, 10) == alone
+    assert len(set(alone)) == 3
+
+
+def test_answers_that_end_and_answers_that_are_cut_off() -> None:
+    model = tiny_model()
+    (whole,) = generate_replies(model, TOKENIZER, PROMPTS[:1], 10)
+    assert not whole.ended
+    stop = whole.text[6:9]
+    assert generate_replies(model, TOKENIZER, PROMPTS[:1], 10, stop=stop) == [
+        (whole.text.partition(stop)[0].strip(), True)
+    ]
+    first = TOKENIZER(whole.text, add_special_tokens=False)["input_ids"]
+    model.generation_config.eos_token_id = [2, first[1]]
+    (short,) = generate_replies(model, TOKENIZER, PROMPTS[:1], 10)
+    assert short.ended
+    assert whole.text.startswith(short.text)
+    told: dict[int, Any] = {}
+    replies = generate_replies(model, TOKENIZER, PROMPTS, 10, batch_size=2, on_batch=told.update)
+    assert [told[number] for number in range(len(PROMPTS))] == replies
 
 
 def test_the_model_is_left_in_the_mode_it_was_in() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, DataError, listing
 from slimtune.evaluate.result import Evaluation, Scored, summarised
 from slimtune.evaluate.scorers import CHOICE
+from slimtune.loading import is_adapter, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,16 +104,20 @@ def _by_features(
 
 
 def is_classifier(source: str) -> bool:
-    """Whether a folder holds what gives texts labels, so that it writes no answers."""
+    """Whether a folder or Hub id is of what gives texts labels, so that it writes no answers."""
     from slimtune.features import is_feature_classifier
 
-    folder = Path(source)
-    if is_feature_classifier(folder):
+    if is_feature_classifier(source):
         return True
-    name = "adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json"
+    if is_adapter(source):
+        from slimtune import PeftConfig
+
+        return PeftConfig.from_pretrained(source).task_type == "SEQ_CLS"
+    from transformers import AutoConfig
+
     try:
-        stored = json.loads((folder / name).read_text(encoding="utf-8"))
+        named = AutoConfig.from_pretrained(resolve(source)).architectures or []
     except (OSError, ValueError):
+        # What can't be read is told when the model is loaded.
         return False
-    named = stored.get("architectures") or [] if isinstance(stored, dict) else []
-    return stored.get("task_type") == "SEQ_CLS" or any(str(n).endswith("ForSequenceClassification") for n in named)
+    return any(name.endswith("ForSequenceClassification") for name in named)

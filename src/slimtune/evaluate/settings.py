@@ -20,7 +20,6 @@ class EvaluationSettings:
         batch_size: how many questions are answered at once.
         limit: how many questions are asked, from the first on; None asks all.
         too_long: "error", or "drop" for questions that don't fit into the model's positions together with an answer.
-        forgetting: whether what the model lost outside of its training data is measured after training.
     """
 
     scorer: str = "auto"
@@ -28,7 +27,6 @@ class EvaluationSettings:
     batch_size: int = 32
     limit: int | None = None
     too_long: str = "error"
-    forgetting: bool = False
 
     def __post_init__(self) -> None:
         from slimtune.evaluate.scorers import check_scorer
@@ -39,4 +37,3 @@ class EvaluationSettings:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name))
         check_choice("too_long", self.too_long, TOO_LONG)
-        check_choice("forgetting", self.forgetting, (True, False))
