@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,13 +45,24 @@ def finish(*arguments: Any, screen: Path) -> None:
 
 def kill_when(process: Any, moment: Callable[[], Any], delay: float = 0.0, number: int = signal.SIGKILL) -> int:
     """Kill it as soon as the moment has come and the delay has passed; gives back how it ended."""
-    end = time.monotonic() + 60
-    while process.is_alive() and not moment() and time.monotonic() < end:
-        time.sleep(0.001)
+    _wait(process.is_alive, moment)
     time.sleep(delay)
     os.kill(process.pid, number)
     process.join(60)
     return process.exitcode
+
+
+def kill_process(process: subprocess.Popen[Any], moment: Callable[[], Any], number: int) -> int:
+    """The same for a process that was started by itself."""
+    _wait(lambda: process.poll() is None, moment)
+    process.send_signal(number)
+    return process.wait(60)
+
+
+def _wait(alive: Callable[[], Any], moment: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while alive() and not moment() and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def lines(path: Path) -> int:

@@ -47,7 +47,8 @@ class Best(TrainerCallback):
             return
         given = metrics or {}
         if f"eval_{self.by}" not in given:
-            names = [name.removeprefix("eval_") for name in given if not name.endswith(("second", "runtime"))]
+            scores = [n for n in given if n.startswith("eval_") and not n.endswith(("_second", "_runtime"))]
+            names = [name.removeprefix("eval_") for name in scores]
             near = did_you_mean(self.by, names)
             raise TrainingError(f"keep_best asks for '{self.by}', and the evaluation gives {listing(names)}{near}")
         value = float(given[f"eval_{self.by}"])
