@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from slimtune import AdaLoraConfig, LoraConfig, get_peft_model
 from slimtune.data.encode import encode
@@ -118,20 +117,17 @@ def read(path: Path) -> str | None:
 
 
 def test_the_best_weights_are_written_and_their_step_said(tmp_path: Path) -> None:
-    outcome, model, _ = train(
-        tmp_path / "run", learning_rate=1.0, scheduler="constant", eval_steps=1, keep_best="loss", save_total_limit=1
-    )
+    """At this rate the second step is one too many."""
+    given = {"learning_rate": 1.0, "scheduler": "constant", "max_steps": 2, "eval_steps": 1}
+    outcome, model, _ = train(tmp_path / "run", **given, keep_best="loss", save_total_limit=1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
-    by_step = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    assert outcome.best_step == min(by_step, key=lambda step: by_step[step]) < 12
-    assert outcome.eval_loss == min(by_step.values())
-    again, other, _ = train(tmp_path / "short", learning_rate=1.0, scheduler="constant", eval_steps=1, max_steps=12, save_steps=1,
-                            save_total_limit=12)  # fmt: skip
-    stored = load_file(tmp_path / "short" / f"checkpoint-{outcome.best_step}" / "weights-00001.safetensors")
-    assert again.best_step is None
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(torch.equal(p, stored[str(number)]) for number, p in enumerate(trained))
-    assert not all(torch.equal(p, q) for p, q in zip(trained, other.parameters(), strict=False))
+    first, second = (line["eval_loss"] for line in lines if "eval_loss" in line)
+    assert first < second
+    assert (outcome.best_step, outcome.eval_loss) == (1, first)
+    last, other, _ = train(tmp_path / "other", **given)
+    assert (last.best_step, last.eval_loss) == (None, second)
+    _, expected, _ = train(tmp_path / "one", **given | {"max_steps": 1})
+    assert adapter(model, tmp_path / "a") == adapter(expected, tmp_path / "b") != adapter(other, tmp_path / "c")
 
 
 def test_best_by_a_score_of_the_task(tmp_path: Path) -> None:
