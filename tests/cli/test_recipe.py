@@ -240,7 +240,7 @@ def test_list_and_show(run: Any) -> None:
 STEP = ["training.max_steps=1", "training.epochs=1", "data.max_length=256", "training.batch_size=2"]
 
 
-@pytest.mark.parametrize("name", sorted(set(shipped()) - {"classification"}))
+@pytest.mark.parametrize("name", sorted(set(shipped()) - {"classification", "continued-pretraining"}))
 def test_each_shipped_recipe_runs_a_step(run: Any, base: Path, data: Path, tmp_path: Path, name: str) -> None:
     overrides = [f"model.name={base}", f"data.train={data}", "data.held_out=0.1", *STEP]
     # Paged states need a GPU; the same optimizer without paging runs here.
@@ -262,3 +262,13 @@ def test_the_recipe_of_a_classifier_runs_a_step(run: Any, tmp_path: Path) -> Non
     rows = write_lines(tmp_path / "rows.jsonl", *reviews(20))
     overrides = [f"model.name={save_encoder(tmp_path / 'encoder')}", f"data.train={rows}", *STEP]
     trained(run, "classification", overrides, tmp_path)
+
+
+def test_the_recipe_for_plain_texts_runs_a_step(run: Any, base: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(f"one order of tea number {number}, and a large latte for me. " * 30)
+    overrides = [f"model.name={base}", f"data.train={texts}", "data.held_out=0", "method.r=4", *STEP]
+    trained(run, "continued-pretraining", overrides, tmp_path)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["examples"] > 3

@@ -15,6 +15,7 @@ from slimtune.errors import OutputExistsError, SlimtuneError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.train.importing.rules import Imported
     from slimtune.train.rehearsal import Rehearsal
 
 recipe = typer.Typer(
@@ -110,6 +111,47 @@ def show(
     from slimtune.train.shipped import commented, text_of
 
     print(commented(name) if as_full else text_of(name), end="")
+
+
+@recipe.command("import")
+def import_(
+    theirs: Annotated[Path, typer.Argument(metavar="THEIRS.yaml", help="A file of LLaMA-Factory or Axolotl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RECIPE.yaml", help="The recipe to write.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a recipe of a training file of LLaMA-Factory or Axolotl.
+
+    Every key of it is translated, or said to change nothing here and why. A key that would change the result and has
+    no counterpart is refused by name, and nothing is written.
+
+    Example: slimtune recipe import llama3_lora_sft.yaml --output recipe.yaml
+    """
+    from slimtune.staging import staged_file
+    from slimtune.train.importing import import_recipe, text_of
+
+    _refuse_file(output, overwrite)
+    found = import_recipe(theirs)
+    with staged_file(output) as scratch:
+        scratch.write_text(text_of(found, theirs.name), encoding="utf-8")
+    if as_json:
+        print(json.dumps({"recipe": str(output), **asdict(found)}))
+    _show_imported(console(as_json), output, found)
+
+
+def _show_imported(screen: Console, output: Path, found: Imported) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, place in sorted(found.translated.items()):
+        table.add_row(Text(key), Text(place))
+    for key, why in sorted(found.without_effect.items()):
+        table.add_row(Text(key), Text(f"no effect: {why}", style="dim"))
+    screen.print(f"{found.tool}:", table, soft_wrap=False)
+    for key, what in found.different.items():
+        screen.print(f"not quite the same: {key}: {what}", markup=False)
+    screen.print(f"written to {output}; see whether it fits:  slimtune recipe check {output}", markup=False)
 
 
 def _show(screen: Console, path: Path, found: Rehearsal) -> None:
