@@ -84,10 +84,11 @@ def test_spectra_as_json(run: Any, tuned: Path, base: Path) -> None:
 
 def test_intruders_scaled_down(run: Any, tuned: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "scaled"
-    options = ["--scale-intruders", 0.5, "--output", output, "--data", data, "--device", "cpu"]
+    few = write_lines(tmp_path / "few.jsonl", *map(json.loads, data.read_text().splitlines()[:4]))
+    options = ["--scale-intruders", 0.5, "--output", output, "--data", data, "--task", few, "--device", "cpu"]
     result = run("spectra", tuned, *options)
     assert result.exit_code == 0, result.output
-    for word in ("scaled by 0.5", "forgetting", "task: train", "written as an adapter"):
+    for word in ("scaled by 0.5", "forgetting", "task: train", "written as an adapter", "on 4 questions"):
         assert word in result.stdout
     again = run("generate", output, "two large lattes for maria", "--max-new-tokens", 2)
     assert again.exit_code == 0
@@ -95,6 +96,7 @@ def test_intruders_scaled_down(run: Any, tuned: Path, data: Path, tmp_path: Path
     assert found["kind"] == "model"
     assert found["scaled"] == found["spectra"]["intruders"]
     assert set(found["outside"]) == set(found["task"]) == {"tuned", "scaled", "change"}
+    assert (found["answered"]["count"], found["answered"]["metric"]) == (4, "json_match")
     assert slimtune.load(str(output), device="cpu")
 
 

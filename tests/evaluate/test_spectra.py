@@ -15,8 +15,9 @@ from slimtune.errors import BaseMismatchError, ConfigError, OutputExistsError
 from slimtune.evaluate.decomposition import decompose
 from slimtune.evaluate.mitigation import scaled_change, scaled_weights, scalings
 from slimtune.evaluate.outside import texts
+from slimtune.evaluate.scaled_model import mitigate
 from slimtune.evaluate.spectra import Spectra, measure, similarity, updates_of
-from slimtune.evaluate.trade import mitigate
+from slimtune.evaluate.trade import Yardsticks
 from slimtune.evaluate.tuned import Tuned
 from slimtune.evaluate.updates import Updates, adapter_updates, model_updates
 from small_text_model import save_base, tiny_model, tiny_tokenizer
@@ -244,7 +245,7 @@ LORAS = {
 @pytest.mark.parametrize("name", LORAS)
 def test_a_lora_stays_one_and_is_exact(base: Path, tmp_path: Path, name: str) -> None:
     what = saved(base, tmp_path / "a", slimtune.LoraConfig(task_type="CAUSAL_LM", **LORAS[name]))
-    done = mitigate(what, 0.3, tmp_path / "scaled", 10, 0.5, FEW)
+    done = mitigate(what, 0.3, tmp_path / "scaled", Yardsticks(FEW))
     expected, found = expected_logits(what, 0.3)
     assert (done.kind, done.count) == ("adapter", found.intruders)
     assert done.left <= done.count
@@ -253,7 +254,7 @@ def test_a_lora_stays_one_and_is_exact(base: Path, tmp_path: Path, name: str) ->
     assert {site.name for site, _ in attached(again, "default")} == {
         site.name for site, _ in attached(what.load()[0], "default")
     }
-    merged = mitigate(what, 0.3, tmp_path / "merged", 10, 0.5, FEW, as_model=True)
+    merged = mitigate(what, 0.3, tmp_path / "merged", Yardsticks(FEW), as_model=True)
     assert merged.kind == "model"
     plain, _ = slimtune.load(str(tmp_path / "merged"), device="cpu")
     torch.testing.assert_close(logits(plain), expected, rtol=1e-3, atol=1e-3)
@@ -266,7 +267,7 @@ def test_losses_are_those_of_what_was_written(base: Path, tmp_path: Path) -> Non
     from slimtune.evaluate.forgetting import measure as forgetting
 
     what = saved(base, tmp_path / "a", slimtune.LoraConfig(r=4, task_type="CAUSAL_LM"))
-    done = mitigate(what, 0.5, tmp_path / "scaled", 10, 0.5, FEW, task={"mine": ["two large lattes for Maria"]})
+    done = mitigate(what, 0.5, tmp_path / "scaled", Yardsticks(FEW, {"mine": ["two large lattes for Maria"]}))
     assert done.outside is not None
     assert done.task is not None
     again = forgetting(Tuned.find(str(tmp_path / "scaled"), device="cpu"), FEW)
@@ -279,7 +280,7 @@ def test_losses_are_those_of_what_was_written(base: Path, tmp_path: Path) -> Non
 
 def test_dora_and_whole_models_become_plain_models(base: Path, tmp_path: Path) -> None:
     what = saved(base, tmp_path / "dora", slimtune.LoraConfig(r=4, use_dora=True, task_type="CAUSAL_LM"))
-    done = mitigate(what, 0.5, tmp_path / "dora-scaled", 10, 0.5, FEW)
+    done = mitigate(what, 0.5, tmp_path / "dora-scaled", Yardsticks(FEW))
     assert (done.kind, done.why_model) == ("model", "DoRA has no form for it")
     expected, _ = expected_logits(what, 0.5)
     torch.testing.assert_close(
@@ -288,7 +289,7 @@ def test_dora_and_whole_models_become_plain_models(base: Path, tmp_path: Path) -
     whole = tmp_path / "whole"
     what.load()[0].merge_and_unload().save_pretrained(whole)
     tiny_tokenizer().save_pretrained(whole)
-    full = mitigate(Tuned.find(str(whole), str(base), device="cpu"), 0.5, tmp_path / "whole-scaled", 10, 0.5, FEW)
+    full = mitigate(Tuned.find(str(whole), str(base), device="cpu"), 0.5, tmp_path / "whole-scaled", Yardsticks(FEW))
     assert full.count == done.count
     torch.testing.assert_close(
         logits(slimtune.load(str(tmp_path / "whole-scaled"), device="cpu")[0]), expected, rtol=1e-3, atol=1e-3
@@ -298,7 +299,7 @@ def test_dora_and_whole_models_become_plain_models(base: Path, tmp_path: Path) -
 def test_nothing_to_scale_writes_nothing(base: Path, tmp_path: Path) -> None:
     what = saved(base, tmp_path / "a", slimtune.LoraConfig(r=4, task_type="CAUSAL_LM"))
     with pytest.raises(ConfigError, match=r"no intruder dimensions.*raise --epsilon"):
-        mitigate(what, 0.5, tmp_path / "scaled", 10, 0.0, FEW)
+        mitigate(what, 0.5, tmp_path / "scaled", Yardsticks(FEW), epsilon=0.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
     with pytest.raises(OutputExistsError):
-        mitigate(what, 0.5, tmp_path / "a", 10, 0.5, FEW)
+        mitigate(what, 0.5, tmp_path / "a", Yardsticks(FEW))

@@ -11,7 +11,8 @@ from slimtune.cli.options import console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.evaluate.trade import Mitigated, Trade
+    from slimtune.evaluate.scaled_model import Mitigated
+    from slimtune.evaluate.trade import Trade
     from slimtune.evaluate.tuned import Tuned
 
 
@@ -23,6 +24,7 @@ def scale(
     epsilon: float,
     embeddings: bool,
     data: Path | None,
+    questions: str | None,
     as_model: bool,
     overwrite: bool,
     as_json: bool,
@@ -30,15 +32,17 @@ def scale(
     """Scale, write, measure and show."""
     from slimtune.cli.counting import Counting
     from slimtune.evaluate.outside import read_texts, texts
-    from slimtune.evaluate.trade import mitigate
+    from slimtune.evaluate.run import prepare
+    from slimtune.evaluate.scaled_model import mitigate
+    from slimtune.evaluate.tasks import open_task
+    from slimtune.evaluate.trade import Watch, Yardsticks
 
     screen = console(as_json)
-    task = {data.stem: read_texts(data)} if data else None
+    task = {data.stem: read_texts(data)} if data else {}
+    yardsticks = Yardsticks(texts(), task, prepare(open_task(questions)) if questions else None)
     with Counting(screen) as counting:
-        done = mitigate(
-            what, factor, output, top, epsilon, texts(), task, as_model, embeddings, overwrite,
-            on_start=counting.start, on_step=counting.advance,
-        )  # fmt: skip
+        watch = Watch(counting.start, counting.advance)
+        done = mitigate(what, factor, output, yardsticks, top, epsilon, as_model, embeddings, overwrite, watch)
     if as_json:
         print(json.dumps({"tuned": what.source, "base": what.base, **done.to_dict()}))
         return
@@ -46,6 +50,8 @@ def scale(
 
 
 def _show(screen: Console, done: Mitigated) -> None:
+    from slimtune.evaluate.forgetting import in_words
+
     screen.print(
         f"{done.count} intruder dimensions scaled by {done.factor:g}; {done.left} are left among the first "
         f"{done.spectra.top} singular vectors of those matrices"
@@ -54,6 +60,12 @@ def _show(screen: Console, done: Mitigated) -> None:
         screen.print("losses: not measured, as the model predicts no next token; score it on its task before and after")
     else:
         _show_losses(screen, done.outside, done.task)
+    if done.answered is not None:
+        one = done.answered
+        screen.print(
+            f"{one.metric.replace('_', ' ')} on {one.count} questions: {one.tuned:.3f} tuned, {one.scaled:.3f} scaled, "
+            f"by scaling {in_words(one.interval)} (95%)"
+        )
     why = f", because {done.why_model}" if done.why_model else ""
     screen.print(f"{done.output}: written as {'an adapter' if done.kind == 'adapter' else 'a plain model'}{why}",
                  markup=False)  # fmt: skip

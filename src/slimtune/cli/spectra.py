@@ -60,6 +60,10 @@ def spectra(
         Path | None,
         typer.Option(metavar="FILE", help="Texts of the task: what scaling costs there.", rich_help_panel=SCALING),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="Questions to ask before and after, in a file.", rich_help_panel=SCALING),
+    ] = None,
     as_model: Annotated[
         bool, typer.Option("--as-model", help="Write a plain model, not an adapter.", rich_help_panel=SCALING)
     ] = False,
@@ -92,10 +96,10 @@ def spectra(
             raise ConfigError(
                 "--scale-intruders takes neither --against nor --plot; run slimtune spectra on its output"
             )
-        scale(what, scale_intruders, output, top, epsilon, embeddings, data, as_model, overwrite, as_json)
+        scale(what, scale_intruders, output, top, epsilon, embeddings, data, task, as_model, overwrite, as_json)
         return
-    if output or data or as_model:
-        raise ConfigError("--output, --data and --as-model belong to --scale-intruders; pass it a factor such as 0.5")
+    if output or data or task or as_model:
+        raise ConfigError("--output, --data, --task and --as-model belong to --scale-intruders; pass that too")
     other = Tuned.find(against, base, **how) if against else None
     found = _measured(what, other, top, epsilon, embeddings, plot, matrix, as_json)
     if as_json:
