@@ -236,4 +236,4 @@ def similarity(matrix: TunedMatrix, directions: int) -> Tensor:
     """|cos(y_j, x_i)| of the leading left singular vectors of W' (rows) and of W (columns)."""
     update = matrix.read()
     after, before = (decompose(one).left[:, :directions] for one in (update.after, update.before))
-    return (after.mT @ before).abs()
+    return (after.mT @ before).abs().cpu()
