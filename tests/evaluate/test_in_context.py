@@ -14,7 +14,7 @@ from slimtune.evaluate.run import evaluate, prepare
 from slimtune.evaluate.settings import EvaluationSettings
 from slimtune.evaluate.tasks import Question, Task, answered, conversation, prompt, read_task, with_labels
 from slimtune.tasks.orders import few_shot
-from small_text_model import orders, tiny_model, tiny_tokenizer, write_lines
+from small_text_model import CHATML, orders, tiny_model, tiny_tokenizer, write_lines
 
 REFUSES_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -54,6 +54,15 @@ def test_a_template_without_system_messages_gets_the_instruction_in_the_first_tu
     tokenizer = tiny_tokenizer(REFUSES_SYSTEM)
     shown = prompt(tokenizer, said("b", "2"), [said("a", "1")], "Count.")
     assert shown == "<user>Count.\n\na<|im_end|><assistant>1<|im_end|><user>b<|im_end|><assistant>"
+
+
+def test_tools_are_shown_to_the_model(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer("{% if tools %}tools:{{ tools[0].name }} {% endif %}" + CHATML)
+    turns = [{"role": "user", "content": "wet?"}, {"role": "assistant", "content": "yes"}]
+    (question,) = read_task(write_lines(tmp_path / "t.jsonl", {"messages": turns, "tools": [{"name": "w"}]})).questions
+    shown = prompt(tokenizer, question)
+    assert shown.startswith("tools:w <|im_start|>user\nwet?")
+    assert answered(tokenizer, question, [], "", "yes") == (f"{shown}yes<|im_end|>", len(shown))
 
 
 def test_random_examples_are_balanced_and_the_same_for_all_questions() -> None:

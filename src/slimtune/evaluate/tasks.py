@@ -10,7 +10,7 @@ from typing import Any
 from slimtune.data.reading import read_labelled, read_rows, task_of
 from slimtune.data.rows import Document, Labelled, Pair, Row, Text
 from slimtune.errors import DataError
-from slimtune.template import Message, has_template, render
+from slimtune.template import Message, assistant_spans, has_template, render
 
 MADE = "reasoning-gym:"
 """In front of the names of tasks that are made, not read."""
@@ -28,6 +28,7 @@ class Question:
         plain: the question as text, for models without a chat template.
         gap: what stands between that text and the answer.
         text: what a classifier is shown, where the task has labels.
+        tools: what the model may call, shown to it by the template.
         entry: the row that a task brought along for its own scorer.
     """
 
@@ -36,6 +37,7 @@ class Question:
     plain: str
     gap: str = ""
     text: Text | None = None
+    tools: list[Any] | None = None
     entry: Any = None
 
     @property
@@ -96,36 +98,33 @@ def prompt(tokenizer: Any, question: Question, shots: Sequence[Question] = (), i
     Raises:
         DataError: the chat template refuses the conversation.
     """
-    return _shown(tokenizer, question, shots, instruction, None)
+    if has_template(tokenizer):
+        return render(tokenizer, _turns(tokenizer, question, shots, instruction), True, question.tools)
+    former = "".join(f"{shot.plain}{shot.gap}{shot.expected}{BETWEEN_SHOTS}" for shot in shots)
+    return (f"{instruction}{BETWEEN_SHOTS}" if instruction else "") + former + question.plain
 
 
 def answered(
     tokenizer: Any, question: Question, shots: Sequence[Question], instruction: str, answer: str
 ) -> tuple[str, int]:
     """The prompt with an answer and its end of turn, and where in this text the answer begins; raises DataError."""
-    before = prompt(tokenizer, question, shots, instruction)
-    whole = _shown(tokenizer, question, shots, instruction, answer)
-    if not whole.startswith(before):
-        raise DataError(
-            "the tokenizer's chat template renders a question differently once its answer follows, so the loss of the "
-            "answer can't be told; evaluate with a template that leaves former turns as they are"
-        )
-    return whole, len(before)
-
-
-def _shown(tokenizer: Any, question: Question, shots: Sequence[Question], instruction: str, answer: str | None) -> str:
     if not has_template(tokenizer):
-        former = "".join(f"{shot.plain}{shot.gap}{shot.expected}{BETWEEN_SHOTS}" for shot in shots)
-        opening = f"{instruction}{BETWEEN_SHOTS}" if instruction else ""
-        return f"{opening}{former}{question.plain}" + ("" if answer is None else f"{question.gap}{answer}")
+        before = prompt(tokenizer, question, shots, instruction)
+        return f"{before}{question.gap}{answer}", len(before)
+    asked = _turns(tokenizer, question, shots, instruction)
+    turns = [*asked, {"role": "assistant", "content": answer}]
+    is_last = [turn is turns[-1] for turn in turns]
+    whole, ((begin, end),) = assistant_spans(tokenizer, turns, is_last, question.tools)
+    return whole[:end], begin
+
+
+def _turns(tokenizer: Any, question: Question, shots: Sequence[Question], instruction: str) -> list[Message]:
+    """The conversation, its system message in the first turn where the template takes none."""
     turns = conversation(question, shots, instruction)
-    if turns[0]["role"] == "system" and not _takes_system(tokenizer):
-        first = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-        turns = [first, *turns[2:]]
-    if answer is None:
-        return render(tokenizer, turns, for_answer=True)
-    # White space behind the end of turn belongs to the template: generation has stopped before it.
-    return render(tokenizer, [*turns, {"role": "assistant", "content": answer}]).rstrip()
+    if turns[0]["role"] != "system" or _takes_system(tokenizer):
+        return turns
+    first = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+    return [first, *turns[2:]]
 
 
 def _takes_system(tokenizer: Any) -> bool:
@@ -146,13 +145,14 @@ def _question(row: Row, where: str) -> Question:
         raise DataError(f"{where} is a text without a question; give messages, or prompt and completion")
     turns = row.turns()
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
-        raise DataError(f"{where} has no expected answer; end it with an assistant turn that isn't empty")
+        raise DataError(f"{where} has no expected answer; end it with an assistant turn that says something")
     *asked, answer = turns
     if not any(turn["role"] == "user" and turn["content"].strip() for turn in asked):
         raise DataError(f"{where} asks nothing: no user turn with text stands before the answer; add the question")
     if isinstance(row, Pair):
         return Question(asked, answer["content"], plain=row.plain()[0])
-    return Question(asked, answer["content"], plain="\n".join(turn["content"] for turn in asked) + "\n")
+    text = "\n".join(turn["content"] for turn in asked) + "\n"
+    return Question(asked, answer["content"], text, tools=row.tools)
 
 
 def _labelled(source: str, rows: list[Labelled], instruction: str) -> Task:
