@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from slimtune.data.encode import encode
+from slimtune.data.lengths import Lengths
 from slimtune.data.reading import read_rows
 from slimtune.errors import ConfigError, DataError
-from slimtune.plan.data import Lengths, measure, uniform
+from slimtune.plan.data import measure, uniform
 from small_text_model import orders, tiny_tokenizer, write_lines
 
 LENGTHS = Lengths((3, 5, 8, 8, 13, 20), learned=30)

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from slimtune.data.lengths import Lengths
 from slimtune.errors import ConfigError
 from slimtune.plan import rules
-from slimtune.plan.data import Lengths, uniform
+from slimtune.plan.data import uniform
 from slimtune.plan.rules import RULES, Case
 
 TASK = Case("task", uniform(100, 1000), numbers_per_rank=300_000)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from slimtune.data.lengths import PERCENTILES
 from slimtune.plan.ask import Report
 from slimtune.plan.classic import ROWS, SIZES, Cell
-from slimtune.plan.data import PERCENTILES
 from slimtune.plan.memory import Parts
 from slimtune.plan.plot import COLOURS
 from slimtune.plan.recommend import Choice

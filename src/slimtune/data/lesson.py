@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimtune.data.batches import Objective, PackRows, classification
-from slimtune.data.encode import Prepared, encode, refuse_split
+from slimtune.data.encode import refuse_split
 from slimtune.data.labelled import Tokenized, labels_of, longest_input, positions_of, tokenize
-from slimtune.data.mixing import drawn, exact_shares, mixed
+from slimtune.data.mixing import drawn, exact_shares, mixed, prepare
 from slimtune.data.packing import check_packs, pack
-from slimtune.data.reading import Part, Parts, read_parts, sources_of
+from slimtune.data.reading import Parts, read_parts, sources_of
 from slimtune.data.rows import Labelled
 from slimtune.data.settings import DataSettings
 from slimtune.data.shown import show_data, show_labels, show_preview, show_sources
@@ -74,8 +74,12 @@ class Conversations:
         if self.settings.packing:
             check_packs(model)
         positions = positions_of(model)
-        prepared = [self._encoded(part, tokenizer, positions) for part in self.parts.train]
-        held_out = [e for part in self.parts.held_out for e in self._encoded(part, tokenizer, positions).examples]
+        prepared = prepare(self.parts.train, self.settings, tokenizer, positions)
+        held_out = [
+            example
+            for found in prepare(self.parts.held_out, self.settings, tokenizer, positions)
+            for example in found.examples
+        ]
         examples = mixed(self.parts.train, prepared, self.seed)
         show_sources(screen, self.parts.train, prepared, self.settings)
         show_data(screen, examples, held_out)
@@ -97,10 +101,6 @@ class Conversations:
         )
         objective = Objective(PackRows.of(model, pad_id_of(tokenizer)))
         return Lesson(rows, held_out, facts | {"packed rows": len(rows)}, objective)
-
-    def _encoded(self, part: Part, tokenizer: Any, positions: int | None) -> Prepared:
-        limit, too_long = self.settings.max_length, self.settings.too_long
-        return encode(part.rows, tokenizer, limit, too_long, part.places, positions)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from slimtune.data.encode import Encoded, Prepared
+from slimtune.data.encode import Encoded, Prepared, encode
 from slimtune.data.reading import Part
+from slimtune.data.settings import DataSettings
 
 T = TypeVar("T")
+
+
+def prepare(
+    parts: Sequence[Part], settings: DataSettings, tokenizer: Any, positions: int | None = None
+) -> list[Prepared]:
+    """The rows of each part encoded; raises DataError.
+
+    Args:
+        positions: how many the model has.
+    """
+    limit, too_long = settings.max_length, settings.too_long
+    return [encode(part.rows, tokenizer, limit, too_long, part.places, positions) for part in parts]
 
 
 def exact_shares(parts: Sequence[Part], counts: Sequence[int] | None = None) -> list[int]:

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.lengths import PERCENTILES, Lengths
+from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, ModelNotFoundError, check_number, check_whole
 from slimtune.plan.build import build, config_of
 from slimtune.plan.calibrate import rates_of
 from slimtune.plan.classic import SIZES
-from slimtune.plan.data import PERCENTILES, Lengths, measure, uniform
+from slimtune.plan.data import ASSUMED_EXAMPLES, measure, uniform
 from slimtune.plan.devices import Device, find
 from slimtune.plan.memory import MemoryPlan
 from slimtune.plan.recommend import Choice, Wish, recommend
@@ -24,8 +26,6 @@ from slimtune.plan.time import Rates
 
 TRAIN_LENGTH = 1024
 """The longest example that `slimtune train` takes without being asked."""
-ASSUMED_EXAMPLES = 1000
-"""What time and cost are told for where no data is given."""
 MODELS = Path(__file__).with_name("models")
 
 
@@ -128,7 +128,7 @@ class Report:
 
 def plan(
     model: Any,
-    data: str | Path | None = None,
+    data: str | Path | DataSettings | None = None,
     device: str | Device = "auto",
     goal: str = "task",
     methods: Sequence[str] | None = None,
@@ -195,7 +195,7 @@ def plan(
     rates = rates_of(chosen)
     case, choices = recommend(wish, simulation(config), rates, numbers_per_rank)
     named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
-    said = None if data is None else str(data)
+    said = data.train[0].path if isinstance(data, DataSettings) else None if data is None else str(data)
     return Report(named, said, wish, case, tuple(choices), rates, lengths.over(limit), stored)
 
 
@@ -267,7 +267,11 @@ def _dtype(wanted: str, stored: str, device: Device) -> str:
 
 
 def _lengths(
-    model: Any, data: str | Path | None, max_length: int | None, positions: int | None, trust_remote_code: bool
+    model: Any,
+    data: str | Path | DataSettings | None,
+    max_length: int | None,
+    positions: int | None,
+    trust_remote_code: bool,
 ) -> tuple[Lengths, int]:
     """The lengths of the data and the maximum: as asked, or the longest example, within the model's positions."""
     if data is None:

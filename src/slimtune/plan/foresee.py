@@ -6,13 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.lengths import Lengths
+from slimtune.data.settings import DataSettings
 from slimtune.errors import DoesNotFitError
 from slimtune.plan.ask import count, plan, read_config, simulation, tokenizer_of
-from slimtune.plan.data import Lengths, measure
+from slimtune.plan.data import measure
 from slimtune.plan.devices import Device
 from slimtune.plan.memory import MemoryPlan
 from slimtune.plan.recommend import Choice
 from slimtune.plan.setting import Optimizer, Setting
+
+Data = str | Path | DataSettings
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch": "adamw",
@@ -30,7 +34,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 def foresee(
     model: str,
     method: str,
-    data: Path,
+    data: Data,
     setting: Setting,
     device: Device,
     trust_remote_code: bool = False,
@@ -73,7 +77,7 @@ def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
     return 16 * parameters + 4 * tokens * each < device.room_bytes / 2
 
 
-def _nearest(model: str, method: str, data: Path, setting: Setting, lengths: Lengths, device: Device) -> Choice | None:
+def _nearest(model: str, method: str, data: Data, setting: Setting, lengths: Lengths, device: Device) -> Choice | None:
     """The same method with a smaller micro-batch, checkpointing or a quantized base; None if nothing helps."""
     options: dict[str, Any] = {"device": device, "methods": (method,), "max_length": setting.sequence}
     rank = getattr(setting.method, "r", None) if method in ("lora", "dora") else None

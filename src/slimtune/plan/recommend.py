@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from slimtune.data.lengths import Lengths
 from slimtune.engines import Verdict, verdicts
 from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.plan import rules
-from slimtune.plan.data import Lengths
 from slimtune.plan.devices import Device
 from slimtune.plan.memory import MemoryPlan, Parts
 from slimtune.plan.rules import Case, Rule

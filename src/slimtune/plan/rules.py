@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from slimtune.data.lengths import Lengths
 from slimtune.errors import check_choice
-from slimtune.plan.data import Lengths
 
 GOALS = {
     "task": "answer in a way, a format or a domain that the data shows",

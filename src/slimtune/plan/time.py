@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from slimtune.data.lengths import Lengths
 from slimtune.errors import check_number
-from slimtune.plan.data import Lengths
 from slimtune.plan.devices import HALF_PRECISIONS, Device
 from slimtune.plan.memory import STEP, MemoryPlan, Work
 from slimtune.plan.setting import Setting

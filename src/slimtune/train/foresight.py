@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimtune.errors import DoesNotFitError
@@ -47,8 +46,8 @@ def planned(recipe: Recipe, task_type: str, in_full: bool = False) -> tuple[Memo
     place = pick_device(model.device).partition(":")[0]
     where = find("cpu") if place == "cpu" else this_device()
     setting = _setting(recipe, task_type, place)
-    data = Path(recipe.data.train[0].path)
-    return foresee(model.name, recipe.method.name, data, setting, where, model.trust_remote_code, in_full), where
+    name, trust = model.name, model.trust_remote_code
+    return foresee(name, recipe.method.name, recipe.data, setting, where, trust, in_full), where
 
 
 def _setting(recipe: Recipe, task_type: str, place: str) -> Setting:

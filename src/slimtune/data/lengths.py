@@ -1,0 +1,100 @@
+"""How long examples are, and what padding, packing and a maximum length do to them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from slimtune.data.packing import best_fit
+from slimtune.errors import check_whole
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Examples by their number of tokens.
+
+    Attributes:
+        tokens: of each example, shortest first.
+        learned: tokens of all examples that are learned from; of a text with a label, one.
+        labels: of a classifier; none for texts that are written.
+    """
+
+    tokens: tuple[int, ...]
+    learned: int
+    labels: tuple[str, ...] = ()
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.tokens)
+
+    @cached_property
+    def total(self) -> int:
+        """All tokens of one epoch."""
+        return sum(self.tokens)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest example."""
+        return self.tokens[-1]
+
+    def percentile(self, share: float) -> int:
+        """The length that `share` per cent of the examples don't exceed."""
+        return self.tokens[max(0, math.ceil(share / 100 * self.examples) - 1)]
+
+    def over(self, max_length: int) -> int:
+        """How many examples are longer, and would be dropped or cut."""
+        return sum(length > max_length for length in self.tokens)
+
+    def within(self, max_length: int) -> Lengths:
+        """The lengths after cutting at a maximum; what is learned shrinks by the share of tokens that go."""
+        check_whole("max_length", max_length, 2)
+        cut = tuple(min(length, max_length) for length in self.tokens)
+        learned = self.learned if self.labels else round(self.learned * sum(cut) / self.total)
+        return Lengths(cut, learned, self.labels)
+
+    def padded(self, batch_size: int) -> float:
+        """Tokens of one epoch with padding, expected over all orders: each batch is as long as its longest example.
+
+        Of B examples drawn from N in order of length, the k-th is the longest with C(k-1, B-1) / C(N, B).
+        """
+        check_whole("batch_size", batch_size)
+        size = min(batch_size, self.examples)
+        weight, mean = size / self.examples, 0.0
+        for k in range(self.examples, size - 1, -1):
+            mean += weight * self.tokens[k - 1]
+            weight *= (k - size) / (k - 1) if k > 1 else 0.0
+        return mean * self.examples
+
+    def padding_waste(self, batch_size: int) -> float:
+        """The share of the padded tokens that is padding."""
+        return 1 - self.total / self.padded(batch_size)
+
+    def packed_rows(self, max_length: int) -> int:
+        """How many rows of `max_length` hold all examples, packed as training packs them."""
+        return len(best_fit(self.within(max_length).tokens, max_length))
+
+    def packed_waste(self, max_length: int) -> float:
+        """The share of packed rows of `max_length` that stays empty."""
+        return 1 - self.within(max_length).total / (self.packed_rows(max_length) * max_length)
+
+    def histogram(self, bars: int = 10) -> list[tuple[int, int]]:
+        """The greatest length of each of `bars` equal ranges up to the longest, and how many examples are in it."""
+        width = max(1, math.ceil(self.longest / bars))
+        ends = range(width, self.longest + width, width)
+        counts = Counter((length - 1) // width for length in self.tokens)
+        return [(end, counts[number]) for number, end in enumerate(ends)]
+
+    def packing_gain(self, max_length: int, batch_size: int) -> float:
+        """How many times fewer tokens a packed epoch computes than a padded one."""
+        return self.within(max_length).padded(batch_size) / (self.packed_rows(max_length) * max_length)
+
+
+def sorted_lengths(lengths: Sequence[int], learned: int, labels: Sequence[str] = ()) -> Lengths:
+    """Lengths from examples in any order."""
+    return Lengths(tuple(sorted(lengths)), learned, tuple(labels))
