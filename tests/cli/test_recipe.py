@@ -176,6 +176,12 @@ def test_check_ends_with_1_for_what_is_wrong(run: Any, recipe: Path, override: s
     assert any(said in problem for problem in found["problems"])
 
 
+def test_check_of_packed_rows(run: Any, recipe: Path) -> None:
+    result = run("recipe", "check", recipe, "data.packing=true", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["data"]["examples"] == 22
+
+
 def test_check_names_several_problems_at_once(run: Any, recipe: Path) -> None:
     result = run("recipe", "check", recipe, "model.device=cuda:9", "data.train=nothing.jsonl", "--json")
     assert len(json.loads(result.stdout)["problems"]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,8 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
     with found.noting():
         if is_adapter(model.name):
             raise ConfigError(f"{model.name} is an adapter already; train its base, or merge it first")
-        data = read(recipe.data, recipe.task, recipe.training.seed)
+        # Whether examples that share a row see each other can't be tried without weights.
+        data = read(replace(recipe.data, packing=False), recipe.task, recipe.training.seed)
         found.task_type = data.task_type
         found.data = _encoded(recipe, data, screen)
         if recipe.method.name != FEATURES:
