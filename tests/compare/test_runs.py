@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 from slimtune.cli import app
@@ -123,6 +124,14 @@ def test_another_budget_is_refused_by_name(done: tuple[Path, Result], recipe: Pa
     assert "training.max_steps was 2 and is now 9" in result.stderr
     result = invoke(recipe, "-o", folder, "--questions", 3)
     assert "questions was None and is now 3" in result.stderr
+
+
+def test_two_do_not_run_in_one_folder(done: tuple[Path, Result], recipe: Path) -> None:
+    folder, _ = done
+    with FileLock(folder / ".lock"):
+        result = invoke(recipe, "-o", folder)
+    assert result.exit_code == 2
+    assert "another comparison runs in" in result.stderr
 
 
 def test_a_dry_run_writes_nothing(recipe: Path) -> None:

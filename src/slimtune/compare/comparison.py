@@ -38,9 +38,21 @@ class Comparison:
         return runs_of(self.task.settings.arms, self.task.settings.seeds)
 
     def run(self, watcher: Watcher) -> Report:
-        """Do what is unfinished, with the page written anew after each run."""
-        run_all(self.task, self.runs, watcher, self._write)
-        return self._write()
+        """Do what is unfinished, with the page written anew after each run.
+
+        Raises: OutputExistsError, while another process does so in the same folder.
+        """
+        from filelock import FileLock, Timeout
+
+        folder = self.task.folder
+        try:
+            with FileLock(folder / ".lock", timeout=0):
+                run_all(self.task, self.runs, watcher, self._write)
+                return self._write()
+        except Timeout as error:
+            raise OutputExistsError(
+                f"another comparison runs in {folder}; wait for it, or choose another --output"
+            ) from error
 
     def report(self) -> Report:
         """What follows from the runs that are there."""

@@ -26,7 +26,7 @@ def write_material(settings: DataSettings, task: str, seed: int, limit: int | No
         ConfigError: nothing is held out, or the data can't be the same for all runs.
         DataError: rows that can't be read, or that have no answer.
     """
-    from slimtune.data.reading import read_parts, sources_of
+    from slimtune.data.reading import read_parts
 
     _refuse_what_differs(settings)
     parts = read_parts(settings, task, seed)
@@ -34,7 +34,7 @@ def write_material(settings: DataSettings, task: str, seed: int, limit: int | No
     with staged(folder, overwrite=True) as scratch:
         _write(scratch / TRAIN, (row for part in parts.train for row in part.rows))
         _write(scratch / QUESTIONS, asked)
-    return sources_of(parts.train)
+    return _names(parts.train)
 
 
 def _refuse_what_differs(settings: DataSettings) -> None:
@@ -71,7 +71,8 @@ def _is_answered(row: Any) -> bool:
 
 
 def _names(parts: Sequence[Part]) -> str:
-    return ", ".join(Path(part.name).name for part in parts)
+    # With its folder, for half of all data is called train.jsonl; not with the whole path, which is this machine's.
+    return ", ".join("/".join(Path(part.name).parts[-2:]) for part in parts)
 
 
 def _write(path: Path, rows: Iterable[Any]) -> None:

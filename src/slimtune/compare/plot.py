@@ -102,16 +102,20 @@ def _untrained(axes: Axes, summary: Summary, ink: str) -> None:
     ends = [end for row in _trained(summary) if row.score for end in (row.score.low, row.score.high)]
     low, high = min(ends), max(ends)
     room = max(high - low, 1e-3)
-    far = []
+    far, levels = [], {}
     for row in summary.scored:
         if row.arm.is_trained:
             continue
-        if not low - room <= row.mean <= high + room:
+        if low - room <= row.mean <= high + room:
+            levels.setdefault(round((row.mean - low) / room, 1), []).append(row)
+        else:
             far.append(f"{row.name} {row.mean:.3f}")
-            continue
-        axes.axhline(row.mean, color=ink, linestyle="--", linewidth=1, alpha=0.45)
-        axes.annotate(row.name, (1, row.mean), xycoords=("axes fraction", "data"), xytext=(-3, 2),
-                      textcoords="offset points", ha="right", color=ink)  # fmt: skip
+    for alike in levels.values():
+        for row in alike:
+            axes.axhline(row.mean, color=ink, linestyle="--", linewidth=1, alpha=0.45)
+        # Names at one height would lie on top of each other.
+        axes.annotate(", ".join(row.name for row in alike), (1, alike[0].mean), xycoords=("axes fraction", "data"),
+                      xytext=(-3, 2), textcoords="offset points", ha="right", color=ink)  # fmt: skip
     shown = [row.mean for row in summary.scored if low - room <= row.mean <= high + room]
     top = max([high, *shown]) + 0.35 * room
     # There is no share above one.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.compare.arms import Run
-from slimtune.compare.results import Domain, Question, Result, Score, Spectrum, Training
+from slimtune.compare.results import RESULT, Domain, Question, Result, Score, Spectrum, Training
 from slimtune.compare.task import RECIPE, TUNED, Task, model_of, write_recipe
 from slimtune.errors import DataError, TrainingError
 
@@ -40,7 +40,11 @@ def stages_of(task: Task, run: Run) -> list[Stage]:
     tuned = str(place / TUNED)
     settings = task.settings
     stages = [
-        Stage("train", ["train", str(place / RECIPE), "--overwrite", "--json"], before=lambda: write_recipe(task, run)),
+        Stage(
+            "train",
+            ["train", str(place / RECIPE), _how_to_begin(place), "--json"],
+            before=lambda: write_recipe(task, run),
+        ),
         _evaluation(task, run, tuned, loading),
     ]
     if settings.texts != 0:
@@ -51,6 +55,16 @@ def stages_of(task: Task, run: Run) -> list[Stage]:
     if settings.spectra == "all" or (settings.spectra == "first" and run.seed == 0):
         stages.append(Stage("spectra", ["spectra", tuned, *loading, "--json"], is_needed=False))
     return stages
+
+
+def _how_to_begin(place: Path) -> str:
+    """Where a kill left a checkpoint it goes on to the same bits; a training that failed begins anew."""
+    from slimtune.train.checkpoint import last_whole
+    from slimtune.train.run_folder import folder_of
+
+    broken_off = folder_of(place / TUNED)
+    can_go_on = not (place / RESULT).is_file() and broken_off.is_dir() and last_whole(broken_off) is not None
+    return "--resume" if can_go_on else "--overwrite"
 
 
 def _evaluation(task: Task, run: Run, model: str, loading: list[str]) -> Stage:
