@@ -260,19 +260,29 @@ def most_important(deltas: list[SvdDelta], budget: int) -> list[list[bool]]:
 
 
 class Orthogonality(Delta):
-    """At the model's root: in training, weight * mean(||A A^T - I||, ||B^T B - I||) over all layers joins the loss."""
+    """At the model's root: in training, weight * mean(||A A^T - I||, ||B^T B - I||) over all layers joins the loss.
+
+    Attributes:
+        share: of the loss of a step that this batch gives, where several give it together.
+        joined: whether it has joined a loss since this was last set to False.
+    """
 
     reweighs = True
 
     def __init__(self, weight: float) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.share, self.joined = weight, 1.0, False
         self.watched: list[SvdDelta] = []
+
+    def penalty(self, device: torch.device) -> Tensor:
+        """What joins the loss."""
+        distances = [distance.to(device) for delta in self.watched for distance in delta.distances()]
+        return self.share * self.weight * torch.stack(distances).mean()
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = base(*args, **kwargs)
         loss = getattr(outputs, "loss", None)
         if self.training and isinstance(loss, Tensor) and self.watched:
-            distances = [distance.to(loss.device) for delta in self.watched for distance in delta.distances()]
-            outputs.loss = loss + self.weight * torch.stack(distances).mean()
+            outputs.loss = loss + self.penalty(loss.device)
+            self.joined = True
         return outputs

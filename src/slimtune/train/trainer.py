@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from slimtune.data.batches import Objective, count_packed
 from slimtune.storage.tree import read_tree
-from slimtune.train.allocation import RankAllocation
+from slimtune.train.allocation import RankAllocation, with_penalty
 from slimtune.train.checks import LastGood
 from slimtune.train.keep import TRAINING, WEIGHTS, Keeper
 from slimtune.train.lora_plus import lora_plus_groups
@@ -92,6 +92,15 @@ class AnswerTrainer(Kept, Trainer):
             optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, with AdaLoRA's part of it."""
+        counted = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        # A loss over all tokens of a step adds up over its batches; others Trainer divides by their number.
+        adds_up = counted or self.compute_loss_func is not None
+        batches = getattr(self, "current_gradient_accumulation_steps", 1) if adds_up else 1
+        compute = super().compute_loss
+        return with_penalty(self.model, 1 / batches, lambda: compute(model, inputs, *args, **kwargs))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's own; raises TrainingError if the loss is not a number."""
