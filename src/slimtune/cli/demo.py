@@ -97,7 +97,7 @@ class Demo:
         return zero
 
     def _tune(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], base: Score) -> Score:
-        from slimtune.data.lesson import read
+        from slimtune.data.tasks import read
         from slimtune.train.job import adopt, tune
         from slimtune.train.recipe import Recipe
 

@@ -144,7 +144,8 @@ def train(
 
     Writes the adapter, the tokenizer with its chat template, the loss curve, a model card, what came out as
     results.json, and the recipe in full, which run again gives the same. Rows with text, label and perhaps text_pair
-    train a classifier of whole texts; labels of single tokens, answers in a passage and images are trained in Python.
+    train a classifier of whole texts, rows with tokens and tags one of single words; with task=dpo, kto, orpo, grpo or
+    seq2seq behind the data, other things are learned. Answers in a passage and images are trained in Python.
 
     Example: slimtune train recipe.yaml training.learning_rate=1e-4
 
@@ -232,10 +233,8 @@ def _options(names: Iterable[str]) -> str:
 
 
 def _say_how_to_use(screen: Console, recipe: Recipe, task_type: str) -> None:
-    use = (
-        f"slimtune chat {recipe.output}"
-        if task_type == "CAUSAL_LM"
-        else f"slimtune predict {recipe.output} TEXTS.jsonl"
-    )
+    from slimtune.train.card import use_of
+
+    use = use_of(task_type, recipe.output)
     use += f" --quantize {recipe.model.quantize}" if recipe.model.quantize else ""
     screen.print(f"written to {recipe.output}; try it:  {use}", markup=False)

@@ -34,6 +34,14 @@ def classification(tokenizer: Any) -> Objective:
     return Objective(collate, loss)
 
 
+def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Cross-entropy, the mean over all tokens of a step that bear a label, however many batches it has."""
+    total = F.cross_entropy(
+        outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
 class PadRight:
     """Encoded examples of one batch as tensors; padding is neither attended to nor learned."""
 

@@ -208,6 +208,17 @@ def _preference(value: Value, where: str) -> Preference:
     return checked(Preference, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, where)
 
 
+def _tagged(value: Value, where: str) -> Tagged:
+    row = checked(Tagged, value, where)
+    if len(row.tokens) != len(row.tags):
+        raise DataError(
+            f"{where} has {len(row.tokens)} tokens and {len(row.tags)} tags; give each token one tag, O if it has none"
+        )
+    if empty := [number for number, tag in enumerate(row.tags, 1) if not tag.strip()]:
+        raise DataError(f"{where}: tag {empty[0]} of {len(row.tags)} is empty; write O for a token that has none")
+    return row
+
+
 def _prompt(value: Value, where: str) -> Prompt:
     if "prompt" in value:
         return checked(Prompt, value, where)
@@ -229,7 +240,7 @@ FORMATS = {
         Format("unpaired-preference", (("prompt", "completion", "label"),), lambda v, w: checked(Judged, v, w), "kto"),
         Format("prompt-completion", (("prompt", "completion"),), _pair, "text"),
         Format("text-label", (("text", "label"),), lambda v, w: checked(Labelled, v, w), "classification"),
-        Format("tokens-tags", (("tokens", "tags"),), lambda v, w: checked(Tagged, v, w), "token-classification"),
+        Format("tokens-tags", (("tokens", "tags"),), _tagged, "token-classification"),
         Format("text", (("text",),), lambda v, w: checked(Document, v, w), "text"),
         Format("prompt-only", (("prompt",), ("messages",)), _prompt, "grpo"),
     )
@@ -243,6 +254,6 @@ TASKS = {
     "seq2seq": ("alpaca", "prompt-completion"),
     "dpo": ("preference",),
     "orpo": ("preference",),
-    "kto": ("unpaired-preference",),
+    "kto": ("unpaired-preference", "preference"),
     "grpo": ("prompt-only",),
 }

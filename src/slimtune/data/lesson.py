@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimtune.data.batches import Objective, PackRows, classification
-from slimtune.data.encode import refuse_split
 from slimtune.data.labelled import Tokenized, labels_of, longest_input, positions_of, tokenize
 from slimtune.data.mixing import drawn, exact_shares, mixed, prepare
 from slimtune.data.packing import check_packs, pack
-from slimtune.data.reading import Parts, read_parts, sources_of
+from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Labelled
 from slimtune.data.settings import DataSettings
 from slimtune.data.shown import show_data, show_labels, show_preview, show_sources
@@ -25,21 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def read(settings: DataSettings, task: str = "auto", seed: int = 0) -> Data:
-    """Rows of conversations, or of labelled texts if that is what the rows are; raises DataError, ConfigError."""
-    return data_of(read_parts(settings, task, seed), settings, seed)
-
-
-def data_of(parts: Parts, settings: DataSettings, seed: int = 0) -> Data:
-    """Rows that were read, for a model to learn; raises DataError, ConfigError."""
-    if parts.task == "text":
-        refuse_split([row for part in (*parts.train, *parts.held_out) for row in part.rows], settings.too_long)
-        return Conversations(parts, settings, seed)
-    if parts.task == "classification":
-        return Classes.of(parts, settings, seed)
-    raise ConfigError(f"rows of {parts.train[0].name} are data for task {parts.task}, which isn't trained this way")
-
-
 @dataclass(frozen=True)
 class Lesson:
     """What a model is trained and judged on."""
@@ -51,6 +35,25 @@ class Lesson:
     judge: Callable[[Any], dict[str, float]] = lambda model: {}
 
 
+def epoch_of(
+    parts: Parts,
+    settings: DataSettings,
+    seed: int,
+    of_texts: Sequence[str] = ("packing", "streaming", "chat_template"),
+) -> tuple[list[Any], list[Any]]:
+    """The rows of one epoch of all sources, and those held out; raises ConfigError for settings `of_texts` alone."""
+    for name in of_texts:
+        if getattr(settings, name):
+            raise ConfigError(f"{name} is for models that write text, and not for task {parts.task}; leave it out")
+    if settings.too_long == "split":
+        raise ConfigError(
+            f"too_long: split is for texts to go on with, and not for task {parts.task}; drop or truncate"
+        )
+    shares = zip(parts.train, exact_shares(parts.train), strict=True)
+    rows = [row for part, count in shares for row in drawn(part.rows, count, seed)]
+    return rows, [row for part in parts.held_out for row in part.rows]
+
+
 @dataclass(frozen=True)
 class Conversations:
     """Conversations whose answers are learned, and texts that are learned whole."""
@@ -59,13 +62,17 @@ class Conversations:
     settings: DataSettings
     seed: int = 0
 
+    task = "text"
     task_type = "CAUSAL_LM"
 
     def load(
         self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
     ) -> tuple[Any, Any]:
         """A model that writes text, and its tokenizer."""
-        return load_text_model(source, dtype, device, trust_remote_code, quantize)
+        model, tokenizer = load_text_model(source, dtype, device, trust_remote_code, quantize)
+        if model.config.is_encoder_decoder:
+            raise ConfigError(f"{source} has an encoder, which reads prompts on its own: train it with task=seq2seq")
+        return model, tokenizer
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids, shown with what is learned of them; raises DataError, ConfigError if the model can't pack."""
@@ -114,22 +121,13 @@ class Classes:
     max_length: int
     too_long: str
 
+    task = "classification"
     task_type = "SEQ_CLS"
 
     @classmethod
     def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Classes:
         """The texts of all sources; raises DataError for labels that were never learned, ConfigError for packing."""
-        for name in ("packing", "streaming", "chat_template"):
-            if getattr(settings, name):
-                raise ConfigError(f"{name} is for models that write text; leave it out to train a classifier")
-        if settings.too_long == "split":
-            raise ConfigError("too_long: split is for texts without labels; drop or truncate")
-        rows = [
-            row
-            for part, count in zip(parts.train, exact_shares(parts.train), strict=True)
-            for row in drawn(part.rows, count, seed)
-        ]
-        held_out = [row for part in parts.held_out for row in part.rows]
+        rows, held_out = epoch_of(parts, settings, seed)
         labels = labels_of(rows if settings.held_out_sources else rows + held_out)
         unknown = {row.label for row in held_out} - set(labels)
         name = sources_of(parts.train)
@@ -175,6 +173,3 @@ class Classes:
 
         examples = numbered(rows, [row.label for row in learned])
         return Lesson(examples, numbered(held_out, true), facts, classification(tokenizer), judge)
-
-
-Data = Conversations | Classes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.data.formats import Format, find_format, format_of, formats_of, read_as
-from slimtune.data.rows import Labelled, Unlabelled, checked
+from slimtune.data.rows import Labelled, Unlabelled, Words, checked
 from slimtune.data.settings import DataSettings, Source
 from slimtune.data.sources import records
 from slimtune.errors import DataError
@@ -83,6 +83,19 @@ def read_texts(path: str | Path) -> list[Unlabelled]:
     """The texts to judge, with their labels where they have one; raises DataError with the line at fault."""
     found = records(Source.of(path))
     return [checked(Labelled if "label" in value else Unlabelled, value, where) for value, where in found]
+
+
+def read_words(path: str | Path) -> list[Words]:
+    """The texts to tag, as words, with their tags where they have some; raises DataError with the line at fault."""
+    return [_words(value, where) for value, where in records(Source.of(path))]
+
+
+def _words(value: dict[str, Any], where: str) -> Words:
+    if "tags" in value:
+        return read_as(find_format("tokens-tags"), value, where)
+    if "tokens" not in value and isinstance(value.get("text"), str):
+        return checked(Words, {"tokens": value["text"].split()}, where)
+    return checked(Words, value, where)
 
 
 def read_questions(path: str | Path) -> list[list[Message]]:

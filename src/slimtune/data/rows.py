@@ -143,10 +143,15 @@ class Labelled(Unlabelled):
         return str(value) if isinstance(value, bool | int) else value
 
 
-class Tagged(BaseModel):
-    """Words and the tag of each, whatever it is written as."""
+class Words(BaseModel):
+    """A row with the words of a text."""
 
     tokens: list[str] = Field(min_length=1)
+
+
+class Tagged(Words):
+    """Words and the tag of each, whatever it is written as."""
+
     tags: list[str]
 
     @field_validator("tags", mode="before")

@@ -72,6 +72,9 @@ def generate_replies(
     """
     was_training = model.training
     model.eval()
+    if model.config.is_encoder_decoder:
+        # `render` ends a plain prompt with a line break, behind which a decoder goes on; an encoder learned from none.
+        prompts = [prompt.removesuffix("\n") for prompt in prompts]
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     prefix, cache = read_shared_prefix(model, rows)

@@ -107,12 +107,20 @@ def is_classifier(source: str) -> bool:
     """Whether a folder or Hub id is of what gives texts labels, so that it writes no answers."""
     from slimtune.features import is_feature_classifier
 
-    if is_feature_classifier(source):
-        return True
+    return is_feature_classifier(source) or _has_head(source, "SEQ_CLS", "ForSequenceClassification")
+
+
+def is_tagger(source: str) -> bool:
+    """Whether a folder or Hub id is of what gives words tags."""
+    return _has_head(source, "TOKEN_CLS", "ForTokenClassification")
+
+
+def _has_head(source: str, task_type: str, architecture: str) -> bool:
+    """Whether this is an adapter for this type of task, or a model of this kind of architecture."""
     if is_adapter(source):
         from slimtune import PeftConfig
 
-        return PeftConfig.from_pretrained(source).task_type == "SEQ_CLS"
+        return PeftConfig.from_pretrained(source).task_type == task_type
     from transformers import AutoConfig
 
     try:
@@ -120,4 +128,4 @@ def is_classifier(source: str) -> bool:
     except (OSError, ValueError):
         # What can't be read is told when the model is loaded.
         return False
-    return any(name.endswith("ForSequenceClassification") for name in named)
+    return any(name.endswith(architecture) for name in named)

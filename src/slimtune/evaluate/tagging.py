@@ -44,6 +44,25 @@ def tag(model: Any, tokenizer: Any, texts: Sequence[Aligned], batch_size: int = 
     return found
 
 
+def tag_words(
+    source: str, texts: Sequence[Sequence[str]], batch_size: int = 32, too_long: str = "error",
+    quantize: str | None = None, options: tuple[Any, ...] = (),
+) -> list[list[str]]:  # fmt: skip
+    """The tags of the words of texts by a folder that was trained on such.
+
+    Args:
+        too_long: "error", or "truncate", where words behind the cut are tagged `O`.
+        options: dtype, device and trust_remote_code, as `load` takes them.
+    """
+    from slimtune.data.labelled import longest_input
+    from slimtune.data.tagged import align
+    from slimtune.loading import load_trained_tagger
+
+    model, tokenizer = load_trained_tagger(source, *options, quantize=quantize)
+    aligned = align(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
+    return tag(model, tokenizer, aligned.texts, batch_size)
+
+
 def has_entities(tags: Sequence[str]) -> bool:
     """Whether tags spell entities, as `B-PER` and `I-PER` do, and aren't for single words."""
     return all(tag == OUTSIDE or _parts(tag)[0] in _PREFIXES for tag in tags) and any(tag != OUTSIDE for tag in tags)

@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimtune.auto import BY_TASK
 from slimtune.engines import UNKNOWN_TO_PEFT
 from slimtune.loading import PACKAGED
 from slimtune.train.figures import versions
 from slimtune.train.run import Outcome
 from slimtune.train.settings import TrainSettings
+
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+}
+"""What the Hub calls each task."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,9 @@ class Card:
         return self.method["method"] != "full"
 
     @property
-    def is_classifier(self) -> bool:
-        """Whether it gives labels, and doesn't write text."""
-        return self.task_type == "SEQ_CLS"
+    def has_head(self) -> bool:
+        """Whether it gives labels or tags by a head of its own, and doesn't write text."""
+        return self.task_type in ("SEQ_CLS", "TOKEN_CLS")
 
     def _result(self) -> dict[str, Any]:
         result = {
@@ -77,11 +86,10 @@ class Card:
             if self.is_adapter
             else ["library_name: transformers", "tags: [slimtune]"]
         )
-        task = "text-classification" if self.is_classifier else "text-generation"
-        return "\n".join(["---", *named, *kind, f"pipeline_tag: {task}", "---"])
+        return "\n".join(["---", *named, *kind, f"pipeline_tag: {PIPELINES[self.task_type]}", "---"])
 
     def _loading(self) -> str:
-        auto = "AutoModelForSequenceClassification" if self.is_classifier else "AutoModelForCausalLM"
+        auto = BY_TASK[self.task_type]
         if not self.is_adapter:
             return _python(
                 f"from transformers import {auto}, AutoTokenizer\n",
@@ -90,7 +98,7 @@ class Card:
             )
         quantize = f', quantize="{self.quantize}"' if self.quantize else ""
         ours = _python("import slimtune\n", f'model, tokenizer = slimtune.load("path/to/this/folder"{quantize})')
-        use = "slimtune predict path/to/this/folder texts.jsonl" if self.is_classifier else _chat(self.base)
+        use = use_of(self.task_type, "path/to/this/folder", self.base)
         use += f" --quantize {self.quantize}" if self.quantize else ""
         text = f"With slimtune, on the command line:\n\n```shell\n{use}\n```\n\nor in Python:\n\n"
         return (
@@ -101,9 +109,9 @@ class Card:
 
     def _attaching(self, auto: str, library: str) -> str:
         is_packaged = self.base in PACKAGED
-        names = f"{'AutoConfig, ' if self.is_classifier else ''}{auto}, AutoTokenizer"
+        names = f"{'AutoConfig, ' if self.has_head else ''}{auto}, AutoTokenizer"
         names += ", BitsAndBytesConfig" if self.quantize else ""
-        head = ['config = AutoConfig.from_pretrained("path/to/this/folder")'] if self.is_classifier else []
+        head = ['config = AutoConfig.from_pretrained("path/to/this/folder")'] if self.has_head else []
         base = f'resolve("{self.base}")' if is_packaged else f'"{self.base}"'
         return _python(
             f"from transformers import {names}",
@@ -135,8 +143,12 @@ def _as_bitsandbytes(kind: str) -> str:
     )
 
 
-def _chat(base: str) -> str:
-    return f"slimtune chat {base} --adapter path/to/this/folder"
+def use_of(task_type: str, folder: str, base: str = "") -> str:
+    """The command that puts what was trained to use; with a base, `folder` is its adapter."""
+    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        return f"slimtune predict {folder} texts.jsonl"
+    model = f"{base} --adapter {folder}" if base else folder
+    return f'slimtune generate {model} "..."' if task_type == "SEQ_2_SEQ_LM" else f"slimtune chat {model}"
 
 
 def _table(values: dict[str, Any]) -> str:

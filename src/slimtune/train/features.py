@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.data.labelled import longest_input, tokenize
-from slimtune.data.lesson import Classes, Data
+from slimtune.data.lesson import Classes
 from slimtune.data.rows import Labelled
+from slimtune.data.tasks import Data
 from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import scores, shown
 from slimtune.features import FeatureClassifier, extract

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from slimtune.train.recipe import Recipe
 
 
+PLANNED = ("text", "classification")
+"""The tasks whose step the planner can run."""
+
+
 def refuse_what_does_not_fit(screen: Console, recipe: Recipe, task_type: str) -> None:
     """Say what the training will take; raises DoesNotFitError, with the nearest setting that fits."""
     try:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.data.lesson import Data, Lesson, read
+from slimtune.data.lesson import Lesson
+from slimtune.data.tasks import Data, read
 from slimtune.delta import dtypes_of
 from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import shown
@@ -17,9 +18,11 @@ from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
 from slimtune.train.features import train_on_features
 from slimtune.train.figures import Memory
-from slimtune.train.foresight import refuse_what_does_not_fit
+from slimtune.train.foresight import PLANNED, refuse_what_does_not_fit
 from slimtune.train.method import FEATURES, FULL, table
 from slimtune.train.optimizer import check_runs
+from slimtune.train.preference_settings import PREFERENCE_TASKS
+from slimtune.train.preferences import check_recipe, preference
 from slimtune.train.recipe import Recipe
 from slimtune.train.results import rescue, write_results
 from slimtune.train.run import Outcome, fine_tune
@@ -41,10 +44,11 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
         raise ConfigError("--resume would change nothing with the method features, which takes no steps; leave it out")
     check_start(Path(recipe.output), recipe.to_dict(), overwrite, resume)
     data = read(recipe.data, recipe.task, recipe.training.seed)
+    check_recipe(recipe, data.task)
     if recipe.method.name == FEATURES:
         return train_on_features(screen, recipe, data, overwrite)
     check_runs(recipe.training.optim, pick_device(recipe.model.device).partition(":")[0])
-    if plans:
+    if plans and data.task in PLANNED:
         refuse_what_does_not_fit(screen, recipe, data.task_type)
     Memory.watch()
     model, tokenizer, autocast = load_for(recipe, data)
@@ -113,7 +117,7 @@ def tune(
             import torch
 
             model.to(torch.bfloat16)
-        outcome = replace(outcome, scores=lesson.judge(model))
+        outcome = replace(outcome, scores=outcome.scores | lesson.judge(model))
         method = table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line}
         card = Card(
             output.name, base, data.task_type, method, lesson.facts, recipe.training, outcome, recipe.model.quantize
@@ -158,11 +162,13 @@ def _train_or_rescue(
     autocast: bool,
     resume: bool,
 ) -> Outcome:
+    kind = None
+    if recipe.task in PREFERENCE_TASKS:
+        kind = preference(recipe.task, model, tokenizer, recipe.preferences, recipe.data.max_length)
     try:
         return fine_tune(
             model, tokenizer, lesson.examples, recipe.training, folder, screen, lesson.held_out, autocast,
-            lesson.objective,
-            judge=lesson.judge, resume=resume,
+            lesson.objective, kind, lesson.judge, resume,
         )  # fmt: skip
     except DivergedError as error:
         if not error.kept_steps:

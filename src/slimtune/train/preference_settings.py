@@ -9,6 +9,8 @@ from slimtune.errors import ConfigError, check_choice, check_number, check_whole
 
 EXACT_MATCH = "exact-match"
 PREFERENCE_TASKS = ("dpo", "kto", "orpo", "grpo")
+SHARE_OF_RATE = 0.1
+"""Of a method's own learning rate: preferences move a model that answers already."""
 
 TAKEN = {
     "dpo": {"beta": "beta", "loss_type": "loss_type", "label_smoothing": "label_smoothing"},

@@ -6,24 +6,48 @@ arXiv:2403.07691), GRPO (Shao et al. 2024, arXiv:2402.03300).
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
-from slimtune.train.preference_settings import EXACT_MATCH, PREFERENCE_TASKS, PreferenceSettings
+from slimtune.train.preference_settings import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.reference import WithoutAdapter, as_it_was, check_trl_reaches
 from slimtune.train.reward import Reward, reward_of
 from slimtune.train.trainer import AnswerTrainer, Kind
 
-SHARE_OF_RATE = 0.1
-"""Of a method's own learning rate: preferences move a model that answers already."""
+if TYPE_CHECKING:
+    from slimtune.train.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe, task: str) -> None:
+    """See that a recipe goes with the task that its data is for; raises ConfigError, MissingDependencyError."""
+    if task not in PREFERENCE_TASKS:
+        return
+    if recipe.task == "auto":
+        can = "dpo, orpo or kto" if task == "dpo" else task
+        raise ConfigError(f"{recipe.data.train[0].path} can be learned from in several ways; say which: task={can}")
+    if recipe.training.samples:
+        raise ConfigError(f"training.samples would change nothing with task {task}; leave it out")
+    check(task, recipe.preferences)
+
+
+def check(task: str, settings: PreferenceSettings) -> None:
+    """All that can be told before a model is loaded; raises ConfigError, MissingDependencyError."""
+    check_choice("task", task, PREFERENCE_TASKS)
+    settings.check_for(task)
+    for library in ("trl", "datasets"):
+        if importlib.util.find_spec(library) is None:
+            raise MissingDependencyError(f"task {task} trains through {library}: pip install slimtune[trl,train]")
+    if task == "grpo":
+        reward_of(settings.reward or EXACT_MATCH)
 
 
 def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettings, max_length: int) -> Kind:
@@ -39,7 +63,7 @@ def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettin
         ConfigError: no such task, settings that it hasn't, or a model or adapter that TRL can't train so.
         MissingDependencyError: TRL isn't installed.
     """
-    check_choice("task", task, PREFERENCE_TASKS)
+    check(task, settings)
     options = settings.for_trl(task)
     reward = reward_of(settings.reward or EXACT_MATCH) if task == "grpo" else None
     trainer, arguments = _from_trl(task)
@@ -137,15 +161,12 @@ def _no_bars() -> Iterator[None]:
 def _from_trl(task: str) -> tuple[type, Any]:
     # TRL warns of its experimental part, where ORPO lives, on import.
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    try:
-        import trl
+    if task == "orpo":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-        if task == "orpo":
-            from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+        return _watched(ORPOTrainer), ORPOConfig
+    import trl
 
-            return _watched(ORPOTrainer), ORPOConfig
-    except ImportError as error:
-        raise MissingDependencyError(f"task {task} trains through TRL ({error}): pip install slimtune[trl]") from error
     name = task.upper()
     return _watched(getattr(trl, f"{name}Trainer")), getattr(trl, f"{name}Config")
 

@@ -23,6 +23,8 @@ from transformers import TrainerCallback
 KEPT = ("loss", "grad_norm", "learning_rate", "epoch", "reward", "kl")
 """What is written of each logged step, beside everything in a group of KEPT_GROUPS, `eval_` in front or not."""
 KEPT_GROUPS = ("rewards/", "completions/")
+SCORES = ("rewards/accuracies", "rewards/margins", "reward")
+"""Of held-out pairs the share in the right order, and how far apart they are; of held-out prompts the reward."""
 
 
 class ShownProgress(TrainerCallback):

@@ -16,11 +16,12 @@ from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.loading import DTYPES
 from slimtune.quantized.settings import settings_of
 from slimtune.train.method import FEATURES, FULL, Method, configure, find, plain_fields
+from slimtune.train.preference_settings import PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.settings import TrainSettings
 from slimtune.train.validation import STRICT, read_as
 from slimtune.train.yaml_file import dump, parse, read_mapping
 
-Task = Literal["auto", "text", "classification"]
+Task = Literal["auto", "text", "classification", "token-classification", "seq2seq", "dpo", "kto", "orpo", "grpo"]
 """What a model learns; auto is found by looking at the data."""
 
 USED_BY_FEATURES = ("batch_size", "seed")
@@ -90,6 +91,7 @@ class Recipe:
     data: DataSettings
     method: MethodSettings
     training: TrainSettings
+    preferences: PreferenceSettings = dataclasses.field(default_factory=PreferenceSettings)
     output: str = "tuned"
     task: Task = "auto"
 
@@ -99,6 +101,7 @@ class Recipe:
         method, quantize = self.method, self.model.quantize
         if not self.output.strip():
             raise ConfigError("output is empty; name the folder to write")
+        self.preferences.check_for(self.task)
         if quantize is not None and method.name in (FULL, FEATURES):
             why = "trains all weights, and codes can't be trained"
             why = why if method.name == FULL else "takes a base as it is stored"
@@ -128,7 +131,9 @@ class Recipe:
         sections["method"] = dataclasses.asdict(method)
         training = sections.get("training", {})
         if isinstance(training, Mapping) and training.get("learning_rate") is None:
-            training = {**training, "learning_rate": method.method.config.learning_rate}
+            rate = method.method.config.learning_rate
+            rate = rate * SHARE_OF_RATE if sections.get("task") in PREFERENCE_TASKS else rate
+            training = {**training, "learning_rate": rate}
         return read_as(cls, sections | {"training": training})
 
     @classmethod
@@ -145,6 +150,8 @@ class Recipe:
         """All sections with all keys, in plain types, from which `of` makes the same recipe."""
         found = TypeAdapter(Recipe).dump_python(self, mode="json")
         method = {"name": self.method.name, **self.method.fields}
+        if self.task not in PREFERENCE_TASKS:
+            del found["preferences"]
         order = ("task", "model", "data", "method")
         return {name: found[name] for name in order} | found | {"method": method}
 

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimtune.data.lesson import Data, read
+from slimtune.data.tasks import Data, read
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
 from slimtune.loading import is_adapter, load_tokenizer, pick_device, resolve
 from slimtune.plan.ask import read_config
 from slimtune.plan.build import build
 from slimtune.plan.setting import Setting
 from slimtune.staging import refuse_existing
-from slimtune.train.foresight import planned
+from slimtune.train.foresight import PLANNED, planned
 from slimtune.train.method import FEATURES
 from slimtune.train.optimizer import check_runs
+from slimtune.train.preferences import check_recipe
 from slimtune.train.recipe import Recipe
 from slimtune.train.trackers import check_installed
 
@@ -74,8 +75,11 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
         # Whether examples that share a row see each other can't be tried without weights.
         data = read(replace(recipe.data, packing=False), recipe.task, recipe.training.seed)
         found.task_type = data.task_type
+        check_recipe(recipe, data.task)
         found.data = _encoded(recipe, data, screen)
-        if recipe.method.name != FEATURES:
+        if data.task not in PLANNED:
+            found.notes.append(f"the memory it takes is not planned: a step of task {data.task} can't be simulated yet")
+        elif recipe.method.name != FEATURES:
             _plan(recipe, data.task_type, found)
     return found
 

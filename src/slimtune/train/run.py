@@ -26,7 +26,7 @@ from slimtune.train.keep import TRAINER_STATE, Keeper
 from slimtune.train.method import FullTuning
 from slimtune.train.offload import OffloadedAdamW
 from slimtune.train.optimizer import OFFLOADED
-from slimtune.train.progress import LossFile, SameAsBefore, ShownProgress
+from slimtune.train.progress import SCORES, LossFile, SameAsBefore, ShownProgress
 from slimtune.train.samples import Samples
 from slimtune.train.settings import TrainSettings
 from slimtune.train.state import restore_weights
@@ -181,12 +181,14 @@ def _outcome(trainer: AnswerTrainer, keeper: Keeper) -> Outcome:
         restore_weights(trainer.model, keeper.weights_at(best))
     evaluated = [entry for entry in history if "eval_loss" in entry and best in (None, entry["step"])]
     losses = [entry["loss"] for entry in history if "loss" in entry]
+    last = evaluated[-1] if evaluated else {}
     return Outcome(
         steps=trainer.state.global_step,
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=keeper.seconds,
         final_loss=losses[-1] if losses else float("nan"),
-        eval_loss=evaluated[-1]["eval_loss"] if evaluated else None,
+        eval_loss=last.get("eval_loss"),
+        scores={name: last[f"eval_{name}"] for name in SCORES if f"eval_{name}" in last},
         best_step=best,
     )
 
