@@ -47,6 +47,17 @@ def test_pairs_are_learned_by_name(run: Any, base: Path, pairs: Path, tmp_path: 
     assert run("generate", base, "one tea", "--adapter", out, "--max-new-tokens", 4).exit_code == 0
 
 
+def test_the_best_weights_are_those_with_most_pairs_in_order(run: Any, base: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    keep = ["training.keep_best=rewards/margins", "training.eval_steps=1", "training.save_steps=1"]
+    trained = run("train", base, pairs, "task=dpo", "-o", out, "--eval-fraction", 0.34, "--json", *FAST, *keep)
+    assert trained.exit_code == 0, trained.output
+    lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+    margins = [line["eval_rewards/margins"] for line in lines if "eval_loss" in line]
+    assert len(margins) == 4
+    assert json.loads(trained.stdout)["scores"]["rewards/margins"] == max(margins)
+
+
 def test_a_recipe_says_how_strongly_the_base_holds(run: Any, base: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "judged.jsonl", *JUDGED)
     recipe = {

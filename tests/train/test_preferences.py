@@ -75,7 +75,7 @@ def adopted(**options: Any) -> Any:
 
 def train(
     task: str, model: Any, rows: Any, folder: Path, preferred: PreferenceSettings | None = None, held_out: Any = (),
-    **changes: Any,
+    resume: bool = False, **changes: Any,
 ) -> tuple[Outcome, list[dict[str, Any]]]:  # fmt: skip
     settings = TrainSettings(
         **{"learning_rate": 0.01, "max_steps": 6, "batch_size": 4, "warmup": 0, "scheduler": "constant"} | changes
@@ -83,7 +83,7 @@ def train(
     kind = preference(task, model, TOKENIZER, preferred or PreferenceSettings(), 128)
     with (folder / "screen.txt").open("w") as file:
         screen = Console(file=file, width=250)
-        outcome = fine_tune(model, TOKENIZER, rows, settings, folder, screen, held_out, kind=kind)
+        outcome = fine_tune(model, TOKENIZER, rows, settings, folder, screen, held_out, kind=kind, resume=resume)
     return outcome, [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
 
 
@@ -308,3 +308,38 @@ def test_rewards_are_found_by_name(tmp_path: Path) -> None:
 def test_a_reward_that_gives_no_numbers_says_so(given: Any) -> None:
     with pytest.raises(TrainingError, match="'odd' gave"):
         Reward("odd", lambda **_: given)(prompts=["a", "b"], completions=["x", "y"])
+
+
+class Broken(Exception):
+    """Where a test breaks a run off."""
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"), [("dpo", pairs()), ("kto", judged()), ("orpo", pairs()), ("grpo", questions())]
+)
+def test_a_run_that_broke_off_goes_on_to_the_same_bits(task: str, rows: Any, vowels: str, tmp_path: Path) -> None:
+    """Broken off in the third step, on from the checkpoint after the second; with dropout, so that draws count."""
+    folders = [tmp_path / "whole", tmp_path / "broken"]
+    for folder in folders:
+        folder.mkdir()
+    whole, broken, resumed = (adopted(lora_dropout=0.2) for _ in range(3))
+    chosen = PreferenceSettings(**(SHORT | {"reward": vowels} if task == "grpo" else {}))
+    options = {"preferred": chosen, "max_steps": 5, "save_steps": 2, "gradient_accumulation": 2}
+    train(task, whole, rows, folders[0], **options)
+    steps = 0
+
+    def breaks(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise Broken
+
+    next(p for name, p in broken.named_parameters() if "lora_B" in name).register_hook(breaks)
+    with pytest.raises(Broken):
+        train(task, broken, rows, folders[1], **options)
+    train(task, resumed, rows, folders[1], resume=True, **options)
+    for name, tensor in slimtune.get_peft_model_state_dict(whole).items():
+        assert torch.equal(slimtune.get_peft_model_state_dict(resumed)[name], tensor), name
+    logs = [[json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()] for folder in folders]
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    assert [line["tokens"] for line in logs[0]] == [line["tokens"] for line in logs[1]]

@@ -94,7 +94,6 @@ class _Build:
     beta: float | None
 
     def __call__(self, model: Any, optimizer_cls_and_kwargs: Any = None, **options: Any) -> AnswerTrainer:
-        options["callbacks"] = [_Tokens(), *options["callbacks"]]
         if self.task == "grpo":
             options["reward_funcs"] = [self.reward]
             options["callbacks"] = [
@@ -179,22 +178,13 @@ def _watched(trainer: Any) -> type:
             pass
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            # ORPO's is the one that doesn't count its tokens.
-            for name in ("chosen_attention_mask", "rejected_attention_mask"):
+            # TRL's own counts begin anew with a resumed run; GRPO's doesn't, and has no masks here.
+            for name in ("attention_mask", "chosen_attention_mask", "rejected_attention_mask"):
                 if name in inputs:
                     self.state.num_input_tokens_seen += int(inputs[name].sum())
             return super().training_step(model, inputs, *args, **kwargs)
 
     return Watched
-
-
-class _Tokens(TrainerCallback):
-    """Takes the count of tokens over where TRL counts them itself."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Before the callbacks that show and write it."""
-        if logs and "num_tokens" in logs:
-            state.num_input_tokens_seen = int(logs["num_tokens"])
 
 
 class _RewardsDiffer(TrainerCallback):
