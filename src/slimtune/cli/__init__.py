@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from slimtune.cli.chat import chat
 from slimtune.cli.compare import compare
+from slimtune.cli.data import data
 from slimtune.cli.demo import demo
 from slimtune.cli.demo_data import demo_data
 from slimtune.cli.doctor import doctor
@@ -100,6 +101,7 @@ for name, command in {
 }.items():
     app.command(name)(command)
 app.add_typer(recipe, name="recipe")
+app.add_typer(data, name="data")
 
 
 def main() -> None:

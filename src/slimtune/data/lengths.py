@@ -84,11 +84,11 @@ class Lengths:
         return 1 - self.within(max_length).total / (self.packed_rows(max_length) * max_length)
 
     def histogram(self, bars: int = 10) -> list[tuple[int, int]]:
-        """The greatest length of each of `bars` equal ranges up to the longest, and how many examples are in it."""
-        width = max(1, math.ceil(self.longest / bars))
-        ends = range(width, self.longest + width, width)
-        counts = Counter((length - 1) // width for length in self.tokens)
-        return [(end, counts[number]) for number, end in enumerate(ends)]
+        """The greatest length of each of at most `bars` equal ranges, and how many examples are in it."""
+        shortest = self.tokens[0]
+        width = (self.longest - shortest) // bars + 1
+        counts = Counter((length - shortest) // width for length in self.tokens)
+        return [(min(shortest + (n + 1) * width - 1, self.longest), counts[n]) for n in range(max(counts) + 1)]
 
     def packing_gain(self, max_length: int, batch_size: int) -> float:
         """How many times fewer tokens a packed epoch computes than a padded one."""

@@ -11,7 +11,7 @@ from typing import Any
 from slimtune.data.formats import Format, find_format, format_of, formats_of, read_as
 from slimtune.data.rows import Labelled, Unlabelled, Words, checked
 from slimtune.data.settings import DataSettings, Source
-from slimtune.data.sources import records
+from slimtune.data.sources import name_of, records
 from slimtune.errors import DataError
 from slimtune.template import Message
 
@@ -60,8 +60,10 @@ def read_parts(settings: DataSettings, task: str = "auto", seed: int = 0) -> Par
     parts = [part for part, _ in found]
     if settings.held_out_sources:
         return Parts(task, parts, [_part(source, settings.format, task)[0] for source in settings.held_out_sources])
+    if not settings.held_out_share:
+        return Parts(task, parts)
     halves = [_halves(part, settings.held_out_share, seed) for part in parts]
-    return Parts(task, [rest for rest, _ in halves], [out for _, out in halves if out.rows])
+    return Parts(task, [rest for rest, _ in halves], [out for _, out in halves])
 
 
 def sources_of(parts: Sequence[Part]) -> str:
@@ -114,14 +116,14 @@ def _part(source: Source, fallback: str, task: str) -> tuple[Part, Format]:
     name = source.format if source.format != "auto" else fallback
     known = find_format(name, task) if name != "auto" else format_of(*found[0], task)
     rows = [read_as(known, value, where) for value, where in found]
-    return Part(source.path, known.name, rows, [where for _, where in found], source.weight), known
+    return Part(name_of(source), known.name, rows, [where for _, where in found], source.weight), known
 
 
 def _halves(part: Part, share: float, seed: int) -> tuple[Part, Part]:
     order = list(range(len(part.rows)))
     random.Random(seed).shuffle(order)
     count = round(len(order) * share)
-    if share and not 0 < count < len(order):
+    if not 0 < count < len(order):
         less = "nothing is held out of" if not count else "nothing is left to learn from of"
         raise DataError(
             f"{less} the {len(order)} examples of {part.name} with a share of {share:g}; "

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
 from rich.text import Text
 
 from slimtune.data.encode import Encoded, Prepared, pieces
 from slimtune.data.labelled import Tokenized
+from slimtune.data.lengths import PERCENTILES, Lengths
 from slimtune.data.mixing import exact_shares
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.data.preview import Preview
     from slimtune.data.reading import Part
     from slimtune.data.settings import DataSettings
 
 PREVIEWED_TOKENS = 400
+PREVIEWED_CHARACTERS = 1200
+BAR_WIDTH = 40
 
 
 def show_sources(screen: Console, parts: Sequence[Part], prepared: Sequence[Prepared], settings: DataSettings) -> None:
@@ -71,17 +77,75 @@ def show_labels(
 
 def show_preview(screen: Console, tokenizer: Any, example: Encoded) -> None:
     """One example with what is learned in colour, between brackets where there is none."""
-    has_colour = screen.color_system is not None
-    text = Text()
     cut = Encoded(example.input_ids[:PREVIEWED_TOKENS], example.labels[:PREVIEWED_TOKENS])
-    for learned, ids in pieces(cut):
-        piece = tokenizer.decode(ids)
-        if learned:
-            text.append(piece if has_colour else f"[[{piece}]]", style="bold green")
-        else:
-            text.append(piece, style="dim")
+    shown = [(learned, tokenizer.decode(ids)) for learned, ids in pieces(cut)]
     if len(example.input_ids) > PREVIEWED_TOKENS:
-        text.append(" ...", style="dim")
-    how = "in colour" if has_colour else "between [[ and ]]"
-    screen.print(f"the first example, with what is learned {how}:", markup=False)
-    screen.print(text)
+        shown.append((False, " ..."))
+    screen.print(f"the first example, with what is learned {_how(screen)}:", markup=False)
+    screen.print(_coloured(screen, shown))
+
+
+def show_found(screen: Console, found: Preview, max_length: int, batch_size: int, packing: bool) -> None:
+    """What there is to see of data: sources, examples, lengths."""
+    lengths, unit = found.lengths, found.unit
+    for part, share in zip(found.parts, found.shares, strict=True):
+        taken = f", of which an epoch takes {share:,}" if part.weight is not None else ""
+        screen.print(f"{part.name}: format {part.format}, {len(part.rows):,} rows{taken}", markup=False)
+    screen.print(
+        f"task {found.task}: {lengths.examples:,} examples, {lengths.total:,} {unit}"
+        + ("" if found.labels else f", of which {lengths.learned / lengths.total:.0%} are learned")
+        + (f"; {found.apart:,} more examples than rows, one for each answer" if found.apart else "")
+    )
+    if found.labels:
+        screen.print("labels: " + ", ".join(f"{name} {count:,}" for name, count in found.labels.items()), markup=False)
+    for number, sample in enumerate(found.samples, 1):
+        screen.print(f"\nexample {number}, with what is learned {_how(screen)}:", markup=False)
+        screen.print(_coloured(screen, [(learned, _cut(text)) for learned, text in sample]))
+    screen.print(f"\n{unit} of an example:")
+    screen.print(_bars(lengths))
+    shares = ", ".join(f"{share}% have at most {lengths.percentile(share):,}" for share in PERCENTILES)
+    screen.print(f"{shares}; the longest has {lengths.longest:,}")
+    if unit == "tokens":
+        _show_rows(screen, lengths, max_length, batch_size, packing)
+
+
+def _show_rows(screen: Console, lengths: Lengths, max_length: int, batch_size: int, packing: bool) -> None:
+    if over := lengths.over(max_length):
+        screen.print(
+            f"[yellow]{over:,} examples are longer than {max_length:,} tokens[/]: training refuses them unless "
+            f"too_long says what becomes of them"
+        )
+    within = lengths.within(max_length)
+    screen.print(f"padding: {within.padding_waste(batch_size):.0%} of what batches of {batch_size} compute")
+    if packing:
+        gain = lengths.packing_gain(max_length, batch_size)
+        screen.print(
+            f"packed: {lengths.packed_rows(max_length):,} rows of {max_length:,} tokens with "
+            f"{lengths.packed_waste(max_length):.0%} padding, {gain:.2f} times fewer tokens to compute"
+        )
+
+
+def _bars(lengths: Lengths) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column(justify="right")
+    bars = lengths.histogram()
+    most = max(count for _, count in bars)
+    for end, count in bars:
+        table.add_row(f"up to {end:,}", "\u2588" * math.ceil(BAR_WIDTH * count / most), f"{count:,}")
+    return table
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= PREVIEWED_CHARACTERS else f"{text[:PREVIEWED_CHARACTERS]} ..."
+
+
+def _how(screen: Console) -> str:
+    return "in colour" if screen.color_system is not None else "between [[ and ]]"
+
+
+def _coloured(screen: Console, shown: Sequence[tuple[bool, str]]) -> Text:
+    text = Text()
+    for learned, piece in shown:
+        marked = f"[[{piece}]]" if screen.color_system is None else piece
+        text.append(marked if learned else piece, style="bold green" if learned else "dim")
+    return text

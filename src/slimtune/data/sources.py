@@ -40,9 +40,21 @@ def files_of(source: Source) -> list[Path]:
     return []
 
 
+def name_of(source: Source) -> str:
+    """What a source is called: a folder with those of its files that are read."""
+    if not Path(source.path).is_dir() or _is_saved(Path(source.path)):
+        return source.path
+    return f"{source.path} ({listing((file.name for file in files_of(source)), 3)})"
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved this folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
 def _opened(source: Source, streaming: bool) -> Iterator[Record]:
     path = Path(source.path)
-    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+    if path.is_dir() and _is_saved(path):
         yield from _from_disk(source)
         return
     files = files_of(source)

@@ -1,0 +1,154 @@
+"""Data looked at before training: its format, examples with what is learned of them, and how long they are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from slimtune.data.encode import Encoded, pieces
+from slimtune.data.labelled import tokenize
+from slimtune.data.lengths import PERCENTILES, Lengths, sorted_lengths
+from slimtune.data.mixing import exact_shares, mixed, prepare
+from slimtune.data.reading import Part, read_parts
+from slimtune.data.rows import Conversation, Document, Instruction, Labelled, Tagged, Turn
+from slimtune.data.settings import DataSettings
+from slimtune.errors import ConfigError
+from slimtune.template import use_template
+
+Piece = tuple[bool, str]
+"""A part of an example, and whether it is learned."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What there is to see of data.
+
+    Attributes:
+        shares: how many examples an epoch takes of each source.
+        apart: examples that there are beside one for each row, because the template rewrites earlier turns.
+        unit: what lengths are counted in: tokens, or characters without a tokenizer.
+        samples: the first examples in pieces.
+        labels: how often each occurs, of texts with labels.
+    """
+
+    task: str
+    parts: list[Part]
+    shares: list[int]
+    lengths: Lengths
+    unit: str
+    samples: list[list[Piece]]
+    apart: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self, max_length: int, batch_size: int) -> dict[str, Any]:
+        """All of it for machines."""
+        lengths = self.lengths
+        return {
+            "task": self.task,
+            "sources": [
+                {"name": part.name, "format": part.format, "rows": len(part.rows), "examples_of_an_epoch": share}
+                for part, share in zip(self.parts, self.shares, strict=True)
+            ],
+            "examples": lengths.examples,
+            "examples_of_answers_apart": self.apart,
+            "unit": self.unit,
+            "total": lengths.total,
+            "learned": lengths.learned,
+            "longest": lengths.longest,
+            "percentiles": {str(share): lengths.percentile(share) for share in PERCENTILES},
+            "histogram": [{"up_to": end, "examples": count} for end, count in lengths.histogram()],
+            **(self._in_rows(max_length, batch_size) if self.unit == "tokens" else {}),
+            **({"labels": self.labels} if self.labels else {}),
+            "samples": [[{"learned": learned, "text": text} for learned, text in sample] for sample in self.samples],
+        }
+
+    def _in_rows(self, max_length: int, batch_size: int) -> dict[str, Any]:
+        within = self.lengths.within(max_length)
+        return {
+            "max_length": max_length,
+            "longer": self.lengths.over(max_length),
+            "padding": within.padding_waste(batch_size),
+            "packed_rows": within.packed_rows(max_length),
+            "packed_padding": within.packed_waste(max_length),
+        }
+
+
+def preview(settings: DataSettings, tokenizer: Any = None, task: str = "auto", samples: int = 3) -> Preview:
+    """Read, encode and measure data; raises DataError, ConfigError.
+
+    Args:
+        tokenizer: of the model that is to learn; without it rows are shown as they are read, in characters.
+    """
+    parts = read_parts(replace(settings, held_out=0.0), task)
+    rows = [row for part in parts.train for row in part.rows]
+    labels = dict(Counter(row.label for row in rows if isinstance(row, Labelled)).most_common())
+    if tokenizer is None:
+        shown = [pieces_of(row) for row in rows]
+        lengths = sorted_lengths([_characters(example) for example in shown], sum(map(_learned, shown)), list(labels))
+        shares = exact_shares(parts.train)
+        return Preview(parts.task, parts.train, shares, lengths, "characters", shown[:samples], labels=labels)
+    if settings.chat_template is not None:
+        use_template(tokenizer, settings.chat_template)
+    if parts.task == "classification":
+        ids = tokenize([row.texts for row in rows], tokenizer, sys.maxsize).rows
+        lengths = sorted_lengths([len(row["input_ids"]) for row in ids], len(rows), list(labels))
+        shown, shares = [pieces_of(row) for row in rows[:samples]], exact_shares(parts.train)
+        return Preview(parts.task, parts.train, shares, lengths, "tokens", shown, labels=labels)
+    if parts.task != "text":
+        raise ConfigError(f"rows for task {parts.task} are shown without a model; leave --model out")
+    prepared = prepare(parts.train, replace(settings, max_length=sys.maxsize, too_long="error"), tokenizer)
+    examples = mixed(parts.train, prepared, seed=0)
+    lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))
+    shown = [[(learned, tokenizer.decode(ids)) for learned, ids in pieces(e)] for e in _first(prepared, samples)]
+    shares = exact_shares(parts.train, [len(found.examples) for found in prepared])
+    return Preview(
+        parts.task, parts.train, shares, lengths, "tokens", shown, apart=sum(found.apart for found in prepared)
+    )
+
+
+def _first(prepared: Sequence[Any], samples: int) -> list[Encoded]:
+    """Examples of all sources in turn, so that each is seen."""
+    longest = max(len(found.examples) for found in prepared)
+    turns = (found.examples[i] for i in range(longest) for found in prepared if i < len(found.examples))
+    return [example for example, _ in zip(turns, range(samples), strict=False)]
+
+
+def pieces_of(row: Any) -> list[Piece]:
+    """A row as it was read, in pieces: who or what, and what is said."""
+    if isinstance(row, Conversation):
+        said = zip(row.messages, row.learned(), strict=True)
+        return [piece for turn, learned in said for piece in _turn(turn, learned)]
+    if isinstance(row, Document):
+        return [(True, row.text)]
+    if isinstance(row, Tagged):
+        words = zip(row.tokens, row.tags, strict=False)
+        return [piece for word, tag in words for piece in ((False, f"{word}/"), (True, tag), (False, " "))]
+    fields = {name: getattr(row, name) for name in type(row).model_fields if name != "plain_prompt"}
+    if isinstance(row, Instruction) and not row.system:
+        fields.pop("system")
+    return [piece for name, value in fields.items() if value is not None for piece in _field(name, value)]
+
+
+def _field(name: str, value: Any) -> list[Piece]:
+    learned = name in ("completion", "chosen", "label")
+    if not isinstance(value, list):
+        return [(False, f"{name}: "), (learned, str(value)), (False, "\n")]
+    return [(False, f"{name}:\n"), *(piece for turn in value for piece in _turn(turn, learned))]
+
+
+def _turn(turn: Turn, learned: bool) -> list[Piece]:
+    calls = turn.message().get("tool_calls")
+    said = turn.content + (json.dumps(calls, ensure_ascii=False) if calls else "")
+    return [(False, f"{turn.role}: "), (learned, said), (False, "\n")]
+
+
+def _characters(example: list[Piece]) -> int:
+    return sum(len(text) for _, text in example)
+
+
+def _learned(example: list[Piece]) -> int:
+    return sum(len(text) for learned, text in example if learned)
