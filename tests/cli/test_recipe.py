@@ -243,10 +243,11 @@ def test_list_and_show(run: Any) -> None:
     refused(run("recipe", "show", "qlra"), "did you mean 'qlora'?")
 
 
+OF_OTHER_ROWS = {"classification", "continued-pretraining", "token-classification", "seq2seq", "dpo", "grpo"}
 STEP = ["training.max_steps=1", "training.epochs=1", "data.max_length=256", "training.batch_size=2"]
 
 
-@pytest.mark.parametrize("name", sorted(set(shipped()) - {"classification", "continued-pretraining"}))
+@pytest.mark.parametrize("name", sorted(set(shipped()) - OF_OTHER_ROWS))
 def test_each_shipped_recipe_runs_a_step(run: Any, base: Path, data: Path, tmp_path: Path, name: str) -> None:
     overrides = [f"model.name={base}", f"data.train={data}", "data.held_out=0.1", *STEP]
     # Paged states need a GPU; the same optimizer without paging runs here.

@@ -310,7 +310,7 @@ def test_a_reward_that_gives_no_numbers_says_so(given: Any) -> None:
         Reward("odd", lambda **_: given)(prompts=["a", "b"], completions=["x", "y"])
 
 
-class Broken(Exception):
+class BrokenOffError(Exception):
     """Where a test breaks a run off."""
 
 
@@ -332,10 +332,10 @@ def test_a_run_that_broke_off_goes_on_to_the_same_bits(task: str, rows: Any, vow
         nonlocal steps
         steps += 1
         if steps == 5:
-            raise Broken
+            raise BrokenOffError
 
     next(p for name, p in broken.named_parameters() if "lora_B" in name).register_hook(breaks)
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenOffError):
         train(task, broken, rows, folders[1], **options)
     train(task, resumed, rows, folders[1], resume=True, **options)
     for name, tensor in slimtune.get_peft_model_state_dict(whole).items():

@@ -43,7 +43,8 @@ class PreferenceSettings:
             weight of the odds ratio, 0.1.
         loss_type: for dpo "sigmoid" or one of its variants, for grpo "dapo" or one of its own.
         label_smoothing: for dpo, the share of pairs whose order is taken to be wrong.
-        desirable_weight, undesirable_weight: for kto, to balance how many answers there are of both.
+        desirable_weight: for kto, of the good answers; with the other one it balances how many there are of both.
+        undesirable_weight: for kto, of the bad answers.
         reward: for grpo, what judges the answers: "exact-match" with the data's answer, or path.py:function.
         generations: for grpo, the answers that are drawn to each prompt, 8.
         max_new_tokens: for grpo, of an answer, 512.
