@@ -73,6 +73,42 @@ def test_the_written_recipe_gives_the_same_adapter(run: Any, recipe: Path, tmp_p
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def test_held_out_questions_are_asked_and_forgetting_is_measured(
+    run: Any, recipe: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    asks = "evaluation={scorer: exact_match, max_new_tokens: 4, forgetting: true}"
+    result = run("train", recipe, asks, "training.max_steps=1", "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert results["evaluation"]["count"] == 2
+    assert results["scores"] == {"exact_match": results["evaluation"]["scores"]["exact_match"]}
+    forgotten = json.loads((tmp_path / "out" / "forgetting.json").read_text())
+    assert len(forgotten["domains"]) == 6
+    assert "exact_match on held-out examples" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["evaluation={}", "data.held_out=0"], "set data.held_out"),
+        (["evaluation.scorer=exact_mach"], "did you mean 'exact_match'?"),
+        (["evaluation.scorr=auto"], "did you mean 'scorer'?"),
+        (["evaluation.scorer=accuracy", "evaluation.limit=0"], "limit"),
+        (["evaluation={}", "method={name: features}", "training={}"], "would change nothing with the method features"),
+    ],
+)
+def test_evaluations_that_are_refused(run: Any, recipe: Path, tmp_path: Path, overrides: list[str], said: str) -> None:
+    refused(run("train", recipe, *overrides), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_is_not_asked_questions(run: Any, recipe: Path, tmp_path: Path) -> None:
+    from small_encoder import reviews
+
+    rows = write_lines(tmp_path / "rows.jsonl", *reviews(20))
+    refused(run("train", recipe, f"data.train={rows}", "evaluation={}"), "leave evaluation out")
+
+
 def test_options_and_recipe_say_the_same(run: Any, recipe: Path, base: Path, data: Path, tmp_path: Path) -> None:
     options = ["--rank", 4, "--max-steps", 5, "--batch-size", 4, "--lr", 0.01, "--eval-fraction", 0.1]
     made = run("train", base, data, "-o", tmp_path / "out", *options)
@@ -212,7 +248,7 @@ def test_init_writes_every_key_and_changes_none(run: Any, tmp_path: Path, name: 
     assert path.read_text() == commented(name)
     plain = Recipe.of(yaml.safe_load(text_of(name)))
     assert Recipe.read(path) == plain
-    path.write_text(re.sub(r"^(\s*)#(\w+:|  |- )", r"\1\2", path.read_text(), flags=re.MULTILINE))
+    path.write_text(re.sub(r"^( +)#(\w+:|  |- )", r"\1\2", path.read_text(), flags=re.MULTILINE))
     filled = yaml.safe_load(path.read_text())
     assert Recipe.read(path) == plain
     for section, kind in Recipe.sections().items():

@@ -138,6 +138,11 @@ def test_what_llama_factory_does_where_nothing_is_said() -> None:
         ({"max_steps": -1}, {"training.max_steps": None}),
         ({"val_size": 0.1}, {"data.held_out": 0.1}),
         ({"neat_packing": True}, {"data.packing": True}),
+        (
+            {"stage": "dpo", "dataset": "pairs", "pref_beta": 0.2, "pref_loss": "ipo"},
+            {"task": "dpo", "preferences.beta": 0.2, "preferences.loss_type": "ipo"},
+        ),
+        ({"stage": "dpo", "dataset": "pairs", "pref_loss": "orpo"}, {"task": "orpo", "preferences.loss_type": None}),
         ({"stage": "pt"}, {"data.packing": True, "data.format": "text"}),
         ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}, {"training.keep_best": "loss"}),
         ({"max_samples": 3}, {"output": "saves/qwen3"}),
@@ -177,6 +182,7 @@ def test_parts_and_weights_of_data() -> None:
     [
         ({"use_galore": True}, ["use_galore"]),
         ({"stage": "rm"}, ["stage: 'rm'"]),
+        ({"stage": "dpo", "dataset": "pairs", "pref_loss": "simpo"}, ["simpo"]),
         ({"finetuning_type": "oft"}, ["'oft'"]),
         ({"quantization_bit": 3}, ["4 and 8 bits"]),
         ({"quantization_bit": 4, "quantization_method": "hqq"}, ["'hqq'"]),
@@ -252,6 +258,18 @@ def test_what_axolotl_does_where_nothing_is_said() -> None:
         ({"wandb_project": "mine"}, {"training.report_to": "wandb"}),
         ({"early_stopping_patience": 3}, {"training.early_stopping_patience": 3}),
         ({"test_datasets": [{"path": "t.jsonl", "type": "alpaca"}], "val_set_size": 0}, {"output": "./outputs/out"}),
+        (
+            {
+                "rl": "dpo",
+                "rl_beta": 0.3,
+                "datasets": [{"path": "x", "type": {"field_chosen": "a", "field_rejected": "b"}}],
+            },
+            {"task": "dpo", "preferences.beta": 0.3},
+        ),
+        (
+            {"rl": "ipo", "datasets": [{"path": "x", "type": {"field_chosen": "a", "field_rejected": "b"}}]},
+            {"preferences.loss_type": "ipo"},
+        ),
         ({"fp16": True, "bf16": False}, {"model.dtype": "float16"}),
         ({"bf16": False}, {"model.dtype": "float32"}),
         ({"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True}, {"output": "./outputs/out"}),

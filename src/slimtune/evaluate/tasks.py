@@ -70,9 +70,13 @@ def read_task(path: str | Path, instruction: str = "") -> Task:
     path = Path(path)
     if task_of(path) == "classification":
         return _labelled(str(path), read_labelled(path), instruction)
-    rows = read_rows(path)
-    questions = [_question(row, f"{path}, example {number}") for number, row in enumerate(rows, 1)]
-    return Task(str(path), questions, instruction=instruction)
+    rows = [(row, f"{path}, example {number}") for number, row in enumerate(read_rows(path), 1)]
+    return task_of_rows(rows, str(path), instruction)
+
+
+def task_of_rows(rows: Sequence[tuple[Row, str]], source: str, instruction: str = "") -> Task:
+    """The questions of rows, each with where it stands; raises DataError."""
+    return Task(source, [_question(row, where) for row, where in rows], instruction=instruction)
 
 
 def open_task(source: str, instruction: str = "", size: int | None = None, seed: int = 0) -> Task:

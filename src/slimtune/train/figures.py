@@ -63,6 +63,7 @@ class Figures:
     Attributes:
         examples: how many were learned from.
         parts: as what the base was stored.
+        evaluation: of the answers to held-out questions.
     """
 
     recipe: Recipe
@@ -73,6 +74,7 @@ class Figures:
     memory: Memory
     parameters: int | None = None
     parts: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write results.json into a folder that holds everything else already."""
@@ -90,6 +92,7 @@ class Figures:
             "quantize": self.recipe.model.quantize,
             "examples": self.examples,
             **{name: _finite(value) for name, value in outcome.items()},
+            "evaluation": self.evaluation,
             "trainable_parameters": self.trainable_parameters,
             "parameters": self.parameters,
             "peak_rss_bytes": self.memory.rss_bytes,

@@ -14,6 +14,7 @@ from slimtune.evaluate.classification import shown
 from slimtune.loading import is_adapter, native_dtype, pick_device, resolve
 from slimtune.quantized.report import parts
 from slimtune.staging import staged
+from slimtune.train.afterwards import ask, held_out_questions, measure_forgetting
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
 from slimtune.train.features import train_on_features
@@ -45,6 +46,7 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
     check_start(Path(recipe.output), recipe.to_dict(), overwrite, resume)
     data = read(recipe.data, recipe.task, recipe.training.seed)
     check_recipe(recipe, data.task)
+    held_out_questions(recipe, data)
     if recipe.method.name == FEATURES:
         return train_on_features(screen, recipe, data, overwrite)
     check_runs(recipe.training.optim, pick_device(recipe.model.device).partition(":")[0])
@@ -52,7 +54,12 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
         refuse_what_does_not_fit(screen, recipe, data.task_type)
     Memory.watch()
     model, tokenizer, autocast = load_for(recipe, data)
-    return tune(screen, model, tokenizer, data, recipe, overwrite, autocast, resume)
+    outcome = tune(screen, model, tokenizer, data, recipe, overwrite, autocast, resume)
+    if recipe.evaluation and recipe.evaluation.forgetting:
+        # Two models at once may not fit.
+        del model
+        measure_forgetting(screen, recipe)
+    return outcome
 
 
 def load_for(recipe: Recipe, data: Data) -> tuple[Any, Any, bool]:
@@ -117,14 +124,16 @@ def tune(
             import torch
 
             model.to(torch.bfloat16)
-        outcome = replace(outcome, scores=outcome.scores | lesson.judge(model))
+        evaluation = ask(screen, model, tokenizer, held_out_questions(recipe, data))
+        asked = evaluation.scores if evaluation else {}
+        outcome = replace(outcome, scores=outcome.scores | lesson.judge(model) | asked)
         method = table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line}
         card = Card(
             output.name, base, data.task_type, method, lesson.facts, recipe.training, outcome, recipe.model.quantize
         )
         with staged(output, place.overwrite) as folder:
             place.hand_over(folder)
-            write_results(folder, model, tokenizer, recipe, card)
+            write_results(folder, model, tokenizer, recipe, card, evaluation)
     show_outcome(screen, outcome, recipe.training.best_by)
     return outcome
 

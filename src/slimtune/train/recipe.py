@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, check_choice, listing
+from slimtune.evaluate.settings import EvaluationSettings
 from slimtune.loading import DTYPES
 from slimtune.quantized.settings import settings_of
 from slimtune.train.method import FEATURES, FULL, Method, configure, find, plain_fields
@@ -53,6 +54,22 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class Afterwards(EvaluationSettings):
+    """What is asked of the tuned model; raises ConfigError for values that can't be.
+
+    Attributes:
+        scorer: auto (by the kind of task), names as slimtune evaluate has them, between commas, or path.py:function.
+        max_new_tokens: the longest answer; by default twice what the longest expected one has.
+        batch_size: how many questions are answered at once.
+        limit: how many held-out questions are asked, from the first on; by default all.
+        too_long: error, or drop for questions that don't fit into the model together with an answer.
+        forgetting: whether what the model lost on texts of other domains is measured.
+    """
+
+    forgetting: bool = False
+
+
+@dataclass(frozen=True)
 class MethodSettings:
     """How the model is tuned: a method by name, and every field of its config as a file holds it."""
 
@@ -84,6 +101,7 @@ class Recipe:
     """All that a run depends on, each default filled in; raises ConfigError for sections that exclude each other.
 
     Attributes:
+        evaluation: how held-out questions are asked and scored after training; None asks nothing.
         output: the folder to write.
     """
 
@@ -92,6 +110,7 @@ class Recipe:
     method: MethodSettings
     training: TrainSettings
     preferences: PreferenceSettings = dataclasses.field(default_factory=PreferenceSettings)
+    evaluation: Afterwards | None = None
     output: str = "tuned"
     task: Task = "auto"
 
@@ -102,6 +121,7 @@ class Recipe:
         if not self.output.strip():
             raise ConfigError("output is empty; name the folder to write")
         self.preferences.check_for(self.task)
+        self._check_evaluation()
         if quantize is not None and method.name in (FULL, FEATURES):
             why = "trains all weights, and codes can't be trained"
             why = why if method.name == FULL else "takes a base as it is stored"
@@ -116,6 +136,15 @@ class Recipe:
             if idle:
                 named = listing(f"training.{name}" for name in idle)
                 raise ConfigError(f"{named} would change nothing with the method features; leave it out")
+
+    def _check_evaluation(self) -> None:
+        asks = self.evaluation
+        if asks is None:
+            return
+        if self.method.name == FEATURES:
+            raise ConfigError("evaluation would change nothing with the method features, which scores its labels")
+        if not asks.forgetting and not self.data.held_out:
+            raise ConfigError("evaluation asks held-out rows, and nothing is held out; set data.held_out")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Recipe:
@@ -144,7 +173,13 @@ class Recipe:
     @staticmethod
     def sections() -> dict[str, type]:
         """The sections that are dataclasses, by name."""
-        return {"model": ModelSettings, "data": DataSettings, "training": TrainSettings}
+        return {
+            "model": ModelSettings,
+            "data": DataSettings,
+            "training": TrainSettings,
+            "preferences": PreferenceSettings,
+            "evaluation": Afterwards,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """All sections with all keys, in plain types, from which `of` makes the same recipe."""

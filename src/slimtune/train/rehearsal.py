@@ -17,6 +17,7 @@ from slimtune.plan.ask import read_config
 from slimtune.plan.build import build
 from slimtune.plan.setting import Setting
 from slimtune.staging import refuse_existing
+from slimtune.train.afterwards import held_out_questions
 from slimtune.train.foresight import PLANNED, planned
 from slimtune.train.method import FEATURES
 from slimtune.train.optimizer import check_runs
@@ -76,6 +77,7 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
         data = read(replace(recipe.data, packing=False), recipe.task, recipe.training.seed)
         found.task_type = data.task_type
         check_recipe(recipe, data.task)
+        held_out_questions(recipe, data)
         found.data = _encoded(recipe, data, screen)
         if data.task not in PLANNED:
             found.notes.append(f"the memory it takes is not planned: a step of task {data.task} can't be simulated yet")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from slimtune.evaluate.result import Evaluation
 from slimtune.quantized.report import parts
 from slimtune.train.card import Card
 from slimtune.train.figures import Figures, Memory
@@ -12,7 +13,9 @@ from slimtune.train.plot import plot_losses
 from slimtune.train.recipe import Recipe
 
 
-def write_results(folder: Path, model: Any, tokenizer: Any, recipe: Recipe, card: Card) -> None:
+def write_results(
+    folder: Path, model: Any, tokenizer: Any, recipe: Recipe, card: Card, evaluation: Evaluation | None = None
+) -> None:
     """Write everything but `loss.jsonl`, which the run wrote step by step."""
     _save(folder, model)
     # With its chat template: a model that is asked in another template answers worse than untuned.
@@ -30,6 +33,7 @@ def write_results(folder: Path, model: Any, tokenizer: Any, recipe: Recipe, card
         memory=Memory.peak(),
         parameters=sum(count for count, _ in counts),
         parts=parts(model).to_dict(),
+        evaluation=evaluation and evaluation.to_dict(),
     ).write(folder)
 
 
