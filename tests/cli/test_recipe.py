@@ -116,6 +116,14 @@ def test_options_and_recipe_say_the_same(run: Any, recipe: Path, base: Path, dat
     assert Recipe.read(tmp_path / "out" / "recipe.yaml") == Recipe.read(recipe)
 
 
+def test_the_last_step_is_logged_whatever_is_between(run: Any, recipe: Path, tmp_path: Path) -> None:
+    result = run("train", recipe, "training.logging_steps=3", "data.held_out=0", "--json")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 5]
+    assert json.loads(result.stdout)["final_loss"] == lines[-1]["loss"]
+
+
 def test_settings_of_a_recipe_go_behind_the_data_as_well(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
     made = run("train", base, data, "training.max_steps=1", "method.r=2", "-o", tmp_path / "out")
     assert made.exit_code == 0, made.output
@@ -315,3 +323,26 @@ def test_the_recipe_for_plain_texts_runs_a_step(run: Any, base: Path, tmp_path: 
     overrides = [f"model.name={base}", f"data.train={texts}", "data.held_out=0", "method.r=4", *STEP]
     trained(run, "continued-pretraining", overrides, tmp_path)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["examples"] > 3
+
+
+def rows_of(task: str) -> list[dict[str, Any]]:
+    """Rows as small as they can be."""
+    if task == "token-classification":
+        return [{"tokens": ["the", "film", "was", "good"], "tags": ["O", "B-X", "O", "O"]}] * 8
+    both = {"prompt": "one tea", "completion": "yes", "chosen": "one tea, gladly", "rejected": "no", "answer": "yes"}
+    names = {"seq2seq": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"), "grpo": ("prompt", "answer")}
+    return [{name: f"{both[name]} {number}" for name in names[task]} for number in range(24)]
+
+
+@pytest.mark.parametrize("name", ["token-classification", "seq2seq", "dpo", "grpo"])
+def test_the_recipes_of_other_tasks_run_a_step(run: Any, base: Path, tmp_path: Path, name: str) -> None:
+    from small_encoder import save_encoder
+    from small_seq2seq import save_seq2seq
+
+    if name in ("token-classification", "seq2seq"):
+        base = save_encoder(tmp_path / "m") if name == "token-classification" else save_seq2seq(tmp_path / "m", "t5")
+    data = write_lines(tmp_path / "rows.jsonl", *rows_of(name))
+    overrides = [f"model.name={base}", f"data.train={data}", *STEP]
+    # A step of GRPO holds whole groups of answers.
+    overrides += ["training.batch_size=8", "preferences.max_new_tokens=4"] if name == "grpo" else []
+    trained(run, name, overrides, tmp_path)

@@ -78,6 +78,10 @@ class LossFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the last step be logged, whatever `logging_steps` says: a short run would have no loss at all."""
+        control.should_log |= state.global_step >= state.max_steps
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append a line."""
         # Not the seconds: the file of a resumed run is to be that of one which was never broken off.
