@@ -92,17 +92,13 @@ def test_answers_are_drawn_and_rewarded(run: Any, base: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
-def test_the_recipe_that_ships_runs_a_step(run: Any, base: Path, pairs: Path, tmp_path: Path, name: str) -> None:
+def test_a_recipe_is_checked_without_training(run: Any, base: Path, pairs: Path, tmp_path: Path, name: str) -> None:
     data = pairs if name == "dpo" else write_lines(tmp_path / "questions.jsonl", *QUESTIONS)
     assert run("recipe", "init", tmp_path / "recipe.yaml", "--for", name).exit_code == 0
-    few = ["preferences.max_new_tokens=8"] if name == "grpo" else ["training.batch_size=2"]
-    overrides = [f"model.name={base}", f"data.train={data}", "training.max_steps=1", *few]
+    overrides = [f"model.name={base}", f"data.train={data}"]
     checked = run("recipe", "check", tmp_path / "recipe.yaml", *overrides, "--json")
     assert checked.exit_code == 0, checked.output
     assert "not planned" in json.loads(checked.stdout)["notes"][0]
-    trained = run("train", tmp_path / "recipe.yaml", *overrides, "-o", tmp_path / "out", "--json")
-    assert trained.exit_code == 0, trained.output
-    assert json.loads(trained.stdout)["steps"] == 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from slimtune.loading import PACKAGED
 from slimtune.train.recipe import Recipe
 from slimtune.train.shipped import commented, shipped, text_of
 from small_text_model import write_lines
@@ -346,3 +347,9 @@ def test_the_recipes_of_other_tasks_run_a_step(run: Any, base: Path, tmp_path: P
     # A step of GRPO holds whole groups of answers.
     overrides += ["training.batch_size=8", "preferences.max_new_tokens=4"] if name == "grpo" else []
     trained(run, name, overrides, tmp_path)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_model_of_a_shipped_recipe_is_packaged_or_on_the_hub(name: str) -> None:
+    model = Recipe.of(yaml.safe_load(text_of(name))).model.name
+    assert model in PACKAGED or "/" in model

@@ -49,17 +49,6 @@ def test_the_held_out_pairs_are_judged_by_their_loss(run: Any, rows: Path, tmp_p
     assert json.loads(trained.stdout)["eval_loss"] == held_out[-1]
 
 
-def test_the_recipe_that_ships_runs_a_step(run: Any, rows: Path, tmp_path: Path) -> None:
-    base = save_seq2seq(tmp_path / "base", "t5")
-    assert run("recipe", "init", tmp_path / "recipe.yaml", "--for", "seq2seq").exit_code == 0
-    overrides = [f"model.name={base}", f"data.train={rows}", "training.max_steps=1"]
-    checked = run("recipe", "check", tmp_path / "recipe.yaml", *overrides)
-    assert checked.exit_code == 0, checked.output
-    trained = run("train", tmp_path / "recipe.yaml", *overrides, "-o", tmp_path / "out", "--json")
-    assert trained.exit_code == 0, trained.output
-    assert json.loads(trained.stdout)["steps"] == 1
-
-
 def test_all_weights_learn_too(run: Any, rows: Path, tmp_path: Path) -> None:
     base, out = save_seq2seq(tmp_path / "base", "bart"), tmp_path / "out"
     options = ["--method", "full", "--max-steps", 60, "--lr", 0.005, "--batch-size", 6]

@@ -111,16 +111,6 @@ def test_numbers_are_tags_too(run: Any, encoder: Path, tmp_path: Path) -> None:
     assert set(json.loads(trained.stdout)["scores"]) == {"accuracy", "macro_f1"}
 
 
-def test_the_recipe_that_ships_runs_a_step(run: Any, encoder: Path, rows: Path, tmp_path: Path) -> None:
-    assert run("recipe", "init", tmp_path / "recipe.yaml", "--for", "token-classification").exit_code == 0
-    overrides = [f"model.name={encoder}", f"data.train={rows}", "training.max_steps=1"]
-    checked = run("recipe", "check", tmp_path / "recipe.yaml", *overrides)
-    assert checked.exit_code == 0, checked.output
-    trained = run("train", tmp_path / "recipe.yaml", *overrides, "-o", tmp_path / "out", "--json")
-    assert trained.exit_code == 0, trained.output
-    assert json.loads(trained.stdout)["steps"] == 1
-
-
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [

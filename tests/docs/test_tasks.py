@@ -19,7 +19,7 @@ from small_text_model import save_base, write_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in ("tasks", "preferences")}
-MODELS = {"smollm2-135m-instruct": "base", "all-minilm-l6-v2": "encoder", "t5-base-or-folder": "t5"}
+MODELS = {"smollm2-135m-instruct": "base", "minilm-l6-v2": "encoder", "t5-base-or-folder": "t5"}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -86,7 +87,10 @@ def as_it_was(model: Any) -> Iterator[None]:
     padding = [config.pad_token_id for config in configs]
     tags = getattr(model, "model_tags", None)
     try:
-        yield
+        with warnings.catch_warnings():
+            # TRL asks transformers for checkpointing by names of which some versions say that they will change.
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            yield
     finally:
         vars(model).pop("forward", None)
         if forward is not None:
