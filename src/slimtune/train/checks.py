@@ -81,13 +81,21 @@ class LastGood(TrainerCallback):
         if self.copies:
             _copy(self.parameters, self.copies)
 
+    def check(self, loss: torch.Tensor, norm: torch.Tensor | float, args: Any, state: Any) -> None:
+        """See that the loss since it was last logged, and the norm of the gradient, are numbers.
+
+        Raises: DivergedError.
+        """
+        # One number for both, for on a GPU each question waits until all that was asked before is computed.
+        if math.isfinite(float(loss + norm)):
+            return
+        if not math.isfinite(float(loss)):
+            self.stop(f"the loss became {float(loss)}", args, state)
+        self.stop(f"the norm of the gradient became {float(norm)}", args, state)
+
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the present weights; raises TrainingError if the gradient would ruin them."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients).item()
-        if not math.isfinite(norm):
-            self.stop(f"the norm of the gradient became {norm}", args, state)
+        """Keep the present weights."""
         if self.copies:
             _copy(self.parameters, self.copies)
         self.step = state.global_step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -102,12 +101,15 @@ class AnswerTrainer(Kept, Trainer):
         compute = super().compute_loss
         return with_penalty(self.model, 1 / batches, lambda: compute(model, inputs, *args, **kwargs))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Trainer's own; raises TrainingError if the loss is not a number."""
-        loss = super().training_step(*args, **kwargs)
-        if not math.isfinite(loss.item()):
-            self.last_good.stop(f"the loss became {loss.item()}", self.args, self.state)
-        return loss
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Trainer's own, between backward and update; raises TrainingError if loss or gradient are no numbers."""
+        norm: Any = super()._clip_grad_norm(model)
+        self.last_good.check(self._tr_loss, norm, self.args, self.state)
+        return norm
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """None: nobody is told of them, and Trainer would count all parameters anew for each batch."""
+        return 0
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Trainer's own, which counts padding where there is no attention mask, as in packed rows."""
