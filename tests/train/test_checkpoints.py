@@ -289,6 +289,12 @@ def test_a_scheduler_that_lacks_its_options_says_so(tmp_path: Path) -> None:
         train(tmp_path / "run", scheduler="linear", scheduler_options={"min_lr": 1e-5})
 
 
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"one process.*there are 2; with torchrun"):
+        train(tmp_path / "run")
+
+
 def test_a_tracker_that_is_not_installed_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tracker 'wandbb'; did you mean 'wandb'"):
         TrainSettings(report_to="wandbb")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,12 @@ from slimtune.train.trainer import Kind
 
 def check(settings: TrainSettings, device: str, held_out: Sequence[Any]) -> None:
     """See that a run with these settings can start. Raises: ConfigError, MissingDependencyError, TrainingError."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"this loop runs in one process, which holds the folder that it writes, and there are {processes}; with "
+            "torchrun, give the adopted model to transformers' Trainer"
+        )
     check_runs(settings.optim, device)
     check_installed(settings.trackers)
     if settings.of_held_out and not held_out:
