@@ -227,6 +227,16 @@ def test_check_of_packed_rows(run: Any, recipe: Path) -> None:
     assert json.loads(result.stdout)["data"]["examples"] == 22
 
 
+def test_check_of_a_task_that_is_not_planned(run: Any, recipe: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "pairs.jsonl", *rows_of("dpo"))
+    check = ("recipe", "check", recipe, f"data.train={data}", "task=dpo", "--json")
+    found = json.loads(run(*check).stdout)
+    assert found["ok"]
+    assert any("not planned" in note for note in found["notes"])
+    wrong = json.loads(run(*check, "method.target_modules=[q_prj]").stdout)
+    assert any("did you mean 'q_proj'?" in problem for problem in wrong["problems"])
+
+
 def test_check_names_several_problems_at_once(run: Any, recipe: Path) -> None:
     result = run("recipe", "check", recipe, "model.device=cuda:9", "data.train=nothing.jsonl", "--json")
     assert len(json.loads(result.stdout)["problems"]) == 2

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slimtune import get_peft_model
 from slimtune.data.tasks import Data, read
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
 from slimtune.loading import is_adapter, load_tokenizer, pick_device, resolve
@@ -81,6 +82,7 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
         found.data = _encoded(recipe, data, screen)
         if data.task not in PLANNED:
             found.notes.append(f"the memory it takes is not planned: a step of task {data.task} can't be simulated yet")
+            _attach(recipe, data)
         elif recipe.method.name != FEATURES:
             _plan(recipe, data.task_type, found)
     return found
@@ -91,9 +93,20 @@ def _encoded(recipe: Recipe, data: Data, screen: Console) -> dict[str, Any]:
     name, trusts = recipe.model.name, recipe.model.trust_remote_code
     config = read_config(name, trusts)
     tokenizer = load_tokenizer(resolve(name), trusts)
+    return data.lesson(screen, _shape(config, data), tokenizer).facts
+
+
+def _shape(config: Any, data: Data) -> Any:
     with torch.device("meta"):
-        shape = build(config, Setting(), data.task_type)
-    return data.lesson(screen, shape, tokenizer).facts
+        return build(config, Setting(), data.task_type)
+
+
+def _attach(recipe: Recipe, data: Data) -> None:
+    """See that the method finds its targets; raises ConfigError, TargetError."""
+    if recipe.method.method.is_adapter:
+        config = read_config(recipe.model.name, recipe.model.trust_remote_code)
+        with torch.device("meta"):
+            get_peft_model(_shape(config, data), recipe.method.config())
 
 
 def _plan(recipe: Recipe, task_type: str, found: Rehearsal) -> None:
