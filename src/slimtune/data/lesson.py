@@ -26,13 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a model is trained and judged on."""
+    """What a model is trained and judged on.
 
-    examples: Sequence[Any]
+    Attributes:
+        facts: what a model card says of the data.
+        after: what can be said only once the training is over.
+    """
+
+    examples: Any
     held_out: Sequence[Any]
     facts: dict[str, Any]
     objective: Objective | None = None
     judge: Callable[[Any], dict[str, float]] = lambda model: {}
+    after: Callable[[], dict[str, Any]] = dict
 
 
 def epoch_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,7 @@ def read_parts(settings: DataSettings, task: str = "auto", seed: int = 0) -> Par
     """All rows of a task, and of each source the share that is held out; raises DataError, ConfigError."""
     formats_of(task)
     found = [_part(source, settings.format, task) for source in settings.train]
-    tasks = {known.task: part.name for part, known in found} if task == "auto" else {task: ""}
-    if len(tasks) > 1:
-        kinds = "; ".join(f"{name} is data for task {kind}" for kind, name in sorted(tasks.items()))
-        raise DataError(f"these sources can't be learned from together: {kinds}; train on one of them")
-    (task,) = tasks
+    task = _task(found, task)
     parts = [part for part, _ in found]
     if settings.held_out_sources:
         return Parts(task, parts, [_part(source, settings.format, task)[0] for source in settings.held_out_sources])
@@ -64,6 +61,13 @@ def read_parts(settings: DataSettings, task: str = "auto", seed: int = 0) -> Par
         return Parts(task, parts)
     halves = [_halves(part, settings.held_out_share, seed) for part in parts]
     return Parts(task, [rest for rest, _ in halves], [out for _, out in halves])
+
+
+def peek_parts(settings: DataSettings, task: str = "auto") -> Parts:
+    """The first row alone of each source, for its format; raises DataError, ConfigError."""
+    formats_of(task)
+    found = [_part(source, settings.format, task, first=True) for source in settings.train]
+    return Parts(_task(found, task), [part for part, _ in found])
 
 
 def sources_of(parts: Sequence[Part]) -> str:
@@ -111,8 +115,19 @@ def task_of(path: str | Path) -> str:
     return format_of(value, where).task
 
 
-def _part(source: Source, fallback: str, task: str) -> tuple[Part, Format]:
-    found = list(records(source))
+def _task(found: Sequence[tuple[Part, Format]], task: str) -> str:
+    """The task that was asked for, or the one that all sources are for; raises DataError if they differ."""
+    if task != "auto":
+        return task
+    tasks = {known.task: part.name for part, known in found}
+    if len(tasks) > 1:
+        kinds = "; ".join(f"{name} is data for task {kind}" for kind, name in sorted(tasks.items()))
+        raise DataError(f"these sources can't be learned from together: {kinds}; train on one of them")
+    return next(iter(tasks))
+
+
+def _part(source: Source, fallback: str, task: str, first: bool = False) -> tuple[Part, Format]:
+    found = list(islice(records(source, streaming=first), 1 if first else None))
     name = source.format if source.format != "auto" else fallback
     known = find_format(name, task) if name != "auto" else format_of(*found[0], task)
     rows = [read_as(known, value, where) for value, where in found]

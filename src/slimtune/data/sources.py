@@ -165,7 +165,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
 
 def _files_in(folder: Path, split: str | None) -> list[Path]:
     """The files of a split, found by their names as `datasets` does it."""
-    data_files = _datasets().data_files
+    data_files = load_datasets().data_files
     try:
         patterns = data_files.get_data_patterns(str(folder.resolve()))
         found = data_files.DataFilesDict.from_patterns(patterns, base_path=str(folder.resolve()))
@@ -205,7 +205,7 @@ def _from_hub(source: Source, streaming: bool) -> Iterator[Record]:
 
 
 def _from_datasets(name: str, load: Callable[[Any], Any]) -> Iterator[Record]:
-    datasets = _datasets()
+    datasets = load_datasets()
     try:
         rows = load(datasets)
         names = _label_names(datasets, rows.features or {})
@@ -244,7 +244,8 @@ def _said(value: Any, names: list[str] | None) -> Any:
     return value
 
 
-def _datasets() -> Any:
+def load_datasets() -> Any:
+    """The library, without its bars; raises MissingDependencyError."""
     try:
         import datasets
         import datasets.data_files

@@ -8,6 +8,7 @@ from slimtune.data.preferred import Preferred
 from slimtune.data.reading import Parts, read_parts
 from slimtune.data.seq2seq import Completions
 from slimtune.data.settings import DataSettings
+from slimtune.data.streaming import Streamed
 from slimtune.data.token_lesson import Tags
 
 Data = Conversations | Classes | Tags | Completions | Preferred
@@ -30,6 +31,8 @@ LESSONS = {
 
 def read(settings: DataSettings, task: str = "auto", seed: int = 0) -> Data:
     """The rows of a task, which is found by looking at them unless it is given; raises DataError, ConfigError."""
+    if settings.streaming:
+        return Streamed.of(settings, task, seed)
     return data_of(read_parts(settings, task, seed), settings, seed)
 
 

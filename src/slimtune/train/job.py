@@ -128,12 +128,13 @@ def tune(
         asked = evaluation.scores if evaluation else {}
         outcome = replace(outcome, scores=outcome.scores | lesson.judge(model) | asked)
         method = table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line}
-        card = Card(
-            output.name, base, data.task_type, method, lesson.facts, recipe.training, outcome, recipe.model.quantize
-        )
+        facts, stored = lesson.facts | lesson.after(), recipe.model.quantize
+        card = Card(output.name, base, data.task_type, method, facts, recipe.training, outcome, stored)
         with staged(output, place.overwrite) as folder:
             place.hand_over(folder)
             write_results(folder, model, tokenizer, recipe, card, evaluation)
+    for name, value in lesson.after().items():
+        screen.print(f"{name}: {value:,}")
     show_outcome(screen, outcome, recipe.training.best_by)
     return outcome
 

@@ -122,6 +122,10 @@ class Recipe:
             raise ConfigError("output is empty; name the folder to write")
         self.preferences.check_for(self.task)
         self._check_evaluation()
+        if self.data.streaming and self.training.max_steps is None:
+            raise ConfigError(
+                "data.streaming reads data whose length isn't known; say with training.max_steps when to stop"
+            )
         if quantize is not None and method.name in (FULL, FEATURES):
             why = "trains all weights, and codes can't be trained"
             why = why if method.name == FULL else "takes a base as it is stored"

@@ -72,6 +72,7 @@ def _question(example: Any) -> tuple[list[int], list[int]]:
         raise ConfigError("samples are answers to questions, which this task has none of; leave samples out")
     start = next(index for index, label in enumerate(labels) if label != IGNORED)
     end = next((index for index in range(start, len(labels)) if labels[index] == IGNORED), len(labels))
-    if start == 0:
+    # A text is learned from its second token on.
+    if start <= 1:
         raise ConfigError("samples are answers to questions, and the held-out texts have none; leave samples out")
     return list(ids[:start]), list(ids[start:end])

@@ -1,0 +1,177 @@
+"""Data larger than memory: rows are read and encoded through `datasets` while the model learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from slimtune.data.batches import Objective, PackRows, PadRight
+from slimtune.data.encode import Encoded, Limit, encode_answers, fit, refuse_split, require_offsets
+from slimtune.data.formats import find_format, read_as
+from slimtune.data.labelled import positions_of
+from slimtune.data.lesson import Conversations, Lesson
+from slimtune.data.mixing import prepare
+from slimtune.data.packing import check_packs, pack
+from slimtune.data.reading import Parts, peek_parts, read_parts, sources_of
+from slimtune.data.settings import DataSettings, Source
+from slimtune.data.shown import show_preview
+from slimtune.data.sources import load_datasets, records
+from slimtune.errors import ConfigError
+from slimtune.evaluate.generation import pad_id_of
+from slimtune.template import use_template
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BUFFERED = 1000
+"""Examples that are drawn from, so that their order is not that of the source, and that are packed together."""
+
+
+@dataclass
+class Counted:
+    """What became of the examples so far."""
+
+    read: int = 0
+    dropped: int = 0
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads a source and encodes its rows one by one."""
+
+    source: Source
+    format: str
+    tokenizer: Any
+    limit: Limit
+    counted: Counted = field(default_factory=Counted)
+
+    def __deepcopy__(self, memo: Any) -> Reader:
+        # `datasets` copies what it is given, and what a copy counts nobody would see.
+        return self
+
+    def __call__(self) -> Iterator[dict[str, list[int]]]:
+        """The examples; raises DataError with the place of a row that can't be learned."""
+        known = find_format(self.format)
+        for value, where in records(self.source, streaming=True):
+            for example in encode_answers(read_as(known, value, where), self.tokenizer, where):
+                self.counted.read += 1
+                length = len(example.input_ids)
+                self.limit.refuse([length], 1, f"example ({where})")
+                kept = [piece for piece in fit(example, self.limit) if piece.learned]
+                self.counted.dropped += not kept
+                self.counted.truncated += bool(kept) and length > self.limit.tokens
+                yield from ({"input_ids": piece.input_ids, "labels": piece.labels} for piece in kept)
+
+
+@dataclass(frozen=True)
+class Streamed(Conversations):
+    """Conversations and texts of which only the first were looked at so far."""
+
+    @classmethod
+    def of(cls, settings: DataSettings, task: str, seed: int) -> Streamed:
+        """The formats of the sources, and what is held out in full; raises ConfigError for what needs all rows."""
+        if settings.held_out_share:
+            raise ConfigError(
+                f"a share of {settings.held_out_share:g} can't be held out of a stream, whose length isn't known; "
+                f"name a source of what is held out"
+            )
+        parts = peek_parts(settings, task)
+        if parts.task != "text":
+            raise ConfigError(f"streaming is for models that write text, and not for task {parts.task}; leave it out")
+        refuse_split([row for part in parts.train for row in part.rows], settings.too_long)
+        if settings.held_out_sources:
+            whole = replace(settings, train=settings.held_out_sources, held_out=0.0)
+            parts = Parts(parts.task, parts.train, read_parts(whole, "text").train)
+        return cls(parts, settings, seed)
+
+    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
+        """A stream of ids, the first shown with what is learned of them; raises DataError, ConfigError."""
+        settings = self.settings
+        if settings.chat_template is not None:
+            use_template(tokenizer, settings.chat_template)
+        if settings.packing:
+            check_packs(model)
+        require_offsets(tokenizer)
+        limit = Limit(settings.max_length, settings.too_long, positions_of(model))
+        readers = self._readers(tokenizer, limit)
+        found = prepare(self.parts.held_out, settings, tokenizer, limit.positions)
+        held_out = [example for part in found for example in part.examples]
+        stream = self._mixed(readers)
+        self._tell(screen, held_out)
+        show_preview(screen, tokenizer, Encoded(**next(iter(stream))))
+        for reader in readers:
+            reader.counted.read = reader.counted.dropped = reader.counted.truncated = 0
+        facts = {
+            "source": sources_of(self.parts.train),
+            "examples": "streamed",
+            "held out": len(held_out),
+            "maximum length": settings.max_length,
+        }
+        pad_id = pad_id_of(tokenizer)
+        collate: Any = PackRows.of(model, pad_id) if settings.packing else PadRight(pad_id)
+        objective = Objective(lambda items: collate([as_examples(item) for item in items]))
+        if settings.packing:
+            stream = stream.map(_packed, batched=True, batch_size=BUFFERED, fn_kwargs={"room": limit.max_length})
+        return Lesson(stream, held_out, facts, objective, after=lambda: _told(readers))
+
+    def _readers(self, tokenizer: Any, limit: Limit) -> list[Reader]:
+        pairs = zip(self.settings.train, self.parts.train, strict=True)
+        return [Reader(source, part.format, tokenizer, limit) for source, part in pairs]
+
+    def _mixed(self, readers: Sequence[Reader]) -> Any:
+        """One stream of all sources: by their weights, else in turn; in another order than theirs."""
+        datasets = load_datasets()
+        streams = [datasets.IterableDataset.from_generator(_run, gen_kwargs={"reader": reader}) for reader in readers]
+        weights = [source.weight for source in self.settings.train if source.weight is not None]
+        if weights:
+            shares = [weight / sum(weights) for weight in weights]
+            stream = datasets.interleave_datasets(streams, shares, self.seed, stopping_strategy="all_exhausted")
+        else:
+            stream = datasets.interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
+        return stream.shuffle(seed=self.seed, buffer_size=BUFFERED)
+
+    def _tell(self, screen: Console, held_out: Sequence[Encoded]) -> None:
+        for part in self.parts.train:
+            share = "" if part.weight is None else f", drawn by weight {part.weight:g}"
+            screen.print(f"{part.name}: format {part.format}, streamed{share}", markup=False)
+        what = {"error": "stop the training", "drop": "are dropped", "split": "are split"}
+        screen.print(
+            f"data: streamed, so that neither examples nor tokens are counted beforehand; examples longer than "
+            f"{self.settings.max_length:,} tokens {what.get(self.settings.too_long, 'are cut')}"
+            + (f"; {len(held_out):,} examples held out" if held_out else "")
+        )
+
+
+def as_examples(item: dict[str, Any] | Encoded) -> Encoded | list[Encoded]:
+    """An example, or a packed row of several, from the columns of a stream; what is held out is one already."""
+    if isinstance(item, Encoded):
+        return item
+    if item["input_ids"] and isinstance(item["input_ids"][0], list):
+        return [Encoded(*pair) for pair in zip(item["input_ids"], item["labels"], strict=True)]
+    return Encoded(**item)
+
+
+def _run(reader: Reader) -> Iterator[dict[str, list[int]]]:
+    return reader()
+
+
+def _packed(columns: dict[str, list[list[int]]], room: int) -> dict[str, list[list[list[int]]]]:
+    """Examples by column as rows of several."""
+    pairs = zip(columns["input_ids"], columns["labels"], strict=True)
+    rows = pack([Encoded(ids, labels) for ids, labels in pairs], room)
+    return {name: [[getattr(example, name) for example in row] for row in rows] for name in ("input_ids", "labels")}
+
+
+def _told(readers: Sequence[Reader]) -> dict[str, Any]:
+    """What was counted while the model learned."""
+    counts = [reader.counted for reader in readers]
+    if not sum(count.read for count in counts):
+        # Workers of their own read, and what they count stays with them.
+        return {}
+    return {
+        "examples read": sum(count.read for count in counts),
+        "dropped": sum(count.dropped for count in counts),
+        "cut": sum(count.truncated for count in counts),
+    }
