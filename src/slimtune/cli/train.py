@@ -39,8 +39,8 @@ def train(
         list[str],
         typer.Argument(
             metavar="[DATA] [SECTION.KEY=VALUE]...",
-            help="With a model the data: JSONL with messages, or prompt and completion; JSONL or CSV with text and "
-            "label. Then settings of a recipe, such as training.learning_rate=1e-4.",
+            help="With a model the data: a file, a folder or a data set of the Hub, in any format that "
+            "[bold]slimtune data preview[/] finds. Then settings of a recipe, such as data.packing=true.",
             show_default=False,
         ),
     ] = [],  # noqa: B006 - typer copies it
@@ -124,7 +124,7 @@ def train(
     quantize: Quantize = None,
     max_length: Annotated[int, typer.Option(min=2, help="In tokens.", rich_help_panel=DATA)] = 1024,
     too_long: Annotated[
-        str, typer.Option(help="error, drop or truncate what is longer.", rich_help_panel=DATA)
+        str, typer.Option(help="error, drop or truncate what is longer, or split texts.", rich_help_panel=DATA)
     ] = "error",
     eval_data: Annotated[Path | None, typer.Option(help="JSONL to evaluate on.", rich_help_panel=DATA)] = None,
     eval_fraction: Annotated[
