@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from slimtune import LoraConfig, get_peft_model
@@ -36,7 +38,9 @@ def lesson(settings: DataSettings, seed: int = 0) -> Lesson:
 
 
 def streamed(train: Any, seed: int = 0, **settings: Any) -> list[Encoded]:
-    found = [as_examples(item) for item in lesson(DataSettings(train, streaming=True, **settings), seed).examples]
+    found = [
+        as_examples(item) for item in lesson(DataSettings(train, streaming=True, **settings), seed).examples.stream
+    ]
     return [example for row in found for example in (row if isinstance(row, list) else [row])]
 
 
@@ -54,8 +58,17 @@ def test_a_stream_holds_what_is_read_otherwise(path: Path) -> None:
     assert sorted(map(key, streamed(path, packing=True))) == sorted(map(key, whole))
 
 
+def test_a_stream_begins_anew_in_another_order(path: Path) -> None:
+    endless = iter(lesson(DataSettings(path, streaming=True)).examples)
+    first, second = ([Encoded(**item) for item in itertools.islice(endless, 40)] for _ in range(2))
+    assert sorted(map(key, first)) == sorted(map(key, second))
+    assert first != second
+    with pytest.raises(DataError, match="no example of the stream is left"):
+        lesson(DataSettings(path, streaming=True, max_length=8, too_long="drop"))
+
+
 def test_packed_rows_are_full(path: Path) -> None:
-    rows = [as_examples(item) for item in lesson(DataSettings(path, streaming=True, packing=True)).examples]
+    rows = [as_examples(item) for item in lesson(DataSettings(path, streaming=True, packing=True)).examples.stream]
     assert max(len(row) for row in rows if isinstance(row, list)) > 5
     batch = PackRows(0)(rows[:2])
     assert batch["input_ids"].shape[1] <= 1024
@@ -122,3 +135,35 @@ def test_a_recipe_says_that_steps_are_needed(path: Path, tmp_path: Path) -> None
     recipe = {"model": {"name": "x"}, "data": {"train": str(path), "streaming": True}, "output": str(tmp_path / "out")}
     with pytest.raises(ConfigError, match=r"training\.max_steps"):
         Recipe.of(recipe)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_that_was_broken_off_goes_on_where_it_was(path: Path, tmp_path: Path, packing: bool) -> None:
+    """To the bit, through more than one time through the stream."""
+    whole = trained_on(path, tmp_path / "whole", packing)
+    with pytest.raises(RuntimeError, match="broken off"):
+        trained_on(path, tmp_path / "parts", packing, stop_at=12)
+    assert trained_on(path, tmp_path / "parts", packing, resume=True) == whole
+
+
+def trained_on(
+    path: Path, folder: Path, packing: bool, stop_at: int | None = None, resume: bool = False
+) -> list[float]:
+    """The trained numbers after 14 steps, or none: the run is broken off in a step."""
+    found = lesson(DataSettings(path, streaming=True, packing=packing, max_length=200))
+    torch.manual_seed(0)
+    trained: Any = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
+    calls = itertools.count(1)
+
+    def break_off(*_: Any) -> None:
+        if next(calls) == stop_at:
+            raise RuntimeError("broken off")
+
+    trained.model.register_forward_pre_hook(break_off)
+    settings = TrainSettings(learning_rate=0.01, max_steps=14, batch_size=4, save_steps=3)
+    folder.mkdir(exist_ok=True)
+    fine_tune(
+        trained, TOKENIZER, found.examples, settings, folder, Console(quiet=True), objective=found.objective,
+        resume=resume,
+    )  # fmt: skip
+    return [value for p in trained.parameters() if p.requires_grad for value in p.detach().flatten().tolist()]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import IterableDataset
 
 from slimtune.data.batches import Objective, PackRows, PadRight
 from slimtune.data.encode import Encoded, Limit, encode_answers, fit, refuse_split, require_offsets
@@ -17,7 +20,7 @@ from slimtune.data.reading import Parts, peek_parts, read_parts, sources_of
 from slimtune.data.settings import DataSettings, Source
 from slimtune.data.shown import show_preview
 from slimtune.data.sources import load_datasets, records
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.generation import pad_id_of
 from slimtune.template import use_template
 
@@ -65,6 +68,25 @@ class Reader:
                 yield from ({"input_ids": piece.input_ids, "labels": piece.labels} for piece in kept)
 
 
+class Endless(IterableDataset):
+    """A stream that begins anew, in another order, when it is at its end.
+
+    One that ends would be an epoch, and a resumed run counts the batches that it skips, not the epochs.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for time in itertools.count():
+            self.stream.set_epoch(time)
+            left = 0
+            for left, example in enumerate(self.stream, 1):  # noqa: B007 - counts
+                yield example
+            if not left:
+                raise DataError("no example of the stream is left to learn from; raise max_length")
+
+
 @dataclass(frozen=True)
 class Streamed(Conversations):
     """Conversations and texts of which only the first were looked at so far."""
@@ -100,7 +122,7 @@ class Streamed(Conversations):
         held_out = [example for part in found for example in part.examples]
         stream = self._mixed(readers)
         self._tell(screen, held_out)
-        show_preview(screen, tokenizer, Encoded(**next(iter(stream))))
+        show_preview(screen, tokenizer, Encoded(**next(iter(Endless(stream)))))
         for reader in readers:
             reader.counted.read = reader.counted.dropped = reader.counted.truncated = 0
         facts = {
@@ -114,7 +136,7 @@ class Streamed(Conversations):
         objective = Objective(lambda items: collate([as_examples(item) for item in items]))
         if settings.packing:
             stream = stream.map(_packed, batched=True, batch_size=BUFFERED, fn_kwargs={"room": limit.max_length})
-        return Lesson(stream, held_out, facts, objective, after=lambda: _told(readers))
+        return Lesson(Endless(stream), held_out, facts, objective, after=lambda: _told(readers))
 
     def _readers(self, tokenizer: Any, limit: Limit) -> list[Reader]:
         pairs = zip(self.settings.train, self.parts.train, strict=True)
@@ -123,7 +145,11 @@ class Streamed(Conversations):
     def _mixed(self, readers: Sequence[Reader]) -> Any:
         """One stream of all sources: by their weights, else in turn; in another order than theirs."""
         datasets = load_datasets()
-        streams = [datasets.IterableDataset.from_generator(_run, gen_kwargs={"reader": reader}) for reader in readers]
+        ids = datasets.List(datasets.Value("int64"))
+        # Said, or it would read the head of each source to find out.
+        columns = datasets.Features({"input_ids": ids, "labels": ids})
+        build = datasets.IterableDataset.from_generator
+        streams = [build(_run, features=columns, gen_kwargs={"reader": reader}) for reader in readers]
         weights = [source.weight for source in self.settings.train if source.weight is not None]
         if weights:
             shares = [weight / sum(weights) for weight in weights]
