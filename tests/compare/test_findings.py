@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from compare.constructed import BASE, FOUR_SHOT, FULL, LORA, QLORA, RANDOM, done, summary
@@ -45,10 +47,18 @@ def test_forgetting(lora: float | None, full: float, verdict: str) -> None:
     assert found["LoRA forgets less than full tuning"] == verdict
 
 
-def test_seeds_that_overlap_tell_nothing() -> None:
-    lora = [*done(LORA, [0.9], rise=0.1), *(r.model_copy(update={"seed": 1}) for r in done(LORA, [0.9], rise=0.3))]
-    full = [*done(FULL, [0.9], rise=0.2), *(r.model_copy(update={"seed": 1}) for r in done(FULL, [0.9], rise=0.4))]
-    assert verdicts((LORA, lora), (FULL, full))["LoRA forgets less than full tuning"] == "can't be told"
+def of_seeds(arm: Any, rises: list[float]) -> list[Any]:
+    return [done(arm, [0.9], rise=rise)[0].model_copy(update={"seed": seed}) for seed, rise in enumerate(rises)]
+
+
+@pytest.mark.parametrize(
+    ("lora", "full"),
+    [([0.1, 0.1, 0.3], [0.2, 0.4, 0.4]), ([0.1], [0.4]), ([0.1, 0.1], [0.4, 0.4])],
+    ids=["seeds that overlap", "one seed", "two seeds"],
+)
+def test_too_little_tells_nothing(lora: list[float], full: list[float]) -> None:
+    found = verdicts((LORA, of_seeds(LORA, lora)), (FULL, of_seeds(FULL, full)))
+    assert found["LoRA forgets less than full tuning"] == "can't be told"
 
 
 def test_intruders_of_lora_full_tuning_and_rslora() -> None:

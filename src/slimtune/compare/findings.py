@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slimtune.compare import figures
+from slimtune.compare.choice import ENOUGH_SEEDS
 from slimtune.compare.summary import Row, Summary
 
 Verdict = Literal["seen here", "not seen here", "can't be told"]
@@ -127,7 +128,7 @@ def _lower(
     figure: Callable[[Row], float | None],
     shown: Callable[[float], str],
 ) -> Finding | None:
-    """A claim that one arm's figure is below another's; these have no test, so every seed must agree."""
+    """A claim that one arm's figure is below another's; these have no test, so all of enough seeds must agree."""
     if low is None or high is None:
         return None
     first, second = figure(low), figure(high)
@@ -135,13 +136,13 @@ def _lower(
         return Finding(claim, source, "can't be told", "it was not measured on both")
     values = [[value for r in row.done if (value := figure(_alone(row, r))) is not None] for row in (low, high)]
     ordered, reverse = max(values[0]) < min(values[1]), min(values[0]) >= max(values[1])
-    verdict: Verdict = "seen here" if ordered else "not seen here" if reverse else "can't be told"
-    apart = "the seeds are apart" if ordered or reverse else "the seeds overlap"
     runs = min(len(values[0]), len(values[1]))
-    return Finding(
-        claim, source, verdict,
-        f"{low.name} {shown(first)}, {high.name} {shown(second)}; {apart if runs > 1 else 'one seed each'}",
-    )  # fmt: skip
+    enough = runs >= ENOUGH_SEEDS
+    verdict: Verdict = "can't be told" if not enough else "seen here" if ordered else "not seen here"
+    verdict = verdict if ordered or reverse else "can't be told"
+    apart = "the seeds are apart" if ordered or reverse else "the seeds overlap"
+    said = apart if enough else f"{runs} seed{'s' if runs > 1 else ''} each, too few to tell"
+    return Finding(claim, source, verdict, f"{low.name} {shown(first)}, {high.name} {shown(second)}; {said}")
 
 
 def _alone(row: Row, result: object) -> Row:
