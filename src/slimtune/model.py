@@ -38,6 +38,7 @@ from slimtune.quantized.dequantize import expanded, make_plain, mend_saving, pla
 from slimtune.quantized.requantize import merge_requantized
 from slimtune.storage.checkpoint import is_checkpoint, offer_to_trainer
 from slimtune.storage.peft_format import KEY_PREFIX, adapter_folder, read_adapter, save_adapter
+from slimtune.structure import recomputes
 
 _TRAINED_AS_ANY = {
     name: property(lambda self: False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -519,7 +520,7 @@ def _tracked(model: Any, value: Any) -> Any:
     transformers sees to token embeddings itself.
     """
     is_numbers = isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and not value.requires_grad
-    if not is_numbers or not getattr(model, "is_gradient_checkpointing", False):
+    if not is_numbers or not recomputes(model):
         return value
     return value.detach().requires_grad_()
 

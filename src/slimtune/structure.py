@@ -47,3 +47,10 @@ def input_embeddings(model: Any) -> Any:
         return getter() if getter else None
     except NotImplementedError:  # a model that doesn't start from token ids
         return None
+
+
+def recomputes(model: Any) -> bool:
+    """Whether the model's layers are checkpointed: computed again in the backward pass."""
+    # transformers 5.2x renamed the flag and warns of the old name, which older versions and diffusers have alone.
+    current = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if current is None else current)

@@ -33,7 +33,7 @@ from slimtune.methods.prompt_learning import (
     token_ids,
 )
 from slimtune.methods.prompt_tuning import PromptTuningInit, check_init
-from slimtune.structure import role_of
+from slimtune.structure import recomputes, role_of
 
 _KEYS = ("key", "query_key_value")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_at", re.IGNORECASE)
@@ -233,15 +233,15 @@ class Prefix(VirtualTokens):
     def _begin(self, base: Frozen, call: Call, of: str) -> Any:
         """The first call of a sequence, after which the prefix is in the cache like any other keys and values."""
         model, cache = base.module, call.cache
-        recomputes = model.training and torch.is_grad_enabled() and model.is_gradient_checkpointing
-        kept = not recomputes and (cache is not None or self._keeps_cache(call, model))
-        if cache is None or recomputes:
+        is_again = model.training and torch.is_grad_enabled() and recomputes(model)
+        kept = not is_again and (cache is not None or self._keeps_cache(call, model))
+        if cache is None or is_again:
             cache = _empty_cache(model)
         own = getattr(cache, "self_attention_cache", cache)
         self._write(own, _rows(call, of), model.dtype)
         reader = None if kept else _make_read_only(cache)
         call["past_key_values"] = cache
-        with _cache_in_checkpoints(model, self.encoded) if recomputes else contextlib.nullcontext():
+        with _cache_in_checkpoints(model, self.encoded) if is_again else contextlib.nullcontext():
             outputs = base(**call)
         if not (reader.used if reader else own.get_seq_length() > self.count):
             raise ConfigError(
