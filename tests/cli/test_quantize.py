@@ -74,7 +74,7 @@ def test_classifiers_are_trained_and_asked(run: Any, tmp_path: Path) -> None:
     output = tmp_path / "judge"
     result = run("train", encoder, data, "--output", output, "--quantize", "nf4", "--max-steps", 3)
     assert result.exit_code == 0, result.output
-    assert f"slimtune predict {output} TEXTS.jsonl --quantize nf4" in result.stdout
+    assert f"slimtune predict {output} texts.jsonl --quantize nf4" in result.stdout
     answered = run("predict", output, data, "--quantize", "nf4", "--json")
     assert answered.exit_code == 0, answered.output
     assert {json.loads(line)["label"] for line in answered.stdout.splitlines()} <= {"good", "bad"}

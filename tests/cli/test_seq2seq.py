@@ -16,7 +16,7 @@ from slimtune.data.seq2seq import encode_pair
 from small_seq2seq import bart, save_seq2seq, seq2seq_tokenizer, translations
 from small_text_model import write_lines
 
-LEARN = ["--max-steps", 140, "--lr", 0.02, "--batch-size", 6, "--target-modules", "all-linear"]
+LEARN = ["--max-steps", 240, "--lr", 0.01, "--batch-size", 12, "--target-modules", "all-linear"]
 
 
 @pytest.fixture(scope="module")
