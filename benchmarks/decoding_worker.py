@@ -39,6 +39,11 @@ def seconds_of(device: str, action: Callable[[], Any]) -> float:
 
 def layer(side: str, inputs: int, outputs: int, device: str) -> nn.Module:
     """A linear layer without bias as a side has it."""
+    with torch.inference_mode(False):
+        return _layer(side, inputs, outputs, device)
+
+
+def _layer(side: str, inputs: int, outputs: int, device: str) -> nn.Module:
     dense = nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
     if side == "bf16":
         return dense.to(device).eval()
@@ -68,6 +73,11 @@ def layer_seconds(side: str, device: str) -> dict[str, float]:
 
 def model_of(side: str, device: str) -> Any:
     """SmolLM2 in bf16, or in NF4 as slimtune or transformers loads it."""
+    with torch.inference_mode(False):
+        return _model_of(side, device)
+
+
+def _model_of(side: str, device: str) -> Any:
     if side == "bf16":
         return base_model(Work(), model_folder()).to(device).eval()
     library = None

@@ -138,6 +138,15 @@ class TestTheCopy:
         module.weight.data = module.weight.data.flip(0)
         assert distance(module(x).float(), expanded(module, x)) < BOUND
 
+    @torch.inference_mode()
+    def test_in_inference_mode(self) -> None:
+        with torch.inference_mode(False):
+            module = layer("nf4")
+        x = torch.randn(4, INPUTS, dtype=BF16)
+        assert taken(module, x)
+        assert distance(module(x).float(), expanded(module, x)) < BOUND
+        assert not taken(layer("nf4"), x)  # made here, it can change without a trace
+
     @torch.no_grad()
     def test_a_copied_module_has_its_own(self) -> None:
         module, x = layer("nf4"), torch.randn(4, INPUTS, dtype=BF16)

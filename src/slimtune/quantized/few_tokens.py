@@ -53,7 +53,9 @@ def few_tokens_4bit(module: Any, state: Any, x: Tensor, dtype: torch.dtype) -> P
     if x.device.type != "cpu":
         return lambda x: matmul_4bit(x, module.weight.t(), quant_state=state)
     outputs, inputs = state.shape
-    if outputs % _LANES or inputs % max(_LANES, state.blocksize) or not has_avx512bf16():
+    # What was made in inference mode can change without a trace.
+    is_tracked = not (module.weight.is_inference() or state.absmax.is_inference())
+    if not is_tracked or outputs % _LANES or inputs % max(_LANES, state.blocksize) or not has_avx512bf16():
         return None
     codes, reordered = _reordered(module, state)
     return lambda x: gemv_4bit(x.contiguous(), codes, state=reordered)
