@@ -62,9 +62,9 @@ class PackedLinear(Base):
         return Outline(shape, self.dtype(module), module.weight.device)
 
     def product_dtype(self, module: Any, x: Tensor) -> torch.dtype:
-        """What a product with x is computed in: the dtype of autocast where that is on."""
+        """What a product of codes with x is computed in: the dtype of autocast where that is on."""
         kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.outline(module).dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype(module)
 
     def floating(self, module: nn.Module, name: str) -> Tensor | None:
         return self.weight(module) if name == "weight" else super().floating(module, name)
@@ -114,7 +114,7 @@ class Packed:
         base = module.packed_base
         product = base.for_few_tokens(module, x)
         if product is not None:
-            y = product(x.to(base.product_dtype(module, x)))
+            y = product(x)
             y = y if module.bias is None else y + module.bias.to(y.dtype)
             return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
         return frozen_linear(x, base.weight(module), module.bias, base.recall(module), base.outline(module).dtype)

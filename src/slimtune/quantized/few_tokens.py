@@ -51,14 +51,14 @@ def few_tokens_4bit(module: Any, state: Any, x: Tensor, dtype: torch.dtype) -> P
     if not _applies(x, dtype):
         return None
     if x.device.type != "cpu":
-        return lambda x: matmul_4bit(x, module.weight.t(), quant_state=state)
+        return lambda x: matmul_4bit(x.to(dtype), module.weight.t(), quant_state=state)
     outputs, inputs = state.shape
     # What was made in inference mode can change without a trace.
     is_tracked = not (module.weight.is_inference() or state.absmax.is_inference())
     if not is_tracked or outputs % _LANES or inputs % max(_LANES, state.blocksize) or not has_avx512bf16():
         return None
     codes, reordered = _reordered(module, state)
-    return lambda x: gemv_4bit(x.contiguous(), codes, state=reordered)
+    return lambda x: gemv_4bit(x.to(dtype).contiguous(), codes, state=reordered)
 
 
 def few_tokens_8bit(codes_OI: Tensor, scales_O: Tensor, x: Tensor, dtype: torch.dtype) -> Product | None:
@@ -69,7 +69,8 @@ def few_tokens_8bit(codes_OI: Tensor, scales_O: Tensor, x: Tensor, dtype: torch.
     scales = (scales_O / 127).to(dtype)
 
     def product(x: Tensor) -> Tensor:
-        y_TO = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), codes_OI.data, scales)
+        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        y_TO = torch.ops.aten._weight_int8pack_mm(x_TI.contiguous(), codes_OI.data, scales)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     return product
