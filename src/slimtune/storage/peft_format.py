@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import inspect
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean
+from slimtune.staging import sync
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -57,13 +57,13 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         pending.write_text(text)
         save_file(contiguous, weights, metadata=metadata)
         _sort_metadata(weights)
-        _sync(pending)
-        _sync(weights)
+        sync(pending)
+        sync(weights)
         _verify(weights, metadata["tensors_sha256"], set(contiguous))
         weights.replace(folder / WEIGHTS_NAME)
         pending.replace(folder / CONFIG_NAME)
         weights.parent.rmdir()
-        _sync(folder)
+        sync(folder)
     except (OSError, _safetensor_error()) as error:
         shutil.rmtree(weights.parent, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -145,7 +145,7 @@ def write_config(folder: str | Path, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pending = folder / (CONFIG_NAME + _PENDING)
     pending.write_text(config_text(config))
-    _sync(pending)
+    sync(pending)
     pending.replace(folder / CONFIG_NAME)
 
 
@@ -274,14 +274,6 @@ def _why_no_config(folder: Path) -> str:
     inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
     hint = f"; there are adapters in its subfolders: {', '.join(inside[:8])}" if inside else ""
     return f"'{folder}' holds no {CONFIG_NAME}{hint}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(data: bytes) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import TrainingError
+from slimtune.staging import sync
 
 LOGS = ("loss.jsonl", "samples.jsonl")
 """What a run writes line by line; a checkpoint holds it as far as it goes."""
@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> C
         # One of that step may be there already, where it was passed over as broken.
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         before = last_whole(folder)
@@ -115,21 +115,13 @@ def _seal(folder: Path, step: int) -> None:
     """Sync all files and write the manifest."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
-        _sync(path)
+        sync(path)
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "sha256": {p.name: _checksum(p) for p in files}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
