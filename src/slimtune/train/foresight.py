@@ -23,6 +23,11 @@ PLANNED = ("text", "classification")
 """The tasks whose step the planner can run."""
 
 
+def unplanned(task: str) -> str:
+    """What is said of a task whose step the planner can't run."""
+    return f"the memory it takes is not planned: a step of task {task} can't be simulated yet"
+
+
 def refuse_what_does_not_fit(screen: Console, recipe: Recipe, task_type: str) -> None:
     """Say what the training will take; raises DoesNotFitError, with the nearest setting that fits."""
     try:

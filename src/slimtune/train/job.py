@@ -19,7 +19,7 @@ from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
 from slimtune.train.features import train_on_features
 from slimtune.train.figures import Memory
-from slimtune.train.foresight import PLANNED, refuse_what_does_not_fit
+from slimtune.train.foresight import PLANNED, refuse_what_does_not_fit, unplanned
 from slimtune.train.method import FEATURES, FULL, table
 from slimtune.train.optimizer import check_runs
 from slimtune.train.preference_settings import PREFERENCE_TASKS
@@ -52,6 +52,8 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
     check_runs(recipe.training.optim, pick_device(recipe.model.device).partition(":")[0])
     if plans and data.task in PLANNED:
         refuse_what_does_not_fit(screen, recipe, data.task_type)
+    elif plans:
+        screen.print(unplanned(data.task), markup=False)
     Memory.watch()
     model, tokenizer, autocast = load_for(recipe, data)
     outcome = tune(screen, model, tokenizer, data, recipe, overwrite, autocast, resume)

@@ -19,7 +19,7 @@ from slimtune.plan.build import build
 from slimtune.plan.setting import Setting
 from slimtune.staging import refuse_existing
 from slimtune.train.afterwards import held_out_questions
-from slimtune.train.foresight import PLANNED, planned
+from slimtune.train.foresight import PLANNED, planned, unplanned
 from slimtune.train.method import FEATURES
 from slimtune.train.optimizer import check_runs
 from slimtune.train.preferences import check_recipe
@@ -81,7 +81,7 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
         held_out_questions(recipe, data)
         found.data = _encoded(recipe, data, screen)
         if data.task not in PLANNED:
-            found.notes.append(f"the memory it takes is not planned: a step of task {data.task} can't be simulated yet")
+            found.notes.append(unplanned(data.task))
             _attach(recipe, data)
         elif recipe.method.name != FEATURES:
             _plan(recipe, data.task_type, found)
