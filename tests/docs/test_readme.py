@@ -53,10 +53,26 @@ def test_every_module_of_the_core_is_in_the_tree() -> None:
 
 
 def test_the_figures_are_those_of_the_last_benchmarks() -> None:
-    shown = README + "".join((ROOT / "docs" / name).read_text() for name in ("methods.md", "quantized.md"))
+    shown = "".join((ROOT / "docs" / name).read_text() for name in ("speed.md", "methods.md", "quantized.md"))
     measured = list((ROOT / "benchmarks/results").glob("lora-*.md"))
     assert measured
     for path in measured:
         for row in path.read_text().splitlines():
             if row.startswith("|"):
                 assert row in shown, path.name
+
+
+def test_the_short_table_of_speed_repeats_the_whole_one() -> None:
+    section = README.split("## Speed and memory")[1].split("\n## ")[0]
+    numbers = re.findall(r"\d\.\d+(?= s| GB)", section)
+    whole = (ROOT / "docs" / "speed.md").read_text()
+    assert len(numbers) == 16
+    assert all(re.search(rf"\b{number}\d? (s|GB)", whole) for number in numbers)
+
+
+def test_what_the_comparison_said_is_quoted_from_its_report() -> None:
+    report = " ".join((ROOT / "docs" / "report" / "report.md").read_text().replace("*", "").split())
+    quoted = " ".join(line.removeprefix("> ") for line in README.splitlines() if line.startswith("> "))
+    assert "Choose qlora" in quoted
+    for part in quoted.split(" [...] "):
+        assert part in report
