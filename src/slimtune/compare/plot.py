@@ -20,6 +20,8 @@ INK = "#010203"
 PAPER = "#222222"
 WIDTH = 4.6
 """Inches: about as many points as a phone has pixels, so that text keeps its size there."""
+LEGEND = 54
+"""Characters that fit in a line of the width."""
 COLOURS = ("#4c78a8", "#e07b39", "#3f9b6c", "#c8504f", "#8a6fb5", "#9a7b63", "#c870a8", "#7f7f7f", "#b5a12f", "#3aa5b5")
 
 
@@ -63,10 +65,13 @@ def draw_scores(summary: Summary, ink: str) -> Figure:
 
 
 def draw_costs(summary: Summary, ink: str) -> Figure:
-    """Two panels; what needs no training is a dashed line."""
-    figure, axes = _axes(2, (WIDTH, 5.8), ink)
+    """Two panels under one legend, for neighbours score alike; what needs no training is a dashed line."""
+    figure, axes = _axes(2, (WIDTH, 6.2), ink)
     _cost_panel(axes[0], summary, "memory to train (GB)", lambda row: (row.peak_bytes or 0) / 1e9, ink)
     _cost_panel(axes[1], summary, "time to train (s)", lambda row: row.train_seconds or 0, ink)
+    columns = max(1, LEGEND // (4 + max(len(row.name) for row in _trained(summary))))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False,
+                  labelcolor=ink, handletextpad=0.2)  # fmt: skip
     return figure
 
 
@@ -88,10 +93,9 @@ def _cost_panel(axes: Axes, summary: Summary, label: str, cost: Callable[[Row], 
         assert row.score
         x, colour = cost(row), _colour(summary, row)
         axes.plot([x, x], [row.score.low, row.score.high], color=colour, linewidth=2, solid_capstyle="round")
-        axes.plot([x], [row.mean], "o", color=colour, markersize=7)
-    _label(axes, [(cost(row), row.mean, row.name) for row in trained], ink)
+        axes.plot([x], [row.mean], "o", color=colour, markersize=7, label=row.name)
     _untrained(axes, summary, ink)
-    axes.set_xlim(0, 1.25 * max(x for x, _ in points) or 1)
+    axes.set_xlim(0, 1.1 * max(x for x, _ in points) or 1)
     axes.set_xlabel(label)
     axes.set_ylabel(_score_label(summary))
     axes.grid(alpha=0.2, color=ink)
@@ -123,13 +127,6 @@ def _untrained(axes: Axes, summary: Summary, ink: str) -> None:
     if far:
         axes.annotate(f"off the scale: {', '.join(far)}", (0.01, 0.02), xycoords="axes fraction", fontsize=9,
                       color=ink, alpha=0.8)  # fmt: skip
-
-
-def _label(axes: Axes, points: Sequence[tuple[float, float, str]], ink: str) -> None:
-    """Names beside their points, alternately above and below, for neighbours score alike."""
-    for number, (x, y, name) in enumerate(sorted(points)):
-        beside = (7, 6 if number % 2 else -12)
-        axes.annotate(name, (x, y), xytext=beside, textcoords="offset points", color=ink)
 
 
 def _trained(summary: Summary) -> list[Row]:
