@@ -104,7 +104,10 @@ def fill(drafted: Draft, tensors: Mapping[str, Tensor], source: str | Path) -> N
 
     Raises:
         BaseMismatchError: a tensor is missing, left over or of another shape; nothing is copied then.
+        ConfigError: what is stored serves inference alone.
     """
+    for _, delta in drafted:
+        delta.check_stored(tensors.keys(), source)
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in drafted]
     own = {key(site, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
     missing, strange = own.keys() - tensors.keys(), _strangers(drafted, tensors, set(own))

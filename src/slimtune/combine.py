@@ -40,7 +40,7 @@ def combined(
     options = {"svd_clamp": svd_clamp} if how == "svd" else {}
     for site, target in drafted:
         deltas, factors = zip(*sources[id(site.module)], strict=True)
-        type(deltas[0]).combine(list(deltas), list(factors), how, target, **options)
+        type(deltas[0]).combine(list(deltas), list(factors), how, target, site, **options)
     return config, drafted
 
 

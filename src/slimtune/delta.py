@@ -7,7 +7,7 @@ trainable change that the config builds for one site: M methods and B kinds of b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -215,7 +215,9 @@ class Delta(nn.Module):
         return self.fold(dense)
 
     @classmethod
-    def combine(cls, deltas: list[Any], weights: list[float], how: str, target: Any, **options: Any) -> None:
+    def combine(
+        cls, deltas: list[Any], weights: list[float], how: str, target: Any, site: Site, **options: Any
+    ) -> None:
         """Set `target` to a weighted combination of deltas. Raises: ConfigError, for methods that have none."""
         raise ConfigError(f"adapters with a {cls.__name__} can't be combined by '{how}'")
 
@@ -255,6 +257,9 @@ class Delta(nn.Module):
     def passes_over(self, key: str) -> bool:
         """Whether a stored tensor of this key served training alone, so that this delta does without it."""
         return False
+
+    def check_stored(self, keys: Collection[str], source: object) -> None:
+        """Raises: ConfigError, where a file with these keys can be no adapter of this use, in words of the method."""
 
     def progress(self) -> dict[str, Tensor]:
         """What training goes by besides parameters and buffers, for a checkpoint; most methods have none."""
@@ -343,7 +348,9 @@ class Difference(Delta):
         return dense | {name: (dense[name] + d).to(dense[name].dtype) for name, d in changes.items()}
 
     @classmethod
-    def combine(cls, deltas: list[Any], weights: list[float], how: str, target: Any, **options: Any) -> None:
+    def combine(
+        cls, deltas: list[Any], weights: list[float], how: str, target: Any, site: Site, **options: Any
+    ) -> None:
         """Set `target` to sum_i w_i D_i. Raises: ConfigError."""
         add_up(deltas, weights, how, target, **options)
 

@@ -20,7 +20,8 @@ from slimtune.adopt import attach_to
 from slimtune.delta import Delta, Site
 from slimtune.errors import ConfigError, did_you_mean
 from slimtune.inits import IncrementalPCA
-from slimtune.methods.lora import LoraConfig, LoraDelta, LoraLinear
+from slimtune.methods.lora import LoraConfig
+from slimtune.methods.lora_deltas import LoraDelta, LoraLinear
 from slimtune.methods.lora_starts import EvaConfig
 
 Sites = dict[str, tuple[Site, LoraLinear]]
@@ -36,6 +37,8 @@ def initialize_lora_eva_weights(
 ) -> None:
     """Start an adapter with `init_lora_weights="eva"` from data; ranks move between its linear layers.
 
+    Of several processes the first one reads its data, and all start from what it finds.
+
     Args:
         dataloader: batches of the data to be tuned on; it is run through until the directions have settled.
         eva_state_dict: in its place, the directions (rank, in) by the name of the layer, found before.
@@ -43,7 +46,7 @@ def initialize_lora_eva_weights(
 
     Raises:
         AdapterNotFoundError: there is no such adapter.
-        ConfigError: an adapter that doesn't start by EVA, or has been trained; no data, or too little.
+        ConfigError: an adapter that doesn't start by EVA, or has been trained; no data, or too little; a sharded model.
     """
     model._check_known(adapter_name)
     config = model.peft_config[adapter_name]
@@ -52,9 +55,8 @@ def initialize_lora_eva_weights(
     if (dataloader is None) == (eva_state_dict is None):
         raise ConfigError("EVA takes its directions from a dataloader or from an eva_state_dict; give one of them")
     if dataloader is not None:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ConfigError("EVA reads its data in one process; run it before the others start and save the adapter")
-        eva_state_dict = principal_directions(model, config, sites, dataloader, forward_fn)
+        find = functools.partial(principal_directions, model, config, sites, dataloader, forward_fn)
+        eva_state_dict = _of_first_process(model, find)
     for name in eva_state_dict or {}:
         if name not in sites:
             raise ConfigError(
@@ -70,6 +72,25 @@ def _check(config: Any, sites: Sites, adapter_name: str) -> None:
         raise ConfigError(f"the adapter '{adapter_name}' trains no linear layer, and EVA starts those alone")
     if any(delta.trained[1].any() for _, delta in sites.values()):
         raise ConfigError(f"the adapter '{adapter_name}' has been trained already; EVA would throw that away")
+
+
+def _of_first_process(model: Any, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the first process finds, for all of them, which wait for it. Raises: ConfigError, in all of them."""
+    processes = torch.distributed
+    if not processes.is_initialized() or processes.get_world_size() == 1:
+        return find()
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ConfigError("EVA runs the model in the first process alone, and it is sharded; start by EVA before that")
+    found: list[Any] = [{}, None]
+    if processes.get_rank() == 0:
+        try:
+            found[0] = {name: rows.cpu() for name, rows in find().items()}
+        except ConfigError as error:
+            found[1] = str(error)
+    processes.broadcast_object_list(found)
+    if found[1]:
+        raise ConfigError(found[1])
+    return found[0]
 
 
 def principal_directions(

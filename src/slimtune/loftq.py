@@ -11,7 +11,8 @@ import torch
 
 from slimtune.adapter import attached
 from slimtune.errors import ConfigError
-from slimtune.methods.lora import LoraConfig, LoraLinear
+from slimtune.methods.lora import LoraConfig
+from slimtune.methods.lora_deltas import LoraLinear
 from slimtune.originals import Originals, is_4bit
 
 

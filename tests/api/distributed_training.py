@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 
 import slimtune
+from slimtune.errors import ConfigError
 from tensors import adapter_tensors, randomize, trainable
 from zoo import LLAMA, VOCABULARY
 
@@ -64,10 +65,38 @@ def wrapped(kind: str, model: Any) -> Any:
     return Accelerator(cpu=True).prepare(model)
 
 
+def waiting_for_eva() -> Any:
+    config = slimtune.LoraConfig(r=4, init_lora_weights="eva", **LLAMA.options())
+    return slimtune.get_peft_model(LLAMA.model(), config)
+
+
+def start_by_eva(rank: int, output: Path) -> None:
+    """What each process has then, and what it is told where that can't be done."""
+    torch.manual_seed(rank)
+    model = waiting_for_eva()
+    slimtune.initialize_lora_eva_weights(model, eva_batches(rank))
+    torch.save(adapter_tensors(slimtune, model), output / f"tensors-{rank}.pt")
+    mistakes = {"empty": (waiting_for_eva(), eva_batches(rank) if rank else []),
+                "sharded": (sharded(waiting_for_eva()), eva_batches(rank))}  # fmt: skip
+    for mistake, (model, batches) in mistakes.items():
+        try:
+            slimtune.initialize_lora_eva_weights(model, batches)
+        except ConfigError as error:
+            (output / f"{mistake}-{rank}.txt").write_text(str(error))
+
+
+def eva_batches(rank: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(10 + rank)
+    return [{"input_ids": torch.randint(4, VOCABULARY, (8, 16), generator=generator)}]
+
+
 def run(mode: str, output: Path) -> None:
     """One mode; the process of rank 0 writes the losses and the tensors, and the adapter as users save it."""
     kind, _, precision = mode.partition("-")
     rank, world = dist.get_rank(), dist.get_world_size()
+    if kind == "eva":
+        start_by_eva(rank, output)
+        return
     model = tuned(torch.bfloat16 if precision == "bf16" else torch.float32)
     losses = train(model, 0, 1) if kind == "single" else train(wrapped(kind, model), rank, world)
     tensors = adapter_tensors(slimtune, model)

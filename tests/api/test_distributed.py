@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import slimtune
-from tensors import assert_all_near, assert_near, assert_same, predict
+from api.distributed_training import eva_batches, waiting_for_eva
+from tensors import adapter_tensors, assert_all_near, assert_near, assert_same, predict
 from zoo import LLAMA
 
 SCRIPT = Path(__file__).with_name("distributed_training.py")
@@ -27,13 +28,18 @@ Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What came of each mode; one pair of processes runs them all."""
     output = tmp_path_factory.mktemp("distributed")
-    tests = str(SCRIPT.parent.parent)
+    paths = (str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(SCRIPT), str(output), *MODES],
+        [*launch, str(SCRIPT), str(output), *MODES, "eva"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
         timeout=300,
         check=False,
     )
@@ -69,3 +75,20 @@ def test_a_bf16_base_is_sharded_beside_float32_adapters(folder: Path) -> None:
     expected_losses, _ = outcome(folder, "single-bf16")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert_near(losses, expected_losses, 2.0**-8)
+
+
+def test_all_processes_start_from_what_the_first_one_reads(folder: Path) -> None:
+    model = waiting_for_eva()
+    slimtune.initialize_lora_eva_weights(model, eva_batches(rank=0))
+    expected = adapter_tensors(slimtune, model)
+    first, second = (torch.load(folder / "eva" / f"tensors-{rank}.pt") for rank in (0, 1))
+    directions = {name: tensor for name, tensor in expected.items() if "lora_A" in name}
+    assert len(directions) > 1
+    assert_same({name: first[name] for name in directions}, directions)
+    assert_same(first, second)
+
+
+@pytest.mark.parametrize(("mistake", "said"), [("empty", "EVA found no batch"), ("sharded", "it is sharded")])
+def test_each_process_is_told_why_eva_cannot_start(mistake: str, said: str, folder: Path) -> None:
+    for rank in (0, 1):
+        assert said in (folder / "eva" / f"{mistake}-{rank}.txt").read_text()

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from transformers import DataCollatorWithFlattening
 
 import slimtune
+from slimtune.data.batches import PackRows
+from slimtune.data.encode import Encoded
 from slimtune.errors import BaseMismatchError, ConfigError, SlimtuneError, TargetError
-from tensors import predict
-from zoo import BERT, GPT2, HIDDEN, LAYERS, LLAMA, MIXTURE, T5, VIT, VOCABULARY, Specimen, token_ids, word_tokenizer
+from tensors import assert_near, loss_of, predict, trainable
+from zoo import (
+    BERT,
+    GEMMA3,
+    GPT2,
+    HIDDEN,
+    LAYERS,
+    LLAMA,
+    MIXTURE,
+    T5,
+    VIT,
+    VOCABULARY,
+    Specimen,
+    token_ids,
+    word_tokenizer,
+)
 
 PROMPT, PREFIX, P_TUNING = slimtune.PromptTuningConfig, slimtune.PrefixTuningConfig, slimtune.PromptEncoderConfig
 ALL = [PROMPT, PREFIX, P_TUNING]
@@ -104,12 +123,89 @@ def test_an_adapter_of_another_base(config: Any, tmp_path: Path) -> None:
         slimtune.PeftModel.from_pretrained(LLAMA.build(hidden_size=48, num_key_value_heads=4).eval(), tmp_path)
 
 
-def test_training_on_from_a_file_without_the_encoder(tmp_path: Path) -> None:
-    model = slimtune.get_peft_model(LLAMA.model(), P_TUNING(inference_mode=True))
-    model.save_pretrained(tmp_path)
-    assert slimtune.PeftModel.from_pretrained(LLAMA.model(), tmp_path) is not None
-    with pytest.raises(BaseMismatchError, match="lacks prompt_encoder"):
-        slimtune.PeftModel.from_pretrained(LLAMA.model(), tmp_path, is_trainable=True)
+@pytest.mark.parametrize(
+    ("computed", "direct"),
+    [(P_TUNING(num_virtual_tokens=3), PROMPT), (PREFIX(num_virtual_tokens=3, prefix_projection=True), PREFIX)],
+    ids=["p-tuning", "prefix"],
+)
+def test_training_on_from_a_file_without_the_encoder(computed: Any, direct: Any, tmp_path: Path) -> None:
+    """As peft stores them. The sentence names a way to train the tokens themselves, which is one."""
+    own, theirs = copy.deepcopy(computed), copy.deepcopy(computed)
+    own.inference_mode = True
+    slimtune.get_peft_model(LLAMA.model(), own).save_pretrained(tmp_path / "ours")
+    theirs = {**theirs.stored_fields(), "peft_type": str(theirs.peft_type)}
+    peft_config = peft.get_peft_config({k: v for k, v in theirs.items() if v is not None} | {"task_type": "CAUSAL_LM"})
+    peft.get_peft_model(LLAMA.model(), peft_config).save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        used = predict(slimtune.PeftModel.from_pretrained(LLAMA.model(), folder), LLAMA.batch())
+        model = LLAMA.model()
+        name = direct.__name__
+        with pytest.raises(ConfigError, match=rf"without the network .* config={name}\(num_virtual_tokens=3\)"):
+            slimtune.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        assert type(model) is type(LLAMA.model())
+        config = direct(num_virtual_tokens=3)
+        model = slimtune.PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
+        assert_near(predict(model, LLAMA.batch()), used)
+        loss_of(model.train(), LLAMA.batch()).backward()
+        assert all(parameter.grad.any() for parameter in trainable(model).values())
+
+
+PACKED = {
+    "positions": lambda: PackRows(pad_id=0)([[Encoded([5, 6, 7], [5, 6, 7]), Encoded([8, 9], [8, 9])]]),
+    "one-token-each": lambda: {"input_ids": token_ids(1, 3), "position_ids": torch.zeros(1, 3).long()},
+    "flattened": lambda: DataCollatorWithFlattening()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]),
+    "lengths": lambda: {"input_ids": token_ids(1, 4), "cu_seq_lens_q": torch.tensor([0, 2, 4])},
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("config", ALL)
+def test_several_examples_in_a_row(config: Any, packed: str) -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), config(num_virtual_tokens=3))
+    batch = PACKED[packed]()
+    with pytest.raises(ConfigError, match="only the first would have them; leave packing") as told:
+        model.train()(**batch)
+    assert "\n" not in str(told.value)
+    with model.disable_adapter():
+        model(**batch)
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_positions_that_one_text_has_are_no_packing(config: Any) -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), config(num_virtual_tokens=3)).eval()
+    ids = token_ids()
+    expected = predict(model, {"input_ids": ids})
+    assert_near(predict(model, {"input_ids": ids, "position_ids": torch.arange(7).expand(2, -1)}), expected)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    by_mask = predict(model, {"input_ids": ids, "attention_mask": mask})
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    given = predict(model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    assert_near(given[:, 3:], by_mask[:, 3:])
+
+
+def test_a_prefix_that_pads_push_out_of_a_window() -> None:
+    model = slimtune.get_peft_model(GEMMA3.model(), PREFIX(num_virtual_tokens=3)).eval()
+    ids = token_ids(length=14)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with pytest.raises(ConfigError, match=r"window of 16 tokens .* found 17"):
+        model(input_ids=ids, attention_mask=mask)
+    assert predict(model, {"input_ids": ids, "attention_mask": mask.flip(1)}).shape == (2, 14, VOCABULARY)
+    assert predict(model, {"input_ids": ids[:, 1:], "attention_mask": mask[:, 1:]}).shape == (2, 13, VOCABULARY)
+
+
+@pytest.mark.parametrize("config", [PROMPT, P_TUNING])
+def test_pads_that_are_read_in_two_parts(config: Any) -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), config(num_virtual_tokens=3)).eval()
+    ids = token_ids(length=9)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with pytest.raises(ConfigError, match="leave out prefill_chunk_size"):
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, prefill_chunk_size=4)
+    whole = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2)
+    chunks = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, prefill_chunk_size=6)
+    assert torch.equal(whole, chunks)
 
 
 def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:

@@ -193,9 +193,46 @@ def test_bf16_trains_close_to_float32() -> None:
     assert abs(losses[torch.bfloat16] - losses[torch.float32]) < 0.1 * (start - losses[torch.float32])
 
 
-def test_grouped_convolutions_and_combinations_are_refused() -> None:
+def test_grouped_convolutions_are_refused() -> None:
     with pytest.raises(slimtune.errors.ConfigError, match="grouped"):
         slimtune.get_peft_model(MIXTURE.model(), slimtune.LoraConfig(target_modules=["grouped"], use_dora=True, r=4))
+
+
+def magnitudes(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    tensors = adapter_tensors(slimtune, model, adapter)
+    return {name: tensor for name, tensor in tensors.items() if "magnitude" in name}
+
+
+@pytest.mark.parametrize("how", ["cat", "svd"])
+def test_combined_directions_are_peft_s_and_magnitudes_are_not_lost(how: str) -> None:
+    """peft leaves the magnitudes of what it combines at those of the base."""
+    ours, theirs = two(slimtune, LLAMA), two(peft, LLAMA)
+    for model in (ours, theirs):
+        model.add_weighted_adapter(["default", "other"], [0.7, -0.2], "mixed", combination_type=how)
+    found, expected = (adapter_tensors(library, m, "mixed") for library, m in ((slimtune, ours), (peft, theirs)))
+    assert found.keys() == expected.keys()
+    norms = {name: tensor for name, tensor in expected.items() if "magnitude" in name}
+    one, other, mixed = (magnitudes(ours, name) for name in ("default", "other", "mixed"))
+    assert_all_near(mixed, {k: n + 0.7 * (one[k] - n) - 0.2 * (other[k] - n) for k, n in norms.items()}, 1e-5)
+    for name in found:
+        if "lora_B" in name:
+            a, b = name.replace("lora_B", "lora_A"), name
+            assert_near(found[b] @ found[a], expected[b] @ expected[a], 1e-5)
+
+
+def test_combined_with_itself_it_is_itself() -> None:
     model = two(slimtune, LLAMA)
-    with pytest.raises(slimtune.errors.ConfigError, match="magnitudes"):
-        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mixed")
+    model.set_adapter("other")
+    expected = predict(model, LLAMA.batch())
+    model.add_weighted_adapter(["other"], [1.0], "same")
+    model.add_weighted_adapter(["other", "other"], [0.25, 0.75], "halves", combination_type="cat")
+    for name in ("same", "halves"):
+        model.set_adapter(name)
+        assert_near(predict(model, LLAMA.batch()), expected)
+
+
+def test_it_is_not_combined_with_plain_lora() -> None:
+    model = two(slimtune, LLAMA)
+    model.add_adapter("plain", slimtune.LoraConfig(**LLAMA.options()))
+    with pytest.raises(slimtune.errors.ConfigError, match="with and without DoRA"):
+        model.add_weighted_adapter(["default", "plain"], [0.5, 0.5], "mixed")

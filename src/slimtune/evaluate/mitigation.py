@@ -20,7 +20,7 @@ from slimtune.errors import ConfigError
 from slimtune.evaluate.decomposition import Decomposition, decompose, decompose_product, intruders
 from slimtune.evaluate.spectra import Spectra
 from slimtune.evaluate.updates import TunedMatrix, Updates, factors_of
-from slimtune.methods.lora import LoraDelta
+from slimtune.methods.lora_deltas import LoraDelta
 
 Pair = tuple[Tensor, Tensor]
 """B_OR and A_RI, whose product is a change of a weight."""

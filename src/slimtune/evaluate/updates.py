@@ -14,7 +14,7 @@ from slimtune.adapter import adopted_modules
 from slimtune.bases import base_of
 from slimtune.delta import Dense, deltas_of, standing_in
 from slimtune.errors import BaseMismatchError, ConfigError, MergeError, did_you_mean, listing
-from slimtune.methods.lora import LoraDelta
+from slimtune.methods.lora_deltas import LoraDelta
 from slimtune.structure import input_embeddings
 
 

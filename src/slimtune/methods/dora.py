@@ -4,20 +4,25 @@ W' = m * (W + s B A) / n,  n = ||W + s B A|| by rows, taken as a constant; m sta
 
 y = base(x) + (c - 1) * (base(x) - b) + c * s * B(A(x)),  c = m / n
 
-With dropout, A and the second base(x) read dropout(x). Liu et al. 2024, arXiv:2402.09353.
+Without a bias that is c * (base(x) + s * B(A(x))). With dropout, A and the second base(x) read dropout(x). Liu et al.
+2024, arXiv:2402.09353.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.delta import Dense, Frozen, Site
 from slimtune.errors import ConfigError
-from slimtune.methods.lora import LoraConfig, LoraConv, LoraDelta, LoraEmbedding, LoraLinear
+from slimtune.methods.lora_deltas import LoraConv, LoraDelta, LoraEmbedding, LoraLinear
+
+if TYPE_CHECKING:
+    from slimtune.methods.lora import LoraConfig
 
 
 class DoraDelta(LoraDelta):
@@ -31,7 +36,7 @@ class DoraDelta(LoraDelta):
         super().__init__(site, r, scaling, dropout, autocast)
         shape = self.magnitude_shape(site)
         self.lora_magnitude_vector = nn.Parameter(self.trained[0].new_empty(shape))
-        self._squares: tuple[Any, Any, Tensor] | None = None
+        self._squares, self._ratio = Remembered(), Remembered()
 
     @staticmethod
     def magnitude_shape(site: Site) -> tuple[int, ...]:
@@ -40,9 +45,7 @@ class DoraDelta(LoraDelta):
     def initialise(self, config: LoraConfig, site: Site) -> None:
         """Set A and B as LoRA does, and m to the norms, so that c is one."""
         super().initialise(config, site)
-        weight = site.base.weight(site.module).detach()
-        if weight.is_meta:
-            raise ConfigError(f"DoRA reads the weight of '{site.name}' to start, and it is offloaded")
+        weight = _weight_at(site)
         squares_O = _squares(weight)
         norms = self.norms(weight, squares_O) if self.pair[1].any() else squares_O.sqrt()
         with torch.no_grad():
@@ -52,15 +55,44 @@ class DoraDelta(LoraDelta):
         y, bias, ratio = base(x, *args, **kwargs), base.bias, self.ratio(base)
         kept = self.dropped(x)
         dropping = self.training and self.lora_dropout and x.is_floating_point()
+        if bias is None and not dropping:
+            return (ratio * (y + self.scaling * self.low_rank(kept))).to(y.dtype)
         straight = base(kept.to(x.dtype), *args, **kwargs) if dropping else y
         if bias is not None:
             straight = straight - bias.view_as(ratio)
         return (y + (ratio - 1) * straight + ratio * self.scaling * self.low_rank(kept)).to(y.dtype)
 
+    @property
+    def learns(self) -> bool:
+        """Whether gradients of this delta may be asked for, now or when a checkpointed layer is computed again."""
+        own = self.parameters(recurse=False)
+        return self.training or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in own))
+
     def ratio(self, base: Frozen) -> Tensor:
         """c = m / n, shaped to be multiplied with an output."""
+        if not self.learns:
+            return self.ratio_at_rest(base).view(self.out_shape)
         magnitude = self.lora_magnitude_vector
         return quotient(magnitude.flatten(), self.norms_now(base)).view(self.out_shape)
+
+    @torch.no_grad()
+    def ratio_at_rest(self, base: Frozen) -> Tensor:
+        """c_O where nothing is learned: kept, so that a step of decoding doesn't read the whole weight for it."""
+
+        def compute() -> Tensor:
+            return quotient(self.lora_magnitude_vector.flatten(), self.norms_now(base))
+
+        own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        return self._ratio.get([*_weights(base), *own] if _weights(base) else [], self.scaling, compute)
+
+    def train(self, mode: bool = True) -> Self:
+        """As the module's own; what is written through `.data` leaves no trace, so that c is forgotten here."""
+        self._ratio.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._ratio.forget()
+        return super()._apply(fn, recurse)
 
     @property
     def out_shape(self) -> torch.Size:
@@ -70,7 +102,12 @@ class DoraDelta(LoraDelta):
 
     def norms_now(self, base: Frozen) -> Tensor:
         """n_O in the dtype of m; a constant, so that a weight that was written over is another one."""
-        return self.norms(base.weight.detach(), self._square_norms(base)).to(self.lora_magnitude_vector.dtype)
+        weight = base.weight.detach()
+        if not self.learns:
+            return self.norms(weight, _squares(weight)).to(self.lora_magnitude_vector.dtype)
+        self._ratio.forget()
+        squares_O = self._squares.get(_weights(base), None, lambda: _squares(weight))
+        return self.norms(weight, squares_O).to(self.lora_magnitude_vector.dtype)
 
     @torch.no_grad()
     def norms(self, weight: Tensor, squares_O: Tensor) -> Tensor:
@@ -86,19 +123,17 @@ class DoraDelta(LoraDelta):
             change_O = ((2 * cross_OR).add_(own_OR, alpha=self.scaling) * b_OR).sum(1)
         return (squares_O + self.scaling * change_O).clamp_min_(0).sqrt_()
 
-    def _square_norms(self, base: Frozen) -> Tensor:
-        """||W||^2 by rows; computed again only if the weight is no more what it was."""
-        owner = getattr(base.module, "weight", None)
-        # The compiler can't trace what is asked after it.
-        if torch.compiler.is_compiling() or not isinstance(owner, Tensor) or owner.is_inference():
-            return _squares(base.weight.detach())
-        state = (owner._version, owner.untyped_storage()._cdata, owner.device, owner.dtype)
-        if self._squares is None or self._squares[0]() is not owner or self._squares[1] != state:
-            self._squares = (weakref.ref(owner), state, _squares(base.weight.detach()))
-        return self._squares[2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_squares": None}
+    @classmethod
+    def combine(
+        cls, deltas: list[Any], weights: list[float], how: str, target: Any, site: Site, **options: Any
+    ) -> None:
+        """Set A and B of `target` as for LoRA, and m = ||W|| + sum_i w_i (m_i - ||W||)."""
+        super().combine(deltas, weights, how, target, site, **options)
+        with torch.no_grad():
+            magnitude = target.lora_magnitude_vector
+            start = _squares(_weight_at(site)).sqrt().view_as(magnitude)
+            changes = [w * (delta.lora_magnitude_vector - start) for w, delta in zip(weights, deltas, strict=True)]
+            magnitude.copy_(start + torch.stack(changes).sum(0))
 
     def fold(self, dense: Dense) -> Dense:
         return self.fold_beside(dense, dense)
@@ -112,6 +147,47 @@ class DoraDelta(LoraDelta):
         weight = dense["weight"]
         folded = weight.to(norms.dtype).add(self.product(), alpha=self.scaling).mul_(ratio)
         return dense | {"weight": folded.to(weight.dtype)}
+
+
+class Remembered:
+    """A tensor that is kept for as long as those that it was computed from are the very same, unchanged."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._sources: tuple[Any, ...] = ()
+        self._state: Any = None
+        self._value: Tensor | None = None
+
+    def get(self, sources: Sequence[Tensor], setting: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """The tensor, computed anew where a source or the setting has changed, or where that can't be told."""
+        # What was made in inference mode changes without a trace; the compiler can't trace what is asked after it.
+        if not sources or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+            return compute()
+        state = setting, [(t._version, t.untyped_storage()._cdata, t.device, t.dtype) for t in sources]
+        is_same = state == self._state and all(kept() is t for kept, t in zip(self._sources, sources, strict=True))
+        if self._value is None or not is_same:
+            self._sources, self._state = tuple(weakref.ref(source) for source in sources), state
+            self._value = compute()
+        return self._value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remembered, ()
+
+
+def _weight_at(site: Site) -> Tensor:
+    """The frozen weight (out, in, ...). Raises: ConfigError, where it isn't there."""
+    weight = site.base.weight(site.module).detach()
+    if weight.is_meta:
+        raise ConfigError(f"DoRA reads the weight of '{site.name}' to start, and it is offloaded")
+    return weight
+
+
+def _weights(base: Frozen) -> list[Tensor]:
+    """What the frozen weight is kept in."""
+    weight = getattr(base.module, "weight", None)
+    return [weight] if isinstance(weight, Tensor) else base.base.held(base.module)
 
 
 def quotient(magnitude_O: Tensor, norms_O: Tensor) -> Tensor:

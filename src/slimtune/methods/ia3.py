@@ -162,7 +162,9 @@ class IA3Delta(Delta):
         return dense | folded
 
     @classmethod
-    def combine(cls, deltas: list[Any], weights: list[float], how: str, target: Any, **options: Any) -> None:
+    def combine(
+        cls, deltas: list[Any], weights: list[float], how: str, target: Any, site: Site, **options: Any
+    ) -> None:
         """Set `target` to sum_i w_i l_i. Raises: ConfigError."""
         add_up(deltas, weights, how, target, **options)
 

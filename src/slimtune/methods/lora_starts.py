@@ -57,8 +57,9 @@ class LoftQConfig:
             )
         if self.loftq_iter != 1:
             raise ConfigError(
-                f"loftq_iter must be 1, found {self.loftq_iter!r}; a second iteration quantizes the base anew, and an "
-                "adapter leaves its base as it is"
+                f"loftq_iter must be 1, found {self.loftq_iter!r}; a second iteration quantizes the base anew, and the "
+                "base is frozen here and shared by all adapters; leave loftq_iter out, and choose a higher r to start "
+                "nearer to the weights from before quantization"
             )
 
 

@@ -115,6 +115,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         prefix = Prefix(self.num_virtual_tokens, self.num_virtual_tokens, width, like, dtype, encoder)
         prefix.layers, prefix.heads, prefix.causal = layers, heads, is_causal(model)
         prefix.stride = 2 if model.config.is_encoder_decoder else 1
+        prefix.window = _window_of(model)
         return prefix
 
 
@@ -151,6 +152,13 @@ def _shape_of_keys(model: Any, config: Any) -> tuple[int, int, int]:
     return layers, heads, head_dim
 
 
+def _window_of(model: Any) -> int | None:
+    """How many tokens a layer sees at most, where some layer sees only the latest."""
+    cache = _empty_cache(model)
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    return min((layer.sliding_window for layer in layers if layer.is_sliding), default=None)
+
+
 def _heads(config: Any) -> int:
     names = ("num_key_value_heads", "decoder_attention_heads", "num_attention_heads")
     return next(filter(None, (getattr(config, name, None) for name in names)))
@@ -182,11 +190,14 @@ class Prefix(VirtualTokens):
         heads: the heads of keys and values in each.
         stride: layer i reads the pair stride * i, counted around. In an encoder-decoder it is 2, as in `peft`, which
             gives every other pair to the cross-attention and then drops it, so that layers share the pairs in use.
+        window: how many tokens a layer sees at most, where some layer sees only the latest.
     """
 
+    direct = "PrefixTuningConfig"
     layers: int
     heads: int
     stride: int = 1
+    window: int | None = None
 
     def initialise(self, config: PrefixTuningConfig, site: Site) -> None:
         if self.encoded:
@@ -224,11 +235,25 @@ class Prefix(VirtualTokens):
         call = Call(model, args, kwargs)
         of = "decoder_" if model.config.is_encoder_decoder else ""
         begins = call.begins
+        if begins:
+            call.check_not_packed(self.causal)
         if not self.causal and call.get("attention_mask") is None:
             call["attention_mask"] = call.tokens().new_ones(call.tokens().shape[:2], dtype=torch.long)
         call.put_before(f"{of}attention_mask", 1, self.count)
         call.shift_positions(self.count, also_in_front=False, causal=self.causal)
+        self._check_window(call.get("attention_mask"))
         return self._begin(base, call, of) if begins else base(**call)
+
+    def _check_window(self, mask_BS: Tensor | None) -> None:
+        """Raises: ConfigError, where pads on the left would push the prefix out of a layer's window."""
+        if self.window is None or mask_BS is None or mask_BS.shape[1] <= self.window:
+            return
+        if not mask_BS[:, self.count].all():
+            raise ConfigError(
+                f"with a prefix a row that is padded on the left isn't what it is alone once it is longer than the "
+                f"window of {self.window} tokens that some layers see, found {mask_BS.shape[1]} with the prefix; run "
+                "rows of different lengths one by one, pad on the right, or use prompt tuning"
+            )
 
     def _begin(self, base: Frozen, call: Call, of: str) -> Any:
         """The first call of a sequence, after which the prefix is in the cache like any other keys and values."""

@@ -2,8 +2,8 @@
 
 The delta sits at the root and wraps the model's forward. Where nothing is cached yet the virtual tokens are put in
 front, and at every call the attention mask and the positions make room for them, so that `generate` needs no word.
-A row's positions follow from its mask: a row that is padded on the left gives what it gives alone. Only in layers with
-a sliding window do pads still take part, by pushing the virtual tokens out of the window that much earlier.
+A row's positions follow from its mask, and pads on its left stand before its virtual tokens, so that it gives what it
+gives alone, also in layers with a sliding window, which count pads like any other tokens.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from slimtune.errors import BaseMismatchError, ConfigError, TargetError, check_w
 
 ENCODER = "/prompt_encoder."
 """Where an encoder's own tensors stand in the file, beside the embeddings that it computes."""
+
+PACKING = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
+"""What a call says where its rows hold several examples, besides positions that begin anew."""
 
 UNMERGEABLE = "a soft prompt is no change of weights and can't be merged; keep the adapter beside the base"
 
@@ -164,6 +167,8 @@ class VirtualTokens(Delta):
     """
 
     unmergeable = UNMERGEABLE
+    direct: ClassVar[str]
+    """The config that trains such vectors without an encoder."""
 
     def __init__(self, count: int, rows: int, dim: int, like: Tensor, dtype: torch.dtype, encoder: Any = None) -> None:
         super().__init__()
@@ -202,6 +207,16 @@ class VirtualTokens(Delta):
 
     def passes_over(self, key: str) -> bool:
         return not self.encoded and key.startswith(ENCODER.removeprefix("/"))
+
+    def check_stored(self, keys: Collection[str], source: object) -> None:
+        """Raises: ConfigError, for a prompt without the encoder that computed it where that is to be trained."""
+        encoder = {key for key in keys if key.startswith(ENCODER.removeprefix("/"))}
+        if self.encoded and "prompt_embeddings" in keys and not encoder:
+            raise ConfigError(
+                f"'{source}' holds the virtual tokens alone, without the network that computed them, which peft does "
+                "not store: it can be used but not trained further; to go on with the tokens themselves, load it with "
+                f"config={self.direct}(num_virtual_tokens={self.count}) and is_trainable=True"
+            )
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.count}"
@@ -247,17 +262,48 @@ class Call(dict[str, Any]):
             raise ConfigError(f"virtual tokens take {name} as (rows, tokens); found {_shape(tensor)}")
         self[name] = torch.cat([tensor.new_full((len(tensor), count), value), tensor], dim=1)
 
-    def pads_to_the_left(self) -> None:
-        """Move the pads of each row before its tokens, for a model that reads the last token of a row."""
-        mask = self.get("attention_mask")
-        if mask is None or mask.ndim != 2:
+    def check_not_packed(self, causal: bool) -> None:
+        """Raises: ConfigError, for rows of several examples, of which the first alone would get the virtual tokens."""
+        positions = self.get("position_ids")
+        is_packed = any(self.get(name) is not None for name in PACKING)
+        # transformers looks for examples in positions only where there is no mask.
+        if causal and isinstance(positions, Tensor) and self.get("attention_mask") is None:
+            is_packed = is_packed or _begin_anew(positions)
+        if is_packed:
+            raise ConfigError(
+                "virtual tokens stand in front of a row, and this batch is packed, with several examples in a row, of "
+                "which only the first would have them; leave packing (or padding_free) out, or use LoRA"
+            )
+
+    def pads_first(self, count: int, begins: bool, also_behind: bool) -> None:
+        """Move the pads on the left of each row before the virtual tokens, for which there is room already.
+
+        Args:
+            also_behind: the pads on the right as well, for a model that reads the last token of a row.
+
+        Raises:
+            ConfigError: pads after the first call of a sequence, when the virtual tokens have their place.
+        """
+        mask_BS = self.get("attention_mask")
+        if mask_BS is None:
             return
-        order_BT = mask.argsort(dim=1, stable=True)
-        for name in ("attention_mask", "token_type_ids", "position_ids"):
-            if self.get(name) is not None:
-                self[name] = self[name].gather(-1, order_BT)
-        embeds_BTD = self["inputs_embeds"]
-        self["inputs_embeds"] = embeds_BTD.gather(1, order_BT[..., None].expand_as(embeds_BTD))
+        text_BT = mask_BS[:, count:]
+        stays_BT = text_BT.bool() if also_behind else text_BT.cumsum(1) > 0
+        stays_BS = torch.cat([stays_BT.new_ones(len(stays_BT), count), stays_BT], dim=1)
+        order_BS = stays_BS.int().argsort(dim=1, stable=True)
+        self["attention_mask"] = mask_BS.gather(1, order_BS)
+        if begins:
+            for name in ("token_type_ids", "position_ids"):
+                if self.get(name) is not None:
+                    shape = (*self[name].shape[:-2], *order_BS.shape)
+                    self[name] = self[name].expand(shape).gather(-1, order_BS.expand(shape))
+            embeds_BSD = self["inputs_embeds"]
+            self["inputs_embeds"] = embeds_BSD.gather(1, order_BS[..., None].expand_as(embeds_BSD))
+        elif self.tokens().shape[1] > 1 and not stays_BT[:, self.cache.get_seq_length() - count :].all():
+            raise ConfigError(
+                "a row has pads on its left beyond what was read at first, where its virtual tokens stand by now; "
+                "leave out prefill_chunk_size, or run rows of such different lengths one by one"
+            )
 
     def shift_positions(self, count: int, also_in_front: bool, causal: bool) -> None:
         """Let positions begin after the virtual tokens; those of a causal model follow from its mask.
@@ -271,6 +317,12 @@ class Call(dict[str, Any]):
             self["position_ids"] = torch.cat([front, given + count], dim=-1) if also_in_front else given + count
         elif causal and mask is not None and "position_ids" in self.accepted:
             self["position_ids"] = (mask.long().cumsum(-1) - 1)[:, -self.tokens().shape[1] :]
+
+
+def _begin_anew(positions: Tensor) -> bool:
+    """Whether positions tell of several examples in a row; with several axes, the first one is that of the text."""
+    steps = positions.diff(dim=-1)
+    return bool((steps != 1).any()) if positions.ndim < 3 else bool((steps[0] < 0).any())
 
 
 def _shape(value: Any) -> str:

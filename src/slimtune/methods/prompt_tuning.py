@@ -139,6 +139,7 @@ class SoftPrompt(VirtualTokens):
         pools_last: the model reads a sequence's last token, so that pads must stand on the left.
     """
 
+    direct = "PromptTuningConfig"
     pools_last: bool = False
 
     def initialise(self, config: Any, site: Site) -> None:
@@ -153,9 +154,12 @@ class SoftPrompt(VirtualTokens):
         call = Call(base.module, args, kwargs)
         begins = call.begins
         if begins:
+            call.check_not_packed(self.causal)
             self._embed(call, base.module)
         call.put_before("attention_mask", 1, self.count)
         call.shift_positions(self.count, also_in_front=begins, causal=self.causal)
+        if self.causal:
+            call.pads_first(self.count, begins, also_behind=self.pools_last)
         return base(**call)
 
     def _embed(self, call: Call, model: nn.Module) -> None:
@@ -163,8 +167,6 @@ class SoftPrompt(VirtualTokens):
         length = call.tokens().shape[1]
         ids, embeds = call.pop("input_ids", None), call.pop("inputs_embeds", None)
         call["inputs_embeds"] = input_embeddings(model)(ids) if embeds is None else embeds
-        if self.pools_last:
-            call.pads_to_the_left()
         tokens_BTD = call["inputs_embeds"]
         prompt_ND = self.prompt()[: self.count].to(tokens_BTD.dtype)
         call["inputs_embeds"] = torch.cat([prompt_ND.expand(len(tokens_BTD), -1, -1), tokens_BTD], dim=1)

@@ -31,10 +31,11 @@ _LEAST_RATIO = 1e-12
 def dora_linear(delta: DoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """DoRA's equation, fused where the base is a plain frozen product and nothing is dropped."""
     dropping = delta.training and delta.lora_dropout
-    if args or kwargs or dropping or not is_plain(module, x):
+    if args or kwargs or dropping or not is_plain(module, x) or base.base.for_few_tokens(module, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, 0.0)
-    scale = delta.lora_magnitude_vector, delta.norms_now(base)
+    ratio_O, norms_O = (None, delta.norms_now(base)) if delta.learns else (delta.ratio_at_rest(base), None)
+    scale = delta.lora_magnitude_vector, norms_O, ratio_O
     y_TO: Any = _DoraLinear.apply(x, base.weight, base.bias, *delta.pair, *scale, settings)
     return settings.output(y_TO)
 
@@ -60,9 +61,12 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor,
-        norms_O: Tensor, settings: Pass,
+        norms_O: Tensor | None, ratio_O: Tensor | None, settings: Pass,
     ) -> Tensor:  # fmt: skip
-        ratio_O = quotient(magnitude_O, norms_O)
+        learns = norms_O is not None
+        if norms_O is not None:
+            ratio_O = quotient(magnitude_O, norms_O)
+        assert ratio_O is not None
         with no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
             y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
@@ -71,6 +75,8 @@ class _DoraLinear(torch.autograd.Function):
                 # Not y = c * (product) + b: at the start the output is the base's to the bit.
                 straight_TO = y_TO - bias_O.to(y_TO.dtype)
                 y_TO.addcmul_(straight_TO, (ratio_O - 1).to(y_TO.dtype))
+            elif not learns:
+                _scaled(y_TO, ratio_O, out=y_TO)
             else:
                 least = torch.full_like(ratio_O, _LEAST_RATIO).copysign_(ratio_O)
                 ratio_O = torch.where(ratio_O.abs() < _LEAST_RATIO, least, ratio_O)
@@ -82,7 +88,7 @@ class _DoraLinear(torch.autograd.Function):
         ctx.save_for_backward(saved_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO)
         ctx.settings = settings
         # Not by save_for_backward: an output that is changed in place afterwards is no error.
-        is_kept = straight_TO is None and not y_TO.is_inference()
+        is_kept = learns and straight_TO is None and not y_TO.is_inference()
         ctx.output_TO, ctx.version = (y_TO.detach(), y_TO._version) if is_kept else (None, None)
         return y_TO
 
@@ -114,4 +120,4 @@ class _DoraLinear(torch.autograd.Function):
             gb_OR = None if gb_OR is None else gb_OR.mul_(ratio_O[:, None])
             gbias_O = g_TO.sum(0) if needs_bias else None
         gmagnitude_O = None if gratio_O is None else torch.where(norms_O == 0, 0.0, gratio_O / norms_O)
-        return gx, None, gbias_O, ga_RI, gb_OR, gmagnitude_O, None, None
+        return gx, None, gbias_O, ga_RI, gb_OR, gmagnitude_O, None, None, None

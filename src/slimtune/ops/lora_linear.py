@@ -22,7 +22,7 @@ from slimtune.bases import base_of
 from slimtune.bases.dense import PLAIN_TENSORS, DenseLinear
 from slimtune.bases.packed import PackedLinear
 from slimtune.delta import Frozen
-from slimtune.methods.lora import LoraLinear
+from slimtune.methods.lora_deltas import LoraLinear
 from slimtune.ops import fuses
 from slimtune.ops.frozen_linear import no_autocast
 
