@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from slimtune.noise import leave_out_noise
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         return __dir__()
+    leave_out_noise()
     if name == "plan":
         return importlib.import_module("slimtune.plan")  # a package that is called
     if name in _HOME:

@@ -26,6 +26,7 @@ from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
+from slimtune.noise import leave_out_noise
 
 REFUSED, MISTAKE = 1, 2
 
@@ -80,6 +81,7 @@ def options(
     ] = False,
 ) -> None:
     """Fine-tune large models on small hardware: one frozen base, tiny trainable deltas."""
+    leave_out_noise()
 
 
 for name, command in {
