@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import AdapterFileError, ModelNotFoundError, did_you_mean, listing
+from slimtune.hub import fetched, is_id, parted
 
 HEADER_LENGTH_BYTES = 8
 
@@ -72,6 +73,32 @@ def read_folder(path: Path) -> Folder:
         _refuse_without_weights(path)
     tensors = [tensor for file in files for tensor in _header(file)]
     return Folder(path, _config(path / name), tensors, sum(file.stat().st_size for file in files))
+
+
+def read_source(source: str) -> Folder:
+    """As `read_folder`, for a repository of the Hub too, of whose weights no more than the headers are fetched."""
+    path = Path(source)
+    if path.exists() or path.parent.is_dir() or not is_id(source):
+        return read_folder(path)
+    folder = fetched(source, weights=False)
+    if (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file():
+        return read_folder(folder)
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    name, revision = parted(source)
+    try:
+        files = get_safetensors_metadata(name, revision=revision).files_metadata.values()
+    except NotASafetensorsRepoError as error:
+        raise ModelNotFoundError(f"{source} has no weights as safetensors on the Hub; save it as such first") from error
+    headers = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    tensors = [StoredTensor(name, found.dtype, tuple(found.shape)) for name, found in headers.items()]
+    return Folder(folder, _config(folder / "config.json"), tensors, sum(map(_bytes_of, headers.values())))
+
+
+def _bytes_of(tensor: Any) -> int:
+    first, behind = tensor.data_offsets
+    return behind - first
 
 
 def _config(path: Path) -> dict[str, Any]:

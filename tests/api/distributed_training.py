@@ -15,9 +15,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
+from transformers import TrainingArguments
 
 import slimtune
+from slimtune.data.batches import Objective, PadRight
+from slimtune.data.encode import Encoded
 from slimtune.errors import ConfigError
+from slimtune.train.checks import LastGood
+from slimtune.train.trainer import supervised
 from tensors import adapter_tensors, randomize, trainable
 from zoo import LLAMA, VOCABULARY
 
@@ -90,12 +95,34 @@ def eva_batches(rank: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(4, VOCABULARY, (8, 16), generator=generator)}]
 
 
+def evaluate(output: Path) -> None:
+    """Seven examples of uneven lengths in batches of two: the last ones are filled up with some that were seen."""
+    rows = [Encoded([5, 6, 7, 8, 9, 10, 11, 12][: 2 + n], [-100, 6, 7, 8, 9, 10, 11, 12][: 2 + n]) for n in range(7)]
+    model = tuned(torch.float32)
+    arguments = TrainingArguments(
+        output_dir=str(output), per_device_eval_batch_size=2, use_cpu=True, report_to="none", prediction_loss_only=True,
+        label_names=["labels"], remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    collate = PadRight(0)
+    trainer = supervised(Objective(collate)).trainer(
+        model=model, args=arguments, eval_dataset=rows, last_good=LastGood(model, False), keeper=None
+    )
+    found = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        alone = [float(model(**collate([row])).loss) * row.learned for row in rows]
+    if dist.get_rank() == 0:
+        (output / "losses.json").write_text(json.dumps([found, sum(alone) / sum(row.learned for row in rows)]))
+
+
 def run(mode: str, output: Path) -> None:
     """One mode; the process of rank 0 writes the losses and the tensors, and the adapter as users save it."""
     kind, _, precision = mode.partition("-")
     rank, world = dist.get_rank(), dist.get_world_size()
     if kind == "eva":
         start_by_eva(rank, output)
+        return
+    if kind == "evaluation":
+        evaluate(output)
         return
     model = tuned(torch.bfloat16 if precision == "bf16" else torch.float32)
     losses = train(model, 0, 1) if kind == "single" else train(wrapped(kind, model), rank, world)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = (str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(SCRIPT), str(output), *MODES, "eva"],
+        [*launch, str(SCRIPT), str(output), *MODES, "eva", "evaluation"],
         capture_output=True,
         text=True,
         env={
@@ -92,3 +92,8 @@ def test_all_processes_start_from_what_the_first_one_reads(folder: Path) -> None
 def test_each_process_is_told_why_eva_cannot_start(mistake: str, said: str, folder: Path) -> None:
     for rank in (0, 1):
         assert said in (folder / "eva" / f"{mistake}-{rank}.txt").read_text()
+
+
+def test_two_processes_count_each_held_out_example_once(folder: Path) -> None:
+    found, expected = json.loads((folder / "evaluation" / "losses.json").read_text())
+    assert found == pytest.approx(expected, rel=1e-5)

@@ -68,13 +68,42 @@ def test_texts_with_labels_are_counted(run: Any, base: Path, tmp_path: Path) -> 
     assert found["labels"] == {"x": 2, "y": 1}
 
 
+def test_rows_of_every_task_are_measured_in_tokens(run: Any, base: Path, tmp_path: Path) -> None:
+    """What counts is what has to fit at once; the tokenizer is the one of the base."""
+    tokenizer = tiny_tokenizer()
+
+    def count(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    pair = {"prompt": "two teas", "chosen": "a large latte, please", "rejected": "no"}
+    rows = {
+        "dpo": (pair, count(asked(tokenizer, pair["chosen"])), "chosen"),
+        "seq2seq": ({"prompt": "one tea and two lattes", "completion": "no"}, None, "completion"),
+        "token-classification": ({"tokens": ["two", "teas"], "tags": ["N", "O"]}, count("two teas"), "N"),
+        "grpo": ({"prompt": "two teas"}, count(asked(tokenizer)), "two teas"),
+    }
+    for task, (row, expected, said) in rows.items():
+        path = write_lines(tmp_path / f"{task}.jsonl", row, row)
+        found = json.loads(run("data", "preview", path, "--model", base, "--task", task, "--json").stdout)
+        assert (found["task"], found["unit"], found["examples"]) == (task, "tokens", 2)
+        assert expected is None or found["longest"] == expected
+        assert found["learned"] <= found["total"]
+        assert said in json.dumps(found["samples"][0])
+
+
+def asked(tokenizer: Any, answer: str | None = None) -> str:
+    turns = [{"role": "user", "content": "two teas"}]
+    turns += [{"role": "assistant", "content": answer}] if answer else []
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+
+
 def test_mistakes(run: Any, base: Path, tmp_path: Path) -> None:
     rows = write_lines(tmp_path / "x.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
     for options, said in {
         ("--format", "shargpt"): "did you mean 'sharegpt'?",
         ("--task", "txt"): "did you mean 'text'?",
         ("--packing",): "pass --model",
-        ("--model", base): "leave --model out",
+        ("--model", base, "--packing"): "packing is for models that write text, and not for task dpo",
         ("--task", "text"): "needs prompt and completion",
     }.items():
         result = run("data", "preview", rows, *options)

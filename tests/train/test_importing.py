@@ -147,6 +147,8 @@ def test_what_llama_factory_does_where_nothing_is_said() -> None:
         ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}, {"training.keep_best": "loss"}),
         ({"max_samples": 3}, {"output": "saves/qwen3"}),
         ({"optim": "adamw_8bit", "lr_scheduler_kwargs": {"a": 1}}, {"training.optim": "adamw_8bit"}),
+        ({"model_revision": "v2"}, {"model.revision": "v2"}),
+        ({"model_revision": "main"}, {"model.revision": None}),
     ],
     ids=str,
 )
@@ -203,7 +205,6 @@ def test_parts_and_weights_of_data() -> None:
         ({"max_samples": 2}, ["more than 2 rows"]),
         ({"val_size": 100}, ["a share"]),
         ({"image_max_pixels": 100}, ["images"]),
-        ({"model_revision": "v2"}, ["model_revision"]),
     ],
     ids=str,
 )
@@ -273,6 +274,7 @@ def test_what_axolotl_does_where_nothing_is_said() -> None:
         ({"fp16": True, "bf16": False}, {"model.dtype": "float16"}),
         ({"bf16": False}, {"model.dtype": "float32"}),
         ({"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True}, {"output": "./outputs/out"}),
+        ({"revision_of_model": "v2"}, {"model.revision": "v2"}),
     ],
     ids=str,
 )
@@ -304,6 +306,13 @@ def test_the_data_of_axolotl(entry: dict[str, Any], expected: tuple[Any, ...]) -
     _, recipe = imported(AXOLOTL | {"datasets": [entry]})
     source = recipe.data.train[0]
     assert (source.path, source.format, source.fields) == expected
+
+
+def test_a_data_set_of_the_hub_keeps_its_place() -> None:
+    entry = {"path": "someone/rows", "type": "alpaca", "name": "main", "split": "test"}
+    for revision, expected in (("v2", "v2"), ("main", None)):
+        source = imported(AXOLOTL | {"datasets": [entry | {"revision": revision}]})[1].data.train[0]
+        assert (source.subset, source.split, source.revision) == ("main", "test", expected)
 
 
 def test_plain_texts_of_axolotl() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,21 +15,23 @@ if TYPE_CHECKING:
 
 
 def info(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of an adapter or a model.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="The folder of an adapter or a model, or its id on the Hub.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Show an adapter (method, rank, targets, size, base, which engines take it) or a model folder.
+    """Show an adapter (method, rank, targets, size, base, which engines take it) or a model; no weights are loaded.
 
     Example: slimtune info tuned
     """
     from slimtune.engines import verdicts
-    from slimtune.folder import read_folder
+    from slimtune.folder import read_source
 
-    found = read_folder(folder)
+    found = read_source(folder)
     facts = _adapter_facts(found) if found.is_adapter else _model_facts(found)
     engines = verdicts(found.config, found.tensors) if found.is_adapter else []
     if as_json:
-        print(json.dumps({"folder": str(folder), **facts, "engines": [asdict(verdict) for verdict in engines]}))
+        print(json.dumps({"folder": folder, **facts, "engines": [asdict(verdict) for verdict in engines]}))
         return
     _show(facts, engines)
 
@@ -40,6 +41,8 @@ def _adapter_facts(folder: Folder) -> dict[str, Any]:
 
     config = folder.config
     facts = {"kind": "adapter", "method": _method(config), "base": config.get("base_model_name_or_path")}
+    if config.get("revision"):
+        facts["revision"] = config["revision"]
     if config.get("r"):
         facts |= {"rank": config["r"], "alpha": config.get("lora_alpha"), "largest_rank": largest_rank(config)}
     targets = config.get("target_modules")

@@ -30,7 +30,7 @@ TunedBase = Annotated[
 ]
 Adapters = Annotated[
     list[str],
-    typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter folder, named if wanted; repeatable."),
+    typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter's folder or Hub id; repeatable."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")]
 Overwrite = Annotated[

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from slimtune.train.recipe import Recipe
 
 METHOD, RUN, DATA = "Method", "Training", "Data"
-MODEL_OPTIONS = ("dtype", "device", "quantize", "trust_remote_code")
+MODEL_OPTIONS = ("revision", "dtype", "device", "quantize", "trust_remote_code")
 DATA_OPTIONS = ("max_length", "too_long")
 WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "as_json")
 """Parameters that say how a recipe is run, not what it says."""
@@ -119,6 +119,9 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=RUN)
     ] = False,
     seed: Annotated[int, typer.Option(help="Of weights and order.", rich_help_panel=RUN)] = 0,
+    revision: Annotated[
+        str | None, typer.Option(help="Of a model of the Hub: a branch, a tag or a commit; main unless told.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,

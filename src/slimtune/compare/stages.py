@@ -12,6 +12,7 @@ from slimtune.compare.arms import Run
 from slimtune.compare.results import RESULT, Domain, Question, Result, Score, Spectrum, Training
 from slimtune.compare.task import RECIPE, TUNED, Task, model_of, write_recipe
 from slimtune.errors import DataError, TrainingError
+from slimtune.hub import at_revision
 
 ANSWERS = "answers.jsonl"
 
@@ -36,7 +37,8 @@ def stages_of(task: Task, run: Run) -> list[Stage]:
     place = task.place(run)
     loading = _loading(task, run)
     if not run.arm.is_trained:
-        return [_evaluation(task, run, task.recipe["model"]["name"], loading)]
+        model = task.recipe["model"]
+        return [_evaluation(task, run, at_revision(model["name"], model.get("revision")), loading)]
     tuned = str(place / TUNED)
     settings = task.settings
     stages = [

@@ -11,7 +11,6 @@ from slimtune.data.labelled import Tokenized, labels_of, longest_input, position
 from slimtune.data.mixing import drawn, exact_shares, mixed, prepare
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import Parts, sources_of
-from slimtune.data.rows import Labelled
 from slimtune.data.settings import DataSettings
 from slimtune.data.shown import show_data, show_labels, show_preview, show_sources
 from slimtune.errors import ConfigError, DataError, listing
@@ -61,6 +60,28 @@ def epoch_of(
 
 
 @dataclass(frozen=True)
+class EpochData:
+    """The rows of one epoch of all sources and those held out, and how long one may be.
+
+    A task's data is one of these with a `load`, which takes what `slimtune.loading.load` does, and a `lesson`.
+
+    Attributes:
+        source: what the sources are called.
+    """
+
+    source: str
+    rows: list[Any]
+    held_out: list[Any]
+    max_length: int
+    too_long: str
+
+    def facts(self, examples: int, held_out: int, tokens: int, limit: int, **more: Any) -> dict[str, Any]:
+        """What a model card says of the data."""
+        counted = {"source": self.source, "examples": examples, "held out": held_out, "tokens": f"{tokens:,}"}
+        return counted | more | {"maximum length": limit}
+
+
+@dataclass(frozen=True)
 class Conversations:
     """Conversations whose answers are learned, and texts that are learned whole."""
 
@@ -71,11 +92,9 @@ class Conversations:
     task = "text"
     task_type = "CAUSAL_LM"
 
-    def load(
-        self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
-    ) -> tuple[Any, Any]:
+    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model that writes text, and its tokenizer."""
-        model, tokenizer = load_text_model(source, dtype, device, trust_remote_code, quantize)
+        model, tokenizer = load_text_model(source, *how, **options)
         if model.config.is_encoder_decoder:
             raise ConfigError(f"{source} has an encoder, which reads prompts on its own: train it with task=seq2seq")
         return model, tokenizer
@@ -117,15 +136,10 @@ class Conversations:
 
 
 @dataclass(frozen=True)
-class Classes:
+class Classes(EpochData):
     """Texts whose labels are learned."""
 
-    source: str
     labels: list[str]
-    rows: list[Labelled]
-    held_out: list[Labelled]
-    max_length: int
-    too_long: str
 
     task = "classification"
     task_type = "SEQ_CLS"
@@ -140,13 +154,11 @@ class Classes:
         if unknown:
             there = sources_of(parts.held_out)
             raise DataError(f"{there} has labels that {name} hasn't: {listing(unknown)}; correct them")
-        return cls(name, labels, rows, held_out, settings.max_length, settings.too_long)
+        return cls(name, rows, held_out, settings.max_length, settings.too_long, labels)
 
-    def load(
-        self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
-    ) -> tuple[Any, Any]:
+    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model with a head for the labels, and its tokenizer."""
-        return load_classifier(source, self.labels, dtype, device, trust_remote_code, quantize)
+        return load_classifier(source, self.labels, *how, **options)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids with their labels' numbers; raises DataError."""
@@ -158,14 +170,7 @@ class Classes:
         learned = [self.rows[i] for i in rows.kept]
         true = [self.held_out[i].label for i in held_out.kept]
         show_labels(screen, [row.label for row in learned], rows, len(self.rows), true, limit)
-        facts = {
-            "source": self.source,
-            "examples": len(learned),
-            "held out": len(true),
-            "labels": self.labels,
-            "tokens": f"{rows.tokens:,}",
-            "maximum length": limit,
-        }
+        facts = self.facts(len(learned), len(true), rows.tokens, limit, labels=self.labels)
 
         def judge(model: Any) -> dict[str, float]:
             if not true:

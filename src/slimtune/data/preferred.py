@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimtune.data.encode import IGNORED, Limit, encode_row
-from slimtune.data.lesson import Lesson, epoch_of
+from slimtune.data.lesson import EpochData, Lesson, epoch_of
 from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Conversation, Judged, Pair, Preference, Prompt, Turn
 from slimtune.data.settings import DataSettings
@@ -63,15 +63,10 @@ def unpaired(row: Preference) -> list[Judged]:
 
 
 @dataclass(frozen=True)
-class Preferred:
+class Preferred(EpochData):
     """What preference tuning and reinforcement by a reward learn from."""
 
     task: str
-    source: str
-    rows: list[Any]
-    held_out: list[Any]
-    max_length: int
-    too_long: str
     chat_template: str | None = None
 
     task_type = "CAUSAL_LM"
@@ -89,14 +84,12 @@ class Preferred:
                     f"all answers of {sources_of(parts.train)} have the label {rows[0].label}, so that nothing tells "
                     "good from bad; add the others"
                 )
-        how = (settings.max_length, settings.too_long, settings.chat_template)
-        return cls(parts.task, sources_of(parts.train), rows, held_out, *how)
+        how = (settings.max_length, settings.too_long, parts.task, settings.chat_template)
+        return cls(sources_of(parts.train), rows, held_out, *how)
 
-    def load(
-        self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
-    ) -> tuple[Any, Any]:
+    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model that writes text, and its tokenizer."""
-        return load_text_model(source, dtype, device, trust_remote_code, quantize)
+        return load_text_model(source, *how, **options)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """A `datasets.Dataset`, shown with what is preferred; raises DataError, MissingDependencyError."""
@@ -109,19 +102,13 @@ class Preferred:
             f"data: {len(learned):,} {kind}, {tokens:,} tokens" + (f"; {len(held_out):,} held out" if held_out else "")
         )
         self._preview(screen, learned[0], tokenizer)
-        facts = {
-            "source": self.source,
-            "examples": len(learned),
-            "held out": len(held_out),
-            "tokens": f"{tokens:,}",
-            "maximum length": self.max_length,
-        }
+        facts = self.facts(len(learned), len(held_out), tokens, self.max_length)
         return Lesson(_dataset(learned, tokenizer), _dataset(held_out, tokenizer) if held_out else [], facts)
 
     def _within(self, screen: Console, rows: Sequence[Any], tokenizer: Any) -> tuple[list[Any], int]:
         """The rows that are within the limit, or that TRL will cut to it, and how many tokens they have."""
         limit, cuts = self.max_length, self.too_long == "truncate"
-        lengths = [_lengths(row, tokenizer) for row in rows]
+        lengths = [lengths_of(row, tokenizer) for row in rows]
         over = [max(found) for found in lengths if max(found) > limit]
         Limit(limit, self.too_long).refuse(over, len(rows), "rows")
         # TRL cuts at the end: of a prompt that fills the room no answer would be left.
@@ -147,7 +134,7 @@ def _answers(row: Preference | Judged) -> list[Said]:
     return [row.chosen, row.rejected] if isinstance(row, Preference) else [row.completion]
 
 
-def _lengths(row: Any, tokenizer: Any) -> list[int]:
+def lengths_of(row: Any, tokenizer: Any) -> list[int]:
     """The tokens of the prompt, and of the prompt with each answer; of a prompt alone twice the same."""
     if isinstance(row, Prompt):
         return [len(prompt_ids(tokenizer, render(tokenizer, row.turns(), for_answer=True)))] * 2

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slimtune.data.encode import Encoded, pieces
-from slimtune.data.labelled import tokenize
 from slimtune.data.lengths import PERCENTILES, Lengths, sorted_lengths
+from slimtune.data.measuring import measured
 from slimtune.data.mixing import exact_shares, mixed, prepare
 from slimtune.data.reading import Part, read_parts
 from slimtune.data.rows import Conversation, Document, Instruction, Labelled, Tagged, Turn
@@ -84,6 +84,8 @@ def preview(settings: DataSettings, tokenizer: Any = None, task: str = "auto", s
         tokenizer: of the model that is to learn; without it rows are shown as they are read, in characters.
     """
     parts = read_parts(replace(settings, held_out=0.0), task)
+    if settings.packing and parts.task != "text":
+        raise ConfigError(f"packing is for models that write text, and not for task {parts.task}; leave it out")
     rows = [row for part in parts.train for row in part.rows]
     labels = dict(Counter(row.label for row in rows if isinstance(row, Labelled)).most_common())
     if tokenizer is None:
@@ -93,13 +95,10 @@ def preview(settings: DataSettings, tokenizer: Any = None, task: str = "auto", s
         return Preview(parts.task, parts.train, shares, lengths, "characters", shown[:samples], labels=labels)
     if settings.chat_template is not None:
         use_template(tokenizer, settings.chat_template)
-    if parts.task == "classification":
-        ids = tokenize([row.texts for row in rows], tokenizer, sys.maxsize).rows
-        lengths = sorted_lengths([len(row["input_ids"]) for row in ids], len(rows), list(labels))
+    if parts.task != "text":
+        lengths = sorted_lengths(*measured(parts.task, rows, tokenizer), list(labels))
         shown, shares = [pieces_of(row) for row in rows[:samples]], exact_shares(parts.train)
         return Preview(parts.task, parts.train, shares, lengths, "tokens", shown, labels=labels)
-    if parts.task != "text":
-        raise ConfigError(f"rows for task {parts.task} are shown without a model; leave --model out")
     prepared = prepare(parts.train, replace(settings, max_length=sys.maxsize, too_long="error"), tokenizer)
     examples = mixed(parts.train, prepared, seed=0)
     lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from slimtune.data.batches import Objective, token_loss
 from slimtune.data.encode import IGNORED, Encoded, Limit
 from slimtune.data.labelled import longest_input
-from slimtune.data.lesson import Lesson, epoch_of
+from slimtune.data.lesson import EpochData, Lesson, epoch_of
 from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Conversation, Pair
 from slimtune.data.settings import DataSettings
@@ -56,15 +56,18 @@ def encode_pair(row: Pair, tokenizer: Any) -> EncodedPair:
     return EncodedPair(list(ids), [*labels, *ends])
 
 
-@dataclass(frozen=True)
-class Completions:
-    """Prompts whose completions are learned by a model with an encoder and a decoder."""
+def refuse_conversations(rows: Sequence[Any], name: str) -> None:
+    """Raises: DataError, for prompts of several messages."""
+    if any(isinstance(row, Conversation) for row in rows):
+        raise DataError(
+            f"{name} has prompts that are lists of messages, and an encoder reads one text; write prompt and "
+            "completion as texts"
+        )
 
-    source: str
-    rows: list[Pair]
-    held_out: list[Pair]
-    max_length: int
-    too_long: str
+
+@dataclass(frozen=True)
+class Completions(EpochData):
+    """Prompts whose completions are learned by a model with an encoder and a decoder."""
 
     task = "seq2seq"
     task_type = "SEQ_2_SEQ_LM"
@@ -73,18 +76,12 @@ class Completions:
     def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Completions:
         """The pairs of all sources; raises DataError for conversations of several turns, ConfigError for packing."""
         rows, held_out = epoch_of(parts, settings, seed)
-        if any(isinstance(row, Conversation) for row in rows + held_out):
-            raise DataError(
-                f"{sources_of(parts.train)} has prompts that are lists of messages, and an encoder reads one text; "
-                "write prompt and completion as texts"
-            )
+        refuse_conversations(rows + held_out, sources_of(parts.train))
         return cls(sources_of(parts.train), rows, held_out, settings.max_length, settings.too_long)
 
-    def load(
-        self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
-    ) -> tuple[Any, Any]:
+    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model with an encoder and a decoder, and its tokenizer."""
-        return load_seq2seq(source, dtype, device, trust_remote_code, quantize)
+        return load_seq2seq(source, *how, **options)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids, shown with what is learned of them; raises DataError."""
@@ -102,14 +99,8 @@ class Completions:
         first = examples[0]
         behind = [IGNORED] * len(first.input_ids)
         show_preview(screen, tokenizer, Encoded(first.input_ids + first.labels, behind + first.labels))
-        facts = {
-            "source": self.source,
-            "examples": len(examples),
-            "held out": len(held_out),
-            "tokens": f"{read + learned:,}",
-            "learned": f"{learned / (read + learned):.0%}",
-            "maximum length": limit,
-        }
+        share = f"{learned / (read + learned):.0%}"
+        facts = self.facts(len(examples), len(held_out), read + learned, limit, learned=share)
         objective = Objective(DataCollatorForSeq2Seq(tokenizer, model=model), token_loss)
         return Lesson(*([vars(e) for e in part] for part in (examples, held_out)), facts, objective)  # type: ignore[misc]
 

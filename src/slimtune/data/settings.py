@@ -22,6 +22,7 @@ class Source:
         weight: the share of an epoch that is drawn from here; all sources have one, or none has.
         split: of a folder or a data set; train unless told.
         subset: the configuration of a data set on the Hub.
+        revision: of a data set on the Hub: a branch, a tag or a commit; main unless told.
         fields: names of the format's columns, and what they are called here.
     """
 
@@ -30,6 +31,7 @@ class Source:
     weight: float | None = None
     split: str | None = None
     subset: str | None = None
+    revision: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.data.settings import Source
+from slimtune.data.unpacking import PACKED, is_packed, kind_of, opened
 from slimtune.errors import DataError, MissingDependencyError, did_you_mean, listing
 
 Record = tuple[dict[str, Any], str]
@@ -33,9 +34,9 @@ def files_of(source: Source) -> list[Path]:
     path = Path(source.path)
     if path.is_dir():
         return _files_in(path, source.split)
-    if path.exists() or path.suffix.lower() in READERS or not _is_hub_id(source.path):
-        if source.split or source.subset:
-            raise DataError(f"{path} is a file, and a file has no split or subset; leave them out")
+    if path.exists() or kind_of(path) in READERS or not _is_hub_id(source.path):
+        if source.split or source.subset or source.revision:
+            raise DataError(f"{path} is a file, and a file has no split, subset or revision; leave them out")
         return [path]
     return []
 
@@ -65,11 +66,13 @@ def _opened(source: Source, streaming: bool) -> Iterator[Record]:
 
 
 def _reader_of(path: Path) -> Callable[[Path], Iterator[Record]]:
-    suffix = path.suffix.lower()
+    suffix = kind_of(path)
     if suffix and suffix not in READERS and not path.is_file():
         _refuse_missing(path)
     if suffix and suffix not in READERS:
-        raise DataError(f"{path} ends in {suffix}, but data is read from {listing(READERS, 12)}; convert or rename it")
+        raise DataError(f"{path} ends in {suffix}{PACKED * is_packed(path)}, but {_known()}; convert or rename it")
+    if is_packed(path) and READERS.get(suffix) is _parquet:
+        raise DataError(f"{path} is packed twice: {suffix[1:]} packs what it holds itself; unpack it with gunzip")
     return READERS.get(suffix, _lines)
 
 
@@ -113,7 +116,7 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if kind_of(path) == ".tsv" else ","
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path) as file:
         lines = (_decoded(line, f"{path}, line {number}") for number, line in enumerate(file, 1))
@@ -176,7 +179,7 @@ def _files_in(folder: Path, split: str | None) -> list[Path]:
     if wanted not in splits:
         near = did_you_mean(wanted, splits)
         raise DataError(f"the folder {folder} has no split '{wanted}'; its files are of {listing(splits)}{near}")
-    files = [file for file in splits[wanted] if file.suffix.lower() in READERS]
+    files = [file for file in splits[wanted] if kind_of(file) in READERS]
     if not files:
         raise DataError(f"the folder {folder} holds no data file of split {wanted}; {_known()}")
     return [folder / file.relative_to(folder.resolve()) for file in files]
@@ -200,7 +203,11 @@ def _split_of(found: Any, source: Source) -> Any:
 
 def _from_hub(source: Source, streaming: bool) -> Iterator[Record]:
     split = source.split or "train"
-    load = lambda datasets: datasets.load_dataset(source.path, source.subset, split=split, streaming=streaming)  # noqa: E731
+
+    def load(datasets: Any) -> Any:
+        how = {"split": split, "streaming": streaming, "revision": source.revision}
+        return datasets.load_dataset(source.path, source.subset, **how)
+
     yield from _from_datasets(f"{source.path} ({split})", load)
 
 
@@ -263,12 +270,12 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _known() -> str:
-    return f"data is read from {listing(READERS, 12)}"
+    return f"data is read from {listing(READERS, 12)}, text also packed as .gz"
 
 
 def _open(path: Path) -> Any:
     try:
-        return path.open("rb")
+        return opened(path)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             _refuse_missing(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.data.batches import Objective, token_loss
 from slimtune.data.labelled import longest_input
-from slimtune.data.lesson import Lesson, epoch_of
+from slimtune.data.lesson import EpochData, Lesson, epoch_of
 from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Tagged
 from slimtune.data.settings import DataSettings
@@ -23,15 +23,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tags:
+class Tags(EpochData):
     """Texts as words, each of which has a tag."""
 
-    source: str
     tags: list[str]
-    rows: list[Tagged]
-    held_out: list[Tagged]
-    max_length: int
-    too_long: str
 
     task = "token-classification"
     task_type = "TOKEN_CLS"
@@ -45,13 +40,11 @@ class Tags:
         if unknown:
             there, here = sources_of(parts.held_out), sources_of(parts.train)
             raise DataError(f"{there} has tags that {here} hasn't: {listing(unknown)}; correct them")
-        return cls(sources_of(parts.train), tags, rows, held_out, settings.max_length, settings.too_long)
+        return cls(sources_of(parts.train), rows, held_out, settings.max_length, settings.too_long, tags)
 
-    def load(
-        self, source: str, dtype: str, device: str, trust_remote_code: bool, quantize: str | None = None
-    ) -> tuple[Any, Any]:
+    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model with a head for the tags, and its tokenizer."""
-        return load_tagger(source, self.tags, dtype, device, trust_remote_code, quantize)
+        return load_tagger(source, self.tags, *how, **options)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids with the tags at the first token of each word; raises DataError."""
@@ -64,14 +57,7 @@ class Tags:
             there = align([row.tokens for row in self.held_out], tokenizer, limit, self.too_long)
         true = [self.held_out[i].tags for i in there.kept]
         self._show(screen, learned, len(true), limit)
-        facts = {
-            "source": self.source,
-            "examples": len(learned.texts),
-            "held out": len(true),
-            "tags": self.tags,
-            "tokens": f"{learned.tokens:,}",
-            "maximum length": limit,
-        }
+        facts = self.facts(len(learned.texts), len(true), learned.tokens, limit, tags=self.tags)
 
         def judge(model: Any) -> dict[str, float]:
             return tag_scores(tag(model, tokenizer, there.texts), true) if true else {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from slimtune.errors import ConfigError, DataError, listing
 from slimtune.evaluate.result import Evaluation, Scored, summarised
 from slimtune.evaluate.scorers import CHOICE
-from slimtune.loading import is_adapter, resolve
+from slimtune.loading import folder_of, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,11 +120,11 @@ def _has_head(source: str, task_type: str, architecture: str) -> bool:
     if is_adapter(source):
         from slimtune import PeftConfig
 
-        return PeftConfig.from_pretrained(source).task_type == task_type
+        return PeftConfig.from_pretrained(folder_of(source)).task_type == task_type
     from transformers import AutoConfig
 
     try:
-        named = AutoConfig.from_pretrained(resolve(source)).architectures or []
+        named = AutoConfig.from_pretrained(folder_of(source, weights=False)).architectures or []
     except (OSError, ValueError):
         # What can't be read is told when the model is loaded.
         return False

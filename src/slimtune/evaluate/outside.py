@@ -19,6 +19,7 @@ from pathlib import Path
 from slimtune.data.reading import read_rows
 from slimtune.data.rows import Document, Pair
 from slimtune.data.sources import READERS, text_of
+from slimtune.data.unpacking import kind_of
 from slimtune.errors import ConfigError, DataError, did_you_mean
 from slimtune.evaluate.language_loss import Text
 
@@ -51,7 +52,7 @@ def read_texts(path: Path) -> list[Text]:
     Raises:
         DataError: with the line at fault.
     """
-    if path.suffix.lower() == ".txt" or path.suffix.lower() not in READERS:
+    if kind_of(path) == ".txt" or kind_of(path) not in READERS:
         return paragraphs(text_of(path), str(path))
     return [row.text if isinstance(row, Document) else row for row in read_rows(path)]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, ModelNotFoundError
-from slimtune.loading import base_of, is_adapter, load, load_base
+from slimtune.hub import at_revision
+from slimtune.loading import base_of, folder_of, is_adapter, load, load_base
 
 if TYPE_CHECKING:
     from slimtune.quantized.settings import Quantize
@@ -57,7 +58,7 @@ class Tuned:
             from slimtune import PeftModel
 
             model, tokenizer = load_base(self.source, self.base, *self._how)
-            model = PeftModel.from_pretrained(model, self.source, adapter_name)
+            model = PeftModel.from_pretrained(model, folder_of(self.source), adapter_name)
         if tokenizer is None:
             raise ModelNotFoundError(f"{self.source} has no tokenizer; save the tokenizer into the folder of the model")
         return model.eval(), tokenizer
@@ -78,7 +79,8 @@ def _named_base(folder: Path) -> str | None:
         import yaml
 
         try:
-            return str(yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["name"])
+            model = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
+            return at_revision(str(model["name"]), model.get("revision"))
         except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{recipe} doesn't name the model that was tuned ({error}); pass --base") from error
     if card.is_file():

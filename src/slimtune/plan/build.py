@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slimtune.auto import BY_TASK
 from slimtune.errors import ConfigError, ModelNotFoundError
-from slimtune.loading import PACKAGED, is_adapter, resolve
+from slimtune.loading import PACKAGED, folder_of, is_adapter
 from slimtune.ops import cross_entropy
 from slimtune.plan.setting import Setting
 
@@ -47,7 +47,7 @@ def config_of(source: Any, trust_remote_code: bool = False) -> Any:
     if is_adapter(source):
         raise ConfigError(f"{source} is an adapter; plan with its base")
     has_config = (Path(source) / "config.json").is_file()
-    folder = source if has_config and source not in PACKAGED else resolve(source)
+    folder = source if has_config and source not in PACKAGED else folder_of(source, weights=False)
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

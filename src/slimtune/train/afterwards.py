@@ -59,7 +59,7 @@ def measure_forgetting(screen: Console, recipe: Recipe) -> None:
 
     model = recipe.model
     how = {"device": model.device, "trust_remote_code": model.trust_remote_code, "quantize": model.quantize}
-    tuned = Tuned.find(recipe.output, model.name, dtype=model.dtype, **how)
+    tuned = Tuned.find(recipe.output, model.source, dtype=model.dtype, **how)
     found = measure(tuned, texts())
     (Path(recipe.output) / FORGETTING).write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
     screen.print(

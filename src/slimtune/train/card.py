@@ -8,6 +8,7 @@ from typing import Any
 
 from slimtune.auto import BY_TASK
 from slimtune.engines import UNKNOWN_TO_PEFT
+from slimtune.hub import at_revision
 from slimtune.loading import PACKAGED
 from slimtune.train.figures import versions
 from slimtune.train.run import Outcome
@@ -35,6 +36,8 @@ class Card:
     outcome: Outcome
     quantize: str | None = None
     """As what the base was quantized while it was loaded."""
+    revision: str | None = None
+    """Of the base on the Hub, where another than main was asked for."""
 
     def write(self, folder: Path) -> None:
         """Write README.md into `folder`."""
@@ -44,7 +47,8 @@ class Card:
         """The card as Markdown with the metadata that the Hub reads."""
         sections = [
             self._front_matter(),
-            f"# {self.name}\n\n{'An adapter for' if self.is_adapter else 'A full fine-tune of'} `{self.base}`.",
+            f"# {self.name}\n\n{'An adapter for' if self.is_adapter else 'A full fine-tune of'} `{self.base}`"
+            + (f" at revision `{self.revision}`." if self.revision else "."),
             "## How to load it\n\n" + self._loading(),
             "## Method\n\n" + _table(self.method),
             "## Data\n\n" + _table(self.data),
@@ -98,7 +102,7 @@ class Card:
             )
         quantize = f', quantize="{self.quantize}"' if self.quantize else ""
         ours = _python("import slimtune\n", f'model, tokenizer = slimtune.load("path/to/this/folder"{quantize})')
-        use = use_of(self.task_type, "path/to/this/folder", self.base)
+        use = use_of(self.task_type, "path/to/this/folder", at_revision(self.base, self.revision))
         use += f" --quantize {self.quantize}" if self.quantize else ""
         text = f"With slimtune, on the command line:\n\n```shell\n{use}\n```\n\nor in Python:\n\n"
         return (
@@ -113,6 +117,7 @@ class Card:
         names += ", BitsAndBytesConfig" if self.quantize else ""
         head = ['config = AutoConfig.from_pretrained("path/to/this/folder")'] if self.has_head else []
         base = f'resolve("{self.base}")' if is_packaged else f'"{self.base}"'
+        revision = f', revision="{self.revision}"' if self.revision else ""
         return _python(
             f"from transformers import {names}",
             f"from {library} import PeftModel",
@@ -120,7 +125,7 @@ class Card:
             "",
             *head,
             *([f"quantization = {_as_bitsandbytes(self.quantize)}"] if self.quantize else []),
-            f"model = {auto}.from_pretrained({base}{', config=config' if head else ''}"
+            f"model = {auto}.from_pretrained({base}{', config=config' if head else ''}{revision}"
             f"{', quantization_config=quantization' if self.quantize else ''})",
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',

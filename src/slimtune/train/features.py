@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def train_on_features(screen: Console, recipe: Recipe, data: Data, overwrite: bool) -> Outcome:
     """Train and write a classifier, say how good it is and give that back; raises SlimtuneError."""
-    source = recipe.model.name
+    source = recipe.model.source
     Memory.watch()
     if not isinstance(data, Classes):
         raise ConfigError("--method features trains a classifier; give rows with text and label")

@@ -87,6 +87,7 @@ class Figures:
         outcome = asdict(self.outcome) | {"tokens_per_second": self.outcome.tokens_per_second}
         return {
             "base": self.recipe.model.name,
+            "revision": self.recipe.model.revision,
             "method": self.recipe.method.name,
             "task_type": self.task_type,
             "quantize": self.recipe.model.quantize,

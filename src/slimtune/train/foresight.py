@@ -55,15 +55,15 @@ def planned(recipe: Recipe, task_type: str, in_full: bool = False) -> tuple[Memo
     place = pick_device(model.device).partition(":")[0]
     where = find("cpu") if place == "cpu" else this_device()
     setting = _setting(recipe, task_type, place)
-    name, trust = model.name, model.trust_remote_code
-    return foresee(name, recipe.method.name, recipe.data, setting, where, trust, in_full), where
+    trust = model.trust_remote_code
+    return foresee(model.source, recipe.method.name, recipe.data, setting, where, trust, in_full), where
 
 
 def _setting(recipe: Recipe, task_type: str, place: str) -> Setting:
     model, training = recipe.model, recipe.training
     dtype = model.dtype
     if dtype == "auto":
-        dtype = str(getattr(read_config(model.name), "dtype", None) or "float32").removeprefix("torch.")
+        dtype = str(getattr(read_config(model.source), "dtype", None) or "float32").removeprefix("torch.")
     is_full = recipe.method.name == FULL
     config = None if is_full else recipe.method.config()
     if config is not None:

@@ -11,12 +11,15 @@ from slimtune.data.tasks import Data, read
 from slimtune.delta import dtypes_of
 from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import shown
-from slimtune.loading import is_adapter, native_dtype, pick_device, resolve
+from slimtune.hub import parted
+from slimtune.loading import folder_of, is_adapter, native_dtype, pick_device
 from slimtune.quantized.report import parts
 from slimtune.staging import staged
 from slimtune.train.afterwards import ask, held_out_questions, measure_forgetting
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
+from slimtune.train.devices import check_device
+from slimtune.train.eva_start import start_by_eva
 from slimtune.train.features import train_on_features
 from slimtune.train.figures import Memory
 from slimtune.train.foresight import PLANNED, refuse_what_does_not_fit, unplanned
@@ -49,7 +52,7 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
     held_out_questions(recipe, data)
     if recipe.method.name == FEATURES:
         return train_on_features(screen, recipe, data, overwrite)
-    check_runs(recipe.training.optim, pick_device(recipe.model.device).partition(":")[0])
+    check_runs(recipe.training.optim, check_device(pick_device(recipe.model.device)))
     if plans and data.task in PLANNED:
         refuse_what_does_not_fit(screen, recipe, data.task_type)
     elif plans:
@@ -69,16 +72,16 @@ def load_for(recipe: Recipe, data: Data) -> tuple[Any, Any, bool]:
     from transformers import set_seed
 
     model, seed = recipe.model, recipe.training.seed
-    if is_adapter(model.name):
+    if is_adapter(model.source):
         raise ConfigError(f"{model.name} is an adapter already; train its base, or merge it first with slimtune merge")
     # A new head is drawn while the model is loaded.
     set_seed(seed)
     if recipe.method.name != FULL:
         how = (model.dtype, model.device, model.trust_remote_code, model.quantize)
-        loaded, tokenizer = data.load(model.name, *how)
+        loaded, tokenizer = data.load(model.source, *how)
         return adopt(loaded, recipe.method.config(), seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
-    loaded, tokenizer = data.load(model.name, "float32", model.device, model.trust_remote_code)
+    loaded, tokenizer = data.load(model.source, "float32", model.device, model.trust_remote_code)
     loaded.requires_grad_(True)
     return loaded, tokenizer, (native_dtype() if model.dtype == "auto" else model.dtype) == "bfloat16"
 
@@ -95,7 +98,8 @@ def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> A
     if name is None:
         return get_peft_model(model, config)
     # A prompt that begins as a text reads the tokenizer while it attaches; a packaged name holds on every machine.
-    config.tokenizer_name_or_path = resolve(name)
+    base = model.name_or_path
+    config.tokenizer_name_or_path = folder_of(base if name == parted(base)[0] else name, weights=False)
     model = get_peft_model(model, config)
     config.tokenizer_name_or_path = name
     return model
@@ -116,11 +120,12 @@ def tune(
     Args:
         resume: go on with the run that was broken off before it could write its output.
     """
-    base, output = model.name_or_path, Path(recipe.output)
+    base, output = parted(model.name_or_path)[0], Path(recipe.output)
     trainable(model)
     show_trained(screen, model)
     lesson = data.lesson(screen, model, tokenizer)
     with run_folder(output, recipe.to_dict(), overwrite, resume) as place:
+        start_by_eva(model, tokenizer, lesson, recipe.training, place.path, screen.print)
         outcome = _train_or_rescue(screen, model, tokenizer, lesson, recipe, place.path, autocast, resume)
         if autocast:
             import torch
@@ -131,7 +136,9 @@ def tune(
         outcome = replace(outcome, scores=outcome.scores | lesson.judge(model) | asked)
         method = table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line}
         facts, stored = lesson.facts | lesson.after(), recipe.model.quantize
-        card = Card(output.name, base, data.task_type, method, facts, recipe.training, outcome, stored)
+        card = Card(
+            output.name, base, data.task_type, method, facts, recipe.training, outcome, stored, recipe.model.revision
+        )
         with staged(output, place.overwrite) as folder:
             place.hand_over(folder)
             write_results(folder, model, tokenizer, recipe, card, evaluation)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 
 from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
@@ -34,6 +35,11 @@ def check_recipe(recipe: Recipe, task: str) -> None:
     if recipe.task == "auto":
         can = "dpo, orpo or kto" if task == "dpo" else task
         raise ConfigError(f"{recipe.data.train[0].path} can be learned from in several ways; say which: task={can}")
+    if str(recipe.method.fields.get("init_lora_weights")).lower() == "eva":
+        raise ConfigError(
+            f"EVA starts from texts and their answers, of which task {task} has others; choose another start with "
+            "method.init_lora_weights"
+        )
     if recipe.training.samples:
         raise ConfigError(f"training.samples would change nothing with task {task}; leave it out")
     check(task, recipe.preferences)
@@ -183,6 +189,10 @@ def _watched(trainer: Any) -> type:
                 if name in inputs:
                     self.state.num_input_tokens_seen += int(inputs[name].sum())
             return super().training_step(model, inputs, *args, **kwargs)
+
+        def items_of(self, inputs: Any) -> torch.Tensor:
+            # TRL's losses are means over the rows of a batch.
+            return torch.tensor(find_batch_size(inputs) or len(inputs))
 
     return Watched
 

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.evaluate.settings import EvaluationSettings
-from slimtune.loading import DTYPES
+from slimtune.hub import at_revision, is_id, parted
+from slimtune.loading import DTYPES, PACKAGED
 from slimtune.quantized.settings import settings_of
 from slimtune.train.method import FEATURES, FULL, Method, configure, find, plain_fields
 from slimtune.train.preference_settings import PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
@@ -34,7 +35,8 @@ class ModelSettings:
     """The base that is tuned; raises ConfigError for values that can't be.
 
     Attributes:
-        name: a folder, a Hub id or a packaged name.
+        name: a folder, a Hub id or a packaged name; an id may have its revision behind it, organisation/name@revision.
+        revision: of a Hub id: a branch, a tag or a commit; main unless told.
         dtype: auto (as stored), bfloat16, float16 or float32.
         device: auto, cpu, cuda, cuda:1, ...
         quantize: as what weights are held that are read in full: nf4, fp4, int8, int8-torchao or int4-torchao.
@@ -42,15 +44,28 @@ class ModelSettings:
     """
 
     name: str
+    revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     quantize: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        name, behind = parted(self.name)
+        if behind is not None and self.revision not in (None, behind):
+            raise ConfigError(f"name says revision {behind}, and revision says {self.revision}; give one of them")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "revision", self.revision or behind)
+        if self.revision is not None and (name in PACKAGED or Path(name).exists() or not is_id(name)):
+            raise ConfigError(f"revision would change nothing: {name} is not of the Hub; leave it out")
         check_choice("dtype", self.dtype, DTYPES)
         if self.quantize is not None:
             settings_of(self.quantize)
+
+    @property
+    def source(self) -> str:
+        """What is loaded, by the name that it has everywhere: with its revision behind it."""
+        return at_revision(self.name, self.revision)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 from slimtune import get_peft_model
 from slimtune.data.tasks import Data, read
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
-from slimtune.loading import is_adapter, load_tokenizer, pick_device, resolve
+from slimtune.loading import is_adapter, load_tokenizer, pick_device
 from slimtune.plan.ask import read_config
 from slimtune.plan.build import build
 from slimtune.plan.setting import Setting
 from slimtune.staging import refuse_existing
 from slimtune.train.afterwards import held_out_questions
+from slimtune.train.devices import check_device
 from slimtune.train.foresight import PLANNED, planned, unplanned
 from slimtune.train.method import FEATURES
 from slimtune.train.optimizer import check_runs
@@ -67,12 +68,12 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
     except OutputExistsError as error:
         found.notes.append(str(error))
     with found.noting():
-        device = pick_device(model.device).partition(":")[0]
+        device = check_device(pick_device(model.device))
         if recipe.method.name != FEATURES:
             check_runs(recipe.training.optim, device)
             check_installed(recipe.training.trackers)
     with found.noting():
-        if is_adapter(model.name):
+        if is_adapter(model.source):
             raise ConfigError(f"{model.name} is an adapter already; train its base, or merge it first")
         # Whether examples that share a row see each other can't be tried without weights.
         data = read(replace(recipe.data, packing=False), recipe.task, recipe.training.seed)
@@ -90,9 +91,9 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
 
 def _encoded(recipe: Recipe, data: Data, screen: Console) -> dict[str, Any]:
     """What the data comes to, encoded for a model that is there in shape only."""
-    name, trusts = recipe.model.name, recipe.model.trust_remote_code
+    name, trusts = recipe.model.source, recipe.model.trust_remote_code
     config = read_config(name, trusts)
-    tokenizer = load_tokenizer(resolve(name), trusts)
+    tokenizer = load_tokenizer(name, trusts)
     return data.lesson(screen, _shape(config, data), tokenizer).facts
 
 
@@ -104,7 +105,7 @@ def _shape(config: Any, data: Data) -> Any:
 def _attach(recipe: Recipe, data: Data) -> None:
     """See that the method finds its targets; raises ConfigError, TargetError."""
     if recipe.method.method.is_adapter:
-        config = read_config(recipe.model.name, recipe.model.trust_remote_code)
+        config = read_config(recipe.model.source, recipe.model.trust_remote_code)
         with torch.device("meta"):
             get_peft_model(_shape(config, data), recipe.method.config())
 

@@ -21,6 +21,7 @@ from slimtune.train.arguments import arguments, check, identity
 from slimtune.train.best import Best
 from slimtune.train.checkpoint import LOGS, Checkpoint, last_whole
 from slimtune.train.checks import DivergedError, EachDeltaLearns, LastGood
+from slimtune.train.devices import check_device, keep_to_one
 from slimtune.train.interrupt import InterruptedRunError, StopOnSignal
 from slimtune.train.keep import TRAINER_STATE, Keeper
 from slimtune.train.method import FullTuning
@@ -85,7 +86,8 @@ def fine_tune(
         OutputExistsError: a run was begun in `folder`, and `resume` is off.
         ConfigError, MissingDependencyError: settings that can't run here, or aren't those of the checkpoint.
     """
-    check(settings, model.device.type, eval_examples)
+    device = check_device(str(model.device))
+    check(settings, device, eval_examples)
     kind = kind or supervised(objective or Objective(PadRight(pad_id_of(tokenizer))))
     rate = settings.learning_rate or own_rate(model) * kind.share_of_rate
 
@@ -100,9 +102,10 @@ def fine_tune(
         [Samples(eval_examples, settings.samples, tokenizer, folder / LOGS[1], console)] if settings.samples else []
     )
     with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing), kind.keeping(model):
+        args = arguments(kind, settings, rate, device, folder, examples, bool(eval_examples), autocast)
         trainer = kind.trainer(
             model=model,
-            args=arguments(kind, settings, rate, model.device.type, folder, examples, bool(eval_examples), autocast),
+            args=keep_to_one(args, say),
             train_dataset=examples,
             eval_dataset=eval_examples or None,
             last_good=LastGood(model, has_copy=is_adopted(model)),
@@ -113,7 +116,7 @@ def fine_tune(
             callbacks=[
                 EachDeltaLearns(model, lambda what: say(f"warning: {what}")),
                 LossFile(folder / LOGS[0]),
-                SameAsBefore(keeper.seen_before, 0.0 if model.device.type == "cpu" else 1e-3, say),
+                SameAsBefore(keeper.seen_before, 0.0 if device == "cpu" else 1e-3, say),
                 bar,
                 *samples,
                 best,

@@ -17,6 +17,7 @@ from slimtune.data.batches import Objective, count_packed
 from slimtune.storage.tree import read_tree
 from slimtune.train.allocation import RankAllocation, with_penalty
 from slimtune.train.checks import LastGood
+from slimtune.train.held_out import HeldOutMean
 from slimtune.train.keep import TRAINING, WEIGHTS, Keeper
 from slimtune.train.lora_plus import lora_plus_groups
 from slimtune.train.state import restore_random_state, restore_weights
@@ -62,7 +63,7 @@ class Kept:
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
 
-class AnswerTrainer(Kept, Trainer):
+class AnswerTrainer(Kept, HeldOutMean, Trainer):
     """Stops with TrainingError at the first loss that is not a number, with the last good weights put back.
 
     Args:

@@ -22,7 +22,7 @@ from slimtune.train.importing.rules import (
     taken,
     to,
 )
-from slimtune.train.importing.trainer_keys import OPTIMIZER, SCHEDULER, SEED, TRAINER_KEYS, keep_best
+from slimtune.train.importing.trainer_keys import OPTIMIZER, REVISION, SCHEDULER, SEED, TRAINER_KEYS, keep_best
 
 NAME, MODEL = "Axolotl", "base_model"
 
@@ -63,7 +63,7 @@ RULES: dict[str, Rule] = TRAINER_KEYS | {
     "wandb_project": Rule("training.report_to", lambda project: "wandb"),
     "use_wandb": Rule("training.report_to", lambda on: "wandb" if on else "none"),
     "use_tensorboard": Rule("training.report_to", lambda on: "tensorboard" if on else "none"),
-    "revision_of_model": refused("the newest revision is taken; download this one and name its folder", "main"),
+    "revision_of_model": REVISION,
     "base_model_config": refused("the model's own config.json holds"),
     "tokenizer_config": refused("the model's own tokenizer is used"),
     "overrides_of_model_config": refused("the model's own config.json holds"),

@@ -7,13 +7,23 @@ from typing import Any
 
 from slimtune.errors import ConfigError, listing
 from slimtune.train.importing.rules import Imported, taken, with_fields
-from slimtune.train.importing.trainer_keys import hold_out
+from slimtune.train.importing.trainer_keys import REVISION, hold_out
 
 LOADERS = ("json", "csv", "parquet", "text", "arrow")
 """Of `datasets`: with one of them as the path, data_files are the data."""
 IDLE = ("ds_type", "conversation", "chat_template", "trust_remote_code", "train_on_eot", "preprocess_shards")
-READ = ("path", "name", "type", "split", "data_files", "field", "field_messages", "message_property_mappings")
-AS_HERE = {"roles_to_train": (["assistant"], ["gpt", "assistant"]), "train_on_eos": ("turn",), "revision": ("main",)}
+READ = (
+    "path",
+    "name",
+    "type",
+    "split",
+    "revision",
+    "data_files",
+    "field",
+    "field_messages",
+    "message_property_mappings",
+)
+AS_HERE = {"roles_to_train": (["assistant"], ["gpt", "assistant"]), "train_on_eos": ("turn",)}
 """What a data set may say of itself that is so here."""
 OPENAI = {"role": "role", "content": "content"}
 SHARE_GPT = {"role": "from", "content": "value"}
@@ -79,7 +89,9 @@ def _sources(entry: Mapping[str, Any], found: Imported) -> list[dict[str, Any]]:
     shape = _format(entry, path, found)
     if files:
         return [{"path": str(file)} | shape for file in files]
-    place = {key: entry[theirs] for key, theirs in (("subset", "name"), ("split", "split")) if entry.get(theirs)}
+    revision = REVISION.read(entry.get("revision"))
+    place = {"subset": entry.get("name"), "split": entry.get("split"), "revision": revision}
+    place = {key: value for key, value in place.items() if value}
     return [{"path": path} | place | shape]
 
 

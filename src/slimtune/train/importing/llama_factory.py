@@ -23,7 +23,7 @@ from slimtune.train.importing.rules import (
     taken,
     to,
 )
-from slimtune.train.importing.trainer_keys import OPTIMIZER, SCHEDULER, SEED, TRAINER_KEYS, keep_best
+from slimtune.train.importing.trainer_keys import OPTIMIZER, REVISION, SCHEDULER, SEED, TRAINER_KEYS, keep_best
 
 NAME, MODEL = "LLaMA-Factory", "model_name_or_path"
 
@@ -50,7 +50,7 @@ RULES: dict[str, Rule] = TRAINER_KEYS | {
     "kto_chosen_weight": to("preferences.desirable_weight"),
     "kto_rejected_weight": to("preferences.undesirable_weight"),
     "do_train": refused("this file doesn't train", True),
-    "model_revision": refused("the newest revision is taken; download this one and name its folder", "main"),
+    "model_revision": REVISION,
     "adapter_name_or_path": refused("training begins with a new adapter; merge this one first, and tune the result"),
     "adapter_folder": refused("training begins with a new adapter"),
     "train_on_prompt": refused("only answers are learned; plain text learns everything"),

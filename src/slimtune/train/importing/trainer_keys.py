@@ -11,6 +11,7 @@ from slimtune.train.settings import SCHEDULERS
 
 OPTIMIZER = one_of({name: name for name in OPTIMIZERS} | {"adamw_hf": "adamw_torch"}, "optimizer")
 SCHEDULER = one_of(SCHEDULERS, "schedule")
+REVISION = to("model.revision", lambda revision: None if revision == "main" else revision)
 SEED = 42
 """The default of both."""
 

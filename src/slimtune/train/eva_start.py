@@ -1,0 +1,62 @@
+"""An adapter that starts by EVA, started from the very examples that are to be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from slimtune import initialize_lora_eva_weights
+from slimtune.adapter import attached
+from slimtune.data.batches import PadRight
+from slimtune.data.lesson import Lesson
+from slimtune.evaluate.generation import pad_id_of
+from slimtune.methods.lora_deltas import LoraLinear
+from slimtune.storage.tree import read_tree
+from slimtune.train.checkpoint import Checkpoint, last_whole
+from slimtune.train.keep import WEIGHTS
+from slimtune.train.settings import TrainSettings
+
+ADAPTER = "default"
+
+
+def start_by_eva(
+    model: Any, tokenizer: Any, lesson: Lesson, settings: TrainSettings, run: Path, say: Callable[[str], None]
+) -> None:
+    """Move ranks and directions to where EVA finds them; a model whose adapter starts otherwise stays as it is.
+
+    Args:
+        run: the folder of the run; one that was broken off goes on with the ranks that its checkpoint has.
+
+    Raises:
+        ConfigError: too little data.
+    """
+    config = getattr(model, "peft_config", {}).get(ADAPTER)
+    if getattr(config, "initialisation", None) != "eva":
+        return
+    found = last_whole(run)
+    if found is not None:
+        initialize_lora_eva_weights(model, eva_state_dict=_directions_in(found, model))
+        return
+    collate: Any = lesson.objective.collate if lesson.objective else PadRight(pad_id_of(tokenizer))
+    in_order = isinstance(lesson.examples, IterableDataset)
+    draw = torch.Generator().manual_seed(settings.seed)
+    batches = DataLoader(lesson.examples, settings.batch_size, shuffle=not in_order, generator=draw, collate_fn=collate)
+    initialize_lora_eva_weights(model, batches)
+    ranks = [delta.trained[0].shape[0] for _, delta in attached(model, ADAPTER) if isinstance(delta, LoraLinear)]
+    say(f"started by EVA from the data: ranks from {min(ranks)} to {max(ranks)} in {len(ranks)} layers")
+
+
+def _directions_in(checkpoint: Checkpoint, model: Any) -> dict[str, Tensor]:
+    """The A of each layer as training has left it; of a layer that has lost its rank, none of its rows."""
+    stored = read_tree(checkpoint.path, WEIGHTS)["tensors"]
+    found = {}
+    for site, delta in attached(model, ADAPTER):
+        if isinstance(delta, LoraLinear):
+            name = f"{site.name}.deltas.{ADAPTER}.lora_A"
+            found[site.name] = stored[name] if name in stored else delta.trained[0].detach()[:0]
+    return found
