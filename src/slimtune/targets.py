@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +110,10 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
         places = ("linear",) if targets else config.default_targets
         matched = _by_place(model, modules, names, places, blocks_only=targets is None)
         if not matched:
+            found = listing(_last_names(names)) or "numbers alone"
             raise TargetError(
                 f"{config.peft_type} attaches to {listing(_PLACES.get(place, place) for place in places)}, of which "
-                f"nothing is found in this model; {config.way_out}; there are {listing(_last_names(names))}"
+                f"nothing is found in this model; {config.way_out}; there are {found}"
             )
         matched = _in_layers(matched, layers, pattern)
     elif isinstance(targets, str):
@@ -123,7 +124,7 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
                 f"'{_example(modules)}'{did_you_mean(_last(targets), _last_names(names))}"
             )
     else:
-        matched = _in_layers(_by_names(names, targets, strict), layers, pattern)
+        matched = _in_layers(_by_names(names, targets, strict, modules.keys() - set(names)), layers, pattern)
     inside = "everything" in config.default_targets
     if inside:
         matched = _inside(modules, matched)
@@ -136,10 +137,14 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
     return matched
 
 
-def _by_names(names: list[str], targets: Iterable[str], strict: bool) -> list[str]:
+def _by_names(names: list[str], targets: Iterable[str], strict: bool, saved: Set[str] = frozenset()) -> list[str]:
     matched: dict[str, None] = {}
     for target in sorted(targets):
         hits = [name for name in names if name == target or name.endswith(f".{target}")]
+        if strict and not hits and any(name == target or name.endswith(f".{target}") for name in saved):
+            raise TargetError(
+                f"'{target}' is in target_modules and in modules_to_save, which trains it whole; leave it out of one"
+            )
         if strict and not hits:
             raise TargetError(
                 f"target_modules names '{target}', which no module is called"

@@ -57,6 +57,7 @@ TARGETS: dict[str, tuple[Specimen, dict[str, Any], list[str]]] = {
         {"target_modules": ["q_proj"], "alpha_pattern": {"q_porj": 2}},
         ["alpha_pattern", "q_porj", "q_proj"],
     ),
+    "in-two-places": (LLAMA, {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, ["leave it out of one"]),
     "an-empty-list": (LLAMA, {"target_modules": []}, ["target_modules"]),
     "a-norm": (LLAMA, {"target_modules": ["input_layernorm"]}, ["input_layernorm"]),
     "a-container": (LLAMA, {"target_modules": ["self_attn"]}, ["self_attn"]),
@@ -73,7 +74,7 @@ def test_a_pattern_that_matches_nothing_usable(case: str) -> None:
 
 def test_no_linear_layer_at_all() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
-    with pytest.raises(TargetError):
+    with pytest.raises(TargetError, match=r"there are numbers alone$"):
         slimtune.get_peft_model(model, slimtune.LoraConfig())
 
 

@@ -13,8 +13,10 @@ from bitsandbytes.functional import has_avx512bf16
 from torch import nn
 
 import slimtune
+from kinds import Host
 from quantizers import Quantizer, four_bit, int8
 from slimtune.bases import base_of, claim
+from slimtune.bases.packed import PackedLinear
 from slimtune.quantized import few_tokens
 from tensors import randomize
 from zoo import llama
@@ -98,6 +100,32 @@ def test_under_autocast_and_in_float32(kind: str) -> None:
         y = module(x)
     assert y.dtype == BF16
     assert distance(y.float(), expanded(module, x)) < 2 * BOUND
+
+
+@each_kind
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_dora_expands_the_weight_once_for_its_norm(kind: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind != "int8" and not has_avx512bf16():
+        pytest.skip("the kernel for 4 bits needs AVX512-BF16")
+    config = slimtune.LoraConfig(r=4, use_dora=True, target_modules=["site"])
+    model = randomize(slimtune, slimtune.get_peft_model(Host(layer(kind, bias=bias)), config)).eval()
+    delta, x = model.site.deltas["default"], torch.randn(4, INPUTS, dtype=BF16)
+    weight = base_of(model.site).weight(model.site).float()
+    change = weight + delta.scaling * delta.lora_B @ delta.lora_A
+    wanted = x.float() @ (delta.lora_magnitude_vector / change.norm(dim=1) * change.t())
+    wanted = wanted if model.site.bias is None else wanted + model.site.bias
+    expansions: list[int] = []
+    own = PackedLinear.weight
+
+    def counted(self: Any, module: Any) -> torch.Tensor:
+        expansions.append(1)
+        return own(self, module)
+
+    monkeypatch.setattr(PackedLinear, "weight", counted)
+    for _ in range(3):
+        assert distance(model(x).float(), wanted) < 2 * BOUND
+    assert len(expansions) == 1
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="the kernel for 4 bits needs AVX512-BF16")
