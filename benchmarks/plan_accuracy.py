@@ -1,6 +1,7 @@
 """Planned memory beside what really is live: the same step, simulated and run on the CPU under the same counter.
 
     python -m benchmarks.plan_accuracy          # all methods, bases and models; writes the table into docs/planning.md
+    python -m benchmarks.plan_accuracy --tasks  # tagging, sequences and preferences likewise
     python -m benchmarks.plan_accuracy --rss    # SmolLM2 as a process: its peak above what it was before the model
 
 What a process takes beyond its live tensors is told apart by running it twice: with the C library's allocator as it
@@ -16,8 +17,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from slimtune.errors import ConfigError, TargetError
 from slimtune.plan.build import config_of
 from slimtune.plan.devices import CPU_LIBRARIES_BYTES, this_cpu
 from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.setting import PRECISIONS
 from slimtune.plan.simulate import plan_of, quiet, setting_of
 from slimtune.plan.trace import prepare, trace, train
 
@@ -72,6 +74,7 @@ class Model:
     task_type: str | None
     batch: int = 4
     sequence: int = 48
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 MODELS = {
@@ -81,6 +84,12 @@ MODELS = {
     "T5-like": Model(_t5, "SEQ_2_SEQ_LM"),
     "ViT-like": Model(_vit, None),
     "SmolLM2-135M": Model(functools.partial(config_of, "smollm2-135m-instruct"), "CAUSAL_LM", 1, 64),
+}
+TASKS = {
+    "tagging": Model(_bert, "TOKEN_CLS"),
+    "seq2seq": Model(_t5, "SEQ_2_SEQ_LM", fields={"answer": 16}),
+    **{name: Model(_llama, "CAUSAL_LM", fields={"task": name}) for name in ("dpo", "kto", "orpo")},
+    "grpo": Model(_llama, "CAUSAL_LM", fields={"task": "grpo", "generations": 4, "answer": 24}),
 }
 METHODS: dict[str, Callable[[], Any]] = {
     "full": lambda: None,
@@ -96,7 +105,6 @@ METHODS: dict[str, Callable[[], Any]] = {
     "prompt tuning": lambda: slimtune.PromptTuningConfig(num_virtual_tokens=4),
     "prefix tuning": lambda: slimtune.PrefixTuningConfig(num_virtual_tokens=4),
 }
-BASES = ("dense", "nf4", "int8")
 
 
 @dataclass(frozen=True)
@@ -110,11 +118,11 @@ class Case:
 
     def asked(self) -> tuple[Any, Any]:
         """The configuration of the model and the setting. Raises: ConfigError."""
-        model, method = MODELS[self.model], METHODS[self.method]()
+        model, method = (MODELS | TASKS)[self.model], METHODS[self.method]()
         if method is not None:
             method.task_type = model.task_type
         fields = {"base": self.base, "gradient_checkpointing": self.checkpointing, "device": "cpu"}
-        fields |= {"batch": model.batch, "sequence": model.sequence, "task_type": model.task_type}
+        fields |= {"batch": model.batch, "sequence": model.sequence, "task_type": model.task_type} | model.fields
         return model.config(), setting_of(method, fields)
 
     def run(self, fake: bool) -> MemoryPlan:
@@ -139,17 +147,17 @@ def cases(models: Iterable[str] = MODELS, methods: Iterable[str] = METHODS) -> I
         Case(model, method, base, checkpointing)
         for method in methods
         for model in models
-        for base in BASES
+        for base in PRECISIONS
         for checkpointing in (False, True)
     )
 
 
-def accuracy_table() -> list[str]:
+def accuracy_table(models: Iterable[str] = MODELS, methods: Iterable[str] = METHODS) -> list[str]:
     """Methods by models: the largest error over the bases, with and without checkpointing."""
-    lines = [_row(["method", *MODELS]), _row(["---"] * (1 + len(MODELS)))]
-    for method in METHODS:
+    lines = [_row(["method", *models]), _row(["---"] * (1 + len(list(models))))]
+    for method in methods:
         cells = []
-        for model in MODELS:
+        for model in models:
             errors = [e for case in cases([model], [method]) if (e := case.error()) is not None]
             cells.append(f"{max(errors, key=abs):+.2%} ({len(errors)})" if errors else "")
             print(method, model, cells[-1], flush=True)
@@ -230,6 +238,7 @@ def _row(cells: Sequence[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rss", action="store_true", help="the resident peak of processes instead")
+    parser.add_argument("--tasks", action="store_true", help="tasks instead of models")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -237,6 +246,8 @@ def main() -> None:
         print(measure_one(*json.loads(arguments.one)))
     elif arguments.rss:
         write("resident memory", rss_table())
+    elif arguments.tasks:
+        write("tasks", accuracy_table(TASKS, ("full", "LoRA", "DoRA", "IA3")))
     else:
         write("live storages", accuracy_table())
 

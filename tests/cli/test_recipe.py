@@ -227,12 +227,12 @@ def test_check_of_packed_rows(run: Any, recipe: Path) -> None:
     assert json.loads(result.stdout)["data"]["examples"] == 22
 
 
-def test_check_of_a_task_that_is_not_planned(run: Any, recipe: Path, tmp_path: Path) -> None:
+def test_check_of_preferences(run: Any, recipe: Path, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "pairs.jsonl", *rows_of("dpo"))
     check = ("recipe", "check", recipe, f"data.train={data}", "task=dpo", "--json")
     found = json.loads(run(*check).stdout)
     assert found["ok"]
-    assert any("not planned" in note for note in found["notes"])
+    assert found["needed_bytes"] > 0
     wrong = json.loads(run(*check, "method.target_modules=[q_prj]").stdout)
     assert any("did you mean 'q_proj'?" in problem for problem in wrong["problems"])
 

@@ -11,11 +11,12 @@ import transformers
 from benchmarks.plan_accuracy import METHODS, MODELS, Case
 
 import slimtune
+from simulated import both
 from slimtune.plan.depth import Blocks
-from slimtune.plan.memory import MemoryPlan
-from slimtune.plan.setting import Setting
-from slimtune.plan.simulate import plan_of, quiet, setting_of, simulate
+from slimtune.plan.simulate import setting_of, simulate
 from slimtune.plan.trace import trace
+from slimtune.quantized.settings import TORCHAO_KINDS
+from slimtune.train.optimizer import OFFLOADED, OPTIMIZERS, TORCHAO
 
 TOLERANCE = 0.01
 MEDIUM = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -26,17 +27,15 @@ CASES = [
     *(Case("T5-like", method, "nf4") for method in ("LoRA", "IA3", "prefix tuning", "LoHa")),
     *(Case("ViT-like", method) for method in ("LoRA, dropout", "full", "bottleneck")),
     Case("Llama-like", "LoRA", "int8"),
+    *(
+        Case("Llama-like", method, base)
+        for base in ("fp4", "int8-torchao", "int4-torchao")
+        for method in ("LoRA", "DoRA")
+    ),
+    *(Case(model, "LoRA", base, checkpointing=True) for base in TORCHAO_KINDS for model in ("BERT-like", "T5-like")),
     Case("Llama-like", "full", checkpointing=True),
     Case("SmolLM2-135M", "LoRA", checkpointing=True),
 ]
-
-
-def both(config: Any, setting: Setting, **phases: bool) -> tuple[MemoryPlan, MemoryPlan]:
-    """The plan by simulation, and by two steps that are really taken."""
-    with quiet():
-        simulated = trace(config(), setting, setting.task_type, **phases)
-        really = trace(config(), setting, setting.task_type, fake=False, steps=2, **phases)
-    return plan_of(simulated, setting), plan_of(really, setting)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model}-{case.method}-{case.base}")
@@ -68,11 +67,13 @@ def test_each_setting_is_simulated_as_it_runs(fields: dict[str, Any]) -> None:
     assert simulated.work["forward"].flops * 2 == really.work["forward"].flops
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw"])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in TORCHAO])
 def test_each_state_of_full_tuning_is_simulated_as_it_is_kept(optimizer: str) -> None:
     fields = {"optimizer": optimizer, "batch": 2, "sequence": 8, "device": "cpu", "task_type": "CAUSAL_LM"}
     simulated, really = both(MODELS["Llama-like"].config, setting_of(None, fields))
-    assert simulated.at("backward").parts.optimizer == really.at("backward").parts.optimizer > 0
+    kept = really.at("backward").parts.optimizer
+    assert simulated.at("backward").parts.optimizer == kept
+    assert (kept == 0) == (optimizer in ("sgd", OFFLOADED))
     assert simulated.paged_bytes == really.paged_bytes
     assert simulated.peak_bytes == pytest.approx(really.peak_bytes, rel=TOLERANCE)
 

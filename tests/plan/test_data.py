@@ -21,7 +21,7 @@ def test_conversations_are_measured_as_they_are_trained(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "orders.jsonl", *({"messages": e.messages()} for e in orders(30)))
     tokenizer = tiny_tokenizer()
     prepared = encode(read_rows(path), tokenizer, 1024)
-    found = measure(path, tokenizer)
+    found = measure(path, tokenizer).lengths
     assert (found.examples, found.total, found.longest) == (30, prepared.tokens, prepared.longest)
     assert found.learned == prepared.learned < found.total
     assert list(found.tokens) == sorted(found.tokens)
@@ -29,7 +29,7 @@ def test_conversations_are_measured_as_they_are_trained(tmp_path: Path) -> None:
 
 def test_texts_with_labels(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", {"text": "a", "label": "x"}, {"text": "many more of them", "label": 1})
-    found = measure(path, tiny_tokenizer())
+    found = measure(path, tiny_tokenizer()).lengths
     assert found.labels == ("1", "x")
     assert found.learned == 2
     assert found.tokens[0] < found.tokens[1]

@@ -35,8 +35,25 @@ def plan(
         typer.Option(help="Only these methods, by their name in train; repeatable.", rich_help_panel=WHAT),
     ] = [],  # noqa: B006 - typer copies it
     base: Annotated[
-        list[str], typer.Option(help="Only these bases: dense, nf4 or int8; repeatable.", rich_help_panel=WHAT)
+        list[str],
+        typer.Option(
+            help="Only these bases: dense, nf4, fp4, int8, int8-torchao or int4-torchao; repeatable.",
+            rich_help_panel=WHAT,
+        ),
     ] = [],  # noqa: B006
+    task: Annotated[
+        str,
+        typer.Option(
+            help="auto (by the data, or the model), text, classification, token-classification, seq2seq, dpo, kto, "
+            "orpo or grpo.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "auto",
+    generations: Annotated[int, typer.Option(help="Of grpo: answers to a prompt.", rich_help_panel=WHAT)] = 8,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of an answer that grpo draws (512), or that a decoder writes.", rich_help_panel=WHAT),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="A GPU's name, cpu, or auto for this machine.", rich_help_panel=WHERE)
     ] = "auto",
@@ -65,8 +82,27 @@ def plan(
     max_length: Annotated[int | None, typer.Option(help="In tokens; the longest example.", rich_help_panel=HOW)] = None,
     epochs: Annotated[float, typer.Option(help="Times through the data.", rich_help_panel=HOW)] = 3.0,
     dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="auto (what the device computes in), bfloat16, float16 or float32.")
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="auto (what the device computes in), bfloat16, float16 or float32.",
+            rich_help_panel=HOW,
+        ),
     ] = "auto",
+    optim: Annotated[
+        str, typer.Option(help="The optimizer, by its name in train.", rich_help_panel=HOW)
+    ] = "adamw_torch_fused",
+    attention: Annotated[
+        str | None,
+        typer.Option(help="sdpa or eager, where the model isn't to choose.", rich_help_panel=HOW),
+    ] = None,
+    evaluation: Annotated[
+        bool,
+        typer.Option("--evaluation", help="Count an evaluation step too, with as many examples.", rich_help_panel=HOW),
+    ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Say what merging the adapter takes too.", rich_help_panel=HOW)
+    ] = False,
     table: Annotated[
         bool, typer.Option("--table", help="The classic table: four methods by five sizes of model.")
     ] = False,
@@ -85,6 +121,8 @@ def plan(
     Examples: slimtune plan llama-2-7b --device "RTX 4090"
 
     slimtune plan smollm2-135m-instruct --data orders/train.jsonl --goal quality
+
+    slimtune plan llama-3-70b --device H100 --devices 4 --task dpo --base nf4
 
     slimtune plan --table --plot table.svg
     """
@@ -111,7 +149,8 @@ def plan(
             rank=rank, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=gradient_checkpointing, max_length=max_length, epochs=epochs, dtype=dtype,
             devices=devices, served_on=serve_on, memory_gb=memory, price_per_hour=price,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, task=task, max_new_tokens=max_new_tokens, generations=generations,
+            optim=optim, attention=attention, evaluation=evaluation, merge=merge,
         )  # fmt: skip
     if plot is not None:
         from slimtune.plan.plot import Bar, plot_bars

@@ -45,14 +45,28 @@ def show(screen: Console, report: Report) -> None:
         screen.print(f"    {rule.evidence}", style="dim", markup=False)
         if rule.against:
             screen.print(f"    but: {rule.against}", style="dim", markup=False)
-    for note in best.plan.notes:
+    for note in _notes(best, report):
         screen.print(f"  note: {note}", markup=False)
     for verdict in best.engines:
         screen.print(f"  {verdict.engine} {'takes' if verdict.takes else 'refuses'} it: {verdict.note}", markup=False)
     if not best.engines:
         screen.print("  any engine takes it: the result is a whole model", markup=False)
-    screen.print("\nrun it:")
+    screen.print("\nrun it:" if report.wish.devices == 1 else "\non one device it would be:")
     screen.print(f"  {report.command(best)}", markup=False)
+
+
+def _notes(choice: Choice, report: Report) -> list[str]:
+    notes, duration, devices = list(choice.plan.notes), choice.duration, report.wish.devices
+    if choice.merge_bytes is not None:
+        notes.append(f"merging takes {_bytes(choice.merge_bytes)} of live tensors")
+    if devices > 1:
+        notes.append(
+            f"memory and time of {devices} devices are estimates for FSDP2: parameters and examples are divided, and "
+            f"{duration.exchange_seconds / duration.seconds:.0%} of the time goes to what they exchange over "
+            f"{(report.wish.device.link_bandwidth or 0) / 1e9:g} GB/s; slimtune train runs on one device, several "
+            "take the adopted model in transformers' Trainer under torchrun"
+        )
+    return notes
 
 
 def show_classic(screen: Console, cells: Sequence[Cell]) -> None:
@@ -98,7 +112,7 @@ def _show_question(screen: Console, report: Report) -> None:
     spread = ", ".join(f"{share}% up to {lengths.percentile(share):,}" for share in PERCENTILES)
     screen.print(
         f"data: {lengths.examples:,} examples, {lengths.total:,} tokens"
-        + ("" if lengths.labels else f" of which {lengths.learned / lengths.total:.0%} are learned")
+        + _learned(report)
         + f"; {spread}; the longest has {lengths.longest:,}"
     )
     if report.cut:
@@ -112,6 +126,17 @@ def _show_question(screen: Console, report: Report) -> None:
         f"padding: {lengths.padding_waste(batch):.0%} of a batch of {batch}; packed rows of {wish.sequence:,} tokens "
         f"would compute {1 / gain:.2f} times as many"
     )
+
+
+def _learned(report: Report) -> str:
+    lengths, task = report.wish.lengths, report.wish.task
+    if lengths.labels or task == "grpo":
+        return ""
+    if task == "seq2seq":
+        return f" that are read and {lengths.learned:,} that are learned"
+    if task in ("dpo", "orpo"):
+        return " with the longer answer of each pair"
+    return f" of which {lengths.learned / lengths.total:.0%} are learned"
 
 
 def _show_choices(screen: Console, report: Report) -> None:

@@ -10,23 +10,34 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from slimtune.data.lengths import PERCENTILES, Lengths
+from slimtune.data.lengths import PERCENTILES
 from slimtune.data.settings import DataSettings
-from slimtune.errors import ConfigError, ModelNotFoundError, check_number, check_whole
-from slimtune.plan.build import build, config_of
+from slimtune.errors import ConfigError, ModelNotFoundError, check_choice, check_number, check_whole
+from slimtune.plan.build import build, config_of, positions_of, task_of
 from slimtune.plan.calibrate import rates_of
 from slimtune.plan.classic import SIZES
-from slimtune.plan.data import ASSUMED_EXAMPLES, measure, uniform
+from slimtune.plan.data import ASSUMED_EXAMPLES, Measured, measure, uniform
 from slimtune.plan.devices import Device, find
 from slimtune.plan.memory import MemoryPlan
 from slimtune.plan.recommend import Choice, Wish, recommend
 from slimtune.plan.rules import Case
-from slimtune.plan.setting import DTYPES, Precision, Setting
+from slimtune.plan.setting import DRAWN_TOKENS, DTYPES, Precision, Setting
 from slimtune.plan.time import Rates
+from slimtune.train.optimizer import DEFAULT
+from slimtune.train.preference_settings import PREFERENCE_TASKS
 
 TRAIN_LENGTH = 1024
 """The longest example that `slimtune train` takes without being asked."""
 MODELS = Path(__file__).with_name("models")
+TASK_TYPES: dict[str, str | None] = {
+    "text": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "images": None,
+}
+"""By task of a recipe; the tasks of preferences are for models that write text."""
+TASKS = ("text", "classification", "token-classification", "seq2seq", *PREFERENCE_TASKS)
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Report:
     def command(self, choice: Choice, output: str = "tuned") -> str:
         """What to type to run a choice."""
         setting = choice.setting
-        words = ["slimtune", "train", self.model, self.data or "DATA.jsonl", "--output", output]
+        words = ["slimtune", "train", self.model, self.data or "DATA.jsonl", *self._task_words(), "--output", output]
         words += ["--method", choice.method]
         words += ["--rank", choice.rank] if choice.rank else []
         words += ["--quantize", choice.base] if choice.base != "dense" else []
@@ -64,10 +75,20 @@ class Report:
         words += ["--learning-rate", f"{choice.learning_rate:g}", "--batch-size", setting.batch]
         words += ["--gradient-accumulation", setting.accumulation] if setting.accumulation > 1 else []
         words += ["--gradient-checkpointing"] if setting.gradient_checkpointing else []
+        words += ["--optim", setting.optimizer] if setting.optimizer != DEFAULT else []
         words += ["--epochs", f"{self.wish.epochs:g}"] if self.wish.epochs != Wish.epochs else []
         words += ["--max-length", setting.sequence] if self.cut or setting.sequence > TRAIN_LENGTH else []
-        words += ["--too-long", "truncate"] if self.cut else []
+        words += ["--too-long", "drop" if self.wish.task == "grpo" else "truncate"] if self.cut else []
         return shlex.join(str(word) for word in words)
+
+    def _task_words(self) -> list[str]:
+        """The settings of a task that can't be told from the data."""
+        wish = self.wish
+        words = [f"task={wish.task}"] if wish.task in ("seq2seq", *PREFERENCE_TASKS) else []
+        if wish.task == "grpo":
+            words += [f"preferences.generations={wish.generations}"]
+            words += [f"preferences.max_new_tokens={wish.answer}"] if wish.answer else []
+        return words
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain types, for JSON."""
@@ -85,7 +106,9 @@ class Report:
         return {
             "model": self.model,
             "device": device | {"room_bytes": self.wish.device.room_bytes},
+            "devices": self.wish.devices,
             "goal": self.wish.goal,
+            "task": self.wish.task,
             "data": data if self.data else None,
             "assumed": None if self.data else {"examples": lengths.examples, "tokens_each": self.wish.sequence},
             "rates": asdict(self.rates),
@@ -103,6 +126,7 @@ class Report:
             "peak_bytes": choice.parts.total,
             "needed_bytes": choice.needed_bytes,
             "parts": choice.parts.named(),
+            "merge_bytes": choice.merge_bytes,
             "peak_at": {"phase": peak.phase, "module": peak.module, "operation": peak.operation},
             "parameters": choice.plan.parameters,
             "trainable": choice.plan.trainable,
@@ -145,6 +169,13 @@ def plan(
     memory_gb: float | None = None,
     price_per_hour: float | None = None,
     trust_remote_code: bool = False,
+    task: str = "auto",
+    max_new_tokens: int | None = None,
+    generations: int = 8,
+    optim: str = DEFAULT,
+    attention: str | None = None,
+    evaluation: bool = False,
+    merge: bool = False,
 ) -> Report:
     """What tuning a model takes on a device, by method, and which to choose. No weights are read and no GPU is needed.
 
@@ -154,9 +185,16 @@ def plan(
         device: by name, "auto" or "cpu".
         goal: "task", "quality", "fast", "domain" or "tiny".
         methods: names of `slimtune methods`; None for those that the goal suggests.
-        bases: "dense", "nf4", "int8"; None for all.
-        devices: GPUs that share the training.
+        bases: "dense", or what `quantize` takes in `slimtune.load`; None for dense, NF4 and int8.
+        devices: GPUs that share the training; what they exchange and hold is an estimate.
         served_on: where the result has to run, if that is tighter.
+        task: as a recipe names it; auto is found by looking at the data, or by the model where there is none.
+        max_new_tokens: of an answer that grpo draws (512), or a decoder writes (as many as the data has).
+        generations: answers that grpo draws to each prompt.
+        optim: the optimizer, as `slimtune train --optim` names it.
+        attention: "sdpa" or "eager"; None for what transformers takes.
+        evaluation: count an evaluation step too, on batches of the same size.
+        merge: simulate merging the adapter too.
 
     Raises:
         ModelNotFoundError: no configuration, or one that needs code from the model's folder.
@@ -165,13 +203,15 @@ def plan(
     """
     _check(rank, batch_size, gradient_accumulation, max_length, epochs, devices)
     chosen = _device(device).changed(memory_gb, price_per_hour)
+    if devices > 1:
+        chosen.link()
     config = read_config(model, trust_remote_code)
-    positions = getattr(config, "max_position_embeddings", None)
-    lengths, limit = _lengths(model, data, max_length, positions, trust_remote_code)
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    measured = _measured(model, config, data, task, max_length, trust_remote_code)
+    limit = _limit(config, measured, max_length, max_new_tokens)
+    lengths, task_type = measured.lengths, task_type_of(measured.task)
     if lengths.labels:
         config.num_labels = len(lengths.labels)
-    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    task_type = "SEQ_CLS" if lengths.labels else "CAUSAL_LM"
     parameters, numbers_per_rank = count(config, task_type)
     wish = Wish(
         device=chosen,
@@ -187,25 +227,30 @@ def plan(
         accumulation=gradient_accumulation,
         checkpointing=gradient_checkpointing,
         dtype=_dtype(dtype, stored, chosen),
+        task=measured.task,
         task_type=task_type,
+        answer=max_new_tokens or measured.answer,
+        generations=generations,
+        optim=optim,
+        attention=attention,
         devices=devices,
         parameters=parameters,
         served_on=_device(served_on) if served_on else None,
     )
     rates = rates_of(chosen)
-    case, choices = recommend(wish, simulation(config), rates, numbers_per_rank)
+    case, choices = recommend(wish, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
     named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
     said = data.train[0].path if isinstance(data, DataSettings) else None if data is None else str(data)
     return Report(named, said, wish, case, tuple(choices), rates, lengths.over(limit), stored)
 
 
-def simulation(config: Any) -> Callable[[Setting], MemoryPlan]:
+def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:
     """The simulator for one model."""
     from slimtune.plan.simulate import simulate
 
     def run(setting: Setting) -> MemoryPlan:
         others = {field.name: getattr(setting, field.name) for field in fields(setting) if field.name != "method"}
-        return simulate(config, setting.method, **others)
+        return simulate(config, setting.method, evaluation=evaluation, merge=merge, **others)
 
     return run
 
@@ -219,7 +264,7 @@ def read_config(model: Any, trust_remote_code: bool = False) -> Any:
     return config_of(model, trust_remote_code)
 
 
-def count(config: Any, task_type: str) -> tuple[int, int]:
+def count(config: Any, task_type: str | None) -> tuple[int, int]:
     """Parameters of the model, and of LoRA of rank 1 on all its linear layers."""
     import torch
 
@@ -266,19 +311,35 @@ def _dtype(wanted: str, stored: str, device: Device) -> str:
     return stored if device.is_cpu and stored in DTYPES else device.half_precision
 
 
-def _lengths(
-    model: Any,
-    data: str | Path | DataSettings | None,
-    max_length: int | None,
-    positions: int | None,
-    trust_remote_code: bool,
-) -> tuple[Lengths, int]:
-    """The lengths of the data and the maximum: as asked, or the longest example, within the model's positions."""
-    if data is None:
-        length = min(n for n in (max_length or TRAIN_LENGTH, positions) if n is not None)
-        return uniform(length, ASSUMED_EXAMPLES), length
-    lengths = measure(data, tokenizer_of(model, trust_remote_code))
-    return lengths, min(n for n in (max_length or lengths.longest, positions) if n is not None)
+def task_type_of(task: str) -> str | None:
+    """How an adapter's config calls a task; None for images, which it has no name for."""
+    return TASK_TYPES.get(task, "CAUSAL_LM")
+
+
+def _measured(
+    model: Any, config: Any, data: str | Path | DataSettings | None, task: str, max_length: int | None, trusts: bool
+) -> Measured:
+    if task != "auto":
+        check_choice("task", task, TASKS)
+    if data is not None:
+        return measure(data, tokenizer_of(model, trusts), task)
+    length = min(n for n in (max_length or TRAIN_LENGTH, positions_of(config)) if n is not None)
+    return Measured(task_of(config) if task == "auto" else task, uniform(length, ASSUMED_EXAMPLES))
+
+
+def _limit(config: Any, measured: Measured, max_length: int | None, max_new_tokens: int | None) -> int:
+    """The most tokens of an example: as asked, or the longest that the model has positions for. Raises: ConfigError."""
+    positions = positions_of(config)
+    if positions is None:
+        return max_length or measured.lengths.longest
+    drawn = (max_new_tokens or DRAWN_TOKENS) if measured.task == "grpo" else 0
+    if max(max_length or 2, 2) > positions - drawn:
+        beside = f", of which answers take {drawn}" if drawn else ""
+        raise ConfigError(
+            f"max_length is {max_length or 2} and the model has {positions} positions{beside}; pass a smaller one"
+            + (", or a smaller max_new_tokens" if drawn else "")
+        )
+    return min(max_length or measured.lengths.longest, positions - drawn)
 
 
 def tokenizer_of(model: Any, trust_remote_code: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""What a simulated step runs: the model from its configuration alone, made quantized, with a batch and an optimizer.
+"""The model from its configuration alone, and the kernels of the device that is meant.
 
 The same functions build real ones, so that a simulation can be held against a run.
 """
@@ -15,16 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimtune.auto import BY_TASK
 from slimtune.errors import ConfigError, ModelNotFoundError
 from slimtune.loading import PACKAGED, folder_of, is_adapter
 from slimtune.ops import cross_entropy
 from slimtune.plan.setting import Setting
-
-LEARNING_RATE = 1e-4
-"""Any will do: memory doesn't depend on it."""
 
 FALLBACKS = (
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
@@ -71,8 +68,30 @@ def model_class(config: Any, task_type: str | None) -> Any:
     raise ConfigError(f"a {type(config).__name__} doesn't say what its model is tuned for; pass task_type")
 
 
+def task_of(config: Any) -> str:
+    """What a model is for where no data says it; a model that fills gaps is tuned as a classifier of texts."""
+    made = model_class(config, None).__name__
+    if "ImageClassification" in made:
+        return "images"
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    kinds = {"ForTokenClassification": "token-classification", "ForSequenceClassification": "classification",
+             "ForMaskedLM": "classification"}  # fmt: skip
+    return next((task for kind, task in kinds.items() if kind in made), "text")
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model of this configuration has positions for, None if it tells no number."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 def build(config: Any, setting: Setting, task_type: str | None) -> Any:
     """The model in training mode, its weights as the setting stores them. Raises: ConfigError."""
+    if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
+        raise ConfigError(
+            f"a {type(config).__name__} is of a model that reads pictures or sounds beside texts, which can't be planned; "
+            "in Python, slimtune.plan(config.get_text_config()) plans the part of it that reads texts"
+        )
     made = model_class(config, task_type)
     options: dict[str, Any] = {"attn_implementation": setting.attention} if setting.attention else {}
     try:
@@ -91,71 +110,41 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
     return model.train()
 
 
-def batch_for(model: Any, setting: Setting) -> dict[str, Tensor]:
-    """A micro-batch of whole length, all of it supervised but for one padded token. Raises: ConfigError."""
-    config, main, kind = model.config, model.main_input_name, type(model).__name__
-    rows, tokens = setting.batch, setting.sequence
-    if main == "pixel_values":
-        side = config.image_size
-        height, width = (side, side) if isinstance(side, int) else side
-        pixels = torch.zeros(rows, config.num_channels, height, width, dtype=model.dtype)
-        return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
-    if main != "input_ids":
-        raise ConfigError(f"a {kind} reads {main}, of which no batch can be planned; it takes texts or images")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and tokens > longest:
-        raise ConfigError(f"sequence is {tokens} and the model has {longest} positions; plan with a shorter one")
-    ids = torch.ones(rows, tokens, dtype=torch.long)
-    mask, labels = torch.ones_like(ids), ids.clone()
-    if setting.padded and rows > 1:
-        mask[0, -1], labels[0, -1] = 0, -100
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if "ForQuestionAnswering" in kind:
-        return batch | {name: torch.zeros(rows, dtype=torch.long) for name in ("start_positions", "end_positions")}
-    if "ForSequenceClassification" in kind:
-        config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-        return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
-    if "ForTokenClassification" in kind:
-        labels = labels.clamp_max(0)
-    return batch | {"labels": labels}
-
-
-def optimizer_for(setting: Setting, parameters: list[nn.Parameter]) -> Any:
-    """The optimizer that transformers' Trainer takes under this name."""
-    name = setting.optimizer
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=LEARNING_RATE)
-    if name == "adafactor":
-        return transformers.Adafactor(parameters, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)
-    from bitsandbytes.optim.adamw import AdamW
-
-    bits = 8 if name.endswith("8bit") else 32
-    # Not as paged: fake tensors have no pages. What would be paged is told apart afterwards.
-    optimizer = AdamW(parameters, lr=LEARNING_RATE, optim_bits=bits)
-    optimizer.fill_qmap()
-    return optimizer
-
-
-PAGED_FROM = 100_000
-"""bitsandbytes pages the state of parameters of at least so many numbers."""
-
-
 @contextlib.contextmanager
-def kernels_of(device: str, is_fake: bool) -> Iterator[None]:
+def kernels_of(setting: Setting, is_fake: bool) -> Iterator[None]:
     """Attention and loss as on this kind of device, while tensors stand on the CPU."""
-    if device == "cpu" or not is_fake:
+    if setting.device == "cpu" or not is_fake:
         yield
         return
     held, attention = cross_entropy.HELD["cpu"], F.scaled_dot_product_attention
-    cross_entropy.HELD["cpu"] = cross_entropy.HELD[device]
+    cross_entropy.HELD["cpu"] = cross_entropy.HELD[setting.device]
     # Not a mode of torch's: inside of a backward pass, which computes checkpoints again, none would be entered.
     F.scaled_dot_product_attention = _cuda_attention
     try:
-        yield
+        with _cuda_head() if setting.task else contextlib.nullcontext():
+            yield
     finally:
         cross_entropy.HELD["cpu"], F.scaled_dot_product_attention = held, attention
+
+
+@contextlib.contextmanager
+def _cuda_head() -> Iterator[None]:
+    """TRL's loss at the head by its Triton kernels, which work on a tile in place and add up in float32."""
+    from slimtune.plan.preferred import head_module
+
+    head = head_module()
+    own = {name: getattr(head, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
+
+    def added(sums: Tensor, left: Tensor, right: Tensor) -> None:
+        number = sums.new_zeros(())
+        sums.addmm_(number.expand(left.shape), number.expand(right.shape))
+
+    head._forward_tile = head._backward_tile = lambda *_, **__: None
+    head._addmm_fp32 = added
+    try:
+        yield
+    finally:
+        vars(head).update(own)
 
 
 def _cuda_attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -3,45 +3,58 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slimtune.data.labelled import labels_of, tokenize
 from slimtune.data.lengths import Lengths, sorted_lengths
 from slimtune.data.mixing import mixed, prepare
-from slimtune.data.reading import read_parts
+from slimtune.data.preferred import Preferred, lengths_of
+from slimtune.data.reading import Parts, read_parts
+from slimtune.data.seq2seq import Completions, encode_pair
 from slimtune.data.settings import DataSettings
-from slimtune.errors import ConfigError, check_whole
+from slimtune.data.tagged import align
+from slimtune.data.token_lesson import Tags
+from slimtune.errors import check_whole
 from slimtune.template import use_template
 
 ASSUMED_EXAMPLES = 1000
 """Where none can be counted."""
 
 
-def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto") -> Lengths:
-    """The lengths of examples as `slimtune train` would read and encode them; raises DataError, ConfigError.
+@dataclass(frozen=True)
+class Measured:
+    """The examples of a task.
+
+    Attributes:
+        task: as a recipe names it.
+        lengths: of what is read at once: of a pair of answers the longer one with its prompt, for grpo the prompt.
+        answer: the most tokens that a decoder writes; None where what is written is part of what is read.
+    """
+
+    task: str
+    lengths: Lengths
+    answer: int | None = None
+
+
+def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto") -> Measured:
+    """The examples as `slimtune train` would read and encode them; raises DataError, ConfigError.
 
     Packed rows and examples that are streamed are taken to be as long as they may be.
     """
     settings = data if isinstance(data, DataSettings) else DataSettings(data)
     if settings.streaming:
-        return uniform(settings.max_length, ASSUMED_EXAMPLES)
+        return Measured("text", uniform(settings.max_length, ASSUMED_EXAMPLES))
     if settings.chat_template is not None:
         use_template(tokenizer, settings.chat_template)
     whole = replace(settings, max_length=sys.maxsize, too_long="error")
     parts = read_parts(whole, task)
-    if parts.task == "classification":
-        rows = [row for part in parts.train for row in part.rows]
-        encoded = tokenize([row.texts for row in rows], tokenizer, sys.maxsize)
-        return sorted_lengths([len(row["input_ids"]) for row in encoded.rows], len(rows), labels_of(rows))
-    if parts.task != "text":
-        raise ConfigError(f"rows for task {parts.task} can't be measured before the training; give --max-length")
-    examples = mixed(parts.train, prepare(parts.train, whole, tokenizer), seed=0)
-    lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))
+    found = _MEASURES.get(parts.task, _preferred)(parts, whole, tokenizer)
     if not settings.packing:
-        return lengths
-    return uniform(settings.max_length, lengths.packed_rows(settings.max_length))
+        return found
+    return replace(found, lengths=uniform(settings.max_length, found.lengths.packed_rows(settings.max_length)))
 
 
 def uniform(length: int, examples: int) -> Lengths:
@@ -49,3 +62,44 @@ def uniform(length: int, examples: int) -> Lengths:
     check_whole("length", length, 2)
     check_whole("examples", examples)
     return Lengths((length,) * examples, length * examples)
+
+
+def _texts(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+    examples = mixed(parts.train, prepare(parts.train, settings, tokenizer), seed=0)
+    return Measured("text", sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples)))
+
+
+def _classes(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+    rows = [row for part in parts.train for row in part.rows]
+    encoded = tokenize([row.texts for row in rows], tokenizer, sys.maxsize)
+    lengths = [len(row["input_ids"]) for row in encoded.rows]
+    return Measured("classification", sorted_lengths(lengths, len(rows), labels_of(rows)))
+
+
+def _tags(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+    tags = Tags.of(parts, settings)
+    texts = align([row.tokens for row in tags.rows], tokenizer, sys.maxsize).texts
+    lengths = [len(text.input["input_ids"]) for text in texts]
+    return Measured(tags.task, sorted_lengths(lengths, sum(len(text.firsts) for text in texts), tags.tags))
+
+
+def _completions(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+    pairs = [encode_pair(row, tokenizer) for row in Completions.of(parts, settings).rows]
+    written = [len(pair.labels) for pair in pairs]
+    return Measured("seq2seq", sorted_lengths([len(pair.input_ids) for pair in pairs], sum(written)), max(written))
+
+
+def _preferred(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+    found = [lengths_of(row, tokenizer) for row in Preferred.of(parts, settings).rows]
+    learned = sum(length - prompt for prompt, *answers in found for length in answers)
+    # TRL's orpo puts a beginning and an end where a text has none of its own.
+    more = 2 if parts.task == "orpo" else 0
+    return Measured(parts.task, sorted_lengths([max(lengths) + more for lengths in found], learned))
+
+
+_MEASURES: dict[str, Callable[[Parts, DataSettings, Any], Measured]] = {
+    "text": _texts,
+    "classification": _classes,
+    "token-classification": _tags,
+    "seq2seq": _completions,
+}

@@ -31,6 +31,7 @@ class Facts:
     depth: int
     parameters: int
     trainable: int
+    trainable_bytes: int
     block_bytes: int
     trainable_block_bytes: int
 
@@ -187,6 +188,7 @@ def continued(small: Sketch, large: Sketch, blocks: Blocks) -> Sketch | None:
             depth=blocks.count,
             parameters=on(small.facts.parameters, large.facts.parameters),
             trainable=on(small.facts.trainable, large.facts.trainable),
+            trainable_bytes=on(small.facts.trainable_bytes, large.facts.trainable_bytes),
         ),
         paged_bytes=on(small.paged_bytes, large.paged_bytes),
         work=work,

@@ -41,6 +41,7 @@ class Device:
             and its libraries.
         fragmentation: the share of the allocator's memory that stays unused.
         flops_16bit, flops_32bit: dense products by second, at their peak.
+        link_bandwidth: bytes by second to another device of the kind, one way; None where they can't share a training.
         price_per_hour: US dollars, None where it isn't rented out.
     """
 
@@ -53,6 +54,7 @@ class Device:
     fragmentation: float
     source: str
     has_bf16: bool = True
+    link_bandwidth: float | None = None
     price_per_hour: float | None = None
     price_date: str = ""
 
@@ -91,6 +93,12 @@ class Device:
     def takes(self, peak_bytes: int) -> bool:
         """Whether a peak of live tensors fits."""
         return peak_bytes <= self.room_bytes
+
+    def link(self) -> float:
+        """Bytes by second to another such device; raises ConfigError where several can't share a training."""
+        if self.link_bandwidth is None:
+            raise ConfigError(f"{self.name} can't share a training with others of its kind; plan for one, or for GPUs")
+        return self.link_bandwidth
 
     def changed(self, memory_gb: float | None = None, price_per_hour: float | None = None) -> Device:
         """The device with another memory (in GB) or price; raises ConfigError for what can't be."""
@@ -226,6 +234,7 @@ def _read(entry: dict[str, Any], shared: dict[str, Any]) -> Device:
         context_bytes=int(entry["context_gib"] * GIB),
         source=entry["source"],
         has_bf16=entry.get("has_bf16", True),
+        link_bandwidth=entry["link_gb"] * 1e9 if "link_gb" in entry else None,
         price_per_hour=entry.get("price"),
         **shared,
     )

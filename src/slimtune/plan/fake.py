@@ -42,6 +42,8 @@ class FakeLedger(Ledger):
         has_fake = any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, tuple(kwargs.values()))))
         if not has_fake and func in (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default):
             return _really(func, args, kwargs)
+        if func is _aten.index.Tensor:
+            args = (args[0], _by_position(args[1]))
         try:
             result = func(*args, **kwargs)
         except DataDependentOutputException:
@@ -80,6 +82,15 @@ def _overwrite(target: Any, source: Any) -> None:
     target.data = source.detach()
     target.fake_device = source.fake_device
     target.requires_grad_(requires_grad)
+
+
+def _by_position(indices: list[Any]) -> list[Any]:
+    """Indices with real masks as the positions that they leave, which tell how many there are."""
+    found: list[Any] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        found += _really(_aten.nonzero.default, (index,), {}).unbind(1) if is_mask else [index]
+    return found
 
 
 def _stays_real(result: Any) -> bool:

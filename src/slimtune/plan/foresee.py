@@ -6,29 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slimtune.data.lengths import Lengths
 from slimtune.data.settings import DataSettings
 from slimtune.errors import DoesNotFitError
 from slimtune.plan.ask import count, plan, read_config, simulation, tokenizer_of
+from slimtune.plan.build import positions_of
 from slimtune.plan.data import measure
 from slimtune.plan.devices import Device
 from slimtune.plan.memory import MemoryPlan
 from slimtune.plan.recommend import Choice
-from slimtune.plan.setting import Optimizer, Setting
+from slimtune.plan.setting import Setting
 
 Data = str | Path | DataSettings
-
-OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_8bit": "adamw_8bit",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "sgd": "sgd",
-    "adafactor": "adafactor",
-}
-"""Names of `--optim` that can be simulated; others are planned as AdamW, which none of them exceeds."""
 
 
 def foresee(
@@ -37,30 +25,41 @@ def foresee(
     data: Data,
     setting: Setting,
     device: Device,
+    task: str = "auto",
     trust_remote_code: bool = False,
     in_full: bool = False,
+    evaluation: bool = False,
 ) -> MemoryPlan | None:
     """The plan of a training, with `setting.sequence` as the longest that is allowed.
 
     Args:
+        task: as a recipe names it.
+        evaluation: count the evaluations in between too.
         in_full: plan also where it fits by far; None is returned there otherwise.
 
     Raises:
         DoesNotFitError: with the numbers, and the nearest setting that does fit.
     """
     config = read_config(model, trust_remote_code)
-    positions = getattr(config, "max_position_embeddings", None) or setting.sequence
-    setting = replace(setting, sequence=min(setting.sequence, positions))
+    positions = positions_of(config) or setting.sequence
+    drawn = setting.drawn_tokens if setting.task == "grpo" else 0
+    setting = replace(setting, sequence=min(setting.sequence, max(1, positions - drawn)))
     if not in_full and _fits_by_far(config, setting, device):
         return None
-    lengths = measure(data, tokenizer_of(model, trust_remote_code)).within(setting.sequence)
-    setting = replace(setting, sequence=lengths.longest, padded=lengths.tokens[0] != lengths.longest)
+    measured = measure(data, tokenizer_of(model, trust_remote_code), task)
+    lengths = measured.lengths.within(setting.sequence)
+    setting = replace(
+        setting,
+        sequence=lengths.longest,
+        padded=lengths.tokens[0] != lengths.longest,
+        answer=setting.answer or measured.answer,
+    )
     if lengths.labels:
         config.num_labels = len(lengths.labels)
-    found = simulation(config)(setting)
+    found = simulation(config, evaluation)(setting)
     if device.takes(found.peak_bytes):
         return found
-    raise DoesNotFitError(_refusal(found, device, _nearest(model, method, data, setting, lengths, device)))
+    raise DoesNotFitError(_refusal(found, device, _nearest(model, method, data, setting, task, device)))
 
 
 def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
@@ -71,15 +70,17 @@ def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
         return False
     layers, hidden, inner, heads, vocabulary = (int(size) for size in sizes if isinstance(size, int))
     parameters, _ = count(config, setting.task_type)
-    tokens = setting.batch * setting.sequence
+    rows = {"dpo": 2, "orpo": 2, "grpo": setting.accumulation}.get(setting.task or "", 1) * setting.batch
+    tokens = rows * (setting.sequence + (setting.drawn_tokens if setting.task == "grpo" else 0))
     # Float32 throughout, all of it trained, nothing shared, and attention as a whole matrix.
     each = layers * (40 * hidden + 8 * inner + 4 * heads * setting.sequence) + 4 * vocabulary
     return 16 * parameters + 4 * tokens * each < device.room_bytes / 2
 
 
-def _nearest(model: str, method: str, data: Data, setting: Setting, lengths: Lengths, device: Device) -> Choice | None:
+def _nearest(model: str, method: str, data: Data, setting: Setting, task: str, device: Device) -> Choice | None:
     """The same method with a smaller micro-batch, checkpointing or a quantized base; None if nothing helps."""
-    options: dict[str, Any] = {"device": device, "methods": (method,), "max_length": setting.sequence}
+    options: dict[str, Any] = {"device": device, "methods": (method,), "max_length": setting.sequence, "task": task}
+    options |= {"max_new_tokens": setting.answer, "generations": setting.generations, "optim": setting.optimizer}
     rank = getattr(setting.method, "r", None) if method in ("lora", "dora") else None
     dtype = setting.dtype if setting.method is not None else "auto"
     report = plan(model, data, rank=rank, dtype=dtype, bases=(setting.base,) if setting.base != "dense" else None,

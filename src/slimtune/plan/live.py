@@ -10,12 +10,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from slimtune.plan.flops import flops_of
 from slimtune.plan.memory import Phase, Work
@@ -59,12 +60,13 @@ class Places:
     """Where in the model a computation is; a backward pass is told by the sequence numbers of its nodes.
 
     Args:
-        head: the path of the output layer: what the root computes after it, is the loss.
+        head: the path of the output layer: what the root computes after it, or after the layers, is the loss.
     """
 
     def __init__(self, model: nn.Module, head: str) -> None:
         self.paths = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.head = head
+        self.backbone = getattr(model, "base_model_prefix", "") or None
         self.stack: list[str] = []
         self.after_head = False
         self.numbers: list[int] = []
@@ -80,7 +82,8 @@ class Places:
 
     def _leave(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if id(module) in self.paths and self.stack:
-            self.stack.pop()
+            # Where a loss multiplies by the weight of the head itself, the head isn't called.
+            self.after_head |= self.stack.pop() == self.backbone
             self._mark()
 
     def _mark(self) -> None:
@@ -136,6 +139,9 @@ class Ledger(TorchDispatchMode):
         self._known: dict[int, tuple[Storage, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            # torchao's tensors compute on what they wrap, which comes here by itself.
+            return NotImplemented
         result = self.compute(func, args, kwargs or {})
         if func not in _HIDDEN:
             self._account(func, args, kwargs or {}, result)
@@ -170,7 +176,8 @@ class Ledger(TorchDispatchMode):
         """Count a tensor's storage from now on; gives back None for one that is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known or not (nbytes := storage.nbytes()):
+        # What is on `meta` has a size and no memory.
+        if key in self._known or tensor.is_meta or not (nbytes := storage.nbytes()):
             return None
         entry = Storage(self.rounded(nbytes), self.time)
         self.storages.append(entry)
@@ -183,10 +190,16 @@ class Ledger(TorchDispatchMode):
         self._known[key] = entry, weakref.ref(storage, freed)
         return entry
 
+    def peak_since(self, first: int) -> int:
+        """The most bytes that were live at once of all storages but the first so many."""
+        made = [storage for storage in self.storages[first:] if storage.died >= storage.born]
+        changes = [(s.born, s.nbytes) for s in made] + [(s.died + 1, -s.nbytes) for s in made]
+        return max(accumulate((change for _, change in sorted(changes)), initial=0))
+
     def of(self, tensors: Iterable[Tensor]) -> list[Storage]:
         """The live storages of tensors, those included that are counted from now on."""
         found = {}
-        for tensor in tensors:
+        for tensor in unwrapped(tensors):
             self.see(tensor)
             known = self._known.get(tensor.untyped_storage()._cdata)
             if known:
@@ -196,6 +209,15 @@ class Ledger(TorchDispatchMode):
     def live(self) -> list[Storage]:
         """All storages that are there now."""
         return [entry for entry, _ in self._known.values()]
+
+
+def unwrapped(tensors: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors themselves, and what is stored of those that wrap others, as torchao's do."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from unwrapped(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

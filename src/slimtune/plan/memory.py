@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Literal
 
 from slimtune.plan.setting import Setting
 
-Phase = Literal["load", "attach", "forward", "backward", "update", "evaluation", "merge"]
+Phase = Literal["load", "attach", "generation", "forward", "backward", "update", "evaluation", "merge"]
 
-STEP: tuple[Phase, ...] = ("forward", "backward", "update")
-TRAINING: tuple[Phase, ...] = ("load", "attach", *STEP)
+STEP: tuple[Phase, ...] = ("generation", "forward", "backward", "update")
+TRAINING: tuple[Phase, ...] = ("load", "attach", *STEP, "evaluation")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Parts:
 
     Attributes:
         weights: the base: weights as they are stored, codes and scales of a quantized one, buffers.
-        adapter: what the method adds, and what it keeps between steps.
+        adapter: what the method adds and keeps between steps, and the copy of it that training can go back to.
         gradients: of what is trained.
         optimizer: the optimizer's state.
         activations: what the forward pass keeps for the backward pass, the batch included.
@@ -73,6 +73,7 @@ class MemoryPlan:
 
     Attributes:
         moments: the fullest moment of each phase that was simulated, in their order.
+        trainable_bytes: of what is trained.
         activations: bytes kept for the backward pass by module; a number of `*` stands for all blocks together.
         block_bytes: the parameters of the largest block: what sharded training holds whole at a time.
         paged_bytes: optimizer state that lies in the memory of the machine, not of the device.
@@ -85,6 +86,7 @@ class MemoryPlan:
     activations: Mapping[str, int]
     parameters: int
     trainable: int
+    trainable_bytes: int
     block_bytes: int
     trainable_block_bytes: int
     paged_bytes: int = 0
@@ -93,7 +95,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> Moment:
-        """The fullest moment of loading, attaching and training."""
+        """The fullest moment of loading, attaching and training, evaluations in between included if simulated."""
         return fullest(moment for moment in self.moments if moment.phase in TRAINING)
 
     @property
@@ -107,20 +109,43 @@ class MemoryPlan:
             raise KeyError(phase)
         return found[0]
 
+    @property
+    def adapter_bytes(self) -> int:
+        """What the method adds, without the copy that training keeps of what it trains."""
+        return self.peak.parts.adapter - (self.trainable_bytes if self.setting.method is not None else 0)
+
     def sharded(self, devices: int) -> Parts:
-        """An estimate of what each of several devices holds under FSDP2, each with a micro-batch of its own.
+        """An estimate of what each of several devices holds under FSDP2 at most, each with a micro-batch of its own.
 
         Parameters, gradients and the optimizer's state are divided. Two blocks are whole at a time, for the next one
         is gathered while this one computes; so are the gradients of one block until they are scattered.
         """
-        parts = self.peak.parts
         if devices == 1:
-            return parts
+            return self.peak.parts
+        # What is fullest on one device, as an update of all weights, need not be once it is divided.
+        return max((self._share(m.parts, devices) for m in self.moments if m.phase in TRAINING), key=_total)
+
+    def _share(self, parts: Parts, devices: int) -> Parts:
         whole = 2 * self.block_bytes + self.trainable_block_bytes
         shares = {
             name: -(-getattr(parts, name) // devices) for name in ("weights", "adapter", "gradients", "optimizer")
         }
-        return Parts(**shares, activations=parts.activations, loss=parts.loss, workspace=parts.workspace + whole)
+        return replace(parts, **shares, workspace=parts.workspace + whole)
+
+    def exchanged_bytes(self, devices: int) -> int:
+        """What each of several devices sends in a micro-batch under FSDP2; as much comes in.
+
+        All parameters are gathered for the forward pass and again for the backward pass, gradients are reduced and
+        scattered once: 3 (N-1)/N of what is held where all of it is trained. Rajbhandari et al. 2020,
+        arXiv:1910.02054, section 7.
+        """
+        parts = self.peak.parts
+        gathered = parts.weights + (self.trainable_bytes if self.setting.method is not None else 0)
+        return (2 * gathered + self.trainable_bytes) * (devices - 1) // devices
+
+
+def _total(parts: Parts) -> int:
+    return parts.total
 
 
 def fullest(moments: Iterable[Moment]) -> Moment:

@@ -1,87 +1,153 @@
-"""A dense model made quantized by bitsandbytes' own functions, on real tensors and on fake ones."""
+"""A dense model made quantized as `slimtune.load(quantize=...)` makes it, on real tensors and on fake ones.
+
+Which layers are quantized is decided by the quantizers of the loading themselves.
+"""
 
 from __future__ import annotations
 
 import gc
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.core_model_loading import dot_natural_key
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.utils.quantization_config import BitsAndBytesConfig
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from slimtune.bases import base_of
+from slimtune.errors import ConfigError
+from slimtune.plan.live import Ledger, unwrapped
 from slimtune.plan.setting import Setting
+from slimtune.quantized.settings import TORCHAO_KINDS, Quantization
 
 
-def quantize(model: Any, setting: Setting) -> int:
-    """Store the linear layers as the setting says; gives back the bytes of the largest one before.
+def quantize(model: Any, setting: Setting, ledger: Ledger) -> int:
+    """Store the linear layers as the setting says; gives back the most bytes beyond all weights that loading so takes.
 
-    transformers chooses the layers: all but the output layer and what is kept in float32.
+    Args:
+        ledger: the one that is entered.
+
+    Raises:
+        ConfigError: there is no linear layer, or torchao refuses the width of one.
     """
+    by_torchao = setting.base in TORCHAO_KINDS
+    beyond = _by_torchao(model, setting.base, ledger) if by_torchao else _by_bitsandbytes(model, setting, ledger)
+    gc.collect()
+    return _beyond_all(model, beyond)
+
+
+def _beyond_all(model: nn.Module, beyond: dict[str, int]) -> int:
+    """Tensors are read in the order of their names, so that what comes last has all others beside it.
+
+    Args:
+        beyond: what each layer takes beyond what it keeps, while it is quantized.
+    """
+    there, fullest, seen = 0, 0, set()
+    aliases = getattr(model, "all_tied_weights_keys", {})
+    for name, module in sorted(model.named_modules(), key=lambda pair: dot_natural_key(f"{pair[0]}.weight")):
+        for tensor in unwrapped([] if f"{name}.weight" in aliases else base_of(module).held(module)):
+            storage = tensor.untyped_storage()
+            there += 0 if storage._cdata in seen else storage.nbytes()
+            seen.add(storage._cdata)
+        fullest = max(fullest, there + beyond.get(name, 0))
+    return fullest - there
+
+
+def _by_torchao(model: Any, kind: str, ledger: Ledger) -> dict[str, int]:
+    from torchao.quantization import quantize_
+
+    from slimtune.quantized.torchao import settings
+
+    how = settings(kind).get_apply_tensor_subclass()
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    beyond = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and should_convert_module(f"{name}.weight", skipped):
+            module.weight.requires_grad_(False)
+            dense, before = module.weight.nbytes, len(ledger.storages)
+            try:
+                quantize_(module, how, lambda *_: True)
+            except (AssertionError, RuntimeError) as error:
+                raise ConfigError(
+                    f"torchao can't quantize {name} of width {module.in_features}: its groups must divide the widths "
+                    "of all linear layers; choose int8-torchao or nf4"
+                ) from error
+            kept = sum(tensor.nbytes for tensor in unwrapped([module.weight]))
+            beyond[name] = dense + max(0, ledger.peak_since(before) - kept)
+    return beyond
+
+
+def _by_bitsandbytes(model: Any, setting: Setting, ledger: Ledger) -> dict[str, int]:
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    _replace(model, setting)
+    beyond = {}
+    for name, plain in dense.items():
+        module: Any = model.get_submodule(name)
+        if module is plain:
+            continue
+        weight = plain.weight.detach().t().contiguous() if isinstance(plain, Conv1D) else plain.weight.detach()
+        before = len(ledger.storages)
+        module.weight = _packed_8bit(weight, setting) if setting.base == "int8" else _packed_4bit(weight, module)
+        held = sum(tensor.nbytes for tensor in base_of(module).held(module))
+        beyond[name] = weight.nbytes + max(0, ledger.peak_since(before) - held)
+        if plain.bias is not None:
+            module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
+    dense.clear()
+    return beyond
+
+
+def _replace(model: Any, setting: Setting) -> None:
+    """Put bitsandbytes' modules in the place of those that the loading would quantize."""
     from bitsandbytes.functional import create_dynamic_map, name2qmap
 
-    is_4bit = setting.base != "int8"
-    how = BitsAndBytesConfig(
-        load_in_4bit=is_4bit,
-        load_in_8bit=not is_4bit,
-        bnb_4bit_quant_type="nf4" if setting.base == "int8" else setting.base,
-        bnb_4bit_use_double_quant=setting.double_quantization,
-        bnb_4bit_compute_dtype=getattr(torch, setting.dtype),
-    )
-    dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    from slimtune.quantized.loading import quantizer_for
+
+    options = {} if setting.base == "int8" else {"double": setting.double_quantization}
     with unset_fake_temporarily():
         # bitsandbytes keeps this table for the whole process: it must not become a fake one.
         name2qmap.setdefault("dynamic", create_dynamic_map())
-        kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
-        replace_with_bnb_linear(model, kept, how)
-    largest = 0
-    for name, before in dense.items():
-        module: Any = model.get_submodule(name)
-        if module is before:
-            continue
-        weight = before.weight.detach().t().contiguous() if isinstance(before, Conv1D) else before.weight.detach()
-        largest = max(largest, weight.nbytes)
-        pack = _packed_4bit if is_4bit else _packed_8bit
-        module.weight = pack(weight, module)
-        if before.bias is not None:
-            module.bias = nn.Parameter(before.bias.detach(), requires_grad=False)
-    dense.clear()
-    gc.collect()
-    return largest
+        quantizer = quantizer_for(Quantization(setting.base, keep=_new_heads(model), **options))
+        quantizer._process_model_before_weight_loading(model)
+
+
+def _new_heads(model: Any) -> list[str]:
+    """Linear layers of a head that the file of a base doesn't have: what is new is not quantized."""
+    if not type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        return []
+    inside = f"{model.base_model_prefix}."
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not n.startswith(inside)]
 
 
 def _packed_4bit(weight: Tensor, module: Any) -> Any:
     from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn.modules import Params4bit
 
-    stored: Any = Params4bit
-    options = {"quant_type": module.weight.quant_type, "compress_statistics": module.weight.compress_statistics}
+    from slimtune.quantized.packing import packed_4bit
+
+    kind, double = module.weight.quant_type, module.weight.compress_statistics
     if not isinstance(weight, FakeTensor):
-        return stored(weight, requires_grad=False, module=module, **options).to(weight.device)
+        return packed_4bit(weight, 64, kind, double, module.weight.quant_storage, module)
     # A fake tensor can't be of bitsandbytes' own class of parameters; what is stored is the same.
-    codes, state = quantize_4bit(weight, blocksize=64, **options)
+    codes, state = quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=double)
     parameter: Any = nn.Parameter(codes, requires_grad=False)
     parameter.quant_state = module.quant_state = state
     return parameter
 
 
-def _packed_8bit(weight: Tensor, module: Any) -> Any:
+def _packed_8bit(weight: Tensor, setting: Setting) -> Any:
     from bitsandbytes.functional import int8_vectorwise_quant
-    from bitsandbytes.nn.modules import Int8Params
 
-    stored: Any = Int8Params
+    from slimtune.quantized.packing import packed_8bit
+
     if not isinstance(weight, FakeTensor):
-        return stored(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
-    codes, scales, _ = int8_vectorwise_quant(weight)
+        return packed_8bit(weight)
+    # Codes come by way of float16: on a CPU a piece at a time, on a GPU of the whole weight.
+    codes, scales, _ = int8_vectorwise_quant(weight.half() if setting.device == "cuda" else weight)
     parameter: Any = nn.Parameter(codes, requires_grad=False)
     parameter.SCB = scales
     return parameter
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """All that a model holds: parameters, buffers, and what quantized weights keep beside their codes."""
-    return [tensor for module in model.modules() for tensor in base_of(module).held(module)]
+    """All that a model holds: parameters, buffers, and what quantized weights are made of."""
+    return list(unwrapped(tensor for module in model.modules() for tensor in base_of(module).held(module)))

@@ -14,13 +14,16 @@ from slimtune.plan import rules
 from slimtune.plan.devices import Device
 from slimtune.plan.memory import MemoryPlan, Parts
 from slimtune.plan.rules import Case, Rule
-from slimtune.plan.setting import Precision, Setting
+from slimtune.plan.setting import PRECISIONS, Precision, Setting
 from slimtune.plan.time import Duration, Rates, duration
+from slimtune.train.optimizer import DEFAULT
+from slimtune.train.preference_settings import PREFERENCE_TASKS, SHARE_OF_RATE
 
 FULL = "full"
 LOW_RANK = ("lora", "dora")
 
 BASES: tuple[Precision, ...] = ("dense", "nf4", "int8")
+"""What is tried where no base is asked for."""
 
 _LORA: tuple[tuple[str, Precision], ...] = (("lora", "dense"), ("lora", "nf4"), ("lora", "int8"))
 _OTHERS: tuple[tuple[str, Precision], ...] = ((FULL, "dense"), ("ia3", "nf4"))
@@ -44,6 +47,9 @@ class Wish:
         rank, batch: as wanted; None for what the rules say.
         sequence: the longest example, in tokens.
         dtype: of what isn't quantized.
+        task: as a recipe names it; `task_type` as an adapter's config does.
+        answer, generations: as in a `Setting`.
+        optim, attention: by name.
         devices: GPUs that share the training, by FSDP2.
         parameters: of the base, 0 if they weren't counted.
         served_on: the device that the result has to run on, where that is another one.
@@ -62,7 +68,12 @@ class Wish:
     accumulation: int | None = None
     checkpointing: bool | None = None
     dtype: str = "bfloat16"
-    task_type: str = "CAUSAL_LM"
+    task: str = "text"
+    task_type: str | None = "CAUSAL_LM"
+    answer: int | None = None
+    generations: int = 8
+    optim: str = DEFAULT
+    attention: str | None = None
     devices: int = 1
     parameters: int = 0
     served_on: Device | None = None
@@ -98,10 +109,15 @@ class Choice:
         return self.plan.setting
 
     @property
+    def merge_bytes(self) -> int | None:
+        """The most that merging takes, None where it wasn't simulated or can't be done."""
+        return next((moment.total for moment in self.plan.moments if moment.phase == "merge"), None)
+
+    @property
     def label(self) -> str:
         """The method with its base, as people call it."""
-        quantized = {"nf4": "NF4", "fp4": "FP4", "int8": "int8"}.get(self.base)
-        return f"{self.method} on {quantized}" if quantized else self.method
+        stored = {"nf4": "NF4", "fp4": "FP4"}.get(self.base, self.base)
+        return self.method if self.base == "dense" else f"{self.method} on {stored}"
 
 
 Simulate = Callable[[Setting], MemoryPlan]
@@ -135,23 +151,30 @@ def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: in
 def _candidates(wish: Wish) -> list[tuple[str, Precision]]:
     from slimtune.train.method import FEATURES, find
 
-    order: tuple[tuple[str, Precision], ...] = ORDER[wish.goal]
-    if wish.methods is not None:
-        for method in wish.methods:
-            if find(method).name == FEATURES:
-                raise ConfigError("--method features trains nothing of the model; plan another method")
-        order = tuple(product(wish.methods, BASES))
     for base in wish.bases or ():
-        check_choice("base", base, BASES)
+        check_choice("base", base, PRECISIONS)
+    for method in wish.methods or ():
+        if find(method).name == FEATURES:
+            raise ConfigError("--method features trains nothing of the model; plan another method")
     # All weights of a quantized base can't be trained in place.
-    found: list[tuple[str, Precision]] = [
-        (method, base)
-        for method, base in order
-        if (method != FULL or base == "dense") and (wish.bases is None or base in wish.bases)
-    ]
+    found = [(method, base) for method, base in _order(wish) if method != FULL or base == "dense"]
     if not found:
         raise ConfigError(f"full tuning needs a dense base, found {listing(wish.bases or ())}; plan it on dense")
     return found
+
+
+def _order(wish: Wish) -> list[tuple[str, Precision]]:
+    """What was asked for, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
+    if wish.methods is not None:
+        return list(product(wish.methods, wish.bases or BASES))
+    goal: tuple[tuple[str, Precision], ...] = ORDER[wish.goal]
+    if wish.task in PREFERENCE_TASKS:
+        # TRL reads a model's layers past what is put around the whole model.
+        goal = tuple(candidate for candidate in goal if candidate[0] != "prompt-tuning")
+    if wish.bases is None:
+        return list(goal)
+    others: list[tuple[str, Precision]] = [("lora", base) for base in wish.bases if base not in {b for _, b in goal}]
+    return [*(candidate for candidate in goal if candidate[1] in wish.bases), *others]
 
 
 def _preferred(case: Case, wish: Wish) -> list[tuple[str, Precision]]:
@@ -180,20 +203,11 @@ def _choice(method: str, base: Precision, wish: Wish, case: Case, simulate: Simu
     found = find(method)
     size = (wish.rank or rules.rank(case)) if method in LOW_RANK else None
     config = None if method == FULL else configure(found, {"r": size} if size else {})
-    if config is not None:
+    if config is not None and wish.task_type is not None:
         config.task_type = wish.task_type
-    first = Setting(
-        method=config,
-        base=base,
-        dtype="float32" if method == FULL else wish.dtype,
-        autocast=method == FULL and wish.dtype == "bfloat16",
-        sequence=wish.sequence,
-        padded=wish.lengths.tokens[0] != wish.lengths.longest,
-        task_type=wish.task_type,
-        device="cpu" if wish.device.is_cpu else "cuda",
-    )
-    plan = _fitted(first, wish, case, simulate)
+    plan = _fitted(_first_setting(method, base, config, wish), wish, case, simulate)
     parts = plan.sharded(wish.devices)
+    share = SHARE_OF_RATE if wish.task in PREFERENCE_TASKS else 1
     return Choice(
         method=method,
         base=base,
@@ -201,12 +215,32 @@ def _choice(method: str, base: Precision, wish: Wish, case: Case, simulate: Simu
         parts=parts,
         fits=wish.device.takes(parts.total),
         needed_bytes=wish.device.needed_bytes(parts.total),
-        adapter_bytes=plan.peak.parts.weights if method == FULL else plan.peak.parts.adapter,
-        learning_rate=found.config.learning_rate,
+        adapter_bytes=plan.peak.parts.weights if method == FULL else plan.adapter_bytes,
+        learning_rate=found.config.learning_rate * share,
         rank=size,
-        duration=duration(plan, wish.lengths, wish.epochs, wish.device, rates),
+        duration=duration(plan, wish.lengths, wish.epochs, wish.device, rates, wish.devices),
         reasons=(),
         engines=tuple(verdicts(config.to_dict(), [])) if config is not None else (),
+    )
+
+
+def _first_setting(method: str, base: Precision, config: Any, wish: Wish) -> Setting:
+    """What a method is tried with, before batch and checkpoints are fitted."""
+    is_full = method == FULL
+    return Setting(
+        method=config,
+        base=base,
+        dtype="float32" if is_full else wish.dtype,
+        autocast=is_full and wish.dtype == "bfloat16",
+        sequence=wish.sequence,
+        padded=wish.lengths.tokens[0] != wish.lengths.longest,
+        optimizer=wish.optim,
+        attention=wish.attention,
+        task_type=wish.task_type,
+        task=wish.task if wish.task in PREFERENCE_TASKS else None,  # type: ignore[arg-type]
+        answer=wish.answer,
+        generations=wish.generations,
+        device="cpu" if wish.device.is_cpu else "cuda",
     )
 
 
@@ -215,10 +249,11 @@ def _fitted(first: Setting, wish: Wish, case: Case, simulate: Simulate) -> Memor
 
     What is accumulated makes up for a smaller micro-batch.
     """
-    effective = wish.batch * (wish.accumulation or 1) if wish.batch else rules.effective_batch(case)
+    # Each device has a micro-batch of its own.
+    effective = wish.batch * (wish.accumulation or 1) if wish.batch else -(-rules.effective_batch(case) // wish.devices)
 
     def planned(batch: int, checkpointing: bool) -> MemoryPlan:
-        accumulation = wish.accumulation or max(1, effective // batch)
+        accumulation = wish.accumulation or _accumulation(batch, effective, first)
         return simulate(replace(first, batch=batch, accumulation=accumulation, gradient_checkpointing=checkpointing))
 
     options = (False, True) if wish.checkpointing is None else (wish.checkpointing,)
@@ -232,12 +267,21 @@ def _fitted(first: Setting, wish: Wish, case: Case, simulate: Simulate) -> Memor
     return planned(wish.batch or 1, options[-1])
 
 
+def _accumulation(batch: int, effective: int, setting: Setting) -> int:
+    """How many micro-batches make a step; for grpo as many as hold whole groups of answers to one prompt."""
+    found = max(1, effective // batch)
+    while setting.task == "grpo" and found * batch % setting.generations:
+        found += 1
+    return found
+
+
 def _is_hopeless(setting: Setting, wish: Wish) -> bool:
     """Whether the parameters alone are too many, so that no batch has to be tried."""
-    stored = {"dense": 4 if setting.dtype == "float32" else 2, "int8": 1, "nf4": 0.5, "fp4": 0.5}[setting.base]
+    dense = 4 if setting.dtype == "float32" else 2
+    stored = {"dense": dense, "nf4": 0.5, "fp4": 0.5}.get(setting.base, 1)
     if setting.method is None:
-        # Gradients and Adam's two moments.
-        stored *= 4
+        # The gradients, and Adam's two moments; the state of other optimizers may be smaller, or lie elsewhere.
+        stored *= 4 if setting.optimizer == DEFAULT else 2
     return wish.parameters * stored > wish.device.room_bytes * wish.devices
 
 

@@ -15,11 +15,11 @@ from slimtune.config import PeftConfig
 from slimtune.errors import ConfigError, did_you_mean
 from slimtune.plan.build import build, config_of
 from slimtune.plan.depth import Sketch, continued, cut, repeating
-from slimtune.plan.memory import MemoryPlan, Moment, Phase, Work, fullest
+from slimtune.plan.memory import TRAINING, MemoryPlan, Moment, Phase, Work, fullest
 from slimtune.plan.setting import Setting
 from slimtune.plan.trace import trace
 
-ORDER: tuple[Phase, ...] = ("load", "attach", "forward", "backward", "update", "evaluation", "merge")
+ORDER: tuple[Phase, ...] = (*TRAINING, "merge")
 
 
 def simulate(
@@ -104,6 +104,7 @@ def plan_of(sketch: Sketch, setting: Setting, notes: tuple[str, ...] = ()) -> Me
         activations=sketch.activations,
         parameters=sketch.facts.parameters,
         trainable=sketch.facts.trainable,
+        trainable_bytes=sketch.facts.trainable_bytes,
         block_bytes=sketch.facts.block_bytes,
         trainable_block_bytes=sketch.facts.trainable_block_bytes,
         paged_bytes=sketch.paged_bytes,

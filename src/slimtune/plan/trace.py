@@ -16,12 +16,16 @@ from torch import nn
 
 from slimtune.errors import ConfigError, MergeError
 from slimtune.model import get_peft_model
-from slimtune.plan.build import PAGED_FROM, batch_for, build, kernels_of, optimizer_for
+from slimtune.plan import generation
+from slimtune.plan.build import build, kernels_of
 from slimtune.plan.depth import Blocks, Facts, Key, Sketch, block_list
 from slimtune.plan.fake import FakeLedger, taken_for_real
 from slimtune.plan.live import Ledger, Places, Storage
-from slimtune.plan.memory import Moment, Parts, Phase
+from slimtune.plan.memory import Moment, Parts, Phase, Work
+from slimtune.plan.optimizers import is_elsewhere, optimizer_for
 from slimtune.plan.setting import Setting
+from slimtune.plan.step import Step, step_of
+from slimtune.train.checks import LastGood
 
 PARTS = tuple(Parts().named())
 
@@ -33,19 +37,24 @@ class Run:
     Attributes:
         owners: the part of a storage by the storage's identity.
         began: the number of the step's first operation.
+        beyond_weights: the most that is there in loading beside what is kept: a layer before it is quantized.
         kept: what was there when a forward ended and not before it.
+        reckoned: moments that were not run.
     """
 
     setting: Setting
     ledger: Ledger
     model: Any
-    largest_dense: int
+    step: Step
+    last_good: LastGood
+    beyond_weights: int
     facts: Facts
     owners: dict[int, str] = field(default_factory=dict)
     paged: set[int] = field(default_factory=set)
     began: int = 0
     kept: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    reckoned: list[Moment] = field(default_factory=list)
 
     def own(self, part: str, storages: Iterable[Storage]) -> None:
         """Note what storages are, unless they are known to be something else."""
@@ -71,9 +80,11 @@ def trace(
         steps: one is enough for the steady state, which keeps what the first update leaves behind.
         blocks: where moments are told apart by the position of their block.
     """
-    with kernels_of(setting.device, fake), taken_for_real() if fake else contextlib.nullcontext():
+    with kernels_of(setting, fake), taken_for_real() if fake else contextlib.nullcontext():
         run = prepare(config, setting, task_type, fake, rounded)
         train(run, steps)
+        if setting.task == "grpo":
+            _draw(run)
         if evaluation:
             _evaluate(run)
         if merge:
@@ -99,31 +110,35 @@ def prepare(
     """The model as the setting stores it, with the adapter attached. Raises: ConfigError, TargetError."""
     from transformers.initialization import no_init_weights
 
-    builder = FakeLedger() if fake else None
-    with builder.fake if builder else contextlib.nullcontext(), builder or contextlib.nullcontext():
-        with no_init_weights() if fake else contextlib.nullcontext():
-            model = build(config, setting, task_type)
-        largest = 0
+    builder = FakeLedger() if fake else Ledger()
+    beyond = 0
+    with _counting(builder, "load"), no_init_weights() if fake else contextlib.nullcontext():
+        model = build(config, setting, task_type)
         if setting.base != "dense":
             from slimtune.plan.quantize import quantize
 
-            largest = quantize(model, setting)
-    ledger = FakeLedger(rounded, builder.fake) if builder else Ledger(rounded)
+            beyond = quantize(model, setting, builder)
+    ledger = FakeLedger(rounded, builder.fake) if isinstance(builder, FakeLedger) else Ledger(rounded)
     with _counting(ledger, "attach"):
-        weights = ledger.of(_held(model))
+        weights = ledger.of(_held(model, setting))
         if setting.method is not None:
             # A copy: attaching notes in a config what it found.
             model = get_peft_model(model, copy.deepcopy(setting.method))
         else:
             model.requires_grad_(True)
         model.train()
-    run = Run(setting, ledger, model, largest, _facts(model))
+        if not _trained(model):
+            raise ConfigError("nothing of the model would be trained; choose another method")
+        # Training keeps a copy of an adapter, to go back to where the loss is no longer a number.
+        last_good = LastGood(model, has_copy=setting.method is not None)
+        step = step_of(model, setting, last_good)
+    run = Run(setting, ledger, model, step, last_good, beyond, _facts(model, setting))
     run.own("weights", weights)
     run.own("adapter", ledger.live())
     return run
 
 
-def _facts(model: Any) -> Facts:
+def _facts(model: Any, setting: Setting) -> Facts:
     """What is counted without running: parameters as they are before quantization, and bytes."""
     found = block_list(model)
     blocks = list(found[1]) if found else []
@@ -131,7 +146,8 @@ def _facts(model: Any) -> Facts:
         depth=len(blocks),
         parameters=sum(_count(parameter) for parameter in model.parameters()),
         trainable=sum(parameter.numel() for parameter in _trained(model)),
-        block_bytes=max((sum(p.nbytes for p in block.parameters()) for block in blocks), default=0),
+        trainable_bytes=sum(parameter.nbytes for parameter in _trained(model)),
+        block_bytes=max((sum(t.nbytes for t in _held(block, setting)) for block in blocks), default=0),
         trainable_block_bytes=max((sum(p.nbytes for p in _trained(block)) for block in blocks), default=0),
     )
 
@@ -142,12 +158,12 @@ def _count(parameter: Any) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def _held(model: nn.Module) -> list[torch.Tensor]:
-    if any(hasattr(parameter, "quant_state") or hasattr(parameter, "SCB") for parameter in model.parameters()):
-        from slimtune.plan.quantize import tensors_of
+def _held(model: nn.Module, setting: Setting) -> list[torch.Tensor]:
+    if setting.base == "dense":
+        return [*model.parameters(), *model.buffers()]
+    from slimtune.plan.quantize import tensors_of
 
-        return tensors_of(model)
-    return [*model.parameters(), *model.buffers()]
+    return tensors_of(model)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -158,12 +174,10 @@ def train(run: Run, steps: int = 1) -> None:
     """Training steps, each storage of them counted. Raises: ConfigError."""
     ledger, setting, model = run.ledger, run.setting, run.model
     trained = _trained(model)
-    if not trained:
-        raise ConfigError("nothing of the model would be trained; choose another method")
     optimizer = optimizer_for(setting, trained)
     with _counting(ledger, "forward"):
-        batch = batch_for(model, setting)
-        run.own("activations", ledger.of(batch.values()))
+        batch = run.step.batch()
+        run.own("activations", ledger.of(value for value in batch.values() if isinstance(value, torch.Tensor)))
     run.began = ledger.time
     ledger.places = Places(model, _head(model))
     autocast = torch.autocast("cpu", torch.bfloat16) if setting.autocast else contextlib.nullcontext()
@@ -173,9 +187,7 @@ def train(run: Run, steps: int = 1) -> None:
             for _ in range(min(setting.accumulation, 2)):
                 with _counting(ledger, "forward"), autocast:
                     before = {id(storage) for storage in ledger.live()}
-                    loss = getattr(model(**batch), "loss", None)
-                    if loss is None:
-                        raise ConfigError(f"a {type(model).__name__} has no loss of its own; pass another task_type")
+                    loss = run.step.loss(batch)
                     kept = [storage for storage in ledger.live() if id(storage) not in before]
                 run.kept |= {id(storage) for storage in kept}
                 with _counting(ledger, "backward"):
@@ -185,10 +197,10 @@ def train(run: Run, steps: int = 1) -> None:
             with _counting(ledger, "update"):
                 optimizer.step()
                 for parameter in trained:
-                    state = ledger.of(t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor))
-                    run.own("optimizer", state)
-                    if setting.optimizer.startswith("paged") and parameter.numel() >= PAGED_FROM:
-                        run.paged |= {id(s) for s in state if s.nbytes >= parameter.numel()}
+                    state = [t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)]
+                    run.own("optimizer", ledger.of(state))
+                    elsewhere = [tensor for tensor in state if is_elsewhere(setting, parameter, tensor)]
+                    run.paged |= {id(storage) for storage in ledger.of(elsewhere)}
                 optimizer.zero_grad()
     # What is still there belongs to the method: it keeps it from step to step.
     run.own("adapter", [s for s in ledger.live() if s.born >= run.began])
@@ -208,7 +220,23 @@ def _head(model: Any) -> str:
 def _evaluate(run: Run) -> None:
     model = run.model.eval()
     with _counting(run.ledger, "evaluation"), run.ledger.places.watched(), torch.no_grad():  # type: ignore[union-attr]
-        model(**batch_for(model, run.setting))
+        run.step.loss(run.step.batch())
+    model.train()
+
+
+def _draw(run: Run) -> None:
+    """Draw the answers of a step, all of them at once."""
+    setting, ledger, model = run.setting, run.ledger, run.model.eval()
+    rows, prompt, answer = setting.batch * setting.accumulation, setting.sequence, setting.drawn_tokens
+    head = model.get_output_embeddings().weight
+    lasting = _parts_of(run, ledger.live())
+    with _counting(ledger, "generation"), ledger.places.watched(), torch.no_grad():  # type: ignore[union-attr]
+        cache = generation.read_prompts(model, rows, prompt)
+        run.own("activations", ledger.of(tensor for layer in generation.layers_of(cache) for tensor in layer))
+        run.reckoned.append(generation.last_token(lasting, cache, prompt, answer, head))
+        prompts = ledger.work.get("generation", Work())
+        ledger.work["generation"] = generation.work_of(prompts, lasting, cache, prompt, answer, head)
+    run.notes.append(generation.NOTE)
     model.train()
 
 
@@ -235,6 +263,7 @@ def _sketch(run: Run, blocks: Blocks | None) -> Sketch:
         if label is not None and (key not in moments or total > moments[key].total):
             parts = Parts(**{name: int(live[i, operation.time]) for i, name in enumerate(PARTS)})
             moments[key] = Moment(operation.phase, place.module, operation.name, parts)
+    moments |= {(moment.phase, moment.module, False): moment for moment in run.reckoned}
     return Sketch(
         moments=moments,
         activations=_activations(run),
@@ -248,7 +277,7 @@ def _sketch(run: Run, blocks: Blocks | None) -> Sketch:
 def _load(run: Run) -> Moment:
     """Weights come one by one, and one that is quantized is there in its dense form until it is done."""
     weights = sum(s.nbytes for s in run.ledger.storages if run.owners.get(id(s)) == "weights")
-    return Moment("load", "", "", Parts(weights=weights, workspace=run.largest_dense))
+    return Moment("load", "", "", Parts(weights=weights, workspace=run.beyond_weights))
 
 
 def _part(run: Run, storage: Storage) -> str:
@@ -258,6 +287,14 @@ def _part(run: Run, storage: Storage) -> str:
     if storage.place.in_loss:
         return "loss"
     return "activations" if id(storage) in run.kept else "workspace"
+
+
+def _parts_of(run: Run, storages: Iterable[Storage]) -> Parts:
+    found = dict.fromkeys(PARTS, 0)
+    for storage in storages:
+        if id(storage) not in run.paged:
+            found[_part(run, storage)] += storage.nbytes
+    return Parts(**found)
 
 
 def _timeline(run: Run) -> np.ndarray:

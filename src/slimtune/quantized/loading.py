@@ -67,6 +67,12 @@ def load_as_stored(chosen: Any, source: str, device: str, **options: Any) -> Any
     return model
 
 
+def quantizer_for(settings: Quantization | BitsAndBytesConfig) -> Any:
+    """What quantizes while a model is loaded, for a plan to ask which layers it takes."""
+    request = Request(settings)
+    return (_Quantizer8bit if request.plain.load_in_8bit else _Quantizer4bit)(request, pre_quantized=False)
+
+
 class Request(QuantizationConfigMixin):
     """What transformers chooses our quantizer by; the loaded model has bitsandbytes' own config."""
 

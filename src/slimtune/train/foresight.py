@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from slimtune.errors import DoesNotFitError
 from slimtune.loading import native_dtype, pick_device
-from slimtune.plan.ask import read_config
+from slimtune.plan.ask import read_config, task_type_of
 from slimtune.plan.devices import Device, find, this_device
-from slimtune.plan.foresee import OPTIMIZERS, foresee
+from slimtune.plan.foresee import foresee
 from slimtune.plan.memory import MemoryPlan
 from slimtune.plan.setting import Setting
 from slimtune.train.method import FULL
+from slimtune.train.preference_settings import PREFERENCE_TASKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,19 +20,10 @@ if TYPE_CHECKING:
     from slimtune.train.recipe import Recipe
 
 
-PLANNED = ("text", "classification")
-"""The tasks whose step the planner can run."""
-
-
-def unplanned(task: str) -> str:
-    """What is said of a task whose step the planner can't run."""
-    return f"the memory it takes is not planned: a step of task {task} can't be simulated yet"
-
-
-def refuse_what_does_not_fit(screen: Console, recipe: Recipe, task_type: str) -> None:
+def refuse_what_does_not_fit(screen: Console, recipe: Recipe, task: str) -> None:
     """Say what the training will take; raises DoesNotFitError, with the nearest setting that fits."""
     try:
-        found, where = planned(recipe, task_type)
+        found, where = planned(recipe, task)
     except DoesNotFitError:
         raise
     except Exception as error:
@@ -45,22 +37,25 @@ def refuse_what_does_not_fit(screen: Console, recipe: Recipe, task_type: str) ->
         )
 
 
-def planned(recipe: Recipe, task_type: str, in_full: bool = False) -> tuple[MemoryPlan | None, Device]:
+def planned(recipe: Recipe, task: str, in_full: bool = False) -> tuple[MemoryPlan | None, Device]:
     """The plan and the device that it is for; raises DoesNotFitError, SlimtuneError.
 
     Args:
+        task: what the data is for.
         in_full: plan also what fits by far, for which there is no plan otherwise.
     """
     model = recipe.model
     place = pick_device(model.device).partition(":")[0]
     where = find("cpu") if place == "cpu" else this_device()
-    setting = _setting(recipe, task_type, place)
-    trust = model.trust_remote_code
-    return foresee(model.source, recipe.method.name, recipe.data, setting, where, trust, in_full), where
+    found = foresee(
+        model.source, recipe.method.name, recipe.data, _setting(recipe, task, place), where, task,
+        model.trust_remote_code, in_full, evaluation=bool(recipe.data.held_out),
+    )  # fmt: skip
+    return found, where
 
 
-def _setting(recipe: Recipe, task_type: str, place: str) -> Setting:
-    model, training = recipe.model, recipe.training
+def _setting(recipe: Recipe, task: str, place: str) -> Setting:
+    model, training, task_type = recipe.model, recipe.training, task_type_of(task)
     dtype = model.dtype
     if dtype == "auto":
         dtype = str(getattr(read_config(model.source), "dtype", None) or "float32").removeprefix("torch.")
@@ -78,7 +73,10 @@ def _setting(recipe: Recipe, task_type: str, place: str) -> Setting:
         sequence=recipe.data.max_length,
         gradient_checkpointing=training.gradient_checkpointing,
         accumulation=training.gradient_accumulation,
-        optimizer=OPTIMIZERS.get(training.optim, "adamw"),
+        optimizer=training.optim,
         task_type=task_type,
+        task=task if task in PREFERENCE_TASKS else None,  # type: ignore[arg-type]
+        answer=recipe.preferences.max_new_tokens,
+        generations=recipe.preferences.generations or Setting.generations,
         device="cpu" if place == "cpu" else "cuda",
     )

@@ -22,7 +22,7 @@ from slimtune.train.devices import check_device
 from slimtune.train.eva_start import start_by_eva
 from slimtune.train.features import train_on_features
 from slimtune.train.figures import Memory
-from slimtune.train.foresight import PLANNED, refuse_what_does_not_fit, unplanned
+from slimtune.train.foresight import refuse_what_does_not_fit
 from slimtune.train.method import FEATURES, FULL, table
 from slimtune.train.optimizer import check_runs
 from slimtune.train.preference_settings import PREFERENCE_TASKS
@@ -53,10 +53,8 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
     if recipe.method.name == FEATURES:
         return train_on_features(screen, recipe, data, overwrite)
     check_runs(recipe.training.optim, check_device(pick_device(recipe.model.device)))
-    if plans and data.task in PLANNED:
-        refuse_what_does_not_fit(screen, recipe, data.task_type)
-    elif plans:
-        screen.print(unplanned(data.task), markup=False)
+    if plans:
+        refuse_what_does_not_fit(screen, recipe, data.task)
     Memory.watch()
     model, tokenizer, autocast = load_for(recipe, data)
     outcome = tune(screen, model, tokenizer, data, recipe, overwrite, autocast, resume)

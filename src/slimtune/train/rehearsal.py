@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimtune import get_peft_model
 from slimtune.data.tasks import Data, read
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
 from slimtune.loading import is_adapter, load_tokenizer, pick_device
@@ -20,7 +19,7 @@ from slimtune.plan.setting import Setting
 from slimtune.staging import refuse_existing
 from slimtune.train.afterwards import held_out_questions
 from slimtune.train.devices import check_device
-from slimtune.train.foresight import PLANNED, planned, unplanned
+from slimtune.train.foresight import planned
 from slimtune.train.method import FEATURES
 from slimtune.train.optimizer import check_runs
 from slimtune.train.preferences import check_recipe
@@ -81,11 +80,8 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
         check_recipe(recipe, data.task)
         held_out_questions(recipe, data)
         found.data = _encoded(recipe, data, screen)
-        if data.task not in PLANNED:
-            found.notes.append(unplanned(data.task))
-            _attach(recipe, data)
-        elif recipe.method.name != FEATURES:
-            _plan(recipe, data.task_type, found)
+        if recipe.method.name != FEATURES:
+            _plan(recipe, data.task, found)
     return found
 
 
@@ -102,17 +98,9 @@ def _shape(config: Any, data: Data) -> Any:
         return build(config, Setting(), data.task_type)
 
 
-def _attach(recipe: Recipe, data: Data) -> None:
-    """See that the method finds its targets; raises ConfigError, TargetError."""
-    if recipe.method.method.is_adapter:
-        config = read_config(recipe.model.source, recipe.model.trust_remote_code)
-        with torch.device("meta"):
-            get_peft_model(_shape(config, data), recipe.method.config())
-
-
-def _plan(recipe: Recipe, task_type: str, found: Rehearsal) -> None:
+def _plan(recipe: Recipe, task: str, found: Rehearsal) -> None:
     try:
-        plan, where = planned(recipe, task_type, in_full=True)
+        plan, where = planned(recipe, task, in_full=True)
     except SlimtuneError:
         raise
     except Exception as error:
@@ -122,3 +110,4 @@ def _plan(recipe: Recipe, task_type: str, found: Rehearsal) -> None:
     assert plan is not None
     found.device, found.memory_bytes = where.name, where.memory_bytes
     found.needed_bytes = int(where.needed_bytes(plan.peak_bytes))
+    found.notes += plan.notes

@@ -1,0 +1,31 @@
+"""A setting simulated and really run, both under the same counter of live storages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slimtune.plan.live import Ledger
+from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.setting import Setting
+from slimtune.plan.simulate import plan_of, quiet
+from slimtune.plan.trace import trace
+
+
+def both(config: Any, setting: Setting, **phases: bool) -> tuple[MemoryPlan, MemoryPlan]:
+    """The plan by simulation, and by two steps that are really taken; `config` makes a new configuration."""
+    with quiet():
+        simulated = trace(config(), setting, setting.task_type, **phases)
+        really = trace(config(), setting, setting.task_type, fake=False, steps=2, **phases)
+    return plan_of(simulated, setting), plan_of(really, setting)
+
+
+def peak_of(ledger: Ledger) -> int:
+    """The most bytes that were live at once."""
+    changes = np.zeros(ledger.time + 2, dtype=np.int64)
+    for storage in ledger.storages:
+        if storage.died >= storage.born:
+            changes[storage.born] += storage.nbytes
+            changes[min(storage.died, ledger.time) + 1] -= storage.nbytes
+    return int(changes.cumsum().max())
