@@ -298,7 +298,8 @@ def test_list_and_show(run: Any) -> None:
     refused(run("recipe", "show", "qlra"), "did you mean 'qlora'?")
 
 
-OF_OTHER_ROWS = {"classification", "continued-pretraining", "token-classification", "seq2seq", "dpo", "grpo"}
+CLASSIFIERS = ("classification", "compare-classification")
+OF_OTHER_ROWS = {*CLASSIFIERS, "continued-pretraining", "token-classification", "seq2seq", "dpo", "grpo"}
 STEP = ["training.max_steps=1", "training.epochs=1", "data.max_length=256", "training.batch_size=2"]
 
 
@@ -318,12 +319,13 @@ def trained(run: Any, name: str, overrides: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "README.md").exists()
 
 
-def test_the_recipe_of_a_classifier_runs_a_step(run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_recipe_of_a_classifier_runs_a_step(run: Any, tmp_path: Path, name: str) -> None:
     from small_encoder import reviews, save_encoder
 
     rows = write_lines(tmp_path / "rows.jsonl", *reviews(20))
-    overrides = [f"model.name={save_encoder(tmp_path / 'encoder')}", f"data.train={rows}", *STEP]
-    trained(run, "classification", overrides, tmp_path)
+    overrides = [f"model.name={save_encoder(tmp_path / 'encoder')}", f"data.train={rows}", "data.held_out=0.1", *STEP]
+    trained(run, name, overrides, tmp_path)
 
 
 def test_the_recipe_for_plain_texts_runs_a_step(run: Any, base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
+from typer.testing import CliRunner
 
+from slimtune.cli import app
+from slimtune.evaluate.tagging import entities, tag_scores
 from slimtune.loading import load
 from small_encoder import save_encoder
 from small_text_model import save_base, write_lines
@@ -75,6 +79,98 @@ def test_it_learns_and_answers_with_tags_and_entities(
     assert [line.split() for line in plain] == [answer["tags"] for answer in answers]
     texts = write_lines(tmp_path / "texts.jsonl", {"text": "the plot is very bad ."})
     assert run("predict", out, texts).stdout.split() == ["O", "B-PART", "O", "B-OPINION", "I-OPINION", "O"]
+
+
+@pytest.fixture(scope="module")
+def tagger(encoder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that has learned."""
+    out = tmp_path_factory.mktemp("tagger") / "out"
+    options = ["--max-steps", "10", "--batch-size", "16", "--lr", "0.01"]
+    assert CliRunner().invoke(app, ["train", str(encoder), str(rows), "-o", str(out), *options]).exit_code == 0
+    return out
+
+
+def contested(count: int) -> list[dict[str, list[str]]]:
+    """Sentences that were not learned from, some with other tags than those that one learns."""
+    rows = opinions(count, seed=7)
+    for row in rows[::4]:
+        row["tags"][1] = "O"
+    for row in rows[::5]:
+        row["tags"][0] = "B-PART"
+    return rows
+
+
+@pytest.fixture(scope="module")
+def disputed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("disputed") / "rows.jsonl", *contested(24))
+
+
+def test_it_is_evaluated_by_entities_with_a_line_for_each_text(run: Any, tagger: Path, disputed: Path) -> None:
+    answers = tagger.parent / "answers.jsonl"
+    result = run("evaluate", tagger, disputed, "--answers", answers, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["metric"], found["count"]) == ("entity_f1", 24)
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    true = [row["tags"] for row in contested(24)]
+    assert [line["expected"] for line in lines] == true
+    assert found["scores"] == pytest.approx(tag_scores([line["answer"] for line in lines], true))
+    assert 0.5 < found["scores"]["entity_f1"] < 1
+    for name, score in found["scores"].items():
+        low, high = found["intervals"][name]
+        assert low <= score <= high
+        assert low < high
+    predicted = [json.loads(line)["tags"] for line in run("predict", tagger, disputed, "--json").stdout.splitlines()]
+    assert [line["answer"] for line in lines] == predicted
+    for line in lines:
+        assert bool(line["missed"] or line["wrong"]) == (entities(line["answer"]) != entities(line["expected"]))
+        assert line["score"] == sum(map(str.__eq__, line["answer"], line["expected"])) / len(line["expected"])
+    words = sum(map(len, true))
+    assert found["loss"] == pytest.approx(sum(line["loss"] for line in lines) / words)
+    assert found["by_kind"]["PART"]["count"] == sum(tags.count("B-PART") for tags in true)
+
+
+def test_the_loss_of_a_text_is_that_of_its_true_tags(run: Any, tagger: Path, disputed: Path, tmp_path: Path) -> None:
+    run("evaluate", tagger, disputed, "--limit", 1, "--answers", tmp_path / "a.jsonl")
+    line = json.loads((tmp_path / "a.jsonl").read_text())
+    model, tokenizer = load(tagger)
+    batch = tokenizer([" ".join(line["question"])], return_tensors="pt")
+    with torch.no_grad():
+        log_p_WK = model(**batch).logits[0, 1:-1].log_softmax(-1)
+    by_hand = -sum(log_p_WK[word, model.config.label2id[tag]] for word, tag in enumerate(line["expected"]))
+    assert line["loss"] == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_what_is_printed_of_a_tagger(run: Any, tagger: Path, disputed: Path) -> None:
+    shown = run("evaluate", tagger, disputed, "--limit", 10).stdout
+    assert re.search(r"entity_f1 +0\.\d+ +0\.\d+ to [01]\.\d+", shown)
+    assert "10 texts in" in shown
+    assert "a word" in shown
+    assert re.search(r"PART: f1 [01]\.\d+, precision [01]\.\d+, recall [01]\.\d+, 9 there", shown)
+
+
+def test_a_tagger_and_what_it_cant_be_asked(run: Any, tagger: Path, encoder: Path, fresh: Path, tmp_path: Path) -> None:
+    odd = write_lines(tmp_path / "odd.jsonl", {"tokens": ["film"], "tags": ["B-THING"]})
+    labelled = write_lines(tmp_path / "labelled.jsonl", {"text": "film", "label": "good"})
+    for arguments, said in (
+        ((tagger, odd), "tags that"),
+        ((tagger, labelled), "pass rows with tokens and tags"),
+        ((encoder, fresh), "gives tokens no tags"),
+        ((tagger, fresh, "--scorer", "json"), "--scorer would change nothing where words are tagged"),
+        ((tagger, fresh, "--shots", 2), "--shots would change nothing"),
+    ):
+        refused = run("evaluate", *arguments)
+        assert refused.exit_code == 2, refused.output
+        assert said in refused.stderr
+
+
+def test_single_words_are_evaluated_by_accuracy(run: Any, encoder: Path, tmp_path: Path) -> None:
+    numbered = [{"tokens": row["tokens"], "tags": [int(tag != "O") for tag in row["tags"]]} for row in opinions(16)]
+    data = write_lines(tmp_path / "rows.jsonl", *numbered)
+    assert run("train", encoder, data, "-o", tmp_path / "out", *FAST).exit_code == 0
+    found = json.loads(run("evaluate", tmp_path / "out", data, "--json").stdout)
+    assert found["metric"] == "accuracy"
+    assert set(found["scores"]) == {"accuracy", "macro_f1"}
 
 
 def test_the_adapter_brings_its_tags_and_its_head(run: Any, encoder: Path, rows: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,18 +13,49 @@ from pathlib import Path
 import pytest
 
 from slimtune.compare import process
-from slimtune.errors import TrainingError
 
 
-def test_what_is_printed_is_read_and_what_is_said_is_logged(tmp_path: Path) -> None:
-    found = process.run(["methods", "--json"], tmp_path / "log.txt")
-    assert "lora" in str(found)
-    assert (tmp_path / "log.txt").read_text().startswith("$ slimtune methods --json")
+class Told:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.seen: list[tuple[int, int]] = []
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def advance(self, done: int, total: int) -> None:
+        self.seen.append((done, total))
 
 
-def test_a_failure_is_told_in_the_words_of_the_command(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no method 'lorra'; did you mean 'lora'"):
-        process.run(["methods", "lorra", "--json"], tmp_path / "log.txt")
+def test_what_is_printed_is_kept_and_what_is_said_is_logged(tmp_path: Path) -> None:
+    told = Told()
+    commands = [["methods", "--json"], ["recipe", "list", "--json"]]
+    assert process.run(commands, tmp_path, tmp_path / "log.txt", told) is None
+    assert "lora" in str(json.loads((tmp_path / "methods.json").read_text()))
+    assert "compare" in json.loads((tmp_path / "recipe.json").read_text())
+    assert told.stages == ["methods", "recipe"]
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line for line in log if line.startswith("$")] == [
+        "$ slimtune methods --json",
+        "$ slimtune recipe list --json",
+    ]
+
+
+def test_a_failure_is_told_in_the_words_of_the_command_and_is_the_end(tmp_path: Path) -> None:
+    commands = [["recipe", "list", "--json"], ["methods", "lorra", "--json"], ["doctor", "--json"]]
+    failure = process.run(commands, tmp_path, tmp_path / "log.txt", Told())
+    assert failure is not None
+    assert failure.command == "methods"
+    assert "no method 'lorra'; did you mean 'lora'" in failure.reason
+    assert {path.name for path in tmp_path.glob("*.json")} == {"recipe.json"}
+
+
+def test_a_command_without_json_is_a_failure(tmp_path: Path) -> None:
+    failure = process.run([["recipe", "show", "chat"]], tmp_path, tmp_path / "log.txt", Told())
+    assert failure is not None
+    assert "recipe printed no JSON" in failure.reason
 
 
 @pytest.mark.parametrize(
@@ -36,36 +68,39 @@ def test_a_failure_is_told_in_the_words_of_the_command(tmp_path: Path) -> None:
     ],
 )
 def test_the_reason_of_a_failure(said: list[str], code: int, reason: str) -> None:
-    assert process._reason(code, said) == reason
+    assert process.reason(code, said) == reason
+
+
+COUNTS = """
+    import time
+    from rich.console import Console
+    from slimtune import progress
+    progress.LINE_SECONDS = 0
+    with progress.Counting(Console(stderr=True)) as counting:
+        counting.start("training, step", 2000)
+        counting.reach(1, told="loss 0.5")
+        counting.reach(2000)
+        Console(stderr=True).print("  kept in runs/2024/11 for now")
+    """
+ENDLESS = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
 
 
 def test_lines_of_progress_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "slimtune.py"
-    program.write_text(
-        textwrap.dedent("""
-            import sys
-            print("loading", file=sys.stderr)
-            print("  step 1,000/2,000  loss 0.5", file=sys.stderr)
-            print("{\\"a\\": 1}")
-        """)
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    seen: list[tuple[int, int]] = []
-    assert process.run(["train"], tmp_path / "log.txt", lambda *so_far: seen.append(so_far)) == {"a": 1}
-    assert seen == [(1000, 2000)]
+    """As `Counting` prints them, in the place of the worker."""
+    monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", textwrap.dedent(COUNTS)))
+    told = Told()
+    assert process.run([["train"]], tmp_path, tmp_path / "log.txt", told) is None
+    assert told.seen == [(1, 2000), (2000, 2000)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what follows a killed parent is told by Linux alone")
 def test_a_run_ends_with_the_comparison_that_started_it(tmp_path: Path) -> None:
-    (tmp_path / "slimtune.py").write_text(
-        "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
-    )
     code = f"""
-import os
+import sys
 from pathlib import Path
 from slimtune.compare import process
-os.environ["PYTHONPATH"] = {str(tmp_path)!r}
-process.run(["train"], Path("log.txt"))
+process.WORKER = (sys.executable, "-c", {ENDLESS!r})
+process.run([["train"]], Path(), Path("log.txt"), None)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     try:

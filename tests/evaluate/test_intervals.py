@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slimtune.evaluate.intervals import bootstrap, interval_of_mean, wilson
+from slimtune.evaluate.intervals import bootstrap, interval_of_mean, interval_of_share, wilson
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (1, 3), (83, 100), (999, 1000)])
@@ -27,3 +27,11 @@ def test_shares_get_wilsons_and_other_scores_a_bootstrap() -> None:
 def test_the_same_scores_give_the_same_interval() -> None:
     assert interval_of_mean([0.2, 0.5, 0.9]) == interval_of_mean([0.2, 0.5, 0.9])
     assert bootstrap(lambda chosen: float(len(chosen)), 7) == (7, 7)
+
+
+def test_that_all_is_right_is_not_quite_sure() -> None:
+    values = np.array([1.0] * 9 + [0.0])
+    assert interval_of_share(lambda chosen: float(values[chosen].mean()), 9) == wilson(9, 9)
+    assert interval_of_share(lambda chosen: 0.0, 9) == wilson(0, 9)
+    share = interval_of_share(lambda chosen: float(values[chosen].mean()), 10)
+    assert share == bootstrap(lambda chosen: float(values[chosen].mean()), 10)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from slimtune.evaluate.tagging import Entity, entities, has_entities, tag_scores
+from slimtune.evaluate.tagging import Entity, entities, has_entities, tag_counts, tag_scores
 
 SPELLED = [
     ("IOB2", "B-PER I-PER O B-LOC", [("PER", 0, 2), ("LOC", 3, 4)]),
@@ -39,3 +40,20 @@ def test_tags_of_single_words_are_scored_as_classes() -> None:
     assert not has_entities(["O"])
     found = tag_scores([["NOUN", "VERB"]], [["NOUN", "NOUN"]])
     assert found == {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3)}
+
+
+def test_the_scores_of_a_choice_of_texts_are_those_of_these_texts() -> None:
+    """A bootstrap draws texts with replacement."""
+    true = [["B-PER", "I-PER", "O"], ["B-LOC", "O", "B-PER"], ["O", "O", "S-LOC"]]
+    said = [["B-PER", "O", "O"], ["B-LOC", "O", "B-LOC"], ["O", "O", "S-LOC"]]
+    chosen = [0, 1, 1]
+    counts = tag_counts(said, true, spells=True)
+    assert counts.scores(np.array(chosen)) == tag_scores([said[i] for i in chosen], [true[i] for i in chosen])
+    assert counts.by_kind()["LOC"] == {"precision": 2 / 3, "recall": 1, "f1": pytest.approx(4 / 5), "count": 2}
+    numbers = [["1", "2"], ["3", "1"]], [["1", "1"], ["3", "2"]]
+    assert tag_counts(*numbers, spells=False).scores(np.array([1, 1])) == tag_scores([["3", "1"]] * 2, [["3", "2"]] * 2)
+
+
+def test_texts_without_an_entity_are_scored_by_entities_all_the_same() -> None:
+    assert tag_counts([["O", "B-PER"]], [["O", "O"]], spells=True).scores()["precision"] == 0
+    assert tag_counts([["O"]], [["O"]], spells=True).scores()["entity_f1"] == 0

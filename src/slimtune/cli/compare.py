@@ -38,7 +38,11 @@ def compare(
     ] = None,
     shots: Annotated[
         str | None,
-        typer.Option(metavar="NUMBERS", help="Examples in the prompt: 0,1,4. '' for none.", rich_help_panel=WHAT),
+        typer.Option(
+            metavar="NUMBERS",
+            help="Examples in the prompt; 0,1,4 of models that write text. '' for none.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     random_labels: Annotated[
         bool | None,
@@ -123,6 +127,8 @@ def _run(screen: Console, comparison: Comparison) -> Report:
     from slimtune.compare.progress import ShownRuns
     from slimtune.compare.runner import unfinished
 
+    for remark in comparison.facts.remarks:
+        screen.print(remark, markup=False)
     todo = unfinished(comparison.task, comparison.runs)
     if len(todo) < len(comparison.runs):
         screen.print(f"{len(comparison.runs) - len(todo)} of {len(comparison.runs)} runs are there already")
@@ -143,9 +149,8 @@ def _foresee(screen: Console, comparison: Comparison, as_json: bool) -> None:
     with screen.status("simulating the steps..."):
         found = estimate(comparison)
     if as_json:
-        print(
-            json.dumps({"runs": [line.to_dict() for line in found.lines], "seconds": found.seconds, "why": found.why})
-        )
+        lines, remarks = [line.to_dict() for line in found.lines], comparison.facts.remarks
+        print(json.dumps({"runs": lines, "seconds": found.seconds, "why": found.why, "remarks": remarks}))
         return
     table = Table("arm", "what", "runs", "to do", "a run", "in all", box=None, padding=(0, 2, 0, 0))
     for line in found.lines:
@@ -154,6 +159,8 @@ def _foresee(screen: Console, comparison: Comparison, as_json: bool) -> None:
     screen.print(table, soft_wrap=False)
     total = f"about {figures.duration(found.seconds)} in all; " if found.seconds is not None else ""
     screen.print(f"{total}{found.why}", markup=False)
+    for remark in comparison.facts.remarks:
+        screen.print(remark, markup=False)
 
 
 def _show(screen: Console, told: Report) -> None:

@@ -15,6 +15,7 @@ from slimtune.errors import ConfigError, listing
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.evaluate.answers import AnswerFile
     from slimtune.evaluate.in_context import Shots
     from slimtune.evaluate.result import Evaluation
     from slimtune.evaluate.run import Prepared
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 SHOTS, HARNESS = "Examples in the prompt", "lm-evaluation-harness"
 OF_FILES = ("scorer", "system", "max_new_tokens", "too_long", "answers", "overwrite", "examples", "pick")
 """What changes nothing for the tasks of the harness; neither do seed and random_labels."""
+OF_TEXTS = ("scorer", "system", "max_new_tokens", "shots", "examples", "pick", "seed", "random_labels")
+"""What changes nothing where words are tagged."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="TASK",
-            help="A file with messages, prompt and completion, or text and label; or a task that is made, such as "
-            "reasoning-gym:chain_sum.",
+            help="A file with messages, prompt and completion, text and label, or tokens and tags; or a task that is "
+            "made, such as reasoning-gym:chain_sum.",
         ),
     ] = None,
     scorer: Annotated[
@@ -105,8 +108,8 @@ def evaluate(
 ) -> None:
     """Ask a base, an adapter or a merged model the questions of a task and score its answers.
 
-    Prints each score with its 95% interval, and the loss of the expected answers. Answers are greedy; of labels, the
-    likeliest one is taken.
+    Prints each score with its 95% interval, and the loss of the expected answers. Answers are greedy; of labels and
+    tags, the likeliest one is taken.
 
     Example: slimtune evaluate tuned orders/held_out.jsonl --answers answers.jsonl
     """
@@ -122,9 +125,13 @@ def evaluate(
 
         assert task is not None
         settings = EvaluationSettings(scorer, max_new_tokens, batch_size, limit, too_long)
-        # All that needs no model comes first: a slip of the pen must not cost a download.
-        prepared = _prepared(task, settings, Shots(shots, pick, seed, random_labels), examples, system)
-        found = _evaluated(screen, source, prepared, answers, overwrite)
+        file = None if answers is None else _answer_file(source, answers, overwrite)
+        if _has_tags(source.name, task):
+            found = _tagged(screen, source, task, settings, given, file)
+        else:
+            # All that needs no model comes first: a slip of the pen must not cost a download.
+            prepared = _prepared(task, settings, Shots(shots, pick, seed, random_labels), examples, system)
+            found = _evaluated(screen, source, prepared, file)
     if as_json:
         print(json.dumps({"model": model, "task": lm_eval or task, **found.to_dict()}))
     else:
@@ -148,6 +155,10 @@ def _refuse_what_changes_nothing(given: set[str], lm_eval: str | None, task: str
         strangers, where = given & {"lm_eval_path", "lm_eval_chat"}, "without --lm-eval"
         if not shots and not strangers:
             strangers, where = given & {"examples", "pick"}, "without --shots"
+    _refuse(strangers, where)
+
+
+def _refuse(strangers: set[str], where: str) -> None:
     if strangers:
         options = listing("--" + name.replace("_", "-") for name in strangers)
         raise ConfigError(f"{options} would change nothing {where}; leave it out")
@@ -175,21 +186,49 @@ def _prepared(
     return prepare(asked, settings, shots, former)
 
 
-def _evaluated(
-    screen: Console, source: Source, prepared: Prepared, answers: Path | None, overwrite: bool
+def _has_tags(model: str, task: str) -> bool:
+    """Whether words are to be tagged; raises ConfigError where model and task don't fit, DataError."""
+    from slimtune.data.reading import task_of
+    from slimtune.evaluate.labelling import is_tagger
+    from slimtune.evaluate.tagger import TASK
+    from slimtune.evaluate.tasks import MADE
+
+    has_tags = not task.startswith(MADE) and task_of(task) == TASK
+    if not has_tags and is_tagger(model):
+        raise ConfigError(f"{model} gives words tags, and {task} has none; pass rows with tokens and tags")
+    return has_tags
+
+
+def _tagged(
+    screen: Console, source: Source, task: str, settings: EvaluationSettings, given: set[str], file: AnswerFile | None
 ) -> Evaluation:
+    from slimtune.evaluate.tagger import evaluate_tagger, read_tagged
+    from slimtune.progress import Counting
+
+    _refuse(given & set(OF_TEXTS), "where words are tagged")
+    rows = read_tagged(task, settings.limit)
+    with Counting(screen) as counting:
+        return evaluate_tagger(source.name, rows, settings, source.quantize, source.options, file, counting.watch)
+
+
+def _answer_file(source: Source, answers: Path, overwrite: bool) -> AnswerFile:
     from slimtune.evaluate.answers import AnswerFile, weights_of
-    from slimtune.evaluate.labelling import evaluate_classifier, is_classifier
-    from slimtune.evaluate.progress import ShownAnswers
-    from slimtune.evaluate.run import evaluate as ask
 
     about = {"model": weights_of(source.name), "quantize": source.quantize, "options": source.options}
-    file = None if answers is None else AnswerFile(answers, about, overwrite)
-    if is_classifier(source.name):
-        return evaluate_classifier(source.name, prepared, source.quantize, source.options, file)
-    model, tokenizer = source.load()
-    with ShownAnswers(screen) as progress:
-        return ask(model, tokenizer, prepared, progress, file)
+    return AnswerFile(answers, about, overwrite)
+
+
+def _evaluated(screen: Console, source: Source, prepared: Prepared, file: AnswerFile | None) -> Evaluation:
+    from slimtune.evaluate.labelling import evaluate_classifier, is_classifier
+    from slimtune.evaluate.run import evaluate as ask
+    from slimtune.progress import Counting
+
+    with Counting(screen) as counting:
+        if is_classifier(source.name):
+            return evaluate_classifier(source.name, prepared, source.quantize, source.options, file, counting.watch)
+        model, tokenizer = source.load()
+        counting.start("asking questions", len(prepared.questions))
+        return ask(model, tokenizer, prepared, counting.reach, file)
 
 
 def _show(screen: Console, found: Evaluation) -> None:
@@ -200,10 +239,12 @@ def _show(screen: Console, found: Evaluation) -> None:
         bounds = found.intervals.get(name)
         table.add_row(name, f"{value:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "")
     screen.print(table, soft_wrap=False)
-    if found.perplexity is not None:
-        screen.print(f"loss {found.loss:.4f} a token of the expected answers, perplexity {found.perplexity:.4g}")
-    elif found.loss is not None:
-        screen.print(f"loss {found.loss:.4f} a text")
-    screen.print(f"{found.count} questions in {found.seconds:.0f} s")
+    if found.loss is not None:
+        perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.4g}"
+        screen.print(f"loss {found.loss:.4f} a {found.loss_of}{perplexity}")
+    screen.print(f"{found.count} {found.asked} in {found.seconds:.0f} s")
+    for kind, scores in found.facts.get("by_kind", {}).items():
+        told = ", ".join(f"{name} {scores[name]:.3f}" for name in ("f1", "precision", "recall"))
+        screen.print(f"  {kind}: {told}, {scores['count']} there", markup=False)
     for line in found.remarks():
         screen.print(line, markup=False)

@@ -60,10 +60,10 @@ def forgetting(
     what = Tuned.find(
         tuned, base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize
     )  # fmt: skip
-    from slimtune.cli.counting import Counting
+    from slimtune.progress import Counting
 
     with Counting(screen) as counting:
-        found = measure(what, chosen, max_length, worst, on_start=counting.start, on_batch=counting.advance)
+        found = measure(what, chosen, max_length, worst, watch=counting.watch)
     if plot:
         plot_forgetting(found, plot, f"{Path(tuned).name} on texts of other domains")
     if as_json:

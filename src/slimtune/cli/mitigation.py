@@ -30,19 +30,18 @@ def scale(
     as_json: bool,
 ) -> None:
     """Scale, write, measure and show."""
-    from slimtune.cli.counting import Counting
     from slimtune.evaluate.outside import read_texts, texts
     from slimtune.evaluate.run import prepare
     from slimtune.evaluate.scaled_model import mitigate
     from slimtune.evaluate.tasks import open_task
-    from slimtune.evaluate.trade import Watch, Yardsticks
+    from slimtune.evaluate.trade import Yardsticks
+    from slimtune.progress import Counting
 
     screen = console(as_json)
     task = {data.stem: read_texts(data)} if data else {}
     yardsticks = Yardsticks(texts(), task, prepare(open_task(questions)) if questions else None)
     with Counting(screen) as counting:
-        watch = Watch(counting.start, counting.advance)
-        done = mitigate(what, factor, output, yardsticks, top, epsilon, as_model, embeddings, overwrite, watch)
+        done = mitigate(what, factor, output, yardsticks, top, epsilon, as_model, embeddings, overwrite, counting.watch)
     if as_json:
         print(json.dumps({"tuned": what.source, "base": what.base, **done.to_dict()}))
         return

@@ -116,10 +116,10 @@ def _measured(
     matrix: str | None,
     as_json: bool,
 ) -> Spectra:
-    from slimtune.cli.counting import Counting
     from slimtune.cli.spectra_view import show
     from slimtune.evaluate.spectra import measure, updates_of
     from slimtune.picture import check_picture
+    from slimtune.progress import Counting
 
     if plot:
         check_picture(plot)

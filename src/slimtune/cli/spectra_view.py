@@ -31,7 +31,8 @@ def show(screen: Console, base: str, found: Spectra) -> None:
     screen.print(table)
     _show_intruders(screen, found)
     if found.left_out:
-        screen.print(f"tuned and left out: {', '.join(found.left_out)}; --embeddings takes them in", markup=False)
+        named = ", ".join(found.left_out)
+        screen.print(f"tuned and left out: {named}; --embeddings takes in those that the base has too", markup=False)
     if found.only_here:
         screen.print(f"{len(found.only_here)} matrices are tuned here alone and have no overlap")
 

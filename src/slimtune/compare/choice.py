@@ -198,12 +198,9 @@ def _price_of_asking(prompt: Row, method: Row) -> str:
 
 
 def _control(summary: Summary) -> Iterator[str]:
-    control = summary.control
-    if control is None:
-        return
-    twin = next((row for row in summary.scored if row.arm.is_same_prompt(control.arm)), None)
-    pair = summary.pair(twin, control) if twin else None
-    if twin is None or pair is None:
+    control, twin = summary.control, summary.twin
+    pair = summary.pair(twin, control) if twin and control else None
+    if control is None or twin is None or pair is None:
         return
     scores = f"{figures.score(twin.mean)} with right answers, {figures.score(control.mean)} with random ones"
     p = f"adjusted p {figures.p_value(pair.adjusted)}"

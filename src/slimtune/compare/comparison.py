@@ -5,20 +5,26 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from slimtune.compare.arms import Run, runs_of
 from slimtune.compare.facts import FACTS, Facts, machine, read_facts, today
 from slimtune.compare.material import QUESTIONS, TRAIN, write_material
 from slimtune.compare.page import Report, report, write_report
+from slimtune.compare.remarks import moved, remarks
 from slimtune.compare.results import read_questions
 from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
 from slimtune.compare.settings import CompareSettings
 from slimtune.compare.summary import summarize
 from slimtune.compare.task import Task, check_arms, check_unchanged, refuse_changes
-from slimtune.errors import ConfigError, OutputExistsError
+from slimtune.data.reading import peek_parts, task_of
+from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
+
+if TYPE_CHECKING:
+    from slimtune.train.recipe import ModelSettings, Recipe
 
 DATA, SECTION = "data", "compare"
 BUDGET = ("questions", "scorer", "max_new_tokens", "texts")
@@ -84,11 +90,11 @@ def prepare(
 
     Raises:
         ConfigError, DataError: a mistake in the recipe, or data that can't be compared on.
-        OutputExistsError: the folder holds another comparison, or something else.
+        ModelNotFoundError: the recipe's model is nowhere.
+        OutputExistsError: the folder holds another comparison, or something else, or was begun with other data.
     """
-    from slimtune.train.figures import versions
     from slimtune.train.recipe import Recipe, overridden
-    from slimtune.train.yaml_file import dump, read_mapping
+    from slimtune.train.yaml_file import read_mapping
 
     values = overridden(read_mapping(path), overrides)
     settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
@@ -99,28 +105,80 @@ def prepare(
     same = {"recipe": base.to_dict() | {"output": ""}, **{name: getattr(settings, name) for name in BUDGET}}
     before = _same_as_before(output, same)
     check_unchanged(task, runs_of(settings.arms, settings.seeds))
-    per_hour, priced_as = _priced(price)
-    if before is None or scratch is not None:
-        name = write_material(base.data, base.task, base.training.seed, settings.questions, data)
-    else:
-        name = before.data
-    facts = Facts(
-        model=base.model.name,
-        data=name,
-        command=shlex.join(["slimtune", *sys.argv[1:]]),
-        date=today(),
-        recipe=dump(values | {SECTION: _listed(settings)}),
-        arms=[arm.name for arm in settings.arms],
-        seeds=settings.seeds,
-        same=same,
-        machine=machine(),
-        versions=versions(),
-        price_per_hour=per_hour,
-        price_of=priced_as,
-    )
+    priced = _priced(price)
+    kind, is_prompted = _kind(base, task.train), _writes_text(base.model)
+    task = replace(task, kind=kind, settings=settings.for_task(kind, is_prompted))
+    name = _written(base, settings, data, before if scratch is None else None)
+    facts = _facts(task, name, same, before, priced, remarks(task, is_prompted))
     if scratch is None:
         facts.write(output)
     return Comparison(task, facts)
+
+
+def _facts(
+    task: Task, data: str, same: dict[str, Any], before: Facts | None, priced: tuple[float | None, str], said: list[str]
+) -> Facts:
+    from slimtune.train.figures import versions
+    from slimtune.train.yaml_file import dump
+
+    settings, now = task.settings, {"machine": machine(), "versions": versions()}
+    return Facts(
+        model=task.recipe["model"]["name"],
+        data=data,
+        command=shlex.join(["slimtune", *sys.argv[1:]]),
+        date=today(),
+        recipe=dump(task.recipe | {SECTION: _listed(settings)}),
+        arms=[arm.name for arm in settings.arms],
+        seeds=settings.seeds,
+        same=same,
+        price_per_hour=priced[0],
+        price_of=priced[1],
+        remarks=said,
+        moved=[] if before is None else moved(before, **now),
+        **now,
+    )
+
+
+def _kind(base: Recipe, written: Path) -> str:
+    """The task that the data is for, by its first row; raises ConfigError, DataError."""
+    return task_of(written) if written.is_file() else peek_parts(base.data, base.task).task
+
+
+def _writes_text(model: ModelSettings) -> bool:
+    """Whether a model can be prompted, by the class that its configuration names; raises ModelNotFoundError."""
+    import transformers
+
+    from slimtune.plan.build import config_of
+
+    named = config_of(model.name, model.trust_remote_code).architectures or []
+    return all(getattr(transformers, name).can_generate() for name in named if hasattr(transformers, name))
+
+
+def _written(base: Recipe, settings: CompareSettings, data: Path, before: Facts | None) -> str:
+    """What the data is called, once it is written down.
+
+    Raises: OutputExistsError, where it has changed since the comparison was begun.
+    """
+
+    def write(folder: Path) -> str:
+        return write_material(base.data, base.task, base.training.seed, settings.questions, folder)
+
+    if before is None or not (data / TRAIN).is_file():
+        return write(data)
+    with TemporaryDirectory() as fresh:
+        try:
+            write(Path(fresh))
+        except SlimtuneError:
+            # The source is gone, and what was written of it is all that is needed.
+            return before.data
+        written = (TRAIN, QUESTIONS)
+        changed = any((Path(fresh) / name).read_bytes() != (data / name).read_bytes() for name in written)
+    if changed:
+        raise OutputExistsError(
+            f"{before.data} has changed since the comparison in {data.parent} was begun, and its runs would not have "
+            "the same data; choose another --output, or go back to what it was"
+        )
+    return before.data
 
 
 def _same_as_before(output: Path, same: Mapping[str, Any]) -> Facts | None:

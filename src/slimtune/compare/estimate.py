@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +11,11 @@ from slimtune.compare.arms import Arm
 from slimtune.compare.comparison import Comparison
 from slimtune.compare.runner import unfinished
 from slimtune.compare.stages import stages_of
-from slimtune.compare.task import Task, recipe_of
+from slimtune.compare.task import Task, model_of, recipe_of
+from slimtune.errors import SlimtuneError
 
-START_SECONDS = 8.0
-"""Of each process: libraries and weights, on two cores."""
+START_SECONDS, LOAD_SECONDS = 8.0, 1.0
+"""Of each process for its libraries, and of each of its commands for the weights, on two cores."""
 SPECTRA_SECONDS = 25.0
 """Of 210 matrices of 576 rows, on two cores."""
 FORWARD_SHARE = 0.5
@@ -68,7 +66,6 @@ class Planned:
     tokens_a_step: float
     weight_bytes: float
     bandwidth: float
-    is_measured: bool
 
     @property
     def read_seconds(self) -> float:
@@ -98,12 +95,14 @@ def _seconds(task: Task, run: Any, planned: Planned) -> float:
     arm = run.arm
     asked = sum(1 for _ in task.questions.open(encoding="utf-8"))
     tokens = planned.tokens_a_step / _batch(task, run)
-    seconds = 0.0
+    seconds = START_SECONDS
     for stage in stages_of(task, run):
-        seconds += START_SECONDS
+        seconds += LOAD_SECONDS
         if stage.name == "train":
-            known = planned.steps.get((arm.method or "", arm.quantize or "dense"))
+            known = planned.steps.get((arm.method or "", _base(task, arm)))
             seconds += _steps(task, run) * (known or max(planned.steps.values()))
+        elif stage.name == "evaluate" and task.kind == "classification" and arm.is_trained:
+            seconds += asked * tokens * planned.read_seconds
         elif stage.name == "evaluate":
             # What all prompts begin with is read once, so that examples cost little more than a longer cache.
             seconds += asked * (tokens * 2) * planned.read_seconds + arm.shots * tokens * planned.read_seconds
@@ -132,34 +131,33 @@ def _steps(task: Task, run: Any) -> int:
 
 
 def _plan(task: Task, arms: Sequence[Arm]) -> tuple[Planned | None, str]:
-    """What `slimtune plan` says, and where it knows it from."""
-    training = task.recipe.get("training") or {}
-    methods = sorted({arm.method or "" for arm in arms}) or ["lora"]
-    command = ["plan", task.recipe["model"]["name"], "--data", str(task.train), "--json"]
-    command += [word for method in methods for word in ("--method", method)]
-    command += ["--batch-size", str(training.get("batch_size", 8))]
-    command += ["--gradient-accumulation", str(training.get("gradient_accumulation", 1))]
-    checkpointing = "" if training.get("gradient_checkpointing") else "no-"
-    command += [f"--{checkpointing}gradient-checkpointing", "--epochs", "1"]
-    done = subprocess.run([sys.executable, "-m", "slimtune", *command], capture_output=True, text=True, check=False)
-    if done.returncode or not done.stdout.strip():
-        said = [line for line in done.stderr.splitlines() if line.startswith("slimtune: ")]
-        return None, f"how long it takes could not be planned: {(said or ['the planner failed'])[-1]}"
-    found = json.loads(done.stdout.splitlines()[-1])
-    return _read(found)
+    """What the planner says, and where it knows it from."""
+    from slimtune.plan.ask import plan
+    from slimtune.train.recipe import Recipe
 
-
-def _read(found: dict[str, Any]) -> tuple[Planned | None, str]:
-    choices = [choice for choice in found["choices"] if choice["time"]]
-    if not choices:
-        return None, "nothing of this fits the device, so its time is not known"
-    time = choices[0]["time"]
+    recipe = Recipe.of(task.recipe)
+    training = recipe.training
+    try:
+        found = plan(
+            recipe.model.name, task.train, methods=sorted({arm.method or "" for arm in arms}) or ["lora"],
+            bases=sorted({_base(task, arm) for arm in arms}) or None, batch_size=training.batch_size,
+            gradient_accumulation=training.gradient_accumulation,
+            gradient_checkpointing=training.gradient_checkpointing, max_length=recipe.data.max_length, epochs=1,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )  # fmt: skip
+    except SlimtuneError as error:
+        return None, f"how long it takes could not be planned: {error}"
+    first, rates = found.choices[0], found.rates
     planned = Planned(
-        steps={(choice["method"], choice["base"]): choice["time"]["step_seconds"] for choice in choices},
-        tokens_a_step=time["tokens"] / time["steps"],
-        weight_bytes=choices[0]["parts"]["weights"],
-        bandwidth=found["rates"]["bandwidth"],
-        is_measured=found["rates"]["is_measured"],
+        steps={(choice.method, choice.base): choice.duration.step_seconds for choice in found.choices},
+        tokens_a_step=first.duration.tokens / first.duration.steps,
+        weight_bytes=first.parts.weights,
+        bandwidth=rates.bandwidth,
     )
-    how = "measured before" if planned.is_measured else "a guess, which slimtune plan --calibrate replaces"
+    how = "measured before" if rates.is_measured else "a guess, which slimtune plan --calibrate replaces"
     return planned, f"the steps were simulated; the speed of this machine is {how}"
+
+
+def _base(task: Task, arm: Arm) -> Any:
+    """As what the weights are held that the arm's method stands on."""
+    return model_of(task, arm).get("quantize") or "dense"

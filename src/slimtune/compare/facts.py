@@ -23,6 +23,8 @@ class Facts(BaseModel):
     Attributes:
         same: what must not change while runs are added: model, data, budget, training, evaluation.
         price_per_hour: US dollars for the machine, None if it costs nothing or nobody knows.
+        remarks: what a reader must know besides what the runs say, in sentences.
+        moved: the machines and versions that earlier runs were made with, where they are others; in sentences.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +41,8 @@ class Facts(BaseModel):
     versions: dict[str, str]
     price_per_hour: float | None = None
     price_of: str = ""
+    remarks: list[str] = []
+    moved: list[str] = []
 
     def write(self, folder: Path) -> None:
         """Write it whole or not at all."""

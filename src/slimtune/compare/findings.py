@@ -8,6 +8,7 @@ from typing import Literal
 
 from slimtune.compare import figures
 from slimtune.compare.choice import ENOUGH_SEEDS
+from slimtune.compare.statistics import Pair
 from slimtune.compare.summary import Row, Summary
 
 Verdict = Literal["seen here", "not seen here", "can't be told"]
@@ -30,37 +31,31 @@ def findings(summary: Summary) -> list[Finding]:
 
 
 def _qlora(summary: Summary) -> Finding | None:
+    def judge(lora: Row, qlora: Row, pair: Pair) -> tuple[Verdict, str]:
+        assert lora.score
+        low, high = lora.score.low, lora.score.high
+        inside = low <= qlora.mean <= high
+        return (
+            "not seen here" if pair.is_shown else "seen here" if inside else "can't be told",
+            f"qlora {figures.score(qlora.mean)} is {'inside' if inside else 'outside'} of lora's interval "
+            f"({figures.score(low)} to {figures.score(high)})",
+        )
+
     claim, source = "LoRA on a base in 4 bits scores as on one in 16", "Dettmers et al. 2023"
-    lora, qlora = summary.row("lora"), summary.row("qlora")
-    if lora is None or qlora is None or lora.score is None:
-        return None
-    pair, low, high = summary.pair(lora, qlora), lora.score.low, lora.score.high
-    if pair is None:
-        return Finding(claim, source, "can't be told", "no seed was done with both")
-    inside = low <= qlora.mean <= high
-    verdict: Verdict = "not seen here" if pair.is_shown else "seen here" if inside else "can't be told"
-    return Finding(
-        claim, source, verdict,
-        f"qlora {figures.score(qlora.mean)} is {'inside' if inside else 'outside'} of lora's interval "
-        f"({figures.score(low)} to {figures.score(high)}), {_difference(summary, lora, qlora)}",
-    )  # fmt: skip
+    return _tested(summary, claim, source, (summary.row("lora"), summary.row("qlora")), judge)
 
 
 def _lora_against_full(summary: Summary) -> Finding | None:
-    lora, full = summary.row("lora"), summary.row("full")
-    if lora is None or full is None:
-        return None
-    pair = summary.pair(lora, full)
+    def judge(lora: Row, full: Row, pair: Pair) -> tuple[Verdict, str]:
+        worse = summary.sign * (full.mean - lora.mean) > 0
+        return (
+            ("seen here" if worse else "not seen here") if pair.is_shown else "can't be told",
+            f"lora {figures.score(lora.mean)} after {_steps(lora)}, full {figures.score(full.mean)} after "
+            f"{_steps(full)}",
+        )
+
     claim, source = "LoRA learns less than full tuning", "Biderman et al. 2024"
-    if pair is None:
-        return Finding(claim, source, "can't be told", "no seed was done with both")
-    worse = summary.sign * (full.mean - lora.mean) > 0
-    verdict: Verdict = ("seen here" if worse else "not seen here") if pair.is_shown else "can't be told"
-    return Finding(
-        claim, source, verdict,
-        f"lora {figures.score(lora.mean)}, full {figures.score(full.mean)}, {_difference(summary, lora, full)}; each "
-        f"had its own learning rate and {_steps(lora)}",
-    )  # fmt: skip
+    return _tested(summary, claim, source, (summary.row("lora"), summary.row("full")), judge)
 
 
 def _forgetting(summary: Summary) -> Finding | None:
@@ -95,19 +90,15 @@ def _rslora(summary: Summary) -> Finding | None:
 
 
 def _random_labels(summary: Summary) -> Finding | None:
-    control = summary.control
-    twin = next((row for row in summary.scored if control and row.arm.is_same_prompt(control.arm)), None)
-    pair = summary.pair(twin, control) if twin and control else None
-    if control is None or twin is None or pair is None:
-        return None
-    lost = pair.is_shown and summary.sign * (twin.mean - control.mean) > 0
-    return Finding(
-        "Examples in the prompt help through their format; random answers serve nearly as well",
-        "Min et al. 2022",
-        "not seen here" if lost else "can't be told",
-        f"{twin.name} {figures.score(twin.mean)}, with random answers {figures.score(control.mean)}, "
-        f"{_difference(summary, twin, control)}",
-    )
+    def judge(twin: Row, control: Row, pair: Pair) -> tuple[Verdict, str]:
+        lost = pair.is_shown and summary.sign * (twin.mean - control.mean) > 0
+        return (
+            "not seen here" if lost else "can't be told",
+            f"{twin.name} {figures.score(twin.mean)}, with random answers {figures.score(control.mean)}",
+        )
+
+    claim = "Examples in the prompt help through their format; random answers serve nearly as well"
+    return _tested(summary, claim, "Min et al. 2022", (summary.twin, summary.control), judge)
 
 
 RULES: tuple[Callable[[Summary], Finding | None], ...] = (
@@ -118,6 +109,26 @@ RULES: tuple[Callable[[Summary], Finding | None], ...] = (
     _rslora,
     _random_labels,
 )
+
+
+def _tested(
+    summary: Summary,
+    claim: str,
+    source: str,
+    rows: tuple[Row | None, Row | None],
+    judge: Callable[[Row, Row, Pair], tuple[Verdict, str]],
+) -> Finding | None:
+    """A claim on the scores of two arms, by their test."""
+    first, second = rows
+    if first is None or second is None:
+        return None
+    pair = summary.pair(first, second)
+    if pair is None:
+        return Finding(claim, source, "can't be told", "no seed was done with both")
+    verdict, evidence = judge(first, second, pair)
+    shown = "a difference is shown" if pair.is_shown else "no difference is shown"
+    told = f"{shown} (adjusted p {figures.p_value(pair.adjusted)}; detectable {figures.score(pair.detectable)})"
+    return Finding(claim, source, verdict, f"{evidence}; {told}")
 
 
 def _lower(
@@ -132,6 +143,8 @@ def _lower(
     if low is None or high is None:
         return None
     first, second = figure(low), figure(high)
+    if first is None and second is None:
+        return None
     if first is None or second is None:
         return Finding(claim, source, "can't be told", "it was not measured on both")
     values = [[value for r in row.done if (value := figure(_alone(row, r))) is not None] for row in (low, high)]
@@ -148,14 +161,6 @@ def _lower(
 def _alone(row: Row, result: object) -> Row:
     """A row of one run."""
     return Row(row.arm, 1, (result,), (), row.score)  # type: ignore[arg-type]
-
-
-def _difference(summary: Summary, first: Row, second: Row) -> str:
-    pair = summary.pair(first, second)
-    if pair is None:
-        return "not tested"
-    shown = "a difference is shown" if pair.is_shown else "no difference is shown"
-    return f"{shown} (adjusted p {figures.p_value(pair.adjusted)}; detectable {figures.score(pair.detectable)})"
 
 
 def _steps(row: Row) -> str:

@@ -17,7 +17,7 @@ def markdown(told: Report) -> str:
     sections = [
         f"# {facts.model} on {facts.data}",
         f"**{_plain(told.choice.headline)}.** {_plain(' '.join(told.choice.sentences))}",
-        _bullets(told.choice.warnings),
+        _bullets([*told.choice.warnings, *told.remarks]),
         _table(["", *head], rows),
         "![scores](scores.png)" if told.summary.scored else "",
         "## Known findings\n\n"

@@ -38,6 +38,11 @@ class Report:
     different: list[str]
     notes: list[str]
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must know besides what the runs say."""
+        return [*self.facts.remarks, *self.facts.moved]
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the choice, every arm, every pair, the findings and how it was run."""
         return {
@@ -45,6 +50,7 @@ class Report:
             "headline": self.choice.headline,
             "sentences": list(self.choice.sentences),
             "warnings": list(self.choice.warnings),
+            "remarks": self.remarks,
             "scorer": self.summary.scorer,
             "arms": [row.to_dict() for row in self.summary.rows],
             "pairs": [asdict(pair) | {"shown": pair.is_shown} for pair in self.summary.pairs],

@@ -1,4 +1,4 @@
-"""One command of slimtune in a process of its own: its JSON, its log, and how far it is."""
+"""The commands of a run in a process of its own: how far it is, its log, and what it ended with."""
 
 from __future__ import annotations
 
@@ -6,80 +6,90 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from slimtune.errors import TrainingError
+from slimtune.compare.worker import BEGINS
+from slimtune.progress import read_line
 
-STEP = re.compile(r"(\d[\d,]*)/(\d[\d,]*)")
-"""Commands that are not on a terminal print a line now and then, with what is done of how much."""
+WORKER = (sys.executable, "-m", "slimtune.compare.worker")
 PATIENCE_SECONDS = 60
 """After which a process that was asked to end is killed; until then it may write a checkpoint."""
 
-Progress = Callable[[int, int], None]
+
+class Listener(Protocol):
+    """Who is told how far the commands are."""
+
+    def stage(self, name: str) -> None:
+        """A command begins."""
+        ...
+
+    def advance(self, done: int, total: int) -> None:
+        """The command is so far."""
+        ...
 
 
-def run(arguments: Sequence[str], log: Path, on_progress: Progress = lambda done, total: None) -> dict[str, Any]:
-    """What `slimtune ARGUMENTS` prints as JSON; what it says goes to `log`.
+@dataclass(frozen=True)
+class Failure:
+    """The command that ended a process, and why, in its own words."""
 
-    Ctrl-C asks it to end, waits, and goes on upwards: unlike in a shell, the process doesn't hear it itself, and so
-    can't take it for the wish to keep half a training.
+    command: str
+    reason: str
 
-    Raises:
-        TrainingError: it ended with another exit code than 0, in its own words.
+
+def run(commands: Sequence[Sequence[str]], folder: Path, log: Path, listener: Listener) -> Failure | None:
+    """Call `slimtune COMMAND` for each of these, up to the first that fails; `worker` says what becomes of the answers.
+
+    Ctrl-C asks the process to end, waits, and goes on upwards: unlike in a shell, the process doesn't hear it itself,
+    and so can't take it for the wish to keep half a training.
     """
-    command = [sys.executable, "-m", "slimtune", *arguments]
     with log.open("a", encoding="utf-8") as told:
-        told.write(f"$ slimtune {' '.join(arguments)}\n")
-        told.flush()
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-            env=os.environ | {"COLUMNS": "200", "TOKENIZERS_PARALLELISM": "false"}, start_new_session=True,
+            [*WORKER, str(folder), json.dumps(commands)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+            env=os.environ | {"COLUMNS": "200", "TOKENIZERS_PARALLELISM": "false"},
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
-        said: list[str] = []
-        listener = threading.Thread(target=_listen, args=(process, told, said, on_progress), daemon=True)
-        listener.start()
+        heard = _Heard(commands[0][0])
+        thread = threading.Thread(target=heard.listen, args=(process, told, listener), daemon=True)
+        thread.start()
         try:
-            assert process.stdout
-            printed = process.stdout.read()
             process.wait()
         except BaseException:
             _end(process)
             raise
         finally:
-            listener.join(timeout=5)
-    if process.returncode:
-        raise TrainingError(_reason(process.returncode, said))
-    return _read(printed, arguments[0])
+            thread.join(timeout=5)
+    return Failure(heard.command, reason(process.returncode, heard.said)) if process.returncode else None
 
 
-def _listen(process: subprocess.Popen[str], told: Any, said: list[str], on_progress: Progress) -> None:
-    assert process.stderr
-    for line in process.stderr:
-        with contextlib.suppress(ValueError):  # closed, because the process did not end in time
-            told.write(line)
-            told.flush()
-        said.append(line.strip())
-        found = STEP.search(line)
-        if found:
-            on_progress(*(int(number.replace(",", "")) for number in found.groups()))
+class _Heard:
+    """What a process said of the command that it is at."""
+
+    def __init__(self, command: str) -> None:
+        self.command, self.said = command, list[str]()
+
+    def listen(self, process: subprocess.Popen[str], told: Any, listener: Listener) -> None:
+        assert process.stderr
+        for line in process.stderr:
+            with contextlib.suppress(ValueError):  # closed, because the process did not end in time
+                told.write(line)
+                told.flush()
+            self.said.append(line.strip())
+            if line.startswith(BEGINS):
+                self.command, self.said = line.removeprefix(BEGINS).split()[0], []
+                listener.stage(self.command)
+            elif progress := read_line(line):
+                listener.advance(*progress)
 
 
-def _read(printed: str, command: str) -> dict[str, Any]:
-    try:
-        return json.loads(printed.strip().splitlines()[-1])
-    except (ValueError, IndexError) as error:
-        raise TrainingError(f"slimtune {command} printed no JSON, but {printed[-200:]!r}") from error
-
-
-def _reason(code: int, said: Sequence[str]) -> str:
+def reason(code: int, said: Sequence[str]) -> str:
     """The sentence that slimtune ended with, the last line of a traceback, or the signal."""
     if code < 0:
         hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""

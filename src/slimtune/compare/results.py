@@ -57,7 +57,8 @@ class Training(_Strict):
     size_bytes: int
     """Of the weights that are written."""
     learning_rate: float
-    final_loss: float
+    final_loss: float | None
+    """None where it was no number."""
 
 
 class Domain(_Strict):

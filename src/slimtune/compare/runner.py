@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from slimtune.compare import process
 from slimtune.compare.arms import Run
 from slimtune.compare.results import RESULT, Result, read_result, write_questions
 from slimtune.compare.stages import ANSWERS, Stage, questions_of, result_of, stages_of
-from slimtune.compare.task import Task
+from slimtune.compare.task import Task, write_recipe
 from slimtune.errors import DataError, TrainingError
-from slimtune.staging import staged_file
 
 LOG, ASKED = "log.txt", "questions.jsonl"
 
 
-class Watcher(Protocol):
+class Watcher(process.Listener, Protocol):
     """Who is told how far the runs are."""
 
     def begin(self, run: Run) -> None:
         """A run begins."""
-        ...
-
-    def stage(self, name: str) -> None:
-        """It comes to its next command."""
-        ...
-
-    def advance(self, done: int, total: int) -> None:
-        """The command is so far."""
         ...
 
     def end(self, run: Run, result: Result) -> None:
@@ -70,31 +60,28 @@ def _done_or_failed(task: Task, run: Run, watcher: Watcher) -> Result:
 
 
 def _do(task: Task, run: Run, watcher: Watcher) -> Result:
-    place, found, notes = task.place(run), {}, []
-    for stage in stages_of(task, run):
-        watcher.stage(stage.name)
-        try:
-            found[stage.name] = _answer(stage, place, watcher)
-        except TrainingError as error:
-            if stage.is_needed:
-                raise TrainingError(f"{stage.name}: {error}") from error
-            notes.append(f"{stage.name} was not measured: {error}")
+    place = task.place(run)
+    if run.arm.is_trained:
+        write_recipe(task, run)
+    stages = stages_of(task, run)
+    notes = _run_stages(stages, place, watcher)
     asked = task.folder / ASKED
     if not asked.exists():
         write_questions(asked, questions_of(place / ANSWERS))
+    found = {stage.name: stage.read(place) for stage in stages if stage.kept(place).is_file()}
     return result_of(task, run, found, notes)
 
 
-def _answer(stage: Stage, place: Path, watcher: Watcher) -> dict[str, Any]:
-    """What the command says, or what it said when it was done before the comparison was killed."""
-    kept = place / f"{stage.name}.json"
-    if kept.is_file():
-        try:
-            return json.loads(kept.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{kept} is damaged; delete its folder, and the run is done again") from error
-    stage.before()
-    found = process.run(stage.arguments, place / LOG, watcher.advance)
-    with staged_file(kept) as scratch:
-        scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
+def _run_stages(stages: Sequence[Stage], place: Path, watcher: Watcher) -> list[str]:
+    """Do what was not done before the comparison was killed; what is missing and why. Raises: TrainingError."""
+    left, notes = [stage for stage in stages if not stage.kept(place).is_file()], []
+    while left:
+        failure = process.run([stage.arguments for stage in left], place, place / LOG, watcher)
+        if failure is None:
+            break
+        number = [stage.name for stage in left].index(failure.command)
+        if left[number].is_needed:
+            raise TrainingError(f"{failure.command}: {failure.reason}")
+        notes.append(f"{failure.command} was not measured: {failure.reason}")
+        left = left[number + 1 :]
+    return notes

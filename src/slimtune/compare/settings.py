@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from slimtune.compare.arms import Arm, arms_of
 from slimtune.errors import ConfigError, check_choice, check_number, check_whole, did_you_mean
+from slimtune.evaluate.scorers import AUTO, CHOICE, check_scorer
 
 SPECTRA = ("all", "first", "none")
+SHOTS = (0, 1, 4)
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class CompareSettings:
 
     Attributes:
         methods: names of `slimtune methods`, `qlora`, and variants such as `lora:r=64`.
-        shots: how many examples stand in the prompt of the model as it comes; 0 asks it outright.
+        shots: how many examples stand in the prompt of the model as it comes; 0 asks it outright. None tries 0, 1 and 4
+            where the model writes text, and none where it doesn't.
         random_labels: whether the longest prompt is tried with answers dealt at random, too.
         learning_rates: of methods by name, in place of their own or the recipe's.
         seeds: of weights, order and examples, from 0 on.
@@ -31,7 +34,7 @@ class CompareSettings:
     """
 
     methods: tuple[str, ...] = ("full", "lora", "qlora", "dora")
-    shots: tuple[int, ...] = (0, 1, 4)
+    shots: tuple[int, ...] | None = None
     random_labels: bool = True
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     seeds: int = 3
@@ -43,10 +46,10 @@ class CompareSettings:
     spectra: str = "first"
 
     def __post_init__(self) -> None:
-        from slimtune.evaluate.scorers import check_scorer
-
         for name, kind in (("methods", str), ("shots", int)):
             values = getattr(self, name)
+            if name == "shots" and values is None:
+                continue
             if not isinstance(values, list | tuple) or not all(type(value) is kind for value in values):
                 raise ConfigError(f"compare.{name} must be a list of {kind.__name__}, found {values!r}")
             object.__setattr__(self, name, tuple(values))
@@ -66,7 +69,29 @@ class CompareSettings:
     @property
     def arms(self) -> list[Arm]:
         """What is compared."""
-        return arms_of(self.methods, self.shots, self.random_labels)
+        return arms_of(self.methods, SHOTS if self.shots is None else self.shots, self.random_labels)
+
+    def for_task(self, kind: str, writes_text: bool) -> CompareSettings:
+        """These settings for data of a kind ("text", "classification") and a model that writes text or doesn't.
+
+        Raises: ConfigError, for what would change nothing there, or has nothing to work on.
+        """
+        if kind == "classification":
+            idle = [name for name in ("max_new_tokens", "texts") if getattr(self, name)]
+            if idle:
+                raise ConfigError(f"compare.{idle[0]} would change nothing for data with labels; leave it out")
+            if self.scorer not in (AUTO, CHOICE):
+                raise ConfigError(
+                    f"labels are judged by their {CHOICE}, and compare.scorer is {self.scorer!r}; leave it out"
+                )
+        if writes_text:
+            return self
+        if self.shots:
+            raise ConfigError(
+                f"the model writes no text, so that it can't be prompted, and compare.shots is {list(self.shots)}; "
+                "leave it out"
+            )
+        return replace(self, shots=())
 
     @classmethod
     def of(cls, values: Any) -> CompareSettings:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slimtune.compare.arms import Run
 from slimtune.compare.results import RESULT, Domain, Question, Result, Score, Spectrum, Training
-from slimtune.compare.task import RECIPE, TUNED, Task, model_of, write_recipe
+from slimtune.compare.task import RECIPE, TUNED, Task, model_of
 from slimtune.errors import DataError, TrainingError
 from slimtune.hub import at_revision
 
@@ -23,13 +22,27 @@ class Stage:
 
     Attributes:
         is_needed: whether the run fails without it; else the page says that it is missing, and why.
-        before: what is to be done right before.
     """
 
-    name: str
     arguments: list[str]
     is_needed: bool = True
-    before: Callable[[], None] = lambda: None
+
+    @property
+    def name(self) -> str:
+        """Of the command."""
+        return self.arguments[0]
+
+    def kept(self, place: Path) -> Path:
+        """Where its answer is kept in the folder of the run, once it is done."""
+        return place / f"{self.name}.json"
+
+    def read(self, place: Path) -> dict[str, Any]:
+        """The answer. Raises: DataError, for one that is damaged."""
+        path = self.kept(place)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is damaged; delete its folder, and the run is done again") from error
 
 
 def stages_of(task: Task, run: Run) -> list[Stage]:
@@ -42,20 +55,14 @@ def stages_of(task: Task, run: Run) -> list[Stage]:
     tuned = str(place / TUNED)
     settings = task.settings
     stages = [
-        Stage(
-            "train",
-            ["train", str(place / RECIPE), _how_to_begin(place), "--json"],
-            before=lambda: write_recipe(task, run),
-        ),
+        Stage(["train", str(place / RECIPE), _how_to_begin(place), "--json"]),
         _evaluation(task, run, tuned, loading),
     ]
-    if settings.texts != 0:
+    if task.has_language_loss and settings.texts != 0:
         texts = [] if settings.texts is None else ["--texts", str(settings.texts)]
-        stages.append(
-            Stage("forgetting", ["forgetting", tuned, *texts, "--worst", "0", *loading, "--json"], is_needed=False)
-        )
+        stages.append(Stage(["forgetting", tuned, *texts, "--worst", "0", *loading, "--json"], is_needed=False))
     if settings.spectra == "all" or (settings.spectra == "first" and run.seed == 0):
-        stages.append(Stage("spectra", ["spectra", tuned, *loading, "--json"], is_needed=False))
+        stages.append(Stage(["spectra", tuned, *loading, "--json"], is_needed=False))
     return stages
 
 
@@ -79,7 +86,7 @@ def _evaluation(task: Task, run: Run, model: str, loading: list[str]) -> Stage:
     if arm.shots:
         arguments += ["--shots", str(arm.shots), "--examples", str(task.train), "--seed", str(run.seed)]
         arguments += ["--random-labels"] if arm.random_labels else []
-    return Stage("evaluate", [*arguments, "--json"])
+    return Stage([*arguments, "--json"])
 
 
 def result_of(task: Task, run: Run, found: dict[str, dict[str, Any]], notes: list[str]) -> Result:

@@ -121,6 +121,12 @@ class Summary:
         return next((row for row in self.rows if row.score and row.arm.random_labels), None)
 
     @property
+    def twin(self) -> Row | None:
+        """The prompt that the control repeats with random answers."""
+        control = self.control
+        return next((row for row in self.scored if control and row.arm.is_same_prompt(control.arm)), None)
+
+    @property
     def sign(self) -> int:
         """+1 where more is better."""
         return 1 if self.higher_is_better else -1

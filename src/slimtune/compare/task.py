@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.compare.arms import LEARNING_RATE, QUANTIZED, Arm, Run
+from slimtune.compare.results import RESULT, read_result
 from slimtune.compare.settings import CompareSettings
 from slimtune.errors import ConfigError, OutputExistsError, did_you_mean
 from slimtune.staging import staged_file
@@ -24,6 +25,7 @@ class Task:
     Attributes:
         recipe: sections of the recipe, the comparison's own left out.
         train, questions: the files that were written for all runs.
+        kind: of the data: text or classification.
     """
 
     folder: Path
@@ -31,6 +33,12 @@ class Task:
     settings: CompareSettings
     train: Path
     questions: Path
+    kind: str = "text"
+
+    @property
+    def has_language_loss(self) -> bool:
+        """Whether what is tuned predicts the next token; a classifier doesn't, so that forgetting has no measure."""
+        return self.kind == "text"
 
     def place(self, run: Run) -> Path:
         """The folder of a run."""
@@ -63,11 +71,17 @@ def model_of(task: Task, arm: Arm) -> dict[str, Any]:
 
 
 def write_recipe(task: Task, run: Run) -> None:
-    """Write the recipe of a run into its folder."""
-    from slimtune.train.yaml_file import dump
+    """Write the recipe of a run into its folder; what came of another one is deleted."""
+    from slimtune.train.yaml_file import dump, read_mapping
 
-    with staged_file(task.place(run) / RECIPE) as scratch:
-        scratch.write_text(dump(recipe_of(task, run)), encoding="utf-8")
+    path, recipe = task.place(run) / RECIPE, recipe_of(task, run)
+    if path.is_file() and read_mapping(path) != recipe:
+        for answer in path.parent.glob("*.json"):
+            # That the run failed must stay known: a training that failed begins anew.
+            if answer.name != RESULT:
+                answer.unlink()
+    with staged_file(path) as scratch:
+        scratch.write_text(dump(recipe), encoding="utf-8")
 
 
 def check_arms(task: Task) -> None:
@@ -88,12 +102,12 @@ def check_arms(task: Task) -> None:
 
 
 def check_unchanged(task: Task, runs: Sequence[Run]) -> None:
-    """Raises: OutputExistsError, for a run that was begun with other settings than it has now."""
+    """Raises: OutputExistsError, for a run with other settings than it was begun with; what failed may change."""
     from slimtune.train.yaml_file import read_mapping
 
     for run in runs:
-        path = task.place(run) / RECIPE
-        if run.arm.is_trained and path.is_file():
+        path, result = task.place(run) / RECIPE, task.place(run) / RESULT
+        if run.arm.is_trained and path.is_file() and not (result.is_file() and read_result(result).reason):
             refuse_changes(read_mapping(path), recipe_of(task, run), f"the run {run} in {task.folder}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from slimtune.errors import OutputExistsError
 from slimtune.evaluate.generation import Reply
-from slimtune.evaluate.result import Scored
+from slimtune.evaluate.result import Answer
 from slimtune.staging import staged_file
 
 
@@ -45,7 +45,7 @@ class AnswerFile:
         with self.part.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
 
-    def finish(self, answers: Sequence[Scored]) -> None:
+    def finish(self, answers: Sequence[Answer]) -> None:
         """Write the file, with all scores, in the order of the questions."""
         with staged_file(self.path) as scratch:
             lines = [json.dumps(answer.to_dict(), ensure_ascii=False) for answer in answers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,14 @@ from torch import Tensor
 
 
 @torch.inference_mode()
-def classify(model: Any, tokenizer: Any, rows: Sequence[dict[str, list[int]]], batch_size: int = 32) -> Tensor:
-    """p_NL of each label of the model for tokenized texts, in their order."""
+def classify(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, list[int]]],
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """p_NL of each label of the model for tokenized texts, in their order; `on_batch` is told how many were read."""
     was_training = model.training
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
@@ -20,6 +26,7 @@ def classify(model: Any, tokenizer: Any, rows: Sequence[dict[str, list[int]]], b
         chosen = by_length[start : start + batch_size]
         batch = tokenizer.pad([rows[index] for index in chosen], return_tensors="pt").to(model.device)
         found |= dict(zip(chosen, model(**batch).logits.float().softmax(-1).cpu(), strict=True))
+        on_batch(len(chosen))
     model.train(was_training)
     return torch.stack([found[index] for index in range(len(rows))])
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from slimtune.errors import DataError
-from slimtune.evaluate.language_loss import BATCH_TOKENS, Passage, Text, losses, passages, require_language_loss
+from slimtune.evaluate.language_loss import Passage, Text, losses, passages, require_language_loss
+from slimtune.evaluate.likelihood import LOGITS
 from slimtune.evaluate.tuned import Tuned
+from slimtune.progress import Watch
 
 DRAWS = 2000
 """Of the bootstrap."""
@@ -102,17 +104,12 @@ def measure(
     domains: Mapping[str, Sequence[Text]],
     max_length: int = MAX_LENGTH,
     worst: int = 3,
-    batch_tokens: int = BATCH_TOKENS,
-    on_start: Callable[[str, int], None] | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    batch_tokens: int = LOGITS,
+    watch: Watch = Watch(),  # noqa: B008 - it has no state
 ) -> Forgetting:
     """The losses of a base and of what was tuned from it, on the same texts.
 
     An adapter is switched off for its base's losses; for a whole model its base is loaded after it.
-
-    Args:
-        on_start: told what is read next and how many tokens that are.
-        on_batch: told how many tokens were read.
 
     Raises:
         ConfigError: the model has no language loss.
@@ -125,9 +122,8 @@ def measure(
     read = all_passages(domains, tokenizer, min(max_length, positions))
 
     def scored(chosen: Any, what: str) -> np.ndarray:
-        if on_start:
-            on_start(what, sum(len(passage.encoded.input_ids) for passage in read))
-        return losses(chosen, tokenizer, read, batch_tokens, on_batch).numpy()
+        watch.start(what, sum(len(passage.encoded.input_ids) for passage in read))
+        return losses(chosen, tokenizer, read, batch_tokens, watch.step).numpy()
 
     after = scored(model, "reading tokens, tuned")
     if tuned.is_adapter:

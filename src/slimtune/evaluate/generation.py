@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -120,11 +121,18 @@ def read_shared_prefix(model: Any, rows: Sequence[list[int]]) -> tuple[list[int]
     shared = _common_start([row[:-1] for row in rows]) if len(rows) > 1 else []
     if not shared or model.config.is_encoder_decoder or _has_soft_prompt(model):
         return [], None
-    cache = model(torch.tensor([shared], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(torch.tensor([shared], device=model.device), use_cache=True, **kept_logits(model, 1)).past_key_values
     # Sliding windows and recurrent states keep no row for every token, so they can't be continued behind padding.
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return [], None
     return shared, cache
+
+
+def kept_logits(model: Any, count: int) -> dict[str, int]:
+    """The argument by which a model computes the logits of the last tokens alone, where it knows of it."""
+    forwards = [vars(known)["forward"] for known in type(model).__mro__ if "forward" in vars(known)]
+    knows = any("logits_to_keep" in inspect.signature(forward).parameters for forward in forwards)
+    return {"logits_to_keep": count} if knows else {}
 
 
 def _has_soft_prompt(model: Any) -> bool:

@@ -29,6 +29,16 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
+def interval_of_share(score: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """The 95% interval of a score from 0 to 1 over all questions at once, such as F1: by bootstrap.
+
+    Where everything is right, or everything wrong, no draw differs from another; Wilson's formula then says how much so
+    many questions can tell.
+    """
+    value = score(np.arange(count))
+    return wilson(round(value) * count, count) if value in (0, 1) else bootstrap(score, count)
+
+
 def bootstrap(score: Callable[[np.ndarray], float], count: int, seed: int = 0) -> tuple[float, float]:
     """The 2.5% and 97.5% points of a score over questions drawn with replacement (Efron 1979).
 

@@ -6,9 +6,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, DataError, listing
+from slimtune.evaluate.likelihood import refuse_no_number
 from slimtune.evaluate.result import Evaluation, Scored, summarised
 from slimtune.evaluate.scorers import CHOICE
 from slimtune.loading import folder_of, is_adapter
+from slimtune.progress import Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 def label_texts(
     source: str, texts: list[Text], batch_size: int = 32, too_long: str = "error", quantize: str | None = None,
-    options: tuple[Any, ...] = (),
+    options: tuple[Any, ...] = (), watch: Watch = Watch(),  # noqa: B008 - it has no state
 ) -> tuple[list[str], list[int], Tensor]:  # fmt: skip
     """The labels of a classifier, which texts it judged, and p_NL of each label for each of these.
 
@@ -39,7 +41,9 @@ def label_texts(
 
     model, tokenizer = load_trained_classifier(source, *options, quantize=quantize)
     found = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
-    return list(model.config.id2label.values()), found.kept, classify(model, tokenizer, found.rows, batch_size)
+    watch.start("judging texts", len(found.rows))
+    p_NL = classify(model, tokenizer, found.rows, batch_size, watch.step)
+    return list(model.config.id2label.values()), found.kept, p_NL
 
 
 def evaluate_classifier(
@@ -48,6 +52,7 @@ def evaluate_classifier(
     quantize: str | None = None,
     options: tuple[Any, ...] = (),
     answers: AnswerFile | None = None,
+    watch: Watch = Watch(),  # noqa: B008 - it has no state
 ) -> Evaluation:
     """Accuracy, macro F1 and the loss, -log p(label), of a classifier on a task with labels.
 
@@ -59,12 +64,13 @@ def evaluate_classifier(
     _check_classes(source, prepared)
     texts = [question.text for question in questions if question.text is not None]
     settings = prepared.settings
-    labels, kept, p_NL = label_texts(source, texts, settings.batch_size, settings.too_long, quantize, options)
+    labels, kept, p_NL = label_texts(source, texts, settings.batch_size, settings.too_long, quantize, options, watch)
     unknown = {question.expected for question in questions} - set(labels)
     if unknown:
         raise DataError(
             f"{prepared.task.source} has labels that {source} doesn't know: {listing(unknown)}; it has {labels}"
         )
+    refuse_no_number(p_NL.sum(-1).tolist())
     losses_NL = -p_NL.clamp_min(1e-38).log()
     scored = []
     for row, index in enumerate(kept):

@@ -6,21 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slimtune.data.encode import IGNORED, Encoded, encode_row
 from slimtune.data.rows import Conversation, Pair
 from slimtune.errors import ConfigError, DataError
-from slimtune.evaluate.generation import pad_id_of
+from slimtune.evaluate.likelihood import LOGITS, summed_losses
 from slimtune.template import has_template
 
 Text = str | Conversation | Pair
 """A plain text, all of which is scored, or a conversation, of which the answers are."""
-
-BATCH_TOKENS = 1024
-"""Tokens read at once; their logits weigh more than all else, with 150,000 in a vocabulary 600 MB."""
 
 
 @dataclass(frozen=True)
@@ -103,67 +98,29 @@ def require_language_loss(model: Any, source: str) -> None:
         )
 
 
-@torch.inference_mode()
 def losses(
     model: Any,
     tokenizer: Any,
     read: Sequence[Passage],
-    batch_tokens: int = BATCH_TOKENS,
-    on_batch: Callable[[int], None] | None = None,
+    batch_tokens: int = LOGITS,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """The loss of each passage, summed over its tokens, in nats: (passages,) in float64.
 
     Args:
+        batch_tokens: tokens predicted at once; their logits weigh more than all else.
         on_batch: told how many tokens each batch had, padding excluded.
 
     Raises:
         ConfigError: ids that the model has no embedding for, or a loss that is not a number.
     """
     _check_ids(model, read)
-    was_training = model.training
-    model.eval()
-    found = torch.zeros(len(read), dtype=torch.float64)
-    for chosen in _batches([len(passage.encoded.input_ids) for passage in read], batch_tokens):
-        rows = [read[index].encoded for index in chosen]
-        found[chosen] = _summed(model, rows, pad_id_of(tokenizer))
-        if on_batch:
-            on_batch(sum(len(row.input_ids) for row in rows))
-    model.train(was_training)
-    bad = (~torch.isfinite(found)).nonzero().flatten().tolist()
-    if bad:
-        raise ConfigError(
-            f"the loss of {len(bad)} of {len(read)} texts is not a number ({read[bad[0]].shown[:40]!r}); the model is "
-            "damaged or its training diverged"
-        )
-    return found
+    rows = [passage.encoded for passage in read]
 
+    def told(chosen: list[int]) -> None:
+        on_batch(sum(len(rows[index].input_ids) for index in chosen))
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of texts of like length, padded to at most `batch_tokens` a batch unless one text is longer."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        if not batches or (len(batches[-1]) + 1) * lengths[index] > batch_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def _summed(model: Any, rows: Sequence[Encoded], pad_id: int) -> Tensor:
-    longest = max(len(row.input_ids) for row in rows)
-    gaps = [longest - len(row.input_ids) for row in rows]
-    ids = [row.input_ids + [pad_id] * gap for row, gap in zip(rows, gaps, strict=True)]
-    mask = [[1] * len(row.input_ids) + [0] * gap for row, gap in zip(rows, gaps, strict=True)]
-    device = model.device
-    logits = model(
-        input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device), use_cache=False
-    ).logits[:, -longest:]  # behind what a soft prompt puts in front
-    nats = []
-    for row, logits_TV in zip(rows, logits, strict=True):
-        labels = torch.tensor(row.labels[1:], device=device)
-        # Row by row: in float32 the logits of the whole batch would take twice the memory.
-        own = logits_TV[: len(labels)].float()
-        nats.append(F.cross_entropy(own, labels, ignore_index=IGNORED, reduction="none").double().sum())
-    return torch.stack(nats).cpu()
+    return summed_losses(model, tokenizer, rows, logits=batch_tokens, on_batch=told)
 
 
 def _check_ids(model: Any, read: Sequence[Passage]) -> None:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 
+from slimtune.data.tagged import OUTSIDE
 from slimtune.evaluate.classification import scores as label_scores
-from slimtune.evaluate.intervals import bootstrap, interval_of_mean
+from slimtune.evaluate.intervals import interval_of_mean, interval_of_share
 from slimtune.evaluate.scorers import CHOICE
+from slimtune.evaluate.tag_counts import MACRO_F1
 from slimtune.evaluate.tasks import Question
 
-MACRO_F1 = "macro_f1"
+
+class Answer(Protocol):
+    """One answer of an evaluation."""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """By name."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of the answers' file."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,10 +67,11 @@ class Evaluation:
         scores: means over the questions, or over all of them at once (macro F1), between 0 and 1 unless the scorer is
             the user's own.
         intervals: of 95%, by Wilson's formula for shares, else by bootstrap over the questions, where there is one.
-        loss: in nats a token of the expected answers, over all tokens; a text's loss where a classifier was asked; None
-            where it wasn't told.
+        loss: in nats, over all that `loss_of` names; None where it wasn't told.
         perplexity: exp(loss), where the loss is of tokens.
         facts: what else there is to know: how many were dropped, cut off, left out.
+        asked: what was counted: questions, texts.
+        loss_of: what the loss is the mean over: tokens of the expected answers, or what has one label.
     """
 
     metric: str
@@ -65,9 +79,11 @@ class Evaluation:
     intervals: dict[str, tuple[float, float]]
     loss: float | None
     perplexity: float | None
-    answers: list[Scored]
+    answers: Sequence[Answer]
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
+    asked: str = "questions"
+    loss_of: str = "token of the expected answers"
 
     @property
     def score(self) -> float:
@@ -98,7 +114,9 @@ class Evaluation:
         if facts.get("known"):
             found.append(f"{facts['known']} of the answers were there from a run that broke off")
         if facts.get("dropped"):
-            found.append(f"{facts['dropped']} questions were dropped, because they don't fit into the model")
+            found.append(f"{facts['dropped']} {self.asked} were dropped, because they don't fit into the model")
+        if facts.get("without_token"):
+            found.append(f"{facts['without_token']} words count as {OUTSIDE}, for the tokenizer makes nothing of them")
         if facts.get("unfinished"):
             most = facts["max_new_tokens"]
             found.append(f"{facts['unfinished']} answers were cut off after {most} tokens (--max-new-tokens)")
@@ -122,7 +140,8 @@ def summarised(answers: Sequence[Scored], seconds: float, facts: dict[str, Any],
     count = sum(answer.tokens for answer in answers) if of_tokens else len(answers)
     loss = math.fsum(answer.loss for answer in answers) / count
     perplexity = _exp(loss) if of_tokens else None
-    return Evaluation(names[0], means, intervals, loss, perplexity, list(answers), seconds, facts)
+    found = Evaluation(names[0], means, intervals, loss, perplexity, list(answers), seconds, facts)
+    return found if of_tokens else replace(found, loss_of="text")
 
 
 def _macro_f1(answers: Sequence[Scored]) -> tuple[float, tuple[float, float]]:
@@ -132,7 +151,7 @@ def _macro_f1(answers: Sequence[Scored]) -> tuple[float, tuple[float, float]]:
         picked = [pairs[index] for index in chosen]
         return label_scores([answer for answer, _ in picked], [true for _, true in picked])[MACRO_F1]
 
-    return of(np.arange(len(pairs))), bootstrap(of, len(pairs))
+    return of(np.arange(len(pairs))), interval_of_share(of, len(pairs))
 
 
 def _exp(loss: float) -> float:

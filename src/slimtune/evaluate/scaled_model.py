@@ -18,10 +18,11 @@ from slimtune.evaluate.mitigation import (
     write_into,
 )
 from slimtune.evaluate.spectra import Spectra, measure
-from slimtune.evaluate.trade import Answered, Measurements, Trade, Watch, Yardsticks
+from slimtune.evaluate.trade import Answered, Measurements, Trade, Yardsticks
 from slimtune.evaluate.tuned import Tuned
 from slimtune.evaluate.updates import Updates, adapter_updates, model_updates
 from slimtune.loading import no_weight_bar
+from slimtune.progress import Watch
 from slimtune.staging import staged
 
 ORIGINAL, SCALED = "tuned", "default"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from slimtune.evaluate.classification import scores as class_scores
+from slimtune.evaluate.tag_counts import TagCounts
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from slimtune.data.tagged import Aligned
 
 OUTSIDE = "O"
@@ -25,23 +27,50 @@ class Entity(NamedTuple):
     end: int
 
 
-@torch.inference_mode()
 def tag(model: Any, tokenizer: Any, texts: Sequence[Aligned], batch_size: int = 32) -> list[list[str]]:
     """The likeliest tag of each word, `O` for a word of which the model sees no token; in the order of the texts."""
+    logits_WK = word_logits(model, tokenizer, texts, batch_size)
+    return [tags_from(model, text, own_WK) for text, own_WK in zip(texts, logits_WK, strict=True)]
+
+
+def tags_from(model: Any, text: Aligned, logits_WK: Tensor) -> list[str]:
+    """The likeliest tags of a text, by the logits of those of its words that have a token."""
+    tags = [OUTSIDE] * text.words
+    for word, number in zip(text.firsts, logits_WK.argmax(-1).tolist(), strict=True):
+        tags[word] = model.config.id2label[number]
+    return tags
+
+
+def word_logits(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Aligned],
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> list[Tensor]:
+    """Of each text the logits of the tags, for each word that has a token: (words, tags) in float32.
+
+    Args:
+        on_batch: told how many texts were read.
+    """
     was_training = model.training
     model.eval()
-    found: list[list[str]] = [[OUTSIDE] * text.words for text in texts]
-    by_length = sorted(range(len(texts)), key=lambda index: len(texts[index].input["input_ids"]))
-    for start in range(0, len(texts), batch_size):
-        chosen = by_length[start : start + batch_size]
+    found: dict[int, Tensor] = {}
+    for chosen in _by_length(texts, batch_size):
         batch = tokenizer.pad([texts[index].input for index in chosen], return_tensors="pt").to(model.device)
-        likeliest_NT = model(**batch).logits.argmax(-1)
-        for index, row_T, mask_T in zip(chosen, likeliest_NT, batch["attention_mask"], strict=True):
-            numbers = row_T[mask_T.bool()].tolist()
-            for word, position in texts[index].firsts.items():
-                found[index][word] = model.config.id2label[numbers[position]]
+        with torch.inference_mode():
+            logits_NTK = model(**batch).logits.float().cpu()
+        for index, logits_TK, mask_T in zip(chosen, logits_NTK, batch["attention_mask"].bool().cpu(), strict=True):
+            found[index] = logits_TK[mask_T][list(texts[index].firsts.values())]
+        on_batch(len(chosen))
     model.train(was_training)
-    return found
+    return [found[index] for index in range(len(texts))]
+
+
+def _by_length(texts: Sequence[Aligned], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index].input["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def tag_words(
@@ -94,16 +123,16 @@ def tag_scores(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]
     An entity is right if its kind, its first and its last word are. Tags that spell no entities have the macro F1 over
     words instead.
     """
-    words = class_scores(list(itertools.chain(*predicted)), list(itertools.chain(*true)))
-    if not has_entities(sorted({*itertools.chain(*predicted), *itertools.chain(*true)})):
-        return words
-    named = [set(entities(tags)) for tags in predicted]
-    there = [set(entities(tags)) for tags in true]
-    right = sum(len(ours & theirs) for ours, theirs in zip(named, there, strict=True))
-    precision = right / max(1, sum(map(len, named)))
-    recall = right / max(1, sum(map(len, there)))
-    f1 = 2 * right / max(1, sum(map(len, named)) + sum(map(len, there)))
-    return {"accuracy": words["accuracy"], "precision": precision, "recall": recall, "entity_f1": f1}
+    spells = has_entities(sorted({*itertools.chain(*predicted), *itertools.chain(*true)}))
+    return tag_counts(predicted, true, spells).scores()
+
+
+def tag_counts(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]], spells: bool) -> TagCounts:
+    """What there is to count in each text, from which all scores follow; `spells` says whether tags spell entities."""
+    words = [(list(said), list(expected)) for said, expected in zip(predicted, true, strict=True)]
+    if not spells:
+        return TagCounts.of(words, None)
+    return TagCounts.of(words, [(set(entities(said)), set(entities(expected))) for said, expected in words])
 
 
 def _parts(tag: str) -> tuple[str, str]:

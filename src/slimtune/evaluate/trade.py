@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from slimtune.evaluate.intervals import bootstrap
 from slimtune.evaluate.language_loss import Passage, Text, has_language_loss, losses
 from slimtune.evaluate.result import Evaluation
 from slimtune.evaluate.run import Prepared, evaluate
+from slimtune.progress import Watch
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,6 @@ class Yardsticks:
     outside: Mapping[str, Sequence[Text]]
     task: Mapping[str, Sequence[Text]] = field(default_factory=dict)
     questions: Prepared | None = None
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who follows the work.
-
-    Attributes:
-        start: told what is done next and how many units that has.
-        step: told how many of them are done.
-    """
-
-    start: Callable[[str, int], None] = lambda what, total: None
-    step: Callable[[int], None] = lambda count: None
 
 
 @dataclass(frozen=True)

@@ -113,15 +113,18 @@ def adapter_updates(model: Any, name: str, embeddings: bool = False) -> Updates:
 def model_updates(before: Any, after: Any, embeddings: bool = False) -> Updates:
     """The matrices of a tuned model beside those of its base; what is equal in both isn't among them.
 
+    A base without the head that tuning gave it, such as an encoder that became a classifier, is compared by its body;
+    a new head has no weights before, and is left out whatever `embeddings` says.
+
     Raises:
         BaseMismatchError: the models aren't of one architecture.
         ConfigError: no matrix differs.
     """
-    bases = dict(before.named_modules())
-    ends, left_out, found = _ends(after), [], []
+    bases, new = _counterparts(before, after)
+    ends, left_out, found = _ends(after), new, []
     for path, module in after.named_modules():
         changed = []
-        for parameter, tensor in _dense(module).items():
+        for parameter, tensor in ({} if path in new else _dense(module)).items():
             own = bases.get(path)
             frozen = _dense(own).get(parameter) if own is not None else None
             if frozen is None or frozen.shape != tensor.shape:
@@ -141,6 +144,17 @@ def model_updates(before: Any, after: Any, embeddings: bool = False) -> Updates:
         else:
             found += matrices
     return Updates(_some(found, left_out, "the tuned model"), left_out)
+
+
+def _counterparts(before: Any, after: Any) -> tuple[dict[str, nn.Module], list[str]]:
+    """The modules of a base by their paths in the tuned model, and the paths of those with weights that it lacks."""
+    prefix = getattr(after, "base_model_prefix", "")
+    if type(before) is type(after) or not prefix or not hasattr(after, prefix):
+        return dict(before.named_modules()), []
+    body = getattr(before, prefix, before)
+    bases = {f"{prefix}.{path}".rstrip("."): module for path, module in body.named_modules()}
+    outside = [path for path, module in after.named_modules() if not f"{path}.".startswith(f"{prefix}.")]
+    return bases, [path for path in outside if path and _dense(after.get_submodule(path))]
 
 
 def _some(found: list[TunedMatrix], left_out: list[str], what: str) -> list[TunedMatrix]:

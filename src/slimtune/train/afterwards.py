@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.data.lesson import Conversations
 from slimtune.errors import ConfigError, SlimtuneError
-from slimtune.evaluate.progress import ShownAnswers
 from slimtune.evaluate.result import Evaluation
 from slimtune.evaluate.run import Prepared, evaluate, prepare
 from slimtune.evaluate.tasks import task_of_rows
+from slimtune.progress import Counting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,8 +41,9 @@ def ask(screen: Console, model: Any, tokenizer: Any, questions: Prepared | None)
     if questions is None:
         return None
     try:
-        with ShownAnswers(screen) as progress:
-            found = evaluate(model, tokenizer, questions, progress=progress)
+        with Counting(screen) as counting:
+            counting.start("asking questions", len(questions.questions))
+            found = evaluate(model, tokenizer, questions, progress=counting.reach)
     except SlimtuneError as error:
         screen.print(f"[yellow]not evaluated:[/] {error}; see slimtune evaluate")
         return None

@@ -10,15 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from transformers import TrainerCallback
+
+from slimtune.progress import Counting
 
 KEPT = ("loss", "grad_norm", "learning_rate", "epoch", "reward", "kl")
 """What is written of each logged step, beside everything in a group of KEPT_GROUPS, `eval_` in front or not."""
@@ -28,30 +22,16 @@ SCORES = ("rewards/accuracies", "rewards/margins", "reward")
 
 
 class ShownProgress(TrainerCallback):
-    """A bar on a terminal, else a line now and then."""
+    """The steps, each with its loss and the tokens a second."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.began = self.last_line = time.monotonic()
-        self.first_step = self.first_tokens = 0
+        self.console, self.counting = console, Counting(console)
+        self.began, self.first_tokens = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the bar; what was done before this session counts as done, but not for the speed."""
-        self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
-        self.task = self.bar.add_task("", total=state.max_steps, completed=self.first_step, loss="-", speed="")
-        self.bar.start()
-        self.began = self.last_line = time.monotonic()
+        self.began, self.first_tokens = time.monotonic(), state.num_input_tokens_seen
+        self.counting.start("training, step", state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Move on by what was logged."""
@@ -61,15 +41,11 @@ class ShownProgress(TrainerCallback):
         if "loss" not in logs:
             return
         speed = f"{(state.num_input_tokens_seen - self.first_tokens) / max(seconds, 1e-9):,.0f} tokens/s"
-        self.bar.update(self.task, completed=step, loss=f"{logs['loss']:.4f}", speed=speed)
-        if not self.console.is_terminal and (step == state.max_steps or time.monotonic() - self.last_line > 10):
-            left = seconds / max(step - self.first_step, 1) * (state.max_steps - step)
-            self.console.print(f"  step {step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed}  {left:.0f} s left")
-            self.last_line = time.monotonic()
+        self.counting.reach(step, told=f"loss {logs['loss']:.4f}  {speed}")
 
     def close(self) -> None:
         """Give the terminal back, however the training ended."""
-        self.bar.stop()
+        self.counting.close()
 
 
 class LossFile(TrainerCallback):

@@ -1,0 +1,141 @@
+"""The score of a model that gives words tags, on texts whose tags are known."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimtune.data.labelled import longest_input
+from slimtune.data.reading import read_rows
+from slimtune.data.rows import Tagged
+from slimtune.data.tagged import Aligned, align
+from slimtune.errors import DataError, listing
+from slimtune.evaluate.answers import AnswerFile
+from slimtune.evaluate.intervals import interval_of_share
+from slimtune.evaluate.likelihood import refuse_no_number
+from slimtune.evaluate.result import Evaluation
+from slimtune.evaluate.settings import EvaluationSettings
+from slimtune.evaluate.tag_counts import ENTITY_F1
+from slimtune.evaluate.tagging import entities, has_entities, tag_counts, tags_from, word_logits
+from slimtune.loading import load_trained_tagger
+from slimtune.progress import Watch
+
+TASK = "token-classification"
+
+
+@dataclass(frozen=True)
+class TaggedText:
+    """One text with the tags that the model gave it.
+
+    Attributes:
+        scores: the share of its words whose tag is right; F1 is of all texts together.
+        loss: of the true tags in nats, -sum log p(tag), over the words of which the model sees a token.
+        with_entities: whether tags spell entities.
+    """
+
+    tokens: list[str]
+    tags: list[str]
+    expected: list[str]
+    scores: dict[str, float]
+    loss: float
+    with_entities: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of the answers' file; where entities are wrong, which were missed and which are too many."""
+        found = {"question": self.tokens, "answer": self.tags, "expected": self.expected}
+        found |= {"score": self.scores["accuracy"], "scores": self.scores, "loss": self.loss}
+        if not self.with_entities:
+            return found
+        ours, theirs = entities(self.tags), entities(self.expected)
+        return found | {
+            "missed": [self._told(one) for one in theirs if one not in ours],
+            "wrong": [self._told(one) for one in ours if one not in theirs],
+        }
+
+    def _told(self, entity: Any) -> dict[str, Any]:
+        return entity._asdict() | {"text": " ".join(self.tokens[entity.start : entity.end])}
+
+
+def read_tagged(path: str | Path, limit: int | None = None) -> list[Tagged]:
+    """The texts of a file, from the first on; raises DataError."""
+    return read_rows(path, TASK)[:limit]
+
+
+def evaluate_tagger(
+    source: str,
+    rows: Sequence[Tagged],
+    settings: EvaluationSettings,
+    quantize: str | None = None,
+    options: tuple[Any, ...] = (),
+    answers: AnswerFile | None = None,
+    watch: Watch = Watch(),  # noqa: B008 - it has no state
+) -> Evaluation:
+    """F1, precision and recall over whole entities and accuracy over words, with intervals over the texts.
+
+    Tags that spell no entities have accuracy and macro F1 over words.
+
+    Args:
+        options: dtype, device and trust_remote_code, as `load` takes them.
+
+    Raises:
+        ConfigError: the model gives no tags.
+        DataError: tags that the model doesn't know, or texts that are too long for it.
+    """
+    began = time.monotonic()
+    model, tokenizer = load_trained_tagger(source, *options, quantize=quantize)
+    _check_tags(source, rows, list(model.config.id2label.values()))
+    limit = longest_input(model, tokenizer, None)
+    aligned = align([row.tokens for row in rows], tokenizer, limit, settings.too_long)
+    watch.start("tagging texts", len(aligned.texts))
+    logits = word_logits(model, tokenizer, aligned.texts, settings.batch_size, watch.step)
+    kept = [rows[number] for number in aligned.kept]
+    tags = [tags_from(model, text, own) for text, own in zip(aligned.texts, logits, strict=True)]
+    losses = [_loss(model, row, text, own) for row, text, own in zip(kept, aligned.texts, logits, strict=True)]
+    refuse_no_number(losses)
+    spells = has_entities(list(model.config.id2label.values()))
+    scored = [_scored(row, said, loss, spells) for row, said, loss in zip(kept, tags, losses, strict=True)]
+    facts = {"dropped": len(rows) - len(kept), "without_token": aligned.without_token}
+    read = sum(len(text.firsts) for text in aligned.texts)
+    found = _summarised(scored, spells, read, time.monotonic() - began, facts)
+    if answers:
+        answers.finish(found.answers)
+    return found
+
+
+def _summarised(
+    scored: list[TaggedText], spells: bool, words: int, seconds: float, facts: dict[str, Any]
+) -> Evaluation:
+    """Scores over all texts, the main one first; `words` are those that the loss is over."""
+    counts = tag_counts([text.tags for text in scored], [text.expected for text in scored], spells)
+    scores = counts.scores()
+    metric = ENTITY_F1 if spells else "accuracy"
+    scores = {metric: scores[metric], **scores}
+    intervals = {
+        name: interval_of_share(lambda chosen, n=name: counts.scores(chosen)[n], len(scored)) for name in scores
+    }
+    loss = sum(text.loss for text in scored) / max(1, words)
+    facts |= {"by_kind": counts.by_kind()}
+    return Evaluation(metric, scores, intervals, loss, None, scored, seconds, facts, asked="texts", loss_of="word")
+
+
+def _check_tags(source: str, rows: Sequence[Tagged], known: list[str]) -> None:
+    unknown = {*itertools.chain(*(row.tags for row in rows))} - set(known)
+    if unknown:
+        raise DataError(f"the texts have tags that {source} doesn't know: {listing(unknown)}; it has {listing(known)}")
+
+
+def _loss(model: Any, row: Tagged, text: Aligned, logits_WK: torch.Tensor) -> float:
+    numbers = {tag: int(number) for number, tag in model.config.id2label.items()}
+    true_W = torch.tensor([numbers[row.tags[word]] for word in text.firsts], dtype=torch.long)
+    return float(torch.nn.functional.cross_entropy(logits_WK, true_W, reduction="sum"))
+
+
+def _scored(row: Tagged, tags: list[str], loss: float, spells: bool) -> TaggedText:
+    right = sum(ours == theirs for ours, theirs in zip(tags, row.tags, strict=True))
+    return TaggedText(row.tokens, tags, row.tags, {"accuracy": right / len(tags)}, loss, spells)

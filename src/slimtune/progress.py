@@ -1,0 +1,106 @@
+"""Long work as a person follows it: a bar with speed and time left; without a terminal, a line now and then."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LINE_SECONDS = 10.0
+_LINE = re.compile(r"^  \S.*? ([\d,]+)/([\d,]+)  ")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows the work; nobody, unless told.
+
+    Attributes:
+        start: told what is done next and how many units that has.
+        step: told how many more of them are done.
+    """
+
+    start: Callable[[str, int], None] = lambda what, total: None
+    step: Callable[[int], None] = lambda count: None
+
+
+class Counting:
+    """Stages of work, each named with its unit ("reading tokens"); a context that gives the terminal back."""
+
+    def __init__(self, screen: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.screen = screen
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[told]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=screen,
+            disable=not screen.is_terminal,
+        )
+        self.what, self.total, self.done, self.first = "", 0, 0, 0
+        self.began = self.last_line = time.monotonic()
+
+    def __enter__(self) -> Counting:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self.bar.stop()
+
+    @property
+    def watch(self) -> Watch:
+        """What tells this one."""
+        return Watch(self.start, self.advance)
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin a stage, of which `done` units were there before and count for no speed."""
+        self.what, self.total, self.done, self.first = what, total, done, done
+        self.began = self.last_line = time.monotonic()
+        self.task = self.bar.add_task(what, total=total, completed=done, told="")
+        self.bar.start()
+
+    def advance(self, count: int = 1) -> None:
+        """So many units more are done."""
+        self.reach(self.done + count)
+
+    def reach(self, done: int, total: int | None = None, told: str = "") -> None:
+        """So many units are done.
+
+        Args:
+            total: of how many, if not of as many as in the beginning.
+            told: what stands beside in place of the units a second.
+        """
+        self.done, self.total = done, self.total if total is None else total
+        now = time.monotonic()
+        rate = (done - self.first) / max(now - self.began, 1e-9)
+        told = told or f"{rate:,.{0 if rate >= 10 else 1}f}/s"
+        self.bar.update(self.task, completed=done, total=self.total, told=told)
+        if not self.screen.is_terminal and (done >= self.total or now - self.last_line > LINE_SECONDS):
+            left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
+            self.screen.print(f"  {self.what} {done:,}/{self.total:,}  {told}  {left} left", markup=False)
+            self.last_line = now
+
+
+def read_line(line: str) -> tuple[int, int] | None:
+    """What is done and of how much, where this is a line that `Counting` printed."""
+    found = _LINE.match(line)
+    if found is None:
+        return None
+    done, total = (int(number.replace(",", "")) for number in found.groups())
+    return done, total
