@@ -116,7 +116,7 @@ def test_a_dry_run_knows_the_runs(recipe: Path, tmp_path: Path) -> None:
         (["--shots", "0,4"], "the model writes no text"),
         (["--texts", "4"], "compare.texts would change nothing for data with labels"),
         (["--scorer", "json"], "labels are judged by their accuracy"),
-        (["model.name=no-such-model"], "the configuration of 'no-such-model' can't be read"),
+        (["model.name=no-such-model"], "no model 'no-such-model'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(recipe: Path, tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -150,7 +150,7 @@ def _writes_text(model: ModelSettings) -> bool:
 
     from slimtune.plan.build import config_of
 
-    named = config_of(model.name, model.trust_remote_code).architectures or []
+    named = config_of(model.source, model.trust_remote_code).architectures or []
     return all(getattr(transformers, name).can_generate() for name in named if hasattr(transformers, name))
 
 

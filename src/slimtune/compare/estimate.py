@@ -139,7 +139,7 @@ def _plan(task: Task, arms: Sequence[Arm]) -> tuple[Planned | None, str]:
     training = recipe.training
     try:
         found = plan(
-            recipe.model.name, task.train, methods=sorted({arm.method or "" for arm in arms}) or ["lora"],
+            recipe.model.source, task.train, methods=sorted({arm.method or "" for arm in arms}) or ["lora"],
             bases=sorted({_base(task, arm) for arm in arms}) or None, batch_size=training.batch_size,
             gradient_accumulation=training.gradient_accumulation,
             gradient_checkpointing=training.gradient_checkpointing, max_length=recipe.data.max_length, epochs=1,
