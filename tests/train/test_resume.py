@@ -28,7 +28,7 @@ CASES: dict[str, list[Any]] = {
     "pissa": ["--rank", 4, "--init", "pissa"],
     "full": ["--method", "full", "--dtype", "float32", "--eval-fraction", 0.2],
     "head": ["--rank", 4, "--dropout", 0.1, "--eval-fraction", 0.2],
-    "eva": ["--rank", 4, "--init", "eva", "--set", "eva_config={rho: 3.0, tau: 0.5}", "--dropout", 0.1],
+    "eva": ["--rank", 4, "--init", "eva", "--dropout", 0.1],
     "nf4": ["--rank", 4, "--quantize", "nf4", "--dropout", 0.1],
     "int8": ["--rank", 4, "--quantize", "int8"],
     "torchao": ["--rank", 4, "--quantize", "int8-torchao", "--target-modules", "q_proj,v_proj"],

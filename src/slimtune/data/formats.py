@@ -186,7 +186,7 @@ def _alpaca(value: Value, where: str) -> Instruction:
 
 
 def _pair(value: Value, where: str) -> Pair | Conversation:
-    if isinstance(value["prompt"], str):
+    if not (isinstance(value["prompt"], list) and isinstance(value["completion"], list)):
         return checked(Pair, value, where)
     # Of a conversation in two parts the second is learned.
     shown = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in value["prompt"]]
@@ -205,6 +205,8 @@ def _preference(value: Value, where: str) -> Preference:
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt or not chosen or not rejected:
         raise DataError(f"{where}: prompt, chosen or rejected is empty; give a prompt and two answers that differ")
+    if chosen == rejected:
+        raise DataError(f"{where}: chosen and rejected are the same, so nothing tells which is better; drop the row")
     return checked(Preference, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, where)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimtune.errors import DataError
 from slimtune.template import Message
@@ -38,7 +38,16 @@ class Turn(BaseModel):
         if value is None:
             return ""
         if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-            return "".join(part["text"] for part in value)
+            parts = [part.get("text") for part in value]
+            return "".join(parts) if all(isinstance(part, str) for part in parts) else value
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_something(cls, value: Any) -> Any:
+        is_silent = isinstance(value, dict) and value.get("content") is None
+        if is_silent and not any(value[name] for name in value.keys() - {"role", "content", "weight", "name"}):
+            raise ValueError("a turn needs content, or calls of tools")
         return value
 
     @field_validator("weight", mode="before")
@@ -200,7 +209,8 @@ def checked(model: type[M], value: dict[str, Any], where: str) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{where}: {name}: {first['msg'][0].lower()}{first['msg'][1:]}; correct the row") from error
+        said = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{where}: {name}: {said[0].lower()}{said[1:]}; correct the row") from error
 
 
 def _with_object(call: Any) -> Any:

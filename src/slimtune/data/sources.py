@@ -106,7 +106,7 @@ def _json(path: Path) -> Iterator[Record]:
         text = _decoded(file.read(), str(path))
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); write an array of objects") from error
     for number, row in enumerate(rows, 1):
         where = f"{path}, item {number}"
@@ -122,6 +122,9 @@ def _csv(path: Path) -> Iterator[Record]:
         lines = (_decoded(line, f"{path}, line {number}") for number, line in enumerate(file, 1))
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
+            names = reader.fieldnames or []
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise DataError(f"{path} has more than one column {listing(twice)}; give each a name of its own")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
@@ -262,6 +265,8 @@ def load_datasets() -> Any:
             "install slimtune[train]"
         ) from error
     datasets.disable_progress_bars()
+    # What it logs of a file that can't be read it raises too, and that becomes a sentence.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     return datasets
 
 
@@ -300,7 +305,7 @@ def _decoded(line: bytes, where: str) -> str:
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); write one JSON object a line") from error
     if not isinstance(value, dict):
         raise DataError(f"{where} is a {type(value).__name__}, not an object; write one JSON object a line")

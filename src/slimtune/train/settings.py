@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,12 @@ class TrainSettings:
         for name in _AT_LEAST_ONE:
             if name in given:
                 check_whole(name, getattr(self, name))
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
+            # A bound without an end is none.
+            if name in given and name != "max_grad_norm" and math.isinf(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, but is {getattr(self, name)}")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise ConfigError(f"seed must be a whole number from 0 to 2**32 - 1, found {self.seed!r}")
         for name in _POSITIVE:
             if name in given and not getattr(self, name) > 0:
                 raise ConfigError(

@@ -89,13 +89,22 @@ def fingerprint_of_base(model: nn.Module) -> str:
     """A checksum over names, shapes and some numbers of all that stays frozen."""
     changing = set(learned(model))
     digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in changing:
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // _SAMPLED_NUMBERS)].cpu().contiguous()
-            digest.update(some.view(torch.uint8).numpy().tobytes())
+    frozen = [pair for pair in [*model.named_parameters(), *model.named_buffers()] if pair[0] not in changing]
+    for name, tensor in (part for pair in frozen for part in _plain(*pair)):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // _SAMPLED_NUMBERS)].cpu().contiguous()
+        digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or those that it is made of, as torchao's are of codes and scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _plain(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def fingerprint_of_examples(examples: Any) -> str | None:
