@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import slimtune
 from slimtune.adapter import attached
-from slimtune.loading import resolve
 from slimtune.originals import Originals
+from slimtune.source import resolve
 
 MODEL = "smollm2-135m-instruct"
 RANKS = (0, 4, 8, 16, 32, 64)

@@ -22,8 +22,9 @@ from slimtune.data.batches import PackRows, PadRight, count_packed
 from slimtune.data.encode import Encoded, encode
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.rows import Conversation, Document
+from slimtune.device import native_dtype
 from slimtune.evaluate.generation import pad_id_of
-from slimtune.loading import load_text_model, native_dtype
+from slimtune.loading import load_text_model
 from slimtune.tasks.orders import make_orders
 
 MODEL = "smollm2-135m-instruct"

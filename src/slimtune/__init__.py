@@ -17,8 +17,8 @@ _HOME = {
     "TaskType": "config",
     "PeftModel": "model",
     "get_peft_model": "model",
-    "get_peft_model_state_dict": "model",
-    "set_peft_model_state_dict": "model",
+    "get_peft_model_state_dict": "saving",
+    "set_peft_model_state_dict": "saving",
     "AutoPeftModel": "auto",
     "AutoPeftModelForCausalLM": "auto",
     "AutoPeftModelForFeatureExtraction": "auto",
@@ -44,31 +44,51 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from slimtune.auto import (
-        AutoPeftModel,
-        AutoPeftModelForCausalLM,
-        AutoPeftModelForFeatureExtraction,
-        AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM,
-        AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification,
-    )
-    from slimtune.config import PeftConfig, TaskType
-    from slimtune.diffusion import load_diffusers_lora, save_diffusers_lora
-    from slimtune.eva import initialize_lora_eva_weights
-    from slimtune.loading import load
-    from slimtune.loftq import replace_lora_weights_loftq
-    from slimtune.methods.lora import LoraConfig
-    from slimtune.methods.lora_starts import EvaConfig, LoftQConfig
-    from slimtune.methods.p_tuning import PromptEncoderReparameterizationType
-    from slimtune.methods.prompt_tuning import PromptTuningInit
-    from slimtune.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from slimtune.plan.ask import plan
-    from slimtune.quantized.dequantize import dequantize
-    from slimtune.quantized.preparing import prepare_model_for_kbit_training
-    from slimtune.quantized.report import parts
-    from slimtune.quantized.settings import Quantization
-    from slimtune.train.lora_plus import create_loraplus_optimizer, lora_plus_groups
+    # What type checkers and editors see; at run time a method's file alone enrols its config.
+    from slimtune.auto import AutoPeftModel as AutoPeftModel
+    from slimtune.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from slimtune.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from slimtune.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from slimtune.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from slimtune.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from slimtune.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from slimtune.config import PeftConfig as PeftConfig
+    from slimtune.config import TaskType as TaskType
+    from slimtune.diffusion import load_diffusers_lora as load_diffusers_lora
+    from slimtune.diffusion import save_diffusers_lora as save_diffusers_lora
+    from slimtune.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+    from slimtune.loading import load as load
+    from slimtune.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
+    from slimtune.methods.adalora import AdaLoraConfig as AdaLoraConfig
+    from slimtune.methods.bitfit import BitFitConfig as BitFitConfig
+    from slimtune.methods.bottleneck import BottleneckConfig as BottleneckConfig
+    from slimtune.methods.full import FullConfig as FullConfig
+    from slimtune.methods.ia3 import IA3Config as IA3Config
+    from slimtune.methods.last_layer import LastLayerConfig as LastLayerConfig
+    from slimtune.methods.ln_tuning import LNTuningConfig as LNTuningConfig
+    from slimtune.methods.loha import LoHaConfig as LoHaConfig
+    from slimtune.methods.lokr import LoKrConfig as LoKrConfig
+    from slimtune.methods.lora import LoraConfig as LoraConfig
+    from slimtune.methods.lora_starts import EvaConfig as EvaConfig
+    from slimtune.methods.lora_starts import LoftQConfig as LoftQConfig
+    from slimtune.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from slimtune.methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from slimtune.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from slimtune.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from slimtune.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
+    from slimtune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from slimtune.methods.vera import VeraConfig as VeraConfig
+    from slimtune.model import PeftModel as PeftModel
+    from slimtune.model import get_peft_model as get_peft_model
+    from slimtune.plan.ask import plan as plan
+    from slimtune.quantized.dequantize import dequantize as dequantize
+    from slimtune.quantized.preparing import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from slimtune.quantized.report import parts as parts
+    from slimtune.quantized.settings import Quantization as Quantization
+    from slimtune.saving import get_peft_model_state_dict as get_peft_model_state_dict
+    from slimtune.saving import set_peft_model_state_dict as set_peft_model_state_dict
+    from slimtune.train.lora_plus import create_loraplus_optimizer as create_loraplus_optimizer
+    from slimtune.train.lora_plus import lora_plus_groups as lora_plus_groups
 
 
 def __getattr__(name: str) -> Any:

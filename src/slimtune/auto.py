@@ -35,13 +35,16 @@ class AutoPeftModel:
         Args:
             revision: of the adapter's repository; the base's revision is the one in the config.
             base: what the transformers class's `from_pretrained` takes (dtype, device_map, ...), and the Hub's
-                `token`, `cache_dir` and `subfolder`, which go to the adapter too.
+                `token`, `cache_dir` and `subfolder`, which go to the adapter too. Weights are read from safetensors
+                unless `use_safetensors=False` is given.
 
         Raises:
             AdapterFileError: the adapter can't be read, or names no base.
         """
         shared = {name: base[name] for name in ("token", "cache_dir", "subfolder") if name in base}
         base.pop("subfolder", None)
+        # The adapter chooses what is loaded here, and reading a pickle can run code.
+        base.setdefault("use_safetensors", True)
         adapter: dict[str, Any] = shared | ({"revision": revision} if revision else {})
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **adapter)
         if not config.base_model_name_or_path:
@@ -83,24 +86,36 @@ def named_class(config: PeftConfig, auto_class: str | None = None) -> Any:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
+    """An adapter together with its base, a decoder that writes text."""
+
     auto_class = "AutoModelForCausalLM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """An adapter together with its base, a model with an encoder and a decoder."""
+
     auto_class = "AutoModelForSeq2SeqLM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """An adapter together with its base, a classifier of whole texts."""
+
     auto_class = "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """An adapter together with its base, a classifier of tokens."""
+
     auto_class = "AutoModelForTokenClassification"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """An adapter together with its base, a model that finds answers in a passage."""
+
     auto_class = "AutoModelForQuestionAnswering"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """An adapter together with its base, a model without a head."""
+
     auto_class = "AutoModel"

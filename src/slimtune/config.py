@@ -72,6 +72,7 @@ class PeftConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
+        """Whether the method puts virtual tokens in front and changes no module."""
         return False
 
     @property

@@ -17,8 +17,10 @@ from torch import Tensor
 from slimtune.config import PeftConfig
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean, listing
 from slimtune.methods.lora import LoraConfig
-from slimtune.model import PeftModel, attach_stored, get_peft_model_state_dict
+from slimtune.model import PeftModel, attach_stored
+from slimtune.saving import get_peft_model_state_dict
 from slimtune.staging import staged_file
+from slimtune.storage.json_file import parse_json
 from slimtune.storage.peft_format import KEY_PREFIX, checksum, read_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -94,12 +96,23 @@ def load_diffusers_lora(
         raise ConfigError(
             f"'{path}' is for {listing(by_part)}, found {listing(parts)}; pass the models of just those names"
         )
-    fields = json.loads(metadata.get(_METADATA_KEY, "{}"))
+    fields = _fields(path, metadata)
     for part, model in parts.items():
         own = by_part[part]
         config = _config(own, {k.removeprefix(f"{part}."): v for k, v in fields.items() if k.startswith(f"{part}.")})
         stored = {KEY_PREFIX + name: tensor for name, tensor in own.items()}
         attach_stored(model, adapter_name, config, stored, path, is_trainable)
+
+
+def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configs of all parts, their fields named by the parts."""
+    try:
+        fields = parse_json(metadata.get(_METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise AdapterFileError(f"the metadata of '{path}' is not JSON ({error}); save the adapter again") from error
+    if not isinstance(fields, dict):
+        raise AdapterFileError(f"the metadata of '{path}' is a {type(fields).__name__}; save the adapter again")
+    return fields
 
 
 def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

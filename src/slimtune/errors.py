@@ -104,3 +104,9 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         words = [choice for choice in choices if isinstance(choice, str)]
         near = did_you_mean(str(value), words)
         raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, found {value!r}{near}")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, without a full stop, to go into a sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from slimtune.drift import Drift, MergeDrift, compare_outputs
 from slimtune.errors import MergeError
-from slimtune.loading import no_weight_bar
 from slimtune.merge import outputs, probe_inputs
+from slimtune.source import no_weight_bar
 from slimtune.staging import staged
 
 PROBES = (

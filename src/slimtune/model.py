@@ -2,54 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 
-from slimtune import merge as merging
-from slimtune.adapter import (
-    Draft,
-    adapter_tensors,
-    adopted_modules,
-    attach,
-    attached,
-    draft,
-    fill,
-    keep_embeddings,
-)
-from slimtune.adopt import BASE, ENCODERS, FAST_PATHS, Adopted, Switch, WithoutFastPath, adopt, release, run
+from slimtune.adapter import Draft, adopted_modules, attach, attached, draft, fill, keep_embeddings
+from slimtune.adopt import ENCODERS, FAST_PATHS, Switch, WithoutFastPath, adopt
 from slimtune.bases import base_of
+from slimtune.calling import wrapped
 from slimtune.combine import combined
 from slimtune.config import PeftConfig
-from slimtune.coverage import Coverage, count_of, coverage
 from slimtune.delta import deltas_of
-from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
+from slimtune.errors import ConfigError, MergeError
 from slimtune.hub import parted
-from slimtune.ops.lazy_logits import lazy_head, without_lazy
-from slimtune.quantized.dequantize import expanded, make_plain, mend_saving, plain_dtype
-from slimtune.quantized.requantize import merge_requantized
-from slimtune.storage.checkpoint import is_checkpoint, offer_to_trainer
-from slimtune.storage.peft_format import KEY_PREFIX, adapter_folder, read_adapter, save_adapter
-from slimtune.structure import recomputes
+from slimtune.saving import Saving
+from slimtune.storage.peft_format import adapter_folder, read_adapter
+from slimtune.unloading import Unloading
 
 _TRAINED_AS_ANY = {
     name: property(lambda self: False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 }
 """What trainers ask of a model: transformers' refuses a quantized one that isn't `peft`'s, TRL's cast its adapters."""
-
-_ADVICE = (
-    "; most of the update is rounded away: merge into 16 bits, or for a model in few bits merge into the original "
-    "16-bit base and quantize what that gives"
-)
 
 
 def get_peft_model(
@@ -102,7 +77,7 @@ def _adopt_root(model: Any) -> None:
         adopt(head, model.adapter_switch)
 
 
-class PeftModel(Adopted):
+class PeftModel(Unloading, Saving):
     """Mixed in front of the class of a model that carries adapters; the model keeps its own class beside.
 
     Attributes:
@@ -114,81 +89,11 @@ class PeftModel(Adopted):
     """
 
     adopted_from: ClassVar[type[nn.Module]]
-    peft_config: dict[str, PeftConfig]
-    return_logits: bool
-    kept: merging.Kept
-    trained_before: set[str]
 
     @staticmethod
     def members(model_type: type[nn.Module]) -> dict[str, Any]:
-        """The methods that wrap this model type's own; their signatures stay its own."""
-        wrappers = {"forward": _forward, "generate": _generate}
-        wrapped = {
-            name: _wrapping(model_type, name, wrapper)
-            for name, wrapper in wrappers.items()
-            if hasattr(model_type, name)
-        }
-        return wrapped | _TRAINED_AS_ANY | (FAST_PATHS if issubclass(model_type, ENCODERS) else {})
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that are in effect, or would be if they weren't disabled."""
-        return list(self.adapter_switch.active)
-
-    @property
-    def active_adapter(self) -> str:
-        """The active adapter; the first of several."""
-        return self.adapter_switch.active[0]
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        """The config of the active adapter."""
-        return self.peft_config[self.active_adapter]
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter or several the active ones; these alone are trainable, unless for inference.
-
-        Raises:
-            AdapterNotFoundError: there is no adapter of that name.
-            ConfigError: two of them train the same module whole.
-        """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        self._check_known(*names)
-        model: Any = self
-        modules = adopted_modules(model)
-        for path, module in modules:
-            own = deltas_of(module)
-            together = [own[name] for name in names if name in own]
-            if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
-                what = f"train their own copy of what '{path}' has" if path else "put tokens of their own in front"
-                raise ConfigError(
-                    f"the adapters {listing(names)} each {what} and can't be active together; activate one of them"
-                )
-        self.adapter_switch.active = names
-        for _, module in modules:
-            for name, delta in deltas_of(module).items():
-                for parameter in delta.parameters():
-                    parameter.requires_grad = name in names and not inference_mode
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The untouched base for a while, also while adapters are merged."""
-        merged = self.adapter_switch.merged
-        self.unmerge_adapter()
-        try:
-            with self.adapter_switch.using(enabled=False):
-                yield
-        finally:
-            if merged:
-                self.merge_adapter(merged)
-
-    def disable_adapter_layers(self) -> None:
-        """The base without its unmerged adapters until `enable_adapter_layers`."""
-        self.adapter_switch.enabled = False
-
-    def enable_adapter_layers(self) -> None:
-        """The active adapters in effect again."""
-        self.adapter_switch.enabled = True
+        """The methods that wrap this model type's own, and what trainers ask of it."""
+        return wrapped(model_type) | _TRAINED_AS_ANY | (FAST_PATHS if issubclass(model_type, ENCODERS) else {})
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
         """Attach another new adapter, not active yet. Raises: as `get_peft_model`."""
@@ -302,262 +207,9 @@ class PeftModel(Adopted):
         for name in self.active_adapters:
             self.peft_config[name].allocate(attached(self, name), global_step)
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Write the active adapters (or these) into the weights; `unmerge_adapter` takes them out to the bit.
-
-        Args:
-            safe_merge: compare the outputs before and after on probe inputs.
-
-        Raises:
-            MergeError: it can't be done or strays too far; nothing is changed then.
-        """
-        self._merge(adapter_names, safe_merge)
-
-    def _merge(self, adapter_names: Sequence[str] | None, safe: bool, dtype: torch.dtype | None = None) -> None:
-        names = self.adapter_switch.active if adapter_names is None else tuple(adapter_names)
-        self._check_known(*names)
-        if self.kept:
-            merged = listing(self.adapter_switch.merged)
-            raise MergeError(f"adapters are merged already: {merged}; call unmerge_adapter() first")
-        self.kept = merging.merge(self, names, safe, dtype)
-
-    def unmerge_adapter(self) -> None:
-        """Put the weights back that were there before `merge_adapter`."""
-        merging.restore(self.kept)
-        self.kept, self.adapter_switch.merged = [], ()
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
-        requantize: bool = False,
-        drift_inputs: Mapping[str, Tensor] | None = None,
-    ) -> Any:
-        """The plain model with the active adapters (or these) in its weights; it is this very object.
-
-        A quantized base becomes a plain one of the model's dtype, also where no adapter is.
-
-        Args:
-            progressbar: taken as in `peft`; a merge takes no time to speak of and shows none.
-            safe_merge: compare the outputs before and after on probe inputs.
-            requantize: leave a quantized base quantized; the merged weights are quantized again, which wipes small
-                updates out. What is lost is warned of and kept as the model's `merge_drift`.
-            drift_inputs: a batch to measure that on, with labels for the loss; without it, pseudo-random inputs.
-
-        Raises:
-            MergeError: it can't be done or strays too far; nothing is changed then.
-            ConfigError: the base is quantized in a way that can't be expanded.
-        """
-        if drift_inputs is not None and not requantize:
-            raise ConfigError("drift_inputs measure what requantize=True loses; pass both or none")
-        names = self.adapter_switch.merged or adapter_names
-        if requantize:
-            return self._merged_requantized(names, safe_merge, drift_inputs)
-        dtype = plain_dtype(self)
-        was_merged = bool(self.kept)
-        if not was_merged:
-            self._merge(names, safe_merge, dtype)
-        try:
-            weights = expanded(self, dtype)
-        except BaseException:
-            if not was_merged:
-                self.unmerge_adapter()
-            raise
-        merging.untie_if_changed(self)
-        return make_plain(self._released(), weights)
-
-    def _merged_requantized(self, names: Sequence[str] | None, safe: bool, inputs: Mapping[str, Tensor] | None) -> Any:
-        merged = self.adapter_switch.merged
-        chosen = self.adapter_switch.active if names is None else tuple(names)
-        self._check_known(*chosen)
-        self.unmerge_adapter()
-        try:
-            self.kept, drift = merge_requantized(self, chosen, safe, inputs)
-        except BaseException:
-            if merged:
-                self.merge_adapter(merged)
-            raise
-        merging.untie_if_changed(self)
-        model = self._released()
-        mend_saving(model)
-        model.merge_drift = drift
-        warnings.warn(f"merged into quantized weights: {drift}{_ADVICE if drift.survived < 0.5 else ''}", stacklevel=3)
-        return model
-
-    def unload(self) -> Any:
-        """The plain model without any adapter; it is this very object, with its own class and tensors."""
-        self.unmerge_adapter()
-        return self._released()
-
-    def _released(self) -> Any:
-        model: Any = self
-        trained_before = self.trained_before
-        for _, module in adopted_modules(model):
-            release(module)
-        for name in ("peft_config", "return_logits", "kept", "trained_before"):
-            delattr(model, name)
-        # That of another merge, before these adapters came.
-        vars(model).pop("merge_drift", None)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained_before)
-        return model
-
     def get_base_model(self) -> Any:
         """The model itself: it is the base, with adapters attached in place."""
         return self
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **hub: Any,
-    ) -> None:
-        """Write the adapters alone: `default` into the folder, others into subfolders of their names.
-
-        Args:
-            state_dict: the model's gathered tensors, where they are sharded.
-            hub: what transformers' `push_to_hub` takes.
-
-        Raises:
-            AdapterFileError: the disk didn't take it; what was there is unharmed.
-        """
-        if not safe_serialization:
-            raise ConfigError(
-                "safe_serialization=False would write a pickle, which can run code when it is read; adapters are "
-                "always written as safetensors"
-            )
-        _check_embeddings(save_embedding_layers)
-        names = list(self.peft_config if selected_adapters is None else selected_adapters)
-        self._check_known(*names)
-        for name in names:
-            # Gathering sharded tensors takes part of every process.
-            tensors = adapter_tensors(self, name, state_dict)
-            if is_main_process:
-                save_adapter(Path(save_directory, "" if name == "default" else name), self._stored(name), tensors)
-        if is_main_process and is_checkpoint(save_directory) and self.active_adapter in names:
-            active = self.active_adapter
-            offer_to_trainer(save_directory, Path(save_directory, "" if active == "default" else active))
-        if push_to_hub:
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)  # type: ignore[attr-defined]
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """As the model's own; an adapter's tensors by their names on disk go into the active adapter.
-
-        That is how transformers' Trainer resumes. Raises: BaseMismatchError.
-        """
-        stored = adapter_tensors(self, self.active_adapter) if "prompt_embeddings" in state_dict else {}
-        if state_dict and all(name.startswith(KEY_PREFIX) or name in stored for name in state_dict):
-            set_peft_model_state_dict(self, state_dict, self.active_adapter)
-            return _IncompatibleKeys([], [])
-        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
-
-    def _stored(self, name: str) -> dict[str, Any]:
-        """The config of an adapter as it is stored."""
-        fields = self.peft_config[name].stored_fields() | {"inference_mode": True}
-        if fields["task_type"] is None:
-            own = self.adopted_from
-            fields["auto_mapping"] = {"base_model_class": own.__name__, "parent_library": own.__module__}
-        return fields
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable parameters, all parameters)."""
-        model: Any = self
-        parameters = list(model.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(count_of(p) for p in parameters)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trainable, of how many."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def coverage(self, adapter_name: str | None = None) -> Coverage:
-        """Which modules an adapter (the active one) trains, how many of how many; `print` it."""
-        name = adapter_name or self.active_adapter
-        self._check_known(name)
-        return coverage(self, name)
-
-    def _check_known(self, *names: str) -> None:
-        for name in names:
-            if name not in self.peft_config:
-                raise AdapterNotFoundError(
-                    f"there is no adapter '{name}'; there are {listing(self.peft_config) or 'none'}"
-                    f"{did_you_mean(name, self.peft_config)}"
-                )
-
-
-def _wrapping(model_type: Any, name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(getattr(model_type, name))
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(model_type, self, *args, **kwargs)
-
-    return method
-
-
-def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-    """The model's forward; in training, its loss is computed without the logits of the whole batch."""
-    if model.training and torch.is_grad_enabled():
-        args = tuple(_tracked(model, value) for value in args)
-        kwargs = {name: v if name.endswith("mask") else _tracked(model, v) for name, v in kwargs.items()}
-    frozen = model.__dict__.get("instance_forward") or functools.partial(model_type.forward, model)
-    function = functools.partial(run, model, frozen) if deltas_of(model) else frozen
-    head = lazy_head(model) if kwargs.get("labels") is not None else None
-    if head is not None and "use_cache" in _parameters(model_type):
-        # A step that computes its loss reads no cache, which would hold every key and value until it ends.
-        kwargs.setdefault("use_cache", False)
-    with _rows(model, adapter_names), model.adapter_switch.using(lazy_head=head):
-        return without_lazy(function(*args, **kwargs)) if head is not None else function(*args, **kwargs)
-
-
-def _tracked(model: Any, value: Any) -> Any:
-    """An input that needs a gradient where it is of numbers and the model checkpoints its layers.
-
-    Reentrant checkpointing gives gradients only behind an input that needs one, which pixels and sounds don't.
-    transformers sees to token embeddings itself.
-    """
-    is_numbers = isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and not value.requires_grad
-    if not is_numbers or not recomputes(model):
-        return value
-    return value.detach().requires_grad_()
-
-
-@functools.cache
-def _parameters(model_type: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(model_type.forward).parameters)
-
-
-def _generate(
-    model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-) -> Any:
-    with _rows(model, adapter_names):
-        return model_type.generate(model, *args, **kwargs)
-
-
-@contextmanager
-def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
-    """Each row of the batch under its own adapter."""
-    if adapter_names is None:
-        yield
-        return
-    model._check_known(*(set(adapter_names) - {BASE}))
-    if model.training or model.kept:
-        raise ConfigError(
-            "adapter_names is for inference with unmerged adapters; call model.eval() and unmerge_adapter() first"
-        )
-    for name in adapter_names:
-        if name in deltas_of(model):
-            raise ConfigError(
-                f"the adapter '{name}' changes the inputs of the whole model and can't be mixed with others in one "
-                "batch; run its rows as a batch of their own"
-            )
-    with model.adapter_switch.using(rows=tuple(adapter_names)):
-        yield
 
 
 def _load(
@@ -597,31 +249,3 @@ def attach_stored(
         _add(model, name, config, drafted)
     if not is_trainable:
         model.eval()
-
-
-def _check_embeddings(save_embedding_layers: str | bool) -> None:
-    if save_embedding_layers not in ("auto", False):
-        raise ConfigError(
-            "to save an embedding, train it: put it into modules_to_save; found "
-            f"save_embedding_layers={save_embedding_layers!r}"
-        )
-
-
-def get_peft_model_state_dict(
-    model: Any,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    save_embedding_layers: str | bool = "auto",
-) -> dict[str, Tensor]:
-    """The tensors of one adapter by their names on disk. Raises: AdapterNotFoundError, ConfigError."""
-    _check_embeddings(save_embedding_layers)
-    model._check_known(adapter_name)
-    return adapter_tensors(model, adapter_name, state_dict)
-
-
-def set_peft_model_state_dict(
-    model: Any, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
-) -> None:
-    """Copy tensors, by their names on disk, into an adapter. Raises: AdapterNotFoundError, BaseMismatchError."""
-    model._check_known(adapter_name)
-    fill(attached(model, adapter_name), peft_model_state_dict, "the state dict")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from slimtune.bases.bnb import Bnb4bitLinear
 from slimtune.delta import Site
 from slimtune.errors import ConfigError, SlimtuneError
-from slimtune.loading import folder_of
+from slimtune.source import INDEX, folder_of, shards_of
 
 _ALIKE = 0.5
 """The largest ||W - Q|| / ||W|| with which Q may have been made of W; 4 bits lose about a tenth."""
@@ -90,11 +89,10 @@ class Originals:
             return [self.source]
         source = folder_of(self.source)
         try:
-            index = cached_file(source, "model.safetensors.index.json")
+            index = cached_file(source, INDEX)
         except OSError:
             return [str(cached_file(source, "model.safetensors"))]
-        shards = json.loads(Path(str(index)).read_text(encoding="utf-8"))["weight_map"].values()
-        return [str(cached_file(source, shard)) for shard in sorted(set(shards))]
+        return [str(cached_file(source, shard)) for shard in shards_of(Path(str(index)))]
 
 
 def is_4bit(site: Site) -> bool:

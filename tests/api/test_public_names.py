@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -77,6 +78,25 @@ def test_a_name_of_peft_is_there(name: str) -> None:
     assert callable(getattr(slimtune, name))
     assert name in dir(slimtune)
     assert name in slimtune.__all__
+
+
+def test_type_checkers_and_editors_see_every_public_name() -> None:
+    """Re-exported as PEP 484 has it, `import X as X`: at run time the names are imported on first use."""
+    tree = ast.parse(inspect.getsource(slimtune))
+    found = [alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert {alias.asname for alias in found if alias.name == alias.asname} == {*slimtune.__all__} - {"__version__"}
+
+
+@pytest.mark.parametrize("name", [name for name in slimtune.__all__ if name != "__version__"])
+def test_every_public_name_says_what_it_is(name: str) -> None:
+    public = getattr(slimtune, name)
+    said = (inspect.getdoc(public) or "").strip()
+    assert said
+    # A dataclass without a docstring is given its signature for one.
+    assert not said.startswith(f"{name}(")
+    for member, value in vars(public).items() if inspect.isclass(public) else ():
+        if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property | classmethod)):
+            assert inspect.getdoc(getattr(public, member)), f"{name}.{member}"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from slimtune.loading import PACKAGED
+from slimtune.source import PACKAGED
 from slimtune.train.recipe import Recipe
 from slimtune.train.shipped import commented, shipped, text_of
 from small_text_model import write_lines

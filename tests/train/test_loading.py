@@ -12,7 +12,8 @@ from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.errors import ConfigError, OutputExistsError
-from slimtune.loading import cache_dir, load, load_text_model, resolve
+from slimtune.loading import load, load_text_model
+from slimtune.source import cache_dir, resolve
 from slimtune.staging import staged
 from small_text_model import save_base, tiny_model
 

@@ -30,7 +30,7 @@ def attach(model: Any, adapters: dict[str, str]) -> Any:
     """The model with the adapters, the first of them active; raises AdapterFileError if a folder is missing."""
     from slimtune import PeftModel
     from slimtune.hub import is_id
-    from slimtune.loading import folder_of
+    from slimtune.source import folder_of
 
     for name, source in adapters.items():
         if not Path(source).is_dir() and not ("/" in source and is_id(source)):

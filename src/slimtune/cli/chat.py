@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from slimtune.cli.options import Adapters, Device, Dtype, MaxNewTokens, Model, Quantize, Temperature, TrustRemoteCode
-from slimtune.errors import SlimtuneError
+from slimtune.errors import ConfigError, SlimtuneError, did_you_mean
 
 HELP = """/use NAME   answer with this adapter
 /base       answer without any adapter
@@ -49,7 +49,7 @@ def chat(
             if not _command(talk, line):
                 return
         elif line:
-            talk.answer(line)
+            _answer(talk, line)
 
 
 @dataclass
@@ -65,27 +65,30 @@ class Talk:
     is_base: bool = False
 
     def answer(self, question: str) -> None:
-        """Answer, word by word, and remember it."""
+        """Answer, word by word, and remember both; an answer that was broken off is forgotten with its question."""
         import torch
         from transformers import TextStreamer
 
-        from slimtune.evaluate.generation import pad_id_of, sampling
+        from slimtune.evaluate.generation import pad_id_of, prompt_ids, sampling
         from slimtune.template import render
 
-        self.turns.append({"role": "user", "content": question})
-        text = render(self.tokenizer, self.opening + self.turns, for_answer=True)
-        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(self.model.device)
+        asked = [*self.turns, {"role": "user", "content": question}]
+        text = render(self.tokenizer, self.opening + asked, for_answer=True)
+        has_encoder = self.model.config.is_encoder_decoder
+        # As in `generate_replies`: an encoder learned from no line break at the end.
+        ids = prompt_ids(self.tokenizer, text.removesuffix("\n") if has_encoder else text)
+        input_ids = torch.tensor([ids], device=self.model.device)
         with torch.inference_mode(), self.model.disable_adapter() if self.is_base else nullcontext():
             produced = self.model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=pad_id_of(self.tokenizer),
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **sampling(self.temperature),
             )
-        said = self.tokenizer.decode(produced[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        self.turns.append({"role": "assistant", "content": said.strip()})
+        said = self.tokenizer.decode(produced[0, 0 if has_encoder else len(ids) :], skip_special_tokens=True)
+        self.turns = [*asked, {"role": "assistant", "content": said.strip()}]
 
     def adapters(self) -> list[str]:
         """The names of all adapters."""
@@ -94,6 +97,16 @@ class Talk:
     def speaker(self) -> str:
         """Who answers now."""
         return "base" if self.is_base or not self.adapters() else "+".join(self.model.active_adapters)
+
+
+def _answer(talk: Talk, question: str) -> None:
+    try:
+        talk.answer(question)
+    except KeyboardInterrupt:
+        # At a terminal it ends the answer, not the conversation.
+        if not sys.stdin.isatty():
+            raise
+        print("\nstopped; the question is forgotten, too", file=sys.stderr)
 
 
 def _command(talk: Talk, line: str) -> bool:
@@ -109,7 +122,9 @@ def _command(talk: Talk, line: str) -> bool:
         "/help": lambda: print(HELP),
     }
     try:
-        commands.get(word, lambda: print(f"no command {word}; /help lists them", file=sys.stderr))()
+        if word not in commands:
+            raise ConfigError(f"no command {word}; /help lists them{did_you_mean(word, [*commands, '/exit'])}")
+        commands[word]()
     except SlimtuneError as error:
         # A slip of the pen ends a command, not the conversation.
         print(error, file=sys.stderr)

@@ -137,7 +137,7 @@ def _run(screen: Console, comparison: Comparison) -> Report:
             return comparison.run(watcher)
     except KeyboardInterrupt:
         screen.print("stopped; the same command goes on from here", style="yellow")
-        raise typer.Exit(1) from None
+        raise typer.Exit(130) from None
 
 
 def _foresee(screen: Console, comparison: Comparison, as_json: bool) -> None:

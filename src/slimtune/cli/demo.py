@@ -77,7 +77,8 @@ class Demo:
         return self._conclude(tuned, reloaded, merged, time.monotonic() - began)
 
     def _load(self) -> tuple[Any, Any]:
-        from slimtune.loading import load_text_model, native_dtype
+        from slimtune.device import native_dtype
+        from slimtune.loading import load_text_model
 
         with self._step("Load SmolLM2-135M-Instruct (unpacked at the first use)"):
             model, tokenizer = load_text_model(BASE, native_dtype())
@@ -148,6 +149,8 @@ class Demo:
             return self._ask(merged, tokenizer, held_out).answers
 
     def _conclude(self, tuned: Score, reloaded: list[str], merged: list[str], seconds: float) -> bool:
+        from rich.markup import escape
+
         from slimtune.tasks.orders import INSTRUCTION
 
         total = len(tuned.answers)
@@ -164,7 +167,7 @@ class Demo:
         self.results |= {"alike": alike, "seconds": seconds, "steps": self.steps, "passed": is_alike and is_good}
         (self.output / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
         verdict = "[bold green]done[/]" if is_alike and is_good else "[bold red]not as it should be[/]"
-        self.screen.print(f"{verdict} in {seconds:.0f} s; everything is in {self.output}")
+        self.screen.print(f"{verdict} in {seconds:.0f} s; everything is in {escape(str(self.output))}")
         self.screen.print(
             f'try it:  slimtune chat {BASE} --adapter {self.adapter} --system "{INSTRUCTION}"', markup=False
         )
@@ -210,6 +213,6 @@ def _short(text: str, limit: int = 90) -> str:
 
 
 def _native() -> str:
-    from slimtune.loading import native_dtype
+    from slimtune.device import native_dtype
 
     return native_dtype()

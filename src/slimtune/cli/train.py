@@ -169,8 +169,8 @@ def train(
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
+    from slimtune.storage.yaml_file import is_yaml, read_mapping
     from slimtune.train.recipe import Recipe, overridden
-    from slimtune.train.yaml_file import is_yaml, read_mapping
 
     given = _given(ctx) - set(WITH_A_RECIPE)
     target = {} if output is None else {"output": str(output)}

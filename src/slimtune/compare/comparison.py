@@ -93,8 +93,8 @@ def prepare(
         ModelNotFoundError: the recipe's model is nowhere.
         OutputExistsError: the folder holds another comparison, or something else, or was begun with other data.
     """
+    from slimtune.storage.yaml_file import read_mapping
     from slimtune.train.recipe import Recipe, overridden
-    from slimtune.train.yaml_file import read_mapping
 
     values = overridden(read_mapping(path), overrides)
     settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
@@ -118,8 +118,8 @@ def prepare(
 def _facts(
     task: Task, data: str, same: dict[str, Any], before: Facts | None, priced: tuple[float | None, str], said: list[str]
 ) -> Facts:
+    from slimtune.storage.yaml_file import dump
     from slimtune.train.figures import versions
-    from slimtune.train.yaml_file import dump
 
     settings, now = task.settings, {"machine": machine(), "versions": versions()}
     return Facts(

@@ -122,7 +122,7 @@ def _score(found: dict[str, Any], answers: Path) -> Score:
 
 
 def _training(found: dict[str, Any], place: Path) -> Training:
-    from slimtune.train.yaml_file import read_mapping
+    from slimtune.storage.yaml_file import read_mapping
 
     settings = read_mapping(place / TUNED / RECIPE)["training"]
     if found.get("interrupted"):

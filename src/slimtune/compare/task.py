@@ -72,7 +72,7 @@ def model_of(task: Task, arm: Arm) -> dict[str, Any]:
 
 def write_recipe(task: Task, run: Run) -> None:
     """Write the recipe of a run into its folder; what came of another one is deleted."""
-    from slimtune.train.yaml_file import dump, read_mapping
+    from slimtune.storage.yaml_file import dump, read_mapping
 
     path, recipe = task.place(run) / RECIPE, recipe_of(task, run)
     if path.is_file() and read_mapping(path) != recipe:
@@ -103,7 +103,7 @@ def check_arms(task: Task) -> None:
 
 def check_unchanged(task: Task, runs: Sequence[Run]) -> None:
     """Raises: OutputExistsError, for a run with other settings than it was begun with; what failed may change."""
-    from slimtune.train.yaml_file import read_mapping
+    from slimtune.storage.yaml_file import read_mapping
 
     for run in runs:
         path, result = task.place(run) / RECIPE, task.place(run) / RESULT
@@ -155,6 +155,6 @@ def _same_method(section: Any, method: str | None) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    from slimtune.train.yaml_file import parse
+    from slimtune.storage.yaml_file import parse
 
     return parse(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,6 +20,7 @@ from slimtune.data.rows import (
     checked,
 )
 from slimtune.errors import ConfigError, DataError, did_you_mean, listing
+from slimtune.storage.json_file import parse_json
 
 Value = dict[str, Any]
 
@@ -155,7 +155,7 @@ def _share_gpt_turn(turn: Any, where: str) -> Value:
     if said != "function_call":
         return {"role": ROLES[said], "content": turn["value"], **extras}
     try:
-        calls = json.loads(turn["value"])
+        calls = parse_json(turn["value"])
     except ValueError as error:
         raise DataError(f"{where} is a function_call that is not JSON ({error}); correct the row") from error
     calls = calls if isinstance(calls, list) else [calls]

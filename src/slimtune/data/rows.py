@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimtune.errors import DataError
+from slimtune.storage.json_file import parse_json
 from slimtune.template import Message
 
 Text = str | tuple[str, str]
@@ -72,7 +72,7 @@ class Conversation(BaseModel):
     @field_validator("tools", mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        return (json.loads(value) if isinstance(value, str) and value.strip() else value) or None
+        return (parse_json(value) if isinstance(value, str) and value.strip() else value) or None
 
     def turns(self) -> list[Message]:
         """The messages as templates want them."""
@@ -219,7 +219,7 @@ def _with_object(call: Any) -> Any:
     if not isinstance(function.get("arguments"), str):
         return call
     try:
-        function = function | {"arguments": json.loads(function["arguments"])}
+        function = function | {"arguments": parse_json(function["arguments"])}
     except ValueError as error:
         raise DataError(f"the arguments of the call of {function.get('name')} are not JSON ({error})") from error
     return call | {"function": function} if "function" in call else function

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from slimtune.data.settings import Source
 from slimtune.data.unpacking import PACKED, is_packed, kind_of, opened
 from slimtune.errors import DataError, MissingDependencyError, did_you_mean, listing
+from slimtune.storage.json_file import parse_json
 
 Record = tuple[dict[str, Any], str]
 """A row, and where it stands: for complaints."""
@@ -105,8 +105,8 @@ def _json(path: Path) -> Iterator[Record]:
         file.seek(0)
         text = _decoded(file.read(), str(path))
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(text)
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); write an array of objects") from error
     for number, row in enumerate(rows, 1):
         where = f"{path}, item {number}"
@@ -304,8 +304,8 @@ def _decoded(line: bytes, where: str) -> str:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}); write one JSON object a line") from error
     if not isinstance(value, dict):
         raise DataError(f"{where} is a {type(value).__name__}, not an object; write one JSON object a line")

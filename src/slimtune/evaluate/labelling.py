@@ -9,8 +9,8 @@ from slimtune.errors import ConfigError, DataError, listing
 from slimtune.evaluate.likelihood import refuse_no_number
 from slimtune.evaluate.result import Evaluation, Scored, summarised
 from slimtune.evaluate.scorers import CHOICE
-from slimtune.loading import folder_of, is_adapter
 from slimtune.progress import Watch
+from slimtune.source import folder_of, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,8 +21,8 @@ from slimtune.evaluate.spectra import Spectra, measure
 from slimtune.evaluate.trade import Answered, Measurements, Trade, Yardsticks
 from slimtune.evaluate.tuned import Tuned
 from slimtune.evaluate.updates import Updates, adapter_updates, model_updates
-from slimtune.loading import no_weight_bar
 from slimtune.progress import Watch
+from slimtune.source import no_weight_bar
 from slimtune.staging import staged
 
 ORIGINAL, SCALED = "tuned", "default"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, ModelNotFoundError
 from slimtune.hub import at_revision
-from slimtune.loading import base_of, folder_of, is_adapter, load, load_base
+from slimtune.loading import load, load_base
+from slimtune.source import base_of, folder_of, is_adapter
 
 if TYPE_CHECKING:
     from slimtune.quantized.settings import Quantize
@@ -76,13 +77,14 @@ def _named_base(folder: Path) -> str | None:
     """The base that the recipe or the card beside a tuned model names."""
     recipe, card = folder / "recipe.yaml", folder / "README.md"
     if recipe.is_file():
-        import yaml
+        from slimtune.storage.yaml_file import read_mapping
 
-        try:
-            model = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
-            return at_revision(str(model["name"]), model.get("revision"))
-        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{recipe} doesn't name the model that was tuned ({error}); pass --base") from error
+        section = read_mapping(recipe).get("model")
+        section = section if isinstance(section, dict) else {}
+        named = section.get("name")
+        if not isinstance(named, str):
+            raise ConfigError(f"{recipe} doesn't name the model that was tuned; pass --base")
+        return at_revision(named, section.get("revision"))
     if card.is_file():
         found = re.search(r"^base_model: (\S+)$|full fine-tune of `([^`]+)`", card.read_text("utf-8"), re.MULTILINE)
         return (found[1] or found[2]) if found else None

@@ -193,9 +193,11 @@ class LoraConfig(LayeredConfig):
             )
 
     def rank_for(self, name: str) -> int:
+        """The rank of the module of this path, by `rank_pattern`."""
         return _by_pattern(self.rank_pattern, name, self.r)
 
     def alpha_for(self, name: str) -> float:
+        """The alpha of the module of this path, by `alpha_pattern`."""
         return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
 
     def scale_for(self, name: str) -> float:

@@ -144,7 +144,7 @@ def token_ids(text: str, tokenizer: str, options: Mapping[str, Any] | None, coun
     """The ids of a text, repeated or cut to `count`. Raises: ConfigError, for a tokenizer or text that gives none."""
     from transformers import AutoTokenizer
 
-    from slimtune.loading import PACKAGED, resolve
+    from slimtune.source import PACKAGED, resolve
 
     source = resolve(tokenizer) if tokenizer in PACKAGED else tokenizer
     try:

@@ -344,7 +344,8 @@ def _limit(config: Any, measured: Measured, max_length: int | None, max_new_toke
 
 def tokenizer_of(model: Any, trust_remote_code: bool = False) -> Any:
     """The tokenizer that lengths are measured with. Raises: ModelNotFoundError."""
-    from slimtune.loading import PACKAGED, load_tokenizer, resolve
+    from slimtune.loading import load_tokenizer
+    from slimtune.source import PACKAGED, resolve
 
     folder = resolve(model) if model in PACKAGED else str(model)
     tokenizer = None if model in SIZES.values() else load_tokenizer(folder, trust_remote_code)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from slimtune.auto import BY_TASK
 from slimtune.errors import ConfigError, ModelNotFoundError
-from slimtune.loading import PACKAGED, folder_of, is_adapter
 from slimtune.ops import cross_entropy
 from slimtune.plan.setting import Setting
+from slimtune.source import PACKAGED, folder_of, is_adapter
 
 FALLBACKS = (
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),

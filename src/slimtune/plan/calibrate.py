@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from slimtune.loading import cache_dir, pick_device
+from slimtune.device import pick_device
 from slimtune.plan.devices import Device
 from slimtune.plan.live import Ledger
 from slimtune.plan.memory import Work
 from slimtune.plan.time import Rates, usual
+from slimtune.source import cache_dir
 from slimtune.staging import staged_file
 
 ROWS, WIDTH = 1024, 2048

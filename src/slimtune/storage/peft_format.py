@@ -20,6 +20,7 @@ from torch import Tensor
 
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean
 from slimtune.staging import sync
+from slimtune.storage.json_file import read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -27,7 +28,6 @@ PICKLE_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 _PENDING = ".new"
 _PENDING_FOLDER = ".saving"
-_MAX_CONFIG_BYTES = 2**24
 
 
 def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -127,10 +127,8 @@ def read_config(model_id: str | Path, subfolder: str | None = None, **hub: Any) 
     path = _whole_config(folder)
     if not path.is_file():
         raise AdapterFileError(_why_no_config(folder))
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AdapterFileError(f"'{path}' has {path.stat().st_size:,} bytes, which is no adapter's config")
     try:
-        fields = json.loads(path.read_text())
+        fields = read_json(path)
     except (ValueError, OSError) as error:
         raise AdapterFileError(f"'{path}' is not JSON ({error}); write the adapter again") from error
     if not isinstance(fields, dict):

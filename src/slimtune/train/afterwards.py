@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from slimtune.data.lesson import Conversations
 from slimtune.errors import ConfigError, SlimtuneError
 from slimtune.evaluate.result import Evaluation
@@ -45,7 +47,7 @@ def ask(screen: Console, model: Any, tokenizer: Any, questions: Prepared | None)
             counting.start("asking questions", len(questions.questions))
             found = evaluate(model, tokenizer, questions, progress=counting.reach)
     except SlimtuneError as error:
-        screen.print(f"[yellow]not evaluated:[/] {error}; see slimtune evaluate")
+        screen.print(f"[yellow]not evaluated:[/] {escape(str(error))}; see slimtune evaluate")
         return None
     for remark in found.remarks():
         screen.print(remark, markup=False)

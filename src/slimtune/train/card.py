@@ -9,7 +9,7 @@ from typing import Any
 from slimtune.auto import BY_TASK
 from slimtune.engines import UNKNOWN_TO_PEFT
 from slimtune.hub import at_revision
-from slimtune.loading import PACKAGED
+from slimtune.source import PACKAGED
 from slimtune.train.figures import versions
 from slimtune.train.run import Outcome
 from slimtune.train.settings import TrainSettings
@@ -121,7 +121,7 @@ class Card:
         return _python(
             f"from transformers import {names}",
             f"from {library} import PeftModel",
-            *(["from slimtune.loading import resolve"] if is_packaged else []),
+            *(["from slimtune.source import resolve"] if is_packaged else []),
             "",
             *head,
             *([f"quantization = {_as_bitsandbytes(self.quantize)}"] if self.quantize else []),

@@ -13,7 +13,8 @@ from slimtune.data.tasks import Data
 from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import scores, shown
 from slimtune.features import FeatureClassifier, extract
-from slimtune.loading import cache_dir, is_adapter, load_encoder
+from slimtune.loading import load_encoder
+from slimtune.source import cache_dir, is_adapter
 from slimtune.staging import staged
 from slimtune.train.figures import Figures, Memory
 from slimtune.train.run import Outcome

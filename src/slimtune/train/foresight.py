@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from slimtune.device import native_dtype, pick_device
 from slimtune.errors import DoesNotFitError
-from slimtune.loading import native_dtype, pick_device
 from slimtune.plan.ask import read_config, task_type_of
 from slimtune.plan.devices import Device, find, this_device
 from slimtune.plan.foresee import foresee

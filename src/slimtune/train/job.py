@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from slimtune.data.lesson import Lesson
 from slimtune.data.tasks import Data, read
 from slimtune.delta import dtypes_of
+from slimtune.device import native_dtype, pick_device
 from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import shown
 from slimtune.hub import parted
-from slimtune.loading import folder_of, is_adapter, native_dtype, pick_device
 from slimtune.quantized.report import parts
+from slimtune.source import folder_of, is_adapter
 from slimtune.staging import staged
 from slimtune.train.afterwards import ask, held_out_questions, measure_forgetting
 from slimtune.train.card import Card

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import yaml
 
 from slimtune.errors import ConfigError, did_you_mean, listing
+from slimtune.storage.yaml_file import parse
 from slimtune.train.validation import read_field, type_name
-from slimtune.train.yaml_file import parse
 
 FULL, FEATURES = "full", "features"
 INITS: dict[str, bool | str] = {"default": True, "random": False}

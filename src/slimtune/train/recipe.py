@@ -12,16 +12,17 @@ import yaml
 from pydantic import TypeAdapter
 
 from slimtune.data.settings import DataSettings
+from slimtune.device import DTYPES
 from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.evaluate.settings import EvaluationSettings
 from slimtune.hub import at_revision, is_id, parted
-from slimtune.loading import DTYPES, PACKAGED
 from slimtune.quantized.settings import settings_of
+from slimtune.source import PACKAGED
+from slimtune.storage.yaml_file import dump, parse, read_mapping
 from slimtune.train.method import FEATURES, FULL, Method, configure, find, plain_fields
 from slimtune.train.preference_settings import PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.settings import TrainSettings
 from slimtune.train.validation import STRICT, read_as
-from slimtune.train.yaml_file import dump, parse, read_mapping
 
 Task = Literal["auto", "text", "classification", "token-classification", "seq2seq", "dpo", "kto", "orpo", "grpo"]
 """What a model learns; auto is found by looking at the data."""

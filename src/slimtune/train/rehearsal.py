@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slimtune.data.tasks import Data, read
+from slimtune.device import pick_device
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
-from slimtune.loading import is_adapter, load_tokenizer, pick_device
+from slimtune.loading import load_tokenizer
 from slimtune.plan.ask import read_config
 from slimtune.plan.build import build
 from slimtune.plan.setting import Setting
+from slimtune.source import is_adapter
 from slimtune.staging import refuse_existing
 from slimtune.train.afterwards import held_out_questions
 from slimtune.train.devices import check_device

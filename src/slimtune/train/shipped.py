@@ -30,8 +30,8 @@ def text_of(name: str) -> str:
 
 def commented(name: str) -> str:
     """A recipe with all keys: those that it doesn't set stand in their section, commented out, at their defaults."""
+    from slimtune.storage.yaml_file import parse
     from slimtune.train.recipe import Recipe
-    from slimtune.train.yaml_file import parse
 
     text = text_of(name)
     given, defaults = parse(text), Recipe.of(parse(text)).to_dict()
@@ -64,7 +64,7 @@ def _blocks(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _as_comments(values: Mapping[str, Any], notes: Mapping[str, str]) -> Iterator[str]:
-    from slimtune.train.yaml_file import dump
+    from slimtune.storage.yaml_file import dump
 
     for key, value in values.items():
         if key in notes:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError
+from slimtune.storage.yaml_file import dump, read_mapping
 from slimtune.train.importing import axolotl, llama_factory
 from slimtune.train.importing.rules import Imported
 from slimtune.train.recipe import Recipe
-from slimtune.train.yaml_file import dump, read_mapping
 
 ORDER = ("task", "model", "data", "method", "preferences", "training", "output")
 TOOLS = {tool.NAME: tool for tool in (llama_factory, axolotl)}

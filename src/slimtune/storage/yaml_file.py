@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from slimtune.errors import ConfigError, did_you_mean
+from slimtune.errors import ConfigError, did_you_mean, first_line
 
 MAX_BYTES = 1_000_000
 """No recipe is longer; a few lines of aliases can stand for gigabytes, so those are refused altogether."""
@@ -68,7 +68,7 @@ def read_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"the {what} {path}{where} is not YAML: {error.problem}; correct it") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"the {what} {path} is not YAML text ({_first_line(error)}); pass a YAML file") from error
+        raise ConfigError(f"the {what} {path} is not YAML text ({first_line(error)}); pass a YAML file") from error
     except OSError as error:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         advice = did_you_mean(path.name, siblings) or "; write one with slimtune recipe init"
@@ -93,7 +93,3 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         """Write a value that occurs twice twice."""
         return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
