@@ -16,6 +16,8 @@ import slimtune
 from slimtune.errors import ConfigError
 from slimtune.plan.ask import Report, count, plan
 from slimtune.plan.devices import Device, find
+from slimtune.plan.setting import PRECISIONS
+from slimtune.train.preference_settings import PREFERENCE_TASKS
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4,
@@ -135,6 +137,43 @@ def test_several_devices_share_what_one_cannot_hold() -> None:
     assert four.fits
 
 
+def test_several_devices_share_the_examples_of_a_step() -> None:
+    options: dict[str, Any] = {"methods": ("lora",), "bases": ("dense",)}
+    (one,), (four,) = asked(**options).choices, asked(devices=4, **options).choices
+    assert (one.setting.batch, four.setting.batch) == (16, 4)
+    assert four.duration.steps == one.duration.steps
+    assert 0 < four.duration.exchange_seconds < four.duration.seconds
+
+
+def test_every_base_of_loading_can_be_asked_for() -> None:
+    report = asked(bases=PRECISIONS[1:])
+    assert {choice.base for choice in report.choices} == set(PRECISIONS) - {"dense"}
+    assert "lora on int8-torchao" in labels(report)
+
+
+@pytest.mark.parametrize("task", PREFERENCE_TASKS)
+def test_preferences_are_planned_with_a_tenth_of_the_rate(task: str) -> None:
+    short = {"max_new_tokens": 8} if task == "grpo" else {}
+    report = asked(task=task, goal="tiny", bases=("dense",), **short)
+    assert all(choice.setting.task == task for choice in report.choices)
+    # TRL would pass by what stands around the whole model.
+    assert "prompt-tuning" not in {choice.method for choice in report.choices}
+    lora = next(choice for choice in report.choices if choice.method == "lora")
+    assert lora.learning_rate == pytest.approx(2e-5)
+    assert f"task={task}" in shlex.split(report.command(lora))
+
+
+def test_all_that_a_training_may_have_can_be_asked_for() -> None:
+    options: dict[str, Any] = {"methods": ("lora",), "bases": ("dense",), "batch_size": 2}
+    (plain,) = asked(**options).choices
+    (other,) = asked(**options, optim="sgd", attention="eager", evaluation=True, merge=True).choices
+    assert (other.setting.optimizer, other.setting.attention) == ("sgd", "eager")
+    assert {"evaluation", "merge"} == {m.phase for m in other.plan.moments} - {m.phase for m in plain.plan.moments}
+    assert plain.merge_bytes is None
+    assert other.merge_bytes == other.plan.at("merge").total
+    assert plain.parts.optimizer > other.parts.optimizer == 0
+
+
 def test_engines_that_take_the_adapter_are_told() -> None:
     by_method = {choice.label: {v.engine: v.takes for v in choice.engines} for choice in asked().choices}
     assert by_method["lora"] == {"peft": True, "vLLM": True, "llama.cpp": True}
@@ -185,6 +224,15 @@ def test_python_gives_the_same_objects() -> None:
         ({"dtype": "bfloat61"}, "did you mean 'bfloat16'"),
         ({"memory_gb": -1}, "memory"),
         ({"price_per_hour": -1}, "price"),
+        ({"task": "dop"}, "did you mean 'dpo'"),
+        ({"task": "dpo", "generations": 4}, "generations would change nothing with task dpo"),
+        ({"max_new_tokens": 4}, "max_new_tokens would change nothing with task text"),
+        ({"task": "grpo", "max_new_tokens": 0}, "max_new_tokens"),
+        ({"task": "grpo"}, "64 positions, and answers of 512 tokens"),
+        ({"max_length": 65}, "64 positions"),
+        ({"optim": "adamw_8bits"}, "did you mean 'adamw_8bit'"),
+        ({"attention": "flash"}, "attention must be one of"),
+        ({"device": "cpu", "devices": 2}, "cpu can't share a training"),
     ],
     ids=str,
 )

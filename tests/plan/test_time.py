@@ -85,6 +85,29 @@ def test_a_faster_device_is_faster_and_longer_texts_are_slower() -> None:
     assert took("T4", uniform(16, 100)) < took("T4", uniform(32, 100))
 
 
+@pytest.mark.parametrize("method", [None, LoraConfig(r=1)], ids=["full", "lora"])
+def test_several_devices_divide_the_work_and_wait_for_what_they_exchange(method: LoraConfig | None) -> None:
+    plan, lengths, rates = planned(method=method), uniform(32, 160), usual(T4)
+    one, four = (duration(plan, lengths, 1, T4, rates, devices) for devices in (1, 4))
+    gathered = plan.peak.parts.weights + (plan.trainable_bytes if method else 0)
+    assert plan.exchanged_bytes(4) == (2 * gathered + plan.trainable_bytes) * 3 // 4
+    assert one.exchange_seconds == 0
+    # Ten micro-batches of four on each device, at four fifths of what PCI Express 3.0 gives.
+    assert four.exchange_seconds == pytest.approx(10 * plan.exchanged_bytes(4) / (0.8 * 15.75e9))
+    assert four.seconds == pytest.approx(one.seconds / 4 + four.exchange_seconds)
+    assert four.steps == one.steps / 4
+    assert four.cost == pytest.approx(4 * four.seconds / 3600 * T4.price_per_hour)  # type: ignore[operator]
+
+
+def test_answers_that_are_drawn_take_their_time() -> None:
+    few, many = (planned(method=LoraConfig(r=1), task="grpo", generations=4, answer=answer) for answer in (16, 64))
+    lengths = uniform(32, 100)
+    short, long = (duration(plan, lengths, 1, T4, usual(T4)) for plan in (few, many))
+    assert short.steps == long.steps == 100
+    assert (short.tokens, long.tokens) == (400 * 48, 400 * 96)
+    assert long.seconds > 1.5 * short.seconds
+
+
 def test_negative_epochs_are_refused() -> None:
     with pytest.raises(ConfigError, match="-1"):
         duration(planned(), uniform(8, 8), -1, T4, usual(T4))

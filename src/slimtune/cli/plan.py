@@ -49,7 +49,9 @@ def plan(
             rich_help_panel=WHAT,
         ),
     ] = "auto",
-    generations: Annotated[int, typer.Option(help="Of grpo: answers to a prompt.", rich_help_panel=WHAT)] = 8,
+    generations: Annotated[
+        int | None, typer.Option(help="Of grpo: answers to a prompt (8).", rich_help_panel=WHAT)
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="Of an answer that grpo draws (512), or that a decoder writes.", rich_help_panel=WHAT),

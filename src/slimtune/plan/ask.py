@@ -171,7 +171,7 @@ def plan(
     trust_remote_code: bool = False,
     task: str = "auto",
     max_new_tokens: int | None = None,
-    generations: int = 8,
+    generations: int | None = None,
     optim: str = DEFAULT,
     attention: str | None = None,
     evaluation: bool = False,
@@ -190,7 +190,7 @@ def plan(
         served_on: where the result has to run, if that is tighter.
         task: as a recipe names it; auto is found by looking at the data, or by the model where there is none.
         max_new_tokens: of an answer that grpo draws (512), or a decoder writes (as many as the data has).
-        generations: answers that grpo draws to each prompt.
+        generations: answers that grpo draws to each prompt (8).
         optim: the optimizer, as `slimtune train --optim` names it.
         attention: "sdpa" or "eager"; None for what transformers takes.
         evaluation: count an evaluation step too, on batches of the same size.
@@ -208,6 +208,7 @@ def plan(
     config = read_config(model, trust_remote_code)
     stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     measured = _measured(model, config, data, task, max_length, trust_remote_code)
+    _check_answers(measured.task, max_new_tokens, generations)
     limit = _limit(config, measured, max_length, max_new_tokens)
     lengths, task_type = measured.lengths, task_type_of(measured.task)
     if lengths.labels:
@@ -230,7 +231,7 @@ def plan(
         task=measured.task,
         task_type=task_type,
         answer=max_new_tokens or measured.answer,
-        generations=generations,
+        generations=generations or Setting.generations,
         optim=optim,
         attention=attention,
         devices=devices,
@@ -296,6 +297,19 @@ def _check(
         raise ConfigError("epochs must be above 0, found 0")
 
 
+def _check_answers(task: str, max_new_tokens: int | None, generations: int | None) -> None:
+    """See that nothing would be ignored; raises ConfigError."""
+    takes = {"max_new_tokens": ("grpo", "seq2seq"), "generations": ("grpo",)}
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("generations", generations, 2)):
+        if value is None:
+            continue
+        check_whole(name, value, least)
+        if task not in takes[name]:
+            raise ConfigError(
+                f"{name} would change nothing with task {task}; leave it out, or pass task {' or '.join(takes[name])}"
+            )
+
+
 def _device(device: str | Device) -> Device:
     return device if isinstance(device, Device) else find(device)
 
@@ -330,16 +344,18 @@ def _measured(
 def _limit(config: Any, measured: Measured, max_length: int | None, max_new_tokens: int | None) -> int:
     """The most tokens of an example: as asked, or the longest that the model has positions for. Raises: ConfigError."""
     positions = positions_of(config)
+    longest = max_length or measured.lengths.longest
     if positions is None:
-        return max_length or measured.lengths.longest
+        return longest
     drawn = (max_new_tokens or DRAWN_TOKENS) if measured.task == "grpo" else 0
-    if max(max_length or 2, 2) > positions - drawn:
-        beside = f", of which answers take {drawn}" if drawn else ""
+    if positions - drawn < 2:
         raise ConfigError(
-            f"max_length is {max_length or 2} and the model has {positions} positions{beside}; pass a smaller one"
-            + (", or a smaller max_new_tokens" if drawn else "")
+            f"the model has {positions} positions, and answers of {drawn} tokens leave no room for a prompt; pass a "
+            "smaller max_new_tokens"
         )
-    return min(max_length or measured.lengths.longest, positions - drawn)
+    if max_length is not None and max_length > positions:
+        raise ConfigError(f"max_length is {max_length} and the model has {positions} positions; pass a smaller one")
+    return min(longest, positions - drawn)
 
 
 def tokenizer_of(model: Any, trust_remote_code: bool = False) -> Any:

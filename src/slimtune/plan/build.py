@@ -89,7 +89,7 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
     """The model in training mode, its weights as the setting stores them. Raises: ConfigError."""
     if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
         raise ConfigError(
-            f"a {type(config).__name__} is for a model that reads pictures or sounds beside texts, of which no step can "
+            f"a {type(config).__name__} is for a model that reads pictures or sounds beside texts, whose step can't "
             "be planned; in Python, slimtune.plan(config.get_text_config()) plans its part for texts"
         )
     made = model_class(config, task_type)

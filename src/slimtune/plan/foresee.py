@@ -80,7 +80,9 @@ def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
 def _nearest(model: str, method: str, data: Data, setting: Setting, task: str, device: Device) -> Choice | None:
     """The same method with a smaller micro-batch, checkpointing or a quantized base; None if nothing helps."""
     options: dict[str, Any] = {"device": device, "methods": (method,), "max_length": setting.sequence, "task": task}
-    options |= {"max_new_tokens": setting.answer, "generations": setting.generations, "optim": setting.optimizer}
+    options["optim"] = setting.optimizer
+    if setting.task == "grpo":
+        options |= {"max_new_tokens": setting.answer, "generations": setting.generations}
     rank = getattr(setting.method, "r", None) if method in ("lora", "dora") else None
     dtype = setting.dtype if setting.method is not None else "auto"
     report = plan(model, data, rank=rank, dtype=dtype, bases=(setting.base,) if setting.base != "dense" else None,

@@ -51,8 +51,9 @@ def is_elsewhere(setting: Setting, parameter: Tensor, state: Tensor) -> bool:
 
 
 def _bitsandbytes(name: str, parameters: list[nn.Parameter]) -> Any:
-    from bitsandbytes import optim
+    import bitsandbytes
 
+    optim: Any = bitsandbytes.optim
     kinds: dict[str, Any] = {"ademamix": optim.AdEMAMix, "lion": optim.Lion, "rmsprop": optim.RMSprop}
     kind = next((made for part, made in kinds.items() if part in name), optim.AdamW)
     # Not as paged: fake tensors have no pages. What would be paged is told apart afterwards.

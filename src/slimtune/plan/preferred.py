@@ -55,7 +55,9 @@ def _trainer(model: Any, setting: Setting, last_good: LastGood, longest: int) ->
     except ImportError as error:
         raise MissingDependencyError("preferences are planned with data sets: pip install slimtune[train]") from error
     task = str(setting.task)
-    drawn = {"generations": setting.generations, "max_new_tokens": setting.drawn_tokens} if task == "grpo" else {}
+    drawn: dict[str, Any] = (
+        {"generations": setting.generations, "max_new_tokens": setting.drawn_tokens} if task == "grpo" else {}
+    )
     with unset_fake_temporarily():
         kind = preference(task, model, _tokenizer(), PreferenceSettings(**drawn), longest)
         rows = Dataset.from_list([ROWS[task]])

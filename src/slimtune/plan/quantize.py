@@ -103,7 +103,7 @@ def _replace(model: Any, setting: Setting) -> None:
 
     from slimtune.quantized.loading import quantizer_for
 
-    options = {} if setting.base == "int8" else {"double": setting.double_quantization}
+    options: dict[str, Any] = {} if setting.base == "int8" else {"double": setting.double_quantization}
     with unset_fake_temporarily():
         # bitsandbytes keeps this table for the whole process: it must not become a fake one.
         name2qmap.setdefault("dynamic", create_dynamic_map())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 from slimtune.data.lengths import Lengths
@@ -166,7 +165,8 @@ def _candidates(wish: Wish) -> list[tuple[str, Precision]]:
 def _order(wish: Wish) -> list[tuple[str, Precision]]:
     """What was asked for, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
     if wish.methods is not None:
-        return list(product(wish.methods, wish.bases or BASES))
+        bases: Sequence[Precision] = wish.bases or BASES
+        return [(method, base) for method in wish.methods for base in bases]
     goal: tuple[tuple[str, Precision], ...] = ORDER[wish.goal]
     if wish.task in PREFERENCE_TASKS:
         # TRL reads a model's layers past what is put around the whole model.
