@@ -1,4 +1,4 @@
-"""What an adapter costs at inference: the plain base, LoRA apart and merged, bottleneck adapters in each placement.
+"""What an adapter costs at inference: the plain base, LoRA and DoRA beside peft's, merged LoRA, bottleneck adapters.
 
 All share one base in one process and take turns, so that what else the machine does hits all alike; ratios to the
 base are taken round by round and their median is shown.
@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import peft
 import torch
 import transformers
 import typer
@@ -23,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 import slimtune
-from benchmarks import machine
+from benchmarks import machine, page
 from benchmarks.lora import warn_if_busy
 from benchmarks.prepare import model_folder
-from benchmarks.results import FOLDER
+from benchmarks.results import FOLDER, subtitle
 from benchmarks.table import digits
 from benchmarks.worker import lora_config, timed
 
@@ -45,7 +46,10 @@ def variants(base: Any) -> dict[str, Any]:
     def twin() -> Any:
         return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
-    found = {BASE: base, "LoRA apart": slimtune.get_peft_model(twin(), lora_config(slimtune))}
+    found = {BASE: base}
+    for method, dora in (("LoRA", False), ("DoRA", True)):
+        for whose, library in (("", slimtune), (" of peft", peft)):
+            found[f"{method}{whose}"] = library.get_peft_model(twin(), lora_config(library, dora=dora))
     found["LoRA merged"] = slimtune.get_peft_model(twin(), lora_config(slimtune)).merge_and_unload()
     for placement in PLACEMENTS:
         config = slimtune.BottleneckConfig(placement=placement, task_type="CAUSAL_LM")
@@ -101,6 +105,22 @@ def shown(title: str, seconds: dict[str, list[dict[str, float]]], trainable: dic
     return table
 
 
+def published(document: dict[str, Any]) -> str:
+    """The table of the docs: clock time over the base's."""
+
+    def ratio(seconds: dict[str, list[dict[str, float]]], name: str) -> str:
+        pairs = zip(seconds[name], seconds[BASE], strict=True)
+        ratios = [one["clock"] / base["clock"] for one, base in pairs]
+        return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+    works = document["seconds"].values()
+    names = [name for name in next(iter(works)) if name != BASE]
+    rows = [(name, *(ratio(seconds, name) for seconds in works)) for name in names]
+    base = ", ".join(f"{1000 * median(one['clock'] for one in s[BASE]):.0f} ms" for s in works)
+    note = f"The plain base takes {base}. {subtitle(document['machine'])} {machine.today()}."
+    return f"{page.table(('over the plain base', *document['seconds']), rows)}\n\n{note}"
+
+
 @app.command()
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="How often all take turns.")] = 5,
@@ -114,15 +134,17 @@ def main(
     base = transformers.AutoModelForCausalLM.from_pretrained(model or model_folder(), dtype=torch.bfloat16)
     models = variants(base.requires_grad_(False))
     trainable = {name: sum(p.numel() for p in one.parameters() if p.requires_grad) for name, one in models.items()}
-    trainable["LoRA merged"] = trainable["LoRA apart"]
+    trainable["LoRA merged"] = trainable["LoRA"]
     found = measure(models, rounds)
     for title, seconds in found.items():
         console.print(shown(title, seconds, trainable))
-    settings = {"device": "cpu", "threads": torch.get_num_threads()}
+    settings = {"device": "cpu", "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     on = machine.describe(settings)
     target = json_path or FOLDER / f"inference-{machine.host_kind(on)}.json"
     document = {"machine": on, "commit": machine.commit(), "parameters": trainable, "seconds": found}
     target.write_text(json.dumps(document, indent=1) + "\n")
+    if json_path is None:
+        page.fill(machine.ROOT / "docs" / "methods.md", "inference", published(document))
     console.print(f"Written: {os.path.relpath(target)}", highlight=False)
 
 

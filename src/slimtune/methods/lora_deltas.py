@@ -53,8 +53,8 @@ class LoraDelta(Delta):
     @property
     def trained(self) -> tuple[nn.Parameter, nn.Parameter]:
         """(A, B) as they are trained."""
-        a, b = (self.get_parameter(name) for name in self.factors)
-        return a, b
+        a, b = self.factors
+        return getattr(self, a), getattr(self, b)
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -79,11 +79,12 @@ class LoraDelta(Delta):
 
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
-        return (y + self.scaling * self.low_rank(self.dropped(x))).to(y.dtype)
+        return torch.add(y, self.low_rank(self.dropped(x)), alpha=self.scaling).to(y.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         """dropout(x), in the adapter's dtype."""
-        return F.dropout(x.to(self.trained[0].dtype), self.lora_dropout, self.training)
+        x = x.to(self.trained[0].dtype)
+        return F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
 
     def low_rank(self, x: Tensor) -> Tensor:
         """B(A(x)), unscaled."""

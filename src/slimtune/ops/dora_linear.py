@@ -18,7 +18,7 @@ from slimtune.delta import Frozen
 from slimtune.methods.dora import DoraLinear, quotient
 from slimtune.ops import fuses
 from slimtune.ops.frozen_linear import no_autocast
-from slimtune.ops.lora_linear import Pass, gradients, is_plain, products, saving_is_hooked, this_pass
+from slimtune.ops.lora_linear import Pass, gradients, is_decoding, is_plain, products, saving_is_hooked, this_pass
 
 _NEAR = 0.5
 """So near to one, f - 1 in 16 bits is as good as the rounding of f times a number."""
@@ -31,7 +31,8 @@ _LEAST_RATIO = 1e-12
 def dora_linear(delta: DoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """DoRA's equation, fused where the base is a plain frozen product and nothing is dropped."""
     dropping = delta.training and delta.lora_dropout
-    if args or kwargs or dropping or not is_plain(module, x) or base.base.for_few_tokens(module, x):
+    plain = args or kwargs or dropping or is_decoding(delta, x) or not is_plain(module, x)
+    if plain or base.base.for_few_tokens(module, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, 0.0)
     ratio_O, norms_O = (None, delta.norms_now(base)) if delta.learns else (delta.ratio_at_rest(base), None)

@@ -27,11 +27,16 @@ from slimtune.ops import fuses
 from slimtune.ops.frozen_linear import no_autocast
 
 
+MOST_TOKENS = 16
+"""Where a node catches up with the plain formula, on two cores."""
+
+
 @fuses(LoraLinear, PackedLinear)
 @fuses(LoraLinear, DenseLinear)
 def lora_linear(delta: LoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * B(A(dropout(x)))`, fused where the base is a plain frozen product."""
-    if args or kwargs or not is_plain(module, x) or base.base.for_few_tokens(module, x):
+    plain = args or kwargs or is_decoding(delta, x) or not is_plain(module, x)
+    if plain or base.base.for_few_tokens(module, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, delta.lora_dropout if delta.training else 0.0)
     y_TO: Any = _LoraLinear.apply(x, base.weight, base.bias, *delta.pair, settings)
@@ -120,6 +125,11 @@ def is_plain(module: Any, x: Any) -> bool:
     )
 
 
+def is_decoding(delta: LoraLinear, x: Tensor) -> bool:
+    """Whether so few tokens pass an adapter at rest that a node, and factors cast for it, would be most of the work."""
+    return not (torch.is_grad_enabled() or delta.training) and x.numel() <= MOST_TOKENS * x.shape[-1]
+
+
 def _draw_seed() -> int:
     # From the CPU's generator, which gradient checkpointing restores: the recomputed mask is the first one.
     return int(torch.empty((), dtype=torch.int64).random_())
@@ -160,7 +170,9 @@ def products(
     y_TO = F.linear(x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
     keep, probability = settings.mask(x_TI)
     kept_TI = x_TI if keep is None else apply_mask(x_TI, keep)
-    z_TR = (kept_TI @ a_RI.to(dtype).t()).div_(probability)
+    z_TR = kept_TI @ a_RI.to(dtype).t()
+    if keep is not None:
+        z_TR.div_(probability)
     return y_TO.addmm_(z_TR, b_OR.to(dtype).t(), alpha=settings.scaling), z_TR
 
 
