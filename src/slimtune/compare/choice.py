@@ -76,10 +76,11 @@ def _be(peers: list[Row]) -> str:
 
 def _best(summary: Summary, best: Row, near: list[Row]) -> str:
     assert best.score
-    begin = f"{_name(best)} scores best: {summary.scorer} {_with_interval(best.score, best.arm.is_seeded)}"
+    scored = f"{summary.scorer} {_with_interval(best.score, best.arm.is_seeded)}"
+    begin = f"{_name(best)} scores best: {scored}"
     rest = [row for row in summary.scored if row is not best]
     if not rest:
-        return f"{begin}; there is nothing to compare it with."
+        return f"{_name(best)} has {scored}; there is nothing to compare it with."
     if not near:
         worst = max(pair.adjusted for row in rest if (pair := summary.pair(best, row)))
         return f"{begin}, and is shown to differ from each of the others (adjusted p {figures.p_value(worst)} at most)."

@@ -14,7 +14,7 @@ from slimtune.compare.arms import Run, runs_of
 from slimtune.compare.facts import FACTS, Facts, machine, read_facts, today
 from slimtune.compare.material import QUESTIONS, TRAIN, write_material
 from slimtune.compare.page import Report, report, write_report
-from slimtune.compare.remarks import moved, remarks
+from slimtune.compare.remarks import constant_of, moved, remarks
 from slimtune.compare.results import read_questions
 from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
 from slimtune.compare.settings import CompareSettings
@@ -109,19 +109,20 @@ def prepare(
     kind, is_prompted = _kind(base, task.train), _writes_text(base.model)
     task = replace(task, kind=kind, settings=settings.for_task(kind, is_prompted))
     name = _written(base, settings, data, before if scratch is None else None)
-    facts = _facts(task, name, same, before, priced, remarks(task, is_prompted))
+    facts = _facts(task, name, same, before, priced, is_prompted)
     if scratch is None:
         facts.write(output)
     return Comparison(task, facts)
 
 
 def _facts(
-    task: Task, data: str, same: dict[str, Any], before: Facts | None, priced: tuple[float | None, str], said: list[str]
+    task: Task, data: str, same: dict[str, Any], before: Facts | None, priced: tuple[float | None, str], prompted: bool
 ) -> Facts:
     from slimtune.storage.yaml_file import dump
     from slimtune.train.figures import versions
 
-    settings, now = task.settings, {"machine": machine(), "versions": versions()}
+    settings, constant = task.settings, constant_of(task)
+    now = {"machine": machine(), "versions": versions()}
     return Facts(
         model=task.recipe["model"]["name"],
         data=data,
@@ -133,7 +134,8 @@ def _facts(
         same=same,
         price_per_hour=priced[0],
         price_of=priced[1],
-        remarks=said,
+        constant=constant,
+        remarks=remarks(task, prompted, constant),
         moved=[] if before is None else moved(before, **now),
         **now,
     )

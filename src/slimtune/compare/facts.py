@@ -17,12 +17,22 @@ from slimtune.staging import staged_file
 FACTS = "comparison.json"
 
 
+class Constant(BaseModel):
+    """One label for every question, and the share of them that it is right on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: str
+    share: float
+
+
 class Facts(BaseModel):
     """The settings, the machine and the versions.
 
     Attributes:
         same: what must not change while runs are added: model, data, budget, training, evaluation.
         price_per_hour: US dollars for the machine, None if it costs nothing or nobody knows.
+        constant: the most frequent label to learn from, where there are labels.
         remarks: what a reader must know besides what the runs say, in sentences.
         moved: the machines and versions that earlier runs were made with, where they are others; in sentences.
     """
@@ -41,6 +51,7 @@ class Facts(BaseModel):
     versions: dict[str, str]
     price_per_hour: float | None = None
     price_of: str = ""
+    constant: Constant | None = None
     remarks: list[str] = []
     moved: list[str] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from slimtune.compare.choice import Choice, choose
 from slimtune.compare.facts import Facts
 from slimtune.compare.findings import Finding, findings
 from slimtune.compare.markdown import markdown
+from slimtune.compare.remarks import beside_constant
 from slimtune.compare.results import Question
 from slimtune.compare.samples import Sample, samples
 from slimtune.compare.summary import Summary
@@ -63,11 +64,13 @@ class Report:
 def report(summary: Summary, facts: Facts, questions: Sequence[Question]) -> Report:
     """What follows from the results."""
     same, different = equal_and_not(summary)
+    choice = choose(summary)
+    choice = replace(choice, warnings=(*choice.warnings, *beside_constant(summary, facts.constant)))
     notes = [f"{row.name}: {note}" for row in summary.rows for result in row.done for note in result.notes]
     return Report(
         summary,
         facts,
-        choose(summary),
+        choice,
         lines(summary, facts.price_per_hour),
         findings(summary),
         samples(summary, questions),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from slimtune.compare import figures
+from slimtune.compare.facts import Constant, Facts
+from slimtune.compare.summary import Summary
 from slimtune.compare.task import Task
 from slimtune.data.reading import read_labelled
-
-if TYPE_CHECKING:
-    from slimtune.compare.facts import Facts
 
 UNPROMPTED = (
     "The model as it comes has no arm: it writes no text, so it can't be prompted, and its head for the labels is "
@@ -20,21 +18,35 @@ UNPROMPTED = (
 UNFORGOTTEN = "Forgetting has no measure here: a classifier predicts no next token, so it has no loss on other text."
 
 
-def remarks(task: Task, writes_text: bool) -> list[str]:
-    """Of a comparison on labels: what answering by no text at all would score, and what is left out and why."""
-    if task.kind != "classification":
+def remarks(task: Task, writes_text: bool, constant: Constant | None) -> list[str]:
+    """Of a comparison on labels: what one answer to everything would score, and what is left out and why."""
+    if constant is None:
         return []
-    return [_constant_answer(task), *([] if writes_text else [UNPROMPTED]), UNFORGOTTEN]
+    said = (
+        f"Always answering '{constant.label}', the most frequent label to learn from, would be right on "
+        f"{figures.score(constant.share)} of the questions."
+    )
+    return [said, *([] if writes_text else [UNPROMPTED]), UNFORGOTTEN]
 
 
-def _constant_answer(task: Task) -> str:
+def constant_of(task: Task) -> Constant | None:
+    """What the most frequent label to learn from would score; None where there are no labels."""
+    if task.kind != "classification":
+        return None
     label, _ = Counter(row.label for row in read_labelled(task.train)).most_common(1)[0]
     asked = [row.label for row in read_labelled(task.questions)]
-    share = asked.count(label) / len(asked)
-    return (
-        f"Always answering '{label}', the most frequent label to learn from, would be right on {figures.score(share)} "
-        "of the questions."
-    )
+    return Constant(label=label, share=asked.count(label) / len(asked))
+
+
+def beside_constant(summary: Summary, constant: Constant | None) -> list[str]:
+    """A warning, where not even the best is shown to know more than the most frequent label."""
+    best = summary.scored[0] if summary.scored else None
+    if constant is None or best is None or best.score is None or best.score.low > constant.share:
+        return []
+    return [
+        f"Nothing is shown to have been learned: the interval of {best.name}, the best here, does not lie above what "
+        f"always answering '{constant.label}' would score ({figures.score(constant.share)})."
+    ]
 
 
 def moved(before: Facts, machine: Mapping[str, str], versions: Mapping[str, str]) -> list[str]:
