@@ -14,10 +14,21 @@ from slimtune.adopt import Adopted, adopt, attach_to
 from slimtune.bases import base_of, claim
 from slimtune.config import PeftConfig
 from slimtune.delta import Delta, Site, deltas_of
-from slimtune.errors import AdapterExistsError, BaseMismatchError, ConfigError, TargetError, listing
+from slimtune.errors import (
+    AdapterExistsError,
+    BaseMismatchError,
+    ConfigError,
+    SlimtuneError,
+    TargetError,
+    first_line,
+    listing,
+)
 from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
 from slimtune.structure import input_embeddings
 from slimtune.targets import resolve, walk
+
+_ALWAYS_TAKEN = 1024
+"""Tensors as long as this take no memory to speak of."""
 
 Draft = list[tuple[Site, Delta]]
 """The deltas of one adapter with their sites."""
@@ -65,6 +76,30 @@ def _check_gradients(model: nn.Module, drafted: Draft) -> None:
                 f"gradients don't come through '{path}', a {type(module).__name__}, so that nothing below it would "
                 "learn; load the base in 16 bits or quantized by bitsandbytes"
             )
+
+
+def draft_stored(
+    model: Any, name: str, config: Any, tensors: Mapping[str, Tensor], source: str | Path, autocast: bool
+) -> Draft:
+    """All deltas of an adapter that was stored, with its tensors in them, none attached yet.
+
+    Raises:
+        BaseMismatchError: the tensors were made for another base, or the config asks for far larger ones.
+        TargetError, ConfigError, AdapterExistsError: as `draft`.
+    """
+    longest = max([_ALWAYS_TAKEN, *(side for tensor in tensors.values() for side in tensor.shape)])
+    for field in config.sizes:
+        size = getattr(config, field, None)
+        if size is not None and not (isinstance(size, int) and size <= longest):
+            raise BaseMismatchError(f"'{source}' says {field}={size!r}, and no tensor in it is so long; restore it")
+    try:
+        drafted = draft(model, name, config, autocast, strict=False)
+    except SlimtuneError:
+        raise
+    except RuntimeError as error:
+        raise BaseMismatchError(f"'{source}' asks for tensors that can't be had: {first_line(error)}") from error
+    fill(drafted, tensors, source)
+    return drafted
 
 
 def attach(model: Any, name: str, drafted: Draft) -> None:

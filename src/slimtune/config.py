@@ -61,6 +61,11 @@ class PeftConfig:
     way_out: ClassVar[str] = "name the modules in target_modules"
     """What to do where the model has nothing of `default_targets`."""
 
+    sizes: ClassVar[tuple[str, ...]] = (
+        "r", "init_r", "bottleneck_size", "num_virtual_tokens", "num_transformer_submodules",
+    )  # fmt: skip
+    """Fields of which none is larger than the longest side of the tensors that are stored with them."""
+
     inert: ClassVar[Mapping[str, Any]] = {}
     """Fields of `peft` that this library doesn't implement, with the value at which they change nothing."""
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from slimtune.adapter import Draft, adopted_modules, attach, attached, draft, fill, keep_embeddings
+from slimtune.adapter import Draft, adopted_modules, attach, attached, draft, draft_stored, fill, keep_embeddings
 from slimtune.adopt import ENCODERS, FAST_PATHS, Switch, WithoutFastPath, adopt
 from slimtune.bases import base_of
 from slimtune.calling import wrapped
@@ -244,8 +244,6 @@ def attach_stored(
     if name in getattr(model, "peft_config", {}):
         fill(attached(model, name), tensors, source)
     else:
-        drafted = draft(model, name, config, autocast_adapter_dtype, strict=False)
-        fill(drafted, tensors, source)
-        _add(model, name, config, drafted)
+        _add(model, name, config, draft_stored(model, name, config, tensors, source, autocast_adapter_dtype))
     if not is_trainable:
         model.eval()

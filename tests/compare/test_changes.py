@@ -16,7 +16,7 @@ from slimtune.compare.settings import CompareSettings
 from slimtune.compare.stages import stages_of
 from slimtune.compare.task import RECIPE, Task, check_unchanged, write_recipe
 from slimtune.errors import OutputExistsError
-from slimtune.train.yaml_file import read_mapping
+from slimtune.storage.yaml_file import read_mapping
 from small_text_model import write_lines
 
 

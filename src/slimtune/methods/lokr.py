@@ -36,6 +36,9 @@ class LoKrConfig(LycorisConfig):
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
 
+    # A rank above that of a matrix means the matrix itself.
+    sizes: ClassVar[tuple[str, ...]] = ()
+
     initialisations: ClassVar[tuple[bool | str, ...]] = (True, False, "lycoris")
 
     def __post_init__(self) -> None:
