@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +13,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from killed import lines
+from killed import lines, start
 from slimtune.cli import app
 from small_text_model import orders, save_base, write_lines
 
@@ -35,18 +32,13 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def start(recipe: Path, output: Path, screen: Path) -> subprocess.Popen[Any]:
-    command = [sys.executable, "-m", "slimtune", "compare", str(recipe), "-o", str(output)]
-    with screen.open("a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def kill(process: subprocess.Popen[Any], moment: Callable[[], bool]) -> None:
+def kill(process: Any, moment: Callable[[], bool]) -> None:
     """Kill it with what it has started, as soon as the moment has come."""
-    wait_until(lambda: moment() or process.poll() is not None)
+    wait_until(lambda: moment() or not process.is_alive())
     for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
         each.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def is_free(lock: Path) -> bool:
@@ -71,12 +63,13 @@ def test_a_comparison_goes_on_in_the_middle_of_a_training(recipe: Path, tmp_path
     output, screen = tmp_path / "out", tmp_path / "screen.txt"
     place = output / "runs" / "lora-seed-0"
     begun = place / "tuned.run"
-    kill(start(recipe, output, screen), lambda: lines(begun / "loss.jsonl") >= 25)
+    compare = ("compare", recipe, "-o", output)
+    kill(start(*compare, screen=screen), lambda: lines(begun / "loss.jsonl") >= 25)
     wait_until(lambda: is_free(begun / "lock"))
     assert not (place / "tuned").exists()
     kept = max(int(path.name.rpartition("-")[2]) for path in begun.glob("checkpoint-*[0-9]"))
     assert 20 <= kept < 80
-    kill(start(recipe, output, screen), (place / "tuned" / "results.json").is_file)
+    kill(start(*compare, screen=screen), (place / "tuned" / "results.json").is_file)
     assert f"going on after step {kept}" in (place / "log.txt").read_text()
     alone = CliRunner().invoke(app, ["train", str(place / "recipe.yaml"), "--output", str(tmp_path / "alone")])
     assert alone.exit_code == 0, alone.output
