@@ -303,6 +303,15 @@ def test_a_tracker_that_is_not_installed_names_the_command(tmp_path: Path) -> No
 
 
 def test_what_is_reported_reaches_the_tracker(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    train(tmp_path / "run", report_to="tensorboard")
-    assert list((tmp_path / "run" / "runs").rglob("events.*"))
+    """TensorBoard's files hold the losses of loss.jsonl, the one of the held-out examples too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path / "run", report_to="tensorboard", eval_steps=4)
+    (file,) = (tmp_path / "run" / "runs").rglob("events.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
+    for tag, name in (("train/loss", "loss"), ("eval/loss", "eval_loss")):
+        written = {line["step"]: line[name] for line in lines if name in line}
+        assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(written, rel=1e-6)
+        assert len(written) >= 3
