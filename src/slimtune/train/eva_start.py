@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from slimtune.train.keep import WEIGHTS
 from slimtune.train.settings import TrainSettings
 
 ADAPTER = "default"
+STREAMED_BATCHES = 64
+"""As many of a stream are looked at."""
 
 
 def start_by_eva(
@@ -43,10 +46,13 @@ def start_by_eva(
         initialize_lora_eva_weights(model, eva_state_dict=_directions_in(found, model))
         return
     collate: Any = lesson.objective.collate if lesson.objective else PadRight(pad_id_of(tokenizer))
-    in_order = isinstance(lesson.examples, IterableDataset)
+    is_stream = isinstance(lesson.examples, IterableDataset)
     draw = torch.Generator().manual_seed(settings.seed)
-    batches = DataLoader(lesson.examples, settings.batch_size, shuffle=not in_order, generator=draw, collate_fn=collate)
-    initialize_lora_eva_weights(model, batches)
+    batches = DataLoader(
+        lesson.examples, settings.batch_size, shuffle=not is_stream, generator=draw, collate_fn=collate
+    )
+    # A stream never ends, and EVA reads its data again until its directions have settled.
+    initialize_lora_eva_weights(model, list(islice(batches, STREAMED_BATCHES)) if is_stream else batches)
     ranks = [delta.trained[0].shape[0] for _, delta in attached(model, ADAPTER) if isinstance(delta, LoraLinear)]
     say(f"started by EVA from the data: ranks from {min(ranks)} to {max(ranks)} in {len(ranks)} layers")
 
