@@ -32,6 +32,7 @@ class Switch:
         self.enabled = True
         self.rows: tuple[str, ...] | None = None
         self.lazy_head: nn.Module | None = None
+        self.inside: Callable[..., Any] | None = None
 
     @property
     def applied(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from slimtune.combine import combined
 from slimtune.config import PeftConfig
 from slimtune.delta import deltas_of
 from slimtune.errors import ConfigError, MergeError
+from slimtune.fused_head import check_head, is_around, is_fused, put_inside
 from slimtune.hub import parted
 from slimtune.saving import Saving
 from slimtune.storage.peft_format import adapter_folder, read_adapter
@@ -94,6 +95,18 @@ class PeftModel(Unloading, Saving):
     def members(model_type: type[nn.Module]) -> dict[str, Any]:
         """The methods that wrap this model type's own, and what trainers ask of it."""
         return wrapped(model_type) | _TRAINED_AS_ANY | (FAST_PATHS if issubclass(model_type, ENCODERS) else {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As the module's own; a forward of TRL's that runs the layers itself goes inside of what adapters put around.
+
+        Raises:
+            ConfigError: it would pass by an adapter on the head.
+        """
+        if name == "forward" and is_fused(value):
+            check_head(self)
+            if is_around(self):
+                name, value = "instance_forward", put_inside(self, value)
+        super().__setattr__(name, value)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
         """Attach another new adapter, not active yet. Raises: as `get_peft_model`."""

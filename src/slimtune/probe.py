@@ -10,7 +10,8 @@ from torch import Tensor
 
 from slimtune.adopt import run
 from slimtune.bases import base_of
-from slimtune.delta import Delta, Dense, Difference, deltas_of, standing_in
+from slimtune.delta import Delta, Dense, deltas_of, standing_in
+from slimtune.difference import Difference
 from slimtune.errors import MergeError
 
 

@@ -14,8 +14,9 @@ import transformers
 from safetensors.torch import load_file
 
 import slimtune
+from slimtune.errors import ConfigError
 from tensors import adapter_tensors, assert_all_near, assert_near, assert_same, copies, predict, randomize
-from zoo import BERT, LLAMA, VOCABULARY, Specimen, word_tokenizer
+from zoo import BERT, LLAMA, TIED_LLAMA, VOCABULARY, Specimen, word_tokenizer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -196,3 +197,83 @@ def test_sft_takes_the_steps_that_it_takes_with_peft(
     assert sorted(saved[0]) == sorted(saved[1])
     config = json.loads((tmp_path / "slimtune" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
+
+
+SOFT: dict[str, Any] = {
+    "prompt": lambda library: library.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix": lambda library: library.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "head": lambda library: library.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("kind", SOFT)
+def test_sft_trains_what_stands_around_the_model_and_a_whole_head(kind: str, sft_rows: Any, tmp_path: Path) -> None:
+    """TRL's own forward runs the layers past the model's: as in peft, nothing of an adapter is left out."""
+    histories, tensors = [], []
+    for library in (slimtune, peft):
+        model = randomize(library, library.get_peft_model(LLAMA.model(), SOFT[kind](library)))
+        done = sft_trainer(model, tmp_path / library.__name__, sft_rows, gradient_checkpointing=False)
+        done.train()
+        histories.append(losses(done))
+        tensors.append(adapter_tensors(library, model))
+    assert_near(histories[0], histories[1], 2e-5)
+    assert_all_near(*tensors, 1e-4)
+
+
+FUSED: dict[str, tuple[Specimen, Any]] = {
+    "prompt": (LLAMA, lambda: slimtune.PromptTuningConfig(num_virtual_tokens=3)),
+    "p-tuning": (LLAMA, lambda: slimtune.PromptEncoderConfig(num_virtual_tokens=3)),
+    "prefix": (LLAMA, lambda: slimtune.PrefixTuningConfig(num_virtual_tokens=3)),
+    "lora": (LLAMA, lambda: slimtune.LoraConfig(r=4, target_modules=["q_proj"])),
+    "whole-head": (LLAMA, lambda: slimtune.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "tokens-at-both-ends": (TIED_LLAMA, lambda: slimtune.TrainableTokensConfig(token_indices=[5, 9, 40])),
+    "last-layer": (LLAMA, slimtune.LastLayerConfig),
+    "full-head": (LLAMA, lambda: slimtune.FullConfig(target_modules=["lm_head"])),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_trl_s_head_gives_the_model_s_own_loss_and_gradients(kind: str) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    specimen, config = FUSED[kind]
+    model = randomize(slimtune, slimtune.get_peft_model(specimen.model(), config())).train()
+    found = []
+    for options in ({}, {}, {"fused_lm_head": True}):
+        if len(found) == 1:
+            add_fused_lm_head(model)
+        model.zero_grad()
+        loss = model(**specimen.batch(), **options).loss
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        found.append({"loss": loss.detach(), **gradients})
+    for other in found[1:]:
+        assert_all_near(other, found[0], 1e-5)
+    ids = specimen.batch()["input_ids"]
+    assert model.eval().generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2).shape == (2, 9)
+
+
+def test_an_adapter_on_the_head_that_trl_would_pass_by_is_refused(sft_rows: Any, tmp_path: Path) -> None:
+    config = slimtune.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match="an adapter on the head would not be trained; leave the head out") as told:
+        sft_trainer(slimtune.get_peft_model(LLAMA.model(), config), tmp_path, sft_rows)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["lora", "whole-head", "prompt"])
+def test_after_sft_the_model_goes_on_without_its_adapter(kind: str, sft_rows: Any, tmp_path: Path) -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), FUSED[kind][1]())
+    done = sft_trainer(model, tmp_path, sft_rows)
+    done.train()
+    tuned_logits = predict(model, LLAMA.batch())
+    plain = model.unload() if kind == "prompt" else model.merge_and_unload()
+    expected = predict(LLAMA.model(), LLAMA.batch()) if kind == "prompt" else tuned_logits
+    assert_near(predict(plain, LLAMA.batch()), expected)
+    assert plain.generate(input_ids=LLAMA.batch()["input_ids"], max_new_tokens=2, min_new_tokens=2).shape == (2, 9)
+
+
+def test_packed_rows_are_refused_under_a_prompt(sft_rows: Any, tmp_path: Path) -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), slimtune.PromptTuningConfig(num_virtual_tokens=3))
+    done = sft_trainer(model, tmp_path, sft_rows, packing=True)
+    with pytest.raises(ConfigError, match="only the first would have them; leave packing"):
+        done.train()

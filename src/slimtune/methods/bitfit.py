@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from slimtune.config import TargetedConfig, register
-from slimtune.delta import Difference, Site, wrong_kind
+from slimtune.delta import Site, wrong_kind
+from slimtune.difference import Difference
 from slimtune.errors import ConfigError, TargetError
 
 

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from slimtune.config import TargetedConfig, register
-from slimtune.delta import Delta, Difference, Site, statistics, wrong_kind
+from slimtune.delta import Delta, Site, statistics, wrong_kind
+from slimtune.difference import Difference
 from slimtune.errors import ConfigError, did_you_mean
 
 STORES = ("difference", "whole")

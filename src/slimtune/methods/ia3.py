@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.config import TargetedConfig, register
-from slimtune.delta import Delta, Dense, Frozen, Site, add_up, trainable_dtype, wrong_kind
+from slimtune.delta import Delta, Dense, Frozen, Site, trainable_dtype, wrong_kind
+from slimtune.difference import add_up
 from slimtune.errors import ConfigError, did_you_mean, listing
 
 

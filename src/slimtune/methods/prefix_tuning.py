@@ -156,7 +156,7 @@ def _window_of(model: Any) -> int | None:
     """How many tokens a layer sees at most, where some layer sees only the latest."""
     cache = _empty_cache(model)
     layers = getattr(cache, "self_attention_cache", cache).layers
-    return min((layer.sliding_window for layer in layers if layer.is_sliding), default=None)
+    return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
 
 
 def _heads(config: Any) -> int:

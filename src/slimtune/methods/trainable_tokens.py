@@ -145,6 +145,10 @@ class TokenRows(Delta):
         difference = (self.rows - base.weight[self.token_indices]).to(x.dtype)
         return y.index_add_(-1, self.token_indices, F.linear(x, difference).to(y.dtype))
 
+    def read_as(self, module: Any) -> dict[str, Tensor]:
+        weight_VD = module.weight
+        return {"weight": weight_VD.index_copy(0, self.token_indices, self.rows.to(weight_VD.dtype))}
+
     def fold(self, dense: Dense) -> Dense:
         dim = 1 if self.kind == "embedding" else 0
         rows = self.rows.detach().to(dense["weight"].dtype)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from slimtune.bases import base_of
 from slimtune.delta import deltas_of
 from slimtune.errors import ConfigError, listing
+from slimtune.fused_head import check_head
 
 
 class WithoutAdapter(nn.Module):
@@ -63,25 +63,14 @@ def check_trl_reaches(model: Any, fused_head: bool) -> None:
             f"TRL reads a model's layers past what {kinds} puts around the whole model, which would not be trained; "
             f"choose a method inside of the layers (lora)"
         )
-    head = model.get_output_embeddings()
-    if not fused_head:
-        return
-    if deltas_of(head):
-        raise ConfigError(
-            "TRL multiplies by the weight of the head itself, so that an adapter on the head would not be trained; "
-            "leave the head out of target_modules, or choose task orpo"
-        )
-    if base_of(head).kind != "linear" or not head.weight.is_floating_point():
-        raise ConfigError(
-            f"TRL multiplies by the head's weight, and this head is a {type(head).__name__} of {head.weight.dtype}; "
-            "load the model with its head in 16 bits, or choose task orpo"
-        )
+    if fused_head:
+        check_head(model, otherwise=", or choose task orpo")
 
 
 @contextmanager
 def as_it_was(model: Any) -> Iterator[None]:
     """Undo afterwards what TRL changes in a model: its forward, the dropout of its modules, its id of padding."""
-    forward = vars(model).get("forward")
+    forwards = {name: vars(model).get(name) for name in ("forward", "instance_forward")}
     dropout = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     configs = [model.config.get_text_config(), model.generation_config]
     padding = [config.pad_token_id for config in configs]
@@ -92,9 +81,10 @@ def as_it_was(model: Any) -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
             yield
     finally:
-        vars(model).pop("forward", None)
-        if forward is not None:
-            model.forward = forward
+        for name, forward in forwards.items():
+            vars(model).pop(name, None)
+            if forward is not None:
+                vars(model)[name] = forward
         for module, p in dropout.items():
             module.p = p
         for config, pad_id in zip(configs, padding, strict=True):
