@@ -282,6 +282,10 @@ def test_an_adapter_that_trl_would_pass_by_is_refused(tmp_path: Path) -> None:
         train("dpo", on_head, pairs(), tmp_path)
     train("orpo", on_head, pairs(), tmp_path)
     assert on_head.lm_head.deltas["default"].lora_B.any()
+    whole = adopted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    before = whole.lm_head.deltas["default"].whole["weight"].detach().clone()
+    train("dpo", whole, pairs(), tmp_path)
+    assert not torch.equal(whole.lm_head.deltas["default"].whole["weight"], before)
     soft = slimtune.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     for task in ("dpo", "orpo"):
         with pytest.raises(ConfigError, match="what PROMPT_TUNING puts around the whole model"):
