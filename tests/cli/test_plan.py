@@ -142,6 +142,7 @@ def test_calibration_alone(run: Any, monkeypatch: pytest.MonkeyPatch, base: Path
         ([], ["MODEL", "--table", "--calibrate"]),
         (["nowhere/at-all"], ["nowhere/at-all"]),
         (["smollm2-135m-instuct"], ["did you mean 'smollm2-135m-instruct'?"]),
+        (["llama-2-7c"], ["did you mean 'llama-2-7b'?"]),
         (["llama-2-7b", "--device", "RTX 50900"], ["did you mean 'rtx 5090'?"]),
         (["llama-2-7b", "--goal", "qualty"], ["did you mean 'quality'?"]),
         (["llama-2-7b", "--method", "lorra"], ["did you mean 'lora'?"]),

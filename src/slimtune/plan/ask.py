@@ -12,7 +12,7 @@ from typing import Any
 
 from slimtune.data.lengths import PERCENTILES
 from slimtune.data.settings import DataSettings
-from slimtune.errors import ConfigError, ModelNotFoundError, check_choice, check_number, check_whole
+from slimtune.errors import ConfigError, ModelNotFoundError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.plan.build import build, config_of, positions_of, task_of
 from slimtune.plan.calibrate import rates_of
 from slimtune.plan.classic import SIZES
@@ -23,6 +23,7 @@ from slimtune.plan.recommend import Choice, Wish, recommend
 from slimtune.plan.rules import Case
 from slimtune.plan.setting import DRAWN_TOKENS, DTYPES, Precision, Setting
 from slimtune.plan.time import Rates
+from slimtune.source import PACKAGED
 from slimtune.train.optimizer import DEFAULT
 from slimtune.train.preference_settings import PREFERENCE_TASKS
 
@@ -262,6 +263,10 @@ def read_config(model: Any, trust_remote_code: bool = False) -> Any:
         from transformers import AutoConfig
 
         return AutoConfig.for_model(**json.loads((MODELS / f"{model}.json").read_text(encoding="utf-8")))
+    # Organisations on the Hub may have models of such names.
+    is_bare = isinstance(model, str) and "/" not in model and model not in PACKAGED and not Path(model).exists()
+    if is_bare and (near := did_you_mean(model, SIZES.values())):
+        raise ModelNotFoundError(f"no model '{model}'{near}")
     return config_of(model, trust_remote_code)
 
 
@@ -318,8 +323,6 @@ def _dtype(wanted: str, stored: str, device: Device) -> str:
     """As asked; else as stored on a processor, and in the type that a GPU computes in."""
     if wanted != "auto":
         if wanted not in DTYPES:
-            from slimtune.errors import did_you_mean
-
             raise ConfigError(f"no dtype '{wanted}'; pass auto, {', '.join(DTYPES)}{did_you_mean(wanted, DTYPES)}")
         return wanted
     return stored if device.is_cpu and stored in DTYPES else device.half_precision
@@ -361,7 +364,7 @@ def _limit(config: Any, measured: Measured, max_length: int | None, max_new_toke
 def tokenizer_of(model: Any, trust_remote_code: bool = False) -> Any:
     """The tokenizer that lengths are measured with. Raises: ModelNotFoundError."""
     from slimtune.loading import load_tokenizer
-    from slimtune.source import PACKAGED, resolve
+    from slimtune.source import resolve
 
     folder = resolve(model) if model in PACKAGED else str(model)
     tokenizer = None if model in SIZES.values() else load_tokenizer(folder, trust_remote_code)

@@ -71,7 +71,8 @@ def read_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
         raise ConfigError(f"the {what} {path} is not YAML text ({first_line(error)}); pass a YAML file") from error
     except OSError as error:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        advice = did_you_mean(path.name, siblings) or "; write one with slimtune recipe init"
+        otherwise = "; write one with slimtune recipe init" if what == "recipe" else "; check its name"
+        advice = did_you_mean(path.name, siblings) or otherwise
         raise ConfigError(f"the {what} {path} can't be read: {error.strerror}{advice}") from error
     if value is None:
         raise ConfigError(f"the {what} {path} is empty; slimtune recipe init writes one to begin with")
