@@ -26,7 +26,6 @@ from slimtune.methods.lora_deltas import LoraLinear
 from slimtune.ops import fuses
 from slimtune.ops.frozen_linear import no_autocast
 
-
 MOST_TOKENS = 16
 """Where a node catches up with the plain formula, on two cores."""
 
