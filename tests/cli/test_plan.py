@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from small_text_model import orders, write_lines
 
@@ -154,6 +155,11 @@ def test_calibration_alone(run: Any, monkeypatch: pytest.MonkeyPatch, base: Path
         (["llama-2-7b", "--price", -1], ["price", "-1"]),
         (["llama-2-7b", "--epochs", -1], ["epochs", "-1"]),
         (["llama-2-7b", "--devices", 0], ["devices", "0"]),
+        (["llama-2-7b", "--devices", 2, "--device", "cpu"], ["cpu can't share a training"]),
+        (["llama-2-7b", "--max-length", 5000, "--device", "T4"], ["5000", "4096 positions"]),
+        (["llama-2-7b", "--task", "dop"], ["did you mean 'dpo'?"]),
+        (["llama-2-7b", "--generations", 4], ["generations would change nothing"]),
+        (["llama-2-7b", "--optim", "adamw_8bits"], ["did you mean 'adamw_8bit'?"]),
         (["llama-2-7b", "--plot", "x.bmp"], ["x.bmp", "PNG or SVG"]),
         (["llama-2-7b", "--data", "nowhere.jsonl"], ["'llama-2-7b' has no tokenizer"]),
     ],
@@ -172,7 +178,31 @@ def test_code_from_a_models_folder_is_not_run(run: Any, base: Path, tmp_path: Pa
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit('ran')\n")
-    refused(run("plan", tmp_path, "--device", "T4"), str(tmp_path))
+    refused(run("plan", tmp_path, "--device", "T4"), str(tmp_path), "--trust-remote-code")
+
+
+def test_a_model_of_pictures_and_texts_is_refused(run: Any, tmp_path: Path) -> None:
+    transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]).save_pretrained(tmp_path)
+    refused(run("plan", tmp_path, "--device", "T4"), "LlavaConfig", "get_text_config()")
+
+
+def test_pairs_of_answers_are_planned_on_several_devices(run: Any, base: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "two large lattes", "chosen": "yes please, with oat milk", "rejected": "no"}
+    path = write_lines(tmp_path / "pairs.jsonl", *[pair] * 6)
+    where = ("--device", "RTX 4090", "--devices", 2)
+    result = run("plan", base, "--data", path, "--task", "dpo", *where, *LORA, "--merge")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.split())
+    for part in (
+        "on 2 x RTX 4090",
+        "with the longer answer of each pair",
+        "merging takes",
+        "2 devices are estimates for FSDP2",
+        "over 31.5 GB/s",
+        "on one device it would be: slimtune train",
+        "task=dpo",
+    ):
+        assert part in shown, part
 
 
 def test_data_that_is_not_there_or_without_the_needed_fields(run: Any, base: Path, tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def config_of(source: Any, trust_remote_code: bool = False) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise ModelNotFoundError(
+                f"the configuration of '{source}' needs Python code that comes with it, which is not run unasked; pass "
+                "--trust-remote-code (in Python trust_remote_code=True) if you trust it"
+            ) from error
         raise ModelNotFoundError(
             f"the configuration of '{source}' can't be read: {first}; pass a folder with config.json, or a Hub id that "
             "can be reached"
