@@ -166,7 +166,8 @@ def _order(wish: Wish) -> list[tuple[str, Precision]]:
     """What was asked for, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
     if wish.methods is not None:
         bases: Sequence[Precision] = wish.bases or BASES
-        return [(method, base) for method in wish.methods for base in bases]
+        asked: list[tuple[str, Precision]] = [(method, base) for method in wish.methods for base in bases]
+        return asked
     goal: tuple[tuple[str, Precision], ...] = ORDER[wish.goal]
     if wish.task in PREFERENCE_TASKS:
         # TRL reads a model's layers past what is put around the whole model.
