@@ -138,7 +138,11 @@ def main(
     found = measure(models, rounds)
     for title, seconds in found.items():
         console.print(shown(title, seconds, trainable))
-    settings = {"device": "cpu", "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    settings = {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
     on = machine.describe(settings)
     target = json_path or FOLDER / f"inference-{machine.host_kind(on)}.json"
     document = {"machine": on, "commit": machine.commit(), "parameters": trainable, "seconds": found}

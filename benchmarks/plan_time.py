@@ -23,10 +23,11 @@ import slimtune
 from benchmarks import machine, page
 from benchmarks.plan_accuracy import METHODS
 from benchmarks.runs import run_module
-from slimtune.plan.build import batch_for, config_of, optimizer_for
+from slimtune.plan.build import config_of
 from slimtune.plan.calibrate import calibrate, rates_of
 from slimtune.plan.devices import this_cpu
 from slimtune.plan.memory import Work
+from slimtune.plan.optimizers import optimizer_for
 from slimtune.plan.setting import Setting
 from slimtune.plan.simulate import plan_of, quiet
 from slimtune.plan.time import step_seconds
@@ -70,13 +71,13 @@ class Case:
     def measured_seconds(self) -> float:
         setting = self.setting
         with quiet():
-            model = prepare(config_of(self.model), setting, setting.task_type, fake=False).model
-        batch = batch_for(model, setting)
-        optimizer = optimizer_for(setting, [p for p in model.parameters() if p.requires_grad])
+            run = prepare(config_of(self.model), setting, setting.task_type, fake=False)
+        batch = run.step.batch()
+        optimizer = optimizer_for(setting, [p for p in run.model.parameters() if p.requires_grad])
 
         def step() -> float:
             began = time.perf_counter()
-            model(**batch).loss.backward()
+            run.step.loss(batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             return time.perf_counter() - began
