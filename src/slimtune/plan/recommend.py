@@ -156,7 +156,8 @@ def _candidates(wish: Wish) -> list[tuple[str, Precision]]:
         if find(method).name == FEATURES:
             raise ConfigError("--method features trains nothing of the model; plan another method")
     # All weights of a quantized base can't be trained in place.
-    found = [(method, base) for method, base in _order(wish) if method != FULL or base == "dense"]
+    order = _order(wish)
+    found: list[tuple[str, Precision]] = [one for one in order if one[0] != FULL or one[1] == "dense"]
     if not found:
         raise ConfigError(f"full tuning needs a dense base, found {listing(wish.bases or ())}; plan it on dense")
     return found
