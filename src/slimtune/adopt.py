@@ -43,11 +43,16 @@ class Switch:
     def using(self, **settings: Any) -> Iterator[None]:
         """Other settings for a while."""
         before = {name: getattr(self, name) for name in settings}
-        self.__dict__.update(settings)
+        self._set(settings)
         try:
             yield
         finally:
-            self.__dict__.update(before)
+            self._set(before)
+
+    def _set(self, settings: dict[str, Any]) -> None:
+        # One by one: not every compiler follows an update of __dict__.
+        for name, value in settings.items():
+            setattr(self, name, value)
 
 
 class Adopted:

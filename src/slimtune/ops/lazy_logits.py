@@ -117,6 +117,9 @@ class LazyLogits:
             return None
         if self.dim() != 2 or target.dim() != 1 or not _is_plain_frozen(self._head):
             return None
+        # A compiler may trace this part of a forward that it gave up on; torch 2.11 loses what the node fills in.
+        if torch.compiler.is_compiling():
+            return None
         weight, bias = base_of(self._head).weight(self._head), self._head.bias
         return chunked_cross_entropy(self._hidden, weight, bias, target, ignore_index, reduction)
 
