@@ -61,8 +61,8 @@ def test_a_pair_of_which_neither_is_better(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is not JSON (maximum recursion depth"),
-        ("a.json", "[" * 100_000 + "]" * 100_000, "is not JSON (maximum recursion depth"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is not JSON (it is nested too deeply"),
+        ("a.json", "[" * 100_000 + "]" * 100_000, "is not JSON (it is nested too deeply"),
         ("a.csv", "text,text\na,b\n", "has more than one column text"),
     ],
 )

@@ -79,7 +79,7 @@ class LoraDelta(Delta):
 
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
-        return torch.add(y, self.low_rank(self.dropped(x)), alpha=self.scaling).to(y.dtype)
+        return (y + self.scaling * self.low_rank(self.dropped(x))).to(y.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         """dropout(x), in the adapter's dtype."""

@@ -31,7 +31,7 @@ _LEAST_RATIO = 1e-12
 def dora_linear(delta: DoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """DoRA's equation, fused where the base is a plain frozen product and nothing is dropped."""
     dropping = delta.training and delta.lora_dropout
-    plain = args or kwargs or dropping or is_decoding(delta, x) or not is_plain(module, x)
+    plain = args or kwargs or dropping or is_decoding(delta, base, x) or not is_plain(module, x)
     if plain or base.base.for_few_tokens(module, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, 0.0)

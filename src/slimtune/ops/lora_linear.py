@@ -34,7 +34,7 @@ MOST_TOKENS = 16
 @fuses(LoraLinear, DenseLinear)
 def lora_linear(delta: LoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * B(A(dropout(x)))`, fused where the base is a plain frozen product."""
-    plain = args or kwargs or is_decoding(delta, x) or not is_plain(module, x)
+    plain = args or kwargs or is_decoding(delta, base, x) or not is_plain(module, x)
     if plain or base.base.for_few_tokens(module, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, delta.lora_dropout if delta.training else 0.0)
@@ -124,9 +124,11 @@ def is_plain(module: Any, x: Any) -> bool:
     )
 
 
-def is_decoding(delta: LoraLinear, x: Tensor) -> bool:
+def is_decoding(delta: LoraLinear, base: Frozen, x: Tensor) -> bool:
     """Whether so few tokens pass an adapter at rest that a node, and factors cast for it, would be most of the work."""
-    return not (torch.is_grad_enabled() or delta.training) and x.numel() <= MOST_TOKENS * x.shape[-1]
+    at_rest = not (torch.is_grad_enabled() or delta.training) and x.numel() <= MOST_TOKENS * x.shape[-1]
+    # An expanded weight's product is rounded once, with the low-rank term in it.
+    return at_rest and x.dtype != delta.trained[0].dtype and base.base.recall(base.module) is None
 
 
 def _draw_seed() -> int:
