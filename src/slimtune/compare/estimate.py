@@ -142,7 +142,8 @@ def _plan(task: Task, arms: Sequence[Arm]) -> tuple[Planned | None, str]:
             recipe.model.source, task.train, methods=sorted({arm.method or "" for arm in arms}) or ["lora"],
             bases=sorted({_base(task, arm) for arm in arms}) or None, batch_size=training.batch_size,
             gradient_accumulation=training.gradient_accumulation,
-            gradient_checkpointing=training.gradient_checkpointing, max_length=(task.recipe.get("data") or {}).get("max_length"), epochs=1,
+            gradient_checkpointing=training.gradient_checkpointing, epochs=1,
+            max_length=(task.recipe.get("data") or {}).get("max_length"),
             trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
     except SlimtuneError as error:
