@@ -86,7 +86,7 @@ class Case:
         return statistics.median(step() for _ in range(STEPS))
 
 
-ENCODER = Case(model="all-minilm-l6-v2", dtype="float32", batch=16, sequence=128)
+ENCODER = Case(model="minilm-l6-v2", dtype="float32", batch=16, sequence=128)
 CASES = (
     *(Case(method=method) for method in METHODS if method not in ("LoHa", "VeRA", "AdaLoRA", "BitFit")),
     *(Case(base=base) for base in ("nf4", "int8")),
