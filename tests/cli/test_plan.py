@@ -213,10 +213,10 @@ def test_data_that_is_not_there_or_without_the_needed_fields(run: Any, base: Pat
 
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """733 MB of memory, of which 23 MB are left beside Python, its libraries and what the allocator keeps."""
+    """684 MB of memory, of which 23 MB are left beside Python, its libraries and what the allocator keeps."""
     from slimtune.plan import devices
 
-    monkeypatch.setattr(devices, "_memory_sources", lambda: [733_000_000])
+    monkeypatch.setattr(devices, "_memory_sources", lambda: [684_000_000])
 
 
 def test_training_plans_first_and_says_what_would_fit(

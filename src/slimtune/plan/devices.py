@@ -19,9 +19,9 @@ HALF_PRECISIONS = ("bfloat16", "float16")
 
 CPU_LIBRARIES_BYTES = int(0.5 * GIB)
 """What Python, torch and transformers take in memory before a model is loaded; measured on Linux."""
-_CPU_WORKSPACE_BYTES = 170_000_000
+_CPU_WORKSPACE_BYTES = 120_000_000
 """Workspaces of kernels, the graph, and what glibc keeps of them: `python -m benchmarks.plan_accuracy --rss`."""
-_CPU_FRAGMENTATION = 0.11
+_CPU_FRAGMENTATION = 0.14
 """The share of its memory that glibc leaves unused, as it is set by default: as above."""
 _CPU_FLOPS_PER_CORE = 1e11
 """Sixteen float32 lanes, two operations each, at 3 GHz: a guess that a calibration replaces."""
