@@ -184,5 +184,5 @@ def test_a_whole_model_must_name_its_base(base: Path, tmp_path: Path) -> None:
     (folder / "recipe.yaml").write_text("model:\n  name: smollm2-135m-instruct\n")
     assert Tuned.find(str(folder)).base == "smollm2-135m-instruct"
     (folder / "recipe.yaml").write_text("model: [\n")
-    with pytest.raises(ConfigError, match="line 2 is not YAML"):
+    with pytest.raises(ConfigError, match="pass --base"):
         Tuned.find(str(folder))

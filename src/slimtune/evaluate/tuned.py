@@ -79,7 +79,10 @@ def _named_base(folder: Path) -> str | None:
     if recipe.is_file():
         from slimtune.storage.yaml_file import read_mapping
 
-        section = read_mapping(recipe).get("model")
+        try:
+            section = read_mapping(recipe).get("model")
+        except ConfigError as error:
+            raise ConfigError(f"{error}, or pass --base") from error
         section = section if isinstance(section, dict) else {}
         named = section.get("name")
         if not isinstance(named, str):
