@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from typing import Any
 
@@ -29,9 +29,9 @@ from slimtune.plan.devices import this_cpu
 from slimtune.plan.memory import Work
 from slimtune.plan.optimizers import optimizer_for
 from slimtune.plan.setting import Setting
-from slimtune.plan.simulate import plan_of, quiet
+from slimtune.plan.simulate import quiet, simulate
 from slimtune.plan.time import step_seconds
-from slimtune.plan.trace import prepare, trace
+from slimtune.plan.trace import prepare
 
 PAGE = machine.ROOT / "docs" / "planning.md"
 STEPS = 5
@@ -63,10 +63,9 @@ class Case:
         )  # fmt: skip
 
     def planned_seconds(self) -> float:
-        config, setting = config_of(self.model), self.setting
-        with quiet():
-            plan = plan_of(trace(config, setting, setting.task_type), setting)
-        return step_seconds(plan, rates_of(this_cpu()))
+        setting = self.setting
+        asked = {one.name: getattr(setting, one.name) for one in fields(setting) if one.name != "method"}
+        return step_seconds(simulate(self.model, setting.method, **asked), rates_of(this_cpu()))
 
     def measured_seconds(self) -> float:
         setting = self.setting
