@@ -12,6 +12,7 @@ import importlib
 import json
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,10 @@ Metrics = dict[str, float]
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-3
 REPEATS = 5
 SWITCHES = 20
+MINIATURE = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 64,
+}  # fmt: skip
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -144,10 +149,34 @@ def measure_training(work: Work, library: Any | None, folder: str) -> dict[str, 
     return {"metrics": metrics, "checks": checks}
 
 
+def save_miniature(folder: str, target: str) -> None:
+    """A model of the same architecture with next to nothing in it: to load it imports all that is imported late."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for name, value in MINIATURE.items():
+        setattr(config, name, value)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(target)
+    if has_tokenizer(folder):
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+
+
+def has_tokenizer(folder: str) -> bool:
+    return (Path(folder) / "tokenizer_config.json").exists()
+
+
+def model_and_tokenizer(work: Work, library: Any, folder: str) -> tuple[Any, Any]:
+    """The base with its tokenizer, where there is one: slimtune always loads both."""
+    model = base_model(work, folder, library)
+    by_itself = hasattr(library, "load") or not has_tokenizer(folder)
+    return model, None if by_itself else transformers.AutoTokenizer.from_pretrained(folder)
+
+
 def measure_loading(work: Work, library: Any, folder: str) -> dict[str, Metrics]:
     """Seconds and bytes of loading; the loss is taken in training mode, which leaves bitsandbytes' storage alone."""
+    with tempfile.TemporaryDirectory() as miniature:
+        save_miniature(folder, miniature)
+        model_and_tokenizer(work, library, miniature)
     imported_bytes = resident_bytes()
-    seconds, model = timed(lambda: base_model(work, folder, library))
+    seconds, (model, _) = timed(lambda: model_and_tokenizer(work, library, folder))
     peak = peak_rss_bytes()
     metrics = {"load_seconds": seconds, "peak_bytes": peak, "peak_above_imports_bytes": peak - imported_bytes}
     return {"metrics": metrics, "checks": {"loss": fixed_loss(model.train())}}
