@@ -16,6 +16,7 @@ from slimtune.combine import combined
 from slimtune.config import PeftConfig
 from slimtune.delta import deltas_of
 from slimtune.errors import ConfigError, MergeError
+from slimtune.frugal import adopt_frugal
 from slimtune.fused_head import check_head, is_around, is_fused, put_inside
 from slimtune.hub import parted
 from slimtune.saving import Saving
@@ -73,6 +74,7 @@ def _adopt_root(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, ENCODERS) and module is not model:
             adopt(module, model.adapter_switch, WithoutFastPath)
+    adopt_frugal(model, model.adapter_switch)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None and base_of(head).kind == "linear":
         adopt(head, model.adapter_switch)

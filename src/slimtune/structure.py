@@ -33,6 +33,13 @@ _IN_FEED_FORWARD: Mapping[Role, str] = {
     ),
 }
 
+_GATE = re.compile(r"(^|_)gate(_|$)|^wi_0$|^Wi$|^w1$")
+
+
+def has_gate(module: Any) -> bool:
+    """Whether one of the module's own parts is called as the projection before a gate is."""
+    return any(_GATE.search(name) for name in (*module._modules, *module._parameters))
+
 
 def role_of(path: str) -> Role | None:
     """The role of the linear layer at this path in its block, or None where the name doesn't say."""

@@ -63,7 +63,8 @@ WHOLE_MODELS = {
 
 @pytest.mark.parametrize("name", WHOLE_MODELS)
 def test_a_model_whose_parameters_are_changed_is_one_graph(name: str) -> None:
-    model = slimtune.get_peft_model(LLAMA.model(), copy.deepcopy(WHOLE_MODELS[name]))
+    # In float64: the gradients of some biases are what is left of sums that cancel.
+    model = slimtune.get_peft_model(LLAMA.model().double(), copy.deepcopy(WHOLE_MODELS[name]))
     ids = {"input_ids": LLAMA.batch()["input_ids"]}
     randomize(slimtune, model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -165,8 +165,9 @@ def test_a_training_takes_what_was_planned_for_it(task: str, tmp_path: Path) -> 
 def _like_the_data(path: Path, tokenizer: Any, task: str, task_type: str) -> dict[str, Any]:
     found = measure(path, tokenizer, task)
     preferred = {"task": task} if task in PREFERENCE_TASKS else {}
+    # Of a pair, the shorter answer is filled up.
     return {"batch": 4, "sequence": found.lengths.longest, "answer": found.answer, "dtype": "float32", "device": "cpu",
-            "task_type": task_type, "padded": False, **preferred}  # fmt: skip
+            "task_type": task_type, "padded": task in ("dpo", "orpo"), **preferred}  # fmt: skip
 
 
 def _trained(model: Any, tokenizer: Any, data: Any, task: str, folder: Path) -> int:

@@ -17,8 +17,9 @@ from slimtune.bases.packed import PackedLinear
 from slimtune.delta import Frozen
 from slimtune.methods.dora import DoraLinear, quotient
 from slimtune.ops import fuses
+from slimtune.ops.again import saving_is_hooked
 from slimtune.ops.frozen_linear import no_autocast
-from slimtune.ops.lora_linear import Pass, gradients, is_decoding, is_plain, products, saving_is_hooked, this_pass
+from slimtune.ops.lora_linear import Pass, gradients, is_decoding, is_plain, products, this_pass
 
 _NEAR = 0.5
 """So near to one, f - 1 in 16 bits is as good as the rounding of f times a number."""
@@ -85,7 +86,7 @@ class _DoraLinear(torch.autograd.Function):
                 if saving_is_hooked() or y_TO.dtype == torch.float16:
                     straight_TO = y_TO.clone()
                 _scaled(y_TO, ratio_O, out=y_TO)
-        saved_TI = None if settings.product else x_TI
+        saved_TI = None if settings.maker else x_TI
         ctx.save_for_backward(saved_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO)
         ctx.settings = settings
         # Not by save_for_backward: an output that is changed in place afterwards is no error.

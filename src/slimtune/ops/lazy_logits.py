@@ -17,9 +17,10 @@ from torch import Tensor
 from slimtune.bases import base_of
 from slimtune.delta import deltas_of
 from slimtune.ops.cross_entropy import chunked_cross_entropy
+from slimtune.ops.lazy import Lazy, real
 
 
-class LazyLogits:
+class LazyLogits(Lazy):
     """`head(hidden)`, not computed yet.
 
     Args:
@@ -31,14 +32,10 @@ class LazyLogits:
 
     def __init__(self, hidden: Tensor, head: Any, compute: Callable[[Tensor], Tensor], dtype: Any = None) -> None:
         self._hidden, self._head, self._compute, self._dtype = hidden, head, compute, dtype
-        self._real: Tensor | None = None
 
-    def tensor(self) -> Tensor:
-        """The logits themselves."""
-        if self._real is None:
-            real = self._compute(self._hidden)
-            self._real = real if self._dtype is None else real.to(self._dtype)
-        return self._real
+    def computed(self) -> Tensor:
+        logits = self._compute(self._hidden)
+        return logits if self._dtype is None else logits.to(self._dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -95,19 +92,13 @@ class LazyLogits:
             return self._lazily(self._hidden[index])
         return self.tensor()[index]
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is F.cross_entropy and isinstance(args[0], cls):
-            loss = args[0]._cross_entropy(*args[1:], **dict(kwargs))
+            loss = args[0]._cross_entropy(*args[1:], **dict(kwargs or {}))
             if loss is not None:
                 return loss
-        return func(*(_real(arg) for arg in args), **{key: _real(value) for key, value in kwargs.items()})
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _cross_entropy(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         reduction, ignore_index = kwargs.pop("reduction", "mean"), kwargs.pop("ignore_index", -100)
@@ -138,7 +129,7 @@ def lazy_head(model: Any) -> Any:
 def without_lazy(outputs: Any) -> Any:
     """A model's outputs without their lazy logits; where the outputs are a tuple, with the real ones."""
     if isinstance(outputs, tuple):
-        return tuple(_real(value) for value in outputs)
+        return tuple(real(value) for value in outputs)
     if not any(isinstance(value, LazyLogits) for value in outputs.values()):
         return outputs
     return type(outputs)(**{key: value for key, value in outputs.items() if not isinstance(value, LazyLogits)})
@@ -150,19 +141,3 @@ def _is_plain_frozen(head: Any) -> bool:
     frozen = not any(parameter.requires_grad for parameter in head.parameters(recurse=False))
     base = base_of(head)
     return frozen and not deltas_in_effect and base.kind == "linear" and base.may_fuse(head)
-
-
-def _real(value: Any) -> Any:
-    return value.tensor() if isinstance(value, LazyLogits) else value
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    def apply(self: LazyLogits, *args: Any) -> Any:
-        return getattr(self.tensor(), name)(*(_real(arg) for arg in args))
-
-    return apply
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "pow", "neg",
-              "lt", "le", "gt", "ge", "len", "iter", "abs"):  # fmt: skip
-    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))

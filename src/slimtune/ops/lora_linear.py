@@ -24,6 +24,7 @@ from slimtune.bases.packed import PackedLinear
 from slimtune.delta import Frozen
 from slimtune.methods.lora_deltas import LoraLinear
 from slimtune.ops import fuses
+from slimtune.ops.again import made_again, maker_of
 from slimtune.ops.frozen_linear import no_autocast
 
 MOST_TOKENS = 16
@@ -48,7 +49,7 @@ class Pass:
 
     Attributes:
         dtype: what the products are computed in.
-        product: the node of an input that need not be saved.
+        maker: the node that makes the input again, where it need not be saved.
         recall: what expands a weight that isn't saved.
         y_dtype: what the output is given back in.
     """
@@ -59,7 +60,7 @@ class Pass:
     dtype: torch.dtype
     shape: torch.Size
     x_dtype: torch.dtype
-    product: Any
+    maker: Any
     recall: Callable[[], Tensor] | None
     y_dtype: torch.dtype
 
@@ -84,8 +85,7 @@ class Pass:
         """The input x_TI again."""
         if saved_TI is not None:
             return saved_TI
-        x = self.product._saved_self * self.product._saved_other
-        return x.reshape(-1, self.shape[-1]).to(self.dtype)
+        return made_again(self.maker).reshape(-1, self.shape[-1]).to(self.dtype)
 
 
 def this_pass(base: Frozen, x: Tensor, scaling: float, dropout: float) -> Pass:
@@ -95,24 +95,7 @@ def this_pass(base: Frozen, x: Tensor, scaling: float, dropout: float) -> Pass:
     if torch.is_autocast_enabled(x.device.type):
         dtype = y_dtype = torch.get_autocast_dtype(x.device.type)
     seed = _draw_seed() if dropout else 0
-    return Pass(scaling, dropout, seed, dtype, x.shape, x.dtype, _product(x), recall, y_dtype)
-
-
-def _product(x: Tensor) -> Any:
-    """The autograd node of an input that is the product of two tensors, as behind a gated activation.
-
-    The node keeps both for its own backward, which comes after ours: the product need not be kept beside them.
-    """
-    node: Any = x.grad_fn
-    # Under checkpointing what a node keeps can be asked for only once.
-    if node is None or saving_is_hooked() or node.name() != "MulBackward0":
-        return None
-    return node if all(function for function, _ in node.next_functions) else None
-
-
-def saving_is_hooked() -> bool:
-    """Whether something else than autograd keeps what is saved, as under gradient checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return Pass(scaling, dropout, seed, dtype, x.shape, x.dtype, maker_of(x), recall, y_dtype)
 
 
 def is_plain(module: Any, x: Any) -> bool:
@@ -208,7 +191,7 @@ class _LoraLinear(torch.autograd.Function):
         with no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
             y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
-        ctx.save_for_backward(None if settings.product else x_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR)
+        ctx.save_for_backward(None if settings.maker else x_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR)
         ctx.settings = settings
         return y_TO
 
