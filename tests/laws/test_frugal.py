@@ -250,3 +250,16 @@ def test_the_gates_of_t5(monkeypatch: Any) -> None:
     torch.manual_seed(3)
     loss_of(model, batch).backward()
     assert_all_near(found, adapter_gradients(slimtune, model), 1e-6)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_layer_behind_a_gelu_doesn_t_save_its_input(approximate: str) -> None:
+    x, _ = input_and_gradient((2, 5, WIDTH), torch.float32)
+    activated = torch.nn.functional.gelu(x * 2, approximate=approximate)
+    assert torch.equal(made_again(maker_of(activated)), activated)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(approximate), nn.Linear(WIDTH, 3))
+    model = slimtune.get_peft_model(model, slimtune.LoraConfig(r=2, target_modules=["0", "2"]))
+    randomize(slimtune, model).train()
+    hidden = model[1](model[0](x))
+    y = model[2](hidden)
+    assert hidden.data_ptr() not in {t.data_ptr() for t in y.grad_fn.next_functions[0][0].saved_tensors if t is not None}
