@@ -14,6 +14,8 @@ from torch import Tensor
 
 PIECE = 1 << 18
 """How many weights are quantized at once on a CPU: what that takes stays in its cache. A multiple of all blocks."""
+_LEAST = 1e-38
+"""What the magnitude of a block of zeros is taken for, in bitsandbytes."""
 _NESTED_BLOCK = 256
 """How many scales share a scale in double quantization, in bitsandbytes."""
 
@@ -23,8 +25,7 @@ def packed_4bit(
 ) -> Params4bit:
     """What bitsandbytes' `quantize_4bit` gives for any shape; the state is noted in the module as well."""
     pieces = weight_OI.reshape(-1).split(PIECE if weight_OI.device.type == "cpu" else weight_OI.numel())
-    quantize = torch.ops.bitsandbytes.quantize_4bit.default
-    packed, maxima = zip(*(quantize(piece, blocksize, kind, storage) for piece in pieces), strict=True)
+    packed, maxima = zip(*(_packed_piece(piece, blocksize, kind, storage) for piece in pieces), strict=True)
     absmax, nested = torch.cat(maxima), {}
     if double:
         offset = absmax.mean()
@@ -37,6 +38,29 @@ def packed_4bit(
         module.quant_state = state
     parameter: Any = Params4bit
     return parameter(torch.cat(packed), False, state, blocksize, double, kind, storage, module, bnb_quantized=True)
+
+
+def _packed_piece(piece: Tensor, blocksize: int, kind: str, storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes of some weights, two a byte, and the largest magnitude of each block."""
+    if piece.device.type == "cpu" and piece.numel() % blocksize == 0:
+        # bitsandbytes looks each weight up by bisection there; to count the midpoints below it takes half of the time.
+        blocks = piece.float().view(-1, blocksize)
+        absmax = blocks.abs().amax(-1)
+        if absmax.isfinite().all():
+            scaled = (blocks * (1.0 / absmax.clamp(min=_LEAST)).unsqueeze(-1)).clamp_(-1, 1).view(-1)
+            codes = _nearest(scaled, get_4bit_type(kind, piece.device))
+            return ((codes[::2] << 4) | codes[1::2]).view(storage).unsqueeze(1), absmax
+    return torch.ops.bitsandbytes.quantize_4bit.default(piece, blocksize, kind, storage)
+
+
+def _nearest(scaled: Tensor, codebook: Tensor) -> Tensor:
+    """The code of the nearest value for each number; the lower value where two are as near."""
+    order = codebook.argsort()
+    codes, above = torch.zeros(scaled.shape, dtype=torch.uint8), torch.empty(scaled.shape, dtype=torch.bool)
+    for midpoint in ((codebook[order[:-1]] + codebook[order[1:]]) / 2).tolist():
+        codes += torch.gt(scaled, midpoint, out=above).view(torch.uint8)
+    is_sorted = order.equal(torch.arange(len(order)))
+    return codes if is_sorted else order.to(torch.uint8)[codes.int()]
 
 
 def packed_8bit(weight_OI: Tensor) -> Int8Params:
