@@ -12,7 +12,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import get_4bit_type, quantize_4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -100,6 +100,21 @@ class TestPacking:
         own, expected = packed.quant_state.as_dict(packed=True), state.as_dict(packed=True)
         assert sorted(own) == sorted(expected)
         assert all(torch.equal(own[name], expected[name]) for name in own)
+
+    @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("kind", ["nf4", "fp4"])
+    def test_values_between_two_codes_and_those_that_are_no_numbers(self, kind: str, storage: torch.dtype) -> None:
+        values = get_4bit_type(kind, torch.device("cpu")).sort().values
+        between = (values[1:] + values[:-1]) / 2
+        near = [between.nextafter(torch.full_like(between, side)) for side in (-2.0, 2.0)]
+        weight = torch.cat([torch.ones(3), values, between, *near]).view(1, 64)
+        infinite = torch.randn(1, 64).index_fill(1, torch.tensor([5]), torch.inf)
+        for each in (weight, infinite, torch.zeros(1, 64)):
+            codes, state = quantize_4bit(each, blocksize=64, quant_type=kind, quant_storage=storage)
+            packed: Any = packed_4bit(each, 64, kind, False, storage)
+            assert packed.dtype == storage
+            assert torch.equal(packed.data.view(torch.uint8), codes.view(torch.uint8))
+            assert torch.equal(packed.quant_state.absmax, state.absmax)
 
     @pytest.mark.parametrize("shape", [(7, 9), (600, 700)])
     def test_8_bits_are_those_of_bitsandbytes(self, shape: tuple[int, int]) -> None:

@@ -262,4 +262,6 @@ def test_a_layer_behind_a_gelu_doesn_t_save_its_input(approximate: str) -> None:
     randomize(slimtune, model).train()
     hidden = model[1](model[0](x))
     y = model[2](hidden)
-    assert hidden.data_ptr() not in {t.data_ptr() for t in y.grad_fn.next_functions[0][0].saved_tensors if t is not None}
+    assert hidden.data_ptr() not in {
+        t.data_ptr() for t in y.grad_fn.next_functions[0][0].saved_tensors if t is not None
+    }
