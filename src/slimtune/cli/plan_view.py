@@ -146,7 +146,7 @@ def _show_choices(screen: Console, report: Report) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     table.add_column("needs", justify="right", no_wrap=True)
-    table.add_column(f"of {scale / 1e9:.1f} GB", width=BAR_WIDTH + 1, no_wrap=True)
+    table.add_column(f"live, of {scale / 1e9:.1f} GB", width=BAR_WIDTH + 1, no_wrap=True)
     for name in ("batch", "time", "cost", "adapter"):
         table.add_column(name, justify="right", no_wrap=True)
     for choice in report.choices:
