@@ -18,6 +18,7 @@ from slimtune.delta import Base, Frozen, deltas_of, standing_in
 from slimtune.errors import ConfigError
 from slimtune.ops import fused_for
 from slimtune.ops.lazy_logits import LazyLogits
+from slimtune.ops.tracing import is_traced
 
 BASE = "__base__"
 """The name under which rows of a mixed batch ask for the untouched base."""
@@ -121,8 +122,9 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
     deltas = [own[name] for name in names if name in own]
     base = module.adopted_base
     for delta in deltas:
-        # The compiler fuses the plain formula itself, and can't trace the look-up in the table.
-        may_fuse = call is frozen and not torch.compiler.is_compiling()
+        # The compiler fuses the plain formula itself, and can't trace the look-up in the table; transforms take no node
+        # of ours.
+        may_fuse = call is frozen and not is_traced()
         fused = fused_for(type(delta), type(base)) if may_fuse else None
         around = Frozen(module, base, call)
         call = functools.partial(fused, delta, module, around) if fused else functools.partial(delta, around)

@@ -12,6 +12,7 @@ from slimtune.adopt import Adopted, Switch, adopt
 from slimtune.bases.dense import PLAIN_TENSORS
 from slimtune.ops.frozen_norm import formula_of, frozen_norm
 from slimtune.ops.gated import LazyActivation
+from slimtune.ops.tracing import is_traced
 from slimtune.structure import has_gate
 
 _ACTIVATIONS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.Tanh)
@@ -71,5 +72,5 @@ def _is_learning(module: Any, x: Any) -> bool:
         and x.requires_grad
         and torch.is_grad_enabled()
         and not ("deltas" in module._modules or "instance_forward" in module.__dict__)
-        and not torch.compiler.is_compiling()
+        and not is_traced()
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimtune.delta import Dense, Frozen, Site
 from slimtune.errors import ConfigError
 from slimtune.methods.lora_deltas import LoraConv, LoraDelta, LoraEmbedding, LoraLinear
+from slimtune.ops.tracing import is_traced
 
 if TYPE_CHECKING:
     from slimtune.methods.lora import LoraConfig
@@ -163,7 +164,7 @@ class Remembered:
     def get(self, sources: Sequence[Tensor], setting: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """The tensor, computed anew where a source or the setting has changed, or where that can't be told."""
         # What was made in inference mode changes without a trace; the compiler can't trace what is asked after it.
-        if not sources or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+        if not sources or is_traced() or any(source.is_inference() for source in sources):
             return compute()
         state = setting, [(t._version, t.untyped_storage()._cdata, t.device, t.dtype) for t in sources]
         is_same = state == self._state and all(kept() is t for kept, t in zip(self._sources, sources, strict=True))

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from slimtune.config import LayeredConfig, means
 from slimtune.delta import Delta, Dense, Frozen, Site, added, trainable_dtype
 from slimtune.errors import check_choice, check_number, check_whole
+from slimtune.ops.tracing import is_traced
 
 
 @dataclass
@@ -148,7 +149,7 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
     What the factors of an update multiply to is larger than they are, and cheap to make again.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if is_traced() or not torch.is_grad_enabled():
         return function(*tensors)
     return _Recomputed.apply(function, *tensors)  # type: ignore[return-value]
 
@@ -157,7 +158,7 @@ def updated_product(
     update: Callable[..., Tensor], x: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, *factors: Tensor
 ) -> Tensor:
     """x (W + s dW)^T + b, or x (s dW)^T without W; kept until the backward pass are x, W, and the factors of s dW."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         update_OI = update(*factors)
         return F.linear(x.to(update_OI.dtype), update_OI if weight_OI is None else update_OI + weight_OI, bias_O)
     y_TO: Any = _UpdatedProduct.apply(update, x.reshape(-1, x.shape[-1]), weight_OI, bias_O, *factors)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slimtune.ops.tracing import is_traced
+
 
 def frozen_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, recall: Callable[[], Tensor] | None, dtype: torch.dtype
@@ -25,7 +27,7 @@ def frozen_linear(
     with no_autocast(x.device.type):
         x_TI, weight_OI = x.to(dtype), weight_OI.to(dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
-        if recall is None or torch.compiler.is_compiling():
+        if recall is None or is_traced():
             y: Any = F.linear(x_TI, weight_OI, bias_O)
         else:
             y_TO: Any = _FrozenLinear.apply(x_TI.reshape(-1, x.shape[-1]), weight_OI, bias_O, recall)

@@ -18,6 +18,7 @@ from slimtune.bases import base_of
 from slimtune.delta import deltas_of
 from slimtune.ops.cross_entropy import chunked_cross_entropy
 from slimtune.ops.lazy import Lazy, real
+from slimtune.ops.tracing import is_traced
 
 
 class LazyLogits(Lazy):
@@ -109,7 +110,7 @@ class LazyLogits(Lazy):
         if self.dim() != 2 or target.dim() != 1 or not _is_plain_frozen(self._head):
             return None
         # A compiler may trace this part of a forward that it gave up on; torch 2.11 loses what the node fills in.
-        if torch.compiler.is_compiling():
+        if is_traced():
             return None
         weight, bias = base_of(self._head).weight(self._head), self._head.bias
         return chunked_cross_entropy(self._hidden, weight, bias, target, ignore_index, reduction)
@@ -118,7 +119,7 @@ class LazyLogits(Lazy):
 def lazy_head(model: Any) -> Any:
     """The adopted output layer of a model in training, where its logits may stay uncomputed; else None."""
     ready = model.training and torch.is_grad_enabled() and not model.return_logits
-    if not ready or torch.compiler.is_compiling() or not hasattr(model, "get_output_embeddings"):
+    if not ready or is_traced() or not hasattr(model, "get_output_embeddings"):
         return None
     head = model.get_output_embeddings()
     # A head that is moved or gathered around its call has its weight at hand only during that call.

@@ -26,6 +26,7 @@ from slimtune.methods.lora_deltas import LoraLinear
 from slimtune.ops import fuses
 from slimtune.ops.again import made_again, maker_of
 from slimtune.ops.frozen_linear import no_autocast
+from slimtune.ops.tracing import is_traced
 
 MOST_TOKENS = 16
 """Where a node catches up with the plain formula, on two cores."""
@@ -99,12 +100,7 @@ def this_pass(base: Frozen, x: Tensor, scaling: float, dropout: float) -> Pass:
 
 
 def is_plain(module: Any, x: Any) -> bool:
-    return (
-        type(x) in PLAIN_TENSORS
-        and x.is_floating_point()
-        and base_of(module).may_fuse(module)
-        and not torch.compiler.is_compiling()
-    )
+    return type(x) in PLAIN_TENSORS and x.is_floating_point() and base_of(module).may_fuse(module) and not is_traced()
 
 
 def is_decoding(delta: LoraLinear, base: Frozen, x: Tensor) -> bool:

@@ -17,6 +17,8 @@ from bitsandbytes.autograd._functions import matmul_4bit
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, gemv_4bit, has_avx512bf16
 from torch import Tensor, nn
 
+from slimtune.ops.tracing import is_traced
+
 Product = Callable[[Tensor], Tensor]
 
 MOST_TOKENS = 16
@@ -83,7 +85,7 @@ def _applies(x: Tensor, dtype: torch.dtype) -> bool:
         0 < tokens <= MOST_TOKENS
         and dtype == torch.bfloat16
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not is_traced()
         and type(x) is Tensor
     )
 
