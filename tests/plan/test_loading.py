@@ -56,7 +56,10 @@ def test_the_plan_of_loading_is_what_loading_takes(model: str, base: Any, tmp_pa
     planned = simulate(config, method, base=base, sequence=8, device="cpu", task_type=task_type).at("load")
     held, peak = loaded(folder, base)
     assert planned.parts.weights == held
-    # What is quantized a piece at a time, as bitsandbytes' codes on a CPU, takes the room of a piece beside.
-    pieces = 4 * PIECE if base in KINDS else 0
-    assert peak - pieces <= 1.02 * planned.total
+    # What is quantized a piece at a time, as bitsandbytes' codes on a CPU, takes the room of a piece beside: in
+    # float32, for 4 bits its codes too, and which of it is above a midpoint. GPT-2's weights are turned around before.
+    is_4_bit = base in ("nf4", "fp4")
+    pieces = 6 * PIECE if is_4_bit else 4 * PIECE if base in KINDS else 0
+    turned = 2 * WIDE["hidden_size"] * WIDE["intermediate_size"] if is_4_bit and model == "GPT-2" else 0
+    assert peak - pieces - turned <= 1.02 * planned.total
     assert planned.total <= 1.02 * peak

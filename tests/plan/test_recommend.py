@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,9 +86,11 @@ def test_a_micro_batch_shrinks_and_is_accumulated_before_checkpoints_are_taken()
 
 
 def test_checkpoints_come_when_a_single_example_is_too_much() -> None:
-    options: dict[str, Any] = {"methods": ("lora",), "bases": ("dense",), "batch_size": 1}
-    (plain,) = plan(CONFIG, device=device(10**12), max_length=64, **options).choices
-    (tight,) = plan(CONFIG, device=device(plain.parts.total - 1), max_length=64, **options).choices
+    config = copy.deepcopy(CONFIG)
+    config.max_position_embeddings = 512
+    options: dict[str, Any] = {"methods": ("lora",), "bases": ("dense",), "batch_size": 1, "max_length": 512}
+    (plain,) = plan(config, device=device(10**12), **options).choices
+    (tight,) = plan(config, device=device(plain.parts.total - 1), **options).choices
     assert tight.fits
     assert tight.setting.gradient_checkpointing
     assert tight.parts.total < plain.parts.total

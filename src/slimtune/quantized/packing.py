@@ -12,7 +12,7 @@ from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_q
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 from torch import Tensor
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 """How many weights are quantized at once on a CPU: what that takes stays in its cache. A multiple of all blocks."""
 _LEAST = 1e-38
 """What the magnitude of a block of zeros is taken for, in bitsandbytes."""
@@ -44,10 +44,10 @@ def _packed_piece(piece: Tensor, blocksize: int, kind: str, storage: torch.dtype
     """The codes of some weights, two a byte, and the largest magnitude of each block."""
     if piece.device.type == "cpu" and piece.numel() % blocksize == 0:
         # bitsandbytes looks each weight up by bisection there; to count the midpoints below it takes half of the time.
-        blocks = piece.float().view(-1, blocksize)
-        absmax = blocks.abs().amax(-1)
+        blocks = piece.to(torch.float32, copy=True).view(-1, blocksize)
+        absmax = torch.maximum(blocks.amax(-1), -blocks.amin(-1)).abs()
         if absmax.isfinite().all():
-            scaled = (blocks * (1.0 / absmax.clamp(min=_LEAST)).unsqueeze(-1)).clamp_(-1, 1).view(-1)
+            scaled = blocks.mul_((1.0 / absmax.clamp(min=_LEAST)).unsqueeze(-1)).clamp_(-1, 1).view(-1)
             codes = _nearest(scaled, get_4bit_type(kind, piece.device))
             return ((codes[::2] << 4) | codes[1::2]).view(storage).unsqueeze(1), absmax
     return torch.ops.bitsandbytes.quantize_4bit.default(piece, blocksize, kind, storage)
@@ -56,11 +56,14 @@ def _packed_piece(piece: Tensor, blocksize: int, kind: str, storage: torch.dtype
 def _nearest(scaled: Tensor, codebook: Tensor) -> Tensor:
     """The code of the nearest value for each number; the lower value where two are as near."""
     order = codebook.argsort()
-    codes, above = torch.zeros(scaled.shape, dtype=torch.uint8), torch.empty(scaled.shape, dtype=torch.bool)
-    for midpoint in ((codebook[order[:-1]] + codebook[order[1:]]) / 2).tolist():
-        codes += torch.gt(scaled, midpoint, out=above).view(torch.uint8)
-    is_sorted = order.equal(torch.arange(len(order)))
-    return codes if is_sorted else order.to(torch.uint8)[codes.int()]
+    midpoints = (codebook[order[:-1]] + codebook[order[1:]]) / 2
+    # Up to the code of a value from that of the one below, which in FP4 may be larger: bytes count round.
+    steps = order.diff() % 256
+    codes = torch.full(scaled.shape, int(order[0]), dtype=torch.uint8)
+    above = torch.empty(scaled.shape, dtype=torch.bool)
+    for midpoint, step in zip(midpoints.tolist(), steps.tolist(), strict=True):
+        codes.add_(torch.gt(scaled, midpoint, out=above).view(torch.uint8), alpha=step)
+    return codes
 
 
 def packed_8bit(weight_OI: Tensor) -> Int8Params:
