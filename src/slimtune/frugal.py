@@ -23,15 +23,18 @@ class FrozenNorm(Adopted):
 
     adopted_from: ClassVar[type[nn.Module]]
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self
-        if args or kwargs or not _is_learning(module, x):
-            return super().forward(x, *args, **kwargs)
+        if not _is_itself(module):
+            return super().forward(*args, **kwargs)
+        if kwargs or not _passes_gradients(*args):
+            return self.adopted_from.forward(module, *args, **kwargs)
+        (x,) = args
         weight, formula = module.weight, formula_of(module)
-        is_frozen = type(weight) in PLAIN_TENSORS and not weight.requires_grad and weight.dtype == x.dtype
         # Of float64, autograd keeps half: norms compute in float32.
-        if formula is None or not is_frozen or x.dtype == torch.float64:
-            return super().forward(x)
+        is_alike = type(weight) in PLAIN_TENSORS and weight.dtype == x.dtype != torch.float64
+        if formula is None or weight.requires_grad or not is_alike:
+            return self.adopted_from.forward(module, x)
         return frozen_norm(x, weight, getattr(module, formula.epsilon), formula)
 
 
@@ -40,13 +43,15 @@ class GateActivation(Adopted):
 
     adopted_from: ClassVar[type[nn.Module]]
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self
+        if not _is_itself(module):
+            return super().forward(*args, **kwargs)
         # A hook is to see a tensor. Autocast is not in force where the backward pass computes the activation again.
-        is_seen = module._forward_hooks or args or kwargs
-        if is_seen or not _is_learning(module, x) or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, *args, **kwargs)
-        return LazyActivation(x, functools.partial(type(module).adopted_from.forward, module))
+        is_seen = module._forward_hooks or kwargs or not _passes_gradients(*args)
+        if is_seen or torch.is_autocast_enabled(args[0].device.type):
+            return self.adopted_from.forward(module, *args, **kwargs)
+        return LazyActivation(args[0], functools.partial(self.adopted_from.forward, module))
 
 
 def adopt_frugal(model: nn.Module, switch: Switch) -> None:
@@ -65,12 +70,13 @@ def _is_activation(module: Any) -> bool:
     return known and not list(module.parameters()) and not getattr(module, "inplace", False)
 
 
-def _is_learning(module: Any, x: Any) -> bool:
-    """Whether a gradient passes through a module that is itself."""
-    return (
-        type(x) in PLAIN_TENSORS
-        and x.requires_grad
-        and torch.is_grad_enabled()
-        and not ("deltas" in module._modules or "instance_forward" in module.__dict__)
-        and not is_traced()
-    )
+def _is_itself(module: Any) -> bool:
+    """Whether the module computes what its class does."""
+    return not ("deltas" in module._modules or "instance_forward" in module.__dict__)
+
+
+def _passes_gradients(*inputs: Any) -> bool:
+    """Whether the only input is a tensor through which a gradient passes."""
+    if len(inputs) != 1 or type(inputs[0]) not in PLAIN_TENSORS or not inputs[0].requires_grad:
+        return False
+    return torch.is_grad_enabled() and not is_traced()

@@ -155,7 +155,7 @@ def test_a_model_s_gradients_are_those_of_its_own_forwards(specimen: Specimen, m
     loss.backward()
     found = copies(adapter_gradients(slimtune, model))
     model.zero_grad()
-    monkeypatch.setattr(frugal, "_is_learning", lambda module, x: False)
+    monkeypatch.setattr(frugal, "_passes_gradients", lambda *inputs: False)
     plain = loss_of(model, batch)
     plain.backward()
     assert torch.equal(loss, plain)
@@ -202,6 +202,16 @@ def test_layers_that_read_a_norm_don_t_save_its_output() -> None:
     assert not kept & {y.data_ptr() for y in read_by_layers}
 
 
+def test_inputs_by_name_and_others_go_to_the_module_itself() -> None:
+    model = tuned(LLAMA)
+    x, _ = input_and_gradient((1, 3, 32), torch.float32)
+    norm, activation = parts(model, FrozenNorm)[0], parts(model, GateActivation)[0]
+    assert torch.equal(norm(hidden_states=x), norm(x))
+    assert torch.equal(activation(input=x), activation(x) + 0)
+    with pytest.raises(TypeError):
+        norm(x, x)
+
+
 def test_unloading_gives_the_classes_back() -> None:
     model = LLAMA.model()
     before = [type(module) for module in model.modules()]
@@ -246,7 +256,7 @@ def test_the_gates_of_t5(monkeypatch: Any) -> None:
     loss_of(model, batch).backward()
     found = copies(adapter_gradients(slimtune, model))
     model.zero_grad()
-    monkeypatch.setattr(frugal, "_is_learning", lambda module, x: False)
+    monkeypatch.setattr(frugal, "_passes_gradients", lambda *inputs: False)
     torch.manual_seed(3)
     loss_of(model, batch).backward()
     assert_all_near(found, adapter_gradients(slimtune, model), 1e-6)
