@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.adopt import Adopted, Switch, adopt
 from slimtune.bases.dense import PLAIN_TENSORS
@@ -18,40 +19,48 @@ from slimtune.structure import has_gate
 _ACTIVATIONS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
 
-class FrozenNorm(Adopted):
+class _Frugal(Adopted):
+    """A part that is computed in its own way where a gradient passes through it, and by its class elsewhere."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+        if "deltas" in module._modules or "instance_forward" in module.__dict__:
+            return super().forward(*args, **kwargs)
+        own = functools.partial(self.adopted_from.forward, module)
+        if kwargs or not _passes_gradients(*args):
+            return own(*args, **kwargs)
+        return self.frugally(own, *args)
+
+    def frugally(self, own: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class FrozenNorm(_Frugal):
     """Mixed in front of a root mean square norm."""
 
     adopted_from: ClassVar[type[nn.Module]]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def frugally(self, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         module: Any = self
-        if not _is_itself(module):
-            return super().forward(*args, **kwargs)
-        if kwargs or not _passes_gradients(*args):
-            return self.adopted_from.forward(module, *args, **kwargs)
-        (x,) = args
         weight, formula = module.weight, formula_of(module)
         # Of float64, autograd keeps half: norms compute in float32.
         is_alike = type(weight) in PLAIN_TENSORS and weight.dtype == x.dtype != torch.float64
         if formula is None or weight.requires_grad or not is_alike:
-            return self.adopted_from.forward(module, x)
+            return own(x)
         return frozen_norm(x, weight, getattr(module, formula.epsilon), formula)
 
 
-class GateActivation(Adopted):
+class GateActivation(_Frugal):
     """Mixed in front of the activation of a gate."""
 
     adopted_from: ClassVar[type[nn.Module]]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def frugally(self, own: Callable[[Tensor], Tensor], x: Tensor) -> Any:
         module: Any = self
-        if not _is_itself(module):
-            return super().forward(*args, **kwargs)
         # A hook is to see a tensor. Autocast is not in force where the backward pass computes the activation again.
-        is_seen = module._forward_hooks or kwargs or not _passes_gradients(*args)
-        if is_seen or torch.is_autocast_enabled(args[0].device.type):
-            return self.adopted_from.forward(module, *args, **kwargs)
-        return LazyActivation(args[0], functools.partial(self.adopted_from.forward, module))
+        if module._forward_hooks or torch.is_autocast_enabled(x.device.type):
+            return own(x)
+        return LazyActivation(x, own)
 
 
 def adopt_frugal(model: nn.Module, switch: Switch) -> None:
@@ -68,11 +77,6 @@ def adopt_frugal(model: nn.Module, switch: Switch) -> None:
 def _is_activation(module: Any) -> bool:
     known = type(module) in _ACTIVATIONS or type(module).__module__ == "transformers.activations"
     return known and not list(module.parameters()) and not getattr(module, "inplace", False)
-
-
-def _is_itself(module: Any) -> bool:
-    """Whether the module computes what its class does."""
-    return not ("deltas" in module._modules or "instance_forward" in module.__dict__)
 
 
 def _passes_gradients(*inputs: Any) -> bool:
