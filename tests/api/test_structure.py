@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers.models.dinov2 import modeling_dinov2
 
 import slimtune
 from denoisers import flux
@@ -79,6 +80,8 @@ T5 = {
     "DenseReluDense.wo": DOWN,
 }
 VIT = {**three("attention", "q_proj", "k_proj", "v_proj", "o_proj"), **TWO}
+DINO = {**three("attention", "attention.query", "attention.key", "attention.value", "output.dense"), **TWO}
+"""DINOv2 as transformers named its layers before it renamed them as in ViT."""
 DIFFUSION = {
     **three("attn1", "to_q", "to_k", "to_v", "to_out.0"),
     "ff.net.0.proj": IN,
@@ -178,7 +181,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
          "output_dense": DOWN},
     ),
     "vit": (of(hf.ViTConfig(**VISION, **IMAGES)), VIT),
-    "dinov2": (of(hf.Dinov2Config(**VISION, **IMAGES)), VIT),
+    "dinov2": (
+        of(hf.Dinov2Config(**VISION, **IMAGES)),
+        DINO if hasattr(modeling_dinov2, "Dinov2SelfAttention") else VIT,
+    ),
     "clip": (of(CLIP), OPT),
     "swin": (
         of(hf.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4)),

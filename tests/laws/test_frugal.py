@@ -22,6 +22,7 @@ from slimtune.frugal import FrozenNorm, GateActivation
 from slimtune.ops.again import made_again, maker_of
 from slimtune.ops.frozen_norm import FORMULAS, formula_of, frozen_norm
 from slimtune.ops.gated import LazyActivation
+from slimtune.plan.live import Ledger
 from tensors import adapter_gradients, assert_all_near, copies, loss_of, randomize
 from zoo import BERT, GEMMA3, LLAMA, QWEN2, T5, Specimen
 
@@ -107,6 +108,16 @@ def test_a_norm_and_its_gradient(kind: str, dtype: str) -> None:
     assert node.output is None
     assert gradient.dtype == torch_dtype
     assert (gradient - expected_gradient).float().norm() <= tolerance * expected_gradient.float().norm()
+
+
+def test_trying_a_class_is_no_part_of_what_others_count() -> None:
+    class Untried(LlamaRMSNorm):
+        pass
+
+    module, ledger = Untried(WIDTH), Ledger()
+    with ledger:
+        assert formula_of(module) is not None
+    assert not ledger.operations
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "quick_gelu"])

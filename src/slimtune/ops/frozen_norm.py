@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def _found(module: nn.Module, kind: type[nn.Module]) -> Formula | None:
 def _is_computed_by(module: nn.Module, kind: type[nn.Module], formula: Formula, dtype: torch.dtype) -> bool:
     """Whether the class's forward gives what the formula does, to the bit."""
     width = module.get_parameter("weight").shape[0]
-    with unset_fake_temporarily(), torch.device("cpu"):
+    # Neither with tensors without data, nor in anyone's count of operations: a class is tried once in a process.
+    with _disable_current_modes(), torch.device("cpu"):
         weight_D = torch.linspace(-1, 2, width).to(dtype)
         x = torch.linspace(-3, 5, 3 * width).sin().to(dtype).view(1, 3, width)
         own = module._parameters["weight"]

@@ -17,7 +17,10 @@ from slimtune.targets import walk
 Expanded = list[tuple[nn.Module, PackedLinear, Tensor]]
 """The quantized modules of a model, their kinds, and their weights (out, in) in floating point."""
 
-MODEL_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+MODEL_MARKS = (
+    "hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit",
+    "is_4bit_serializable", "is_8bit_serializable",
+)  # fmt: skip
 CONFIG_MARKS = ("quantization_config", "_is_quantized", "_pre_quantization_dtype")
 """Where transformers and diffusers note that a model is quantized; a plain one could not be saved or trained then."""
 
