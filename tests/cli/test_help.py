@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-COMMANDS = ("demo", "plan", "train", "chat", "generate", "predict", "methods", "info", "merge", "doctor", "demo-data",
-            "evaluate", "forgetting", "spectra", "recipe", "data")  # fmt: skip
+COMMANDS = ("demo", "plan", "train", "compare", "chat", "generate", "predict", "methods", "info", "merge", "doctor",
+            "demo-data", "evaluate", "forgetting", "spectra", "recipe", "data")  # fmt: skip
 
 
 def test_help_lists_every_command_and_the_exit_codes(run: Any) -> None:
@@ -23,6 +23,12 @@ def test_each_command_has_an_example(run: Any, command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"slimtune {command}" in " ".join(result.stdout.split())
+
+
+def test_paragraphs_break_where_the_screen_ends() -> None:
+    from slimtune.cli import app
+
+    assert all("\n" not in str(command.help).replace("\n\n", "") for command in app.registered_commands)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -84,6 +84,11 @@ def options(
     leave_out_noise()
 
 
+def _folded(text: str) -> str:
+    """Paragraphs of one line each, which break where the screen ends and not where the source does."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 for name, command in {
     "demo": demo,
     "plan": plan,
@@ -101,7 +106,7 @@ for name, command in {
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():
-    app.command(name)(command)
+    app.command(name, help=_folded(command.__doc__ or ""))(command)
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
 

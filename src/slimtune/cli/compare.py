@@ -32,7 +32,7 @@ def compare(
         typer.Option(
             metavar="NAMES",
             help="Between commas: any of [bold]slimtune methods[/], qlora (lora on a base in NF4), and variants with "
-            "fields, such as lora:r=64:use_rslora=true. '' for none.",
+            "fields, such as lora:r=64. '' for none.",
             rich_help_panel=WHAT,
         ),
     ] = None,
