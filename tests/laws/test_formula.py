@@ -109,7 +109,9 @@ def test_the_gradients_are_the_equation_s(case: Case) -> None:
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {"LORA": [{"use_dora": False}, {"use_dora": True}]}
 """Options that choose among the deltas of a method."""
-PLAIN: dict[str, Any] = {"lora_dropout": 0.0, "rank_dropout": 0.0, "module_dropout": 0.0, "bias": "none"}
+PLAIN: dict[str, Any] = {
+    "lora_dropout": 0.0, "vera_dropout": 0.0, "rank_dropout": 0.0, "module_dropout": 0.0, "bias": "none",
+}  # fmt: skip
 Variant = tuple[Kind, str, dict[str, Any]]
 
 
@@ -239,9 +241,9 @@ def kind_product_bound(model: Any, kind: Kind) -> Tensor:
 WITH_DROPOUT = tuple(kind for kind in FLOATING if "embedding" not in kind.name)  # ids can't be dropped
 
 
-@given(cases(WITH_DROPOUT, LORA, lora_dropout=0.4, bias="none", use_dora=False))
+@given(cases(WITH_DROPOUT, ("LORA", "VERA"), lora_dropout=0.4, vera_dropout=0.4, bias="none", use_dora=False))
 def test_with_dropout_forward_and_backward_use_one_mask(case: Case) -> None:
-    """The term is linear in A and in B: <gradient, factor> is <cotangent, term> for the mask drawn."""
+    """The term is linear in each thing that is trained: <gradient, factor> is <cotangent, term> for the mask drawn."""
     kind, config = case
     model = randomize(slimtune, attach(kind, config).double()).train()
     x = kind.input().double()
@@ -251,9 +253,10 @@ def test_with_dropout_forward_and_backward_use_one_mask(case: Case) -> None:
     g = cotangent(y)
     y.backward(g)
     term = (g * (y.detach() - base)).sum()
-    gradients = adapter_gradients(slimtune, model)
-    for key, factor in adapter_tensors(slimtune, model).items():
-        assert float((gradients[key] * factor).sum()) == pytest.approx(float(term), rel=1e-6, abs=1e-9)
+    factors, gradients = adapter_tensors(slimtune, model), adapter_gradients(slimtune, model)
+    assert len(gradients) == 2
+    for key, gradient in gradients.items():
+        assert float((gradient * factors[key]).sum()) == pytest.approx(float(term), rel=1e-6, abs=1e-9)
 
 
 def test_dropout_keeps_the_mean_and_drops_the_share_that_was_asked_for() -> None:

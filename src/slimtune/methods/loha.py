@@ -59,8 +59,9 @@ class LohaDelta(LycorisDelta):
 
     def update(self, *factors: Tensor) -> Tensor:
         half = len(factors) // 2
+        factors = (factors[0] * self.scaling, *factors[1:])
         one, two = (_product(*factors[i : i + half]) for i in (0, half))
-        return (one * two * self.scaling).view(self.shape)
+        return (one * two).view(self.shape)
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:

@@ -127,12 +127,16 @@ class LokrLinear(LokrDelta):
     """y = base(x) + s * W1_AC X_CD W2_BD^T, flattened; the product of W1 and W2 is never made."""
 
     def change(self, module: Any, x: Tensor) -> Tensor:
-        return recomputed(self.multiplied, x, *self.factors)
+        def multiplied(x: Tensor, *factors: Tensor) -> Tensor:
+            return self.multiplied(x.to(factors[0].dtype), *factors)
+
+        return recomputed(multiplied, x, *self.factors)
 
     def multiplied(self, x: Tensor, *factors: Tensor) -> Tensor:
-        w1_AC, w2_BD = self.pair(*factors)
+        """s * W1 X W2^T in the precision of x."""
+        w1_AC, w2_BD = (matrix.to(x.dtype) for matrix in self.pair(*factors))
         (a, c), (b, d) = w1_AC.shape, w2_BD.shape
-        x_TCD, shape = x.to(w1_AC.dtype).reshape(-1, c, d), (*x.shape[:-1], a * b)
+        x_TCD, shape = x.reshape(-1, c, d), (*x.shape[:-1], a * b)
         # Both orders give the same; the one with fewer multiplications.
         if c * b * (d + a) <= d * a * (c + b):
             return (w1_AC @ (x_TCD @ w2_BD.t())).reshape(shape)

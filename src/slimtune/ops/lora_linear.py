@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from slimtune.bases import base_of
 from slimtune.bases.dense import PLAIN_TENSORS, DenseLinear
 from slimtune.bases.packed import PackedLinear
-from slimtune.delta import Frozen
+from slimtune.delta import Delta, Frozen
 from slimtune.methods.lora_deltas import LoraLinear
 from slimtune.ops import fuses
 from slimtune.ops.again import made_again, maker_of
@@ -103,11 +103,11 @@ def is_plain(module: Any, x: Any) -> bool:
     return type(x) in PLAIN_TENSORS and x.is_floating_point() and base_of(module).may_fuse(module) and not is_traced()
 
 
-def is_decoding(delta: LoraLinear, base: Frozen, x: Tensor) -> bool:
+def is_decoding(delta: Delta, base: Frozen, x: Tensor) -> bool:
     """Whether so few tokens pass an adapter at rest that a node, and factors cast for it, would be most of the work."""
     at_rest = not (torch.is_grad_enabled() or delta.training) and x.numel() <= MOST_TOKENS * x.shape[-1]
     # An expanded weight's product is rounded once, with the low-rank term in it.
-    return at_rest and x.dtype != delta.trained[0].dtype and base.base.recall(base.module) is None
+    return at_rest and x.dtype != next(delta.parameters()).dtype and base.base.recall(base.module) is None
 
 
 def _draw_seed() -> int:

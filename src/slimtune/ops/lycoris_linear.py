@@ -1,0 +1,51 @@
+"""LoHa and LoKr on a frozen linear layer, in the base's precision: y = x W^T + b + x (s dW)^T.
+
+Saved are the input and the factors of the update, of which all else is made again in the backward pass. In 32 bits LoHa
+needs one product, by W + s dW; in 16 bits that would be rounded to W, so that there the products stay two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.bases.dense import DenseLinear
+from slimtune.bases.packed import PackedLinear
+from slimtune.delta import Frozen
+from slimtune.methods.loha import LohaLinear
+from slimtune.methods.lokr import LokrLinear
+from slimtune.methods.lycoris import LycorisDelta, recomputed, updated_product
+from slimtune.ops import fuses
+from slimtune.ops.lora_linear import is_decoding, is_plain
+
+
+@fuses(LohaLinear, PackedLinear)
+@fuses(LohaLinear, DenseLinear)
+def loha_linear(delta: LohaLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`base(x) + s dW x`, with dW made in its own precision and rounded once."""
+    if args or kwargs or _stays_plain(delta, module, base, x):
+        return delta.forward(base, x, *args, **kwargs)
+    if base.base.recall(module) is None and x.dtype == delta.factors[0].dtype:
+        return updated_product(delta.update, x, base.weight, module.bias, *delta.factors)
+
+    def rounded(*factors: Tensor) -> Tensor:
+        return delta.update(*factors).to(x.dtype)
+
+    return base(x) + updated_product(rounded, x, None, None, *delta.factors)
+
+
+@fuses(LokrLinear, PackedLinear)
+@fuses(LokrLinear, DenseLinear)
+def lokr_linear(delta: LokrLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`base(x) + s * W1 X W2^T`, in the precision of x."""
+    if args or kwargs or _stays_plain(delta, module, base, x):
+        return delta.forward(base, x, *args, **kwargs)
+    return base(x) + recomputed(delta.multiplied, x, *delta.factors)
+
+
+def _stays_plain(delta: LycorisDelta, module: Any, base: Frozen, x: Tensor) -> bool:
+    drops = delta.training and (delta.rank_dropout or delta.module_dropout)
+    at_rest = is_decoding(delta, base, x) or torch.is_autocast_enabled(x.device.type)
+    return bool(drops) or at_rest or not is_plain(module, x)
