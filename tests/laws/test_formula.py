@@ -157,10 +157,12 @@ def test_the_table_of_fused_functions_is_covered() -> None:
     assert entries == set(ops.table().values())
 
 
-def run(kind: Kind, config: PeftConfig, dtype: torch.dtype, fused: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def run(
+    kind: Kind, config: PeftConfig, dtype: torch.dtype, fused: bool, x: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Output, gradients of the adapter and of the input: as dispatched, or by the plain formula."""
     model = randomize(slimtune, slimtune.get_peft_model(kind.host().to(dtype), config)).train()
-    x = kind.input().to(dtype).requires_grad_()
+    x = (kind.input() if x is None else x).detach().to(dtype).requires_grad_()
     site: Any = model.site
     frozen = Frozen(site, base_of(site), functools.partial(site.adopted_from.forward, site))
     y = model(x) if fused else site.deltas["default"](frozen, x)
@@ -176,6 +178,19 @@ def test_fused_equals_plain_in_float32(case: Case) -> None:
     assert_near(y, plain_y, TIGHT)
     assert_all_near(gradients, plain_gradients, TIGHT)
     assert_near(gx, plain_gx, TIGHT)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize("variant", FUSED, ids=lambda variant: "-".join(map(str, variant)))
+def test_fused_equals_plain_for_few_tokens_and_for_many(variant: Variant, tokens: int) -> None:
+    """Fewer than the layer has inputs, or more: what is multiplied first differs."""
+    kind, method, options = variant
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, kind.input().shape[-1])
+    fused, plain = (run(kind, small_config(method, kind, options), torch.float32, f, x) for f in (True, False))
+    assert_near(fused[0], plain[0], TIGHT)
+    assert_all_near(fused[1], plain[1], TIGHT)
+    assert_near(fused[2], plain[2], TIGHT)
 
 
 @given(fused_cases())

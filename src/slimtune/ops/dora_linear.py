@@ -42,12 +42,21 @@ def dora_linear(delta: DoraLinear, module: Any, base: Frozen, x: Tensor, *args: 
     return settings.output(y_TO)
 
 
-def _scaled(matrix: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
-    """matrix * factor, rounded once."""
+def _near_one(factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """f - 1 in the dtype of what f multiplies, where M + (f - 1) M serves for f M; None elsewhere.
+
+    In one dtype it is far faster than in two, which goes through copies.
+    """
+    if factor.device.type != "cpu" or factor.dtype == dtype:
+        return None
     change = factor - 1
-    if matrix.device.type == "cpu" and matrix.dtype != factor.dtype and change.abs().max() <= _NEAR:
-        # M + (f - 1) M in one dtype is far faster than f M in two, which goes through copies.
-        return torch.addcmul(matrix, matrix, change.to(matrix.dtype), out=out)
+    return change.to(dtype) if torch.linalg.vector_norm(change, float("inf")) <= _NEAR else None
+
+
+def _scaled(matrix: Tensor, factor: Tensor, change: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """matrix * factor, rounded once; `change` is what `_near_one` has of the factor."""
+    if change is not None:
+        return torch.addcmul(matrix, matrix, change, out=out)
     out = torch.empty_like(matrix) if out is None else out
     return torch.mul(matrix, factor, out=out)
 
@@ -72,22 +81,24 @@ class _DoraLinear(torch.autograd.Function):
         with no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
             y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
-            straight_TO = None
+            straight_TO, change_O = None, _near_one(ratio_O, y_TO.dtype)
             if bias_O is not None:
                 # Not y = c * (product) + b: at the start the output is the base's to the bit.
                 straight_TO = y_TO - bias_O.to(y_TO.dtype)
                 y_TO.addcmul_(straight_TO, (ratio_O - 1).to(y_TO.dtype))
             elif not learns:
-                _scaled(y_TO, ratio_O, out=y_TO)
+                _scaled(y_TO, ratio_O, change_O, out=y_TO)
             else:
-                least = torch.full_like(ratio_O, _LEAST_RATIO).copysign_(ratio_O)
-                ratio_O = torch.where(ratio_O.abs() < _LEAST_RATIO, least, ratio_O)
+                if change_O is None:
+                    least = torch.full_like(ratio_O, _LEAST_RATIO).copysign_(ratio_O)
+                    ratio_O = torch.where(ratio_O.abs() < _LEAST_RATIO, least, ratio_O)
                 # The range of float16 is too small for what is tiny by a tiny factor.
                 if saving_is_hooked() or y_TO.dtype == torch.float16:
                     straight_TO = y_TO.clone()
-                _scaled(y_TO, ratio_O, out=y_TO)
+                _scaled(y_TO, ratio_O, change_O, out=y_TO)
         saved_TI = None if settings.maker else x_TI
-        ctx.save_for_backward(saved_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO)
+        of_rows = ratio_O, change_O, norms_O
+        ctx.save_for_backward(saved_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR, *of_rows, straight_TO)
         ctx.settings = settings
         # Not by save_for_backward: an output that is changed in place afterwards is no error.
         is_kept = learns and straight_TO is None and not y_TO.is_inference()
@@ -98,7 +109,7 @@ class _DoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = received
-        x_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO = ctx.saved_tensors
+        x_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, change_O, norms_O, straight_TO = ctx.saved_tensors
         settings: Pass = ctx.settings
         output_TO, ctx.output_TO = ctx.output_TO, None
         needs_x, _, needs_bias, needs_a, needs_b, needs_magnitude = ctx.needs_input_grad[:6]
@@ -112,14 +123,21 @@ class _DoraLinear(torch.autograd.Function):
                 if straight_TO is None:
                     straight_TO, _ = products(x_TI, settings.weight(weight_OI), None, a_RI, b_OR, settings)
                 gratio_O = _dot(g_TO, straight_TO, ratio_O.dtype)
-            scaled_OI = None
-            if needs_x:
-                own_OI = settings.weight(weight_OI)
-                scaled_OI = _scaled(own_OI, ratio_O[:, None], out=None if settings.recall is None else own_OI)
-            needed = needs_x, needs_a, needs_b
-            scaled_OR = b_OR * ratio_O[:, None]
-            gx, ga_RI, gb_OR = gradients(g_TO, x_TI, z_TR, scaled_OI, a_RI, scaled_OR, settings, needed)
-            gb_OR = None if gb_OR is None else gb_OR.mul_(ratio_O[:, None])
             gbias_O = g_TO.sum(0) if needs_bias else None
+            # c * g or c * W, of which one is smaller.
+            few_tokens = needs_x and x_TI.shape[0] < x_TI.shape[1]
+            if few_tokens:
+                g_TO = _scaled(g_TO, ratio_O, change_O)
+            else:
+                b_OR = b_OR * ratio_O[:, None]
+                if needs_x:
+                    own_OI = settings.weight(weight_OI)
+                    change_O1 = None if change_O is None else change_O[:, None]
+                    out = None if settings.recall is None else own_OI
+                    weight_OI = _scaled(own_OI, ratio_O[:, None], change_O1, out)
+            needed = needs_x, needs_a, needs_b
+            gx, ga_RI, gb_OR = gradients(g_TO, x_TI, z_TR, weight_OI, a_RI, b_OR, settings, needed)
+            if gb_OR is not None and not few_tokens:
+                gb_OR.mul_(ratio_O[:, None])
         gmagnitude_O = None if gratio_O is None else torch.where(norms_O == 0, 0.0, gratio_O / norms_O)
         return gx, None, gbias_O, ga_RI, gb_OR, gmagnitude_O, None, None, None
