@@ -60,6 +60,10 @@ class DamagedBaseError(SlimtuneError, ValueError):
     """A quantized base model whose stored weights don't fit together."""
 
 
+class PlanError(ConfigError):
+    """What can't be planned, though a training of it may work."""
+
+
 class DoesNotFitError(SlimtuneError, MemoryError):
     """A training that needs more memory than the device has."""
 

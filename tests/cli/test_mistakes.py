@@ -20,6 +20,7 @@ def refused(result: Any, *said: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("slimtune: ")
     assert result.stderr.count("\n") == 1
+    assert "not planned" not in result.stdout
     assert "Traceback" not in result.output
     for part in said:
         assert part in result.stderr

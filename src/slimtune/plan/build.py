@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from slimtune.auto import BY_TASK
-from slimtune.errors import ConfigError, ModelNotFoundError
+from slimtune.errors import ConfigError, ModelNotFoundError, PlanError
 from slimtune.ops import cross_entropy
 from slimtune.plan.setting import Setting
 from slimtune.source import PACKAGED, folder_of, is_adapter
@@ -37,6 +37,7 @@ def config_of(source: Any, trust_remote_code: bool = False) -> Any:
 
     Raises:
         ModelNotFoundError: there is none, it can't be reached or read, or it needs code from the model's folder.
+        ConfigError: it is an adapter.
     """
     if isinstance(source, transformers.PreTrainedConfig):
         return copy.deepcopy(source)
@@ -61,7 +62,7 @@ def config_of(source: Any, trust_remote_code: bool = False) -> Any:
 
 
 def model_class(config: Any, task_type: str | None) -> Any:
-    """The transformers class for a task, or the one that the configuration names. Raises: ConfigError."""
+    """The transformers class for a task, or the one that the configuration names. Raises: PlanError."""
     if task_type is not None:
         return getattr(transformers, BY_TASK[str(task_type)])
     named = next((getattr(transformers, name, None) for name in config.architectures or []), None)
@@ -70,7 +71,7 @@ def model_class(config: Any, task_type: str | None) -> Any:
     for name, mapping in FALLBACKS:
         if type(config) in getattr(transformers, mapping):
             return getattr(transformers, name)
-    raise ConfigError(f"a {type(config).__name__} doesn't say what its model is tuned for; pass task_type")
+    raise PlanError(f"a {type(config).__name__} doesn't say what its model is tuned for; pass task_type")
 
 
 def task_of(config: Any) -> str:
@@ -91,9 +92,9 @@ def positions_of(config: Any) -> int | None:
 
 
 def build(config: Any, setting: Setting, task_type: str | None) -> Any:
-    """The model in training mode, its weights as the setting stores them. Raises: ConfigError."""
+    """The model in training mode, its weights as the setting stores them. Raises: PlanError."""
     if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
-        raise ConfigError(
+        raise PlanError(
             f"a {type(config).__name__} is for a model that reads pictures or sounds beside texts, whose step can't "
             "be planned; in Python, slimtune.plan(config.get_text_config()) plans its part for texts"
         )
@@ -111,7 +112,7 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
         if setting.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"the model can't be built so: {str(error).splitlines()[0]}") from error
+        raise PlanError(f"the model can't be built so: {str(error).splitlines()[0]}") from error
     return model.train()
 
 

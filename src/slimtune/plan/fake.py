@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
-from slimtune.errors import ConfigError
+from slimtune.errors import PlanError
 from slimtune.plan.live import Ledger, tensors_in
 
 LARGEST_REAL = 2**20
@@ -49,7 +49,7 @@ class FakeLedger(Ledger):
         except DataDependentOutputException:
             return _answer(func, args)
         except DynamicOutputShapeException as error:
-            raise ConfigError(
+            raise PlanError(
                 f"the model chooses how much it computes by what it has computed ({func}), which can't be planned "
                 "without running it"
             ) from error

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from slimtune.config import PeftConfig
-from slimtune.errors import ConfigError, did_you_mean
+from slimtune.errors import ConfigError, PlanError, did_you_mean
 from slimtune.plan.build import build, config_of
 from slimtune.plan.depth import Sketch, continued, cut, repeating
 from slimtune.plan.memory import TRAINING, MemoryPlan, Moment, Phase, Work, fullest
@@ -78,15 +78,13 @@ def setting_of(method: PeftConfig | None, fields: dict[str, Any]) -> Setting:
 
 
 def _as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]:
-    """The setting for a model that is stored quantized already: that is the base then. Raises: ConfigError."""
+    """The setting for a model that is stored quantized already: that is the base then. Raises: PlanError."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return setting, ()
     how = stored if isinstance(stored, dict) else stored.to_dict()
     if how.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        raise ConfigError(
-            f"the model is stored by {how.get('quant_method')}, which can't be planned; use its dense form"
-        )
+        raise PlanError(f"the model is stored by {how.get('quant_method')}, which can't be planned; use its dense form")
     base = how.get("bnb_4bit_quant_type", "fp4") if how.get("load_in_4bit") else "int8"
     del config.quantization_config
     nested = bool(how.get("bnb_4bit_use_double_quant"))

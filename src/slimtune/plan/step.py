@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimtune.data.batches import classification, token_loss
 from slimtune.data.encode import IGNORED
-from slimtune.errors import ConfigError
+from slimtune.errors import PlanError
 from slimtune.plan.build import positions_of
 from slimtune.plan.setting import Setting
 from slimtune.train.checks import LastGood
@@ -28,7 +28,7 @@ class Step:
 
 
 def step_of(model: Any, setting: Setting, last_good: LastGood) -> Step:
-    """The step of a setting's task. Raises: ConfigError, MissingDependencyError."""
+    """The step of a setting's task. Raises: PlanError, MissingDependencyError."""
     if setting.task is not None:
         from slimtune.plan.preferred import preferred_step
 
@@ -45,7 +45,7 @@ def step_of(model: Any, setting: Setting, last_good: LastGood) -> Step:
 def _own_loss(model: Any, batch: Batch) -> Tensor:
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
-        raise ConfigError(f"a {type(model).__name__} has no loss of its own; pass another task_type")
+        raise PlanError(f"a {type(model).__name__} has no loss of its own; pass another task_type")
     return loss
 
 
@@ -62,7 +62,7 @@ def _judged(model: Any, loss_of: Callable[..., Tensor] | None) -> Callable[[Batc
 
 
 def batch_for(model: Any, setting: Setting) -> Batch:
-    """A micro-batch of whole length, all of it supervised but for one padded token. Raises: ConfigError."""
+    """A micro-batch of whole length, all of it supervised but for one padded token. Raises: PlanError."""
     config, main, kind = model.config, model.main_input_name, type(model).__name__
     rows, tokens = setting.batch, setting.sequence
     if main == "pixel_values":
@@ -71,7 +71,7 @@ def batch_for(model: Any, setting: Setting) -> Batch:
         pixels = torch.zeros(rows, config.num_channels, height, width, dtype=model.dtype)
         return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
     if main != "input_ids":
-        raise ConfigError(f"a {kind} reads {main}, of which no batch can be planned; it takes texts or images")
+        raise PlanError(f"a {kind} reads {main}, of which no batch can be planned; it takes texts or images")
     check_length(config, tokens)
     ids = torch.ones(rows, tokens, dtype=torch.long)
     mask = torch.ones_like(ids)
@@ -93,7 +93,7 @@ def _for_decoder(model: Any, setting: Setting) -> Batch:
     """What a decoder reads and is to write, as transformers' collator for it makes them."""
     written = setting.answer or setting.sequence
     if getattr(model.config, "decoder_start_token_id", None) is None:
-        raise ConfigError("the configuration has no decoder_start_token_id, with which a decoder begins; add it")
+        raise PlanError("the configuration has no decoder_start_token_id, with which a decoder begins; add it")
     check_length(model.config, written)
     labels = torch.ones(setting.batch, written, dtype=torch.long)
     if setting.padded and setting.batch > 1:
@@ -102,7 +102,7 @@ def _for_decoder(model: Any, setting: Setting) -> Batch:
 
 
 def check_length(config: Any, tokens: int) -> None:
-    """Raises: ConfigError, for more tokens than the model has positions."""
+    """Raises: PlanError, for more tokens than the model has positions."""
     longest = positions_of(config)
     if longest is not None and tokens > longest:
-        raise ConfigError(f"sequence is {tokens} and the model has {longest} positions; plan with a shorter one")
+        raise PlanError(f"sequence is {tokens} and the model has {longest} positions; plan with a shorter one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slimtune.device import native_dtype, pick_device
-from slimtune.errors import DoesNotFitError
+from slimtune.errors import PlanError, SlimtuneError
 from slimtune.plan.ask import read_config, task_type_of
 from slimtune.plan.devices import Device, find, this_device
 from slimtune.plan.foresee import foresee
@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 
 
 def refuse_what_does_not_fit(screen: Console, recipe: Recipe, task: str) -> None:
-    """Say what the training will take; raises DoesNotFitError, with the nearest setting that fits."""
+    """Say what the training will take, or why that can't be said.
+
+    Raises:
+        DoesNotFitError: with the nearest setting that fits.
+        SlimtuneError: a mistake that the training itself would stop at, after the model was loaded.
+    """
     try:
         found, where = planned(recipe, task)
-    except DoesNotFitError:
-        raise
     except Exception as error:
-        # A plan that can't be made must not stop a training that might work; mistakes are told by what comes next.
+        if isinstance(error, SlimtuneError) and not isinstance(error, PlanError):
+            raise
+        # A plan that can't be made must not stop a training that might work.
         screen.print(f"not planned: {str(error).splitlines()[0] if str(error) else type(error).__name__}", markup=False)
         return
     if found is not None:

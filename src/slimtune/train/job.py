@@ -53,6 +53,10 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
     held_out_questions(recipe, data)
     if recipe.method.name == FEATURES:
         return train_on_features(screen, recipe, data, overwrite)
+    if is_adapter(recipe.model.source):
+        raise ConfigError(
+            f"{recipe.model.name} is an adapter already; train its base, or merge it first with slimtune merge"
+        )
     check_runs(recipe.training.optim, check_device(pick_device(recipe.model.device)))
     if plans:
         refuse_what_does_not_fit(screen, recipe, data.task)
@@ -71,8 +75,6 @@ def load_for(recipe: Recipe, data: Data) -> tuple[Any, Any, bool]:
     from transformers import set_seed
 
     model, seed = recipe.model, recipe.training.seed
-    if is_adapter(model.source):
-        raise ConfigError(f"{model.name} is an adapter already; train its base, or merge it first with slimtune merge")
     # A new head is drawn while the model is loaded.
     set_seed(seed)
     if recipe.method.name != FULL:
