@@ -208,6 +208,20 @@ def test_in_bf16_both_are_within_rounding_of_float64(case: Case) -> None:
         assert (y.double() - exact).abs().max() <= 4 * BF16 * parts
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("variant", FUSED, ids=lambda variant: "-".join(map(str, variant)))
+def test_gradients_in_bf16_are_those_of_float32_to_a_few_roundings(variant: Variant, autocast: bool) -> None:
+    """Whether the base is in 16 bits, or in 32 with autocast."""
+    kind, method, options = variant
+    config = small_config(method, kind, options)
+    x = kind.input().to(torch.bfloat16)
+    exact = run(kind, config, torch.float32, False, x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = run(kind, config, torch.float32 if autocast else torch.bfloat16, True, x)
+    for near, gradient in [(found[2], exact[2]), *((found[1][name], exact[1][name]) for name in exact[1])]:
+        assert (near.double() - gradient).norm() <= 6 * BF16 * gradient.norm()
+
+
 AROUND: dict[str, Any] = {
     "out-of-place": lambda model, x: torch.relu(model(x)),
     "in-place": lambda model, x: torch.relu_(model(x)),

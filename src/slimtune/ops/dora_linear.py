@@ -19,7 +19,7 @@ from slimtune.methods.dora import DoraLinear, quotient
 from slimtune.ops import fuses
 from slimtune.ops.again import saving_is_hooked
 from slimtune.ops.frozen_linear import no_autocast
-from slimtune.ops.lora_linear import Pass, gradients, is_decoding, is_plain, products, this_pass
+from slimtune.ops.lora_linear import Pass, gradients, products, stays_plain, this_pass
 
 _NEAR = 0.5
 """So near to one, f - 1 in 16 bits is as good as the rounding of f times a number."""
@@ -32,8 +32,7 @@ _LEAST_RATIO = 1e-12
 def dora_linear(delta: DoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """DoRA's equation, fused where the base is a plain frozen product and nothing is dropped."""
     dropping = delta.training and delta.lora_dropout
-    plain = args or kwargs or dropping or is_decoding(delta, base, x) or not is_plain(module, x)
-    if plain or base.base.for_few_tokens(module, x):
+    if args or kwargs or dropping or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, 0.0)
     ratio_O, norms_O = (None, delta.norms_now(base)) if delta.learns else (delta.ratio_at_rest(base), None)

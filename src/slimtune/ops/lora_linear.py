@@ -36,8 +36,7 @@ MOST_TOKENS = 16
 @fuses(LoraLinear, DenseLinear)
 def lora_linear(delta: LoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * B(A(dropout(x)))`, fused where the base is a plain frozen product."""
-    plain = args or kwargs or is_decoding(delta, base, x) or not is_plain(module, x)
-    if plain or base.base.for_few_tokens(module, x):
+    if args or kwargs or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, delta.lora_dropout if delta.training else 0.0)
     y_TO: Any = _LoraLinear.apply(x, base.weight, base.bias, *delta.pair, settings)
@@ -97,6 +96,11 @@ def this_pass(base: Frozen, x: Tensor, scaling: float, dropout: float) -> Pass:
         dtype = y_dtype = torch.get_autocast_dtype(x.device.type)
     seed = _draw_seed() if dropout else 0
     return Pass(scaling, dropout, seed, dtype, x.shape, x.dtype, maker_of(x), recall, y_dtype)
+
+
+def stays_plain(delta: Delta, module: Any, base: Frozen, x: Any) -> bool:
+    """Whether a node can't take this call, or would be most of its work."""
+    return is_decoding(delta, base, x) or not is_plain(module, x) or bool(base.base.for_few_tokens(module, x))
 
 
 def is_plain(module: Any, x: Any) -> bool:

@@ -18,16 +18,17 @@ from slimtune.methods.loha import LohaLinear
 from slimtune.methods.lokr import LokrLinear
 from slimtune.methods.lycoris import LycorisDelta, recomputed, updated_product
 from slimtune.ops import fuses
-from slimtune.ops.lora_linear import is_decoding, is_plain
+from slimtune.ops.lora_linear import stays_plain
 
 
 @fuses(LohaLinear, PackedLinear)
 @fuses(LohaLinear, DenseLinear)
 def loha_linear(delta: LohaLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s dW x`, with dW made in its own precision and rounded once."""
-    if args or kwargs or _stays_plain(delta, module, base, x):
+    if args or kwargs or _drops(delta) or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
-    if base.base.recall(module) is None and x.dtype == delta.factors[0].dtype:
+    is_precise = x.dtype == delta.factors[0].dtype and not torch.is_autocast_enabled(x.device.type)
+    if is_precise and base.base.recall(module) is None:
         return updated_product(delta.update, x, base.weight, module.bias, *delta.factors)
 
     def rounded(*factors: Tensor) -> Tensor:
@@ -40,12 +41,10 @@ def loha_linear(delta: LohaLinear, module: Any, base: Frozen, x: Tensor, *args: 
 @fuses(LokrLinear, DenseLinear)
 def lokr_linear(delta: LokrLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * W1 X W2^T`, in the precision of x."""
-    if args or kwargs or _stays_plain(delta, module, base, x):
+    if args or kwargs or _drops(delta) or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
     return base(x) + recomputed(delta.multiplied, x, *delta.factors)
 
 
-def _stays_plain(delta: LycorisDelta, module: Any, base: Frozen, x: Tensor) -> bool:
-    drops = delta.training and (delta.rank_dropout or delta.module_dropout)
-    at_rest = is_decoding(delta, base, x) or torch.is_autocast_enabled(x.device.type)
-    return bool(drops) or at_rest or not is_plain(module, x)
+def _drops(delta: LycorisDelta) -> bool:
+    return bool(delta.training and (delta.rank_dropout or delta.module_dropout))

@@ -20,15 +20,14 @@ from slimtune.delta import Frozen
 from slimtune.methods.vera import VeraLinear
 from slimtune.ops import fuses
 from slimtune.ops.frozen_linear import no_autocast
-from slimtune.ops.lora_linear import Pass, apply_mask, is_decoding, is_plain, this_pass
+from slimtune.ops.lora_linear import Pass, apply_mask, stays_plain, this_pass
 
 
 @fuses(VeraLinear, PackedLinear)
 @fuses(VeraLinear, DenseLinear)
 def vera_linear(delta: VeraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + b * (B(d * A(dropout(x))))`, fused where the base is a plain frozen product."""
-    plain = args or kwargs or is_decoding(delta, base, x) or not is_plain(module, x)
-    if plain or base.base.for_few_tokens(module, x):
+    if args or kwargs or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, 1.0, delta.vera_dropout if delta.training else 0.0)
     vectors = delta.vera_lambda_d, delta.vera_lambda_b
