@@ -246,6 +246,7 @@ def test_tasks_of_the_harness(run: Any, base: Path, tuned: Path, tmp_path: Path)
         ([{"prompt": "q", "completion": "a"}], ["--max-new-tokens", 600], ["1 of 1 questions don't fit", "512"]),
         ([{"prompt": "q", "completion": "a"}], ["--scorer", "accuracy"], ["choose another scorer"]),
         ([{"text": "t", "label": "a"}], [], ["'a'", "no choice"]),
+        ([{"text": t, "label": t} for t in "ab"], ["--max-new-tokens", 5], ["max_new_tokens", "likeliest label"]),
         ([{"prompt": "q", "completion": "a"}], ["--lm-eval", "arc_easy"], ["both TASK and --lm-eval"]),
         ([{"prompt": "q", "completion": "a"}], ["--lm-eval-chat"], ["--lm-eval-chat", "without --lm-eval"]),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slimtune.errors import DataError
+from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.answers import AnswerFile
 from slimtune.evaluate.asking import Asked, Asking, Fitted
 from slimtune.evaluate.generation import Reply
@@ -50,11 +50,13 @@ def prepare(
         examples: where `shots` are taken from.
 
     Raises:
-        ConfigError: an unknown scorer, shots without examples.
+        ConfigError: an unknown scorer, shots without examples, a longest answer where none is written.
         DataError: there are fewer examples than shots, or nothing to choose between.
     """
     settings, shots = settings or EvaluationSettings(), shots or Shots()
     scorers = find_scorers(settings.scorer, task)
+    if scorers[0].name == CHOICE and settings.max_new_tokens is not None:
+        raise ConfigError("max_new_tokens would change nothing where the likeliest label is taken; leave it out")
     task = _with_all_labels(task, examples, scorers[0].name == CHOICE)
     questions = task.questions[: settings.limit]
     return Prepared(task, questions, settings, shots, contexts(task, questions, examples, shots), scorers)
