@@ -54,7 +54,7 @@ def test_the_commands_run(command: list[str], place: Path, monkeypatch: pytest.M
     for path in answers:
         path.unlink(missing_ok=True)
     options = [] if "--limit" in command else ["--limit", 2]
-    printed = invoke(*command, *options, *([] if "tagger" in command else ["--max-new-tokens", 8]))
+    printed = invoke(*command, *options, *([] if {"tagger", "judge"} & set(command) else ["--max-new-tokens", 8]))
     assert not {"--json"} & set(command) or json.loads(printed)["count"] == 2
     assert any(path.exists() for path in answers) == ("--answers" in command)
 

@@ -104,6 +104,25 @@ def test_gpt2_s_conv1d_is_a_linear_layer() -> None:
     assert_near(predict(model.merge_and_unload(), GPT2.batch()), expected)
 
 
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_a_small_update_of_a_16_bit_layer_is_not_lost_in_its_weight(autocast_adapter_dtype: bool) -> None:
+    layer = nn.Linear(64, 64, bias=False)
+    nn.init.ones_(layer.weight)
+    config = slimtune.LoHaConfig(r=1, alpha=1, target_modules=["0"])
+    host = nn.Sequential(layer).bfloat16()
+    model: Any = slimtune.get_peft_model(host, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    signs = torch.tensor([1.0, -1.0]).repeat(32)
+    ones = {key: torch.ones_like(tensor) for key, tensor in adapter_tensors(slimtune, model).items()}
+    # 1 + 2^-12 is no number of 16 bits.
+    update = {key: 2.0**-12 * signs[None] if "w1_b" in key else tensor for key, tensor in ones.items()}
+    slimtune.set_peft_model_state_dict(model, update)
+    x = signs[None].bfloat16().requires_grad_()
+    y = model(x)
+    assert torch.equal(y.detach(), torch.full((1, 64), 2.0**-6, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in trainable(model).values())
+
+
 def test_a_16_bit_base_keeps_its_dtype_with_a_float32_adapter() -> None:
     model = slimtune.get_peft_model(LLAMA.model().bfloat16(), slimtune.LoHaConfig(**LINEARS))
     assert {tensor.dtype for tensor in adapter_tensors(slimtune, model).values()} == {torch.float32}

@@ -157,7 +157,10 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 def updated_product(
     update: Callable[..., Tensor], x: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, *factors: Tensor
 ) -> Tensor:
-    """x (W + s dW)^T + b, or x (s dW)^T without W; kept until the backward pass are x, W, and the factors of s dW."""
+    """x (W + s dW)^T + b, or x (s dW)^T without W; kept until the backward pass are x, W, and the factors of s dW.
+
+    In 16 bits the sum would be rounded to W: there the products are two.
+    """
     if is_traced():
         update_OI = update(*factors)
         return F.linear(x.to(update_OI.dtype), update_OI if weight_OI is None else update_OI + weight_OI, bias_O)
@@ -173,7 +176,11 @@ class _UpdatedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI, *factors)
         ctx.update, ctx.autocast = update, _autocast(x_TI.device.type)
-        update_OI = update(*factors) if weight_OI is None else update(*factors).add_(weight_OI)
+        if weight_OI is not None and _would_swallow(weight_OI):
+            y_TO = F.linear(x_TI, weight_OI, bias_O)
+            return y_TO.addmm_(x_TI, update(*factors).to(x_TI.dtype).t())
+        update_OI = update(*factors)
+        update_OI = update_OI if weight_OI is None else update_OI.to(weight_OI.dtype).add_(weight_OI)
         return F.linear(x_TI.to(update_OI.dtype), update_OI, bias_O)
 
     @staticmethod
@@ -190,9 +197,18 @@ class _UpdatedProduct(torch.autograd.Function):
             if any(needed):
                 of_update_OI = (g_TO.t() @ x_TI.to(g_TO.dtype)).to(update_OI.dtype)
                 of_factors = torch.autograd.grad(update_OI, leaves, of_update_OI)
-            weight_OI = update_OI.detach() if weight_OI is None else update_OI.detach().add_(weight_OI)
-            gx_TI = (g_TO @ weight_OI.to(g_TO.dtype)).to(x_TI.dtype) if needs_x else None
+            gx_TI, update_OI = None, update_OI.detach()
+            if needs_x and weight_OI is not None and _would_swallow(weight_OI):
+                gx_TI = (g_TO @ weight_OI).addmm_(g_TO, update_OI.to(g_TO.dtype))
+            elif needs_x:
+                sum_OI = update_OI if weight_OI is None else update_OI.to(weight_OI.dtype).add_(weight_OI)
+                gx_TI = (g_TO @ sum_OI.to(g_TO.dtype)).to(x_TI.dtype)
         return None, gx_TI, None, g_TO.sum(0) if needs_bias else None, *of_factors
+
+
+def _would_swallow(weight: Tensor) -> bool:
+    """Whether a small change is lost in a sum with the weight, so that each has a product of its own."""
+    return weight.dtype.itemsize < 4
 
 
 def _autocast(device: str) -> tuple[torch.dtype, bool]:

@@ -27,8 +27,8 @@ def loha_linear(delta: LohaLinear, module: Any, base: Frozen, x: Tensor, *args: 
     """`base(x) + s dW x`, with dW made in its own precision and rounded once."""
     if args or kwargs or _drops(delta) or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
-    is_precise = x.dtype == delta.factors[0].dtype and not torch.is_autocast_enabled(x.device.type)
-    if is_precise and base.base.recall(module) is None:
+    is_dense = base.base.recall(module) is None and x.dtype == base.weight.dtype
+    if is_dense and not torch.is_autocast_enabled(x.device.type):
         return updated_product(delta.update, x, base.weight, module.bias, *delta.factors)
 
     def rounded(*factors: Tensor) -> Tensor:
