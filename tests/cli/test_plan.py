@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import transformers
 
+from slimtune.errors import PlanError
 from small_text_model import orders, write_lines
 
 NOTHING_FITS = 3
@@ -233,6 +234,18 @@ def test_training_plans_first_and_says_what_would_fit(
     fitting = run("train", base, data, *options, *shlex.split(told))
     assert fitting.exit_code == 0, fitting.output
     assert re.search(r"planned: 0\.7 GB of 0\.7 on cpu", fitting.stdout)
+
+
+def test_a_device_that_no_table_names_stops_no_training(
+    run: Any, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(name: str) -> Any:
+        raise PlanError(f"the device '{name}' of this machine is in no table")
+
+    monkeypatch.setattr("slimtune.train.foresight.find", unknown)
+    result = run("train", base, data, "-o", tmp_path / "out", "--max-steps", 1, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "not planned: the device 'cpu' of this machine is in no table" in result.stdout
 
 
 def test_training_goes_on_where_a_plan_is_not_wanted(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, PlanError
 from slimtune.plan.devices import Device, devices, find, this_device
 
 
@@ -114,5 +114,5 @@ def test_a_card_that_no_table_knows_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     facts: Any = SimpleNamespace(name="Radeon Whatever", total_memory=24 * 10**9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    with pytest.raises(ConfigError, match=r"'Radeon Whatever'.*--memory 24"):
+    with pytest.raises(PlanError, match=r"'Radeon Whatever'.*--memory 24"):
         this_device()

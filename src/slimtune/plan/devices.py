@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import ConfigError, check_number, did_you_mean, listing
+from slimtune.errors import ConfigError, PlanError, check_number, did_you_mean, listing
 
 GIB = 2**30
 AUTO, CPU = "auto", "cpu"
@@ -177,7 +177,7 @@ def _this_gpu() -> Device:
     facts = torch.cuda.get_device_properties(0)
     sizes = {abs(device.memory_bytes - facts.total_memory): device for device in _named_like(facts.name)}
     if not sizes:
-        raise ConfigError(
+        raise PlanError(
             f"the device '{facts.name}' of this machine is in no table; name one that is like it with --device, and "
             f"pass --memory {facts.total_memory / 1e9:.0f}"
         )

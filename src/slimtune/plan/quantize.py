@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from slimtune.bases import base_of
-from slimtune.errors import ConfigError
+from slimtune.errors import PlanError
 from slimtune.plan.live import Ledger, unwrapped
 from slimtune.plan.setting import Setting
 from slimtune.quantized.settings import TORCHAO_KINDS, Quantization
@@ -29,7 +29,7 @@ def quantize(model: Any, setting: Setting, ledger: Ledger) -> int:
         ledger: the one that is entered.
 
     Raises:
-        ConfigError: there is no linear layer, or torchao refuses the width of one.
+        PlanError: there is no linear layer, or torchao refuses the width of one.
     """
     by_torchao = setting.base in TORCHAO_KINDS
     beyond = _by_torchao(model, setting.base, ledger) if by_torchao else _by_bitsandbytes(model, setting, ledger)
@@ -69,7 +69,7 @@ def _by_torchao(model: Any, kind: str, ledger: Ledger) -> dict[str, int]:
             try:
                 quantize_(module, how, lambda *_: True)
             except (AssertionError, RuntimeError) as error:
-                raise ConfigError(
+                raise PlanError(
                     f"torchao can't quantize {name} of width {module.in_features}: its groups must divide the widths "
                     "of all linear layers; choose int8-torchao or nf4"
                 ) from error
