@@ -55,9 +55,10 @@ def prepare(
     """
     settings, shots = settings or EvaluationSettings(), shots or Shots()
     scorers = find_scorers(settings.scorer, task)
-    if scorers[0].name == CHOICE and settings.max_new_tokens is not None:
+    chooses = scorers[0].name == CHOICE
+    if chooses and settings.max_new_tokens is not None:
         raise ConfigError("max_new_tokens would change nothing where the likeliest label is taken; leave it out")
-    task = _with_all_labels(task, examples, scorers[0].name == CHOICE)
+    task = _with_all_labels(task, examples, chooses)
     questions = task.questions[: settings.limit]
     return Prepared(task, questions, settings, shots, contexts(task, questions, examples, shots), scorers)
 

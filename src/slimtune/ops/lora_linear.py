@@ -26,7 +26,6 @@ from slimtune.methods.lora_deltas import LoraLinear
 from slimtune.ops import fuses
 from slimtune.ops.again import made_again, maker_of
 from slimtune.ops.frozen_linear import no_autocast
-from slimtune.ops.tracing import is_traced
 
 MOST_TOKENS = 16
 """Where a node catches up with the plain formula, on two cores."""
@@ -104,7 +103,7 @@ def stays_plain(delta: Delta, module: Any, base: Frozen, x: Any) -> bool:
 
 
 def is_plain(module: Any, x: Any) -> bool:
-    return type(x) in PLAIN_TENSORS and x.is_floating_point() and base_of(module).may_fuse(module) and not is_traced()
+    return type(x) in PLAIN_TENSORS and x.is_floating_point() and base_of(module).may_fuse(module)
 
 
 def is_decoding(delta: Delta, base: Frozen, x: Tensor) -> bool:
