@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimtune.delta import Dense, Frozen, Site
 from slimtune.errors import ConfigError
 from slimtune.methods.lora_deltas import LoraConv, LoraDelta, LoraEmbedding, LoraLinear
+from slimtune.ops.frozen_linear import no_autocast
 from slimtune.ops.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -116,13 +117,13 @@ class DoraDelta(LoraDelta):
 
         n^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>
         """
-        weight_OI = weight.flatten(1)
-        with torch.autocast(weight.device.type, enabled=False):
+        with no_autocast(weight.device.type):
             a_RI, b_OR = (factor.flatten(1).to(squares_O.dtype) for factor in self.pair)
-            cross_OR = (weight_OI @ a_RI.t().to(weight.dtype)).to(squares_O.dtype)
-            own_OR = b_OR @ (a_RI @ a_RI.t())
-            change_O = ((2 * cross_OR).add_(own_OR, alpha=self.scaling) * b_OR).sum(1)
-        return (squares_O + self.scaling * change_O).clamp_min_(0).sqrt_()
+            a_IR = a_RI.t()
+            cross_OR = (weight.flatten(1) @ a_IR.to(weight.dtype)).to(squares_O.dtype)
+            change_OR = torch.addmm(cross_OR, b_OR, a_RI @ a_IR, beta=2, alpha=self.scaling)
+            change_O = torch.linalg.vecdot(change_OR, b_OR)
+        return torch.add(squares_O, change_O, alpha=self.scaling).clamp_min_(0).sqrt_()
 
     @classmethod
     def combine(

@@ -20,9 +20,8 @@ from slimtune.ops import fuses
 from slimtune.ops.again import saving_is_hooked
 from slimtune.ops.frozen_linear import no_autocast
 from slimtune.ops.lora_linear import Pass, gradients, products, stays_plain, this_pass
+from slimtune.ops.scaling import column_dots, scale_columns, scale_rows
 
-_NEAR = 0.5
-"""So near to one, f - 1 in 16 bits is as good as the rounding of f times a number."""
 _LEAST_RATIO = 1e-12
 """A smaller |c| stands for zero: multiplied by it a product is nothing, and can still be got back."""
 
@@ -41,32 +40,6 @@ def dora_linear(delta: DoraLinear, module: Any, base: Frozen, x: Tensor, *args: 
     return settings.output(y_TO)
 
 
-def _near_one(factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """f - 1 in the dtype of what f multiplies, where M + (f - 1) M serves for f M; None elsewhere.
-
-    In one dtype it is far faster than in two, which goes through copies.
-    """
-    if factor.device.type != "cpu" or factor.dtype == dtype:
-        return None
-    change = factor - 1
-    return change.to(dtype) if torch.linalg.vector_norm(change, float("inf")) <= _NEAR else None
-
-
-def _scaled(matrix: Tensor, factor: Tensor, change: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """matrix * factor, rounded once; `change` is what `_near_one` has of the factor."""
-    if change is not None:
-        return torch.addcmul(matrix, matrix, change, out=out)
-    out = torch.empty_like(matrix) if out is None else out
-    return torch.mul(matrix, factor, out=out)
-
-
-def _dot(one_TO: Tensor, other_TO: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_T one * other."""
-    # In bfloat16, as the gradients of A and B; torch adds up in float32 and rounds once. float16 could overflow.
-    summed = torch.bfloat16 if one_TO.dtype == torch.bfloat16 else dtype
-    return (one_TO * other_TO).sum(0, dtype=summed).to(dtype)
-
-
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -80,24 +53,19 @@ class _DoraLinear(torch.autograd.Function):
         with no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
             y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
-            straight_TO, change_O = None, _near_one(ratio_O, y_TO.dtype)
+            straight_TO = shift_O = None
             if bias_O is not None:
-                # Not y = c * (product) + b: at the start the output is the base's to the bit.
-                straight_TO = y_TO - bias_O.to(y_TO.dtype)
-                y_TO.addcmul_(straight_TO, (ratio_O - 1).to(y_TO.dtype))
-            elif not learns:
-                _scaled(y_TO, ratio_O, change_O, out=y_TO)
-            else:
-                if change_O is None:
-                    least = torch.full_like(ratio_O, _LEAST_RATIO).copysign_(ratio_O)
-                    ratio_O = torch.where(ratio_O.abs() < _LEAST_RATIO, least, ratio_O)
+                # c P + b is c (P + b) + (1 - c) b: at the start the output is the base's to the bit.
+                shift_O = (1 - ratio_O) * bias_O
+                straight_TO = y_TO - bias_O.to(y_TO.dtype) if learns else None
+            elif learns:
+                ratio_O = ratio_O.abs().clamp_min_(_LEAST_RATIO).copysign_(ratio_O)
                 # The range of float16 is too small for what is tiny by a tiny factor.
                 if saving_is_hooked() or y_TO.dtype == torch.float16:
                     straight_TO = y_TO.clone()
-                _scaled(y_TO, ratio_O, change_O, out=y_TO)
+            scale_columns(y_TO, ratio_O, shift_O, out=y_TO)
         saved_TI = None if settings.maker else x_TI
-        of_rows = ratio_O, change_O, norms_O
-        ctx.save_for_backward(saved_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR, *of_rows, straight_TO)
+        ctx.save_for_backward(saved_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO)
         ctx.settings = settings
         # Not by save_for_backward: an output that is changed in place afterwards is no error.
         is_kept = learns and straight_TO is None and not y_TO.is_inference()
@@ -108,7 +76,7 @@ class _DoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = received
-        x_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, change_O, norms_O, straight_TO = ctx.saved_tensors
+        x_TI, weight_OI, a_RI, b_OR, z_TR, ratio_O, norms_O, straight_TO = ctx.saved_tensors
         settings: Pass = ctx.settings
         output_TO, ctx.output_TO = ctx.output_TO, None
         needs_x, _, needs_bias, needs_a, needs_b, needs_magnitude = ctx.needs_input_grad[:6]
@@ -117,26 +85,26 @@ class _DoraLinear(torch.autograd.Function):
             x_TI = settings.input(x_TI)
             g_TO = gradient.reshape(-1, gradient.shape[-1]).to(settings.dtype)
             if needs_magnitude and output_TO is not None and output_TO._version == ctx.version:
-                gratio_O = _dot(g_TO, output_TO, ratio_O.dtype) / ratio_O
+                gratio_O = column_dots(g_TO, output_TO) / ratio_O
             elif needs_magnitude:
                 if straight_TO is None:
                     straight_TO, _ = products(x_TI, settings.weight(weight_OI), None, a_RI, b_OR, settings)
-                gratio_O = _dot(g_TO, straight_TO, ratio_O.dtype)
+                gratio_O = column_dots(g_TO, straight_TO)
             gbias_O = g_TO.sum(0) if needs_bias else None
             # c * g or c * W, of which one is smaller.
             few_tokens = needs_x and x_TI.shape[0] < x_TI.shape[1]
             if few_tokens:
-                g_TO = _scaled(g_TO, ratio_O, change_O)
+                g_TO = scale_columns(g_TO, ratio_O)
             else:
                 b_OR = b_OR * ratio_O[:, None]
                 if needs_x:
                     own_OI = settings.weight(weight_OI)
-                    change_O1 = None if change_O is None else change_O[:, None]
-                    out = None if settings.recall is None else own_OI
-                    weight_OI = _scaled(own_OI, ratio_O[:, None], change_O1, out)
+                    weight_OI = scale_rows(own_OI, ratio_O, out=None if settings.recall is None else own_OI)
             needed = needs_x, needs_a, needs_b
             gx, ga_RI, gb_OR = gradients(g_TO, x_TI, z_TR, weight_OI, a_RI, b_OR, settings, needed)
             if gb_OR is not None and not few_tokens:
                 gb_OR.mul_(ratio_O[:, None])
-        gmagnitude_O = None if gratio_O is None else torch.where(norms_O == 0, 0.0, gratio_O / norms_O)
+        gmagnitude_O = None
+        if gratio_O is not None:
+            gmagnitude_O = torch.where(norms_O == 0, 0.0, gratio_O / norms_O).to(norms_O.dtype)
         return gx, None, gbias_O, ga_RI, gb_OR, gmagnitude_O, None, None, None
