@@ -27,8 +27,7 @@ def loha_linear(delta: LohaLinear, module: Any, base: Frozen, x: Tensor, *args: 
     """`base(x) + s dW x`, with dW made in its own precision and rounded once."""
     if args or kwargs or _drops(delta) or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
-    is_dense = base.base.recall(module) is None and x.dtype == base.weight.dtype
-    if is_dense and not torch.is_autocast_enabled(x.device.type):
+    if is_of_one_dtype(module, base, x):
         return updated_product(delta.update, x, base.weight, module.bias, *delta.factors)
 
     def rounded(*factors: Tensor) -> Tensor:
@@ -44,6 +43,12 @@ def lokr_linear(delta: LokrLinear, module: Any, base: Frozen, x: Tensor, *args: 
     if args or kwargs or _drops(delta) or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
     return base(x) + recomputed(delta.multiplied, x, *delta.factors)
+
+
+def is_of_one_dtype(module: Any, base: Frozen, x: Tensor) -> bool:
+    """Whether the weight is stored as what x is multiplied with it in."""
+    is_dense = base.base.recall(module) is None and x.dtype == base.weight.dtype
+    return is_dense and not torch.is_autocast_enabled(x.device.type)
 
 
 def _drops(delta: LycorisDelta) -> bool:

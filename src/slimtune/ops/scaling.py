@@ -24,7 +24,7 @@ def scaled(x: Tensor, factor_D: Tensor) -> Tensor:
 
     In training the input is kept as it came, or not at all where it can be made again.
     """
-    if not torch.is_grad_enabled() or is_traced() or type(x) not in PLAIN_TENSORS:
+    if is_traced() or type(x) not in PLAIN_TENSORS:
         return (x * factor_D).to(x.dtype)
     y_TD: Any = _Scaled.apply(x.reshape(-1, x.shape[-1]), factor_D, maker_of(x))
     # Not inside: what a custom function returns as a view can't be changed in place.
@@ -38,18 +38,18 @@ def scale_columns(m_TO: Tensor, factor_O: Tensor, shift_O: Tensor | None = None,
         out: where to write it; may be m itself.
     """
     out = torch.empty_like(m_TO) if out is None else out
-    if _suits(m_TO) and _suits(out):
+    if factor_O.dtype != m_TO.dtype and _suits(m_TO) and _suits(out):
         _norm(_columns(m_TO), factor_O, shift_O, _columns(out))
         return out
     if shift_O is None:
         return torch.mul(m_TO, factor_O, out=out)
-    return out.copy_(m_TO * factor_O + shift_O)
+    return torch.addcmul(shift_O, m_TO, factor_O, out=out)
 
 
 def scale_rows(m_OI: Tensor, factor_O: Tensor, out: Tensor | None = None) -> Tensor:
     """m_OI * factor_O1 in the dtype of m, rounded once; `out` as in `scale_columns`."""
     out = torch.empty_like(m_OI) if out is None else out
-    if _suits(m_OI) and _suits(out):
+    if factor_O.dtype != m_OI.dtype and _suits(m_OI) and _suits(out):
         _norm(m_OI.unsqueeze(0), factor_O, None, out.unsqueeze(0))
         return out
     return torch.mul(m_OI, factor_O[:, None], out=out)

@@ -1,7 +1,8 @@
 """VeRA on a frozen linear layer in one autograd node: LoRA's products, with A and M = diag(b) B diag(d).
 
 Saved is the (tokens, r) product with A, and not the input, whose products nothing learns from; M is made again. The
-gradients of both vectors are sums of M's.
+gradients of both vectors are sums of M's. In 32 bits products with W + M A take less work where r is large beside the
+layer and tokens are many.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch.autograd.function import once_differentiable
 from slimtune.bases.dense import DenseLinear
 from slimtune.bases.packed import PackedLinear
 from slimtune.delta import Frozen
+from slimtune.methods.lycoris import updated_product
 from slimtune.methods.vera import VeraLinear
 from slimtune.ops import fuses
 from slimtune.ops.frozen_linear import no_autocast
 from slimtune.ops.lora_linear import Pass, gradients, products, stays_plain, this_pass
+from slimtune.ops.lycoris_linear import is_of_one_dtype
 
 
 @fuses(VeraLinear, PackedLinear)
@@ -27,10 +30,20 @@ def vera_linear(delta: VeraLinear, module: Any, base: Frozen, x: Tensor, *args: 
     """`base(x) + b * (B(d * A(dropout(x))))`, fused where the base is a plain frozen product."""
     if args or kwargs or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
-    settings = this_pass(base, x, 1.0, delta.vera_dropout if delta.training else 0.0)
-    vectors = delta.vera_lambda_d, delta.vera_lambda_b
+    vectors, dropout = (delta.vera_lambda_d, delta.vera_lambda_b), delta.vera_dropout if delta.training else 0.0
+    is_wide = x.dtype.itemsize >= 4 and is_of_one_dtype(module, base, x)
+    if is_wide and not dropout and _sum_is_cheaper(delta, x):
+        return updated_product(delta.update, x, base.weight, base.bias, *vectors)
+    settings = this_pass(base, x, 1.0, dropout)
     y_TO: Any = _VeraLinear.apply(x, base.weight, base.bias, *delta.corners, *vectors, settings)
     return settings.output(y_TO)
+
+
+def _sum_is_cheaper(delta: VeraLinear, x: Tensor) -> bool:
+    """Whether products with W + M A multiply less often than those with A and M do beside W's."""
+    (r, features_in), (features_out, _) = (corner.shape for corner in delta.corners)
+    tokens, weights = x.numel() // features_in, features_in * features_out
+    return tokens * weights + 3 * r * weights < tokens * r * (2 * features_in + 3 * features_out)
 
 
 class _VeraLinear(torch.autograd.Function):
