@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import AdapterFileError, MissingDependencyError, ModelNotFoundError, did_you_mean, listing
+from slimtune.errors import (
+    AdapterFileError,
+    ConfigError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    did_you_mean,
+    listing,
+)
 from slimtune.hub import at_revision, fetched, is_id
 from slimtune.staging import staged
 from slimtune.storage.json_file import read_json
@@ -63,6 +70,12 @@ def is_adapter(source: str | os.PathLike[str]) -> bool:
     if not (is_id(source) and not Path(source).exists() and source not in PACKAGED):
         return (Path(source) / ADAPTER).is_file()
     return (Path(folder_of(source, weights=False)) / ADAPTER).is_file()
+
+
+def refuse_adapter(source: str | os.PathLike[str]) -> None:
+    """See that `source` can be trained as a base; raises ConfigError where it is an adapter, and ModelNotFoundError."""
+    if is_adapter(source):
+        raise ConfigError(f"{source} is an adapter already; train its base, or merge it first with slimtune merge")
 
 
 def base_of(adapter: str | os.PathLike[str]) -> str:

@@ -212,6 +212,10 @@ def test_adapters_on_the_command_line(run: Any, base: Path, tuned: Path, tmp_pat
 
 def test_training_an_adapter_folder_is_refused(run: Any, tuned: Path, data: Path, tmp_path: Path) -> None:
     refused(run("train", tuned, data, "-o", tmp_path / "out"), "is an adapter already")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "good", "label": "yes"}\n{"text": "bad", "label": "no"}\n' * 4)
+    features = ("train", tuned, rows, "--method", "features", "-o", tmp_path / "out")
+    refused(run(*features), "is an adapter already")
 
 
 def test_prompts(run: Any, base: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import scores, shown
 from slimtune.features import FeatureClassifier, extract
 from slimtune.loading import load_encoder
-from slimtune.source import cache_dir, is_adapter
+from slimtune.source import cache_dir, refuse_adapter
 from slimtune.staging import staged
 from slimtune.train.figures import Figures, Memory
 from slimtune.train.run import Outcome
@@ -31,8 +31,7 @@ def train_on_features(screen: Console, recipe: Recipe, data: Data, overwrite: bo
     Memory.watch()
     if not isinstance(data, Classes):
         raise ConfigError("--method features trains a classifier; give rows with text and label")
-    if is_adapter(source):
-        raise ConfigError(f"{source} is an adapter; features are those of a base, so pass its base, or merge it first")
+    refuse_adapter(source)
     began = time.monotonic()
     how = recipe.method.config()
     model, tokenizer = load_encoder(source, recipe.model.dtype, recipe.model.device, recipe.model.trust_remote_code)

@@ -14,7 +14,7 @@ from slimtune.errors import ConfigError
 from slimtune.evaluate.classification import shown
 from slimtune.hub import parted
 from slimtune.quantized.report import parts
-from slimtune.source import folder_of, is_adapter
+from slimtune.source import folder_of, refuse_adapter
 from slimtune.staging import staged
 from slimtune.train.afterwards import ask, held_out_questions, measure_forgetting
 from slimtune.train.card import Card
@@ -53,10 +53,7 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
     held_out_questions(recipe, data)
     if recipe.method.name == FEATURES:
         return train_on_features(screen, recipe, data, overwrite)
-    if is_adapter(recipe.model.source):
-        raise ConfigError(
-            f"{recipe.model.name} is an adapter already; train its base, or merge it first with slimtune merge"
-        )
+    refuse_adapter(recipe.model.source)
     check_runs(recipe.training.optim, check_device(pick_device(recipe.model.device)))
     if plans:
         refuse_what_does_not_fit(screen, recipe, data.task)

@@ -12,12 +12,12 @@ import torch
 
 from slimtune.data.tasks import Data, read
 from slimtune.device import pick_device
-from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
+from slimtune.errors import OutputExistsError, SlimtuneError
 from slimtune.loading import load_tokenizer
 from slimtune.plan.ask import read_config
 from slimtune.plan.build import build
 from slimtune.plan.setting import Setting
-from slimtune.source import is_adapter
+from slimtune.source import refuse_adapter
 from slimtune.staging import refuse_existing
 from slimtune.train.afterwards import held_out_questions
 from slimtune.train.devices import check_device
@@ -74,8 +74,7 @@ def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
             check_runs(recipe.training.optim, device)
             check_installed(recipe.training.trackers)
     with found.noting():
-        if is_adapter(model.source):
-            raise ConfigError(f"{model.name} is an adapter already; train its base, or merge it first")
+        refuse_adapter(model.source)
         # Whether examples that share a row see each other can't be tried without weights.
         data = read(replace(recipe.data, packing=False), recipe.task, recipe.training.seed)
         found.task_type = data.task_type
