@@ -141,14 +141,10 @@ class VeraLinear(Delta):
         z_TR = self.vera_lambda_d * F.linear(x_TI, a_RI)
         return torch.addcmul(y, self.vera_lambda_b, F.linear(z_TR, b_OR)).to(y.dtype)
 
-    def update(self, d_R: Tensor, b_O: Tensor) -> Tensor:
-        """dW_OI = diag(b) B diag(d) A."""
-        a_RI, b_OR = self.corners
-        return b_O[:, None] * (b_OR @ (d_R[:, None] * a_RI))
-
     def fold(self, dense: Dense) -> Dense:
+        a_RI, b_OR = self.corners
         with torch.no_grad():
-            return added(dense, self.update(self.vera_lambda_d, self.vera_lambda_b))
+            return added(dense, self.vera_lambda_b[:, None] * (b_OR @ (self.vera_lambda_d[:, None] * a_RI)))
 
     def extra_repr(self) -> str:
         return f"r={self.vera_lambda_d.numel()}, dropout={self.vera_dropout:g}"
