@@ -22,9 +22,10 @@ _norm_backward = torch.ops.aten.native_batch_norm_backward.default
 def scaled(x: Tensor, factor_D: Tensor) -> Tensor:
     """x * factor in the dtype of x, over its last dimension.
 
-    In training the input is kept as it came, or not at all where it can be made again.
+    In 16 bits the input is kept for backward as it came, or not at all where it can be made again.
     """
-    if is_traced() or type(x) not in PLAIN_TENSORS:
+    # In 32 bits torch's own product takes one pass too, and making the input again would take longer than it saves.
+    if x.dtype.itemsize >= 4 or is_traced() or type(x) not in PLAIN_TENSORS:
         return (x * factor_D).to(x.dtype)
     y_TD: Any = _Scaled.apply(x.reshape(-1, x.shape[-1]), factor_D, maker_of(x))
     # Not inside: what a custom function returns as a view can't be changed in place.
