@@ -117,11 +117,6 @@ class IA3Config(TargetedConfig):
         return replace(self, target_modules=self.joined_targets(others), feedforward_modules=joined)
 
 
-def _over_channels(x: Tensor, vector: Tensor) -> Tensor:
-    # One product of mixed dtypes: a 16-bit activation is kept for backward as it is, not as a float32 copy.
-    return (x * vector).to(x.dtype)
-
-
 class IA3Delta(Delta):
     """y_TO = l_O * base(x_TI), or y_TO = base(l_I * x_TI); over the channels of a convolution.
 
@@ -147,10 +142,9 @@ class IA3Delta(Delta):
 
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         vector = self.ia3_l.view(-1, *self.ia3_l.shape[2:])
-        times = scaled if vector.ndim == 1 else _over_channels
         if self.in_front:
-            return base(times(x, vector), *args, **kwargs)
-        return times(base(x, *args, **kwargs), vector)
+            return base(scaled(x, vector), *args, **kwargs)
+        return scaled(base(x, *args, **kwargs), vector)
 
     def fold(self, dense: Dense) -> Dense:
         """l_O W_OI and l_O b_O, or W_OI l_I."""

@@ -176,7 +176,7 @@ class _UpdatedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI, *factors)
         ctx.update, ctx.autocast = update, _autocast(x_TI.device.type)
-        if weight_OI is not None and _would_swallow(weight_OI):
+        if weight_OI is not None and would_swallow(weight_OI):
             y_TO = F.linear(x_TI, weight_OI, bias_O)
             return y_TO.addmm_(x_TI, update(*factors).to(x_TI.dtype).t())
         update_OI = update(*factors)
@@ -198,7 +198,7 @@ class _UpdatedProduct(torch.autograd.Function):
                 of_update_OI = (g_TO.t() @ x_TI.to(g_TO.dtype)).to(update_OI.dtype)
                 of_factors = torch.autograd.grad(update_OI, leaves, of_update_OI)
             gx_TI, update_OI = None, update_OI.detach()
-            if needs_x and weight_OI is not None and _would_swallow(weight_OI):
+            if needs_x and weight_OI is not None and would_swallow(weight_OI):
                 gx_TI = (g_TO @ weight_OI).addmm_(g_TO, update_OI.to(g_TO.dtype))
             elif needs_x:
                 sum_OI = update_OI if weight_OI is None else update_OI.to(weight_OI.dtype).add_(weight_OI)
@@ -206,7 +206,7 @@ class _UpdatedProduct(torch.autograd.Function):
         return None, gx_TI, None, g_TO.sum(0) if needs_bias else None, *of_factors
 
 
-def _would_swallow(weight: Tensor) -> bool:
+def would_swallow(weight: Tensor) -> bool:
     """Whether a small change is lost in a sum with the weight, so that each has a product of its own."""
     return weight.dtype.itemsize < 4
 

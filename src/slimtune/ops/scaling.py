@@ -19,15 +19,18 @@ from slimtune.ops.tracing import is_traced
 _norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-def scaled(x: Tensor, factor_D: Tensor) -> Tensor:
-    """x * factor in the dtype of x, over its last dimension.
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor in the dtype of x, over its last dimension or, with more dimensions, over those.
 
-    In 16 bits the input is kept for backward as it came, or not at all where it can be made again.
+    In 16 bits the input is kept for backward as it came, or not at all where a factor of one dimension meets an input
+    that can be made again.
     """
     # In 32 bits torch's own product takes one pass too, and making the input again would take longer than it saves.
-    if x.dtype.itemsize >= 4 or is_traced() or type(x) not in PLAIN_TENSORS:
-        return (x * factor_D).to(x.dtype)
-    y_TD: Any = _Scaled.apply(x.reshape(-1, x.shape[-1]), factor_D, maker_of(x))
+    has_node = factor.ndim == 1 and x.dtype.itemsize < 4 and type(x) in PLAIN_TENSORS
+    if not has_node or is_traced():
+        # One product of mixed dtypes: a 16-bit activation is kept for backward as it is, not as a float32 copy.
+        return (x * factor).to(x.dtype)
+    y_TD: Any = _Scaled.apply(x.reshape(-1, x.shape[-1]), factor, maker_of(x))
     # Not inside: what a custom function returns as a view can't be changed in place.
     return y_TD.view(x.shape)
 

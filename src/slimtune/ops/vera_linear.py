@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from slimtune.bases.dense import DenseLinear
 from slimtune.bases.packed import PackedLinear
 from slimtune.delta import Frozen
+from slimtune.methods.lycoris import would_swallow
 from slimtune.methods.vera import VeraLinear
 from slimtune.ops import fuses
 from slimtune.ops.frozen_linear import no_autocast
@@ -31,7 +32,8 @@ def vera_linear(delta: VeraLinear, module: Any, base: Frozen, x: Tensor, *args: 
     if args or kwargs or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
     vectors, dropout = (delta.vera_lambda_d, delta.vera_lambda_b), delta.vera_dropout if delta.training else 0.0
-    may_sum = not dropout and x.dtype == vectors[0].dtype and is_of_one_dtype(module, base, x)
+    is_alike = x.dtype == vectors[0].dtype and is_of_one_dtype(module, base, x)
+    may_sum = is_alike and not dropout and not would_swallow(base.weight)
     settings, sums = this_pass(base, x, 1.0, dropout), may_sum and _sum_is_cheaper(delta, x)
     y_TO: Any = _VeraLinear.apply(x, base.weight, base.bias, *delta.corners, *vectors, settings, sums)
     return settings.output(y_TO)
@@ -39,8 +41,6 @@ def vera_linear(delta: VeraLinear, module: Any, base: Frozen, x: Tensor, *args: 
 
 def _sum_is_cheaper(delta: VeraLinear, x: Tensor) -> bool:
     """Whether products with W + M A multiply less often than those with A and M do beside W's."""
-    if x.dtype.itemsize < 4:
-        return False  # the sum would be rounded to the weight
     (r, features_in), (features_out, _) = (corner.shape for corner in delta.corners)
     tokens, weights = x.numel() // features_in, features_in * features_out
     return tokens * weights + 3 * r * weights < tokens * r * (2 * features_in + 3 * features_out)
