@@ -60,7 +60,7 @@ def four_bits(weight_OI: Tensor, kind: str, block: int, double: bool) -> Coded:
     """NF4 or FP4: 16 values, scaled by the largest magnitude of each block."""
     from bitsandbytes.functional import quantize_4bit
 
-    from slimtune.quantized.bnb import expand_4bit
+    from slimtune.bases.bitsandbytes import expand_4bit
 
     codes, state = quantize_4bit(weight_OI, blocksize=block, compress_statistics=double, quant_type=kind)
     parts = state.as_dict(packed=True).values()
@@ -71,7 +71,7 @@ def eight_bits(weight_OI: Tensor) -> Coded:
     """int8 with a scale a row."""
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    from slimtune.quantized.bnb import expand_8bit
+    from slimtune.bases.bitsandbytes import expand_8bit
 
     codes, scales, _ = int8_vectorwise_quant(weight_OI)
     return Coded(expand_8bit(codes, scales, weight_OI.dtype), codes.nbytes + scales.nbytes)

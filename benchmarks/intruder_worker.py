@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 import slimtune
 from benchmarks.intruder_cases import METHODS, Size
 from benchmarks.method_worker import Orders, prepared, train
-from slimtune.evaluate.decomposition import decompose
+from slimtune.evaluate.domain_texts import texts
 from slimtune.evaluate.forgetting import MAX_LENGTH, all_passages, compare
+from slimtune.evaluate.intruders.spectra import Spectrum, spectrum
+from slimtune.evaluate.intruders.svd import decompose
+from slimtune.evaluate.intruders.updates import TunedMatrix, Updates, adapter_updates, model_updates
 from slimtune.evaluate.language_loss import losses
-from slimtune.evaluate.outside import texts
-from slimtune.evaluate.spectra import Spectrum, spectrum
-from slimtune.evaluate.updates import TunedMatrix, Updates, adapter_updates, model_updates
 
 EPSILON = 0.5
 

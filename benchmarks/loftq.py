@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import slimtune
-from slimtune.adapter import attached
-from slimtune.originals import Originals
-from slimtune.source import resolve
+from slimtune.adapters.adapter import attached
+from slimtune.methods.lora.originals import Originals
+from slimtune.storage.source import resolve
 
 MODEL = "smollm2-135m-instruct"
 RANKS = (0, 4, 8, 16, 32, 64)

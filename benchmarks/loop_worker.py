@@ -31,8 +31,8 @@ def bare(work: Work, model: Any, folder: str) -> None:
 def through_fine_tune(work: Work, model: Any, folder: str) -> None:
     """The loop of `slimtune train`, with its data, logs, checks and a bar on a terminal that nobody sees."""
     from slimtune.data.encode import Encoded
-    from slimtune.train.run import fine_tune
-    from slimtune.train.settings import TrainSettings
+    from slimtune.recipe.training import TrainSettings
+    from slimtune.train.loop import fine_tune
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = Trainer(work, model).input_ids.tolist()

@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import slimtune
 from benchmarks.prepare import model_folder
+from slimtune.adapters.merge import compare_outputs
 from slimtune.bases import claim
+from slimtune.data.demo_orders import Example, make_orders
 from slimtune.data.encode import IGNORED, Encoded, encode_row
 from slimtune.data.rows import Conversation
-from slimtune.drift import compare_outputs
 from slimtune.evaluate.exact_match import exact_match
-from slimtune.tasks.orders import Example, make_orders
-from slimtune.train.run import fine_tune
-from slimtune.train.settings import TrainSettings
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.loop import fine_tune
 
 BASES: dict[str, Any] = {
     "bf16": None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from slimtune.source import resolve
+from slimtune.storage.source import resolve
 
 if __name__ == "__main__":
     print(json.dumps({"folder": resolve(sys.argv[1])}))

@@ -46,9 +46,9 @@ class Orders:
     """Spoken orders as chats, of which the answers are learned; scored by exact match of greedy answers."""
 
     def __init__(self, task: Task, folder: str) -> None:
+        from slimtune.data.demo_orders import make_orders
         from slimtune.data.encode import encode
         from slimtune.data.rows import Conversation
-        from slimtune.tasks.orders import make_orders
 
         self.folder, self.tokenizer = folder, transformers.AutoTokenizer.from_pretrained(folder)
         train, self.held_out = make_orders(held_out=task.held_out)
@@ -68,8 +68,7 @@ class Orders:
         return slimtune.load(self.folder, str(dtype).removeprefix("torch."), "cpu", quantize=settings)[0]
 
     def batch(self, chosen: Sequence[int]) -> Batch:
-        from slimtune.data.batches import PadRight
-        from slimtune.evaluate.generation import pad_id_of
+        from slimtune.data.batches import PadRight, pad_id_of
 
         return PadRight(pad_id_of(self.tokenizer))([self.examples[index] for index in chosen])
 

@@ -18,14 +18,13 @@ import typer
 
 from benchmarks.machine import cores, cpu_model, load
 from slimtune import LoraConfig, get_peft_model
-from slimtune.data.batches import PackRows, PadRight, count_packed
+from slimtune.data.batches import PackRows, PadRight, count_packed, pad_id_of
+from slimtune.data.demo_orders import make_orders
 from slimtune.data.encode import Encoded, encode
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.rows import Conversation, Document
-from slimtune.device import native_dtype
-from slimtune.evaluate.generation import pad_id_of
-from slimtune.loading import load_text_model
-from slimtune.tasks.orders import make_orders
+from slimtune.models.device import native_dtype
+from slimtune.models.load import load_text_model
 
 MODEL = "smollm2-135m-instruct"
 

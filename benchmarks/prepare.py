@@ -16,7 +16,7 @@ MODEL = "smollm2-135m-instruct"
 
 def model_folder() -> str:
     """The folder of the packaged SmolLM2."""
-    from slimtune.source import resolve
+    from slimtune.storage.source import resolve
 
     return resolve(MODEL)
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
-from slimtune.loading import load
+from slimtune.models.load import load
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 transformers.logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, for a process of each run would take seconds to load them.
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "slimtune.train.job", "slimtune.cli"])
+_CONTEXT.set_forkserver_preload(["torch", "transformers", "slimtune.pipeline.train", "slimtune.cli"])
 
 
 def command(arguments: list[str], screen: str) -> None:

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import slimtune
 from quantizers import QUANTIZERS, Quantizer, expanded
 from slimtune.bases import base_of
-from slimtune.config import PeftConfig, TargetedConfig, methods
-from slimtune.delta import Site
+from slimtune.core.config import PeftConfig, TargetedConfig, methods
+from slimtune.core.delta import Site
 from slimtune.errors import ConfigError, TargetError
 
 

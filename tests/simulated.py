@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from slimtune.plan.live import Ledger
 from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.plan.setting import Setting
 from slimtune.plan.simulate import plan_of, quiet
 from slimtune.plan.trace import trace
@@ -21,11 +21,11 @@ def both(config: Any, setting: Setting, **phases: bool) -> tuple[MemoryPlan, Mem
     return plan_of(simulated, setting), plan_of(really, setting)
 
 
-def peak_of(ledger: Ledger) -> int:
+def peak_of(tracker: MemoryTracker) -> int:
     """The most bytes that were live at once."""
-    changes = np.zeros(ledger.time + 2, dtype=np.int64)
-    for storage in ledger.storages:
+    changes = np.zeros(tracker.time + 2, dtype=np.int64)
+    for storage in tracker.storages:
         if storage.died >= storage.born:
             changes[storage.born] += storage.nbytes
-            changes[min(storage.died, ledger.time) + 1] -= storage.nbytes
+            changes[min(storage.died, tracker.time) + 1] -= storage.nbytes
     return int(changes.cumsum().max())

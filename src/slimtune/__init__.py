@@ -8,57 +8,51 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from slimtune.noise import leave_out_noise
+from slimtune.console.noise import leave_out_noise
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PeftConfig": "config",
-    "TaskType": "config",
-    "PeftModel": "model",
-    "get_peft_model": "model",
-    "get_peft_model_state_dict": "saving",
-    "set_peft_model_state_dict": "saving",
-    "AutoPeftModel": "auto",
-    "AutoPeftModelForCausalLM": "auto",
-    "AutoPeftModelForFeatureExtraction": "auto",
-    "AutoPeftModelForQuestionAnswering": "auto",
-    "AutoPeftModelForSeq2SeqLM": "auto",
-    "AutoPeftModelForSequenceClassification": "auto",
-    "AutoPeftModelForTokenClassification": "auto",
-    "PromptEncoderReparameterizationType": "methods.p_tuning",
-    "PromptTuningInit": "methods.prompt_tuning",
-    "EvaConfig": "methods.lora_starts",
-    "LoftQConfig": "methods.lora_starts",
-    "initialize_lora_eva_weights": "eva",
-    "replace_lora_weights_loftq": "loftq",
-    "dequantize": "quantized.dequantize",
-    "load": "loading",
-    "Quantization": "quantized.settings",
-    "parts": "quantized.report",
-    "prepare_model_for_kbit_training": "quantized.preparing",
-    "load_diffusers_lora": "diffusion",
-    "save_diffusers_lora": "diffusion",
-    "lora_plus_groups": "train.lora_plus",
-    "create_loraplus_optimizer": "train.lora_plus",
+    "PeftConfig": "core.config",
+    "TaskType": "core.config",
+    "PeftModel": "adapters.model",
+    "get_peft_model": "adapters.model",
+    "get_peft_model_state_dict": "adapters.model",
+    "set_peft_model_state_dict": "adapters.model",
+    "AutoPeftModel": "models.auto",
+    "AutoPeftModelForCausalLM": "models.auto",
+    "AutoPeftModelForFeatureExtraction": "models.auto",
+    "AutoPeftModelForQuestionAnswering": "models.auto",
+    "AutoPeftModelForSeq2SeqLM": "models.auto",
+    "AutoPeftModelForSequenceClassification": "models.auto",
+    "AutoPeftModelForTokenClassification": "models.auto",
+    "PromptEncoderReparameterizationType": "methods.prompt.p_tuning",
+    "PromptTuningInit": "methods.prompt.prompt_tuning",
+    "EvaConfig": "methods.lora.init",
+    "LoftQConfig": "methods.lora.init",
+    "initialize_lora_eva_weights": "adapters.eva",
+    "replace_lora_weights_loftq": "adapters.loftq",
+    "dequantize": "quantization.dequantize",
+    "load": "models.load",
+    "Quantization": "quantization.config",
+    "parts": "quantization.report",
+    "prepare_model_for_kbit_training": "quantization.load",
+    "load_diffusers_lora": "models.diffusers",
+    "save_diffusers_lora": "models.diffusers",
+    "lora_plus_groups": "train.optimizer",
+    "create_loraplus_optimizer": "train.optimizer",
 }
 
 if TYPE_CHECKING:
     # What type checkers and editors see; at run time a method's file alone enrols its config.
-    from slimtune.auto import AutoPeftModel as AutoPeftModel
-    from slimtune.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-    from slimtune.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
-    from slimtune.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
-    from slimtune.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-    from slimtune.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
-    from slimtune.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-    from slimtune.config import PeftConfig as PeftConfig
-    from slimtune.config import TaskType as TaskType
-    from slimtune.diffusion import load_diffusers_lora as load_diffusers_lora
-    from slimtune.diffusion import save_diffusers_lora as save_diffusers_lora
-    from slimtune.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
-    from slimtune.loading import load as load
-    from slimtune.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
+    from slimtune.adapters.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+    from slimtune.adapters.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
+    from slimtune.adapters.model import PeftModel as PeftModel
+    from slimtune.adapters.model import get_peft_model as get_peft_model
+    from slimtune.adapters.model import get_peft_model_state_dict as get_peft_model_state_dict
+    from slimtune.adapters.model import set_peft_model_state_dict as set_peft_model_state_dict
+    from slimtune.core.config import PeftConfig as PeftConfig
+    from slimtune.core.config import TaskType as TaskType
     from slimtune.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from slimtune.methods.bitfit import BitFitConfig as BitFitConfig
     from slimtune.methods.bottleneck import BottleneckConfig as BottleneckConfig
@@ -66,29 +60,37 @@ if TYPE_CHECKING:
     from slimtune.methods.ia3 import IA3Config as IA3Config
     from slimtune.methods.last_layer import LastLayerConfig as LastLayerConfig
     from slimtune.methods.ln_tuning import LNTuningConfig as LNTuningConfig
-    from slimtune.methods.loha import LoHaConfig as LoHaConfig
-    from slimtune.methods.lokr import LoKrConfig as LoKrConfig
-    from slimtune.methods.lora import LoraConfig as LoraConfig
-    from slimtune.methods.lora_starts import EvaConfig as EvaConfig
-    from slimtune.methods.lora_starts import LoftQConfig as LoftQConfig
-    from slimtune.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
-    from slimtune.methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
-    from slimtune.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
-    from slimtune.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
-    from slimtune.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
+    from slimtune.methods.lora.config import LoraConfig as LoraConfig
+    from slimtune.methods.lora.init import EvaConfig as EvaConfig
+    from slimtune.methods.lora.init import LoftQConfig as LoftQConfig
+    from slimtune.methods.lycoris.loha import LoHaConfig as LoHaConfig
+    from slimtune.methods.lycoris.lokr import LoKrConfig as LoKrConfig
+    from slimtune.methods.prompt.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from slimtune.methods.prompt.p_tuning import (
+        PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
+    )
+    from slimtune.methods.prompt.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from slimtune.methods.prompt.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from slimtune.methods.prompt.prompt_tuning import PromptTuningInit as PromptTuningInit
     from slimtune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from slimtune.methods.vera import VeraConfig as VeraConfig
-    from slimtune.model import PeftModel as PeftModel
-    from slimtune.model import get_peft_model as get_peft_model
-    from slimtune.plan.ask import plan as plan
-    from slimtune.quantized.dequantize import dequantize as dequantize
-    from slimtune.quantized.preparing import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from slimtune.quantized.report import parts as parts
-    from slimtune.quantized.settings import Quantization as Quantization
-    from slimtune.saving import get_peft_model_state_dict as get_peft_model_state_dict
-    from slimtune.saving import set_peft_model_state_dict as set_peft_model_state_dict
-    from slimtune.train.lora_plus import create_loraplus_optimizer as create_loraplus_optimizer
-    from slimtune.train.lora_plus import lora_plus_groups as lora_plus_groups
+    from slimtune.models.auto import AutoPeftModel as AutoPeftModel
+    from slimtune.models.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from slimtune.models.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from slimtune.models.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from slimtune.models.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from slimtune.models.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from slimtune.models.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from slimtune.models.diffusers import load_diffusers_lora as load_diffusers_lora
+    from slimtune.models.diffusers import save_diffusers_lora as save_diffusers_lora
+    from slimtune.models.load import load as load
+    from slimtune.plan.plan import plan as plan
+    from slimtune.quantization.config import Quantization as Quantization
+    from slimtune.quantization.dequantize import dequantize as dequantize
+    from slimtune.quantization.load import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from slimtune.quantization.report import parts as parts
+    from slimtune.train.optimizer import create_loraplus_optimizer as create_loraplus_optimizer
+    from slimtune.train.optimizer import lora_plus_groups as lora_plus_groups
 
 
 def __getattr__(name: str) -> Any:
@@ -101,7 +103,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"slimtune.{_HOME[name]}"), name)
     elif name.endswith("Config"):
         # A method is enrolled by its file being there; its config needs no entry here.
-        from slimtune.config import methods
+        from slimtune.core.config import methods
 
         value = next((config for config in methods().values() if config.__name__ == name), None)
     else:
@@ -113,6 +115,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from slimtune.config import methods
+    from slimtune.core.config import methods
 
     return ["__version__", "plan", *_HOME, *(config.__name__ for config in methods().values())]

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import slimtune
 from slimtune import AutoPeftModelForCausalLM, LoraConfig, PeftModel, Quantization, get_peft_model
 from slimtune.bases import claim
-from slimtune.loading import load_classifier, load_encoder
-from slimtune.quantized.packing import PIECE, packed_4bit, packed_8bit
+from slimtune.bases.bitsandbytes import PIECE, packed_4bit, packed_8bit
+from slimtune.models.load import load_classifier, load_encoder
 from small_encoder import save_encoder
 from small_text_model import save_base
 

@@ -34,7 +34,7 @@ from kinds import NEEDED, folds
 from quantizers import Quantizer
 from slimtune import dequantize
 from slimtune.bases import claim
-from slimtune.config import TargetedConfig, methods
+from slimtune.core.config import TargetedConfig, methods
 from slimtune.errors import ConfigError, MergeError
 from tensors import adapter_tensors, assert_near, assert_same, copies, predict, randomize, relative_error
 from zoo import BERT, GPT2, LLAMA, T5, TIED_LLAMA, Specimen

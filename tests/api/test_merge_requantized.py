@@ -14,8 +14,8 @@ from torch import nn
 import slimtune
 from few_bits import BY_NAME, base_state, each_config, each_quantizer, in_codes, loaded, storage, tuned
 from quantizers import Quantizer, four_bit
+from slimtune.adapters.merge import compare_outputs
 from slimtune.bases import base_of, claim
-from slimtune.drift import compare_outputs
 from slimtune.errors import ConfigError, MergeError
 from tensors import adapter_tensors, assert_same, predict, relative_error
 from zoo import GPT2, LLAMA

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from slimtune.noise import NOISE, leave_out_noise
+from slimtune.console.noise import NOISE, leave_out_noise
 
 
 def test_a_quantized_model_is_loaded_without_a_word() -> None:
-    code = "import slimtune; slimtune.Quantization; import slimtune.quantized.loading"
+    code = "import slimtune; slimtune.Quantization; import slimtune.quantization.load"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import slimtune
 from quantizers import QUANTIZERS, Quantizer, expanded, four_bit
-from slimtune.quantized.bnb import Linear4bit, Linear8bit
+from slimtune.bases.bitsandbytes import Linear4bit, Linear8bit
 from tensors import (
     adapter_gradients,
     assert_all_near,

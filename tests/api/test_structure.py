@@ -16,7 +16,7 @@ from transformers.models.dinov2 import modeling_dinov2
 import slimtune
 from denoisers import flux
 from slimtune.bases import base_of
-from slimtune.structure import role_of
+from slimtune.core.roles import role_of
 from tensors import trainable
 
 SIZES: dict[str, Any] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import slimtune
 from kinds import NEEDED
-from slimtune.config import methods
+from slimtune.core.config import methods
 from slimtune.errors import ConfigError, TargetError
 from tensors import adapter_tensors, assert_near, randomize, trainable
 from zoo import BERT, LLAMA, T5, VIT, Specimen, bart, seq2seq_batch, token_ids

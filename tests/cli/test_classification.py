@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from slimtune.evaluate.classification import scores
-from slimtune.loading import load
+from slimtune.metrics.classification import scores
+from slimtune.models.load import load
 from small_encoder import reviews, save_encoder
 from small_text_model import save_base, write_lines
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from slimtune.evaluate.classification import scores
 from slimtune.evaluate.generation import generate_batch
 from slimtune.evaluate.tasks import prompt, read_task
-from slimtune.loading import load_text_model
+from slimtune.metrics.classification import scores
+from slimtune.models.load import load_text_model
 from small_encoder import reviews, save_encoder
 from small_text_model import orders, save_base, write_lines
 

@@ -50,8 +50,8 @@ def test_the_version(run: Any) -> None:
 
 
 def test_demo_data_can_be_trained_on(run: Any, tmp_path: Any) -> None:
+    from slimtune.data.demo_orders import make_orders
     from slimtune.data.reading import read_rows
-    from slimtune.tasks.orders import make_orders
 
     assert run("demo-data", "-o", tmp_path / "orders", "--train", 5, "--held-out", 3, "--seed", 2).exit_code == 0
     train, held_out = make_orders(5, 3, seed=2)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from slimtune.engines import Verdict, verdicts
-from slimtune.folder import StoredTensor
+from slimtune.models.compatibility import Verdict, verdicts
+from slimtune.models.headers import StoredTensor
 
 
 def test_an_adapter(run: Any, tuned: Path, base: Path) -> None:

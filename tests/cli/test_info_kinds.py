@@ -14,9 +14,9 @@ import slimtune
 from compare.constructed import failed, score
 from denoisers import flux
 from killed import kill_when, start
-from slimtune.compare.arms import Run, trained
-from slimtune.compare.facts import Facts
+from slimtune.compare.record import Facts
 from slimtune.compare.results import Result
+from slimtune.recipe.candidates import Run, trained
 from small_encoder import reviews, save_encoder
 from small_text_model import tiny_model, write_lines
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import PeftModel
 from slimtune.bases import claim
-from slimtune.loading import load
+from slimtune.models.load import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantiz")
 

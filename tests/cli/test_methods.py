@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimtune.config import methods as registered
+from slimtune.core.config import methods as registered
 from slimtune.errors import MergeError
-from slimtune.loading import load
-from slimtune.train.method import FEATURES, FULL, methods, table
+from slimtune.models.load import load
+from slimtune.recipe.method import FEATURES, FULL, methods, table
 from small_encoder import reviews, save_encoder
 from small_text_model import write_lines
 
@@ -206,7 +206,7 @@ def test_what_does_not_belong_to_the_method_is_refused(
 def test_methods_that_files_of_peft_know_are_told_from_the_others() -> None:
     import peft
 
-    from slimtune.engines import UNKNOWN_TO_PEFT
+    from slimtune.models.compatibility import UNKNOWN_TO_PEFT
 
     theirs = {str(kind.value) for kind in peft.PeftType}
     assert {kind for kind in registered() if kind not in theirs} == UNKNOWN_TO_PEFT & set(registered())

@@ -242,7 +242,7 @@ def test_a_device_that_no_table_names_stops_no_training(
     def unknown(name: str) -> Any:
         raise PlanError(f"the device '{name}' of this machine is in no table")
 
-    monkeypatch.setattr("slimtune.train.foresight.find", unknown)
+    monkeypatch.setattr("slimtune.pipeline.memory_check.find", unknown)
     result = run("train", base, data, "-o", tmp_path / "out", "--max-steps", 1, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "not planned: the device 'cpu' of this machine is in no table" in result.stdout

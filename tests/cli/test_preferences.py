@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from slimtune.train.recipe import Recipe
+from slimtune.recipe.recipe import Recipe
 from small_text_model import write_lines
 
 FAST = ["--max-steps", 4, "--lr", 0.01, "--batch-size", 4, "--rank", 4]

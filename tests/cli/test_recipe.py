@@ -13,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from slimtune.source import PACKAGED
-from slimtune.train.recipe import Recipe
-from slimtune.train.shipped import commented, shipped, text_of
+from slimtune.recipe.recipe import Recipe
+from slimtune.recipe.shipped import commented, shipped, text_of
+from slimtune.storage.source import PACKAGED
 from small_text_model import write_lines
 
 
@@ -138,8 +138,8 @@ def test_the_help_shows_the_recipes_defaults() -> None:
 
     from slimtune.cli.train import DATA_OPTIONS, MODEL_OPTIONS, train
     from slimtune.data.settings import DataSettings
-    from slimtune.train.recipe import ModelSettings
-    from slimtune.train.settings import TrainSettings
+    from slimtune.recipe.recipe import ModelSettings
+    from slimtune.recipe.training import TrainSettings
 
     shown = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
     for kind, names in ((TrainSettings, shown), (ModelSettings, MODEL_OPTIONS), (DataSettings, DATA_OPTIONS)):
@@ -246,7 +246,7 @@ def test_check_refuses_what_does_not_fit(run: Any, recipe: Path, monkeypatch: py
     from slimtune.plan import devices
 
     small = replace(devices.find("cpu"), memory_bytes=50_000_000)
-    monkeypatch.setattr("slimtune.train.foresight.find", lambda name: small)
+    monkeypatch.setattr("slimtune.pipeline.memory_check.find", lambda name: small)
     result = run("recipe", "check", recipe, "--json")
     assert result.exit_code == 1, result.output
     assert "the training needs" in json.loads(result.stdout)["problems"][0]

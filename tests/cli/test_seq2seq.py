@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from slimtune.data.batches import token_loss
 from slimtune.data.rows import Pair
-from slimtune.data.seq2seq import encode_pair
+from slimtune.data.tasks.seq2seq import encode_pair
 from small_seq2seq import bart, save_seq2seq, seq2seq_tokenizer, translations
 from small_text_model import write_lines
 

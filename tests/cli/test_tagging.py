@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForTokenClassification
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.evaluate.tagging import entities, tag_scores
-from slimtune.loading import load
+from slimtune.metrics.tagging import entities, tag_scores
+from slimtune.models.load import load
 from small_encoder import save_encoder
 from small_text_model import save_base, write_lines
 

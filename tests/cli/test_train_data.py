@@ -57,7 +57,7 @@ def test_a_recipe_trains_on_its_data(
 
 def test_a_template_of_ones_own_is_kept_with_the_result(run: Any, recipe: Path, tmp_path: Path) -> None:
     assert run("train", recipe, "data.chat_template=plain", "training.max_steps=1").exit_code == 0
-    from slimtune.loading import load_tokenizer
+    from slimtune.models.load import load_tokenizer
 
     kept: Any = load_tokenizer(str(tmp_path / "out"))
     assert kept.chat_template.startswith("{%- for message in messages %}{{ '### '")

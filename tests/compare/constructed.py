@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from slimtune.compare.arms import Arm, Run, prompted, trained
 from slimtune.compare.results import Domain, Question, Result, Score, Spectrum, Training
 from slimtune.compare.summary import Summary, summarize
+from slimtune.recipe.candidates import Arm, Run, prompted, trained
 
 QUESTIONS = 100
 

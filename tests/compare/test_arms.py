@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.compare.arms import arms_of, prompted, runs_of, trained
-from slimtune.compare.settings import CompareSettings
 from slimtune.compare.task import Task, check_arms, check_unchanged, recipe_of, write_recipe
 from slimtune.errors import ConfigError, OutputExistsError
+from slimtune.recipe.candidates import arms_of, prompted, runs_of, trained
+from slimtune.recipe.compare import CompareSettings
 
 
 def task(folder: Path, **settings: object) -> Task:

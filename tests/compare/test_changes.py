@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from compare.constructed import LORA, done, failed, run, summary
-from slimtune.compare.arms import Run
-from slimtune.compare.facts import Constant, Facts
-from slimtune.compare.remarks import beside_constant, constant_of, moved, remarks
+from slimtune.compare.findings import beside_constant, constant_of, moved, remarks
+from slimtune.compare.record import Constant, Facts
 from slimtune.compare.results import RESULT
-from slimtune.compare.settings import CompareSettings
 from slimtune.compare.stages import stages_of
 from slimtune.compare.task import RECIPE, Task, check_unchanged, write_recipe
 from slimtune.errors import OutputExistsError
-from slimtune.storage.yaml_file import read_mapping
+from slimtune.recipe.candidates import Run
+from slimtune.recipe.compare import CompareSettings
+from slimtune.storage.text_files import read_mapping
 from small_text_model import write_lines
 
 

@@ -21,7 +21,7 @@ from compare.constructed import (
     summary,
     training,
 )
-from slimtune.compare import figures
+from slimtune.compare import format as figures
 from slimtune.compare.choice import Choice, choose
 from slimtune.compare.results import Result
 from slimtune.compare.summary import Summary, summarize

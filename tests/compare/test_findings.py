@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from compare.constructed import BASE, FOUR_SHOT, FULL, LORA, QLORA, RANDOM, done, summary
-from slimtune.compare.arms import trained
 from slimtune.compare.findings import findings
+from slimtune.recipe.candidates import trained
 
 RANK_64, SCALED = trained("lora:r=64"), trained("lora:r=64:use_rslora=true")
 

@@ -10,8 +10,8 @@ import pytest
 
 from compare.browser import DESK, PHONE, browser, look
 from compare.constructed import BASE, LORA, done, everything, failed, questions, summary
-from slimtune.compare.facts import Facts
-from slimtune.compare.page import html, report, write_report
+from slimtune.compare.record import Facts
+from slimtune.compare.report import html, report, write_report
 from slimtune.compare.results import Question
 from slimtune.compare.summary import Summary, summarize
 

@@ -11,7 +11,7 @@ import pytest
 
 from slimtune.data.reading import read_rows
 from slimtune.errors import ConfigError, DataError
-from slimtune.train.settings import TrainSettings
+from slimtune.recipe.training import TrainSettings
 
 ANSWER = {"role": "assistant", "content": "yes"}
 

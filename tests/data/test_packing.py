@@ -30,8 +30,8 @@ from slimtune.data.encode import IGNORED, Encoded, encode
 from slimtune.data.packing import best_fit, check_packs, pack
 from slimtune.data.rows import Conversation
 from slimtune.errors import ConfigError
-from slimtune.train.run import fine_tune
-from slimtune.train.settings import TrainSettings
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.loop import fine_tune
 from small_text_model import orders, tiny_model, tiny_tokenizer
 
 SHAPE: dict[str, Any] = {

@@ -14,15 +14,15 @@ from rich.console import Console
 from slimtune import LoraConfig, get_peft_model
 from slimtune.data.batches import PackRows, count_packed
 from slimtune.data.encode import Encoded, encode
-from slimtune.data.lesson import Lesson
 from slimtune.data.reading import read_rows
 from slimtune.data.settings import DataSettings
 from slimtune.data.streaming import as_examples
-from slimtune.data.tasks import read
+from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.registry import read
 from slimtune.errors import ConfigError, DataError
-from slimtune.train.recipe import Recipe
-from slimtune.train.run import fine_tune
-from slimtune.train.settings import TrainSettings
+from slimtune.recipe.recipe import Recipe
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.loop import fine_tune
 from small_text_model import orders, tiny_model, tiny_tokenizer, write_lines
 
 TOKENIZER = tiny_tokenizer()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slimtune.data.encode import IGNORED
-from slimtune.data.tagged import align, tags_of
+from slimtune.data.tasks.word_alignment import align, tags_of
 from slimtune.errors import DataError
 from small_encoder import encoder_tokenizer
 from small_text_model import tiny_tokenizer

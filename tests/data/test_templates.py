@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import trl
 
+from slimtune.data.chat_template import named_templates, render, use_template
 from slimtune.data.encode import IGNORED, Encoded, encode, encode_row, pieces
 from slimtune.data.rows import Conversation
 from slimtune.errors import ConfigError, DataError
-from slimtune.template import named_templates, render, use_template
 from small_text_model import CHATML, tiny_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

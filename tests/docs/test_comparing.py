@@ -10,11 +10,11 @@ import yaml
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.compare.arms import trained
-from slimtune.compare.settings import CompareSettings
 from slimtune.compare.statistics import interval
-from slimtune.train.recipe import Recipe
-from slimtune.train.shipped import shipped
+from slimtune.recipe.candidates import trained
+from slimtune.recipe.compare import CompareSettings
+from slimtune.recipe.recipe import Recipe
+from slimtune.recipe.shipped import shipped
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "comparing.md").read_text()

@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from slimtune.cli import app
+from slimtune.data.chat_template import named_templates
 from slimtune.data.formats import FORMATS, TASKS
 from slimtune.data.settings import TOO_LONG, DataSettings, Source
 from slimtune.data.sources import READERS
-from slimtune.template import named_templates
-from slimtune.train.recipe import Recipe
+from slimtune.recipe.recipe import Recipe
 from small_text_model import save_base
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from slimtune.cli import app
+from slimtune.evaluate.domain_texts import DOMAINS, texts
 from slimtune.evaluate.forgetting import CONFIDENCE, DRAWS
-from slimtune.evaluate.outside import DOMAINS, texts
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in ("forgetting", "spectra")}

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.config import methods
+from slimtune.core.config import methods
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "methods.md").read_text()

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.plan.classic import ROWS
 from slimtune.plan.rules import GOALS, RULES
+from slimtune.plan.table import ROWS
 
 PAGE = (Path(__file__).parents[2] / "docs/planning.md").read_text()
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.source import resolve
+from slimtune.storage.source import resolve
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.train.recipe import Recipe
-from slimtune.train.shipped import shipped
+from slimtune.recipe.recipe import Recipe
+from slimtune.recipe.shipped import shipped
 from small_text_model import save_base
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
@@ -64,7 +64,7 @@ def test_every_recipe_that_ships_is_in_the_table() -> None:
 
 
 def test_the_keys_that_are_named_are_dealt_with_as_said() -> None:
-    from slimtune.train.importing import axolotl, llama_factory
+    from slimtune.recipe.convert import axolotl, llama_factory
 
     rules = llama_factory.RULES | axolotl.RULES
     for key in ("ddp_timeout", "flash_attn", "wandb_entity"):

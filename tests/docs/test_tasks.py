@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.data.tasks import LESSONS
-from slimtune.train.preference_settings import LOSSES, TAKEN, PreferenceSettings
+from slimtune.data.tasks.registry import LESSONS
+from slimtune.recipe.preference import LOSSES, TAKEN, PreferenceSettings
 from small_encoder import save_encoder
 from small_seq2seq import save_seq2seq, translations
 from small_text_model import save_base, write_lines

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.train.settings import TrainSettings
+from slimtune.recipe.training import TrainSettings
 from small_text_model import save_base
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimtune.evaluate.decomposition import (
+from slimtune.evaluate.intruders.svd import (
     decompose,
     decompose_product,
     effective_rank,

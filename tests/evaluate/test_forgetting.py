@@ -14,9 +14,9 @@ import slimtune
 from slimtune.data.encode import Encoded
 from slimtune.data.rows import Pair
 from slimtune.errors import ConfigError, DataError
+from slimtune.evaluate.domain_texts import DOMAINS, read_texts, texts
 from slimtune.evaluate.forgetting import all_passages, compare, measure
 from slimtune.evaluate.language_loss import Passage, losses, passages, require_language_loss
-from slimtune.evaluate.outside import DOMAINS, read_texts, texts
 from slimtune.evaluate.tuned import Tuned
 from small_text_model import save_base, tiny_model, tiny_tokenizer, write_lines
 

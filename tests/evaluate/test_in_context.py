@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from slimtune.data.demo_orders import few_shot
 from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.in_context import Shots, contexts
 from slimtune.evaluate.run import evaluate, prepare
 from slimtune.evaluate.settings import EvaluationSettings
 from slimtune.evaluate.tasks import Question, Task, answered, conversation, prompt, read_task, with_labels
-from slimtune.tasks.orders import few_shot
 from small_text_model import CHATML, orders, tiny_model, tiny_tokenizer, write_lines
 
 REFUSES_SYSTEM = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slimtune.evaluate.intervals import bootstrap, interval_of_mean, interval_of_share, wilson
+from slimtune.metrics.intervals import bootstrap, interval_of_mean, interval_of_share, wilson
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (1, 3), (83, 100), (999, 1000)])

@@ -10,16 +10,16 @@ import torch
 import transformers
 
 import slimtune
-from slimtune.adapter import attached
+from slimtune.adapters.adapter import attached
 from slimtune.errors import BaseMismatchError, ConfigError, OutputExistsError
-from slimtune.evaluate.decomposition import decompose
-from slimtune.evaluate.mitigation import scaled_change, scaled_weights, scalings
-from slimtune.evaluate.outside import texts
-from slimtune.evaluate.scaled_model import mitigate
-from slimtune.evaluate.spectra import Spectra, measure, similarity, updates_of
-from slimtune.evaluate.trade import Yardsticks
+from slimtune.evaluate.domain_texts import texts
+from slimtune.evaluate.intruders.scale import scaled_change, scaled_weights, scalings
+from slimtune.evaluate.intruders.spectra import Spectra, measure, similarity, updates_of
+from slimtune.evaluate.intruders.svd import decompose
+from slimtune.evaluate.intruders.trade_off import Yardsticks
+from slimtune.evaluate.intruders.updates import Updates, adapter_updates, model_updates
+from slimtune.evaluate.intruders.write import mitigate
 from slimtune.evaluate.tuned import Tuned
-from slimtune.evaluate.updates import Updates, adapter_updates, model_updates
 from small_text_model import save_base, tiny_model, tiny_tokenizer
 
 LINEAR = 14

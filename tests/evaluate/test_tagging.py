@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slimtune.evaluate.tagging import Entity, entities, has_entities, tag_counts, tag_scores
+from slimtune.metrics.tagging import Entity, entities, has_entities, tag_counts, tag_scores
 
 SPELLED = [
     ("IOB2", "B-PER I-PER O B-LOC", [("PER", 0, 2), ("LOC", 3, 4)]),

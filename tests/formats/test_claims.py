@@ -12,7 +12,7 @@ import torch
 import slimtune
 from slimtune.errors import BaseMismatchError, ConfigError, ModelNotFoundError, SlimtuneError
 from slimtune.evaluate.tuned import Tuned
-from slimtune.source import resolve
+from slimtune.storage.source import resolve
 from small_text_model import save_base, tiny_model
 
 HUGE = 10**13

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import slimtune
 from denoisers import ATTENTION, DENOISERS, UNET, Denoiser, unet
-from slimtune.diffusion import WEIGHTS_NAME
 from slimtune.errors import AdapterFileError, AdapterNotFoundError, BaseMismatchError, ConfigError
+from slimtune.models.diffusers import WEIGHTS_NAME
 from tensors import adapter_tensors, assert_near, assert_same, randomize, relative_error, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimtune.storage.tree import read_tree, write_tree
+from slimtune.storage.tensor_tree import read_tree, write_tree
 
 TREE: dict[str, Any] = {
     "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3).bfloat16()}, 7: {}},

@@ -9,7 +9,7 @@ from torch import nn
 
 import slimtune
 from kinds import KINDS, QUANTIZED, Kind, attach, cases, methods_for
-from slimtune.config import PeftConfig, TargetedConfig, methods
+from slimtune.core.config import PeftConfig, TargetedConfig, methods
 from tensors import adapter_tensors, predict, randomize, trainable
 from zoo import LLAMA, SPECIMENS, Specimen
 

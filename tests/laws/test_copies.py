@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import slimtune
 from kinds import Kind, attach, cases
-from slimtune.config import PeftConfig
+from slimtune.core.config import PeftConfig
 from tensors import adapter_tensors, assert_same, copies, loss_of, parts, predict, randomize, trainable
 from zoo import SPECIMENS, Specimen
 

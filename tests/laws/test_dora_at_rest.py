@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import slimtune
-from slimtune.methods.dora import DoraDelta
+from slimtune.methods.lora.dora import DoraDelta
 from tensors import adapter_tensors, assert_near, predict, randomize
 from zoo import GPT2, LLAMA, MIXTURE, QUANTIZED, Specimen
 

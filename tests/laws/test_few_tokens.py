@@ -17,7 +17,7 @@ from kinds import Host
 from quantizers import Quantizer, four_bit, int8
 from slimtune.bases import base_of, claim
 from slimtune.bases.packed import PackedLinear
-from slimtune.quantized import few_tokens
+from slimtune.ops import few_tokens
 from tensors import randomize
 from zoo import llama
 

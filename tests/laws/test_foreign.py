@@ -24,7 +24,7 @@ from kinds import Host
 from slimtune.bases import base_of, claim
 from slimtune.bases.foreign import ForeignLinear, is_foreign
 from slimtune.errors import MergeError, TargetError
-from slimtune.quantized.dequantize import dequantize
+from slimtune.quantization.dequantize import dequantize
 from tensors import adapter_tensors, assert_near, assert_same, predict, randomize, relative_error, trainable
 from zoo import LLAMA, LLAMA_LINEARS, SPECIMENS, Specimen
 
@@ -179,7 +179,7 @@ class TestLooks:
         assert isinstance(base, ForeignLinear)
         assert base.kind == "linear"
         assert base.features(site) == (IN, OUT)
-        assert base.outline(site).shape == (OUT, IN)
+        assert base.spec(site).shape == (OUT, IN)
 
     @pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)
     def test_nothing_of_a_plain_model_is(self, specimen: Specimen) -> None:

@@ -17,12 +17,12 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import slimtune
-from slimtune import frugal
-from slimtune.frugal import FrozenNorm, GateActivation
-from slimtune.ops.again import made_again, maker_of
+from slimtune.adapters import activation_memory as frugal
+from slimtune.adapters.activation_memory import FrozenNorm, GateActivation
+from slimtune.ops.frozen_linear import made_again, maker_of
 from slimtune.ops.frozen_norm import FORMULAS, formula_of, frozen_norm
 from slimtune.ops.gated import LazyActivation
-from slimtune.plan.live import Ledger
+from slimtune.plan.memory_tracker import MemoryTracker
 from tensors import adapter_gradients, assert_all_near, copies, loss_of, randomize
 from zoo import BERT, GEMMA3, LLAMA, QWEN2, T5, Specimen
 
@@ -114,10 +114,10 @@ def test_trying_a_class_is_no_part_of_what_others_count() -> None:
     class Untried(LlamaRMSNorm):
         pass
 
-    module, ledger = Untried(WIDTH), Ledger()
-    with ledger:
+    module, tracker = Untried(WIDTH), MemoryTracker()
+    with tracker:
         assert formula_of(module) is not None
-    assert not ledger.operations
+    assert not tracker.operations
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "quick_gelu"])

@@ -12,7 +12,7 @@ from torch import nn
 
 import slimtune
 from kinds import FLOATING, FOLDING, KINDS, Kind, attach, cases, folds, methods_for
-from slimtune.config import PeftConfig
+from slimtune.core.config import PeftConfig
 from slimtune.errors import MergeError
 from tensors import (
     adapter_tensors,

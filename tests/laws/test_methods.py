@@ -13,8 +13,8 @@ import torch
 
 import slimtune
 from kinds import NEEDED
-from slimtune.config import methods
-from slimtune.delta import Delta
+from slimtune.core.config import methods
+from slimtune.core.delta import Delta
 from slimtune.errors import ConfigError, MergeError, TargetError
 from tensors import adapter_tensors, assert_near, assert_same, copies, loss_of, predict, randomize, trainable
 from zoo import QUANTIZED, SPECIMENS, Specimen

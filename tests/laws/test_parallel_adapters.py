@@ -186,7 +186,7 @@ def test_two_parallel_adapters_at_once_both_read_the_same_input() -> None:
     randomize(slimtune, model, "other", seed=5)
     changes = []
     block = model.blocks[0]
-    base = model.adapter_switch
+    base = model.adapter_state
     for names in (("default",), ("other",), ("default", "other")):
         with base.using(active=names):
             changes.append(block(x))

@@ -21,7 +21,7 @@ import slimtune
 from kinds import Host
 from quantizers import QUANTIZERS, Quantizer
 from slimtune.bases import base_of
-from slimtune.quantized import bnb as ours
+from slimtune.bases import bitsandbytes as ours
 from tensors import (
     assert_near,
     loss_of,

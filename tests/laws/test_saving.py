@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import slimtune
 from kinds import Kind, cases
-from slimtune.config import PeftConfig
+from slimtune.core.config import PeftConfig
 from tensors import adapter_tensors, assert_same, copies, loss_of, predict, randomize, trainable
 from zoo import BERT, LLAMA, SPECIMENS, Specimen
 

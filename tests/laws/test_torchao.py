@@ -30,9 +30,9 @@ import slimtune
 from kinds import Host
 from quantizers import INT4
 from slimtune.bases import base_of, claim
+from slimtune.bases.torchao import TensorLinear, beyond, expand, pack
 from slimtune.errors import ConfigError, MergeError
-from slimtune.quantized.settings import TORCHAO_KINDS
-from slimtune.quantized.torchao import TensorLinear, beyond, expand, pack, settings
+from slimtune.quantization.config import TORCHAO_KINDS, settings
 from tensors import (
     adapter_gradients,
     adapter_tensors,

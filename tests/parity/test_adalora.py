@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 import slimtune
 from beside_peft import Agreement, Case, check_generation
 from slimtune.errors import ConfigError, TargetError
-from slimtune.train.allocation import RankAllocation
+from slimtune.train.trainer import RankAllocation
 from tensors import adapter_tensors, assert_all_near, assert_near, copies, loss_of, predict, randomize, trainable
 from zoo import BERT, GPT2, LLAMA, LLAMA_LINEARS, MIXTURE, QWEN2, T5, VOCABULARY
 

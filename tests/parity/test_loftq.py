@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import slimtune
 from slimtune.bases import base_of
 from slimtune.errors import ConfigError, ModelNotFoundError
-from slimtune.source import resolve
+from slimtune.storage.source import resolve
 from tensors import assert_near, assert_same, copies
 from zoo import VOCABULARY, gpt2, llama
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import slimtune
 from beside_peft import Agreement, Case, check_generation
 from slimtune.errors import ConfigError, TargetError
-from slimtune.methods.lokr import factorization
+from slimtune.methods.lycoris.lokr import factorization
 from tensors import adapter_tensors, assert_near, predict, randomize, trainable
 from zoo import BERT, GPT2, LLAMA, LLAMA_LINEARS, MIXTURE, T5
 

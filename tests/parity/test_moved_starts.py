@@ -17,7 +17,7 @@ from torch import Tensor
 import slimtune
 from beside_peft import Case
 from slimtune.errors import ConfigError
-from slimtune.inits import olora, orthogonal, pissa
+from slimtune.methods.lora.init import olora, orthogonal, pissa
 from tensors import adapter_tensors, assert_all_near, assert_near, assert_same, copies, loss_of, predict, trainable
 from zoo import GPT2, LLAMA, MIXTURE, QWEN2, Specimen
 

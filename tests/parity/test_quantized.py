@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import slimtune
 from quantizers import expanded
 from slimtune.bases import claim
-from slimtune.quantized.bnb import Linear4bit
-from slimtune.source import resolve
+from slimtune.bases.bitsandbytes import Linear4bit
+from slimtune.storage.source import resolve
 from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_near, copies, loss_of
 from zoo import LLAMA_LINEARS
 

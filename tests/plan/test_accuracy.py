@@ -12,11 +12,11 @@ from benchmarks.plan_accuracy import METHODS, MODELS, Case
 
 import slimtune
 from simulated import both
-from slimtune.plan.depth import Blocks
+from slimtune.plan.extrapolate import Blocks
 from slimtune.plan.simulate import setting_of, simulate
 from slimtune.plan.trace import trace
-from slimtune.quantized.settings import TORCHAO_KINDS
-from slimtune.train.optimizer import OFFLOADED, OPTIMIZERS, TORCHAO
+from slimtune.quantization.config import TORCHAO_KINDS
+from slimtune.recipe.optimizers import OFFLOADED, OPTIMIZERS, TORCHAO
 
 TOLERANCE = 0.01
 MEDIUM = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}

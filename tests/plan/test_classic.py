@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import ConfigError
-from slimtune.plan.ask import count, read_config, simulation
-from slimtune.plan.classic import ROWS, SIZES, Cell, classic_table
 from slimtune.plan.memory import Parts
+from slimtune.plan.plan import count, read_config, simulation
 from slimtune.plan.plot import Bar, classic_bars, plot_bars
+from slimtune.plan.table import ROWS, SIZES, Cell, classic_table
 
 PARAMETERS = {"7B": 6.738e9, "13B": 13.016e9, "30B": 32.529e9, "70B": 70.554e9, "110B": 111.210e9}
 

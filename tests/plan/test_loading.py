@@ -11,12 +11,12 @@ import transformers
 
 import slimtune
 from simulated import peak_of
-from slimtune.plan.live import Ledger
+from slimtune.bases.bitsandbytes import PIECE
+from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.plan.quantize import tensors_of
 from slimtune.plan.setting import PRECISIONS
 from slimtune.plan.simulate import simulate
-from slimtune.quantized.packing import PIECE
-from slimtune.quantized.settings import KINDS
+from slimtune.quantization.config import KINDS
 
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 4}
 MODELS: dict[str, Any] = {
@@ -39,11 +39,11 @@ def saved(model: Any, folder: Path) -> Path:
 
 def loaded(folder: Path, base: str) -> tuple[int, int]:
     """What the model holds, and the most that was live while it was loaded."""
-    ledger = Ledger()
-    with ledger:
+    tracker = MemoryTracker()
+    with tracker:
         model, _ = slimtune.load(folder, device="cpu", quantize=None if base == "dense" else base)
-        held = sum(storage.nbytes for storage in ledger.of(tensors_of(model)))
-    return held, peak_of(ledger)
+        held = sum(storage.nbytes for storage in tracker.of(tensors_of(model)))
+    return held, peak_of(tracker)
 
 
 @pytest.mark.parametrize("base", PRECISIONS)

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 
 import slimtune
 from slimtune.errors import ConfigError
-from slimtune.plan.ask import Report, count, plan
 from slimtune.plan.devices import Device, find
+from slimtune.plan.plan import Report, count, plan
 from slimtune.plan.setting import PRECISIONS
-from slimtune.train.preference_settings import PREFERENCE_TASKS
+from slimtune.recipe.preference import PREFERENCE_TASKS
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4,

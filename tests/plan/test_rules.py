@@ -53,7 +53,7 @@ def test_alpha_is_twice_the_rank_and_the_rate_does_not_follow_it(rank: int) -> N
 
 
 def test_the_rate_is_ten_times_that_of_full_tuning_and_the_commands_own() -> None:
-    from slimtune.train.method import find
+    from slimtune.recipe.method import find
 
     assert rules.learning_rate(TASK) == pytest.approx(10 * find("full").config.learning_rate)
     assert rules.learning_rate(TASK) == pytest.approx(find("lora").config.learning_rate)

@@ -14,17 +14,17 @@ from rich.console import Console
 import slimtune
 from simulated import both, peak_of
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks import read
+from slimtune.data.tasks.registry import read
 from slimtune.errors import ConfigError
 from slimtune.plan.data import measure
-from slimtune.plan.live import Ledger
 from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.plan.setting import Setting
 from slimtune.plan.simulate import setting_of, simulate
-from slimtune.train.preference_settings import PREFERENCE_TASKS, PreferenceSettings
+from slimtune.recipe.preference import PREFERENCE_TASKS, PreferenceSettings
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.loop import fine_tune
 from slimtune.train.preferences import preference
-from slimtune.train.run import fine_tune
-from slimtune.train.settings import TrainSettings
 from small_seq2seq import SIZES, WORDS, seq2seq_tokenizer, t5
 from small_text_model import tiny_model, tiny_tokenizer, write_lines
 
@@ -172,9 +172,9 @@ def _like_the_data(path: Path, tokenizer: Any, task: str, task_type: str) -> dic
 
 def _trained(model: Any, tokenizer: Any, data: Any, task: str, folder: Path) -> int:
     """The most bytes that are live in three steps."""
-    ledger = Ledger()
-    with ledger, (folder / "screen").open("w") as file:
-        ledger.of([*model.parameters(), *model.buffers()])
+    tracker = MemoryTracker()
+    with tracker, (folder / "screen").open("w") as file:
+        tracker.of([*model.parameters(), *model.buffers()])
         model = slimtune.get_peft_model(model, lora(data.task_type))
         screen = Console(file=file)
         lesson = data.lesson(screen, model, tokenizer)
@@ -182,7 +182,7 @@ def _trained(model: Any, tokenizer: Any, data: Any, task: str, folder: Path) -> 
         settings = TrainSettings(1e-3, max_steps=3, batch_size=4, save_minutes=0)
         fine_tune(model, tokenizer, lesson.examples, settings, folder / "run", screen, objective=lesson.objective,
                   kind=kind)  # fmt: skip
-    return peak_of(ledger)
+    return peak_of(tracker)
 
 
 def test_settings_say_how_many_tokens_are_drawn() -> None:

@@ -12,13 +12,13 @@ from transformers import LlamaConfig
 
 from slimtune.data.lengths import Lengths
 from slimtune.errors import ConfigError
-from slimtune.methods.lora import LoraConfig
+from slimtune.methods.lora.config import LoraConfig
 from slimtune.plan import calibrate as calibration
-from slimtune.plan.ask import simulation
 from slimtune.plan.calibrate import calibrate, calibration_file, rates_of
 from slimtune.plan.data import uniform
 from slimtune.plan.devices import find
 from slimtune.plan.memory import STEP, MemoryPlan, Work
+from slimtune.plan.plan import simulation
 from slimtune.plan.setting import Setting
 from slimtune.plan.time import Rates, duration, step_seconds, usual
 

@@ -19,11 +19,10 @@ from slimtune import AdaLoraConfig, LoraConfig, get_peft_model
 from slimtune.data.encode import encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import ConfigError, MissingDependencyError, OutputExistsError, TrainingError
-from slimtune.train.checkpoint import last_whole
-from slimtune.train.checks import DivergedError
-from slimtune.train.interrupt import InterruptedRunError
-from slimtune.train.run import Outcome, fine_tune
-from slimtune.train.settings import SCHEDULERS, TrainSettings
+from slimtune.recipe.training import SCHEDULERS, TrainSettings
+from slimtune.train.checkpointing import last_whole
+from slimtune.train.checks import DivergedError, InterruptedRunError
+from slimtune.train.loop import Outcome, fine_tune
 from small_text_model import orders, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -14,9 +14,9 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.data.batches import Objective, PadRight
 from slimtune.data.encode import Encoded
 from slimtune.errors import ConfigError
-from slimtune.train.devices import check_device, keep_to_one
-from slimtune.train.run import fine_tune
-from slimtune.train.settings import TrainSettings
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.arguments import check_device, keep_to_one
+from slimtune.train.loop import fine_tune
 from slimtune.train.trainer import Kind, supervised
 from small_text_model import tiny_model, tiny_tokenizer
 

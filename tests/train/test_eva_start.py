@@ -12,15 +12,15 @@ from rich.console import Console
 from torch.utils.data import IterableDataset
 
 from slimtune import LoraConfig, get_peft_model, initialize_lora_eva_weights
-from slimtune.adapter import attached
+from slimtune.adapters.adapter import attached
 from slimtune.data.batches import PadRight
 from slimtune.data.encode import Encoded
-from slimtune.data.lesson import Lesson
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks import read
+from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.registry import read
 from slimtune.errors import ConfigError
+from slimtune.recipe.training import TrainSettings
 from slimtune.train.eva_start import start_by_eva
-from slimtune.train.settings import TrainSettings
 from small_text_model import orders, tiny_model, tiny_tokenizer, write_lines
 
 TOKENIZER = tiny_tokenizer()

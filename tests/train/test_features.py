@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 from slimtune import LoraConfig, get_peft_model
+from slimtune.data.features import FeatureClassifier, FeatureTuning, extract, is_feature_classifier
 from slimtune.errors import AdapterFileError, ConfigError, DataError, MissingDependencyError
-from slimtune.features import FeatureClassifier, FeatureTuning, extract, is_feature_classifier
 from small_encoder import encoder, encoder_tokenizer, reviews
 from small_text_model import tiny_model, tiny_tokenizer
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from slimtune.drift import compare_outputs
+from slimtune.adapters.merge import compare_outputs
+from slimtune.data.chat_template import render
 from slimtune.errors import ConfigError
 from slimtune.evaluate.generation import generate_batch, generate_replies
-from slimtune.template import render
 from small_text_model import orders, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -15,12 +15,12 @@ from transformers import TrainingArguments
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.data.batches import Objective, PadRight
-from slimtune.data.lesson import Lesson
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks import read
+from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.registry import read
+from slimtune.recipe.training import TrainSettings
 from slimtune.train.checks import LastGood
-from slimtune.train.run import fine_tune
-from slimtune.train.settings import TrainSettings
+from slimtune.train.loop import fine_tune
 from slimtune.train.trainer import supervised
 from small_encoder import reviews, save_encoder
 from small_seq2seq import save_seq2seq, translations

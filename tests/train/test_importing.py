@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from slimtune.errors import ConfigError
-from slimtune.train.importing import axolotl, import_recipe, llama_factory, text_of
-from slimtune.train.importing.rules import Imported
-from slimtune.train.recipe import Recipe
+from slimtune.recipe.convert import axolotl, import_recipe, llama_factory, text_of
+from slimtune.recipe.convert.rules import Imported
+from slimtune.recipe.recipe import Recipe
 from small_text_model import write_lines
 
 ALPACA = {"instruction": "add", "input": "1 1", "output": "2"}

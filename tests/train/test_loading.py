@@ -12,9 +12,9 @@ from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.errors import ConfigError, OutputExistsError
-from slimtune.loading import load, load_text_model
-from slimtune.source import cache_dir, resolve
-from slimtune.staging import staged
+from slimtune.models.load import load, load_text_model
+from slimtune.storage.atomic import staged
+from slimtune.storage.source import cache_dir, resolve
 from small_text_model import save_base, tiny_model
 
 

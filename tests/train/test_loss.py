@@ -17,9 +17,9 @@ from slimtune import AdaLoraConfig, LoraConfig, get_peft_model
 from slimtune.data.batches import PadRight, classification
 from slimtune.data.encode import Encoded
 from slimtune.methods.adalora import SvdDelta
+from slimtune.recipe.training import TrainSettings
 from slimtune.train.checks import trainable
-from slimtune.train.run import fine_tune
-from slimtune.train.settings import TrainSettings
+from slimtune.train.loop import fine_tune
 from small_encoder import encoder_tokenizer, reviews, save_encoder
 from small_text_model import tiny_model, tiny_tokenizer
 

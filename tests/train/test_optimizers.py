@@ -22,12 +22,12 @@ from slimtune.data.batches import PadRight
 from slimtune.data.encode import Encoded, encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import MissingDependencyError, TrainingError
+from slimtune.recipe.optimizers import OFFLOADED, OPTIMIZERS, PAGED, TORCHAO, check_runs
+from slimtune.recipe.training import TrainSettings
 from slimtune.train import optimizer
 from slimtune.train.checks import trainable
-from slimtune.train.offload import OffloadedAdamW
-from slimtune.train.optimizer import OFFLOADED, OPTIMIZERS, PAGED, TORCHAO, check_runs
-from slimtune.train.run import fine_tune
-from slimtune.train.settings import TrainSettings
+from slimtune.train.loop import fine_tune
+from slimtune.train.optimizer import OffloadedAdamW
 from small_text_model import orders, save_base, tiny_model, tiny_tokenizer, write_lines
 from tensors import assert_same, copies
 

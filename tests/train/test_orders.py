@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from slimtune.tasks.orders import PHRASINGS, Example, Order, few_shot, make_orders
+from slimtune.data.demo_orders import PHRASINGS, Example, Order, few_shot, make_orders
 
 
 def test_the_same_seed_makes_the_same_orders() -> None:

@@ -18,11 +18,11 @@ from transformers import LlamaForCausalLM
 
 import slimtune
 from slimtune.errors import ConfigError, TrainingError
-from slimtune.train.preference_settings import LOSSES, PreferenceSettings
+from slimtune.recipe.preference import LOSSES, PreferenceSettings
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.loop import Outcome, fine_tune
 from slimtune.train.preferences import preference
 from slimtune.train.reward import Reward, reward_of
-from slimtune.train.run import Outcome, fine_tune
-from slimtune.train.settings import TrainSettings
 from small_text_model import save_base, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from slimtune.errors import ConfigError
-from slimtune.storage.yaml_file import MAX_BYTES, dump, parse, read_mapping
-from slimtune.train.method import FULL, methods
-from slimtune.train.recipe import Recipe, overridden
+from slimtune.recipe.method import FULL, methods
+from slimtune.recipe.recipe import Recipe, overridden
+from slimtune.storage.text_files import MAX_BYTES, dump, parse, read_mapping
 
 LEAST: dict[str, Any] = {"model": {"name": "m"}, "data": {"train": "d.jsonl"}}
 

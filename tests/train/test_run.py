@@ -16,10 +16,9 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.data.encode import Encoded, encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import TrainingError
-from slimtune.train.checks import DivergedError, trainable
-from slimtune.train.interrupt import InterruptedRunError
-from slimtune.train.run import Outcome, fine_tune
-from slimtune.train.settings import TrainSettings
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.checks import DivergedError, InterruptedRunError, trainable
+from slimtune.train.loop import Outcome, fine_tune
 from small_text_model import orders, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -5,19 +5,36 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimtune.delta import Base
+from slimtune.core.delta import Base
 from slimtune.errors import DamagedBaseError
+
+_LIBRARIES = ("bitsandbytes", "torchao")
+"""Files named after a library that they import, which takes seconds: they count once a model has something from it."""
+
+
+def _files() -> tuple[Any, ...]:
+    names = (info.name for info in pkgutil.iter_modules(__path__))
+    return _imported(tuple(n for n in names if n not in _LIBRARIES or f"{__name__}.{n}" in sys.modules))
 
 
 @functools.cache
-def _files() -> tuple[Any, ...]:
-    files = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+def _imported(names: tuple[str, ...]) -> tuple[Any, ...]:
+    files = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return tuple(sorted(files, key=lambda file: getattr(file, "GENERIC", False)))
+
+
+def _import_libraries_of(types: Iterable[type]) -> None:
+    """Import the file of each library that one of these types, or an ancestor of it, comes from."""
+    roots = {ancestor.__module__.partition(".")[0] for each in types for ancestor in each.__mro__}
+    for library in roots.intersection(_LIBRARIES):
+        importlib.import_module(f"{__name__}.{library}")
 
 
 def base_of(module: nn.Module) -> Base:
@@ -28,6 +45,7 @@ def base_of(module: nn.Module) -> Base:
 @functools.cache
 def base_of_type(module_type: type[nn.Module]) -> Base:
     """The base for a module type: the one declared for its nearest ancestor."""
+    _import_libraries_of([module_type])
     by_type = {declared: base for file in _files() for base in file.BASES for declared in base.module_types}
     named = [key for ancestor in module_type.__mro__ for key in (ancestor, _full_name(ancestor))]
     return next(by_type[key] for key in named if key in by_type)
@@ -43,6 +61,7 @@ def claim(model: nn.Module) -> None:
     Raises:
         DamagedBaseError: what is stored of a weight doesn't fit together.
     """
+    _import_libraries_of({type(x) for module in model.modules() for x in (module, *module._parameters.values())})
     dtype = getattr(model, "dtype", None)
     for file in _files():
         if hasattr(file, "claim"):

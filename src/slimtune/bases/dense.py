@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
-from slimtune.delta import Base, Dense
-
-PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
-"""What holds nothing but numbers, or stands for such a tensor where memory is planned."""
+from slimtune.core.delta import Base, Dense
+from slimtune.ops.frozen_linear import PLAIN_TENSORS
 
 
 class DenseLinear(Base):

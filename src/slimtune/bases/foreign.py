@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.bases.packed import Packed, PackedLinear
-from slimtune.delta import Base, Dense, Outline
+from slimtune.core.delta import Base, Dense, TensorSpec
 from slimtune.errors import MergeError, TargetError
 
 GENERIC = True
@@ -52,16 +52,16 @@ class ForeignLinear(PackedLinear):
     def dtype(self, module: Any) -> torch.dtype:
         return self._dtype
 
-    def outline(self, module: Any) -> Outline:
+    def spec(self, module: Any) -> TensorSpec:
         device = next((tensor.device for tensor in _own_tensors(module)), torch.device("cpu"))
-        return Outline(torch.Size(self.features(module)[::-1]), self._dtype, device)
+        return TensorSpec(torch.Size(self.features(module)[::-1]), self._dtype, device)
 
     def expansion(self, module: Any) -> Callable[[], Tensor]:
         return functools.partial(self._run_over_identity, module)
 
     @torch.no_grad()
     def _run_over_identity(self, module: Any) -> Tensor:
-        shape, dtype, device = self.outline(module)
+        shape, dtype, device = self.spec(module)
         # A bias can be so much larger than weights that the sum of both would round them away.
         with _without_bias(module):
             call = _own_forward(module)
@@ -101,7 +101,7 @@ class ForeignLinear(PackedLinear):
 
     def loses_gradient(self, module: Any) -> bool:
         """Whether the gradient of <e, y(x)> along d isn't |e|^2, for e = d W^T; it is that for any x and d."""
-        shape, dtype, device = self.outline(module)
+        shape, dtype, device = self.spec(module)
         drawn = torch.randn(2, 2, shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
         x, d, call = drawn[0].requires_grad_(), drawn[1].detach(), _own_forward(module)
         try:

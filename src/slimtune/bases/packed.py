@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.delta import Base, Outline
+from slimtune.core.delta import Base, TensorSpec
 from slimtune.errors import MergeError
 from slimtune.ops.frozen_linear import frozen_linear
 
@@ -49,17 +49,17 @@ class PackedLinear(Base):
         """What the stored codes are called."""
         return type(module.weight).__name__
 
-    def recall(self, module: Any) -> Callable[[], Tensor] | None:
+    def dequantizer(self, module: Any) -> Callable[[], Tensor] | None:
         return self.expansion(module) if self.is_packed(module) else None
 
     def weight(self, module: Any) -> Tensor:
         return self.expansion(module)() if self.is_packed(module) else module.weight
 
-    def outline(self, module: Any) -> Outline:
+    def spec(self, module: Any) -> TensorSpec:
         if not self.is_packed(module):
-            return super().outline(module)
+            return super().spec(module)
         shape = torch.Size((module.out_features, module.in_features))
-        return Outline(shape, self.dtype(module), module.weight.device)
+        return TensorSpec(shape, self.dtype(module), module.weight.device)
 
     def product_dtype(self, module: Any, x: Tensor) -> torch.dtype:
         """What a product of codes with x is computed in: the dtype of autocast where that is on."""
@@ -117,7 +117,7 @@ class Packed:
             y = product(x)
             y = y if module.bias is None else y + module.bias.to(y.dtype)
             return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
-        return frozen_linear(x, base.weight(module), module.bias, base.recall(module), base.outline(module).dtype)
+        return frozen_linear(x, base.weight(module), module.bias, base.dequantizer(module), base.spec(module).dtype)
 
 
 BASES: tuple[Base, ...] = ()

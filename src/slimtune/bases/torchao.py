@@ -1,6 +1,6 @@
 """torchao's tensors: an `nn.Linear` whose weight is a tensor of another type, which expands itself.
 
-torchao itself is imported by `slimtune.quantized.torchao`, once a model has such weights.
+torchao itself is imported by `slimtune.bases.torchao`, once a model has such weights.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torchao.quantization import (
+    Int8Tensor,
+    IntxUnpackedToInt8Tensor,
+    MappingType,
+)
+from torchao.quantization.granularity import PerBlock
 
-from slimtune.bases.packed import PackedLinear
-from slimtune.delta import Base
+from slimtune import bases
+from slimtune.bases.packed import Packed, PackedLinear
+from slimtune.core.delta import Base
+from slimtune.errors import ConfigError, MergeError
 
 
 class TorchaoLinear(PackedLinear):
@@ -23,13 +32,12 @@ class TorchaoLinear(PackedLinear):
     Inputs are not quantized, also where torchao would (W8A8, W4A8): its own product loses the gradients there.
     """
 
-    module_types = ("slimtune.quantized.torchao.TensorLinear",)
+    module_types = ("slimtune.bases.torchao.TensorLinear",)
 
     def is_packed(self, module: Any) -> bool:
         return expands_itself(module.weight)
 
     def expansion(self, module: Any) -> Callable[[], Tensor]:
-        from slimtune.quantized.torchao import expand
 
         return functools.partial(expand, module.weight)
 
@@ -37,12 +45,10 @@ class TorchaoLinear(PackedLinear):
         return module.weight.dtype
 
     def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
-        from slimtune.quantized.torchao import pack
 
         return pack(weight_OI, module.weight)
 
     def beyond(self, module: Any, weight_OI: Tensor) -> int:
-        from slimtune.quantized.torchao import beyond
 
         return beyond(weight_OI, module.weight)
 
@@ -60,11 +66,109 @@ def expands_itself(weight: Any) -> bool:
 def claim(module: Any, dtype: torch.dtype) -> None:
     """Make an `nn.Linear` with a weight of torchao one of ours, in place, with the very same weight."""
     if type(module) is nn.Linear and expands_itself(module.weight):
-        from slimtune.quantized.torchao import TensorLinear
-
         module.__class__ = TensorLinear
         # Put there by whoever quantized; bound to the instance, it can't be pickled.
         module.__dict__.pop("extra_repr", None)
 
 
 BASES: tuple[Base, ...] = (TorchaoLinear(),)
+
+
+_AFFINE = (Int8Tensor, IntxUnpackedToInt8Tensor)
+"""w = (code - zero point) * scale of its block."""
+
+
+class TensorLinear(Packed, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """An `nn.Linear` whose weight is a tensor of torchao: the product with the expanded weight."""
+
+    packed_base = TorchaoLinear()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={type(self.weight).__name__}"
+
+
+@torch.no_grad()
+def expand(weight: Any) -> Tensor:
+    """The weight (out, in) in the dtype that it had, equal to torchao's `dequantize` bit for bit.
+
+    A factor of the inputs, as SmoothQuant and AWQ have it, is taken into the weight.
+    """
+    dense_OI = _affine(weight) if type(weight) in _AFFINE else weight.dequantize()
+    factor_I = getattr(weight, "act_pre_scale", None)
+    return dense_OI if factor_I is None else dense_OI.mul_(factor_I)
+
+
+def _affine(weight: Any) -> Tensor:
+    # As torchao has it, less the pass over all codes for zero points that are zero and a copy.
+    codes = _in_blocks(weight, weight.qdata)
+    if _has_zeros(weight):
+        codes = codes.to(weight.dtype) - _of_blocks(weight, weight.zero_point).to(weight.dtype)
+    return torch.mul(codes, _of_blocks(weight, weight.scale)).view(weight.shape).to(weight.dtype)
+
+
+def _in_blocks(weight: Any, entries_OI: Tensor) -> Tensor:
+    (rows, columns), (height, width) = weight.shape, weight.block_size
+    return entries_OI.view(rows // height, height, columns // width, width)
+
+
+def _of_blocks(weight: Any, numbers: Tensor) -> Tensor:
+    """One number a block, in the shape of the blocks."""
+    (rows, columns), (height, width) = weight.shape, weight.block_size
+    return numbers.view(rows // height, 1, columns // width, 1)
+
+
+def _has_zeros(weight: Any) -> bool:
+    zeros = weight.zero_point
+    # Where a compiler or a plan looks on, numbers can't be looked at.
+    return zeros is not None and (torch.compiler.is_compiling() or type(zeros) is FakeTensor or bool(zeros.any()))
+
+
+@torch.no_grad()
+def pack(weight_OI: Tensor, like: Any) -> Tensor:
+    """A weight in codes as `like` has them: in blocks of that shape, with zero points if that one has any.
+
+    Raises:
+        MergeError: another tensor of torchao.
+    """
+    if type(like) not in _AFFINE:
+        raise MergeError(f"a {type(like).__name__} of torchao can't be made again from what it is; merge into 16 bits")
+    mapping = MappingType.ASYMMETRIC if _has_zeros(like) else MappingType.SYMMETRIC
+    weight_OI = weight_OI.to(like.dtype)
+    if isinstance(like, IntxUnpackedToInt8Tensor):
+        activations = like.activation_quantization
+        return IntxUnpackedToInt8Tensor.from_hp(
+            weight_OI, like.block_size, like.target_dtype, mapping_type=mapping, activation_quantization=activations
+        )
+    parts = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
+    own = {name: getattr(like, name) for name in parts}
+    if own["act_pre_scale"] is not None:
+        weight_OI = weight_OI / own["act_pre_scale"]
+    return Int8Tensor.from_hp(weight_OI, PerBlock(tuple(like.block_size)), mapping, **own)
+
+
+def beyond(weight_OI: Tensor, like: Any) -> int:
+    """How many entries of a weight lie outside of what the codes of `like` reach with its scales."""
+    codes = _in_blocks(like, weight_OI.float()) / _of_blocks(like, like.scale).float()
+    if _has_zeros(like):
+        codes += _of_blocks(like, like.zero_point)
+    kind = getattr(like, "target_dtype", torch.int8)
+    reach = 2 ** (int(str(kind).removeprefix("torch.int")) - 1)
+    return int(((codes < -reach - 0.5) | (codes > reach - 0.5)).sum())
+
+
+def load_quantized(chosen: Any, source: str, settings: Any, device: str, **options: Any) -> Any:
+    """`chosen.from_pretrained` with the linear layers quantized by torchao, claimed for our product.
+
+    Raises:
+        ConfigError: torchao refuses a layer, as one whose width the groups don't divide.
+    """
+    try:
+        model = chosen.from_pretrained(source, quantization_config=settings, device_map={"": device}, **options)
+    except (AssertionError, RuntimeError) as error:
+        # transformers reports what torchao raised as a RuntimeError of its own.
+        raise ConfigError(
+            f"torchao can't quantize {source}: its groups must divide the widths of all linear layers; choose "
+            "int8-torchao or nf4"
+        ) from error
+    bases.claim(model)
+    return model

@@ -11,8 +11,7 @@ from typer.core import TyperGroup
 from slimtune.cli.chat import chat
 from slimtune.cli.compare import compare
 from slimtune.cli.data import data
-from slimtune.cli.demo import demo
-from slimtune.cli.demo_data import demo_data
+from slimtune.cli.demo import demo, demo_data
 from slimtune.cli.doctor import doctor
 from slimtune.cli.evaluate import evaluate
 from slimtune.cli.forgetting import forgetting
@@ -25,8 +24,8 @@ from slimtune.cli.predict import predict
 from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
+from slimtune.console.noise import leave_out_noise
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
-from slimtune.noise import leave_out_noise
 
 REFUSED, MISTAKE = 1, 2
 

@@ -36,8 +36,8 @@ def chat(
 
     Example: slimtune chat smollm2-135m-instruct --adapter orders=tuned --adapter other=elsewhere
     """
-    from slimtune.cli.adapters import attach, parse
-    from slimtune.loading import load_text_model
+    from slimtune.cli.options import attach, parse
+    from slimtune.models.load import load_text_model
 
     named = parse(adapter)
     loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code, quantize)
@@ -69,8 +69,9 @@ class Talk:
         import torch
         from transformers import TextStreamer
 
-        from slimtune.evaluate.generation import pad_id_of, prompt_ids, sampling
-        from slimtune.template import render
+        from slimtune.data.batches import pad_id_of
+        from slimtune.data.chat_template import prompt_ids, render
+        from slimtune.evaluate.generation import sampling
 
         asked = [*self.turns, {"role": "user", "content": question}]
         text = render(self.tokenizer, self.opening + asked, for_answer=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from slimtune.compare.comparison import Comparison
-    from slimtune.compare.page import Report
+    from slimtune.compare.report import Report
 
 WHAT, BUDGET, OUT = "What is compared", "Budget, the same for all", "What comes out"
 
@@ -94,7 +94,7 @@ def compare(
     Example: slimtune compare recipe.yaml --methods full,lora,qlora --shots 0,4 --seeds 3 --output comparison
     """
     from slimtune.compare.comparison import prepare
-    from slimtune.compare.page import PAGE
+    from slimtune.compare.report import PAGE
 
     options: dict[str, Any] = {
         "methods": None if methods is None else _names(methods),
@@ -143,7 +143,7 @@ def _run(screen: Console, comparison: Comparison) -> Report:
 def _foresee(screen: Console, comparison: Comparison, as_json: bool) -> None:
     from rich.table import Table
 
-    from slimtune.compare import figures
+    from slimtune.compare import format as figures
     from slimtune.compare.estimate import estimate
 
     with screen.status("simulating the steps..."):

@@ -48,9 +48,9 @@ def preview(
     """
     from slimtune.data.preview import preview as look
     from slimtune.data.settings import DataSettings, Source
-    from slimtune.data.shown import show_found
+    from slimtune.data.show import show_found
     from slimtune.errors import ConfigError
-    from slimtune.plan.ask import tokenizer_of
+    from slimtune.plan.plan import tokenizer_of
 
     if model is None and (packing or chat_template):
         raise ConfigError("packing and chat templates are a matter of tokens; pass --model")

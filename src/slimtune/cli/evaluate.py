@@ -38,7 +38,7 @@ class Source:
 
     def load(self) -> tuple[Any, Any]:
         """A model that writes text, and its tokenizer."""
-        from slimtune.loading import load_text_model
+        from slimtune.models.load import load_text_model
 
         return load_text_model(self.name, *self.options, quantize=self.quantize)
 
@@ -202,8 +202,8 @@ def _has_tags(model: str, task: str) -> bool:
 def _tagged(
     screen: Console, source: Source, task: str, settings: EvaluationSettings, given: set[str], file: AnswerFile | None
 ) -> Evaluation:
+    from slimtune.console.progress import Counting
     from slimtune.evaluate.tagger import evaluate_tagger, read_tagged
-    from slimtune.progress import Counting
 
     _refuse(given & set(OF_TEXTS), "where words are tagged")
     rows = read_tagged(task, settings.limit)
@@ -219,9 +219,9 @@ def _answer_file(source: Source, answers: Path, overwrite: bool) -> AnswerFile:
 
 
 def _evaluated(screen: Console, source: Source, prepared: Prepared, file: AnswerFile | None) -> Evaluation:
+    from slimtune.console.progress import Counting
     from slimtune.evaluate.labelling import evaluate_classifier, is_classifier
     from slimtune.evaluate.run import evaluate as ask
-    from slimtune.progress import Counting
 
     with Counting(screen) as counting:
         if is_classifier(source.name):

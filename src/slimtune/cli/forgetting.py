@@ -48,10 +48,9 @@ def forgetting(
 
     Example: slimtune forgetting tuned --data our-docs.txt --plot forgetting.png
     """
-    from slimtune.evaluate.forgetting import measure
-    from slimtune.evaluate.plots.forgetting import plot_forgetting
+    from slimtune.console.figure import check_picture
+    from slimtune.evaluate.forgetting import measure, plot_forgetting
     from slimtune.evaluate.tuned import Tuned
-    from slimtune.picture import check_picture
 
     if plot:
         check_picture(plot)
@@ -60,7 +59,7 @@ def forgetting(
     what = Tuned.find(
         tuned, base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize
     )  # fmt: skip
-    from slimtune.progress import Counting
+    from slimtune.console.progress import Counting
 
     with Counting(screen) as counting:
         found = measure(what, chosen, max_length, worst, watch=counting.watch)
@@ -76,7 +75,7 @@ def forgetting(
 
 def _texts(domains: str | None, limit: int | None, data: list[Path]) -> dict[str, list]:
     from slimtune.errors import DataError
-    from slimtune.evaluate.outside import read_texts, texts
+    from slimtune.evaluate.domain_texts import read_texts, texts
 
     names = [] if domains == "none" else [name.strip() for name in domains.split(",")] if domains else None
     found = texts(names, limit)

@@ -48,10 +48,10 @@ def generate(
     conversations = _conversations(prompt, input_file, system)
     from transformers import set_seed
 
-    from slimtune.cli.adapters import attach, parse
+    from slimtune.cli.options import attach, parse
+    from slimtune.data.chat_template import render
     from slimtune.evaluate.generation import generate_batch
-    from slimtune.loading import load_text_model
-    from slimtune.template import render
+    from slimtune.models.load import load_text_model
 
     named = parse(adapter)
     loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code, quantize)

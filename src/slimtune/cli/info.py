@@ -25,7 +25,7 @@ def info(
 
     Example: slimtune info tuned
     """
-    from slimtune.contents import contents
+    from slimtune.models.inspect import contents
 
     facts, engines = contents(folder)
     if as_json:

@@ -42,12 +42,12 @@ def merge(
     """
     from pathlib import Path
 
-    from slimtune.cli.adapters import attach
+    from slimtune.cli.options import attach
     from slimtune.errors import AdapterFileError, ConfigError
-    from slimtune.export import merge_to_folder
-    from slimtune.loading import load_base
-    from slimtune.source import base_of, is_adapter
-    from slimtune.staging import refuse_existing
+    from slimtune.models.export import merge_to_folder
+    from slimtune.models.load import load_base
+    from slimtune.storage.atomic import refuse_existing
+    from slimtune.storage.source import base_of, is_adapter
 
     refuse_existing(output, overwrite)
     if not is_adapter(adapter):

@@ -10,7 +10,7 @@ import typer
 from slimtune.cli.options import Json, console
 
 if TYPE_CHECKING:
-    from slimtune.train.method import Method
+    from slimtune.recipe.method import Method
 
 
 def methods(
@@ -21,8 +21,8 @@ def methods(
 
     Example: slimtune methods ia3
     """
-    from slimtune.train.method import find
-    from slimtune.train.method import methods as known
+    from slimtune.recipe.method import find
+    from slimtune.recipe.method import methods as known
 
     chosen = [find(name)] if name else list(known().values())
     if as_json:

@@ -129,7 +129,7 @@ def plan(
     slimtune plan --table --plot table.svg
     """
     if plot is not None:
-        from slimtune.picture import check_picture
+        from slimtune.console.figure import check_picture
 
         check_picture(plot)
     if calibrate:
@@ -142,7 +142,7 @@ def plan(
             return
         raise ConfigError("plan needs a MODEL, --table or --calibrate; try `slimtune plan llama-2-7b`")
     from slimtune.cli.plan_view import show
-    from slimtune.plan.ask import plan as ask
+    from slimtune.plan.plan import plan as ask
 
     screen = console(as_json)
     with screen.status("simulating..."):
@@ -184,9 +184,9 @@ def _calibrate(as_json: bool, is_all: bool) -> None:
 
 def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool) -> None:
     from slimtune.cli.plan_view import show_classic
-    from slimtune.plan.ask import read_config, simulation
-    from slimtune.plan.classic import SIZES, classic_table
+    from slimtune.plan.plan import read_config, simulation
     from slimtune.plan.plot import classic_bars, plot_bars
+    from slimtune.plan.table import SIZES, classic_table
 
     screen = console(as_json)
     with screen.status("simulating..."):

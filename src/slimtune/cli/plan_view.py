@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
-from slimtune.plan.ask import Report
-from slimtune.plan.classic import ROWS, SIZES, Cell
 from slimtune.plan.memory import Parts
+from slimtune.plan.plan import Report
 from slimtune.plan.plot import COLOURS
 from slimtune.plan.recommend import Choice
 from slimtune.plan.rules import GOALS
+from slimtune.plan.table import ROWS, SIZES, Cell
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -34,8 +34,8 @@ def predict(
     from slimtune.cli.options import console
     from slimtune.data.reading import read_texts
     from slimtune.data.rows import Labelled
-    from slimtune.evaluate.classification import scores, shown
     from slimtune.evaluate.labelling import is_tagger, label_texts
+    from slimtune.metrics.classification import scores, shown
 
     if is_tagger(model):
         _tag(model, data, batch_size, truncate, quantize, (dtype, device, trust_remote_code), as_json)
@@ -59,8 +59,9 @@ def _tag(
     from slimtune.cli.options import console
     from slimtune.data.reading import read_words
     from slimtune.data.rows import Tagged
-    from slimtune.evaluate.classification import shown
-    from slimtune.evaluate.tagging import entities, has_entities, tag_scores, tag_words
+    from slimtune.evaluate.tagger import tag_words
+    from slimtune.metrics.classification import shown
+    from slimtune.metrics.tagging import entities, has_entities, tag_scores
 
     rows = read_words(data)
     too_long = "truncate" if truncate else "error"

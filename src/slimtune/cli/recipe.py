@@ -15,8 +15,8 @@ from slimtune.errors import OutputExistsError, SlimtuneError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.train.importing.rules import Imported
-    from slimtune.train.rehearsal import Rehearsal
+    from slimtune.pipeline.dry_run import Rehearsal
+    from slimtune.recipe.convert.rules import Imported
 
 recipe = typer.Typer(
     no_args_is_help=True,
@@ -45,8 +45,8 @@ def init(
 
     Example: slimtune recipe init recipe.yaml --for classification
     """
-    from slimtune.staging import staged_file
-    from slimtune.train.shipped import commented
+    from slimtune.recipe.shipped import commented
+    from slimtune.storage.atomic import staged_file
 
     _refuse_file(path, overwrite)
     text = commented(purpose)
@@ -64,8 +64,8 @@ def check(path: Path_, overrides: Overrides = [], as_json: Json = False) -> None
 
     Example: slimtune recipe check recipe.yaml training.batch_size=16
     """
-    from slimtune.train.recipe import Recipe
-    from slimtune.train.rehearsal import Rehearsal, rehearse
+    from slimtune.pipeline.dry_run import Rehearsal, rehearse
+    from slimtune.recipe.recipe import Recipe
 
     screen = console(as_json)
     try:
@@ -85,7 +85,7 @@ def list_(as_json: Json = False) -> None:
 
     Example: slimtune recipe list
     """
-    from slimtune.train.shipped import shipped
+    from slimtune.recipe.shipped import shipped
 
     known = shipped()
     if as_json:
@@ -108,7 +108,7 @@ def show(
 
     Example: slimtune recipe show qlora
     """
-    from slimtune.train.shipped import commented, text_of
+    from slimtune.recipe.shipped import commented, text_of
 
     print(commented(name) if as_full else text_of(name), end="")
 
@@ -127,8 +127,8 @@ def import_(
 
     Example: slimtune recipe import llama3_lora_sft.yaml --output recipe.yaml
     """
-    from slimtune.staging import staged_file
-    from slimtune.train.importing import import_recipe, text_of
+    from slimtune.recipe.convert import import_recipe, text_of
+    from slimtune.storage.atomic import staged_file
 
     _refuse_file(output, overwrite)
     found = import_recipe(theirs)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from slimtune.cli.options import (
     Device,
@@ -22,9 +25,13 @@ from slimtune.cli.options import (
 from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from slimtune.evaluate.spectra import Spectra
+    from rich.console import Console
+
+    from slimtune.evaluate.intruders.spectra import Spectra, Spectrum
+    from slimtune.evaluate.intruders.trade_off import Trade
+    from slimtune.evaluate.intruders.updates import TunedMatrix, Updates
+    from slimtune.evaluate.intruders.write import Mitigated
     from slimtune.evaluate.tuned import Tuned
-    from slimtune.evaluate.updates import TunedMatrix, Updates
 
 SCALING = "Scaling intruders down"
 
@@ -88,8 +95,6 @@ def spectra(
     }  # fmt: skip
     what = Tuned.find(tuned, base, **how)
     if scale_intruders is not None:
-        from slimtune.cli.mitigation import scale
-
         if output is None:
             raise ConfigError("--scale-intruders writes a changed model; say where with --output")
         if against or plot:
@@ -116,10 +121,9 @@ def _measured(
     matrix: str | None,
     as_json: bool,
 ) -> Spectra:
-    from slimtune.cli.spectra_view import show
-    from slimtune.evaluate.spectra import measure, updates_of
-    from slimtune.picture import check_picture
-    from slimtune.progress import Counting
+    from slimtune.console.figure import check_picture
+    from slimtune.console.progress import Counting
+    from slimtune.evaluate.intruders.spectra import measure, updates_of
 
     if plot:
         check_picture(plot)
@@ -141,9 +145,149 @@ def _measured(
 
 
 def _draw(updates: Updates, found: Spectra, chosen: TunedMatrix | None, plot: Path, title: str) -> None:
-    from slimtune.evaluate.plots.spectra import DIRECTIONS, most_telling, plot_spectra
-    from slimtune.evaluate.spectra import similarity
+    from slimtune.evaluate.intruders.plot import DIRECTIONS, most_telling, plot_spectra
+    from slimtune.evaluate.intruders.spectra import similarity
 
     matrix = chosen or updates.named(most_telling(found).name)
     shown = next(one for one in found.matrices if one.name == matrix.name)
     plot_spectra(found, shown, similarity(matrix, DIRECTIONS), plot, title)
+
+
+SHOWN = 5
+"""Of the matrices with intruders."""
+
+
+def show(screen: Console, base: str, found: Spectra) -> None:
+    """A row for each kind of matrix, and the intruders in words."""
+    table = Table(title=f"medians over the matrices, against {escape(base)}", title_justify="left")
+    overlaps = any(one.overlap for one in found.matrices)
+    names = ["matrices", "count", "eff. rank", "stable rank", "change", "intruders"]
+    for name in names + ["overlap", "chance"] * overlaps:
+        table.add_column(name, justify="left" if name == "matrices" else "right", no_wrap=name == "matrices")
+    for kind in dict.fromkeys(one.kind for one in found.matrices):
+        table.add_row(*_row(escape(kind), [one for one in found.matrices if one.kind == kind], overlaps))
+    table.add_section()
+    table.add_row(*_row("all", found.matrices, overlaps))
+    screen.print(table)
+    _show_intruders(screen, found)
+    if found.left_out:
+        named = ", ".join(found.left_out)
+        screen.print(f"tuned and left out: {named}; --embeddings takes in those that the base has too", markup=False)
+    if found.only_here:
+        screen.print(f"{len(found.only_here)} matrices are tuned here alone and have no overlap")
+
+
+def _show_intruders(screen: Console, found: Spectra) -> None:
+    with_some = [one for one in found.matrices if one.intruders]
+    screen.print(
+        f"{found.intruders} intruder dimensions in {len(with_some)} of {len(found.matrices)} matrices: among the first "
+        f"{found.top} singular vectors of each, those with no cosine of {found.epsilon:g} or more with an old one"
+    )
+    for one in sorted(with_some, key=lambda one: -len(one.intruders))[:SHOWN]:
+        first = one.intruders[0]
+        screen.print(
+            f"  {one.name}: {len(one.intruders)}, the first at place {first.index + 1} with a cosine of "
+            f"{first.cosine:.2f}",
+            markup=False,
+        )
+
+
+def _row(name: str, own: list[Spectrum], overlaps: bool) -> list[str]:
+    cells = [
+        name, str(len(own)), f"{median(one.effective_rank for one in own):.2f}",
+        f"{median(one.stable_rank for one in own):.2f}", f"{median(one.relative_norm for one in own):.2%}",
+        str(sum(len(one.intruders) for one in own)),
+    ]  # fmt: skip
+    shared = [one.overlap for one in own if one.overlap]
+    if not overlaps:
+        return cells
+    if not shared:
+        return [*cells, "-", "-"]
+    return [*cells, f"{median(o.left for o in shared):.2f}", f"{median(o.left_by_chance for o in shared):.2f}"]
+
+
+def scale(
+    what: Tuned,
+    factor: float,
+    output: Path,
+    top: int,
+    epsilon: float,
+    embeddings: bool,
+    data: Path | None,
+    questions: str | None,
+    as_model: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Scale, write, measure and show."""
+    from slimtune.console.progress import Counting
+    from slimtune.evaluate.domain_texts import read_texts, texts
+    from slimtune.evaluate.intruders.trade_off import Yardsticks
+    from slimtune.evaluate.intruders.write import mitigate
+    from slimtune.evaluate.run import prepare
+    from slimtune.evaluate.tasks import open_task
+
+    screen = console(as_json)
+    task = {data.stem: read_texts(data)} if data else {}
+    yardsticks = Yardsticks(texts(), task, prepare(open_task(questions)) if questions else None)
+    with Counting(screen) as counting:
+        done = mitigate(what, factor, output, yardsticks, top, epsilon, as_model, embeddings, overwrite, counting.watch)
+    if as_json:
+        print(json.dumps({"tuned": what.source, "base": what.base, **done.to_dict()}))
+        return
+    _show(screen, done)
+
+
+def _show(screen: Console, done: Mitigated) -> None:
+    from slimtune.evaluate.forgetting import in_words
+
+    screen.print(
+        f"{done.count} intruder dimensions scaled by {done.factor:g}; {done.left} are left among the first "
+        f"{done.spectra.top} singular vectors of those matrices"
+    )
+    if done.outside is None:
+        screen.print("losses: not measured, as the model predicts no next token; score it on its task before and after")
+    else:
+        _show_losses(screen, done.outside, done.task)
+    if done.answered is not None:
+        one = done.answered
+        screen.print(
+            f"{one.metric.replace('_', ' ')} on {one.count} questions: {one.tuned:.3f} tuned, {one.scaled:.3f} scaled, "
+            f"by scaling {in_words(one.interval)} (95%)"
+        )
+    why = f", because {done.why_model}" if done.why_model else ""
+    screen.print(f"{done.output}: written as {'an adapter' if done.kind == 'adapter' else 'a plain model'}{why}",
+                 markup=False)  # fmt: skip
+
+
+def _show_losses(screen: Console, outside: Trade, task: Trade | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from slimtune.evaluate.forgetting import in_words
+
+    table = Table(title="loss in nats per token", title_justify="left")
+    for name in ("texts", "base", "tuned", "scaled", "by scaling", "95% interval"):
+        table.add_column(name, justify="left" if name == "texts" else "right", no_wrap=True)
+    for name in outside.tuned.domains:
+        table.add_row(*_trade_row(escape(name), outside, name))
+    table.add_section()
+    table.add_row(
+        "forgetting", "", f"{outside.tuned.difference:+.4f}", f"{outside.scaled.difference:+.4f}",
+        f"{outside.change.difference:+.4f}", in_words(outside.change.interval),
+    )  # fmt: skip
+    if task is not None:
+        table.add_section()
+        for name in task.tuned.domains:
+            table.add_row(*_trade_row(f"task: {escape(name)}", task, name))
+    screen.print(table)
+
+
+def _trade_row(name: str, trade: Trade, domain: str) -> list[str]:
+    from slimtune.evaluate.forgetting import in_words
+
+    tuned, scaled, change = (one.domains[domain] for one in (trade.tuned, trade.scaled, trade.change))
+    return [
+        name, f"{tuned.before:.4f}", f"{tuned.after:.4f}", f"{scaled.after:.4f}", f"{change.difference:+.4f}",
+        in_words(change.interval),
+    ]  # fmt: skip

@@ -11,13 +11,13 @@ import typer
 
 from slimtune.cli.options import Device, Dtype, Json, Overwrite, Quantize, TrustRemoteCode, console
 from slimtune.errors import ConfigError, listing
-from slimtune.train.method import OPTIONS
+from slimtune.recipe.method import OPTIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.train.method import Method
-    from slimtune.train.recipe import Recipe
+    from slimtune.recipe.method import Method
+    from slimtune.recipe.recipe import Recipe
 
 METHOD, RUN, DATA = "Method", "Training", "Data"
 MODEL_OPTIONS = ("revision", "dtype", "device", "quantize", "trust_remote_code")
@@ -154,9 +154,9 @@ def train(
 
     Example: slimtune train smollm2-135m-instruct orders/train.jsonl --output tuned --max-steps 40
     """
-    from slimtune.staging import refuse_existing
-    from slimtune.train.figures import RESULTS
-    from slimtune.train.job import run
+    from slimtune.pipeline.train import run
+    from slimtune.storage.atomic import refuse_existing
+    from slimtune.train.measurements import RESULTS
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
@@ -169,8 +169,8 @@ def train(
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
-    from slimtune.storage.yaml_file import is_yaml, read_mapping
-    from slimtune.train.recipe import Recipe, overridden
+    from slimtune.recipe.recipe import Recipe, overridden
+    from slimtune.storage.text_files import is_yaml, read_mapping
 
     given = _given(ctx) - set(WITH_A_RECIPE)
     target = {} if output is None else {"output": str(output)}
@@ -190,8 +190,8 @@ def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | Non
 
 def _sections(ctx: typer.Context, model: str, data: str, given: set[str]) -> dict[str, Any]:
     """The recipe that options make: what was not given is left to it."""
-    from slimtune.train.method import find, options_as_fields
-    from slimtune.train.settings import TrainSettings
+    from slimtune.recipe.method import find, options_as_fields
+    from slimtune.recipe.training import TrainSettings
 
     taken = {name: value for name, value in ctx.params.items() if name in given}
     method = find(ctx.params["method"])
@@ -221,8 +221,8 @@ def _given(ctx: typer.Context) -> set[str]:
 
 
 def _refuse_what_changes_nothing(method: Method, given: set[str]) -> None:
-    from slimtune.train.recipe import USED_BY_FEATURES
-    from slimtune.train.settings import TrainSettings
+    from slimtune.recipe.recipe import USED_BY_FEATURES
+    from slimtune.recipe.training import TrainSettings
 
     strangers = set() if method.has_low_rank_pair else given & {"lora_plus_ratio"}
     if method.name == "features":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from slimtune.compare import figures
+from slimtune.compare import format as figures
 from slimtune.compare.statistics import Interval
 from slimtune.compare.summary import Row, Summary
 

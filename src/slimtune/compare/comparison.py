@@ -10,21 +10,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from slimtune.compare.arms import Run, runs_of
-from slimtune.compare.facts import FACTS, Facts, machine, read_facts, today
-from slimtune.compare.material import QUESTIONS, TRAIN, write_material
-from slimtune.compare.page import Report, report, write_report
-from slimtune.compare.remarks import constant_of, moved, remarks
+from slimtune.compare.dataset import QUESTIONS, TRAIN, write_material
+from slimtune.compare.findings import constant_of, moved, remarks
+from slimtune.compare.record import FACTS, Facts, machine, read_facts, today
+from slimtune.compare.report import Report, report, write_report
 from slimtune.compare.results import read_questions
 from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
-from slimtune.compare.settings import CompareSettings
 from slimtune.compare.summary import summarize
 from slimtune.compare.task import Task, check_arms, check_unchanged, refuse_changes
 from slimtune.data.reading import peek_parts, task_of
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
+from slimtune.recipe.candidates import Run, runs_of
+from slimtune.recipe.compare import CompareSettings
 
 if TYPE_CHECKING:
-    from slimtune.train.recipe import ModelSettings, Recipe
+    from slimtune.recipe.recipe import ModelSettings, Recipe
 
 DATA, SECTION = "data", "compare"
 BUDGET = ("questions", "scorer", "max_new_tokens", "texts")
@@ -93,8 +93,8 @@ def prepare(
         ModelNotFoundError: the recipe's model is nowhere.
         OutputExistsError: the folder holds another comparison, or something else, or was begun with other data.
     """
-    from slimtune.storage.yaml_file import read_mapping
-    from slimtune.train.recipe import Recipe, overridden
+    from slimtune.recipe.recipe import Recipe, overridden
+    from slimtune.storage.text_files import read_mapping
 
     values = overridden(read_mapping(path), overrides)
     settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
@@ -118,8 +118,8 @@ def prepare(
 def _facts(
     task: Task, data: str, same: dict[str, Any], before: Facts | None, priced: tuple[float | None, str], prompted: bool
 ) -> Facts:
-    from slimtune.storage.yaml_file import dump
-    from slimtune.train.figures import versions
+    from slimtune.storage.text_files import dump
+    from slimtune.train.measurements import versions
 
     settings, constant = task.settings, constant_of(task)
     now = {"machine": machine(), "versions": versions()}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimtune.compare.arms import Arm
 from slimtune.compare.comparison import Comparison
 from slimtune.compare.runner import unfinished
 from slimtune.compare.stages import stages_of
 from slimtune.compare.task import Task, model_of, recipe_of
 from slimtune.errors import SlimtuneError
+from slimtune.recipe.candidates import Arm
 
 START_SECONDS, LOAD_SECONDS = 8.0, 1.0
 """Of each process for its libraries, and of each of its commands for the weights, on two cores."""
@@ -132,8 +132,8 @@ def _steps(task: Task, run: Any) -> int:
 
 def _plan(task: Task, arms: Sequence[Arm]) -> tuple[Planned | None, str]:
     """What the planner says, and where it knows it from."""
-    from slimtune.plan.ask import plan
-    from slimtune.train.recipe import Recipe
+    from slimtune.plan.plan import plan
+    from slimtune.recipe.recipe import Recipe
 
     recipe = Recipe.of(task.recipe)
     training = recipe.training

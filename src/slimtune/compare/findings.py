@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from slimtune.compare import figures
+from slimtune.compare import format as figures
 from slimtune.compare.choice import ENOUGH_SEEDS
+from slimtune.compare.record import Constant, Facts
+from slimtune.compare.results import Training
 from slimtune.compare.statistics import Pair
 from slimtune.compare.summary import Row, Summary
+from slimtune.compare.task import Task
+from slimtune.data.reading import read_labelled
 
 Verdict = Literal["seen here", "not seen here", "can't be told"]
 
@@ -166,3 +171,100 @@ def _alone(row: Row, result: object) -> Row:
 def _steps(row: Row) -> str:
     steps = row.of_training(lambda training: training.steps)
     return f"{figures.count(steps)} steps"
+
+
+UNPROMPTED = (
+    "The model as it comes has no arm: it writes no text, so it can't be prompted, and its head for the labels is "
+    "drawn anew for each run and would answer by chance."
+)
+UNFORGOTTEN = "Forgetting has no measure here: a classifier predicts no next token, so it has no loss on other text."
+
+
+def remarks(task: Task, writes_text: bool, constant: Constant | None) -> list[str]:
+    """Of a comparison on labels: what one answer to everything would score, and what is left out and why."""
+    if constant is None:
+        return []
+    said = (
+        f"Always answering '{constant.label}', the most frequent label to learn from, would be right on "
+        f"{figures.score(constant.share)} of the questions."
+    )
+    return [said, *([] if writes_text else [UNPROMPTED]), UNFORGOTTEN]
+
+
+def constant_of(task: Task) -> Constant | None:
+    """What the most frequent label to learn from would score; None where there are no labels."""
+    if task.kind != "classification":
+        return None
+    label, _ = Counter(row.label for row in read_labelled(task.train)).most_common(1)[0]
+    asked = [row.label for row in read_labelled(task.questions)]
+    return Constant(label=label, share=asked.count(label) / len(asked))
+
+
+def beside_constant(summary: Summary, constant: Constant | None) -> list[str]:
+    """A warning, where not even the best is shown to know more than the most frequent label."""
+    best = summary.scored[0] if summary.scored else None
+    if constant is None or best is None or best.score is None or best.score.low > constant.share:
+        return []
+    return [
+        f"Nothing is shown to have been learned: the interval of {best.name}, the best here, does not lie above what "
+        f"always answering '{constant.label}' would score ({figures.score(constant.share)})."
+    ]
+
+
+def moved(before: Facts, machine: Mapping[str, str], versions: Mapping[str, str]) -> list[str]:
+    """What runs that are there were made with, where that is something else than now."""
+    changed = {name: value for name, value in before.machine.items() if machine.get(name) != value}
+    older = {name: value for name, value in before.versions.items() if versions.get(name) != value}
+    if not changed and not older:
+        return before.moved
+    told = figures.names([f"{name} {value}" for name, value in (changed | older).items()])
+    said = f"Until {before.date} it was run with {told}: " + (
+        "memory and time of those runs do not compare with the others." if changed else "look whether that matters."
+    )
+    return [*before.moved, said]
+
+
+COUNTED: dict[str, Callable[[Training], float]] = {
+    "steps": lambda training: training.steps,
+    "examples a step": lambda training: training.batch,
+    "tokens seen": lambda training: training.tokens,
+}
+
+
+def equal_and_not(summary: Summary) -> tuple[list[str], list[str]]:
+    """Two lists of sentences: what all arms shared, and where they differed."""
+    questions = next((row.score.questions for row in summary.scored if row.score), 0)
+    same = [f"The same {questions} questions for every arm and seed, judged by {summary.scorer}."]
+    different: list[str] = []
+    trained = [row for row in summary.rows if row.arm.is_trained and row.done]
+    if trained:
+        same.append("The same training examples for every method, in the same order for the same seed.")
+        for name, figure in COUNTED.items():
+            _sort(name, figure, trained, same, different)
+        _rates(trained, same, different)
+    if any(not row.arm.is_trained and row.arm.shots for row in summary.rows):
+        different.append("Prompts with examples see only those; they were drawn anew from the training data by seed.")
+    if summary.base is not None:
+        different.append("The model as it comes answers the same each time and was asked once: its interval is over "
+                         "questions alone.")  # fmt: skip
+    return same, different
+
+
+def _sort(
+    name: str, figure: Callable[[Training], float], trained: list[Row], same: list[str], different: list[str]
+) -> None:
+    by_arm = {row.name: row.of_training(figure) for row in trained}
+    if len(set(by_arm.values())) == 1:
+        same.append(f"{name.capitalize()}: {figures.count(next(iter(by_arm.values())))} for every method.")
+    else:
+        told = ", ".join(f"{arm} {figures.count(value)}" for arm, value in by_arm.items())
+        different.append(f"{name.capitalize()}: {told}.")
+
+
+def _rates(trained: list[Row], same: list[str], different: list[str]) -> None:
+    rates = {row.name: row.of_training(lambda training: training.learning_rate) for row in trained}
+    if len(set(rates.values())) == 1:
+        same.append(f"Learning rate: {next(iter(rates.values())):g} for every method.")
+    else:
+        told = ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items())
+        different.append(f"Learning rate: {told}; none of them was searched for here.")

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from slimtune.compare.worker import BEGINS
-from slimtune.progress import read_line
+from slimtune.cli.compare_worker import BEGINS
+from slimtune.console.progress import read_line
 
-WORKER = (sys.executable, "-m", "slimtune.compare.worker")
+WORKER = (sys.executable, "-m", "slimtune.cli.compare_worker")
 PATIENCE_SECONDS = 60
 """After which a process that was asked to end is killed; until then it may write a checkpoint."""
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from slimtune.compare import figures
-from slimtune.compare.arms import Arm, Run
+from slimtune.compare import format as figures
 from slimtune.compare.results import Result
+from slimtune.recipe.candidates import Arm, Run
 
 if TYPE_CHECKING:
     from rich.console import Console

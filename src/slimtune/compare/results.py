@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimtune.errors import DataError
-from slimtune.staging import staged_file
+from slimtune.storage.atomic import staged_file
 
 RESULT = "result.json"
 

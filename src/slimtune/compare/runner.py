@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 from slimtune.compare import process
-from slimtune.compare.arms import Run
 from slimtune.compare.results import RESULT, Result, read_result, write_questions
 from slimtune.compare.stages import ANSWERS, Stage, questions_of, result_of, stages_of
 from slimtune.compare.task import Task, write_recipe
 from slimtune.errors import DataError, TrainingError
+from slimtune.recipe.candidates import Run
 
 LOG, ASKED = "log.txt", "questions.jsonl"
 

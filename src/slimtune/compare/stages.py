@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtune.compare.arms import Run
 from slimtune.compare.results import RESULT, Domain, Question, Result, Score, Spectrum, Training
 from slimtune.compare.task import RECIPE, TUNED, Task, model_of
 from slimtune.errors import DataError, TrainingError
-from slimtune.hub import at_revision
+from slimtune.recipe.candidates import Run
+from slimtune.storage.hub import at_revision
 
 ANSWERS = "answers.jsonl"
 
@@ -68,7 +68,7 @@ def stages_of(task: Task, run: Run) -> list[Stage]:
 
 def _how_to_begin(place: Path) -> str:
     """Where a kill left a checkpoint it goes on to the same bits; a training that failed begins anew."""
-    from slimtune.train.checkpoint import last_whole
+    from slimtune.train.checkpointing import last_whole
     from slimtune.train.run_folder import folder_of
 
     broken_off = folder_of(place / TUNED)
@@ -122,7 +122,7 @@ def _score(found: dict[str, Any], answers: Path) -> Score:
 
 
 def _training(found: dict[str, Any], place: Path) -> Training:
-    from slimtune.storage.yaml_file import read_mapping
+    from slimtune.storage.text_files import read_mapping
 
     settings = read_mapping(place / TUNED / RECIPE)["training"]
     if found.get("interrupted"):

@@ -9,10 +9,10 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from slimtune.compare.arms import BASE, Arm
 from slimtune.compare.results import Domain, Result, Score, Training
 from slimtune.compare.statistics import Interval, Pair, Scores, compare_all, interval
 from slimtune.errors import DataError
+from slimtune.recipe.candidates import BASE, Arm
 
 
 @dataclass(frozen=True)

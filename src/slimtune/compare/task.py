@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtune.compare.arms import LEARNING_RATE, QUANTIZED, Arm, Run
 from slimtune.compare.results import RESULT, read_result
-from slimtune.compare.settings import CompareSettings
 from slimtune.errors import ConfigError, OutputExistsError, did_you_mean
-from slimtune.staging import staged_file
+from slimtune.recipe.candidates import LEARNING_RATE, QUANTIZED, Arm, Run
+from slimtune.recipe.compare import CompareSettings
+from slimtune.storage.atomic import staged_file
 
 RECIPE, TUNED = "recipe.yaml", "tuned"
 DATA_KEPT = ("max_length", "too_long", "packing")
@@ -72,7 +72,7 @@ def model_of(task: Task, arm: Arm) -> dict[str, Any]:
 
 def write_recipe(task: Task, run: Run) -> None:
     """Write the recipe of a run into its folder; what came of another one is deleted."""
-    from slimtune.storage.yaml_file import dump, read_mapping
+    from slimtune.storage.text_files import dump, read_mapping
 
     path, recipe = task.place(run) / RECIPE, recipe_of(task, run)
     if path.is_file() and read_mapping(path) != recipe:
@@ -86,8 +86,8 @@ def write_recipe(task: Task, run: Run) -> None:
 
 def check_arms(task: Task) -> None:
     """Raises: ConfigError, for a method or a field that is none, before anything is run."""
-    from slimtune.train.method import methods
-    from slimtune.train.recipe import Recipe
+    from slimtune.recipe.method import methods
+    from slimtune.recipe.recipe import Recipe
 
     known = [*methods(), *QUANTIZED, *(arm.name for arm in task.settings.arms)]
     for name in task.settings.learning_rates:
@@ -103,7 +103,7 @@ def check_arms(task: Task) -> None:
 
 def check_unchanged(task: Task, runs: Sequence[Run]) -> None:
     """Raises: OutputExistsError, for a run with other settings than it was begun with; what failed may change."""
-    from slimtune.storage.yaml_file import read_mapping
+    from slimtune.storage.text_files import read_mapping
 
     for run in runs:
         path, result = task.place(run) / RECIPE, task.place(run) / RESULT
@@ -134,7 +134,7 @@ def _learning_rate(task: Task, arm: Arm) -> float | None:
 
     The recipe's is for the kind of method that it names: what suits LoRA is ten times too much for full tuning.
     """
-    from slimtune.train.method import find
+    from slimtune.recipe.method import find
 
     fields, rates = dict(arm.fields), task.settings.learning_rates
     if LEARNING_RATE in fields:
@@ -155,6 +155,6 @@ def _same_method(section: Any, method: str | None) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    from slimtune.storage.yaml_file import parse
+    from slimtune.storage.text_files import parse
 
     return parse(text)

@@ -103,3 +103,8 @@ class PackRows:
 def count_packed(position_ids: torch.Tensor) -> int:
     """The tokens of packed rows without padding: an example has one token at position 1, and one before it."""
     return int((position_ids > 0).sum() + (position_ids == 1).sum())
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The id to pad with; the attention mask hides it, so the end of turn will do."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

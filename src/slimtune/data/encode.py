@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from slimtune.data.chat_template import RewritesError, assistant_spans, has_template
 from slimtune.data.rows import Conversation, Document, Row
 from slimtune.errors import ConfigError, DataError
-from slimtune.template import RewritesError, assistant_spans, has_template
 
 IGNORED = -100
 

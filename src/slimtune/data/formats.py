@@ -20,7 +20,7 @@ from slimtune.data.rows import (
     checked,
 )
 from slimtune.errors import ConfigError, DataError, did_you_mean, listing
-from slimtune.storage.json_file import parse_json
+from slimtune.storage.text_files import parse_json
 
 Value = dict[str, Any]
 

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from slimtune.data.chat_template import use_template
 from slimtune.data.encode import Encoded, pieces
 from slimtune.data.lengths import PERCENTILES, Lengths, sorted_lengths
-from slimtune.data.measuring import measured
 from slimtune.data.mixing import exact_shares, mixed, prepare
 from slimtune.data.reading import Part, read_parts
 from slimtune.data.rows import Conversation, Document, Instruction, Labelled, Tagged, Turn
 from slimtune.data.settings import DataSettings
+from slimtune.data.tasks.classification import tokenize
+from slimtune.data.tasks.preference import lengths_of
+from slimtune.data.tasks.seq2seq import encode_pair, refuse_conversations
+from slimtune.data.tasks.word_alignment import align
 from slimtune.errors import ConfigError
-from slimtune.template import use_template
 
 Piece = tuple[bool, str]
 """A part of an example, and whether it is learned."""
@@ -151,3 +154,22 @@ def _characters(example: list[Piece]) -> int:
 
 def _learned(example: list[Piece]) -> int:
     return sum(len(text) for learned, text in example if learned)
+
+
+def measured(task: str, rows: Sequence[Any], tokenizer: Any) -> tuple[list[int], int]:
+    """The tokens of each row that have to fit at once, and how many of all of them are learned; raises DataError.
+
+    Of prompt and completion the longer one counts, of a pair of answers the longer one with its prompt.
+    """
+    if task == "classification":
+        ids = tokenize([row.texts for row in rows], tokenizer, sys.maxsize).rows
+        return [len(row["input_ids"]) for row in ids], len(rows)
+    if task == "token-classification":
+        texts = align([row.tokens for row in rows], tokenizer, sys.maxsize).texts
+        return [len(text.input["input_ids"]) for text in texts], sum(len(text.firsts) for text in texts)
+    if task == "seq2seq":
+        refuse_conversations(rows, "the data")
+        pairs = [encode_pair(row, tokenizer) for row in rows]
+        return [pair.longer for pair in pairs], sum(len(pair.labels) for pair in pairs)
+    found = [lengths_of(row, tokenizer) for row in rows]
+    return [max(each) for each in found], sum(max(each) - each[0] for each in found)

@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.chat_template import Message
 from slimtune.data.formats import Format, find_format, format_of, formats_of, read_as
 from slimtune.data.rows import Labelled, Unlabelled, Words, checked
 from slimtune.data.settings import DataSettings, Source
 from slimtune.data.sources import name_of, records
 from slimtune.errors import DataError
-from slimtune.template import Message
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from slimtune.data.chat_template import Message
 from slimtune.errors import DataError
-from slimtune.storage.json_file import parse_json
-from slimtune.template import Message
+from slimtune.storage.text_files import parse_json
 
 Text = str | tuple[str, str]
 """One text, or two that are judged together."""

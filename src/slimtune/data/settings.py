@@ -76,7 +76,7 @@ class DataSettings:
         too_long: what becomes of longer ones: error, drop, truncate, or for plain texts split.
         packing: several examples in one row of max_length, none of which sees another.
         streaming: rows are read and encoded while the model learns, for data larger than memory.
-        chat_template: a name of `slimtune.template.named_templates` or a file, in place of the tokenizer's own.
+        chat_template: a name of `chat_template.named_templates` or a file, in place of the tokenizer's own.
     """
 
     train: Any

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.compressed import PACKED, is_packed, kind_of, opened
 from slimtune.data.settings import Source
-from slimtune.data.unpacking import PACKED, is_packed, kind_of, opened
 from slimtune.errors import DataError, MissingDependencyError, did_you_mean, listing
-from slimtune.storage.json_file import parse_json
+from slimtune.storage.text_files import parse_json
 
 Record = tuple[dict[str, Any], str]
 """A row, and where it stands: for complaints."""

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset
 
-from slimtune.data.batches import Objective, PackRows, PadRight
+from slimtune.data.batches import Objective, PackRows, PadRight, pad_id_of
+from slimtune.data.chat_template import use_template
 from slimtune.data.encode import Encoded, Limit, encode_answers, fit, refuse_split, require_offsets
 from slimtune.data.formats import find_format, read_as
-from slimtune.data.labelled import positions_of
-from slimtune.data.lesson import Conversations, Lesson
 from slimtune.data.mixing import prepare
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import Parts, peek_parts, read_parts, sources_of
 from slimtune.data.settings import DataSettings, Source
-from slimtune.data.shown import show_preview
+from slimtune.data.show import show_preview
 from slimtune.data.sources import load_datasets, records
+from slimtune.data.tasks.causal_lm import Conversations, Lesson
+from slimtune.data.tasks.classification import positions_of
 from slimtune.errors import ConfigError, DataError
-from slimtune.evaluate.generation import pad_id_of
-from slimtune.template import use_template
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from typing import Any
 from slimtune.errors import OutputExistsError
 from slimtune.evaluate.generation import Reply
 from slimtune.evaluate.result import Answer
-from slimtune.staging import staged_file
+from slimtune.storage.atomic import staged_file
 
 
 class AnswerFile:

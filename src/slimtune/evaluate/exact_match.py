@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from slimtune.data.chat_template import Message, render
 from slimtune.evaluate.generation import generate_batch
-from slimtune.template import Message, render
 
 
 class Checkable(Protocol):

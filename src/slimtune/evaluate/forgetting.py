@@ -13,15 +13,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slimtune.console.figure import new_figure, write
+from slimtune.console.progress import Watch
 from slimtune.errors import DataError
 from slimtune.evaluate.language_loss import Passage, Text, losses, passages, require_language_loss
 from slimtune.evaluate.likelihood import LOGITS
 from slimtune.evaluate.tuned import Tuned
-from slimtune.progress import Watch
 
 DRAWS = 2000
 """Of the bootstrap."""
@@ -187,3 +189,31 @@ def perplexity(loss: float) -> float | None:
 def in_words(interval: Interval) -> str:
     """`+0.0123 to +0.0456`."""
     return "one text" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+
+
+def plot_forgetting(found: Forgetting, picture: Path, title: str) -> None:
+    """Draw the difference of each domain as a point on its interval, and the mean below.
+
+    Raises:
+        ConfigError: another format than PNG or SVG.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    rows = [(name, change.difference, change.interval) for name, change in found.domains.items()]
+    rows.append(("mean", found.difference, found.interval))
+    figure = new_figure(7, 1.4 + 0.42 * len(rows))
+    axes = figure.add_subplot(xlabel="loss after - before, nats per token (above 0: forgotten)", title=title)
+    for place, (name, difference, interval) in enumerate(rows):
+        colour = "black" if name == "mean" else "tab:red" if _rose(interval) else "tab:blue"
+        if interval:
+            axes.plot(interval, (place, place), color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot(difference, place, "D" if name == "mean" else "o", color=colour)
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.axhline(len(rows) - 1.5, color="gray", linewidth=0.5, linestyle=":")
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    write(figure, picture)
+
+
+def _rose(interval: Interval) -> bool:
+    return interval is not None and interval[0] > 0

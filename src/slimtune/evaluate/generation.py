@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from slimtune.data.batches import pad_id_of
+from slimtune.data.chat_template import prompt_ids
 from slimtune.errors import ConfigError
-from slimtune.template import has_template
 
 
 def sampling(temperature: float) -> dict[str, Any]:
@@ -22,16 +23,6 @@ def sampling(temperature: float) -> dict[str, Any]:
         # Named one by one, because a model's generation_config may set them and then warns.
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {"do_sample": True, "temperature": temperature}
-
-
-def pad_id_of(tokenizer: Any) -> int:
-    """The id to pad with; the attention mask hides it, so the end of turn will do."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a rendered prompt; a chat template has written the special tokens itself."""
-    return tokenizer(prompt, add_special_tokens=not has_template(tokenizer))["input_ids"]
 
 
 class Reply(NamedTuple):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, DataError, MissingDependencyError, did_you_mean, listing
-from slimtune.evaluate.intervals import Z, wilson
 from slimtune.evaluate.result import Evaluation
+from slimtune.metrics.intervals import Z, wilson
 
 
 def evaluate_by_harness(

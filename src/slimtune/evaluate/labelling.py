@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from slimtune.console.progress import Watch
 from slimtune.errors import ConfigError, DataError, listing
 from slimtune.evaluate.likelihood import refuse_no_number
 from slimtune.evaluate.result import Evaluation, Scored, summarised
 from slimtune.evaluate.scorers import CHOICE
-from slimtune.progress import Watch
-from slimtune.source import folder_of, is_adapter
+from slimtune.storage.source import folder_of, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +31,13 @@ def label_texts(
         too_long: "error", "drop" or "truncate".
         options: dtype, device and trust_remote_code, as `load` takes them.
     """
-    from slimtune.features import is_feature_classifier
+    from slimtune.data.features import is_feature_classifier
 
     if is_feature_classifier(source):
         return _by_features(source, texts, batch_size, too_long, quantize, options)
-    from slimtune.data.labelled import longest_input, tokenize
-    from slimtune.evaluate.classification import classify
-    from slimtune.loading import load_trained_classifier
+    from slimtune.data.tasks.classification import longest_input, tokenize
+    from slimtune.metrics.classification import classify
+    from slimtune.models.load import load_trained_classifier
 
     model, tokenizer = load_trained_classifier(source, *options, quantize=quantize)
     found = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
@@ -96,8 +96,8 @@ def _check_classes(source: str, prepared: Prepared) -> None:
 def _by_features(
     source: str, texts: list[Text], batch_size: int, too_long: str, quantize: str | None, options: tuple[Any, ...]
 ) -> tuple[list[str], list[int], Tensor]:
-    from slimtune.features import FeatureClassifier, extract
-    from slimtune.loading import load_encoder
+    from slimtune.data.features import FeatureClassifier, extract
+    from slimtune.models.load import load_encoder
 
     if quantize is not None:
         raise ConfigError(f"{source} was trained on features of the base as it is; leave --quantize out")
@@ -111,7 +111,7 @@ def _by_features(
 
 def is_classifier(source: str) -> bool:
     """Whether a folder or Hub id is of what gives texts labels, so that it writes no answers."""
-    from slimtune.features import is_feature_classifier
+    from slimtune.data.features import is_feature_classifier
 
     return is_feature_classifier(source) or _has_head(source, "SEQ_CLS", "ForSequenceClassification")
 
@@ -124,7 +124,7 @@ def is_tagger(source: str) -> bool:
 def _has_head(source: str, task_type: str, architecture: str) -> bool:
     """Whether this is an adapter for this type of task, or a model of this kind of architecture."""
     if is_adapter(source):
-        from slimtune import PeftConfig
+        from slimtune.core.config import PeftConfig
 
         return PeftConfig.from_pretrained(folder_of(source)).task_type == task_type
     from transformers import AutoConfig

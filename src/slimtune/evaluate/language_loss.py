@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from slimtune.data.chat_template import has_template
 from slimtune.data.encode import IGNORED, Encoded, encode_row
 from slimtune.data.rows import Conversation, Pair
 from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.likelihood import LOGITS, summed_losses
-from slimtune.template import has_template
 
 Text = str | Conversation | Pair
 """A plain text, all of which is scored, or a conversation, of which the answers are."""

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimtune.data.batches import pad_id_of
+from slimtune.data.chat_template import has_template
 from slimtune.data.encode import IGNORED, Encoded
 from slimtune.errors import ConfigError
-from slimtune.evaluate.generation import kept_logits, pad_id_of, read_shared_prefix, repeated
-from slimtune.template import has_template
+from slimtune.evaluate.generation import kept_logits, read_shared_prefix, repeated
 
 LOGITS = 1024
 """Tokens whose logits are held at once: with 150,000 in a vocabulary, 600 MB."""

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from slimtune.data.tagged import OUTSIDE
-from slimtune.evaluate.classification import scores as label_scores
-from slimtune.evaluate.intervals import interval_of_mean, interval_of_share
+from slimtune.data.tasks.word_alignment import OUTSIDE
 from slimtune.evaluate.scorers import CHOICE
-from slimtune.evaluate.tag_counts import MACRO_F1
 from slimtune.evaluate.tasks import Question
+from slimtune.metrics.classification import scores as label_scores
+from slimtune.metrics.intervals import interval_of_mean, interval_of_share
+from slimtune.metrics.tagging import MACRO_F1
 
 
 class Answer(Protocol):

@@ -9,9 +9,9 @@ from typing import Any
 
 from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.answers import AnswerFile
-from slimtune.evaluate.asking import Asked, Asking, Fitted
 from slimtune.evaluate.generation import Reply
 from slimtune.evaluate.in_context import Contexts, Shots, contexts
+from slimtune.evaluate.prompting import Asked, Asking, Fitted
 from slimtune.evaluate.result import Evaluation, Scored, summarised
 from slimtune.evaluate.scorers import CHOICE, Scorer, find_scorers
 from slimtune.evaluate.settings import EvaluationSettings

@@ -129,7 +129,7 @@ def _chrf() -> Callable[[str, Question], dict[str, float]]:
 
 
 def _reasoning_gym() -> Callable[[str, Question], dict[str, float]]:
-    from slimtune.evaluate.reasoning import score_entry
+    from slimtune.evaluate.tasks import score_entry
 
     return lambda answer, question: {"reasoning_gym": score_entry(answer, question)}
 

@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 
-from slimtune.data.labelled import longest_input
+from slimtune.console.progress import Watch
 from slimtune.data.reading import read_rows
 from slimtune.data.rows import Tagged
-from slimtune.data.tagged import Aligned, align
+from slimtune.data.tasks.classification import longest_input
+from slimtune.data.tasks.word_alignment import Aligned, align, tag, tags_from, word_logits
 from slimtune.errors import DataError, listing
 from slimtune.evaluate.answers import AnswerFile
-from slimtune.evaluate.intervals import interval_of_share
 from slimtune.evaluate.likelihood import refuse_no_number
 from slimtune.evaluate.result import Evaluation
 from slimtune.evaluate.settings import EvaluationSettings
-from slimtune.evaluate.tag_counts import ENTITY_F1
-from slimtune.evaluate.tagging import entities, has_entities, tag_counts, tags_from, word_logits
-from slimtune.loading import load_trained_tagger
-from slimtune.progress import Watch
+from slimtune.metrics.intervals import interval_of_share
+from slimtune.metrics.tagging import ENTITY_F1, entities, has_entities, tag_counts
+from slimtune.models.load import load_trained_tagger
 
 TASK = "token-classification"
 
@@ -139,3 +138,18 @@ def _loss(model: Any, row: Tagged, text: Aligned, logits_WK: torch.Tensor) -> fl
 def _scored(row: Tagged, tags: list[str], loss: float, spells: bool) -> TaggedText:
     right = sum(ours == theirs for ours, theirs in zip(tags, row.tags, strict=True))
     return TaggedText(row.tokens, tags, row.tags, {"accuracy": right / len(tags)}, loss, spells)
+
+
+def tag_words(
+    source: str, texts: Sequence[Sequence[str]], batch_size: int = 32, too_long: str = "error",
+    quantize: str | None = None, options: tuple[Any, ...] = (),
+) -> list[list[str]]:  # fmt: skip
+    """The tags of the words of texts by a folder that was trained on such.
+
+    Args:
+        too_long: "error", or "truncate", where words behind the cut are tagged `O`.
+        options: dtype, device and trust_remote_code, as `load` takes them.
+    """
+    model, tokenizer = load_trained_tagger(source, *options, quantize=quantize)
+    aligned = align(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
+    return tag(model, tokenizer, aligned.texts, batch_size)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.chat_template import Message, assistant_spans, has_template, render
 from slimtune.data.reading import read_labelled, read_rows, task_of
 from slimtune.data.rows import Document, Labelled, Pair, Row, Text
-from slimtune.errors import DataError
-from slimtune.template import Message, assistant_spans, has_template, render
+from slimtune.errors import ConfigError, DataError, MissingDependencyError, did_you_mean
 
 MADE = "reasoning-gym:"
 """In front of the names of tasks that are made, not read."""
@@ -82,8 +82,6 @@ def task_of_rows(rows: Sequence[tuple[Row, str]], source: str, instruction: str 
 def open_task(source: str, instruction: str = "", size: int | None = None, seed: int = 0) -> Task:
     """The questions of a file, or `size` questions (100 unless told) of `reasoning-gym:NAME`, made by seed."""
     if source.startswith(MADE):
-        from slimtune.evaluate.reasoning import make_task
-
         return make_task(source.removeprefix(MADE), size or 100, seed, instruction)
     return read_task(source, instruction)
 
@@ -178,3 +176,39 @@ def with_labels(task: Task, labels: Sequence[str]) -> Task:
 
 def _label_instruction(labels: Sequence[str]) -> str:
     return f"Answer with one of these labels and nothing else: {', '.join(labels)}."
+
+
+def make_task(name: str, size: int, seed: int, instruction: str = "") -> Task:
+    """`size` questions of a task by name, the same for the same seed; raises ConfigError for an unknown name."""
+    gym = _gym()
+    known = list(gym.factory.DATASETS)
+    if name not in known:
+        raise ConfigError(f"reasoning-gym has no task '{name}'{did_you_mean(name, known) or f'; it has {known}'}")
+    entries = gym.create_dataset(name, size=size, seed=seed)
+    questions = [
+        Question(
+            [{"role": "user", "content": entry["question"]}],
+            str(entry["answer"]),
+            f"{entry['question']}\n",
+            entry=entry,
+        )
+        for entry in entries
+    ]
+    return Task(MADE + name, questions, instruction=instruction)
+
+
+def score_entry(answer: str, question: Question) -> float:
+    """The score that the task itself gives, from 0 to 1; raises ConfigError for a question of another origin."""
+    if question.entry is None:
+        raise ConfigError(f"the scorer 'reasoning_gym' is for tasks called {MADE}NAME; choose another scorer")
+    return float(_gym().get_score_answer_fn(question.entry["metadata"]["source_dataset"])(answer, question.entry))
+
+
+def _gym() -> Any:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise MissingDependencyError(
+            "tasks of reasoning-gym need the library: run `pip install 'slimtune[reasoning]'`"
+        ) from error
+    return reasoning_gym

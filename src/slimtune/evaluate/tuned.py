@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, ModelNotFoundError
-from slimtune.hub import at_revision
-from slimtune.loading import load, load_base
-from slimtune.source import base_of, folder_of, is_adapter
+from slimtune.models.load import load, load_base
+from slimtune.storage.hub import at_revision
+from slimtune.storage.source import base_of, folder_of, is_adapter
 
 if TYPE_CHECKING:
-    from slimtune.quantized.settings import Quantize
+    from slimtune.quantization.config import Quantize
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Tuned:
         if not self.is_adapter:
             model, tokenizer = load(self.source, *self._how)
         else:
-            from slimtune import PeftModel
+            from slimtune.adapters.model import PeftModel
 
             model, tokenizer = load_base(self.source, self.base, *self._how)
             model = PeftModel.from_pretrained(model, folder_of(self.source), adapter_name)
@@ -77,7 +77,7 @@ def _named_base(folder: Path) -> str | None:
     """The base that the recipe or the card beside a tuned model names."""
     recipe, card = folder / "recipe.yaml", folder / "README.md"
     if recipe.is_file():
-        from slimtune.storage.yaml_file import read_mapping
+        from slimtune.storage.text_files import read_mapping
 
         try:
             section = read_mapping(recipe).get("model")

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.config import LayeredConfig, register
-from slimtune.delta import Delta, Site, wrong_kind
+from slimtune.core.config import LayeredConfig, register
+from slimtune.core.delta import Delta, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole
-from slimtune.methods.lora_deltas import LoraConv, LoraDelta, LoraLinear
+from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraLinear
 
 SVD = ("lora_A", "lora_E", "lora_B")
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from slimtune.config import TargetedConfig, register
-from slimtune.delta import Site, wrong_kind
-from slimtune.difference import Difference
+from slimtune.core.config import TargetedConfig, register
+from slimtune.core.delta import Difference, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.config import LayeredConfig, Whereabouts, register
-from slimtune.delta import Delta, Frozen, Role, Site, trainable_dtype, wrong_kind
+from slimtune.core.config import LayeredConfig, Whereabouts, register
+from slimtune.core.delta import Delta, Frozen, Role, Site, trainable_dtype, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean, listing
 
 PLACEMENTS: dict[str, tuple[Role, ...]] = {
@@ -195,7 +195,7 @@ class BottleneckDelta(Delta):
         super().__init__()
         self.non_linearity, self.dropout = config.non_linearity, config.dropout
         self.noted: Noted | None = None
-        weight = site.outline
+        weight = site.spec
         made: Any = {"device": weight.device, "dtype": trainable_dtype(weight.dtype, autocast)}
         self.adapter_down = _undrawn(width, size, made)
         self.adapter_up = _undrawn(size, width, made)

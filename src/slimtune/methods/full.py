@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from slimtune.config import TargetedConfig, register
-from slimtune.delta import Delta, Site, statistics, wrong_kind
-from slimtune.difference import Difference
+from slimtune.core.config import TargetedConfig, register
+from slimtune.core.delta import Delta, Difference, Site, statistics, wrong_kind
 from slimtune.errors import ConfigError, did_you_mean
 
 STORES = ("difference", "whole")

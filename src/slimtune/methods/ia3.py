@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimtune.config import TargetedConfig, register
-from slimtune.delta import Delta, Dense, Frozen, Site, trainable_dtype, wrong_kind
-from slimtune.difference import add_up
+from slimtune.core.config import TargetedConfig, register
+from slimtune.core.delta import Delta, Dense, Frozen, Site, add_up, trainable_dtype, wrong_kind
 from slimtune.errors import ConfigError, did_you_mean, listing
 from slimtune.ops.scaling import scaled
 
@@ -129,7 +128,7 @@ class IA3Delta(Delta):
     def __init__(self, site: Site, in_front: bool, autocast: bool) -> None:
         super().__init__()
         self.in_front = in_front
-        weight = site.outline
+        weight = site.spec
         features = site.base.features(site.module)[0 if in_front else 1]
         ones = (1,) * (len(weight.shape) - 2)
         shape = (1, features, *ones) if in_front or ones else (features, 1)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from slimtune.config import TargetedConfig, register
-from slimtune.delta import Delta, Site, wrong_kind
+from slimtune.core.config import TargetedConfig, register
+from slimtune.core.delta import Delta, Site, wrong_kind
 
 
 @register

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.config import TargetedConfig, Whereabouts, register
-from slimtune.delta import Delta, Dense, Frozen, Role, Site, trainable_dtype, wrong_kind
+from slimtune.core.config import TargetedConfig, Whereabouts, register
+from slimtune.core.delta import Delta, Dense, Frozen, Role, Site, trainable_dtype, wrong_kind
+from slimtune.core.roles import input_embeddings
 from slimtune.errors import ConfigError, TargetError, did_you_mean
-from slimtune.structure import input_embeddings
 
 
 def check_tokens(name: str, tokens: Any) -> None:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.config import LayeredConfig, register
-from slimtune.delta import Delta, Dense, Frozen, Site, added, trainable_dtype, wrong_kind
+from slimtune.core.config import LayeredConfig, register
+from slimtune.core.delta import Delta, Dense, Frozen, Site, added, trainable_dtype, wrong_kind
 from slimtune.errors import check_choice, check_number, check_whole
 
 
@@ -114,7 +114,7 @@ class VeraLinear(Delta):
         super().__init__()
         self.vera_dropout = dropout
         self.features_in, features_out = site.base.features(site.module)
-        weight = site.outline
+        weight = site.spec
         options: Any = {"device": weight.device, "dtype": trainable_dtype(weight.dtype, autocast)}
         self.vera_lambda_b = nn.Parameter(torch.empty(features_out, **options))
         self.vera_lambda_d = nn.Parameter(torch.empty(r, **options))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.bases.dense import PLAIN_TENSORS
+from slimtune.ops.frozen_linear import PLAIN_TENSORS
 from slimtune.ops.lazy import Lazy
 
 Activation = Callable[[Tensor], Tensor]

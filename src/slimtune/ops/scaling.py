@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.bases.dense import PLAIN_TENSORS
-from slimtune.ops.again import made_again, maker_of
-from slimtune.ops.tracing import is_traced
+from slimtune.ops.frozen_linear import PLAIN_TENSORS, is_traced, made_again, maker_of
 
 _norm_backward = torch.ops.aten.native_batch_norm_backward.default
 

@@ -1,6 +1,6 @@
 """What a training will take, before it begins: memory, time and cost, and which method to choose.
 
-`slimtune.plan(...)` is `slimtune.plan.ask.plan`: a package by this name can't be a function too, but it can be called.
+`slimtune.plan(...)` is `slimtune.plan.plan.plan`: a package by this name can't be a function too, but it can be called.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimtune.plan.ask import Report
+    from slimtune.plan.plan import Report
 
 
 class _Plan(ModuleType):
     def __call__(self, *args: Any, **options: Any) -> Report:
-        """`slimtune.plan.ask.plan`."""
-        from slimtune.plan.ask import plan
+        """`slimtune.plan.plan.plan`."""
+        from slimtune.plan.plan import plan
 
         return plan(*args, **options)
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from slimtune.auto import BY_TASK
-from slimtune.errors import ConfigError, ModelNotFoundError, PlanError
+from slimtune.errors import ConfigError, MissingDependencyError, ModelNotFoundError, PlanError
+from slimtune.models.auto import BY_TASK
 from slimtune.ops import cross_entropy
 from slimtune.plan.setting import Setting
-from slimtune.source import PACKAGED, folder_of, is_adapter
+from slimtune.storage.source import PACKAGED, folder_of, is_adapter
 
 FALLBACKS = (
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
@@ -136,7 +136,6 @@ def kernels_of(setting: Setting, is_fake: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _cuda_head() -> Iterator[None]:
     """TRL's loss at the head by its Triton kernels, which work on a tile in place and add up in float32."""
-    from slimtune.plan.preferred import head_module
 
     head = head_module()
     own = {name: getattr(head, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
@@ -184,3 +183,12 @@ def _efficient(
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
     )[0]
+
+
+def head_module() -> Any:
+    """Where TRL computes the log-probabilities at the head. Raises: MissingDependencyError."""
+    try:
+        from trl.kernels import chunked_logprob
+    except ImportError as error:
+        raise MissingDependencyError("preferences are planned with TRL: pip install slimtune[trl,train]") from error
+    return chunked_logprob

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from slimtune.device import pick_device
+from slimtune.models.device import pick_device
 from slimtune.plan.devices import Device
-from slimtune.plan.live import Ledger
 from slimtune.plan.memory import Work
+from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.plan.time import Rates, usual
-from slimtune.source import cache_dir
-from slimtune.staging import staged_file
+from slimtune.storage.atomic import staged_file
+from slimtune.storage.source import cache_dir
 
 ROWS, WIDTH = 1024, 2048
 COPIED_BYTES = 2**28
@@ -120,8 +120,8 @@ def _step(place: str, dtype: torch.dtype) -> tuple[float, Work]:
     """The median seconds of a LoRA step on a small Llama with random weights, and what it computes and moves."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from slimtune import get_peft_model
-    from slimtune.methods.lora import LoraConfig
+    from slimtune.adapters.model import get_peft_model
+    from slimtune.methods.lora.config import LoraConfig
 
     config = LlamaConfig(
         vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12
@@ -137,9 +137,9 @@ def _step(place: str, dtype: torch.dtype) -> tuple[float, Work]:
         optimizer.zero_grad()
 
     seconds = _seconds(run, place)
-    ledger = Ledger()
-    with ledger:
+    tracker = MemoryTracker()
+    with tracker:
         run()
     return seconds, Work(
-        sum(work.flops for work in ledger.work.values()), sum(work.bytes_moved for work in ledger.work.values())
+        sum(work.flops for work in tracker.work.values()), sum(work.bytes_moved for work in tracker.work.values())
     )

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slimtune.data.labelled import labels_of, tokenize
+from slimtune.data.chat_template import use_template
 from slimtune.data.lengths import Lengths, sorted_lengths
 from slimtune.data.mixing import mixed, prepare
-from slimtune.data.preferred import Preferred, lengths_of
 from slimtune.data.reading import Parts, read_parts
-from slimtune.data.seq2seq import Completions, encode_pair
 from slimtune.data.settings import DataSettings
-from slimtune.data.tagged import align
-from slimtune.data.token_lesson import Tags
+from slimtune.data.tasks.classification import labels_of, tokenize
+from slimtune.data.tasks.preference import Preferred, lengths_of
+from slimtune.data.tasks.seq2seq import Completions, encode_pair
+from slimtune.data.tasks.token_classification import Tags
+from slimtune.data.tasks.word_alignment import align
 from slimtune.errors import check_whole
-from slimtune.template import use_template
 
 ASSUMED_EXAMPLES = 1000
 """Where none can be counted."""

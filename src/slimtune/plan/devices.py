@@ -77,7 +77,7 @@ class Device:
     def half_precision(self) -> str:
         """The 16-bit type that it computes in by itself; float32 where there is none."""
         if self.is_cpu:
-            from slimtune.device import native_dtype
+            from slimtune.models.device import native_dtype
 
             return native_dtype()
         return "bfloat16" if self.has_bf16 else "float16"
@@ -155,7 +155,7 @@ def this_device() -> Device:
 
 def this_cpu() -> Device:
     """This machine's processor and main memory."""
-    from slimtune.device import native_dtype
+    from slimtune.models.device import native_dtype
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Device(

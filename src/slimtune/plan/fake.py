@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from slimtune.errors import PlanError
-from slimtune.plan.live import Ledger, tensors_in
+from slimtune.plan.memory_tracker import MemoryTracker, tensors_in
 
 LARGEST_REAL = 2**20
 """Elements of the largest integers and flags that are kept real."""
@@ -31,7 +31,7 @@ LARGEST_REAL = 2**20
 _aten = torch.ops.aten
 
 
-class FakeLedger(Ledger):
+class FakeMemoryTracker(MemoryTracker):
     """Counts what operations on fake tensors would allocate; enter it inside of its `fake` mode."""
 
     def __init__(self, rounded: Callable[[int], int] | None = None, fake: FakeTensorMode | None = None) -> None:

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from slimtune.plan.setting import Setting
-from slimtune.train.offload import OffloadedAdamW
-from slimtune.train.optimizer import BITSANDBYTES, OFFLOADED, PAGED, TORCHAO
+from slimtune.recipe.optimizers import BITSANDBYTES, OFFLOADED, PAGED, TORCHAO
+from slimtune.train.optimizer import OffloadedAdamW
 
 LEARNING_RATE = 1e-4
 """Any will do: memory doesn't depend on it."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimtune.picture import check_picture, new_figure, write
-from slimtune.plan.classic import Cell
+from slimtune.console.figure import check_picture, new_figure, write
 from slimtune.plan.memory import Parts
+from slimtune.plan.table import Cell
 
 COLOURS = {
     "weights": "#4c72b0",

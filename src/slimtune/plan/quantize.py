@@ -17,12 +17,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from slimtune.bases import base_of
 from slimtune.errors import PlanError
-from slimtune.plan.live import Ledger, unwrapped
+from slimtune.plan.memory_tracker import MemoryTracker, unwrapped
 from slimtune.plan.setting import Setting
-from slimtune.quantized.settings import TORCHAO_KINDS, Quantization
+from slimtune.quantization.config import TORCHAO_KINDS, Quantization
 
 
-def quantize(model: Any, setting: Setting, ledger: Ledger) -> int:
+def quantize(model: Any, setting: Setting, tracker: MemoryTracker) -> int:
     """Store the linear layers as the setting says; gives back the most bytes beyond all weights that loading so takes.
 
     Args:
@@ -32,7 +32,7 @@ def quantize(model: Any, setting: Setting, ledger: Ledger) -> int:
         PlanError: there is no linear layer, or torchao refuses the width of one.
     """
     by_torchao = setting.base in TORCHAO_KINDS
-    beyond = _by_torchao(model, setting.base, ledger) if by_torchao else _by_bitsandbytes(model, setting, ledger)
+    beyond = _by_torchao(model, setting.base, tracker) if by_torchao else _by_bitsandbytes(model, setting, tracker)
     gc.collect()
     return _beyond_all(model, beyond)
 
@@ -54,18 +54,18 @@ def _beyond_all(model: nn.Module, beyond: dict[str, int]) -> int:
     return fullest - there
 
 
-def _by_torchao(model: Any, kind: str, ledger: Ledger) -> dict[str, int]:
+def _by_torchao(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]:
     from torchao.quantization import quantize_
 
-    from slimtune.quantized.torchao import settings
+    from slimtune.quantization.config import torchao_settings
 
-    how = settings(kind).get_apply_tensor_subclass()
+    how = torchao_settings(kind).get_apply_tensor_subclass()
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     beyond = {}
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and should_convert_module(f"{name}.weight", skipped):
             module.weight.requires_grad_(False)
-            dense, before = module.weight.nbytes, len(ledger.storages)
+            dense, before = module.weight.nbytes, len(tracker.storages)
             try:
                 quantize_(module, how, lambda *_: True)
             except (AssertionError, RuntimeError) as error:
@@ -74,11 +74,11 @@ def _by_torchao(model: Any, kind: str, ledger: Ledger) -> dict[str, int]:
                     "of all linear layers; choose int8-torchao or nf4"
                 ) from error
             kept = sum(tensor.nbytes for tensor in unwrapped([module.weight]))
-            beyond[name] = dense + max(0, ledger.peak_since(before) - kept)
+            beyond[name] = dense + max(0, tracker.peak_since(before) - kept)
     return beyond
 
 
-def _by_bitsandbytes(model: Any, setting: Setting, ledger: Ledger) -> dict[str, int]:
+def _by_bitsandbytes(model: Any, setting: Setting, tracker: MemoryTracker) -> dict[str, int]:
     dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     _replace(model, setting)
     beyond = {}
@@ -87,10 +87,10 @@ def _by_bitsandbytes(model: Any, setting: Setting, ledger: Ledger) -> dict[str, 
         if module is plain:
             continue
         weight = plain.weight.detach().t().contiguous() if isinstance(plain, Conv1D) else plain.weight.detach()
-        before = len(ledger.storages)
+        before = len(tracker.storages)
         module.weight = _packed_8bit(weight, setting) if setting.base == "int8" else _packed_4bit(weight, module)
         held = sum(tensor.nbytes for tensor in base_of(module).held(module))
-        beyond[name] = weight.nbytes + max(0, ledger.peak_since(before) - held)
+        beyond[name] = weight.nbytes + max(0, tracker.peak_since(before) - held)
         if plain.bias is not None:
             module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
     dense.clear()
@@ -101,7 +101,7 @@ def _replace(model: Any, setting: Setting) -> None:
     """Put bitsandbytes' modules in the place of those that the loading would quantize."""
     from bitsandbytes.functional import create_dynamic_map, name2qmap
 
-    from slimtune.quantized.loading import quantizer_for
+    from slimtune.quantization.load import quantizer_for
 
     options: dict[str, Any] = {} if setting.base == "int8" else {"double": setting.double_quantization}
     with unset_fake_temporarily():
@@ -122,7 +122,7 @@ def _new_heads(model: Any) -> list[str]:
 def _packed_4bit(weight: Tensor, module: Any) -> Any:
     from bitsandbytes.functional import quantize_4bit
 
-    from slimtune.quantized.packing import packed_4bit
+    from slimtune.bases.bitsandbytes import packed_4bit
 
     kind, double = module.weight.quant_type, module.weight.compress_statistics
     if not isinstance(weight, FakeTensor):
@@ -137,7 +137,7 @@ def _packed_4bit(weight: Tensor, module: Any) -> Any:
 def _packed_8bit(weight: Tensor, setting: Setting) -> Any:
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    from slimtune.quantized.packing import packed_8bit
+    from slimtune.bases.bitsandbytes import packed_8bit
 
     if not isinstance(weight, FakeTensor):
         return packed_8bit(weight)

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slimtune.data.lengths import Lengths
-from slimtune.engines import Verdict, verdicts
 from slimtune.errors import ConfigError, check_choice, listing
+from slimtune.models.compatibility import Verdict, verdicts
 from slimtune.plan import rules
 from slimtune.plan.devices import Device
 from slimtune.plan.memory import MemoryPlan, Parts
 from slimtune.plan.rules import Case, Rule
 from slimtune.plan.setting import PRECISIONS, Precision, Setting
 from slimtune.plan.time import Duration, Rates, duration
-from slimtune.train.optimizer import DEFAULT
-from slimtune.train.preference_settings import PREFERENCE_TASKS, SHARE_OF_RATE
+from slimtune.recipe.optimizers import DEFAULT
+from slimtune.recipe.preference import PREFERENCE_TASKS, SHARE_OF_RATE
 
 FULL = "full"
 LOW_RANK = ("lora", "dora")
@@ -148,7 +148,7 @@ def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: in
 
 
 def _candidates(wish: Wish) -> list[tuple[str, Precision]]:
-    from slimtune.train.method import FEATURES, find
+    from slimtune.recipe.method import FEATURES, find
 
     for base in wish.bases or ():
         check_choice("base", base, PRECISIONS)
@@ -200,7 +200,7 @@ def _judged(case: Case, choices: Sequence[Choice], wish: Wish) -> Case:
 
 
 def _choice(method: str, base: Precision, wish: Wish, case: Case, simulate: Simulate, rates: Rates) -> Choice:
-    from slimtune.train.method import configure, find
+    from slimtune.recipe.method import configure, find
 
     found = find(method)
     size = (wish.rank or rules.rank(case)) if method in LOW_RANK else None

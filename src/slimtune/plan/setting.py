@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slimtune.config import PeftConfig
+from slimtune.core.config import PeftConfig
 from slimtune.errors import check_choice, check_whole
-from slimtune.quantized.settings import KINDS, TORCHAO_KINDS
-from slimtune.train.optimizer import DEFAULT, check_name
-from slimtune.train.preference_settings import PREFERENCE_TASKS
+from slimtune.quantization.config import KINDS, TORCHAO_KINDS
+from slimtune.recipe.optimizers import DEFAULT, check_name
+from slimtune.recipe.preference import PREFERENCE_TASKS
 
 Precision = Literal["dense", "nf4", "fp4", "int8", "int8-torchao", "int4-torchao"]
 Preference = Literal["dpo", "kto", "orpo", "grpo"]

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from slimtune.config import PeftConfig
+from slimtune.core.config import PeftConfig
 from slimtune.errors import ConfigError, PlanError, did_you_mean
 from slimtune.plan.build import build, config_of
-from slimtune.plan.depth import Sketch, continued, cut, repeating
+from slimtune.plan.extrapolate import Sketch, continued, cut, repeating
 from slimtune.plan.memory import TRAINING, MemoryPlan, Moment, Phase, Work, fullest
 from slimtune.plan.setting import Setting
 from slimtune.plan.trace import trace

@@ -13,8 +13,8 @@ from slimtune.data.batches import classification, token_loss
 from slimtune.data.encode import IGNORED
 from slimtune.errors import PlanError
 from slimtune.plan.build import positions_of
+from slimtune.plan.memory import Moment, Parts, Work
 from slimtune.plan.setting import Setting
-from slimtune.train.checks import LastGood
 
 Batch = dict[str, Any]
 
@@ -27,12 +27,8 @@ class Step:
     loss: Callable[[Batch], Tensor]
 
 
-def step_of(model: Any, setting: Setting, last_good: LastGood) -> Step:
-    """The step of a setting's task. Raises: PlanError, MissingDependencyError."""
-    if setting.task is not None:
-        from slimtune.plan.preferred import preferred_step
-
-        return preferred_step(model, setting, last_good)
+def supervised_step(model: Any, setting: Setting) -> Step:
+    """The step of a model that learns from labels. Raises: PlanError."""
     kind, is_text = type(model).__name__, model.main_input_name == "input_ids"
     if is_text and "ForSequenceClassification" in kind:
         # Its tokenizer only pads, and this batch has its length already.
@@ -106,3 +102,41 @@ def check_length(config: Any, tokens: int) -> None:
     longest = positions_of(config)
     if longest is not None and tokens > longest:
         raise PlanError(f"sequence is {tokens} and the model has {longest} positions; plan with a shorter one")
+
+
+NOTE = "drawing the answers is an estimate: the prompts are simulated, the growing cache is reckoned"
+
+
+def read_prompts(model: Any, rows: int, tokens: int) -> Any:
+    """The cache after the prompts; call it without gradients."""
+    ids = torch.ones(rows, tokens, dtype=torch.long)
+    options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **options).past_key_values
+
+
+def layers_of(cache: Any) -> list[list[torch.Tensor]]:
+    """The keys and values of each layer."""
+    return [[t for t in (layer.keys, layer.values) if t is not None] for layer in cache.layers]
+
+
+def last_token(lasting: Parts, cache: Any, prompt: int, answer: int, head: torch.Tensor) -> Moment:
+    """The moment before the end: what lasts, the whole cache, and the logits of one token with what is drawn from."""
+    layers = [sum(tensor.nbytes for tensor in layer) for layer in layers_of(cache)]
+    rows = layers_of(cache)[0][0].shape[0]
+
+    def grown(nbytes: int) -> int:
+        return nbytes * (prompt + answer) // prompt
+
+    # Keys and values are longer by turns; logits in float32, sorted and as probabilities.
+    workspace = grown(max(layers)) // 2 + 3 * 4 * rows * head.shape[0]
+    parts = Parts(**lasting.named() | {"activations": grown(sum(layers)), "workspace": workspace})
+    return Moment("generation", "cache", "cat", parts)
+
+
+def work_of(prompts: Work, lasting: Parts, cache: Any, prompt: int, answer: int, head: torch.Tensor) -> Work:
+    """Of all tokens: each computes as one of the prompt does, and reads all weights and the cache so far."""
+    layers = layers_of(cache)
+    held = sum(tensor.nbytes for layer in layers for tensor in layer)
+    flops = prompts.flops * (prompt + answer) // prompt + 2 * layers[0][0].shape[0] * answer * head.numel()
+    mean = held * (2 * prompt + answer) // (2 * prompt)
+    return Work(flops, prompts.bytes_moved + answer * (lasting.weights + lasting.adapter + mean))

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from slimtune.adapters.model import get_peft_model
 from slimtune.errors import ConfigError, MergeError
-from slimtune.model import get_peft_model
-from slimtune.plan import generation
+from slimtune.plan import step as generation
 from slimtune.plan.build import build, kernels_of
-from slimtune.plan.depth import Blocks, Facts, Key, Sketch, block_list
-from slimtune.plan.fake import FakeLedger, taken_for_real
-from slimtune.plan.live import Ledger, Places, Storage
+from slimtune.plan.extrapolate import Blocks, Facts, Key, Sketch, block_list
+from slimtune.plan.fake import FakeMemoryTracker, taken_for_real
 from slimtune.plan.memory import Moment, Parts, Phase, Work
+from slimtune.plan.memory_tracker import MemoryTracker, Places, Storage
 from slimtune.plan.optimizers import is_elsewhere, optimizer_for
 from slimtune.plan.setting import Setting
-from slimtune.plan.step import Step, step_of
+from slimtune.plan.step import Step, supervised_step
+from slimtune.plan.trl_step import preferred_step
 from slimtune.train.checks import LastGood
 
 PARTS = tuple(Parts().named())
@@ -43,7 +44,7 @@ class Run:
     """
 
     setting: Setting
-    ledger: Ledger
+    tracker: MemoryTracker
     model: Any
     step: Step
     last_good: LastGood
@@ -93,10 +94,10 @@ def trace(
 
 
 @contextlib.contextmanager
-def _counting(ledger: Ledger, phase: Phase) -> Any:
-    ledger.phase = phase
-    fake = ledger.fake if isinstance(ledger, FakeLedger) else contextlib.nullcontext()
-    with fake, ledger:
+def _counting(tracker: MemoryTracker, phase: Phase) -> Any:
+    tracker.phase = phase
+    fake = tracker.fake if isinstance(tracker, FakeMemoryTracker) else contextlib.nullcontext()
+    with fake, tracker:
         yield
 
 
@@ -110,7 +111,7 @@ def prepare(
     """The model as the setting stores it, with the adapter attached. Raises: ConfigError, TargetError."""
     from transformers.initialization import no_init_weights
 
-    builder = FakeLedger() if fake else Ledger()
+    builder = FakeMemoryTracker() if fake else MemoryTracker()
     beyond = 0
     with _counting(builder, "load"), no_init_weights() if fake else contextlib.nullcontext():
         model = build(config, setting, task_type)
@@ -118,9 +119,11 @@ def prepare(
             from slimtune.plan.quantize import quantize
 
             beyond = quantize(model, setting, builder)
-    ledger = FakeLedger(rounded, builder.fake) if isinstance(builder, FakeLedger) else Ledger(rounded)
-    with _counting(ledger, "attach"):
-        weights = ledger.of(_held(model, setting))
+    tracker = (
+        FakeMemoryTracker(rounded, builder.fake) if isinstance(builder, FakeMemoryTracker) else MemoryTracker(rounded)
+    )
+    with _counting(tracker, "attach"):
+        weights = tracker.of(_held(model, setting))
         if setting.method is not None:
             # A copy: attaching notes in a config what it found.
             model = get_peft_model(model, copy.deepcopy(setting.method))
@@ -131,10 +134,10 @@ def prepare(
             raise ConfigError("nothing of the model would be trained; choose another method")
         # Training keeps a copy of an adapter, to go back to where the loss is no longer a number.
         last_good = LastGood(model, has_copy=setting.method is not None)
-        step = step_of(model, setting, last_good)
-    run = Run(setting, ledger, model, step, last_good, beyond, _facts(model, setting))
+        step = preferred_step(model, setting, last_good) if setting.task else supervised_step(model, setting)
+    run = Run(setting, tracker, model, step, last_good, beyond, _facts(model, setting))
     run.own("weights", weights)
-    run.own("adapter", ledger.live())
+    run.own("adapter", tracker.live())
     return run
 
 
@@ -172,40 +175,40 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def train(run: Run, steps: int = 1) -> None:
     """Training steps, each storage of them counted. Raises: ConfigError."""
-    ledger, setting, model = run.ledger, run.setting, run.model
+    tracker, setting, model = run.tracker, run.setting, run.model
     trained = _trained(model)
     optimizer = optimizer_for(setting, trained)
-    with _counting(ledger, "forward"):
+    with _counting(tracker, "forward"):
         batch = run.step.batch()
-        run.own("activations", ledger.of(value for value in batch.values() if isinstance(value, torch.Tensor)))
-    run.began = ledger.time
-    ledger.places = Places(model, _head(model))
+        run.own("activations", tracker.of(value for value in batch.values() if isinstance(value, torch.Tensor)))
+    run.began = tracker.time
+    tracker.places = Places(model, _head(model))
     autocast = torch.autocast("cpu", torch.bfloat16) if setting.autocast else contextlib.nullcontext()
-    with ledger.places.watched():
+    with tracker.places.watched():
         for _ in range(steps):
             # A third micro-batch finds what the second one found.
             for _ in range(min(setting.accumulation, 2)):
-                with _counting(ledger, "forward"), autocast:
-                    before = {id(storage) for storage in ledger.live()}
+                with _counting(tracker, "forward"), autocast:
+                    before = {id(storage) for storage in tracker.live()}
                     loss = run.step.loss(batch)
-                    kept = [storage for storage in ledger.live() if id(storage) not in before]
+                    kept = [storage for storage in tracker.live() if id(storage) not in before]
                 run.kept |= {id(storage) for storage in kept}
-                with _counting(ledger, "backward"):
+                with _counting(tracker, "backward"):
                     (loss / setting.accumulation if setting.accumulation > 1 else loss).backward()
                     del loss
-                    run.own("gradients", ledger.of(p.grad for p in trained if p.grad is not None))
-            with _counting(ledger, "update"):
+                    run.own("gradients", tracker.of(p.grad for p in trained if p.grad is not None))
+            with _counting(tracker, "update"):
                 optimizer.step()
                 for parameter in trained:
                     state = [t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)]
-                    run.own("optimizer", ledger.of(state))
+                    run.own("optimizer", tracker.of(state))
                     elsewhere = [tensor for tensor in state if is_elsewhere(setting, parameter, tensor)]
-                    run.paged |= {id(storage) for storage in ledger.of(elsewhere)}
+                    run.paged |= {id(storage) for storage in tracker.of(elsewhere)}
                 optimizer.zero_grad()
     # What is still there belongs to the method: it keeps it from step to step.
-    run.own("adapter", [s for s in ledger.live() if s.born >= run.began])
+    run.own("adapter", [s for s in tracker.live() if s.born >= run.began])
     if steps == 1:
-        for storage in ledger.live():
+        for storage in tracker.live():
             storage.born = min(storage.born, run.began)
 
 
@@ -219,23 +222,23 @@ def _head(model: Any) -> str:
 
 def _evaluate(run: Run) -> None:
     model = run.model.eval()
-    with _counting(run.ledger, "evaluation"), run.ledger.places.watched(), torch.no_grad():  # type: ignore[union-attr]
+    with _counting(run.tracker, "evaluation"), run.tracker.places.watched(), torch.no_grad():  # type: ignore[union-attr]
         run.step.loss(run.step.batch())
     model.train()
 
 
 def _draw(run: Run) -> None:
     """Draw the answers of a step, all of them at once."""
-    setting, ledger, model = run.setting, run.ledger, run.model.eval()
+    setting, tracker, model = run.setting, run.tracker, run.model.eval()
     rows, prompt, answer = setting.batch * setting.accumulation, setting.sequence, setting.drawn_tokens
     head = model.get_output_embeddings().weight
-    lasting = _parts_of(run, ledger.live())
-    with _counting(ledger, "generation"), ledger.places.watched(), torch.no_grad():  # type: ignore[union-attr]
+    lasting = _parts_of(run, tracker.live())
+    with _counting(tracker, "generation"), tracker.places.watched(), torch.no_grad():  # type: ignore[union-attr]
         cache = generation.read_prompts(model, rows, prompt)
-        run.own("activations", ledger.of(tensor for layer in generation.layers_of(cache) for tensor in layer))
+        run.own("activations", tracker.of(tensor for layer in generation.layers_of(cache) for tensor in layer))
         run.reckoned.append(generation.last_token(lasting, cache, prompt, answer, head))
-        prompts = ledger.work.get("generation", Work())
-        ledger.work["generation"] = generation.work_of(prompts, lasting, cache, prompt, answer, head)
+        prompts = tracker.work.get("generation", Work())
+        tracker.work["generation"] = generation.work_of(prompts, lasting, cache, prompt, answer, head)
     run.notes.append(generation.NOTE)
     model.train()
 
@@ -243,7 +246,7 @@ def _draw(run: Run) -> None:
 def _merge(run: Run) -> None:
     if run.setting.method is None:
         return
-    with _counting(run.ledger, "merge"):
+    with _counting(run.tracker, "merge"):
         try:
             run.model.merge_and_unload()
         except MergeError as error:
@@ -255,7 +258,7 @@ def _sketch(run: Run, blocks: Blocks | None) -> Sketch:
     live = _timeline(run)
     totals = live.sum(0)
     moments: dict[Key, Moment] = {("load", "", False): _load(run)}
-    for operation in run.ledger.operations:
+    for operation in run.tracker.operations:
         place = operation.place
         label = blocks.label(place.module, run.facts.depth) if blocks else place.module
         key = operation.phase, label or "", place.in_loss
@@ -268,15 +271,15 @@ def _sketch(run: Run, blocks: Blocks | None) -> Sketch:
         moments=moments,
         activations=_activations(run),
         facts=run.facts,
-        paged_bytes=sum(s.nbytes for s in run.ledger.storages if id(s) in run.paged),
-        work=dict(run.ledger.work),
+        paged_bytes=sum(s.nbytes for s in run.tracker.storages if id(s) in run.paged),
+        work=dict(run.tracker.work),
         notes=tuple(run.notes),
     )
 
 
 def _load(run: Run) -> Moment:
     """Weights come one by one, and one that is quantized is there in its dense form until it is done."""
-    weights = sum(s.nbytes for s in run.ledger.storages if run.owners.get(id(s)) == "weights")
+    weights = sum(s.nbytes for s in run.tracker.storages if run.owners.get(id(s)) == "weights")
     return Moment("load", "", "", Parts(weights=weights, workspace=run.beyond_weights))
 
 
@@ -299,20 +302,20 @@ def _parts_of(run: Run, storages: Iterable[Storage]) -> Parts:
 
 def _timeline(run: Run) -> np.ndarray:
     """Live bytes of each part (rows) at each operation (columns)."""
-    ledger = run.ledger
-    changes = np.zeros((len(PARTS), ledger.time + 2), dtype=np.int64)
-    for storage in ledger.storages:
+    tracker = run.tracker
+    changes = np.zeros((len(PARTS), tracker.time + 2), dtype=np.int64)
+    for storage in tracker.storages:
         if id(storage) not in run.paged and storage.died >= storage.born:
             row = PARTS.index(_part(run, storage))
             changes[row, storage.born] += storage.nbytes
-            changes[row, min(storage.died, ledger.time) + 1] -= storage.nbytes
+            changes[row, min(storage.died, tracker.time) + 1] -= storage.nbytes
     return changes.cumsum(1)
 
 
 def _activations(run: Run) -> dict[str, int]:
     """What is kept for the backward pass, by module, all blocks together."""
     found: dict[str, int] = {}
-    for storage in run.ledger.storages:
+    for storage in run.tracker.storages:
         if id(storage) in run.kept and _part(run, storage) == "activations":
             name = re.sub(r"\.\d+(?=\.|$)", ".*", storage.place.module)
             found[name] = found.get(name, 0) + storage.nbytes

@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import inspect
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean
-from slimtune.staging import sync
-from slimtune.storage.json_file import read_json
+from slimtune.storage.atomic import sync
+from slimtune.storage.text_files import read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -282,3 +284,26 @@ def _safetensor_error() -> type[Exception]:
     from safetensors import SafetensorError
 
     return SafetensorError
+
+
+MODEL_NAME = "model.safetensors"
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether the Trainer names its checkpoints so."""
+    return re.fullmatch(r"checkpoint-\d+", Path(folder).name) is not None
+
+
+def offer_to_trainer(folder: str | Path, adapter_folder: str | Path) -> None:
+    """Give the adapter's weights the second name that the Trainer reads a model's state dict from.
+
+    It reads an adapter by its own name only for models of `peft`. A link takes no room; where the file system has
+    none, the adapter is copied.
+    """
+    name, pending = Path(folder, MODEL_NAME), Path(folder, MODEL_NAME + ".new")
+    pending.unlink(missing_ok=True)
+    try:
+        os.link(Path(adapter_folder, WEIGHTS_NAME), pending)
+    except OSError:
+        shutil.copyfile(Path(adapter_folder, WEIGHTS_NAME), pending)
+    pending.replace(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from slimtune.errors import ConfigError, listing
-from slimtune.train.optimizer import DEFAULT, OFFLOADED, check_runs
-from slimtune.train.same import MAY_CHANGE
-from slimtune.train.settings import TrainSettings
-from slimtune.train.state import fingerprint_of_base, fingerprint_of_examples
-from slimtune.train.trackers import check_installed
+from slimtune.recipe.optimizers import DEFAULT, OFFLOADED, check_runs
+from slimtune.recipe.trackers import check_installed
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.checkpointing import MAY_CHANGE, fingerprint_of_base, fingerprint_of_examples
 from slimtune.train.trainer import Kind
 
 
@@ -118,3 +117,27 @@ def arguments(
         report_to=list(settings.trackers) or "none",
         disable_tqdm=True,
     )
+
+
+def check_device(device: str) -> str:
+    """The kind of a device that can train, such as "cuda". Raises: ConfigError, for a GPU but the first visible one."""
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and number not in ("", "0"):
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        its_name = named[int(number)] if int(number) < len(named) else number
+        raise ConfigError(
+            f"transformers' Trainer takes the first GPU that is visible, not {device}; set "
+            f"CUDA_VISIBLE_DEVICES={its_name or number} and pass cuda"
+        )
+    return kind
+
+
+def keep_to_one(arguments: Any, say: Callable[[str], None]) -> Any:
+    """The arguments of a Trainer with one GPU: it would copy the model to all that are visible, at each step anew.
+
+    A batch would then be as many times larger as there are GPUs, without a word.
+    """
+    if arguments.n_gpu > 1:
+        say(f"{arguments.n_gpu} GPUs are visible, of which {arguments.device} trains; CUDA_VISIBLE_DEVICES chooses")
+        arguments._n_gpu = 1
+    return arguments

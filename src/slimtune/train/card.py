@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtune.auto import BY_TASK
-from slimtune.engines import UNKNOWN_TO_PEFT
-from slimtune.hub import at_revision
-from slimtune.source import PACKAGED
-from slimtune.train.figures import versions
-from slimtune.train.run import Outcome
-from slimtune.train.settings import TrainSettings
+from slimtune.models.auto import BY_TASK
+from slimtune.models.compatibility import UNKNOWN_TO_PEFT
+from slimtune.recipe.training import TrainSettings
+from slimtune.storage.hub import at_revision
+from slimtune.storage.source import PACKAGED
+from slimtune.train.loop import Outcome
+from slimtune.train.measurements import versions
 
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -121,7 +121,7 @@ class Card:
         return _python(
             f"from transformers import {names}",
             f"from {library} import PeftModel",
-            *(["from slimtune.source import resolve"] if is_packaged else []),
+            *(["from slimtune.storage.source import resolve"] if is_packaged else []),
             "",
             *head,
             *([f"quantization = {_as_bitsandbytes(self.quantize)}"] if self.quantize else []),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,3 +126,52 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 def _fingerprint(parameter: nn.Parameter) -> tuple[float, float]:
     values = parameter.detach()
     return values.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(values, dtype=torch.float64).item()
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptedRunError(TrainingError):
+    """A run that was stopped from outside and can go on; `exit_code` is what a shell expects, 130 for Ctrl-C."""
+
+    def __init__(self, message: str, received: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + received
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends the training after the step in which a signal came; a second signal ends it at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over for a while; in a thread, which gets none, nothing is changed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        for each in SIGNALS:
+            signal.signal(each, _at_once)
+        self.say("stopping: this step is finished and a checkpoint written; once more to stop at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End after this step, with a checkpoint."""
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+
+def _at_once(number: int, frame: Any) -> None:
+    raise InterruptedRunError(
+        f"stopped at once by {signal.Signals(number).name}; go on from the last checkpoint with --resume", number
+    )

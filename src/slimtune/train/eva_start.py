@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from slimtune import initialize_lora_eva_weights
-from slimtune.adapter import attached
-from slimtune.data.batches import PadRight
-from slimtune.data.lesson import Lesson
-from slimtune.evaluate.generation import pad_id_of
-from slimtune.methods.lora_deltas import LoraLinear
-from slimtune.storage.tree import read_tree
-from slimtune.train.checkpoint import Checkpoint, last_whole
-from slimtune.train.keep import WEIGHTS
-from slimtune.train.settings import TrainSettings
+from slimtune.adapters.adapter import attached
+from slimtune.adapters.eva import initialize_lora_eva_weights
+from slimtune.data.batches import PadRight, pad_id_of
+from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.methods.lora.layers import LoraLinear
+from slimtune.recipe.training import TrainSettings
+from slimtune.storage.tensor_tree import read_tree
+from slimtune.train.checkpointing import WEIGHTS, Checkpoint, last_whole
 
 ADAPTER = "default"
 STREAMED_BATCHES = 64

@@ -6,23 +6,23 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.data.labelled import longest_input, tokenize
-from slimtune.data.lesson import Classes
+from slimtune.data.features import FeatureClassifier, extract
 from slimtune.data.rows import Labelled
-from slimtune.data.tasks import Data
+from slimtune.data.tasks.causal_lm import Classes
+from slimtune.data.tasks.classification import longest_input, tokenize
+from slimtune.data.tasks.registry import Data
 from slimtune.errors import ConfigError
-from slimtune.evaluate.classification import scores, shown
-from slimtune.features import FeatureClassifier, extract
-from slimtune.loading import load_encoder
-from slimtune.source import cache_dir, refuse_adapter
-from slimtune.staging import staged
-from slimtune.train.figures import Figures, Memory
-from slimtune.train.run import Outcome
+from slimtune.metrics.classification import scores, shown
+from slimtune.models.load import load_encoder
+from slimtune.storage.atomic import staged
+from slimtune.storage.source import cache_dir, refuse_adapter
+from slimtune.train.loop import Outcome
+from slimtune.train.measurements import Figures, Memory
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.train.recipe import Recipe
+    from slimtune.recipe.recipe import Recipe
 
 
 def train_on_features(screen: Console, recipe: Recipe, data: Data, overwrite: bool) -> Outcome:

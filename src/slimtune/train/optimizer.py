@@ -1,68 +1,118 @@
-"""Which optimizers `optim` may name, and what each needs to run: the names are those of transformers' Trainer."""
+"""Optimizers that transformers lacks: AdamW with its state in main memory, and the two rates of LoRA+.
+
+LoRA+: a learning rate of its own for B (Hayou et al. 2024, arXiv:2402.12354), as optimizer parameter groups.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from slimtune.errors import ConfigError, MissingDependencyError, TrainingError, did_you_mean
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-DEFAULT = "adamw_torch_fused"
-OFFLOADED = "adamw_offload"
-"""AdamW whose moments live in main memory; transformers has no name for one."""
-
-BITSANDBYTES = (
-    "adamw_8bit", "adamw_bnb_8bit", "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit", "rmsprop_bnb",
-    "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
-)  # fmt: skip
-PAGED = {
-    "paged_adamw_32bit": DEFAULT,
-    "paged_adamw_8bit": "adamw_8bit",
-    "paged_ademamix_32bit": "ademamix",
-    "paged_ademamix_8bit": "ademamix_8bit",
-    "paged_lion_32bit": "lion_32bit",
-    "paged_lion_8bit": "lion_8bit",
-}
-"""Those whose state moves between GPU and main memory, each with the one that does the same without moving."""
-TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
-OPTIMIZERS = (
-    DEFAULT, "adamw_torch", "adafactor", "adagrad", "rmsprop", "sgd", *BITSANDBYTES, *PAGED, *TORCHAO, OFFLOADED,
-)  # fmt: skip
+from slimtune.errors import ConfigError
 
 
-def check_name(name: str) -> None:
-    """Raises: ConfigError, for a name that isn't known, or that needs more than a name."""
-    if name not in OPTIMIZERS:
-        near = did_you_mean(name, OPTIMIZERS)
-        raise ConfigError(f"no optimizer '{name}'; pass one of {', '.join(OPTIMIZERS)}{near}")
+class OffloadedAdamW(torch.optim.Optimizer):
+    """torch's AdamW, step for step, computed on the CPU with both moments in main memory.
+
+    One tensor at a time, its weight and its gradient go to main memory and the new weight comes back. The gradient is
+    taken when the step is made, so that clipping and accumulation count. Loshchilov & Hutter 2017, arXiv:1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """As any optimizer's; torch puts the state beside the parameters, whence it goes back to main memory."""
+        super().load_state_dict(dict(state_dict))
+        for parameter, state in self.state.items():
+            self.state[parameter] = {name: tensor.cpu() for name, tensor in state.items()}
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        weight = parameter.detach().cpu()
+        state = self.state[parameter]
+        if not state:
+            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight)}
+            state |= {"exp_avg_sq": torch.zeros_like(weight)}
+        beta1, beta2 = group["betas"]
+        adamw(
+            [weight], [gradient.cpu()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True,
+            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        if weight.device != parameter.device:
+            parameter.copy_(weight)
 
 
-def check_runs(name: str, device: str) -> None:
-    """See that an optimizer runs here for a model on this type of device ("cpu", "cuda", ...).
+def lora_plus_groups(
+    model: nn.Module, lr: float, loraplus_lr_ratio: float, weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Parameter groups with lr for A, `lr * loraplus_lr_ratio` for B, and a small lr of their own for embeddings.
+
+    Biases and other one-dimensional parameters learn like B and are not decayed.
 
     Raises:
-        MissingDependencyError: its library isn't installed.
-        ConfigError: it is for another device.
-        TrainingError: torchao compiles its step, and there is no compiler.
+        ConfigError: nothing is trainable, or the ratio is not positive.
     """
-    check_name(name)
-    library = "bitsandbytes" if name in (*BITSANDBYTES, *PAGED) else "torchao" if name in TORCHAO else None
-    if library and find_spec(library) is None:
-        raise MissingDependencyError(f"--optim {name} needs {library}, which is not installed: pip install {library}")
-    if name in PAGED and device != "cuda":
+    if loraplus_lr_ratio <= 0:
+        raise ConfigError(f"loraplus_lr_ratio must be positive, found {loraplus_lr_ratio}; the paper suggests 16")
+    fast = lr * loraplus_lr_ratio
+    groups = {
+        key: {"params": [], "lr": rate, "weight_decay": decay}
+        for key, rate, decay in (
+            ("A", lr, weight_decay),
+            ("embedding", loraplus_lr_embedding, weight_decay),
+            ("B", fast, weight_decay),
+            ("B without decay", fast, 0.0),
+        )
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[_group(name, parameter)]["params"].append(parameter)
+    found = [group for group in groups.values() if group["params"]]
+    if not found:
         raise ConfigError(
-            f"--optim {name} moves its state between a CUDA device and main memory, and the model is on {device}; "
-            f"pass --optim {PAGED[name]}"
+            "nothing is trainable; attach an adapter with get_peft_model, or load it with is_trainable=True"
         )
-    if name == OFFLOADED and device == "cpu":
-        raise ConfigError(
-            f"--optim {name} would change nothing: the model is on the CPU, whose optimizers keep their state in main "
-            f"memory anyway; pass --optim {DEFAULT}, or adamw_8bit for a smaller state"
-        )
-    compiler = os.environ.get("CXX", "g++")
-    if name in TORCHAO and device == "cpu" and shutil.which(compiler) is None:
-        raise TrainingError(
-            f"--optim {name} compiles its step, and the compiler '{compiler}' is not here; install it, or pass "
-            "--optim adamw_8bit"
-        )
+    return found
+
+
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], *, lr: float, loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0, loraplus_lr_embedding: float = 1e-6, **kwargs: Any,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """An optimizer over `lora_plus_groups`; name and arguments are `peft`'s. Raises: ConfigError."""
+    groups = lora_plus_groups(model, lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding)
+    return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+
+
+def _group(name: str, parameter: torch.Tensor) -> str:
+    if "lora_embedding_" in name:
+        return "embedding"
+    if "lora_B" not in name and parameter.ndim > 1:
+        return "A"
+    return "B" if parameter.ndim > 1 else "B without decay"

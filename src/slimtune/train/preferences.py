@@ -18,14 +18,14 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice
+from slimtune.recipe.preference import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
-from slimtune.train.preference_settings import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.reference import WithoutAdapter, as_it_was, check_trl_reaches
 from slimtune.train.reward import Reward, reward_of
 from slimtune.train.trainer import AnswerTrainer, Kind
 
 if TYPE_CHECKING:
-    from slimtune.train.recipe import Recipe
+    from slimtune.recipe.recipe import Recipe
 
 
 def check_recipe(recipe: Recipe, task: str) -> None:

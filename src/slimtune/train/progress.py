@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from slimtune.progress import Counting
+from slimtune.console.progress import Counting
 
 KEPT = ("loss", "grad_norm", "learning_rate", "epoch", "reward", "kl")
 """What is written of each logged step, beside everything in a group of KEPT_GROUPS, `eval_` in front or not."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from slimtune.delta import deltas_of
+from slimtune.adapters.trl_forward import check_head
+from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, listing
-from slimtune.fused_head import check_head
 
 
 class WithoutAdapter(nn.Module):

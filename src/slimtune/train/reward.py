@@ -9,7 +9,7 @@ from typing import Any
 
 from slimtune.errors import ConfigError, TrainingError, did_you_mean
 from slimtune.evaluate.user_scorer import function_of
-from slimtune.train.preference_settings import EXACT_MATCH
+from slimtune.recipe.preference import EXACT_MATCH
 
 
 class Reward:

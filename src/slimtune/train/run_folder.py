@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import OutputExistsError, TrainingError
-from slimtune.staging import refuse_existing, staged_file
-from slimtune.train.checkpoint import LOGS, last_whole
-from slimtune.train.same import MAY_CHANGE, refuse_other
+from slimtune.storage.atomic import refuse_existing, staged_file
+from slimtune.train.checkpointing import LOGS, MAY_CHANGE, last_whole, refuse_other
 
 SUFFIX = ".run"
 _FACTS, _LOCK = "run.json", "lock"

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TrainerCallback
 
+from slimtune.data.batches import pad_id_of
 from slimtune.data.encode import IGNORED
 from slimtune.errors import ConfigError
-from slimtune.evaluate.generation import pad_id_of, sampling
+from slimtune.evaluate.generation import sampling
 
 _ROOM = 32
 """Tokens that an answer may have beyond twice the expected one."""

@@ -10,17 +10,81 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 
+from slimtune.adapters.model import PeftModel
+from slimtune.core.delta import deltas_of
 from slimtune.data.batches import Objective, count_packed
-from slimtune.storage.tree import read_tree
-from slimtune.train.allocation import RankAllocation, with_penalty
+from slimtune.data.encode import IGNORED
+from slimtune.methods.adalora import AdaLoraConfig, Orthogonality
+from slimtune.storage.tensor_tree import read_tree
+from slimtune.train.checkpointing import TRAINING, WEIGHTS, Keeper, restore_random_state, restore_weights
 from slimtune.train.checks import LastGood
-from slimtune.train.held_out import HeldOutMean
-from slimtune.train.keep import TRAINING, WEIGHTS, Keeper
-from slimtune.train.lora_plus import lora_plus_groups
-from slimtune.train.state import restore_random_state, restore_weights
+from slimtune.train.optimizer import lora_plus_groups
+
+
+class HeldOutMean:
+    """Mixed in front of a Trainer (TRL's too): `eval_loss` is sum_b(n_b * L_b) / sum_b(n_b) over all batches b.
+
+    L_b is the mean over the n_b items of a batch: tokens that are learned, or texts with a label. Trainer's own is the
+    mean over batches, in which an item counts for less the more of them share its batch.
+    """
+
+    accelerator: Any
+    args: Any
+    model_accepts_loss_kwargs: bool
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; the loss is noted with the number of its items."""
+        inputs = self._without_repeated(inputs)
+        items = self.items_of(inputs)
+        found = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if found[0] is not None:
+            self._noted.append((found[0].detach(), items))
+        return found
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> Any:  # fmt: skip
+        """Trainer's own, with the mean over all items in place of that over batches."""
+        self._noted: list[tuple[Tensor, Tensor]] = []
+        output = super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self._noted:
+            output.metrics[f"{metric_key_prefix}_loss"] = self._mean()
+        return output
+
+    def items_of(self, inputs: Any) -> Tensor:
+        """By what a batch's loss is multiplied, for the products of all batches and processes to add up."""
+        # Of several processes each has its own sum, divided by the items of all and multiplied by their number.
+        counted: Any = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
+        if counted is not None:
+            return counted / (self.args.world_size if self.args.average_tokens_across_devices else 1)
+        labels = inputs["labels"]
+        shifted = labels[..., 1:] if self._loss_shifts_labels else labels  # type: ignore[attr-defined]
+        return (shifted != IGNORED).sum()
+
+    def _mean(self) -> float:
+        losses, items = (torch.stack(found).cpu().double() for found in zip(*self._noted, strict=True))
+        # The mean over nothing is no number.
+        sums = torch.stack([torch.where(items > 0, losses * items, 0.0).sum(), items.sum()])
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
+        return float(sums[0] / sums[1])
+
+    def _without_repeated(self, inputs: Any) -> Any:
+        """Several processes fill their last batches up with examples that were seen; these are not to count again."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
+            return inputs
+        first = self.args.process_index * (find_batch_size(inputs) or 0)
+        labels = inputs["labels"].clone()
+        labels[max(0, state.remainder - first) :] = IGNORED
+        return {**inputs, "labels": labels}
 
 
 class Kept:
@@ -142,3 +206,47 @@ class Kind:
 def supervised(objective: Objective) -> Kind:
     """Examples with their labels, learned by transformers' own Trainer."""
     return Kind(functools.partial(AnswerTrainer, data_collator=objective.collate, compute_loss_func=objective.loss))
+
+
+class RankAllocation(TrainerCallback):
+    """Shares the ranks of AdaLoRA adapters out anew after each step; on a model without one it does nothing.
+
+    Where a config doesn't say `total_step`, that is the number of steps that the Trainer is going to take.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Take the number of steps over. Raises: ConfigError, where the schedule leaves none for ranks to fall."""
+        for config in _schedules(model):
+            if config.total_step is None:
+                config.plan(state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Share out, while the gradients are still there."""
+        if _schedules(model):
+            model.update_and_allocate(state.global_step)
+
+
+def with_penalty(model: Any, share: float, compute: Callable[[], Any]) -> Any:
+    """The loss that `compute` gives, or the first of what it gives, with AdaLoRA's distance from orthogonality once.
+
+    The model adds it to a loss of its own. Another loss, made of the logits, would be without.
+
+    Args:
+        share: of the step's loss that is this batch's.
+    """
+    found = [deltas_of(model)[n] for n in model.active_adapters if n in deltas_of(model)] if _schedules(model) else []
+    penalties = [delta for delta in found if isinstance(delta, Orthogonality) and delta.training and delta.watched]
+    for delta in penalties:
+        delta.share, delta.joined = share, False
+    result = compute()
+    loss: Tensor = result[0] if isinstance(result, tuple) else result
+    for delta in penalties:
+        if not delta.joined:
+            loss = loss + delta.penalty(loss.device)
+        delta.share = 1.0
+    return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+
+def _schedules(model: Any) -> list[AdaLoraConfig]:
+    configs = [model.peft_config[name] for name in model.active_adapters] if isinstance(model, PeftModel) else []
+    return [config for config in configs if isinstance(config, AdaLoraConfig)]

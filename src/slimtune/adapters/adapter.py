@@ -1,0 +1,224 @@
+"""One adapter on one model: drafted, filled from stored tensors, attached, read out again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.adapters.adopt import Adopted, adopt, attach_to
+from slimtune.adapters.targets import resolve, walk
+from slimtune.bases import base_of, claim
+from slimtune.core.config import PeftConfig
+from slimtune.core.delta import Delta, Site, deltas_of
+from slimtune.core.roles import input_embeddings
+from slimtune.errors import (
+    AdapterExistsError,
+    BaseMismatchError,
+    ConfigError,
+    SlimtuneError,
+    TargetError,
+    first_line,
+    listing,
+)
+from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
+
+_ALWAYS_TAKEN = 1024
+"""Tensors as long as this take no memory to speak of."""
+
+Draft = list[tuple[Site, Delta]]
+"""The deltas of one adapter with their sites."""
+
+
+def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: bool, strict: bool) -> Draft:
+    """All deltas of a new adapter, none attached yet: an error leaves the model as it was.
+
+    Modules that another library quantized become ours first, on the same storage.
+
+    Args:
+        strict: every pattern of the config must match; off for a config that was read from a file.
+
+    Raises:
+        TargetError, ConfigError, AdapterExistsError: as `get_peft_model`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"an adapter attaches to a torch.nn.Module, found a {type(model).__name__}")
+    check_adapter_name(name)
+    if name in getattr(model, "peft_config", {}):
+        raise AdapterExistsError(
+            f"the model already has an adapter '{name}'; choose another name or delete it with delete_adapter"
+        )
+    claim(model)
+    targets = resolve(model, config, strict)
+    deltas = {id(site.module): (site, config.delta_for(site, autocast_adapter_dtype)) for site in targets.sites}
+    for site in targets.whole:
+        deltas[id(site.module)] = (site, Delta())
+        deltas[id(site.module)][1].hold_all(site)
+    for site in targets.biases:
+        deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site, "bias")
+    drafted = list(deltas.values())
+    config.settle(model, drafted)
+    if not config.inference_mode:
+        _check_gradients(model, drafted)
+    return drafted
+
+
+def _check_gradients(model: nn.Module, drafted: Draft) -> None:
+    """See that gradients come through the modules from the first delta on. Raises: TargetError."""
+    sites = {id(site.module) for site, _ in drafted}
+    for path, module in itertools.dropwhile(lambda named: id(named[1]) not in sites, walk(model)):
+        if base_of(module).loses_gradient(module):
+            raise TargetError(
+                f"gradients don't come through '{path}', a {type(module).__name__}, so that nothing below it would "
+                "learn; load the base in 16 bits or quantized by bitsandbytes"
+            )
+
+
+def draft_stored(
+    model: Any, name: str, config: Any, tensors: Mapping[str, Tensor], source: str | Path, autocast: bool
+) -> Draft:
+    """All deltas of an adapter that was stored, with its tensors in them, none attached yet.
+
+    Raises:
+        BaseMismatchError: the tensors were made for another base, or the config asks for far larger ones.
+        TargetError, ConfigError, AdapterExistsError: as `draft`.
+    """
+    longest = max([_ALWAYS_TAKEN, *(side for tensor in tensors.values() for side in tensor.shape)])
+    for field in config.sizes:
+        size = getattr(config, field, None)
+        if size is not None and not (isinstance(size, int) and size <= longest):
+            raise BaseMismatchError(f"'{source}' says {field}={size!r}, and no tensor in it is so long; restore it")
+    try:
+        drafted = draft(model, name, config, autocast, strict=False)
+    except SlimtuneError:
+        raise
+    except RuntimeError as error:
+        raise BaseMismatchError(f"'{source}' asks for tensors that can't be had: {first_line(error)}") from error
+    fill(drafted, tensors, source)
+    return drafted
+
+
+def attach(model: Any, name: str, drafted: Draft) -> None:
+    """Put the deltas at their sites, not active yet."""
+    for site, delta in drafted:
+        delta.train(site.module.training).requires_grad_(False)
+        attach_to(adopt(site.module, model.adapter_state), name, delta)
+
+
+def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """All adopted modules by their first path."""
+    seen: dict[int, tuple[str, Any]] = {}
+    for name, module in walk(model):
+        if isinstance(module, Adopted):
+            seen.setdefault(id(module), (name, module))
+    return list(seen.values())
+
+
+def attached(model: Any, name: str) -> Draft:
+    """The deltas of an adapter that the model has."""
+    return [
+        (Site(path, module, module.adopted_base), deltas_of(module)[name])
+        for path, module in adopted_modules(model)
+        if name in deltas_of(module)
+    ]
+
+
+def key(site: Site, disk_name: str) -> str:
+    """The key in the file of what a delta calls by this name."""
+    if disk_name.startswith("/"):
+        return disk_name[1:]
+    return f"{KEY_PREFIX}{site.name}.{disk_name}" if site.name else KEY_PREFIX + disk_name
+
+
+def fill(drafted: Draft, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy stored tensors into an adapter's deltas, each into its own.
+
+    Raises:
+        BaseMismatchError: a tensor is missing, left over or of another shape; nothing is copied then.
+        ConfigError: what is stored serves inference alone.
+    """
+    for _, delta in drafted:
+        delta.check_stored(tensors.keys(), source)
+    disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in drafted]
+    own = {key(site, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
+    missing, strange = own.keys() - tensors.keys(), _strangers(drafted, tensors, set(own))
+    if missing or strange:
+        what = f"it lacks {listing(missing, 3)}" if missing else f"it holds {listing(strange, 3)} besides"
+        raise BaseMismatchError(
+            f"'{source}' was made for another base or other targets: {what}; "
+            f"{len(own.keys() & tensors.keys())} of {len(own)} tensors match"
+        )
+    sites = {key(site, name): site for site, _, names in disk_names for name in names}
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise BaseMismatchError(
+                f"'{source}' was made for another base: '{name}' is {tuple(tensors[name].shape)} in the file and "
+                f"{tuple(tensor.shape)} on this model{_way_to_mend(sites[name], tensor, tensors[name])}"
+            )
+    with torch.no_grad():
+        for site, delta, names in disk_names:
+            inside = delta.from_disk({name: tensors[key(site, name)] for name in names})
+            for name, tensor in delta.state_dict().items():
+                tensor.copy_(inside[name])
+
+
+def _way_to_mend(site: Site, own: Tensor, stored: Tensor) -> str:
+    """What to do where the base had another number of tokens or labels when the adapter was made."""
+    differing = [pair for pair in zip(own.shape, stored.shape, strict=False) if len(set(pair)) > 1]
+    rows = site.base.features(site.module)[0 if site.kind == "embedding" else 1]
+    if own.ndim != stored.ndim or len(differing) != 1 or differing[0][0] != rows:
+        return ""
+    resize = f"call model.resize_token_embeddings({differing[0][1]}) before loading"
+    if site.kind == "embedding":
+        return f"; the base had other tokens then: {resize}"
+    return f"; if that is the output layer, {resize}, or load the base with as many labels"
+
+
+def keep_embeddings(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Note in the config which embeddings a file has whole without saying so: `peft` adds those that were resized."""
+    if {"output", "everything"} & set(config.default_targets):
+        return  # The method trains them itself.
+    output = getattr(model, "get_output_embeddings", None)
+    ends = [module for module in (input_embeddings(model), output() if output else None) if module is not None]
+    named = getattr(config, "modules_to_save", None) or []
+    for name, module in walk(model):
+        is_end = any(module is end for end in ends)
+        if is_end and f"{KEY_PREFIX}{name}.weight" in tensors and not any(f".{name}".endswith(f".{n}") for n in named):
+            named = config.modules_to_save = [*named, name]
+
+
+def _strangers(drafted: Draft, tensors: Mapping[str, Tensor], own: set[str]) -> set[str]:
+    """Stored tensors that no delta takes; copies of the base's own embeddings, which `peft` may add, are none."""
+    bases = {f"{KEY_PREFIX}{site.name}.base_layer.weight": site.module for site, _ in drafted}
+    return {
+        name
+        for name in tensors.keys() - own
+        if name not in bases or not torch.equal(bases[name].get_parameter("weight").cpu(), tensors[name])
+        if not any(delta.passes_over(name) for _, delta in drafted)
+    }
+
+
+def adapter_tensors(model: Any, name: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of one adapter by their names on disk, gathered where they are sharded.
+
+    Args:
+        state_dict: the model's tensors by name, where its own are not at hand.
+    """
+    found: dict[str, Tensor] = {}
+    for site, delta in attached(model, name):
+        prefix = f"{site.name}.deltas.{name}." if site.name else f"deltas.{name}."
+        own = {
+            inside: gathered((state_dict or {}).get(prefix + inside, tensor))
+            for inside, tensor in delta.state_dict().items()
+        }
+        found |= {key(site, stored): tensor for stored, tensor in delta.to_disk(own).items()}
+    return found
+
+
+def gathered(tensor: Any) -> Tensor:
+    """The whole of a tensor that may be sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()

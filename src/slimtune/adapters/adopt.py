@@ -1,0 +1,204 @@
+"""Attach in place: a module is re-classed so that its forward runs the active deltas around its own.
+
+No parameter of the base changes its name, `isinstance` stays true, and detaching leaves the very same tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.adapters.lazy_logits import LazyLogits
+from slimtune.bases import base_of_type
+from slimtune.core.delta import Base, Frozen, deltas_of, standing_in
+from slimtune.errors import ConfigError
+from slimtune.fused import fused_for
+from slimtune.ops.frozen_linear import is_traced
+
+BASE = "__base__"
+"""The name under which rows of a mixed batch ask for the untouched base."""
+
+
+class AdapterState:
+    """Which adapters of one model are in effect; all its adopted modules look at the same one."""
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.enabled = True
+        self.rows: tuple[str, ...] | None = None
+        self.lazy_head: nn.Module | None = None
+        self.inside: Callable[..., Any] | None = None
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """The adapters that a forward runs through."""
+        return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
+    @contextmanager
+    def using(self, **settings: Any) -> Iterator[None]:
+        """Other settings for a while."""
+        before = {name: getattr(self, name) for name in settings}
+        self._set(settings)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, settings: dict[str, Any]) -> None:
+        # One by one: not every compiler follows an update of __dict__.
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+
+class Adopted:
+    """Mixed in front of a module's class: its forward is the active deltas' formulas around the class's own."""
+
+    adopted_from: ClassVar[type[nn.Module]]
+    adopted_base: Base
+    deltas: nn.ModuleDict
+    adapter_state: AdapterState
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapter_state = self.adapter_state
+        frozen = self.__dict__.get("instance_forward") or super().forward  # type: ignore[misc]
+        if adapter_state.lazy_head is self:
+            return LazyLogits(args[0], self, functools.partial(run, self, frozen))
+        if adapter_state.rows is not None:
+            return _run_rows(self, frozen, adapter_state.rows, *args, **kwargs)
+        return run(self, frozen, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self)
+
+
+def _unless_applied(name: str) -> property:
+    return property(lambda self: False if self.adapter_state.applied else self.__dict__[name])
+
+
+FAST_PATHS = {name: _unless_applied(name) for name in ("activation_relu_or_gelu", "use_nested_tensor")}
+"""What opens the fast path of torch's own transformer encoders, shut while adapters are in effect."""
+ENCODERS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+class WithoutFastPath(Adopted):
+    """Mixed in front of torch's own transformer encoders, whose fast path reads weights past the modules' forwards."""
+
+    adopted_from: ClassVar[type[nn.Module]]
+
+    @staticmethod
+    def members(module_type: type[nn.Module]) -> dict[str, Any]:
+        return dict(FAST_PATHS)
+
+
+def reduced(module: Any) -> tuple[Any, ...]:
+    """What pickle and deepcopy need to make an adopted module again."""
+    made = type(module)
+    mixin = next(ancestor for ancestor in made.__mro__ if "adopted_from" in getattr(ancestor, "__annotations__", {}))
+    return _rebuild, (made.adopted_from, mixin), module.__dict__.copy()
+
+
+def attach_to(module: Any, name: str, delta: nn.Module) -> None:
+    """Put a delta on an adopted module."""
+    # Not before there is one: a root that is an nn.Sequential would run an empty container as its last layer.
+    if "deltas" not in module._modules:
+        module.deltas = nn.ModuleDict()
+    module.deltas[name] = delta
+
+
+def run(module: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the module computes under the adapters in effect."""
+    return _composed(module, frozen, module.adapter_state.applied)(*args, **kwargs)
+
+
+def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    call = frozen
+    own = deltas_of(module)
+    deltas = [own[name] for name in names if name in own]
+    base = module.adopted_base
+    for delta in deltas:
+        # The compiler fuses the plain formula itself, and can't trace the look-up in the table; transforms take no node
+        # of ours.
+        may_fuse = call is frozen and not is_traced()
+        fused = fused_for(type(delta), type(base)) if may_fuse else None
+        around = Frozen(module, base, call)
+        call = functools.partial(fused, delta, module, around) if fused else functools.partial(delta, around)
+    for delta in deltas:
+        if delta.holds:
+            call = functools.partial(_held, module, delta.stand_ins(), call)
+    return call
+
+
+def _held(module: nn.Module, tensors: dict[str, Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with standing_in(module, tensors):
+        return call(*args, **kwargs)
+
+
+def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x: Tensor, *args: Any, **kw: Any) -> Any:
+    if not any(name in deltas_of(module) for name in rows):
+        return frozen(x, *args, **kw)
+    if x.shape[0] % len(rows):
+        raise ConfigError(
+            f"adapter_names has {len(rows)} names for a batch of {x.shape[0]} rows; give one for each row"
+        )
+    for name in rows:
+        if name in deltas_of(module) and deltas_of(module)[name].reweighs:
+            raise ConfigError(
+                f"the adapter '{name}' changes parameters that all rows of a batch share and can't be mixed "
+                "with others in one batch; run its rows as a batch of their own"
+            )
+    # Beams and returned sequences repeat each row in place.
+    names = [name for name in rows for _ in range(x.shape[0] // len(rows))]
+    order, parts = [], []
+    for name in dict.fromkeys(names):
+        rows_of_name = [i for i, row in enumerate(names) if row == name]
+        parts.append(_composed(module, frozen, (name,))(x[rows_of_name], *args, **kw))
+        order += rows_of_name
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def adopt(module: nn.Module, adapter_state: AdapterState, mixin: type = Adopted) -> Any:
+    """Re-class the module in place; a module that is adopted already stays as it is."""
+    if isinstance(module, mixin):
+        return module
+    # A forward put on the instance (accelerate's offloading does it) would hide the class's; it becomes the base.
+    if "forward" in module.__dict__:
+        module.__dict__["instance_forward"] = module.__dict__.pop("forward")
+    module.__class__ = adopted_class(type(module), mixin)
+    module.adapter_state = adapter_state  # type: ignore[assignment]
+    return module
+
+
+def release(module: Any) -> None:
+    """Give the module its own class back; its tensors are the very same ones."""
+    if "instance_forward" in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop("instance_forward")
+    if "deltas" in module._modules:
+        del module.deltas
+    del module.adapter_state
+    module.__class__ = type(module).adopted_from
+
+
+@functools.cache
+def adopted_class(module_type: type[nn.Module], mixin: type) -> type[nn.Module]:
+    """The class that puts `mixin` in front of a module type.
+
+    It bears the type's own name: transformers looks layers and models up by it.
+    """
+    names = {key: getattr(module_type, key) for key in ("__module__", "__qualname__", "__doc__")}
+    extra = mixin.members(module_type) if hasattr(mixin, "members") else {}
+    return type(
+        module_type.__name__,
+        (mixin, module_type),
+        {"adopted_from": module_type, "adopted_base": base_of_type(module_type)} | names | extra,
+    )
+
+
+def _rebuild(module_type: type[nn.Module], mixin: type) -> nn.Module:
+    made = adopted_class(module_type, mixin)
+    return made.__new__(made)

@@ -1,0 +1,97 @@
+"""How a model that carries adapters is called: its loss in chunks, and rows of a batch under adapters of their own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.adapters.adopt import BASE, run
+from slimtune.adapters.lazy_logits import lazy_head, without_lazy
+from slimtune.core.delta import deltas_of
+from slimtune.core.roles import recomputes
+from slimtune.errors import ConfigError
+
+
+def wrapped(model_type: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """This model type's own `forward` and `generate`, wrapped; their signatures stay its own."""
+    wrappers = {"forward": _forward, "generate": _generate}
+    return {name: _wrapping(model_type, name, around) for name, around in wrappers.items() if hasattr(model_type, name)}
+
+
+def _wrapping(model_type: Any, name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(getattr(model_type, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_state" not in vars(self):
+            # Kept by whoever put a forward of its own before this one, and called after the adapters are gone.
+            return getattr(model_type, name)(self, *args, **kwargs)
+        return wrapper(model_type, self, *args, **kwargs)
+
+    return method
+
+
+def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    """The model's forward; in training, its loss is computed without the logits of the whole batch."""
+    if model.adapter_state.inside is not None:
+        return model.adapter_state.inside(*args, **kwargs)
+    if model.training and torch.is_grad_enabled():
+        args = tuple(_tracked(model, value) for value in args)
+        kwargs = {name: v if name.endswith("mask") else _tracked(model, v) for name, v in kwargs.items()}
+    frozen = model.__dict__.get("instance_forward") or functools.partial(model_type.forward, model)
+    function = functools.partial(run, model, frozen) if deltas_of(model) else frozen
+    head = lazy_head(model) if kwargs.get("labels") is not None else None
+    if head is not None and "use_cache" in _parameters(model_type):
+        # A step that computes its loss reads no cache, which would hold every key and value until it ends.
+        kwargs.setdefault("use_cache", False)
+    with _rows(model, adapter_names), model.adapter_state.using(lazy_head=head):
+        return without_lazy(function(*args, **kwargs)) if head is not None else function(*args, **kwargs)
+
+
+def _tracked(model: Any, value: Any) -> Any:
+    """An input that needs a gradient where it is of numbers and the model checkpoints its layers.
+
+    Reentrant checkpointing gives gradients only behind an input that needs one, which pixels and sounds don't.
+    transformers sees to token embeddings itself.
+    """
+    is_numbers = isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and not value.requires_grad
+    if not is_numbers or not recomputes(model):
+        return value
+    return value.detach().requires_grad_()
+
+
+@functools.cache
+def _parameters(model_type: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model_type.forward).parameters)
+
+
+def _generate(
+    model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+) -> Any:
+    with _rows(model, adapter_names):
+        return model_type.generate(model, *args, **kwargs)
+
+
+@contextmanager
+def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
+    """Each row of the batch under its own adapter."""
+    if adapter_names is None:
+        yield
+        return
+    model._check_known(*(set(adapter_names) - {BASE}))
+    if model.training or model.kept:
+        raise ConfigError(
+            "adapter_names is for inference with unmerged adapters; call model.eval() and unmerge_adapter() first"
+        )
+    for name in adapter_names:
+        if name in deltas_of(model):
+            raise ConfigError(
+                f"the adapter '{name}' changes the inputs of the whole model and can't be mixed with others in one "
+                "batch; run its rows as a batch of their own"
+            )
+    with model.adapter_state.using(rows=tuple(adapter_names)):
+        yield

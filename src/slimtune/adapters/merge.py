@@ -1,0 +1,312 @@
+"""Folding adapters into the weights, and taking them out again to the bit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.adapters.adapter import adopted_modules
+from slimtune.adapters.adopt import run
+from slimtune.bases import base_of
+from slimtune.core.delta import Delta, Dense, Difference, deltas_of, standing_in
+from slimtune.errors import MergeError
+
+MAX_RELATIVE_DRIFT = 0.1
+"""A safe merge refuses when the outputs change by more than this part of their norm; bf16 rounding stays far below."""
+
+Kept = list[tuple[nn.Module, dict[str, Tensor]]]
+"""What was in the modules before a merge: (module, its tensors by name)."""
+
+Store = Callable[[Any, Dense], Dense]
+"""Turns a module and its folded tensors into those that the module is to hold."""
+
+
+def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Dense:
+    """The parameters of a module that these adapters change, with them written in; nothing is changed.
+
+    They are as the module stores them, but for a weight that is stored as codes, which is in floating point.
+
+    Args:
+        dtype: of a weight that is stored as codes; without it, what the module computes in.
+
+    Raises:
+        MergeError: a change has no form as weights, or the result is not finite.
+    """
+    base = base_of(module)
+    deltas = [deltas_of(module)[name] for name in names if name in deltas_of(module)]
+    held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
+    expands_to = None if base.dequantizer(module) is None else dtype or base.spec(module).dtype
+    with standing_in(module, held):
+        frozen = base.dense(module)
+    if expands_to is not None:
+        # Rounded once, at the end.
+        frozen["weight"] = frozen["weight"].to(torch.promote_types(frozen["weight"].dtype, expands_to))
+    dense = frozen
+    for delta in deltas:
+        dense = delta.fold_beside(dense, frozen)
+    changed = {name for name, tensor in dense.items() if tensor is not frozen[name]}
+    stored = held | {name: tensor for name, tensor in base.repack(module, dense).items() if name in changed}
+    if expands_to is not None and "weight" in stored:
+        stored["weight"] = stored["weight"].to(expands_to)
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise MergeError(
+                f"merging makes '{name}' of a {type(module).__name__} infinite or not a number; the adapter is damaged "
+                "or its training diverged"
+            )
+    check_fold(module, names, stored)
+    return stored
+
+
+def merge(
+    model: Any, names: tuple[str, ...], safe: bool = False, dtype: torch.dtype | None = None, store: Store | None = None
+) -> Kept:
+    """Write adapters into the model's weights; gives back the tensors that were there.
+
+    Args:
+        safe: compare the outputs before and after on probe inputs.
+        dtype: of weights that are stored as codes; without it, what their modules compute in.
+        store: what is put into a module in place of the folded tensors.
+
+    Raises:
+        MergeError: it can't be done or strays too far; nothing is changed then.
+    """
+    adapter_state = model.adapter_state
+    probe = probe_inputs(model) if safe else None
+    with adapter_state.using(active=names):
+        before = outputs(model, probe) if probe else None
+    kept: Kept = []
+    try:
+        for path, module in adopted_modules(model):
+            if any(name in deltas_of(module) for name in names):
+                kept.append((module, _exchange(module, _at(path, module, names, dtype, store))))
+        _tie_again(kept)
+        adapter_state.merged = names
+        if probe and before is not None:
+            with adapter_state.using(active=names):
+                _check_drift(compare_outputs(before, outputs(model, probe)))
+    except BaseException:
+        restore(kept)
+        adapter_state.merged = ()
+        raise
+    return kept
+
+
+def _check_drift(drift: Drift) -> None:
+    if not drift.relative <= MAX_RELATIVE_DRIFT:
+        raise MergeError(
+            f"the merged model's outputs differ from the unmerged by {drift.relative:.1%} of their norm, beyond "
+            f"{MAX_RELATIVE_DRIFT:.0%}; the model is as before"
+        )
+
+
+def _at(path: str, module: Any, names: tuple[str, ...], dtype: torch.dtype | None, store: Store | None) -> Dense:
+    """What a module is to hold; errors name its path."""
+    try:
+        folded = fold(module, names, dtype)
+        return store(module, folded) if store else folded
+    except MergeError as error:
+        raise MergeError(f"'{path}': {error}" if path else str(error)) from error
+
+
+def restore(kept: Kept) -> None:
+    """Put back the very tensors that were there before a merge."""
+    for module, tensors in reversed(kept):
+        _exchange(module, tensors)
+
+
+def _exchange(module: nn.Module, tensors: Dense) -> Dense:
+    """Put tensors into the module; gives back those that they replace."""
+    before: Dense = {}
+    for name, tensor in tensors.items():
+        slots: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        own = slots[name]
+        if tensor is own or (slots is module._parameters and _begin_alike(tensor, own)):
+            continue
+        before[name] = own
+        if slots is module._parameters and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=own.requires_grad)
+        slots[name] = tensor
+    return before
+
+
+def _begin_alike(tensor: Tensor, own: Tensor) -> bool:
+    """Whether two tensors begin at the same place of one storage."""
+    same = tensor.untyped_storage()._cdata == own.untyped_storage()._cdata
+    return same and tensor.storage_offset() == own.storage_offset()
+
+
+def _tie_again(kept: Kept) -> None:
+    """Make weights that were one tensor before one again where they came out equal."""
+    merged: dict[int, Tensor] = {}
+    for module, before in kept:
+        for name, own in before.items():
+            slots: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+            first = merged.setdefault(id(own), slots[name])
+            if first is not slots[name] and torch.equal(first, slots[name]):
+                slots[name] = first
+
+
+def probe_inputs(model: Any, rows: int = 2, tokens: int = 32) -> dict[str, Tensor] | None:
+    """Fixed pseudo-random inputs for a transformers model, or None where it isn't known what it takes."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = getattr(config, "vocab_size", None)
+    if main == "input_ids" and vocabulary:
+        ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator).to(device)
+        extra = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+        return {"input_ids": ids} | extra
+    size = getattr(config, "image_size", None)
+    if main == "pixel_values" and isinstance(size, int):
+        channels = getattr(config, "num_channels", 3)
+        pixels = torch.randn(rows, channels, size, size, generator=generator)
+        return {"pixel_values": pixels.to(device, next(model.parameters()).dtype)}
+    return None
+
+
+@torch.no_grad()
+def outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's first output (its logits, or its last hidden state), in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        return model(**inputs)[0].float()
+    finally:
+        model.train(was_training)
+
+
+def check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
+    """Compare the module under these adapters with the module under the folded tensors, on a probe input.
+
+    A subclass may compute something in which a change of the weight is no change of the output by as much, as behind
+    a non-linear function. Where the forward is that of the kind itself, nothing needs to be tried.
+
+    Raises:
+        MergeError: the two differ by more than rounding.
+    """
+    base = base_of(module)
+    deltas = [delta for name, delta in deltas_of(module).items() if name in names]
+    # Other parameters in the module's own forward are what they are when merged.
+    exact = (Delta.forward, Difference.forward)
+    changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
+    if not changed or base.is_textbook(module):
+        return
+    frozen, was_training = functools.partial(type(module).adopted_from.forward, module), module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            x = _probe(module, base.kind)
+            with module.adapter_state.using(active=names, merged=(), enabled=True):
+                expected = run(module, frozen, x)
+            with standing_in(module, folded):
+                merged = frozen(x)
+            error = (merged - expected).double().norm()
+            change, size = (expected - frozen(x)).double().norm(), expected.double().norm()
+    finally:
+        module.train(was_training)
+    if not error <= 0.01 * change + 4 * torch.finfo(module.weight.dtype).eps * size:
+        raise MergeError(
+            f"{type(module).__name__} has a forward of its own, in which a merged adapter is not what it was: on a "
+            f"probe it misses by {float(error / change):.0%} of the change; exclude the module or keep the adapter "
+            "apart"
+        )
+
+
+def _probe(module: Any, kind: str) -> Tensor:
+    """A fixed input that the module's kind takes."""
+    weight = module.weight
+    generator = torch.Generator().manual_seed(0)
+    if kind == "embedding":
+        return torch.arange(min(module.num_embeddings, 64), device=weight.device)
+    if kind == "conv":
+        reach = [d * (k - 1) + 4 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        shape: tuple[int, ...] = (1, module.in_channels, *reach)
+    else:
+        shape = (4, base_of(module).features(module)[0])
+    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The difference between two sets of logits, in plain numbers."""
+
+    max_abs: float
+    mean_abs: float
+    relative: float
+    kl: float
+    top1_agreement: float
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.2e}, largest difference {self.max_abs:.3g}, mean {self.mean_abs:.3g}, "
+            f"relative {self.relative:.2e}, same first choice {self.top1_agreement:.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class MergeDrift:
+    """What a merge into quantized weights lost: the model with its adapter apart against the merged one.
+
+    With dW the change that the adapter makes to the weights, and D the one that was left once they were quantized
+    again, over all of them together:
+
+    Attributes:
+        outputs: how far the logits moved; None where no inputs are known for the model.
+        loss_before: with the adapter apart, where the inputs had labels.
+        loss_after: merged.
+        survived: <D, dW> / ||dW||^2, which is 1 where nothing is lost and 0 where nothing is left.
+        noise: ||D - dW|| / ||dW||.
+        beyond: how many entries the scales before the merge couldn't have reached; scales are new, so none is clipped.
+        entries: of how many.
+    """
+
+    outputs: Drift | None
+    loss_before: float | None
+    loss_after: float | None
+    survived: float
+    noise: float
+    beyond: int
+    entries: int
+
+    def __str__(self) -> str:
+        parts = [self.left]
+        if self.outputs:
+            parts.append(str(self.outputs))
+        if self.loss_before is not None:
+            parts.append(f"loss {self.loss_before:.4f} before, {self.loss_after:.4f} after")
+        return "; ".join(parts)
+
+    @property
+    def left(self) -> str:
+        """What is left in the weights, in words."""
+        return (
+            f"{self.survived:.1%} of the update is left, under noise of {self.noise:.2f} times its size; "
+            f"{self.beyond:,} of {self.entries:,} entries were beyond the old scales, which were computed anew"
+        )
+
+
+def compare_outputs(before: torch.Tensor, after: torch.Tensor) -> Drift:
+    """Compare logits (..., classes) of the same inputs: `kl` is the mean of KL(before || after) in nats.
+
+    Raises ValueError if the shapes differ.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"logits of different shapes can't be compared: {before.shape} and {after.shape}")
+    # In float64, because the difference of two nearly equal distributions is all rounding in float32.
+    p, q = before.detach().double().cpu(), after.detach().double().cpu()
+    gap = (p - q).abs()
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return Drift(
+        max_abs=gap.max().item(),
+        mean_abs=gap.mean().item(),
+        relative=((p - q).norm() / p.norm().clamp_min(torch.finfo(torch.float64).tiny)).item(),
+        kl=kl.clamp_min(0).item(),
+        top1_agreement=(p.argmax(-1) == q.argmax(-1)).double().mean().item(),
+    )

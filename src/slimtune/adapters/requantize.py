@@ -1,0 +1,111 @@
+"""Merging into a base that stays quantized: the folded weights quantized again, and what that loses measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.adapters import merge as merging
+from slimtune.adapters.merge import MergeDrift, compare_outputs
+from slimtune.bases import base_of
+from slimtune.bases.packed import PackedLinear
+from slimtune.core.delta import Dense, standing_in
+from slimtune.errors import MergeError
+
+
+def merge_requantized(
+    model: Any, names: tuple[str, ...], safe: bool = False, inputs: Mapping[str, Tensor] | None = None
+) -> tuple[merging.Kept, MergeDrift]:
+    """Write adapters into the model's weights, quantized again with each module's own settings and new scales.
+
+    Gives back the tensors that were there and what was lost. Modules without a change of their weight keep their codes.
+
+    Args:
+        safe: refuse where the outputs stray too far, as `merge`.
+        inputs: what the model is called with to compare its outputs, and its losses where there are labels.
+
+    Raises:
+        MergeError: nothing of it is quantized, it can't be done or strays too far; nothing is changed then.
+    """
+    probe = inputs if inputs is not None else merging.probe_inputs(model)
+    with model.adapter_state.using(active=names):
+        before = _answers(model, probe)
+        store = _Requantizer()
+        kept = merging.merge(model, names, safe, store=store)
+        try:
+            after = _answers(model, probe)
+            if not store.modules:
+                raise MergeError(
+                    f"{' and '.join(names)} changes no quantized weight of this model, so that there is nothing to "
+                    "quantize again; merge without requantize"
+                )
+        except BaseException:
+            merging.restore(kept)
+            model.adapter_state.merged = ()
+            raise
+    for module, base in store.modules:
+        base.settle(module)
+    outputs = compare_outputs(before[0], after[0]) if before and after else None
+    losses = (before[1], after[1]) if before and after else (None, None)
+    return kept, MergeDrift(outputs, *losses, **store.figures())
+
+
+class _Requantizer:
+    """Quantizes what a merge folded, and adds up what of the changes is left."""
+
+    def __init__(self) -> None:
+        self.modules: list[tuple[Any, PackedLinear]] = []
+        self._update = self._left = self._strayed = 0.0
+        self._beyond = self._entries = 0
+
+    @torch.no_grad()
+    def __call__(self, module: Any, folded: Dense) -> Dense:
+        base = base_of(module)
+        if not isinstance(base, PackedLinear) or "weight" not in folded or not base.is_packed(module):
+            return folded
+        merged_OI = folded["weight"]
+        packed = base.quantize(module, merged_OI)
+        before_OI = base.weight(module).float()
+        with standing_in(module, {"weight": packed}):
+            after_OI = base.weight(module).float()
+        if not torch.isfinite(after_OI).all():
+            raise MergeError("the merged weight can't be quantized again: what comes back is not finite")
+        update_OI, change_OI = merged_OI.float() - before_OI, after_OI - before_OI
+        self._update += float(update_OI.double().square().sum())
+        self._left += float((change_OI * update_OI).double().sum())
+        self._strayed += float((change_OI - update_OI).double().square().sum())
+        self._beyond += base.beyond(module, merged_OI)
+        self._entries += merged_OI.numel()
+        self.modules.append((module, base))
+        return folded | {"weight": packed}
+
+    def figures(self) -> dict[str, Any]:
+        """Those of `MergeDrift` that follow from the weights; an update of nothing is left whole."""
+        update = self._update
+        return {
+            "survived": self._left / update if update else 1.0,
+            "noise": (self._strayed / update) ** 0.5 if update else 0.0,
+            "beyond": self._beyond,
+            "entries": self._entries,
+        }
+
+
+@torch.no_grad()
+def _answers(model: Any, inputs: Mapping[str, Tensor] | None) -> tuple[Tensor, float | None] | None:
+    """The model's logits where nothing is padded, and its loss where it gives one, in evaluation mode."""
+    if inputs is None:
+        return None
+    was_training = model.training
+    model.eval()
+    try:
+        output = model(**inputs)
+    finally:
+        model.train(was_training)
+    logits = output if isinstance(output, Tensor) else output["logits"] if "logits" in output else output[0]
+    loss, mask = getattr(output, "loss", None), inputs.get("attention_mask")
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        logits = logits[mask.bool()]
+    return logits.float(), None if loss is None else float(loss)

@@ -1,0 +1,77 @@
+"""What an adapter trains, to be shown before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from slimtune.adapters.adapter import attached
+from slimtune.core.delta import dtypes_of, walk
+
+
+class Row(NamedTuple):
+    """The modules of one name: how many are trained, how many there are, and in which types of number."""
+
+    trained: int
+    there: int
+    parameters: int
+    dtypes: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What an adapter trains, by the last component of the modules' paths.
+
+    Attributes:
+        rows: by module name.
+        trainable: parameters of the adapter.
+        total: parameters of the model with its adapters.
+        stored_bytes: what the adapter will take on disk.
+        unmergeable: why the adapter can't be merged, so that it is run at inference; empty where it can.
+    """
+
+    adapter: str
+    rows: dict[str, Row]
+    trainable: int
+    total: int
+    stored_bytes: int
+    unmergeable: str = ""
+
+    def __str__(self) -> str:
+        width = max(map(len, self.rows), default=0)
+        lines = [
+            f"  {name:<{width}}  {row.trained:>4} of {row.there:<4} {row.parameters:>12,} parameters, {row.dtypes}"
+            for name, row in self.rows.items()
+        ]
+        share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
+        size = f"{share}, {self.stored_bytes / 1e6:.1f} MB on disk"
+        return "\n".join([f"adapter '{self.adapter}':", *lines, size, *filter(None, [self.unmergeable])])
+
+
+def coverage(model: Any, adapter_name: str) -> Coverage:
+    """Which modules an adapter trains, how many of how many, in which types of number."""
+    rows: dict[str, Row] = {}
+    last_names = [name.rpartition(".")[2] for name, _ in walk(model)]
+    stored_bytes, unmergeable = 0, ""
+    for site, delta in attached(model, adapter_name):
+        last = site.name.rpartition(".")[2]
+        own = list(delta.parameters())
+        unmergeable = unmergeable or delta.unmergeable
+        if not own:
+            continue
+        before = rows[last] if last in rows else Row(0, last_names.count(last), 0, "")
+        parameters = before.parameters + sum(p.numel() for p in own)
+        rows[last] = Row(
+            before.trained + 1, before.there, parameters, f"{dtypes_of(own)} on {site.base.stored_as(site.module)}"
+        )
+        stored_bytes += sum(p.numel() * p.element_size() for p in own)
+    trainable = sum(row.parameters for row in rows.values())
+    total = sum(count_of(p) for p in model.parameters())
+    return Coverage(adapter_name, rows, trainable, total, stored_bytes, unmergeable)
+
+
+def count_of(parameter: Any) -> int:
+    """How many numbers a parameter stands for, which is more than what is stored of codes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)

@@ -1,0 +1,354 @@
+"""Which modules a config means. Every pattern must match something, and the answer can be shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from slimtune.bases import base_of
+from slimtune.core.config import means
+from slimtune.core.delta import Site, holds_deltas, walk
+from slimtune.core.roles import input_embeddings
+from slimtune.errors import TargetError, did_you_mean, listing
+
+ALL_LINEAR = "all-linear"
+
+_PLACES = {
+    "linear": "linear layers",
+    "bias": "modules with a bias",
+    "norm": "normalisations",
+    "everything": "modules with parameters",
+    "output": "output layers",
+}
+"""The words for `Whereabouts` in an error."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a config means on one model: sites for the method's formula, and modules that are trained whole."""
+
+    sites: list[Site]
+    whole: list[Site]
+    biases: list[Site]
+
+
+class Modules(dict[str, nn.Module]):
+    """All modules of a base by path."""
+
+    def __init__(self, walked: Iterable[tuple[str, nn.Module]]) -> None:
+        super().__init__(walked)
+        # A module that is used in two places has its first path, as in a state dict.
+        self._first = {id(module): name for name, module in reversed(self.items())}
+
+    def site(self, name: str) -> Site:
+        """The module of that path as a site, under its first path."""
+        module = self[name]
+        return Site(self._first[id(module)], module, base_of(module))
+
+
+def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
+    """The sites of a config on a model.
+
+    Args:
+        strict: every name and pattern must match; off for a config that was read from a file, whose tensors are
+            matched one by one anyway.
+
+    Raises:
+        TargetError: nothing matches, with what there is and the nearest name.
+    """
+    modules = Modules(walk(model))
+    # A new head is drawn at each load, so that a difference from it would mean nothing: it is kept whole.
+    heads = [] if "output" in config.default_targets else _heads(model)
+    keep = [name for name in heads if strict and name not in (config.modules_to_save or [])]
+    if keep:
+        config.modules_to_save = [*(config.modules_to_save or []), *keep]
+    whole = _whole(modules, config.modules_to_save or [], strict)
+    taken = {id(site.module) for site in whole}
+    wanted = [name for name in _wanted(model, modules, config, strict) if id(modules[name]) not in taken]
+    further = config.further_modules(model, modules, wanted)
+    for name in further:
+        if id(modules[name]) in taken:
+            raise TargetError(
+                f"'{name}' is in modules_to_save, which trains it whole; it can't be changed in part besides"
+            )
+    chosen = list({id(modules[name]): modules.site(name) for name in wanted}.values())
+    sites = list({id(modules[name]): modules.site(name) for name in [*wanted, *further]}.values())
+    if not sites:
+        raise TargetError(
+            f"target_modules {_targets(config)!r} leaves nothing to train; "
+            f"the model has {listing(_last(name) for name in modules if name)}"
+        )
+    if strict:
+        _check_patterns(config, sites)
+    everything = "everything" in config.default_targets and config.target_modules is None
+    if hasattr(config, "target_modules") and config.target_modules in (None, ALL_LINEAR) and not everything:
+        modules_chosen = {id(site.module) for site in chosen}
+        others = {name for name, module in modules.items() if id(module) not in modules_chosen}
+        config.target_modules = _suffixes([site.name for site in chosen], others)
+    return Targets(sites, whole, _bias_sites(modules, config, taken))
+
+
+def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:
+    targets, exclude = _targets(config), getattr(config, "exclude_modules", None)
+    layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    inside_saved = [re.compile(rf"(^|.*\.){re.escape(m)}($|\..*)") for m in config.modules_to_save or []]
+    names = [name for name in modules if name and not any(p.match(name) for p in inside_saved)]
+    if targets is None or targets == ALL_LINEAR:
+        places = ("linear",) if targets else config.default_targets
+        matched = _by_place(model, modules, names, places, blocks_only=targets is None)
+        if not matched:
+            found = listing(_last_names(names)) or "numbers alone"
+            raise TargetError(
+                f"{config.peft_type} attaches to {listing(_PLACES.get(place, place) for place in places)}, of which "
+                f"nothing is found in this model; {config.way_out}; there are {found}"
+            )
+        matched = _in_layers(matched, layers, pattern)
+    elif isinstance(targets, str):
+        matched = [name for name in names if re.fullmatch(targets, name)]
+        if not matched:
+            raise TargetError(
+                f"the expression {targets!r} matches no module path; paths look like "
+                f"'{_example(modules)}'{did_you_mean(_last(targets), _last_names(names))}"
+            )
+    else:
+        matched = _in_layers(_by_names(names, targets, strict, modules.keys() - set(names)), layers, pattern)
+    inside = "everything" in config.default_targets
+    if inside:
+        matched = _inside(modules, matched)
+    if exclude:
+        excluded = _excluded(names, exclude, strict)
+        excluded |= set(_inside(modules, excluded)) if inside else set()
+        matched = [name for name in matched if name not in excluded]
+    for name in matched:
+        _check_called(modules, name)
+    return matched
+
+
+def _by_names(names: list[str], targets: Iterable[str], strict: bool, saved: Set[str] = frozenset()) -> list[str]:
+    matched: dict[str, None] = {}
+    for target in sorted(targets):
+        hits = [name for name in names if name == target or name.endswith(f".{target}")]
+        if strict and not hits and any(name == target or name.endswith(f".{target}") for name in saved):
+            raise TargetError(
+                f"'{target}' is in target_modules and in modules_to_save, which trains it whole; leave it out of one"
+            )
+        if strict and not hits:
+            raise TargetError(
+                f"target_modules names '{target}', which no module is called"
+                f"{did_you_mean(target, _last_names(names)) or '; there are ' + listing(_last_names(names))}"
+            )
+        matched.update(dict.fromkeys(hits))
+    return [name for name in names if name in matched]
+
+
+def _inside(modules: Modules, chosen: Iterable[str]) -> list[str]:
+    """The modules with parameters that are chosen or lie inside a chosen one."""
+    chosen = set(chosen)
+    return [
+        name for name in modules if not chosen.isdisjoint(_beginnings(name)) and _is_there(modules, name, "everything")
+    ]
+
+
+def _excluded(names: list[str], exclude: Any, strict: bool) -> set[str]:
+    if isinstance(exclude, str):
+        hits = {name for name in names if re.fullmatch(exclude, name)}
+    else:
+        hits = set(_by_names(names, exclude, strict=False))
+    if strict and not hits:
+        raise TargetError(f"exclude_modules {exclude!r} matches no module; there are {listing(_last_names(names))}")
+    return hits
+
+
+def _in_layers(names: list[str], layers: Any, pattern: Any) -> list[str]:
+    if layers is None or layers == []:
+        return names
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
+    searches = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    found = {name: _first_match(searches, name) for name in names}
+    missing = wanted - set(found.values())
+    if missing:
+        there = listing(str(i) for i in sorted({i for i in found.values() if i is not None}))
+        raise TargetError(
+            f"layers_to_transform names layer {min(missing)}, which the model hasn't; there are "
+            f"{there or 'no numbered layers, see layers_pattern'}"
+        )
+    return [name for name in names if found[name] in wanted]
+
+
+def _first_match(searches: list[str], name: str) -> int | None:
+    matches = (re.match(search, name) for search in searches)
+    return next((int(match["idx"]) for match in matches if match), None)
+
+
+def _targets(config: Any) -> Any:
+    return getattr(config, "target_modules", None)
+
+
+def _by_place(
+    model: nn.Module, modules: Modules, names: list[str], places: tuple[str, ...], blocks_only: bool
+) -> list[str]:
+    """The modules that a method's `default_targets` mean."""
+    found: set[str] = set()
+    for place in places:
+        if place == "model":
+            found.add("")
+        elif place == "linear":
+            found.update(_linear_layers(model, modules, names, blocks_only))
+        elif place == "output":
+            found.update(_outputs(model, modules, names))
+        elif place == "input":
+            found.update(name for name in names if modules[name] is input_embeddings(model))
+        elif place == "everything":
+            found.update(name for name in ["", *names] if _is_there(modules, name, place))
+        else:
+            found.update(name for name in names if _is_there(modules, name, place))
+    return [name for name in ["", *names] if name in found]
+
+
+def _is_there(modules: Modules, name: str, place: str) -> bool:
+    """Whether a module is what one of `default_targets` means."""
+    site = modules.site(name)
+    own = dict(site.module.named_parameters(recurse=False))
+    if place == "everything":
+        return bool(own)
+    if place == "bias":
+        return "bias" in own
+    if place == "norm":
+        return type(site.module).__name__.endswith("Norm") and "weight" in own and own["weight"].ndim == 1
+    return site.role == place and site.kind == "linear" and not _is_bypassed(modules, name)
+
+
+def _outputs(model: nn.Module, modules: Modules, names: list[str]) -> list[str]:
+    """The parts of new heads, and the output layer."""
+    heads, layer = _heads(model), _output_layer(model)
+    return [
+        name
+        for name in names
+        if modules[name] is layer
+        or (name.split(".")[0] in heads and next(modules[name].parameters(recurse=False), None) is not None)
+    ]
+
+
+def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_only: bool) -> list[str]:
+    """All linear layers but the output layer; those in repeated blocks alone, if there are such blocks."""
+    head = _output_layer(model)
+    linear = [
+        name
+        for name in names
+        if base_of(modules[name]).kind == "linear" and modules[name] is not head and not _is_bypassed(modules, name)
+    ]
+    lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    in_blocks = [name for name in linear if any(name.startswith(prefix) for prefix in lists)]
+    return in_blocks if blocks_only and in_blocks else linear
+
+
+def _is_bypassed(modules: Modules, name: str) -> bool:
+    return bool(name) and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _check_called(modules: Modules, name: str) -> None:
+    if isinstance(modules[name], nn.ParameterList | nn.ParameterDict | nn.RNNBase):
+        raise TargetError(
+            f"'{name}' is a {type(modules[name]).__name__}, whose parameters are read without a call that an adapter "
+            "could stand around; exclude it with exclude_modules"
+        )
+    if _is_bypassed(modules, name):
+        raise TargetError(
+            f"'{name}' belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
+            "it, so that a change around it would have no effect; exclude it with exclude_modules"
+        )
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter else None
+
+
+def _heads(model: Any) -> list[str]:
+    """Children of the root outside its backbone that have parameters: classifiers, which start untrained."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    head = _output_layer(model)
+    if not isinstance(backbone, nn.Module) or backbone is model:
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not backbone
+        and not holds_deltas(model, name)
+        and any(True for _ in child.parameters())
+        and not any(module is head for module in child.modules())
+    ]
+
+
+def _whole(modules: Modules, names: list[str], strict: bool) -> list[Site]:
+    sites: dict[int, Site] = {}
+    for wanted in names:
+        roots = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if strict and not roots:
+            raise TargetError(
+                f"modules_to_save names '{wanted}', which no module is called"
+                f"{did_you_mean(wanted, _last_names(modules))}"
+            )
+        for root in roots:
+            for name, module in walk(modules[root], root):
+                if next(module.parameters(recurse=False), None) is not None:
+                    sites[id(module)] = modules.site(name)
+    return list(sites.values())
+
+
+def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
+    """Where `bias="all"` trains a bias: everywhere that one is."""
+    if getattr(config, "bias", "none") != "all":
+        return []
+    own = {
+        id(module): modules.site(name)
+        for name, module in modules.items()
+        if name and isinstance(getattr(module, "bias", None), nn.Parameter) and id(module) not in taken
+    }
+    return list(own.values())
+
+
+def _check_patterns(config: Any, sites: list[Site]) -> None:
+    names = [site.name for site in sites]
+    if getattr(config, "target_parameters", None):
+        names += [f"{site.name}.{name}" for site in sites for name, _ in site.module.named_parameters(recurse=False)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, None) or {}:
+            if not any(means(pattern, name) for name in names):
+                raise TargetError(
+                    f"{field} names {pattern!r}, which none of the targets is called"
+                    f"{did_you_mean(pattern, _last_names(names)) or '; they are ' + listing(_last_names(names))}"
+                )
+
+
+def _suffixes(names: list[str], others: set[str]) -> set[str]:
+    """The shortest endings that mean these modules and no others."""
+    other_endings = {ending for other in others for ending in _endings(other)}
+    return {next((e for e in _endings(name) if e not in other_endings), name) for name in names}
+
+
+def _beginnings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _last_names(names: Iterable[str]) -> set[str]:
+    return {_last(name) for name in names if name and not _last(name).isdigit()}
+
+
+def _example(modules: Modules) -> str:
+    return max((n for n in modules if base_of(modules[n]).kind == "linear"), key=len, default="layers.0.linear")

@@ -1,0 +1,93 @@
+"""The data of a comparison, written down once: every run learns from the same rows and is asked the same questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimtune.errors import ConfigError, DataError
+from slimtune.storage.atomic import staged
+
+if TYPE_CHECKING:
+    from slimtune.data.reading import Part, Parts
+    from slimtune.data.settings import DataSettings
+
+TRAIN, QUESTIONS = "train.jsonl", "questions.jsonl"
+ANSWERED = ("text", "classification")
+"""Tasks whose rows end in an answer that can be judged."""
+
+
+def write_material(settings: DataSettings, task: str, seed: int, limit: int | None, folder: Path) -> str:
+    """Write both files into `folder`; what they are called together.
+
+    Raises:
+        ConfigError: nothing is held out, or the data can't be the same for all runs.
+        DataError: rows that can't be read, or that have no answer.
+    """
+    from slimtune.data.reading import read_parts
+
+    _refuse_what_differs(settings)
+    parts = read_parts(settings, task, seed)
+    asked = _asked(parts)[:limit]
+    with staged(folder, overwrite=True) as scratch:
+        _write(scratch / TRAIN, (row for part in parts.train for row in part.rows))
+        _write(scratch / QUESTIONS, asked)
+    return _names(parts.train)
+
+
+def _refuse_what_differs(settings: DataSettings) -> None:
+    if settings.streaming:
+        raise ConfigError("compare writes its data down once, so that all runs see the same; set data.streaming: false")
+    if any(source.weight is not None for source in settings.train):
+        raise ConfigError(
+            "compare takes every row of each source, and some of these have a weight; mix them first, or leave the "
+            "weights out"
+        )
+    if not settings.held_out:
+        raise ConfigError(
+            "compare asks questions that nothing was trained on, and nothing is held out; set data.held_out to a share "
+            "such as 0.1, or to a file"
+        )
+
+
+def _asked(parts: Parts) -> Sequence[Any]:
+    if parts.task not in ANSWERED:
+        raise ConfigError(f"compare judges answers and labels, and this is data for task {parts.task}")
+    rows = [row for part in parts.held_out for row in part.rows]
+    if parts.task == "text" and not all(_is_answered(row) for row in rows):
+        raise DataError(
+            f"some held-out rows of {_names(parts.held_out)} end in no answer; compare has nothing to judge"
+        )
+    if len(rows) < 2:
+        raise DataError(f"compare needs at least 2 held-out questions, found {len(rows)}; hold out more")
+    return rows
+
+
+def _is_answered(row: Any) -> bool:
+    turns = row.turns() if hasattr(row, "turns") else []
+    return bool(turns) and turns[-1]["role"] == "assistant"
+
+
+def _names(parts: Sequence[Part]) -> str:
+    # With its folder, for half of all data is called train.jsonl; not with the whole path, which is this machine's.
+    return ", ".join("/".join(Path(part.name).parts[-2:]) for part in parts)
+
+
+def _write(path: Path, rows: Iterable[Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """The row as a line of JSON from which the same row is read."""
+    found = row.model_dump(exclude_none=True)
+    if "messages" in found:
+        # A weight is no part of the message that templates see.
+        found["messages"] = [
+            message | ({} if turn.weight else {"weight": 0})
+            for message, turn in zip(found["messages"], row.messages, strict=True)
+        ]
+    return found

@@ -1,0 +1,92 @@
+"""What a comparison was made with: kept beside the results, shown on the page."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from slimtune.errors import DataError
+from slimtune.storage.atomic import staged_file
+
+FACTS = "comparison.json"
+
+
+class Constant(BaseModel):
+    """One label for every question, and the share of them that it is right on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: str
+    share: float
+
+
+class Facts(BaseModel):
+    """The settings, the machine and the versions.
+
+    Attributes:
+        same: what must not change while runs are added: model, data, budget, training, evaluation.
+        price_per_hour: US dollars for the machine, None if it costs nothing or nobody knows.
+        constant: the most frequent label to learn from, where there are labels.
+        remarks: what a reader must know besides what the runs say, in sentences.
+        moved: the machines and versions that earlier runs were made with, where they are others; in sentences.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    data: str
+    command: str
+    date: str
+    recipe: str
+    arms: list[str]
+    seeds: int
+    same: dict[str, Any]
+    machine: dict[str, str]
+    versions: dict[str, str]
+    price_per_hour: float | None = None
+    price_of: str = ""
+    constant: Constant | None = None
+    remarks: list[str] = []
+    moved: list[str] = []
+
+    def write(self, folder: Path) -> None:
+        """Write it whole or not at all."""
+        with staged_file(folder / FACTS) as scratch:
+            scratch.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """The facts of the comparison that lies in a folder, if there is one; raises DataError if they are damaged."""
+    path = folder / FACTS
+    if not path.is_file():
+        return None
+    try:
+        return Facts.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged; choose another --output") from error
+
+
+def today() -> str:
+    """In UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def machine() -> dict[str, str]:
+    """The processor, its cores, the memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = {"processor": _processor(), "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    return found
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.is_file() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()

@@ -1,0 +1,279 @@
+"""The report: one HTML file that needs nothing else, the same as Markdown, and its pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, pvariance
+from typing import Any
+
+from slimtune.compare import format as figures
+from slimtune.compare import plot
+from slimtune.compare.choice import Choice, choose
+from slimtune.compare.findings import Finding, beside_constant, equal_and_not, findings
+from slimtune.compare.record import Facts
+from slimtune.compare.results import Question, Score
+from slimtune.compare.summary import Row, Summary
+from slimtune.errors import MissingDependencyError
+from slimtune.storage.atomic import staged_file
+
+PAGE, TABLE, FIGURES = "report.html", "report.md", "report.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page tells."""
+
+    summary: Summary
+    facts: Facts
+    choice: Choice
+    lines: list[Line]
+    findings: list[Finding]
+    samples: list[Sample]
+    same: list[str]
+    different: list[str]
+    notes: list[str]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must know besides what the runs say."""
+        return [*self.facts.remarks, *self.facts.moved]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the choice, every arm, every pair, the findings and how it was run."""
+        return {
+            "chosen": self.choice.arm,
+            "headline": self.choice.headline,
+            "sentences": list(self.choice.sentences),
+            "warnings": list(self.choice.warnings),
+            "remarks": self.remarks,
+            "scorer": self.summary.scorer,
+            "arms": [row.to_dict() for row in self.summary.rows],
+            "pairs": [asdict(pair) | {"shown": pair.is_shown} for pair in self.summary.pairs],
+            "findings": [asdict(finding) for finding in self.findings],
+            "notes": self.notes,
+            "facts": self.facts.model_dump(),
+        }
+
+
+def report(summary: Summary, facts: Facts, questions: Sequence[Question]) -> Report:
+    """What follows from the results."""
+    same, different = equal_and_not(summary)
+    choice = choose(summary)
+    choice = replace(choice, warnings=(*choice.warnings, *beside_constant(summary, facts.constant)))
+    notes = [f"{row.name}: {note}" for row in summary.rows for result in row.done for note in result.notes]
+    return Report(
+        summary,
+        facts,
+        choice,
+        lines(summary, facts.price_per_hour),
+        findings(summary),
+        samples(summary, questions),
+        same,
+        different,
+        list(dict.fromkeys(notes)),
+    )
+
+
+def html(told: Report) -> str:
+    """The page; whatever models answered or files are called is escaped."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingDependencyError("the report needs jinja2: run `pip install 'slimtune[compare]'`") from error
+    from markupsafe import Markup
+
+    loader = PackageLoader("slimtune.compare", "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    pictures = {"scores": "", "costs": ""}
+    if told.summary.scored:
+        # Drawn by matplotlib, which escapes what it writes; the names of arms are all that comes from outside.
+        pictures = {"scores": Markup(plot.scores_svg(told.summary)), "costs": Markup(plot.costs_svg(told.summary))}
+    domains = {row.name: row.domains for row in told.summary.rows if row.domains}
+    values: dict[str, Any] = {"told": told, "pictures": pictures, "domains": domains, "figures": figures}
+    return environment.get_template("report.html.j2").render(**values, meaning=MEANING)
+
+
+def write_report(folder: Path, told: Report) -> Path:
+    """`report.html`, `report.md`, `report.json` and the pictures, each whole or not at all; the page's path."""
+    numbers = json.dumps(told.to_dict(), indent=1) + "\n"
+    for name, text in ((PAGE, html(told)), (TABLE, markdown(told)), (FIGURES, numbers)):
+        with staged_file(folder / name) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    if told.summary.scored:
+        plot.write_pictures(told.summary, folder)
+    return folder / PAGE
+
+
+def markdown(told: Report) -> str:
+    """The choice, the table, what is known, what was equal and with what it was run."""
+    facts = told.facts
+    head = list(told.lines[0].cells) if told.lines else []
+    rows = [[line.row.name, *line.cells.values()] for line in told.lines]
+    sections = [
+        f"# {facts.model} on {facts.data}",
+        f"**{_plain(told.choice.headline)}.** {_plain(' '.join(told.choice.sentences))}",
+        _bullets([*told.choice.warnings, *told.remarks]),
+        _table(["", *head], rows),
+        "![scores](scores.png)" if told.summary.scored else "",
+        "## Known findings\n\n"
+        + _bullets(f"{f.claim} ({f.source}): **{f.verdict}**. {f.evidence}" for f in told.findings)
+        if told.findings
+        else "",
+        "## What was equal\n\n" + _bullets(told.same),
+        "## What was not\n\n" + _bullets([*told.different, *told.notes]) if told.different or told.notes else "",
+        "## How it was run\n\n" + _bullets(_how(told)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _how(told: Report) -> list[str]:
+    facts = told.facts
+    machine = ", ".join(f"{name} {value}" for name, value in facts.machine.items())
+    versions = ", ".join(f"{name} {value}" for name, value in facts.versions.items())
+    return [f"`{facts.command}`", facts.date, machine, versions]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(_row(cells) for cells in [head, ["---"] * len(head), *rows])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
+
+
+def _bullets(items: Iterable[str]) -> str:
+    return "\n".join(f"- {_plain(item)}" for item in items)
+
+
+def _plain(text: str) -> str:
+    """Text that holds no line break, bar or tag of its own."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+FIRST, DIVIDED = 3, 3
+"""How many questions are shown because they come first, and because the arms differ on them most."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one arm or several said alike, and its score."""
+
+    arms: tuple[str, ...]
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question with the answers of all arms."""
+
+    number: int
+    question: Question
+    answers: tuple[Answer, ...]
+    why: str
+
+
+def samples(summary: Summary, questions: Sequence[Question]) -> list[Sample]:
+    """The first questions, so that nobody chose them, and those on which the arms differ most."""
+    scored = [(row.name, score) for row in summary.rows if row.done and (score := row.done[0].score)]
+    if not scored:
+        return []
+    count = min(len(questions), len(scored[0][1].per_question))
+    first = list(range(min(FIRST, count)))
+    divided = sorted(range(len(first), count), key=lambda index: -_apart(summary, index))[:DIVIDED]
+    told = [(index, "from the start") for index in first]
+    told += [(index, "the arms differ") for index in divided if _apart(summary, index) > 0]
+    return [Sample(index + 1, questions[index], _answers(scored, index), why) for index, why in told]
+
+
+def _answers(scored: Sequence[tuple[str, Score]], index: int) -> tuple[Answer, ...]:
+    """Arms that said the same stand together, in the order of the first of them."""
+    said: dict[tuple[str, float], list[str]] = {}
+    for name, score in scored:
+        said.setdefault((score.answers[index], score.per_question[index]), []).append(name)
+    return tuple(Answer(tuple(names), text, score) for (text, score), names in said.items())
+
+
+def _apart(summary: Summary, index: int) -> float:
+    """The variance between the arms' means on one question."""
+    return pvariance([fmean(r.score.per_question[index] for r in row.done if r.score) for row in summary.scored])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm: its name, and a cell for each column that says something here."""
+
+    row: Row
+    cells: dict[str, str]
+
+
+SCORE = "score"
+INTERVAL = "95% interval"
+
+
+def lines(summary: Summary, price_per_hour: float | None = None) -> list[Line]:
+    """The best first, the control and what failed last; a column that is empty in every line is left out."""
+    ranked = summary.scored
+    rest = [row for row in summary.rows if row not in ranked]
+    every = [_cells(summary, row, price_per_hour) for row in (*ranked, *rest)]
+    empty = {name for name in every[0] if all(cells[name] in (figures.NONE, "") for cells in every)}
+    kept = [{name: value for name, value in cells.items() if name not in empty} for cells in every]
+    return [Line(row, cells) for row, cells in zip((*ranked, *rest), kept, strict=True)]
+
+
+def _cells(summary: Summary, row: Row, price_per_hour: float | None) -> dict[str, str]:
+    interval = f"{figures.score(row.score.low)} to {figures.score(row.score.high)}" if row.score else figures.NONE
+    seconds = row.train_seconds
+    return {
+        SCORE: figures.score(row.score.mean if row.score else None),
+        INTERVAL: interval,
+        "against the best": _against_best(summary, row),
+        "forgotten": figures.change(row.forgotten),
+        "intruders per matrix": figures.ratio(row.intruders),
+        "memory": figures.size(row.peak_bytes),
+        "time": figures.duration(seconds),
+        "cost": figures.money(None if price_per_hour is None or seconds is None else price_per_hour * seconds / 3600),
+        "trained": figures.count(row.trainable),
+        "on disk": figures.size(row.size_bytes),
+        "per answer": figures.duration(row.answer_seconds),
+        "runs": _runs(row),
+    }
+
+
+MEANING = {
+    SCORE: "mean over seeds and questions",
+    INTERVAL: "of that mean, for other seeds and other questions",
+    "against the best": "p of no difference, corrected for all pairs (Holm)",
+    "forgotten": "rise of the loss on text outside of the task, in nats per token; above 0 is worse than before",
+    "intruders per matrix": "leading directions of a tuned matrix that none of the base's resemble",
+    "memory": "peak of the training process",
+    "time": "of training, loading not counted",
+    "cost": "of the time to train, at the machine's price by the hour",
+    "trained": "parameters",
+    "on disk": "weights that are written",
+    "per answer": "in batches, loading not counted",
+    "runs": "done of those that were asked for",
+}
+"""What each column says."""
+
+
+def _against_best(summary: Summary, row: Row) -> str:
+    ranked = summary.scored
+    if not ranked or row.score is None:
+        return figures.NONE
+    if row is ranked[0]:
+        return "the best" if len(ranked) > 1 else ""
+    pair = summary.pair(ranked[0], row)
+    if pair is None:
+        return figures.NONE
+    return f"p {figures.p_value(pair.adjusted)}" + ("" if pair.is_shown else ", not shown")
+
+
+def _runs(row: Row) -> str:
+    failed = f", {len(row.failed)} failed" if row.failed else ""
+    return f"{len(row.done)} of {row.wanted}{failed}"

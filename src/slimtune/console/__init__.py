@@ -1,0 +1,1 @@
+"""What long work and plots look like in a terminal."""

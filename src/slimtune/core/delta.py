@@ -1,0 +1,422 @@
+"""The one abstraction: a method is a formula around a frozen callable.
+
+A `PeftConfig` says what a user wants, a `Base` knows the bits of one kind of frozen weight, and a `Delta` is the
+trainable change that the config builds for one site: M methods and B kinds of base cost M + B pieces of code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.roles import Role, role_of
+from slimtune.errors import ConfigError, MergeError, TargetError
+
+Dense = dict[str, Tensor]
+"""The parameters of one module by name, `weight` as (out, in, ...): what a change is folded into."""
+
+Kind = Literal["linear", "conv", "embedding", "other"]
+
+
+class TensorSpec(NamedTuple):
+    """What a weight looks like as (out, in, ...), known without expanding it; `dtype` is what it is computed in."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Base(ABC):
+    """How one kind of frozen module keeps its weight: read as dense, written back, never more.
+
+    Attributes:
+        module_types: the modules that it is for; by full name where importing them takes long.
+    """
+
+    kind: ClassVar[Kind]
+    module_types: ClassVar[tuple[type[nn.Module] | str, ...]]
+    fan_in_fan_out: ClassVar[bool] = False
+    """Whether the weight is stored as (in, out)."""
+
+    @abstractmethod
+    def features(self, module: Any) -> tuple[int, int]:
+        """(in_features, out_features) of the map that the module computes."""
+
+    @abstractmethod
+    def weight(self, module: Any) -> Tensor:
+        """The weight as (out, in, ...), a view of the stored one where that is possible."""
+
+    def turned(self, stored: Tensor) -> Tensor:
+        """A dense weight that is laid out as the module stores it, as (out, in, ...)."""
+        return stored
+
+    def spec(self, module: Any) -> TensorSpec:
+        """The weight's shape, dtype and device."""
+        weight = self.weight(module)
+        return TensorSpec(weight.shape, weight.dtype, weight.device)
+
+    def stored_as(self, module: nn.Module) -> str:
+        """As which numbers the module's own parameters are stored, or its buffers if it has none, in words."""
+        return dtypes_of(module.parameters(recurse=False)) or dtypes_of(module.buffers(recurse=False))
+
+    def held(self, module: nn.Module) -> list[Tensor]:
+        """All tensors that the module itself keeps."""
+        return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+    def dequantizer(self, module: Any) -> Callable[[], Tensor] | None:
+        """What expands the weight once more, so that a backward pass need not keep it; None where it is kept anyway."""
+        return None
+
+    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """`x W^T` without expanding W, where that is quicker: few tokens, and nothing to learn."""
+        return None
+
+    def bias(self, module: Any) -> Tensor | None:
+        """The bias that the module adds to its output, if it has one."""
+        return getattr(module, "bias", None)
+
+    def floating(self, module: nn.Module, name: str) -> Tensor | None:
+        """A parameter of the module in floating point, laid out as a dense module stores it."""
+        return module._parameters[name]
+
+    def dense(self, module: nn.Module) -> Dense:
+        """All parameters of the module by name, the weight as (out, in, ...)."""
+        own = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+        return own | {"weight": self.weight(module).detach()} if "weight" in own else own
+
+    def repack(self, module: nn.Module, dense: Dense) -> Dense:
+        """The inverse of `dense`: the tensors as the module stores them."""
+        return dense
+
+    def loses_gradient(self, module: Any) -> bool:
+        """Whether gradients don't come through the module, found by trying where its forward isn't known."""
+        return False
+
+    def is_textbook(self, module: nn.Module) -> bool:
+        """Whether the module computes its kind's textbook product and nothing else."""
+        forward = getattr(type(module), "adopted_from", type(module)).forward
+        return forward in {kind.forward for kind in self.module_types if not isinstance(kind, str)}
+
+    def may_fuse(self, module: nn.Module) -> bool:
+        """Whether a fused product may stand in for the module's own: a textbook one with a frozen weight."""
+        return False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a delta attaches: the module, its name in the model and its kind of base.
+
+    The model itself is a site too, with an empty name.
+    """
+
+    name: str
+    module: Any
+    base: Base
+
+    @property
+    def kind(self) -> Kind:
+        return self.base.kind
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The shape, dtype and device of its weight."""
+        return self.base.spec(self.module)
+
+    @property
+    def role(self) -> Role | None:
+        """What the module does in its block, where that can be told."""
+        return role_of(self.name)
+
+
+class Frozen:
+    """What a delta is put around in one call of a module: called, it is what that computes without the delta."""
+
+    __slots__ = ("_weight", "base", "call", "module")
+
+    def __init__(self, module: Any, base: Base, call: Callable[..., Any]) -> None:
+        self.module, self.base, self.call = module, base, call
+        self._weight: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as (out, in, ...), expanded once."""
+        if self._weight is None:
+            self._weight = self.base.weight(self.module)
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that the module adds to its output, if it has one."""
+        return self.base.bias(self.module)
+
+
+class Delta(nn.Module):
+    """A trainable change to one frozen module.
+
+    After `hold`, `whole` has parameters of the module that are trained as such (a bias, a new head) and `running` its
+    statistics: while the delta is active they stand in for the module's own.
+    """
+
+    whole: nn.ParameterDict
+    running: BufferDict
+
+    on_disk: ClassVar[Mapping[str, str]] = {}
+    """What the file format calls each parameter, after the site's name and a dot."""
+
+    unmergeable: ClassVar[str] = ""
+    """Why a change of this method can't be written into weights, a sentence; empty where it can."""
+
+    reweighs: ClassVar[bool] = False
+    """Whether the formula is a change of parameters, right for whatever the module computes from them."""
+
+    def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
+        """The method's equation; `base(x)` is what the frozen module computes."""
+        return base(*args, **kwargs)
+
+    def initialise(self, config: Any, site: Site) -> None:
+        """Set the parameters to where training starts, as the config asks."""
+
+    def disk_name(self, parameter: str) -> str:
+        """What the file format calls this parameter or buffer, after the site's name and a dot.
+
+        A name that starts with a slash stands alone, without the site's name.
+        """
+        return self.on_disk.get(parameter) or parameter.removeprefix("whole.").removeprefix("running.")
+
+    def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored, by `disk_name`, from the parameters and buffers by their names here."""
+        return {self.disk_name(name): tensor for name, tensor in own.items()}
+
+    def from_disk(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_disk`."""
+        return {name: stored[self.disk_name(name)] for name in self.state_dict()}
+
+    def fold(self, dense: Dense) -> Dense:
+        """The equation written into dense parameters, as new tensors; what is held whole is there already.
+
+        Raises:
+            MergeError: the change can't be written into the weights.
+        """
+        if self.unmergeable:
+            raise MergeError(self.unmergeable)
+        return dense
+
+    def fold_beside(self, dense: Dense, frozen: Dense) -> Dense:
+        """As `fold`, where other adapters may be in `dense` already; `frozen` is without any."""
+        return self.fold(dense)
+
+    @classmethod
+    def combine(
+        cls, deltas: list[Any], weights: list[float], how: str, target: Any, site: Site, **options: Any
+    ) -> None:
+        """Set `target` to a weighted combination of deltas. Raises: ConfigError, for methods that have none."""
+        raise ConfigError(f"adapters with a {cls.__name__} can't be combined by '{how}'")
+
+    def hold(self, site: Site, *names: str) -> None:
+        """Train copies of these parameters of the module in place of its own."""
+        own = {name: site.base.floating(site.module, name) for name in names}
+        self.whole = nn.ParameterDict({name: p.detach().clone() for name, p in own.items() if p is not None})
+
+    def hold_all(self, site: Site) -> None:
+        """Train a copy of everything that the module itself owns, running statistics included."""
+        self.hold(site, *(name for name, _ in site.module.named_parameters(recurse=False)))
+        self.hold_statistics(site.module)
+
+    def hold_statistics(self, module: nn.Module) -> None:
+        """Keep copies of the module's running statistics in place of its own."""
+        self.whole = self.whole if self.holds else nn.ParameterDict()
+        self.running = BufferDict()
+        for name, buffer in statistics(module).items():
+            self.running.register_buffer(name, buffer.detach().clone())
+
+    def stand_ins(self) -> dict[str, Tensor]:
+        """What replaces the module's own parameters and buffers while this delta is active."""
+        if not self.holds:
+            return {}
+        running = dict(self.running.named_buffers()) if "running" in self._modules else {}
+        return dict(self.whole.items()) | running
+
+    def read_as(self, module: Any) -> dict[str, Tensor] | None:
+        """What must stand in for the module's parameters where they are read past its forward; None if nothing can."""
+        return self.stand_ins() if self.holds else None
+
+    @property
+    def holds(self) -> bool:
+        """Whether parameters of the module are trained whole."""
+        return "whole" in self._modules
+
+    def excludes(self, other: Any) -> bool:
+        """Whether this delta and another one on the same module can't be active together."""
+        return self.holds and other.holds
+
+    def passes_over(self, key: str) -> bool:
+        """Whether a stored tensor of this key served training alone, so that this delta does without it."""
+        return False
+
+    def check_stored(self, keys: Collection[str], source: object) -> None:
+        """Raises: ConfigError, where a file with these keys can be no adapter of this use, in words of the method."""
+
+    def progress(self) -> dict[str, Tensor]:
+        """What training goes by besides parameters and buffers, for a checkpoint; most methods have none."""
+        return {}
+
+    def restore_progress(self, stored: Mapping[str, Tensor]) -> None:
+        """Go on from what `progress` gave."""
+
+
+def deltas_of(module: Any) -> Mapping[str, Any]:
+    """The deltas of an adopted module by adapter; the root and the head are adopted without having any."""
+    return module._modules.get("deltas", {})
+
+
+@contextmanager
+def standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """These tensors in place of the module's own parameters and buffers for a while."""
+    slots: dict[str, Any] = {n: module._parameters if n in module._parameters else module._buffers for n in tensors}
+    own = {name: slot[name] for name, slot in slots.items()}
+    for name, tensor in tensors.items():
+        slots[name][name] = tensor
+    try:
+        yield
+    finally:
+        for name, tensor in own.items():
+            slots[name][name] = tensor
+
+
+class BufferDict(nn.Module):
+    """Buffers by name: the running statistics of a module that is trained whole."""
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the module's state; constants that aren't stored are none."""
+    return {
+        name: buffer
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def dtypes_of(tensors: Iterable[Tensor]) -> str:
+    """The types of number of some tensors, in words."""
+    return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+
+
+def trainable_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of a delta on a weight of this dtype: 16-bit steps are too coarse for small updates."""
+    return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def added(dense: Dense, update: Tensor) -> Dense:
+    """The parameters with an update of the weight, added in float32 or better and rounded once."""
+    weight = dense["weight"]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return dense | {"weight": weight.to(dtype).add(update.to(dtype).reshape(weight.shape)).to(weight.dtype)}
+
+
+def wrong_kind(site: Site, method_name: str, takes: str) -> TargetError:
+    """The error for a module that a method can't change."""
+    return TargetError(f"{method_name} can't attach to '{site.name}', a {type(site.module).__name__}; it takes {takes}")
+
+
+class Difference(Delta):
+    """Trained differences to parameters of the module: its own forward, with W + D standing in for W.
+
+    D is zero at the start. The sum is formed in D's dtype and rounded to W's. A parameter that the module could have
+    but hasn't, such as a bias that is None, counts as zero.
+
+    Attributes:
+        difference: D by the name of the parameter, laid out as the module stores it.
+    """
+
+    difference: nn.ParameterDict
+
+    def __init__(self, site: Site, names: Sequence[str], autocast: bool) -> None:
+        super().__init__()
+        self.base = site.base
+        self.difference = nn.ParameterDict()
+        for name in names:
+            own = site.base.floating(site.module, name)
+            like = site.spec if own is None else own
+            shape = (site.base.features(site.module)[1],) if own is None else own.shape
+            dtype = trainable_dtype(like.dtype, autocast)
+            self.difference[name] = nn.Parameter(torch.zeros(shape, device=like.device, dtype=dtype))
+
+    @property
+    def differences(self) -> dict[str, Tensor]:
+        """D by the name of the parameter."""
+        return dict(self.difference.items())
+
+    def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
+        with standing_in(base.module, self.read_as(base.module)):
+            return base(*args, **kwargs)
+
+    def read_as(self, module: Any) -> dict[str, Tensor]:
+        sums = {}
+        for name, d in self.differences.items():
+            own = self.base.floating(module, name)
+            sums[name] = d.to(self.base.spec(module).dtype) if own is None else (own + d).to(own.dtype)
+        return sums
+
+    def fold(self, dense: Dense) -> Dense:
+        """W + D. Raises: MergeError, where the module has no place for it."""
+        changes = {n: self.base.turned(d) if n == "weight" else d for n, d in self.differences.items()}
+        for name in changes.keys() - dense.keys():
+            raise MergeError(
+                f"the base's architecture has no place for a {name} here, so that none can be written into it; keep "
+                "the adapter apart"
+            )
+        return dense | {name: (dense[name] + d).to(dense[name].dtype) for name, d in changes.items()}
+
+    @classmethod
+    def combine(
+        cls, deltas: list[Any], weights: list[float], how: str, target: Any, site: Site, **options: Any
+    ) -> None:
+        """Set `target` to sum_i w_i D_i. Raises: ConfigError."""
+        add_up(deltas, weights, how, target, **options)
+
+
+@torch.no_grad()
+def add_up(
+    deltas: list[Any], weights: list[float], how: str, target: nn.Module, svd_clamp: float | None = None
+) -> None:
+    """Set the parameters of `target` to the weighted sum of the deltas'.
+
+    A sum of full rank is its own best approximation, so that "svd" and "linear" are the same here.
+
+    Raises:
+        ConfigError: another way of combining, or deltas of other shapes.
+    """
+    if how not in ("linear", "svd") or svd_clamp is not None:
+        raise ConfigError(
+            f"these adapters are combined by their weighted sum alone; use combination_type='linear', found {how!r}"
+            + ("" if svd_clamp is None else f" with svd_clamp={svd_clamp}")
+        )
+    for name, parameter in target.named_parameters():
+        terms = [delta.get_parameter(name) for delta in deltas]
+        if any(term.shape != parameter.shape for term in terms):
+            raise ConfigError(f"'{name}' has other shapes in these adapters, which can't be added up")
+        parameter.zero_()
+        for weight, term in zip(weights, terms, strict=True):
+            parameter.add_(term, alpha=weight)
+
+
+def holds_deltas(module: nn.Module, name: str) -> bool:
+    """Whether the child of this name is the container of the deltas on an adopted module."""
+    return name == "deltas" and hasattr(module, "adopted_from")
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules of the base by path, a module that is used in two places under each of its paths."""
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None and not holds_deltas(model, name):
+            yield from walk(child, f"{prefix}.{name}" if prefix else name)

@@ -1,0 +1,151 @@
+"""The tokenizer's own chat template: what the model is shown, and which part of it is the assistant's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import ConfigError, DataError, did_you_mean
+
+Message = dict[str, Any]
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer brings a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], for_answer: bool = False, tools: Sequence[Any] | None = None
+) -> str:
+    """The conversation as text, up to where the assistant begins if `for_answer`; raises DataError if it can't."""
+    if not has_template(tokenizer):
+        # A base model never saw turns: it continues text.
+        return "\n".join(message["content"] for message in messages) + ("\n" if for_answer else "")
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=for_answer
+        )
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}; "
+            f"reorder the turns as the template wants them"
+        ) from error
+
+
+class RewritesError(DataError):
+    """A template that renders an earlier turn otherwise once later turns follow."""
+
+
+def assistant_spans(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    learned: Sequence[bool] | None = None,
+    tools: Sequence[Any] | None = None,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and where the assistant's turns lie in it, end of turn included.
+
+    Args:
+        learned: which of the turns are wanted, if not all of the assistant's.
+        tools: what the assistant may call, shown to it by the template.
+
+    Raises:
+        RewritesError: the template rewrites earlier turns, so that it can't be told what was said.
+        DataError: it refuses the conversation, or the conversation begins with the assistant.
+    """
+    whole = render(tokenizer, messages, tools=tools)
+    spans: list[tuple[int, int]] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            _require_said(message, index, whole)
+        if message["role"] != "assistant" or not (learned is None or learned[index]):
+            continue
+        if index == 0:
+            raise DataError("the conversation begins with the assistant; put the user's turn in front of it")
+        # Templates carry no marks around what is generated, so each turn is found by rendering up to it.
+        through = render(tokenizer, messages[: index + 1], tools=tools)
+        start, end = _start(tokenizer, messages[:index], through, tools), _end(tokenizer, through, whole)
+        if start is None or end is None:
+            raise RewritesError(
+                f"the tokenizer's chat template renders turn {index + 1} of {len(messages)} differently once later "
+                f"turns follow, so what is learned can't be told; split the conversation so that each example "
+                f"ends with its only assistant turn"
+            )
+        _require_said(message, index, whole[start:end])
+        spans.append((start, end))
+    return whole, spans
+
+
+def _end(tokenizer: Any, through: str, whole: str) -> int | None:
+    """Where the turn ends that the text through it ends with, its end of turn included."""
+    # White space behind the end of turn belongs to the template: generation has stopped before it.
+    ended = through.rstrip()
+    if not whole.startswith(ended) and tokenizer.eos_token:
+        # Some put an end of text behind the last turn alone.
+        ended = ended.removesuffix(tokenizer.eos_token).rstrip()
+    return len(ended) if whole.startswith(ended) else None
+
+
+def _require_said(message: Message, index: int, rendered: str) -> None:
+    """Raises: DataError, if the template leaves out what was said, or a tool that was called."""
+    calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+    for said in (message.get("content") or "", *calls):
+        if said not in rendered and "".join(said.split()) not in "".join(rendered.split()):
+            raise DataError(
+                f"the tokenizer's chat template leaves out what turn {index + 1} says ({message['role']}: "
+                f"{said[:40]!r}); name a template that renders it with chat_template"
+            )
+
+
+def _start(tokenizer: Any, before: Sequence[Message], through: str, tools: Sequence[Any] | None) -> int | None:
+    """Where the turn behind `before` begins in the text through it."""
+    asked = render(tokenizer, before, for_answer=True, tools=tools)
+    if through.startswith(asked):
+        return len(asked)
+    # Some open the answer with what only a reasoning model writes: the turn begins where both part.
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, through, strict=False)))
+    return shared if shared > len(render(tokenizer, before, tools=tools).rstrip()) else None
+
+
+@cache
+def named_templates() -> dict[str, Path]:
+    """The templates that come with the library, for tokenizers without one."""
+    return {path.stem: path for path in sorted(Path(__file__).with_name("chat_templates").glob("*.jinja"))}
+
+
+def use_template(tokenizer: Any, name: str) -> None:
+    """Give the tokenizer a chat template by its name or from a file, to be saved with it.
+
+    Raises:
+        ConfigError: there is no such template.
+        DataError: it writes tokens that the tokenizer hasn't, or it is none.
+    """
+    path = named_templates().get(name, Path(name))
+    if not path.is_file():
+        near = did_you_mean(name, named_templates())
+        raise ConfigError(f"no chat template '{name}': neither a file nor one of {', '.join(named_templates())}{near}")
+    before = tokenizer.chat_template
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    try:
+        text = render(tokenizer, [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
+        for token in dict.fromkeys(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", text)):
+            if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
+                raise DataError(
+                    f"the chat template '{name}' writes {token}, which is no token of this tokenizer, so the model "
+                    f"never saw it; name another one, as plain, which needs none of its own"
+                )
+    except DataError:
+        tokenizer.chat_template = before
+        raise
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of a rendered prompt; a chat template has written the special tokens itself."""
+    return tokenizer(prompt, add_special_tokens=not has_template(tokenizer))["input_ids"]

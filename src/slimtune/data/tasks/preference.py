@@ -1,0 +1,154 @@
+"""Preferences, judgements and prompts, in the columns from which TRL's trainers learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slimtune.data.chat_template import Message, has_template, prompt_ids, render, use_template
+from slimtune.data.encode import IGNORED, Limit, encode_row
+from slimtune.data.reading import Parts, sources_of
+from slimtune.data.rows import Conversation, Judged, Pair, Preference, Prompt, Turn
+from slimtune.data.settings import DataSettings
+from slimtune.data.show import show_preview
+from slimtune.data.tasks.causal_lm import EpochData, Lesson, epoch_of
+from slimtune.errors import ConfigError, DataError, MissingDependencyError
+from slimtune.models.load import load_text_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Said = str | list[Turn]
+
+
+def columns(row: Preference | Judged | Prompt, tokenizer: Any) -> dict[str, Any]:
+    """A row as TRL wants it: messages for a tokenizer with a chat template, else texts; raises DataError."""
+    found: dict[str, Any] = {"prompt": _said(row.prompt, "user", tokenizer)}
+    if isinstance(row, Prompt):
+        return found | (row.model_extra or {})
+    for name in ("chosen", "rejected", "completion"):
+        if hasattr(row, name):
+            found[name] = _said(getattr(row, name), "assistant", tokenizer)
+    return found | ({"label": row.label} if isinstance(row, Judged) else {})
+
+
+def _said(said: Said, role: str, tokenizer: Any) -> str | list[Message]:
+    if not has_template(tokenizer):
+        if isinstance(said, str):
+            return said
+        raise DataError(
+            "the tokenizer has no chat template, so messages can't be rendered; train an instruct model, or give "
+            "prompts and answers as texts"
+        )
+    return [{"role": role, "content": said}] if isinstance(said, str) else [turn.message() for turn in said]
+
+
+def as_conversation(prompt: Said, answer: Said) -> Conversation | Pair:
+    """A prompt with one of its answers, which alone is learned."""
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return Pair(prompt=prompt, completion=answer)
+    shown = [Turn(role="user", content=prompt, weight=0)] if isinstance(prompt, str) else prompt
+    said = [Turn(role="assistant", content=answer, weight=1)] if isinstance(answer, str) else answer
+    return Conversation(messages=[*(turn.model_copy(update={"weight": 0}) for turn in shown), *said])
+
+
+def unpaired(row: Preference) -> list[Judged]:
+    """Both answers of a pair, each judged alone."""
+    return [
+        Judged(prompt=row.prompt, completion=row.chosen, label=True),
+        Judged(prompt=row.prompt, completion=row.rejected, label=False),
+    ]
+
+
+@dataclass(frozen=True)
+class Preferred(EpochData):
+    """What preference tuning and reinforcement by a reward learn from."""
+
+    task: str
+    chat_template: str | None = None
+
+    task_type = "CAUSAL_LM"
+
+    @classmethod
+    def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Preferred:
+        """The rows of all sources; raises ConfigError for packing, and DataError if kto has one kind of answer only."""
+        rows, held_out = epoch_of(parts, settings, seed, ("packing", "streaming"))
+        if parts.task == "grpo" and settings.too_long == "truncate":
+            raise ConfigError("too_long: truncate would ask half of a question; drop, or raise max_length")
+        if parts.task == "kto":
+            rows, held_out = _each_alone(rows), _each_alone(held_out)
+            if len({row.label for row in rows}) < 2:
+                raise DataError(
+                    f"all answers of {sources_of(parts.train)} have the label {rows[0].label}, so that nothing tells "
+                    "good from bad; add the others"
+                )
+        how = (settings.max_length, settings.too_long, parts.task, settings.chat_template)
+        return cls(sources_of(parts.train), rows, held_out, *how)
+
+    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
+        """A model that writes text, and its tokenizer."""
+        return load_text_model(source, *how, **options)
+
+    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
+        """A `datasets.Dataset`, shown with what is preferred; raises DataError, MissingDependencyError."""
+        if self.chat_template is not None:
+            use_template(tokenizer, self.chat_template)
+        learned, tokens = self._within(screen, self.rows, tokenizer)
+        held_out = self._within(screen, self.held_out, tokenizer)[0] if self.held_out else []
+        kind = {"kto": "judged answers", "grpo": "prompts"}.get(self.task, "pairs of answers")
+        screen.print(
+            f"data: {len(learned):,} {kind}, {tokens:,} tokens" + (f"; {len(held_out):,} held out" if held_out else "")
+        )
+        self._preview(screen, learned[0], tokenizer)
+        facts = self.facts(len(learned), len(held_out), tokens, self.max_length)
+        return Lesson(_dataset(learned, tokenizer), _dataset(held_out, tokenizer) if held_out else [], facts)
+
+    def _within(self, screen: Console, rows: Sequence[Any], tokenizer: Any) -> tuple[list[Any], int]:
+        """The rows that are within the limit, or that TRL will cut to it, and how many tokens they have."""
+        limit, cuts = self.max_length, self.too_long == "truncate"
+        lengths = [lengths_of(row, tokenizer) for row in rows]
+        over = [max(found) for found in lengths if max(found) > limit]
+        Limit(limit, self.too_long).refuse(over, len(rows), "rows")
+        # TRL cuts at the end: of a prompt that fills the room no answer would be left.
+        kept = [i for i, found in enumerate(lengths) if max(found) <= limit or (cuts and found[0] < limit)]
+        if not kept:
+            raise DataError(f"none of {len(rows)} rows is within {limit} tokens; raise max_length")
+        dropped = len(rows) - len(kept)
+        if len(over) > dropped:
+            screen.print(f"[yellow]{len(over) - dropped:,} rows cut[/] at {limit:,} tokens")
+        if dropped:
+            screen.print(f"[yellow]{dropped:,} rows dropped[/]: longer than {limit:,} tokens")
+        return [rows[i] for i in kept], sum(min(length, limit) for i in kept for length in lengths[i][1:])
+
+    def _preview(self, screen: Console, row: Any, tokenizer: Any) -> None:
+        answers = {"chosen": "preferred", "completion": "judged good" if getattr(row, "label", True) else "judged bad"}
+        for name, how in answers.items():
+            if isinstance(row, Preference | Judged) and hasattr(row, name):
+                screen.print(f"an answer that is {how}:")
+                show_preview(screen, tokenizer, encode_row(as_conversation(row.prompt, getattr(row, name)), tokenizer))
+
+
+def _answers(row: Preference | Judged) -> list[Said]:
+    return [row.chosen, row.rejected] if isinstance(row, Preference) else [row.completion]
+
+
+def lengths_of(row: Any, tokenizer: Any) -> list[int]:
+    """The tokens of the prompt, and of the prompt with each answer; of a prompt alone twice the same."""
+    if isinstance(row, Prompt):
+        return [len(prompt_ids(tokenizer, render(tokenizer, row.turns(), for_answer=True)))] * 2
+    encoded = [encode_row(as_conversation(row.prompt, answer), tokenizer) for answer in _answers(row)]
+    before = min(next(i for i, label in enumerate(e.labels) if label != IGNORED) for e in encoded)
+    return [before, *(len(e.input_ids) for e in encoded)]
+
+
+def _each_alone(rows: Sequence[Any]) -> list[Judged]:
+    return [each for row in rows for each in (unpaired(row) if isinstance(row, Preference) else [row])]
+
+
+def _dataset(rows: Sequence[Any], tokenizer: Any) -> Any:
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise MissingDependencyError("preferences are learned from data sets: pip install slimtune[train]") from error
+    return Dataset.from_list([columns(row, tokenizer) for row in rows])

@@ -1,0 +1,41 @@
+"""From a recipe's data to what a model learns from it: a lesson for each task."""
+
+from __future__ import annotations
+
+from slimtune.data.encode import refuse_split
+from slimtune.data.reading import Parts, read_parts
+from slimtune.data.settings import DataSettings
+from slimtune.data.streaming import Streamed
+from slimtune.data.tasks.causal_lm import Classes, Conversations
+from slimtune.data.tasks.preference import Preferred
+from slimtune.data.tasks.seq2seq import Completions
+from slimtune.data.tasks.token_classification import Tags
+
+Data = Conversations | Classes | Tags | Completions | Preferred
+
+
+def _texts(parts: Parts, settings: DataSettings, seed: int = 0) -> Conversations:
+    refuse_split([row for part in (*parts.train, *parts.held_out) for row in part.rows], settings.too_long)
+    return Conversations(parts, settings, seed)
+
+
+LESSONS = {
+    "text": _texts,
+    "classification": Classes.of,
+    "token-classification": Tags.of,
+    "seq2seq": Completions.of,
+    **dict.fromkeys(("dpo", "kto", "orpo", "grpo"), Preferred.of),
+}
+"""What is made of rows for each task; a new kind of training is a lesson and a line here."""
+
+
+def read(settings: DataSettings, task: str = "auto", seed: int = 0) -> Data:
+    """The rows of a task, which is found by looking at them unless it is given; raises DataError, ConfigError."""
+    if settings.streaming:
+        return Streamed.of(settings, task, seed)
+    return data_of(read_parts(settings, task, seed), settings, seed)
+
+
+def data_of(parts: Parts, settings: DataSettings, seed: int = 0) -> Data:
+    """Rows that were read, for a model to learn; raises DataError, ConfigError."""
+    return LESSONS[parts.task](parts, settings, seed)

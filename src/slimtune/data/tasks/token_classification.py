@@ -1,0 +1,88 @@
+"""Words whose tags are learned."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slimtune.data.batches import Objective, token_loss
+from slimtune.data.reading import Parts, sources_of
+from slimtune.data.rows import Tagged
+from slimtune.data.settings import DataSettings
+from slimtune.data.tasks.causal_lm import EpochData, Lesson, epoch_of
+from slimtune.data.tasks.classification import longest_input
+from slimtune.data.tasks.word_alignment import OUTSIDE, AlignedTexts, align, tag, tags_of
+from slimtune.errors import DataError, listing
+from slimtune.metrics.tagging import tag_scores
+from slimtune.models.load import load_tagger
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Tags(EpochData):
+    """Texts as words, each of which has a tag."""
+
+    tags: list[str]
+
+    task = "token-classification"
+    task_type = "TOKEN_CLS"
+
+    @classmethod
+    def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Tags:
+        """The texts of all sources; raises DataError for tags that were never learned, ConfigError for packing."""
+        rows, held_out = epoch_of(parts, settings, seed)
+        tags = tags_of([row.tags for row in (rows if settings.held_out_sources else rows + held_out)])
+        unknown = {tag for row in held_out for tag in row.tags} - set(tags)
+        if unknown:
+            there, here = sources_of(parts.held_out), sources_of(parts.train)
+            raise DataError(f"{there} has tags that {here} hasn't: {listing(unknown)}; correct them")
+        return cls(sources_of(parts.train), rows, held_out, settings.max_length, settings.too_long, tags)
+
+    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
+        """A model with a head for the tags, and its tokenizer."""
+        return load_tagger(source, self.tags, *how, **options)
+
+    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
+        """The ids with the tags at the first token of each word; raises DataError."""
+        from transformers import DataCollatorForTokenClassification
+
+        limit = longest_input(model, tokenizer, self.max_length)
+        learned = align([row.tokens for row in self.rows], tokenizer, limit, self.too_long)
+        there = AlignedTexts([], [])
+        if self.held_out:
+            there = align([row.tokens for row in self.held_out], tokenizer, limit, self.too_long)
+        true = [self.held_out[i].tags for i in there.kept]
+        self._show(screen, learned, len(true), limit)
+        facts = self.facts(len(learned.texts), len(true), learned.tokens, limit, tags=self.tags)
+
+        def judge(model: Any) -> dict[str, float]:
+            return tag_scores(tag(model, tokenizer, there.texts), true) if true else {}
+
+        def numbered(found: AlignedTexts, rows: list[Tagged]) -> list[dict[str, list[int]]]:
+            pairs = zip(found.texts, found.kept, strict=True)
+            return [text.labelled([self.tags.index(tag) for tag in rows[i].tags]) for text, i in pairs]
+
+        objective = Objective(DataCollatorForTokenClassification(tokenizer), token_loss)
+        return Lesson(numbered(learned, self.rows), numbered(there, self.held_out), facts, objective, judge)
+
+    def _show(self, screen: Console, learned: AlignedTexts, held_out: int, limit: int) -> None:
+        """How many words there are of each tag, and what became of long texts."""
+        counts = Counter(itertools.chain(*(self.rows[i].tags for i in learned.kept)))
+        told = ", ".join(f"{tag}: {counts[tag]:,}" for tag in self.tags if tag != OUTSIDE)
+        screen.print(
+            f"data: {len(learned.texts):,} texts of {counts.total():,} words ({told}), {learned.tokens:,} tokens"
+            + (f"; {held_out:,} texts held out" if held_out else ""),
+            markup=False,
+        )
+        if dropped := len(self.rows) - len(learned.texts):
+            screen.print(f"[yellow]{dropped:,} texts dropped[/]: longer than {limit:,} tokens")
+        if learned.truncated:
+            screen.print(f"[yellow]{learned.truncated:,} texts cut[/] at {limit:,} tokens")
+        if learned.without_token:
+            screen.print(
+                f"[yellow]{learned.without_token:,} words are not learned[/]: cut off, or no token is left of them"
+            )

@@ -1,0 +1,1 @@
+"""Singular values of what was trained, and the intruder dimensions among them."""

@@ -1,0 +1,1 @@
+"""LoRA and what is built on its pair of factors."""

@@ -1,0 +1,248 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+
+y = base(x) + s * B(A(dropout(x))),  s = alpha / r, or alpha / sqrt(r) with rsLoRA
+
+With PiSSA and OLoRA training starts at factors A0 and B0 of the base weight; the change is then B A - B0 A0, which is
+nothing at the start, and the base stays as it is. In one product, and without a difference of large numbers:
+B A - B0 A0 = [B, B - B0] [A - A0; A0], which is a LoRA of rank 2r and is stored as one. With LoftQ s B A starts at what
+quantization took from the base, which stays as it is too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from slimtune.core.config import LayeredConfig, means, register
+from slimtune.core.delta import Delta, Site, wrong_kind
+from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean
+from slimtune.methods.lora import dora
+from slimtune.methods.lora.experts import LoraParameters, holders
+from slimtune.methods.lora.init import EvaConfig, LoftQConfig, settings
+from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY
+from slimtune.methods.lora.originals import Originals
+from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
+
+INITIALISATIONS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal")
+
+
+@register
+@dataclass
+class LoraConfig(LayeredConfig):
+    """What to adapt with LoRA, and how; names, defaults and meanings are those of `peft.LoraConfig`.
+
+    `target_modules=None` means all linear layers in the model's repeated blocks. `rank_pattern` and `alpha_pattern`
+    map a module's name or an expression to another `r` or `lora_alpha`. `target_parameters` names parameters that are
+    tensors of their module rather than layers, such as `experts.gate_up_proj`; with them, `target_modules=None` means
+    no modules besides. `trainable_token_indices` are tokens whose embeddings are trained as well.
+
+    Raises:
+        ConfigError: an unknown field, a value out of range, fields that exclude each other.
+    """
+
+    peft_type: str | None = "LORA"
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    inert: ClassVar[Mapping[str, Any]] = {
+        "megatron_config": None, "megatron_core": "megatron.core",
+        "corda_config": None, "lora_ga_config": None, "velora_config": None,
+        "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
+        "monteclora_config": None, "layer_replication": None, "lora_bias": False,
+        "use_bdlora": None, "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self._check_numbers()
+        self._check_initialisation()
+        self._check_parts()
+        self.parameters_of: dict[str, list[str]] = {}
+        self.tokens_of: dict[str, list[int]] = {}
+        self.originals: Originals | None = None
+
+    def _check_parts(self) -> None:
+        if self.target_parameters and self.target_modules is None:
+            self.target_modules = set()
+        if self.target_parameters and self.use_dora:
+            raise ConfigError("use_dora has no form for target_parameters; give those an adapter of their own")
+        if self.target_parameters and (self.lora_dropout or self.fan_in_fan_out):
+            raise ConfigError(
+                "target_parameters changes weights, not the inputs of layers: it takes neither lora_dropout nor "
+                f"fan_in_fan_out, found {self.lora_dropout} and {self.fan_in_fan_out}"
+            )
+        tokens = self.trainable_token_indices
+        if tokens is not None:
+            for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+                check_tokens("trainable_token_indices", indices)
+
+    def further_modules(self, model: Any, modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> list[str]:
+        """The owners of `target_parameters`, and the embeddings of the tokens with what is tied to them."""
+        self.parameters_of = holders(self.target_parameters or [], modules)
+        self.tokens_of = token_modules(self.trainable_token_indices or [], model, modules)
+        further = [*self.parameters_of, *self.tokens_of]
+        for name in further:
+            if further.count(name) > 1 or any(modules[name] is modules[other] for other in chosen):
+                raise TargetError(
+                    f"'{name}' is named in two of target_modules, target_parameters and trainable_token_indices; "
+                    "leave it to one of them"
+                )
+        return further
+
+    def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+        """Let tied embeddings share their trained rows; note where the weights are that LoftQ starts from."""
+        share_tied_rows(drafted)
+        if self.initialisation == "loftq":
+            assert isinstance(self.loftq_config, LoftQConfig)
+            self.loftq_config.check()
+            self.originals = Originals.of(model)
+
+    def _check_numbers(self) -> None:
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            check_whole(f"the rank {name}", rank)
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            check_number(name, alpha)
+        check_number("lora_dropout", self.lora_dropout, 0, 1)
+        check_choice("bias", self.bias, ("none", "all", "lora_only"))
+
+    def _check_initialisation(self) -> None:
+        init = self.initialisation
+        steps = init.removeprefix("pissa_niter_")
+        if not isinstance(self.init_lora_weights, bool) and init not in INITIALISATIONS and not steps.isdecimal():
+            raise ConfigError(
+                "init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'olora', 'eva', "
+                f"'loftq' or 'orthogonal', found {self.init_lora_weights!r}{did_you_mean(init, INITIALISATIONS)}"
+            )
+        if isinstance(self.eva_config, dict):
+            self.eva_config = settings(EvaConfig, self.eva_config)
+        if init == "loftq" and not isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = settings(LoftQConfig, self.loftq_config or {})
+        elif init != "loftq" and self.loftq_config:
+            raise ConfigError(f"loftq_config needs init_lora_weights='loftq', found {self.init_lora_weights!r}")
+        if init == "eva":
+            self.eva_config = self.eva_config or EvaConfig()
+        elif self.eva_config is not None:
+            raise ConfigError(f"eva_config needs init_lora_weights='eva', found {self.init_lora_weights!r}")
+
+    @property
+    def initialisation(self) -> str:
+        """`init_lora_weights` in small letters."""
+        return str(self.init_lora_weights).lower()
+
+    @property
+    def moves_start(self) -> bool:
+        """Whether training starts at factors of the base weight, which are kept and subtracted."""
+        return self.initialisation.startswith(("pissa", "olora"))
+
+    def stored_fields(self) -> dict[str, Any]:
+        """The config as it is stored; a change from a moved start is a plain LoRA of twice the rank."""
+        if self.initialisation == "loftq":
+            # Whoever reads it finds the quantized base as it was, not one that the start has changed.
+            return super().stored_fields() | {"init_lora_weights": True, "loftq_config": {}}
+        if not self.moves_start:
+            return super().stored_fields()
+        by = math.sqrt(2) if self.use_rslora else 2
+        return super().stored_fields() | {
+            "init_lora_weights": True,
+            "r": 2 * self.r,
+            "rank_pattern": {name: 2 * rank for name, rank in self.rank_pattern.items()},
+            "lora_alpha": by * self.lora_alpha,
+            "alpha_pattern": {name: by * alpha for name, alpha in self.alpha_pattern.items()},
+        }
+
+    def check_readable(self) -> None:
+        """See that a stored adapter doesn't need a changed base. Raises: ConfigError."""
+        if self.moves_start:
+            raise ConfigError(
+                f"an adapter stored with init_lora_weights={self.init_lora_weights!r} belongs to a base that was "
+                "changed at its start; convert it with peft's path_initial_model_for_weight_conversion"
+            )
+        if self.initialisation == "loftq":
+            raise ConfigError(
+                "an adapter stored with init_lora_weights='loftq' belongs to a base that was changed at its start; set "
+                "init_lora_weights to true in its adapter_config.json and load it on the base stored with it"
+            )
+
+    def rank_for(self, name: str) -> int:
+        """The rank of the module of this path, by `rank_pattern`."""
+        return _by_pattern(self.rank_pattern, name, self.r)
+
+    def alpha_for(self, name: str) -> float:
+        """The alpha of the module of this path, by `alpha_pattern`."""
+        return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+
+    def scale_for(self, name: str) -> float:
+        """The factor s of the update."""
+        r, alpha = self.rank_for(name), self.alpha_for(name)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def combined(self, others: Sequence[LoraConfig], how: str, rank: int | None) -> LoraConfig:
+        """The config of a weighted combination. Raises: ConfigError, for targets that can't be joined."""
+        configs = [self, *others]
+        if len({config.use_dora for config in configs}) > 1:
+            raise ConfigError("adapters with and without DoRA can't be combined into one; activate them together")
+        targets = self.joined_targets(others)
+        ranks = [max([config.r, *config.rank_pattern.values()]) * (1 + config.moves_start) for config in configs]
+        rank = sum(ranks) if how == "cat" else (rank or max(ranks))
+        # alpha = r and no rsLoRA: the adapters' scales are inside the factors.
+        plain: Any = {"lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        plain |= {"init_lora_weights": True, "eva_config": None, "loftq_config": {}}
+        return replace(self, r=rank, target_modules=targets, **plain)
+
+    def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> Delta:
+        """The low-rank change for one site. Raises: TargetError, ConfigError."""
+        if site.name in self.parameters_of:
+            ranks = {n: self.rank_for(f"{site.name}.{n}") for n in self.parameters_of[site.name]}
+            scales = {n: self.scale_for(f"{site.name}.{n}") for n in ranks}
+            return LoraParameters(site, ranks, scales, autocast_adapter_dtype)
+        if site.name in self.tokens_of:
+            return TokenRows(site, self.tokens_of[site.name], autocast_adapter_dtype, prefix="token_adapter.")
+        kinds = dora.KINDS if self.use_dora else KINDS
+        if site.kind not in kinds:
+            raise wrong_kind(site, "LoRA", "linear, convolution and embedding layers")
+        if site.kind != "linear" and self.initialisation.startswith(LINEAR_ONLY):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} is for linear layers, and '{site.name}' is a "
+                f"{type(site.module).__name__}; leave it out of target_modules"
+            )
+        r = self._checked_rank(site, *kinds[site.kind].shapes(site, self.rank_for(site.name)))
+        delta = kinds[site.kind](site, r, self.scale_for(site.name), self.lora_dropout, autocast_adapter_dtype)
+        if self.moves_start:
+            delta.keep_start()
+        if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
+            delta.hold(site, "bias")
+        return delta
+
+    def _checked_rank(self, site: Site, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> int:
+        r, rows, columns = a_shape[0], b_shape[0], math.prod(a_shape[1:])
+        greatest = min(rows, columns) // (1 + self.moves_start)
+        if r > greatest:
+            stored = f", stored as {2 * r}," if self.moves_start else ""
+            raise ConfigError(
+                f"the rank {r}{stored} is beyond the {rows} x {columns} matrix of '{site.name}'; "
+                f"choose r <= {greatest} or give it a rank of its own in rank_pattern"
+            )
+        if self.initialisation == "orthogonal" and r % 2:
+            raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, '{site.name}' has {r}")
+        return r
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    return next((value for key, value in patterns.items() if means(key, name)), otherwise)

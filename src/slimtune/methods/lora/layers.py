@@ -1,0 +1,318 @@
+"""What LoRA puts on a layer: the factors A and B by kind of module, where they start, and how they are combined.
+
+The kinds differ in what A and B do; the formula around them is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype
+from slimtune.errors import ConfigError, MergeError, did_you_mean
+from slimtune.methods.lora.init import Factors, Start, orthogonal, pissa, principal
+
+LINEAR_ONLY = ("pissa", "olora", "loftq", "orthogonal")
+"""The starts that read the weight of a linear layer."""
+
+
+class LoraDelta(Delta):
+    """What the kinds share: y = base(x) + s * up(down(dropout(x))).
+
+    Attributes:
+        scaling: the factor s.
+        r: the rank.
+        lora_dropout: the probability with which an input of A is dropped while training.
+    """
+
+    factors: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    on_disk = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "whole.bias": "base_layer.bias"}
+
+    def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
+        super().__init__()
+        self.r, self.scaling, self.lora_dropout = r, scaling, dropout
+        weight = site.spec
+        dtype = trainable_dtype(weight.dtype, autocast)
+        for name, shape in zip(self.factors, self.shapes(site, r), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
+
+    @staticmethod
+    @abstractmethod
+    def shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A (r first) and B (out first)."""
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """(A, B) as they are trained."""
+        a, b = self.factors
+        return getattr(self, a), getattr(self, b)
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B), whose product is the change."""
+        return self.trained
+
+    def keep_start(self) -> None:
+        """Keep factors to start from. Raises: ConfigError, for kinds that have none."""
+        raise ConfigError(f"a {type(self).__name__} starts from no factors of its base")
+
+    def initialise(self, config: Start, site: Site) -> None:
+        """Set A and B; the update s B A is zero, but for `init_lora_weights=False`, where both are drawn."""
+        a, b = self.trained
+        if config.initialisation == "gaussian":
+            nn.init.normal_(a, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if config.init_lora_weights is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(b)
+
+    def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = base(x, *args, **kwargs)
+        return (y + self.scaling * self.low_rank(self.dropped(x))).to(y.dtype)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """dropout(x), in the adapter's dtype."""
+        x = x.to(self.trained[0].dtype)
+        return F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """B(A(x)), unscaled."""
+        a, b = self.pair
+        return self.up(self.down(x, a), b)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, a)
+
+    def up(self, z: Tensor, b: Tensor) -> Tensor:
+        return F.linear(z, b)
+
+    def product(self) -> Tensor:
+        """B A as (out, in, ...) in float32: the update without its scale."""
+        a, b = (factor.detach().float() for factor in self.pair)
+        return torch.tensordot(b, a, dims=1)
+
+    def fold(self, dense: Dense) -> Dense:
+        weight = dense["weight"]
+        # Added in float32 and rounded once: a 16-bit sum would round the small update before it is there.
+        folded = weight.float().add(self.product(), alpha=self.scaling).to(weight.dtype)
+        return dense | {"weight": folded}
+
+    @classmethod
+    def combine(
+        cls, deltas: list[Any], weights: list[float], how: str, target: Any, site: Site, **options: Any
+    ) -> None:
+        """Set `target` to sum_i w_i s_i B_i A_i, exactly by "cat", in a lower rank by "svd", factor-wise by "linear".
+
+        Args:
+            options: for "svd" also `svd_clamp`, the quantile at which the factors' entries are clamped.
+        """
+        if how not in _COMBINATIONS:
+            raise ConfigError(
+                f"combination_type must be one of {', '.join(_COMBINATIONS)}, found {how!r}"
+                f"{did_you_mean(how, _COMBINATIONS)}"
+            )
+        scales = [weight * delta.scaling for weight, delta in zip(weights, deltas, strict=True)]
+        a, b = _COMBINATIONS[how](deltas, scales, target.r, **options)
+        with torch.no_grad():
+            for factor, value, ranks in (
+                (target.trained[0], a, (slice(a.shape[0]),)),
+                (target.trained[1], b, (slice(None), slice(b.shape[1]))),
+            ):
+                factor.zero_()
+                factor[ranks].copy_(value.view_as(factor[ranks]))
+        target.scaling = 1.0
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.lora_dropout:g}"
+
+
+class LoraLinear(LoraDelta):
+    """y_TO = base(x_TI) + s * (x_TI A_RI^T) B_OR^T."""
+
+    @staticmethod
+    def shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        features_in, features_out = site.base.features(site.module)
+        return (r, features_in), (features_out, r)
+
+    def keep_start(self) -> None:
+        """Keep the factors A0 and B0 to start from; the change is B A - B0 A0 then."""
+        for name, factor in zip(("start_A", "start_B"), self.trained, strict=True):
+            self.register_buffer(name, torch.zeros_like(factor))
+
+    @property
+    def moved(self) -> bool:
+        """Whether training started at factors of the base weight."""
+        return "start_A" in self._buffers
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        if not self.moved:
+            return self.trained
+        return _difference(*self.trained, self.get_buffer("start_A"), self.get_buffer("start_B"))
+
+    def initialise(self, config: Start, site: Site) -> None:
+        if not config.initialisation.startswith(LINEAR_ONLY):
+            super().initialise(config, site)
+            return
+        with torch.no_grad():
+            for parameter, value in zip(self.trained, self._start(config, site), strict=True):
+                parameter.copy_(value)
+            if self.moved:
+                self.get_buffer("start_A").copy_(self.trained[0])
+                self.get_buffer("start_B").copy_(self.trained[1])
+
+    def _start(self, config: Start, site: Site) -> Factors:
+        """The factors that follow from the base weight. Raises: ConfigError, where that can't be read."""
+        if site.spec.device.type == "meta":
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r} reads the weight of '{site.name}', which is offloaded"
+            )
+        if config.initialisation == "loftq":
+            assert config.originals is not None
+            return pissa(config.originals.lost(site), self.r, self.scaling)
+        weight_OI = site.base.weight(site.module).detach()
+        if config.initialisation == "orthogonal":
+            return orthogonal(weight_OI, self.r)
+        return principal(weight_OI, self.r, self.scaling, config.initialisation)
+
+    def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.moved:
+            return super().to_disk(own)
+        names = ("lora_A", "lora_B", "start_A", "start_B")
+        a, b = _difference(*(own[name] for name in names))
+        others = {name: tensor for name, tensor in own.items() if name not in names}
+        return super().to_disk(others | {"lora_A": a, "lora_B": b})
+
+    def from_disk(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.moved:
+            return super().from_disk(stored)
+        (a_change, a_start), (b, b_change) = (
+            stored[self.disk_name(name)].split(self.r, dim) for name, dim in (("lora_A", 0), ("lora_B", 1))
+        )
+        own = {"lora_A": a_change + a_start, "lora_B": b, "start_A": a_start, "start_B": b - b_change}
+        rest = self.state_dict().keys() - own.keys()
+        return own | {name: stored[self.disk_name(name)] for name in rest}
+
+
+def _difference(a_RI: Tensor, b_OR: Tensor, a0_RI: Tensor, b0_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of B A - B0 A0."""
+    return torch.cat([a_RI - a0_RI, a0_RI]), torch.cat([b_OR, b_OR - b0_OR], dim=1)
+
+
+class LoraConv(LoraDelta):
+    """A is a convolution like the base's into r channels, B a 1x1 convolution out of them.
+
+    With grouped convolutions A still sees all input channels, as in `peft`, so that the update can't be merged.
+    """
+
+    def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
+        conv: Any = site.module
+        if r % conv.groups:
+            raise ConfigError(f"'{site.name}' has {conv.groups} groups, which must divide the rank, found r={r}")
+        super().__init__(site, r, scaling, dropout, autocast)
+        self.groups: int = conv.groups
+        self.strides: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        self.convolve = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
+        self.pad: tuple[list[int], str] | None = None
+        if conv.padding_mode != "zeros":
+            self.pad = (conv._reversed_padding_repeated_twice, conv.padding_mode)
+            self.strides["padding"] = 0
+
+    @staticmethod
+    def shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        conv: Any = site.module
+        ones = (1,) * len(conv.kernel_size)
+        return (r, conv.in_channels, *conv.kernel_size), (conv.out_channels, r // conv.groups, *ones)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        if self.pad:
+            x = F.pad(x, self.pad[0], mode=self.pad[1])
+        return self.convolve(x, a, **self.strides)
+
+    def up(self, z: Tensor, b: Tensor) -> Tensor:
+        return self.convolve(z, b, groups=self.groups)
+
+    def product(self) -> Tensor:
+        if self.groups > 1:
+            raise MergeError(
+                "an update of a grouped convolution is not grouped itself and can't be merged; "
+                "exclude that module, or keep the adapter apart"
+            )
+        a, b = (factor.detach().float() for factor in self.pair)
+        return torch.tensordot(b.flatten(1), a, dims=1)
+
+
+class LoraEmbedding(LoraDelta):
+    """y_TD = base(ids_T) + s * A^T[ids_T] B^T, with A (r, rows) zero and B (dim, r) drawn at the start."""
+
+    factors = ("lora_embedding_A", "lora_embedding_B")
+    on_disk = {"lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B"}
+
+    def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
+        super().__init__(site, r, scaling, dropout, autocast)
+        embedding: Any = site.module
+        self.padding_idx: int | None = embedding.padding_idx
+        # Gemma's embedding multiplies what it looks up; the update is part of what it looks up.
+        self.embed_scale = float(getattr(embedding, "embed_scale", 1.0))
+
+    @staticmethod
+    def shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rows, dim = site.base.features(site.module)
+        return (r, rows), (dim, r)
+
+    def initialise(self, config: Start, site: Site) -> None:
+        a, b = self.trained
+        nn.init.normal_(a) if config.init_lora_weights is False else nn.init.zeros_(a)
+        nn.init.normal_(b)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The ids: there is nothing in them to drop."""
+        return x
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        return super().low_rank(x) * self.embed_scale
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.t(), self.padding_idx)
+
+
+def _cat(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Tensor, Tensor]:
+    pairs = [delta.pair for delta in deltas]
+    a = torch.cat([scale * a.detach() for scale, (a, _) in zip(scales, pairs, strict=True)], dim=0)
+    return a, torch.cat([b.detach() for _, b in pairs], dim=1)
+
+
+def _linear(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Tensor, Tensor]:
+    pairs = [tuple(factor.detach() for factor in delta.pair) for delta in deltas]
+    ranks = {len(a) for a, _ in pairs}
+    if len(ranks) > 1:
+        raise ConfigError(f"combination_type 'linear' needs equal ranks, found {sorted(ranks)}; use 'cat' or 'svd'")
+    roots = [math.sqrt(abs(scale)) for scale in scales]
+    signs = [math.copysign(1.0, scale) for scale in scales]
+    a = sum(sign * root * a for sign, root, (a, _) in zip(signs, roots, pairs, strict=True))
+    b = sum(root * b for root, (_, b) in zip(roots, pairs, strict=True))
+    return torch.as_tensor(a), torch.as_tensor(b)
+
+
+def _svd(deltas: list[LoraDelta], scales: list[float], rank: int, svd_clamp: float | None = None,
+         ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    update = sum(scale * delta.product().flatten(1) for scale, delta in zip(scales, deltas, strict=True))
+    u, sigma, v = torch.linalg.svd(torch.as_tensor(update), full_matrices=False)
+    b, a = u[:, :rank] * sigma[:rank], v[:rank]
+    if svd_clamp is not None:
+        bound = float(torch.quantile(torch.cat([b.flatten(), a.flatten()]), svd_clamp))
+        a, b = a.clamp(-bound, bound), b.clamp(-bound, bound)
+    return a, b
+
+
+_COMBINATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"linear": _linear, "svd": _svd, "cat": _cat}
+
+KINDS: dict[str, type[LoraDelta]] = {"linear": LoraLinear, "conv": LoraConv, "embedding": LoraEmbedding}

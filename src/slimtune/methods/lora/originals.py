@@ -1,0 +1,106 @@
+"""What quantization took from the weights of a model, by the safetensors files that it was quantized from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.core.delta import Site
+from slimtune.errors import ConfigError, SlimtuneError
+from slimtune.storage.source import INDEX, folder_of, shards_of
+
+_ALIKE = 0.5
+"""The largest ||W - Q|| / ||W|| with which Q may have been made of W; 4 bits lose about a tenth."""
+
+_WAY_OUT = "pass the folder with the weights of 16 bits to replace_lora_weights_loftq(model, model_path=...)"
+
+
+class Originals:
+    """The weights of a model before it was quantized, each read from its file when it is asked for.
+
+    Args:
+        source: a folder, Hub id, packaged name or single safetensors file; None where the model doesn't tell.
+        prefix: the name that the model gives its body, which the files may lack or have besides.
+    """
+
+    def __init__(self, source: str | None, prefix: str) -> None:
+        self.source, self.prefix = source, prefix
+        self._file_of: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, model: Any, path: str | os.PathLike[str] | None = None) -> Originals:
+        """Those of a model, from where it was loaded or from another place; nothing is read yet."""
+        source = os.fspath(path) if path is not None else getattr(model, "name_or_path", None)
+        return cls(source or None, getattr(model, "base_model_prefix", ""))
+
+    def lost(self, site: Site) -> Tensor:
+        """W - Q, (out, in) in float32, for a 4-bit layer with the weight Q.
+
+        Raises:
+            ConfigError: the layer isn't in 4 bits, or there is no weight that it can have been made of.
+        """
+        if not is_4bit(site):
+            raise ConfigError(
+                f"LoftQ starts at what 4 bits lost, and '{site.name}' is a {type(site.module).__name__} that isn't in "
+                'them; load the model with quantize="nf4", or leave that layer out of target_modules'
+            )
+        quantized_OI = site.base.weight(site.module).detach()
+        original = self._read(f"{site.name}.weight").to(quantized_OI.device, torch.float32)
+        # A Conv1D is stored as (in, out), and a square one doesn't show it.
+        losses = [turn - quantized_OI for turn in (original, original.t()) if turn.shape == quantized_OI.shape]
+        losses = [loss_OI for loss_OI in losses if loss_OI.norm() <= _ALIKE * original.norm()]
+        if not losses:
+            raise ConfigError(
+                f"'{site.name}' was not quantized from what '{self.source}' has, {tuple(original.shape)} there and "
+                f"{tuple(quantized_OI.shape)} here; {_WAY_OUT}"
+            )
+        return losses[0]
+
+    def _read(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._file_of = self._file_of or {key: file for file in self._files() for key in _keys(file)}
+            names = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
+            key = next((key for key in names if key in self._file_of), None)
+            if key is None:
+                raise ConfigError(f"'{self.source}' has no '{name}', which LoftQ starts from; {_WAY_OUT}")
+            with safe_open(self._file_of[key], framework="pt") as file:
+                weight = file.get_tensor(key)
+        except SlimtuneError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"the weights in '{self.source}' can't be read ({error}); {_WAY_OUT}") from error
+        if not weight.is_floating_point():
+            raise ConfigError(f"'{self.source}' is quantized itself, its '{key}' is {weight.dtype}; {_WAY_OUT}")
+        return weight
+
+    def _files(self) -> list[str]:
+        from transformers.utils.hub import cached_file
+
+        if self.source is None:
+            raise ConfigError(f"LoftQ needs the weights from before the model was quantized; {_WAY_OUT}")
+        if Path(self.source).is_file():
+            return [self.source]
+        source = folder_of(self.source)
+        try:
+            index = cached_file(source, INDEX)
+        except OSError:
+            return [str(cached_file(source, "model.safetensors"))]
+        return [str(cached_file(source, shard)) for shard in shards_of(Path(str(index)))]
+
+
+def is_4bit(site: Site) -> bool:
+    """Whether the weight of a site is stored in 4 bits now."""
+    return site.base.stored_as(site.module) in ("nf4", "fp4")
+
+
+def _keys(file: str) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())

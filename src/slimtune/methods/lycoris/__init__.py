@@ -1,0 +1,1 @@
+"""LoHa and LoKr: updates from Hadamard and Kronecker products."""

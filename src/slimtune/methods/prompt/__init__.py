@@ -1,0 +1,1 @@
+"""Prompt tuning, prefix tuning, P-tuning: virtual tokens in front of the input."""

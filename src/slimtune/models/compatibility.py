@@ -1,0 +1,102 @@
+"""Which engines take an adapter as it is, under which flags, and why others don't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slimtune.errors import listing
+from slimtune.models.headers import StoredTensor
+
+VLLM_DEFAULT_RANK = 16
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What its --max-lora-rank accepts."""
+UNKNOWN_TO_PEFT = {"BOTTLENECK", "BITFIT", "LAST_LAYER", "FULL", "FULL_ADAPTER"}
+"""Methods whose files `peft` has no type for."""
+SERVED_WHOLE = {"classifier", "score"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an engine takes an adapter, with what it needs or the reasons against."""
+
+    engine: str
+    takes: bool
+    note: str
+
+
+def verdicts(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> list[Verdict]:
+    """What is known of each engine about this adapter."""
+    rules: dict[str, Callable[[dict[str, Any], Sequence[StoredTensor]], tuple[list[str], str]]] = {
+        "peft": _peft,
+        "vLLM": _vllm,
+        "llama.cpp": _llama_cpp,
+    }
+    found = []
+    for engine, rule in rules.items():
+        against, note = rule(config, tensors)
+        found.append(Verdict(engine, not against, "; ".join(against) or note))
+    return found
+
+
+def largest_rank(config: dict[str, Any]) -> int:
+    """The largest rank of any module, which is what an engine has to make room for."""
+    return max([config.get("r") or 0, *rank_pattern(config).values()])
+
+
+def rank_pattern(config: dict[str, Any]) -> dict[str, int]:
+    """The ranks of modules that have their own; AdaLoRA writes down which of its directions are left."""
+    pattern = config.get("rank_pattern") or {}
+    return {name: sum(rank) if isinstance(rank, list) else rank for name, rank in pattern.items()}
+
+
+def _peft(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
+    method = config.get("peft_type")
+    against = [f"{method} is unknown to it"] if method in UNKNOWN_TO_PEFT else []
+    return against, "PeftModel.from_pretrained(model, folder)"
+
+
+def _vllm(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
+    against = _not_plain(config)
+    extra = set(config.get("modules_to_save") or ()) - SERVED_WHOLE
+    if extra:
+        against.append(f"modules_to_save ({listing(extra)}) is refused")
+    if config.get("bias", "none") != "none":
+        against.append(f"trained biases (bias={config['bias']}) are refused")
+    rank = largest_rank(config)
+    room = next((size for size in VLLM_RANKS if size >= rank), None)
+    if room is None:
+        against.append(f"rank {rank} is above its largest, {VLLM_RANKS[-1]}")
+    flag = f" --max-lora-rank {room}" if room and room > VLLM_DEFAULT_RANK else ""
+    return against, f"vllm serve BASE --enable-lora{flag} --lora-modules NAME=FOLDER"
+
+
+def _llama_cpp(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
+    against = _not_plain(config)
+    # The file has room for one alpha, and the scale is always alpha / rank.
+    if config.get("use_rslora"):
+        against.append("rsLoRA's scale can't be expressed in its file")
+    if config.get("alpha_pattern"):
+        against.append("an alpha of each module's own can't be expressed in its file")
+    other = [tensor.name for tensor in tensors if not _is_low_rank(tensor.name)]
+    if other:
+        against.append(f"its converter stops at {listing(other, 2)}")
+    return against, "python convert_lora_to_gguf.py FOLDER"
+
+
+def _is_low_rank(name: str) -> bool:
+    return any(part in name for part in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
+
+
+def _not_plain(config: dict[str, Any]) -> list[str]:
+    """Why this is not a plain LoRA; an empty list if it is."""
+    if config.get("peft_type") != "LORA":
+        return [f"{config.get('peft_type')} is not LoRA"]
+    init = config.get("init_lora_weights", True)
+    changes_base = isinstance(init, str) and init.lower().startswith(("pissa", "olora", "loftq", "corda"))
+    reasons = {
+        "DoRA is refused": config.get("use_dora"),
+        f"the initialisation {init} changed the base too": changes_base,
+    }
+    return [reason for reason, holds in reasons.items() if holds]

@@ -1,0 +1,101 @@
+"""Products with few tokens, as in decoding: kernels that read the codes, where expanding them would be nearly all work.
+
+bitsandbytes' kernel for the CPU wants 4-bit codes in another order and block maxima in bfloat16. Such a copy lives
+beside the codes from the first answer until the module learns again; the codes themselves stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from bitsandbytes.autograd._functions import matmul_4bit
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, gemv_4bit, has_avx512bf16
+from torch import Tensor, nn
+
+from slimtune.ops.frozen_linear import is_traced
+
+Product = Callable[[Tensor], Tensor]
+
+MOST_TOKENS = 16
+"""Where expanding and multiplying catches up, by `python -m benchmarks.decoding`."""
+_LANES = 32
+"""The kernels take whole blocks of so many rows and columns; beyond them they read what isn't theirs."""
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Codes in another order, and what they were made from."""
+
+    weight: Tensor
+    absmax: Tensor
+    versions: tuple[int, int]
+    codes: Tensor
+    state: Any
+
+    def is_of(self, weight: Tensor, absmax: Tensor) -> bool:
+        """Whether these are still the codes, unchanged; they are kept, so that their place can't be another's."""
+        same = self.weight.data_ptr() == weight.data_ptr() and self.absmax is absmax
+        return same and self.versions == (weight._version, absmax._version)
+
+
+_COPIES: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
+
+
+def few_tokens_4bit(module: Any, state: Any, x: Tensor, dtype: torch.dtype) -> Product | None:
+    """y = x W^T on 4-bit codes, x (..., in) in bfloat16, or None where expanding is quicker or has to be."""
+    if torch.is_grad_enabled():
+        _COPIES.pop(module, None)
+    if not _applies(x, dtype):
+        return None
+    if x.device.type != "cpu":
+        return lambda x: matmul_4bit(x.to(dtype), module.weight.t(), quant_state=state)
+    outputs, inputs = state.shape
+    # What was made in inference mode can change without a trace.
+    is_tracked = not (module.weight.is_inference() or state.absmax.is_inference())
+    if not is_tracked or outputs % _LANES or inputs % max(_LANES, state.blocksize) or not has_avx512bf16():
+        return None
+    codes, reordered = _reordered(module, state)
+    return lambda x: gemv_4bit(x.to(dtype).contiguous(), codes, state=reordered)
+
+
+def few_tokens_8bit(codes_OI: Tensor, scales_O: Tensor, x: Tensor, dtype: torch.dtype) -> Product | None:
+    """y = x W^T on int8 codes with a scale a row; else as `few_tokens_4bit`."""
+    has_lanes = not any(size % _LANES for size in codes_OI.shape)
+    if not _applies(x, dtype) or x.device.type != "cpu" or not has_lanes:
+        return None
+    scales = (scales_O / 127).to(dtype)
+
+    def product(x: Tensor) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        y_TO = torch.ops.aten._weight_int8pack_mm(x_TI.contiguous(), codes_OI.data, scales)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    return product
+
+
+def _applies(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there are few tokens, in bfloat16, and nothing is learned, traced or only planned."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    return (
+        0 < tokens <= MOST_TOKENS
+        and dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and not is_traced()
+        and type(x) is Tensor
+    )
+
+
+def _reordered(module: Any, state: Any) -> tuple[Tensor, Any]:
+    """The codes as the kernel for the CPU reads them, made once for as long as they stay what they are."""
+    weight, absmax = module.weight, state.absmax
+    known = _COPIES.get(module)
+    if known is None or not known.is_of(weight, absmax):
+        codes, reordered = _convert_weight_packed_for_cpu(weight.data, copy.copy(state))
+        versions = weight._version, absmax._version
+        known = _COPIES[module] = _Copy(weight.detach(), absmax, versions, codes, reordered)
+    return known.codes, known.state

@@ -1,0 +1,1 @@
+"""Whole runs: where a plan and a training meet."""

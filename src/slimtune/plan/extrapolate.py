@@ -1,0 +1,195 @@
+"""Deep models are simulated at two small depths and continued: blocks that are alike add alike.
+
+What is live at an operation is linear in the number of its block and in the number of blocks, so that each phase is
+fullest in one of the first blocks, in one of the last, or outside of them; and each of these moments is continued on
+its own. For blocks that repeat it is exact; where they don't, the whole model is simulated.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimtune.adapters.targets import resolve
+from slimtune.core.config import PeftConfig
+from slimtune.plan.memory import Moment, Parts, Phase, Work
+
+Key = tuple[Phase, str, bool]
+"""A phase, a module by the position of its block, and whether it is past the head."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model without running it; `block_bytes` are those of its largest block."""
+
+    depth: int
+    parameters: int
+    trainable: int
+    trainable_bytes: int
+    block_bytes: int
+    trainable_block_bytes: int
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What one simulated run came to: its fullest moments by place, and totals."""
+
+    moments: Mapping[Key, Moment]
+    activations: Mapping[str, int]
+    facts: Facts
+    paged_bytes: int
+    work: Mapping[Phase, Work]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the blocks of a model repeat: so many `leading` ones of their own kind, then a pattern of `period`.
+
+    Attributes:
+        path: of the list of blocks.
+    """
+
+    path: str
+    count: int
+    leading: int
+    period: int
+
+    @property
+    def margin(self) -> int:
+        """How many blocks at either end are looked at one by one."""
+        return self.period * -(-2 // self.period)
+
+    @property
+    def first(self) -> int:
+        return self.leading + self.margin
+
+    @property
+    def last(self) -> int:
+        return self.margin + (self.count - self.leading) % self.period
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        """The two depths to simulate."""
+        return self.first + self.last, self.first + self.last + self.period
+
+    @property
+    def steps(self) -> int:
+        """How often what the second depth adds to the first is missing from the whole."""
+        return (self.count - self.depths[0]) // self.period
+
+    def label(self, path: str, depth: int) -> str | None:
+        """A module's path with its block counted from the nearer end; None for blocks between the ends."""
+        match = re.match(rf"{re.escape(self.path)}\.(\d+)", path)
+        if match is None:
+            return path
+        number = int(match[1])
+        if self.first <= number < depth - self.last:
+            return None
+        position = str(number) if number < self.first else str(number - depth)
+        return f"{self.path}.{position}{path[match.end() :]}"
+
+    def unlabelled(self, label: str) -> str:
+        """The path in the whole model."""
+        return re.sub(
+            rf"^{re.escape(self.path)}\.-(\d+)", lambda match: f"{self.path}.{self.count - int(match[1])}", label
+        )
+
+
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The longest list of blocks, with its path."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    return max(lists, key=lambda pair: len(pair[1]), default=None)
+
+
+def repeating(config: Any, build: Callable[[Any], Any], method: PeftConfig | None) -> Blocks | None:
+    """How the blocks of a configuration repeat, or None where a short model can't stand for the whole.
+
+    Raises:
+        TargetError, ConfigError: the method doesn't go with this model.
+    """
+    count = getattr(config, "num_hidden_layers", None)
+    by_pattern = any(getattr(method, name, None) for name in ("rank_pattern", "alpha_pattern"))
+    if not isinstance(count, int) or getattr(config, "is_encoder_decoder", False) or by_pattern:
+        return None
+    with torch.device("meta"):
+        model = build(config)
+    found = block_list(model)
+    if found is None or len(found[1]) != count:
+        return None
+    targets = resolve(model, copy.deepcopy(method), strict=True) if method is not None else None
+    sites = [] if targets is None else [site.name for site in (*targets.sites, *targets.whole, *targets.biases)]
+    prints = [_fingerprint(f"{found[0]}.{i}", block, sites, _per_layer(config, i)) for i, block in enumerate(found[1])]
+    for leading, period in ((lead, p) for p in range(1, 9) for lead in range(4)):
+        blocks = Blocks(found[0], count, leading, period)
+        repeats = all(prints[i] == prints[i + period] for i in range(leading, count - period))
+        if repeats and sum(blocks.depths) < count:
+            return blocks
+    return None
+
+
+def _fingerprint(path: str, block: nn.Module, sites: list[str], settings: Any) -> Any:
+    parameters = tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters())
+    kinds = tuple(type(module) for module in block.modules())
+    return parameters, kinds, settings, tuple(name[len(path) :] for name in sites if name.startswith(f"{path}."))
+
+
+def _per_layer(config: Any, number: int) -> tuple[Any, ...]:
+    """What a configuration says of one layer in lists with an entry for each."""
+    return tuple(repr(value[number]) for value in _lists(config).values())
+
+
+def _lists(config: Any) -> dict[str, list[Any]]:
+    own = {name: getattr(config, name, None) for name in vars(config)}
+    return {k: v for k, v in own.items() if isinstance(v, list) and len(v) == config.num_hidden_layers}
+
+
+def cut(config: Any, depth: int) -> Any:
+    """The configuration of the same model with fewer blocks."""
+    short = copy.deepcopy(config)
+    for name, value in _lists(config).items():
+        setattr(short, name, value[:depth])
+    short.num_hidden_layers = depth
+    return short
+
+
+def continued(small: Sketch, large: Sketch, blocks: Blocks) -> Sketch | None:
+    """The sketch of the whole model, or None where the two differ in more than their depth."""
+    if small.moments.keys() != large.moments.keys() or small.activations.keys() != large.activations.keys():
+        return None
+    steps = blocks.steps
+
+    def on(before: int, after: int) -> int:
+        return before + (after - before) * steps
+
+    def parts(before: Parts, after: Parts) -> Parts:
+        return Parts(**{name: on(value, after.named()[name]) for name, value in before.named().items()})
+
+    moments = {
+        key: replace(moment, module=blocks.unlabelled(key[1]), parts=parts(small.moments[key].parts, moment.parts))
+        for key, moment in large.moments.items()
+    }
+    work = {
+        phase: Work(on(small.work[phase].flops, w.flops), on(small.work[phase].bytes_moved, w.bytes_moved))
+        for phase, w in large.work.items()
+    }
+    return replace(
+        large,
+        moments=moments,
+        activations={name: on(small.activations[name], value) for name, value in large.activations.items()},
+        facts=replace(
+            large.facts,
+            depth=blocks.count,
+            parameters=on(small.facts.parameters, large.facts.parameters),
+            trainable=on(small.facts.trainable, large.facts.trainable),
+            trainable_bytes=on(small.facts.trainable_bytes, large.facts.trainable_bytes),
+        ),
+        paged_bytes=on(small.paged_bytes, large.paged_bytes),
+        work=work,
+    )

@@ -1,0 +1,376 @@
+"""A model, a user's data and a device in; what fits, what it takes, and what to choose, out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from slimtune.data.lengths import PERCENTILES
+from slimtune.data.settings import DataSettings
+from slimtune.errors import ConfigError, ModelNotFoundError, check_choice, check_number, check_whole, did_you_mean
+from slimtune.plan.build import build, config_of, positions_of, task_of
+from slimtune.plan.calibrate import rates_of
+from slimtune.plan.data import ASSUMED_EXAMPLES, Measured, measure, uniform
+from slimtune.plan.devices import Device, find
+from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.recommend import Choice, Wish, recommend
+from slimtune.plan.rules import Case
+from slimtune.plan.setting import DRAWN_TOKENS, DTYPES, Precision, Setting
+from slimtune.plan.table import SIZES
+from slimtune.plan.time import Rates
+from slimtune.recipe.optimizers import DEFAULT
+from slimtune.recipe.preference import PREFERENCE_TASKS
+from slimtune.storage.source import PACKAGED
+
+TRAIN_LENGTH = 1024
+"""The longest example that `slimtune train` takes without being asked."""
+MODELS = Path(__file__).with_name("models")
+TASK_TYPES: dict[str, str | None] = {
+    "text": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "images": None,
+}
+"""By task of a recipe; the tasks of preferences are for models that write text."""
+TASKS = ("text", "classification", "token-classification", "seq2seq", *PREFERENCE_TASKS)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The answer: choices in the order in which to consider them, those that fit first.
+
+    Attributes:
+        data: the file, None where none was given.
+        cut: examples that are longer than the maximum length.
+        stored_dtype: of the base on disk.
+    """
+
+    model: str
+    data: str | None
+    wish: Wish
+    case: Case
+    choices: tuple[Choice, ...]
+    rates: Rates
+    cut: int
+    stored_dtype: str
+
+    @property
+    def best(self) -> Choice | None:
+        """The first choice, None if nothing fits."""
+        return next((choice for choice in self.choices if choice.fits), None)
+
+    def command(self, choice: Choice, output: str = "tuned") -> str:
+        """What to type to run a choice."""
+        setting = choice.setting
+        words = ["slimtune", "train", self.model, self.data or "DATA.jsonl", *self._task_words(), "--output", output]
+        words += ["--method", choice.method]
+        words += ["--rank", choice.rank] if choice.rank else []
+        words += ["--quantize", choice.base] if choice.base != "dense" else []
+        words += ["--dtype", self.wish.dtype] if self.wish.dtype != self.stored_dtype else []
+        words += ["--learning-rate", f"{choice.learning_rate:g}", "--batch-size", setting.batch]
+        words += ["--gradient-accumulation", setting.accumulation] if setting.accumulation > 1 else []
+        words += ["--gradient-checkpointing"] if setting.gradient_checkpointing else []
+        words += ["--optim", setting.optimizer] if setting.optimizer != DEFAULT else []
+        words += ["--epochs", f"{self.wish.epochs:g}"] if self.wish.epochs != Wish.epochs else []
+        words += ["--max-length", setting.sequence] if self.cut or setting.sequence > TRAIN_LENGTH else []
+        words += ["--too-long", "drop" if self.wish.task == "grpo" else "truncate"] if self.cut else []
+        return shlex.join(str(word) for word in words)
+
+    def _task_words(self) -> list[str]:
+        """The settings of a task that can't be told from the data."""
+        wish = self.wish
+        words = [f"task={wish.task}"] if wish.task in ("seq2seq", *PREFERENCE_TASKS) else []
+        if wish.task == "grpo":
+            words += [f"preferences.generations={wish.generations}"]
+            words += [f"preferences.max_new_tokens={wish.answer}"] if wish.answer else []
+        return words
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain types, for JSON."""
+        lengths, device = self.wish.lengths, asdict(self.wish.device)
+        data = {
+            "file": self.data,
+            "examples": lengths.examples,
+            "tokens": lengths.total,
+            "learned_tokens": lengths.learned,
+            "longest": lengths.longest,
+            "percentiles": {str(share): lengths.percentile(share) for share in PERCENTILES},
+            "cut": self.cut,
+            "labels": list(lengths.labels),
+        }
+        return {
+            "model": self.model,
+            "device": device | {"room_bytes": self.wish.device.room_bytes},
+            "devices": self.wish.devices,
+            "goal": self.wish.goal,
+            "task": self.wish.task,
+            "data": data if self.data else None,
+            "assumed": None if self.data else {"examples": lengths.examples, "tokens_each": self.wish.sequence},
+            "rates": asdict(self.rates),
+            "fits": self.best is not None,
+            "choices": [self._choice(choice) for choice in self.choices],
+        }
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        setting, peak = choice.setting, choice.plan.peak
+        batch = setting.batch
+        return {
+            "method": choice.method,
+            "base": choice.base,
+            "fits": choice.fits,
+            "peak_bytes": choice.parts.total,
+            "needed_bytes": choice.needed_bytes,
+            "parts": choice.parts.named(),
+            "merge_bytes": choice.merge_bytes,
+            "peak_at": {"phase": peak.phase, "module": peak.module, "operation": peak.operation},
+            "parameters": choice.plan.parameters,
+            "trainable": choice.plan.trainable,
+            "adapter_bytes": choice.adapter_bytes,
+            "rank": choice.rank,
+            "alpha": 2 * choice.rank if choice.rank else None,
+            "learning_rate": choice.learning_rate,
+            "batch_size": batch,
+            "gradient_accumulation": setting.accumulation,
+            "gradient_checkpointing": setting.gradient_checkpointing,
+            "max_length": setting.sequence,
+            "padding_waste": self.wish.lengths.padding_waste(batch),
+            "packing_gain": self.wish.lengths.packing_gain(setting.sequence, batch),
+            "time": asdict(choice.duration),
+            "reasons": [
+                {"rule": r.name, "text": r.text, "evidence": r.evidence, "against": r.against} for r in choice.reasons
+            ],
+            "engines": [asdict(verdict) for verdict in choice.engines],
+            "notes": list(choice.plan.notes),
+            "command": self.command(choice),
+        }
+
+
+def plan(
+    model: Any,
+    data: str | Path | DataSettings | None = None,
+    device: str | Device = "auto",
+    goal: str = "task",
+    methods: Sequence[str] | None = None,
+    bases: Sequence[Precision] | None = None,
+    rank: int | None = None,
+    batch_size: int | None = None,
+    gradient_accumulation: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    max_length: int | None = None,
+    epochs: float = 3.0,
+    dtype: str = "auto",
+    devices: int = 1,
+    served_on: str | Device | None = None,
+    memory_gb: float | None = None,
+    price_per_hour: float | None = None,
+    trust_remote_code: bool = False,
+    task: str = "auto",
+    max_new_tokens: int | None = None,
+    generations: int | None = None,
+    optim: str = DEFAULT,
+    attention: str | None = None,
+    evaluation: bool = False,
+    merge: bool = False,
+) -> Report:
+    """What tuning a model takes on a device, by method, and which to choose. No weights are read and no GPU is needed.
+
+    Args:
+        model: a folder with a config.json, a Hub id, a packaged name, one of the classic table's models, or a config.
+        data: the file to train on; without one, a thousand examples of `max_length` tokens.
+        device: by name, "auto" or "cpu".
+        goal: "task", "quality", "fast", "domain" or "tiny".
+        methods: names of `slimtune methods`; None for those that the goal suggests.
+        bases: "dense", or what `quantize` takes in `slimtune.load`; None for dense, NF4 and int8.
+        devices: GPUs that share the training; what they exchange and hold is an estimate.
+        served_on: where the result has to run, if that is tighter.
+        task: as a recipe names it; auto is found by looking at the data, or by the model where there is none.
+        max_new_tokens: of an answer that grpo draws (512), or a decoder writes (as many as the data has).
+        generations: answers that grpo draws to each prompt (8).
+        optim: the optimizer, as `slimtune train --optim` names it.
+        attention: "sdpa" or "eager"; None for what transformers takes.
+        evaluation: count an evaluation step too, on batches of the same size.
+        merge: simulate merging the adapter too.
+
+    Raises:
+        ModelNotFoundError: no configuration, or one that needs code from the model's folder.
+        ConfigError: an unknown device, method or goal, or settings that can't be.
+        DataError: data that can't be read or lacks the fields.
+    """
+    _check(rank, batch_size, gradient_accumulation, max_length, epochs, devices)
+    chosen = _device(device).changed(memory_gb, price_per_hour)
+    if devices > 1:
+        chosen.link()
+    config = read_config(model, trust_remote_code)
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    measured = _measured(model, config, data, task, max_length, trust_remote_code)
+    _check_answers(measured.task, max_new_tokens, generations)
+    limit = _limit(config, measured, max_length, max_new_tokens)
+    lengths, task_type = measured.lengths, task_type_of(measured.task)
+    if lengths.labels:
+        config.num_labels = len(lengths.labels)
+    parameters, numbers_per_rank = count(config, task_type)
+    wish = Wish(
+        device=chosen,
+        lengths=lengths.within(limit),
+        sequence=min(lengths.longest, limit),
+        goal=goal,
+        has_data=data is not None,
+        epochs=epochs,
+        methods=methods,
+        bases=bases,
+        rank=rank,
+        batch=batch_size,
+        accumulation=gradient_accumulation,
+        checkpointing=gradient_checkpointing,
+        dtype=_dtype(dtype, stored, chosen),
+        task=measured.task,
+        task_type=task_type,
+        answer=max_new_tokens or measured.answer,
+        generations=generations or Setting.generations,
+        optim=optim,
+        attention=attention,
+        devices=devices,
+        parameters=parameters,
+        served_on=_device(served_on) if served_on else None,
+    )
+    rates = rates_of(chosen)
+    case, choices = recommend(wish, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
+    named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
+    said = data.train[0].path if isinstance(data, DataSettings) else None if data is None else str(data)
+    return Report(named, said, wish, case, tuple(choices), rates, lengths.over(limit), stored)
+
+
+def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:
+    """The simulator for one model."""
+    from slimtune.plan.simulate import simulate
+
+    def run(setting: Setting) -> MemoryPlan:
+        others = {field.name: getattr(setting, field.name) for field in fields(setting) if field.name != "method"}
+        return simulate(config, setting.method, evaluation=evaluation, merge=merge, **others)
+
+    return run
+
+
+def read_config(model: Any, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model, those of the classic table included; raises as `plan`."""
+    if isinstance(model, str) and model in SIZES.values():
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**json.loads((MODELS / f"{model}.json").read_text(encoding="utf-8")))
+    # Organisations on the Hub may have models of such names.
+    is_bare = isinstance(model, str) and "/" not in model and model not in PACKAGED and not Path(model).exists()
+    if is_bare and (near := did_you_mean(model, SIZES.values())):
+        raise ModelNotFoundError(f"no model '{model}'{near}")
+    return config_of(model, trust_remote_code)
+
+
+def count(config: Any, task_type: str | None) -> tuple[int, int]:
+    """Parameters of the model, and of LoRA of rank 1 on all its linear layers."""
+    import torch
+
+    from slimtune.adapters.model import get_peft_model
+    from slimtune.methods.lora.config import LoraConfig
+
+    parameters, trained = 0, []
+    for rank in (1, 2):
+        with torch.device("meta"):
+            model = build(copy.deepcopy(config), Setting(), task_type)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            get_peft_model(model, LoraConfig(r=rank, task_type=task_type))
+        trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    # A new head counts in both.
+    return parameters, trained[1] - trained[0]
+
+
+def _check(
+    rank: int | None, batch: int | None, accumulation: int | None, length: int | None, epochs: float, devices: int
+) -> None:
+    named = {"rank": rank, "batch_size": batch, "gradient_accumulation": accumulation, "devices": devices}
+    for name, value in named.items():
+        if value is not None:
+            check_whole(name, value)
+    if length is not None:
+        check_whole("max_length", length, 2)
+    check_number("epochs", epochs, 0, 1e6)
+    if epochs == 0:
+        raise ConfigError("epochs must be above 0, found 0")
+
+
+def _check_answers(task: str, max_new_tokens: int | None, generations: int | None) -> None:
+    """See that nothing would be ignored; raises ConfigError."""
+    takes = {"max_new_tokens": ("grpo", "seq2seq"), "generations": ("grpo",)}
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("generations", generations, 2)):
+        if value is None:
+            continue
+        check_whole(name, value, least)
+        if task not in takes[name]:
+            raise ConfigError(
+                f"{name} would change nothing with task {task}; leave it out, or pass task {' or '.join(takes[name])}"
+            )
+
+
+def _device(device: str | Device) -> Device:
+    return device if isinstance(device, Device) else find(device)
+
+
+def _dtype(wanted: str, stored: str, device: Device) -> str:
+    """As asked; else as stored on a processor, and in the type that a GPU computes in."""
+    if wanted != "auto":
+        if wanted not in DTYPES:
+            raise ConfigError(f"no dtype '{wanted}'; pass auto, {', '.join(DTYPES)}{did_you_mean(wanted, DTYPES)}")
+        return wanted
+    return stored if device.is_cpu and stored in DTYPES else device.half_precision
+
+
+def task_type_of(task: str) -> str | None:
+    """How an adapter's config calls a task; None for images, which it has no name for."""
+    return TASK_TYPES.get(task, "CAUSAL_LM")
+
+
+def _measured(
+    model: Any, config: Any, data: str | Path | DataSettings | None, task: str, max_length: int | None, trusts: bool
+) -> Measured:
+    if task != "auto":
+        check_choice("task", task, TASKS)
+    if data is not None:
+        return measure(data, tokenizer_of(model, trusts), task)
+    length = min(n for n in (max_length or TRAIN_LENGTH, positions_of(config)) if n is not None)
+    return Measured(task_of(config) if task == "auto" else task, uniform(length, ASSUMED_EXAMPLES))
+
+
+def _limit(config: Any, measured: Measured, max_length: int | None, max_new_tokens: int | None) -> int:
+    """The most tokens of an example: as asked, or the longest that the model has positions for. Raises: ConfigError."""
+    positions = positions_of(config)
+    longest = max_length or measured.lengths.longest
+    if positions is None:
+        return longest
+    drawn = (max_new_tokens or DRAWN_TOKENS) if measured.task == "grpo" else 0
+    if positions - drawn < 2:
+        raise ConfigError(
+            f"the model has {positions} positions, and answers of {drawn} tokens leave no room for a prompt; pass a "
+            "smaller max_new_tokens"
+        )
+    if max_length is not None and max_length > positions:
+        raise ConfigError(f"max_length is {max_length} and the model has {positions} positions; pass a smaller one")
+    return min(longest, positions - drawn)
+
+
+def tokenizer_of(model: Any, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lengths are measured with. Raises: ModelNotFoundError."""
+    from slimtune.models.load import load_tokenizer
+    from slimtune.storage.source import resolve
+
+    folder = resolve(model) if model in PACKAGED else str(model)
+    tokenizer = None if model in SIZES.values() else load_tokenizer(folder, trust_remote_code)
+    if tokenizer is None:
+        raise ModelNotFoundError(
+            f"'{model}' has no tokenizer here, which the lengths of the data need; pass the model's folder, or leave "
+            "the data out and give --max-length"
+        )
+    return tokenizer

@@ -1,0 +1,126 @@
+"""The classic table: how much memory tuning takes by method and size of the model, simulated and as a rule of thumb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from slimtune.errors import check_choice
+from slimtune.methods.lora.config import LoraConfig
+from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.setting import Precision, Setting
+
+SIZES = {
+    "7B": "llama-2-7b",
+    "13B": "llama-2-13b",
+    "30B": "llama-30b",
+    "70B": "llama-3-70b",
+    "110B": "qwen1.5-110b",
+}
+"""The model of each size, whose configuration comes with the library."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the table.
+
+    Attributes:
+        rule_of_thumb: gigabytes by size, as they are passed around.
+        holds: under which settings those figures are right, in a sentence.
+    """
+
+    name: str
+    rule_of_thumb: tuple[int, ...]
+    holds: str
+    base: Precision = "dense"
+    is_full: bool = False
+
+
+ROWS = (
+    Row(
+        "Full, 16-bit",
+        (67, 125, 288, 672, 1056),
+        "9.6 bytes a parameter: weights, gradients and both of Adam's moments all in 16 bits (8 bytes), and a fifth on "
+        "top. Updates below 1/256 of a weight are lost then; with float32 weights and moments, as `slimtune train "
+        "--method full` has them, it is 16 bytes and more.",
+        is_full=True,
+    ),
+    Row(
+        "LoRA, 16-bit",
+        (15, 28, 63, 146, 229),
+        "2.1 bytes a parameter: the weights, and a twentieth for adapter and activations: one short example at a time "
+        "with checkpointing.",
+    ),
+    Row(
+        "QLoRA, 8-bit",
+        (9, 17, 38, 88, 138),
+        "1.25 bytes a parameter: int8 weights and a quarter on top.",
+        base="int8",
+    ),
+    Row(
+        "QLoRA, 4-bit",
+        (5, 9, 20, 46, 72),
+        "0.65 bytes a parameter: NF4 with its scales (0.52), embeddings and head left in 16 bits, and a little on top.",
+        base="nf4",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one model."""
+
+    row: Row
+    size: str
+    plan: MemoryPlan
+    rule_of_thumb_gb: int
+
+    @property
+    def gigabytes(self) -> float:
+        """The simulated peak."""
+        return self.plan.peak_bytes / 1e9
+
+    @property
+    def ratio(self) -> float:
+        """Simulated against the rule of thumb."""
+        return self.gigabytes / self.rule_of_thumb_gb
+
+
+def setting(row: Row, batch: int = 1, sequence: int = 512, rank: int = 16, checkpointing: bool = True) -> Setting:
+    """How a row is simulated: bf16, one example of 512 tokens, checkpointing, LoRA on all linear layers."""
+    return Setting(
+        method=None if row.is_full else LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"),
+        base=row.base,
+        batch=batch,
+        sequence=sequence,
+        padded=False,
+        gradient_checkpointing=checkpointing,
+        task_type="CAUSAL_LM",
+    )
+
+
+def classic_table(
+    simulate: Callable[[str, Setting], MemoryPlan],
+    sizes: Sequence[str] = tuple(SIZES),
+    batch: int = 1,
+    sequence: int = 512,
+    rank: int = 16,
+    checkpointing: bool = True,
+) -> list[Cell]:
+    """All cells, row by row.
+
+    Args:
+        simulate: a plan for a model's name and a setting.
+
+    Raises:
+        ConfigError: an unknown size, or settings that can't be.
+    """
+    for size in sizes:
+        check_choice("size", size, tuple(SIZES))
+    cells = []
+    for row in ROWS:
+        for size, figure in zip(SIZES, row.rule_of_thumb, strict=True):
+            if size in sizes:
+                plan = simulate(SIZES[size], setting(row, batch, sequence, rank, checkpointing))
+                cells.append(Cell(row, size, plan, figure))
+    return cells

@@ -1,0 +1,1 @@
+"""Models loaded in few bits, and back."""

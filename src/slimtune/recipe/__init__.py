@@ -1,0 +1,1 @@
+"""What a run is to do: the schema of recipes, their validation."""

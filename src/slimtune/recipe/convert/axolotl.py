@@ -1,0 +1,304 @@
+"""Axolotl: its flat keys, with the defaults that it has where a key is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import ConfigError, listing
+from slimtune.recipe.convert.axolotl_data import held_out_of, sources_of
+from slimtune.recipe.convert.rules import (
+    Imported,
+    Rule,
+    by_hand,
+    check_kinds,
+    each,
+    given,
+    idle,
+    names,
+    one_of,
+    refused,
+    taken,
+    to,
+)
+from slimtune.recipe.convert.trainer_keys import OPTIMIZER, REVISION, SCHEDULER, SEED, TRAINER_KEYS, keep_best
+
+NAME, MODEL = "Axolotl", "base_model"
+
+TOO_LONG = {"drop": "drop", "truncate": "truncate", "raise": "error"}
+HARMLESS_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
+
+_FAST = "the same result, computed otherwise"
+_VOCABULARY = "the vocabulary stays as the model has it"
+_LOSSES = "this loss isn't implemented"
+_EXPERTS = "experts are computed as transformers does it"
+_BITS = "weights are held in few bits by model.quantize alone"
+
+RULES: dict[str, Rule] = TRAINER_KEYS | {
+    "base_model": to("model.name"),
+    "sequence_len": to("data.max_length"),
+    "excess_length_strategy": to("data.too_long", one_of(TOO_LONG, "way with long examples")),
+    "micro_batch_size": to("training.batch_size"),
+    "num_epochs": to("training.epochs"),
+    "optimizer": to("training.optim", OPTIMIZER),
+    "gradient_checkpointing": to("training.gradient_checkpointing", bool),
+    "sample_packing": to("data.packing"),
+    "lora_r": to("method.r"),
+    "lora_alpha": to("method.lora_alpha"),
+    "lora_fan_in_fan_out": to("method.fan_in_fan_out"),
+    "lora_modules_to_save": to("method.modules_to_save"),
+    "lora_target_parameters": to("method.target_parameters", names),
+    "lora_rank_pattern": to("method.rank_pattern"),
+    "lora_alpha_pattern": to("method.alpha_pattern"),
+    "peft_use_rslora": to("method.use_rslora"),
+    "peft_layers_to_transform": to("method.layers_to_transform"),
+    "peft_layers_pattern": to("method.layers_pattern"),
+    "peft_init_lora_weights": to("method.init_lora_weights"),
+    "peft_trainable_token_indices": to("method.trainable_token_indices"),
+    "rl_beta": to("preferences.beta"),
+    "orpo_alpha": to("preferences.beta"),
+    "kto_desirable_weight": to("preferences.desirable_weight"),
+    "kto_undesirable_weight": to("preferences.undesirable_weight"),
+    "wandb_project": Rule("training.report_to", lambda project: "wandb"),
+    "use_wandb": Rule("training.report_to", lambda on: "wandb" if on else "none"),
+    "use_tensorboard": Rule("training.report_to", lambda on: "tensorboard" if on else "none"),
+    "revision_of_model": REVISION,
+    "base_model_config": refused("the model's own config.json holds"),
+    "tokenizer_config": refused("the model's own tokenizer is used"),
+    "overrides_of_model_config": refused("the model's own config.json holds"),
+    "overrides_of_model_kwargs": refused("the model is loaded as it is"),
+    "lora_model_dir": refused("training begins with a new adapter; merge this one first, and tune the result"),
+    "train_on_inputs": refused("only answers are learned; plain text learns everything"),
+    "chat_template_jinja": refused("the tokenizer's own chat template is used"),
+    "chat_template_kwargs": refused("the template's own defaults hold"),
+    "default_system_message": refused("write the system message into the rows"),
+    "batch_size": refused("give micro_batch_size and gradient_accumulation_steps"),
+    "lr_groups": refused("all parameters learn at one rate, but for lora_plus_ratio"),
+    "embedding_lr": refused("all parameters learn at one rate"),
+    "embedding_lr_scale": refused("all parameters learn at one rate"),
+    "lr_quadratic_warmup": refused("a warm-up rises in a line"),
+    "lr_div_factor": refused("no schedule takes it here"),
+    "cosine_constant_lr_ratio": refused("no schedule takes it here"),
+    "optim_target_modules": refused("the optimizer is the same for all parameters"),
+    "peft_layer_replication": refused("the model's layers stay as they are"),
+    "peft_autocast_adapter_dtype": refused("adapters are held in float32", True),
+    "bnb_config_kwargs": refused("4 bits are nf4, their scales quantized too"),
+    "gptq": refused(_BITS),
+    "shuffle_merged_datasets": refused("rows are drawn at random", True),
+    "shuffle_before_merging_datasets": refused("rows are drawn at random once"),
+    "curriculum_sampling": refused("rows are drawn at random"),
+    "sample_packing_sequentially": refused("rows are packed by length"),
+    "dataset_exact_deduplication": refused("rows that are twice there are learned twice; remove them"),
+    "dataset_shard_num": refused("all rows are read"),
+    "max_packed_sequence_len": refused("give sequence_len, with sample_packing"),
+    "model_config": refused("the model's own config.json holds"),
+    "cls_model_config": refused("the model's own config.json holds"),
+    "eta_min": refused("give cosine_min_lr_ratio"),
+    "torch_dtype": refused("give bf16 or fp16"),
+    "base_model_ignore_patterns": idle("the files that are needed are loaded"),
+    "accelerator_config": refused("batches are drawn as transformers does it"),
+    "min_sample_len": refused("short rows are learned, too"),
+    "pad_to_sequence_len": idle("padding is neither attended to nor learned"),
+    "unfrozen_parameters": refused("choose a method; full tunes everything"),
+    "reinit_weights": refused("weights begin as they are stored"),
+    "num_labels": refused("a classifier finds its labels in the data; write a recipe for it"),
+    "reward_model": refused("models of rewards aren't trained here"),
+    "process_reward_model": refused("models of rewards aren't trained here"),
+    "center_rewards_coefficient": refused("models of rewards aren't trained here"),
+    "cpo_alpha": idle("only simpo takes it"),
+    "use_eaft": refused(_LOSSES),
+    "trl": refused("the settings of grpo are in preferences; write a recipe for it"),
+    "vllm": refused("answers are drawn without vLLM"),
+    "qat": refused("training with rounded weights isn't implemented"),
+    "quantization": refused("what comes out is quantized after training, by slimtune merge"),
+    "fp8": refused("products aren't computed in 8 bits"),
+    "float32": to("model.dtype", lambda on: "float32" if on else "auto"),
+    "processor_type": refused("models of images, sound and video aren't tuned here"),
+    "processor_kwargs": refused("models of images, sound and video aren't tuned here"),
+    "freeze_mm_modules": refused("models of images, sound and video aren't tuned here"),
+    "eot_tokens": idle("the end of a turn is found in the chat template, and learned"),
+    "loss_watchdog_threshold": idle("a loss that is no number stops the run, a high one doesn't"),
+    "strict": idle("the model is always loaded strictly"),
+    "debug": idle("--debug shows where an error comes from"),
+    **each(refused(_VOCABULARY), "tokens", "added_tokens_overrides", "resize_token_embeddings_to_32x",
+           "shrink_embeddings", "tokenizer_use_mistral_common", "fix_untrained_tokens"),
+    **each(refused("this way of tuning isn't implemented"), "relora", "relora_prune_ratio", "lisa_n_layers",
+           "lisa_step_interval", "jagged_restart_steps", "use_pose", "diffusion", "ebft", "llmcompressor"),
+    **each(refused(_EXPERTS), "quantize_moe_experts", "llama4_linearized_experts", "expert_parallel_size"),
+    **each(refused(_BITS), "model_quantization_config", "model_quantization_config_kwargs", "use_onebitllms",
+           "bfloat16", "float16"),
+    **each(refused("one device trains here"), "dp_shard_size", "dp_replicate_size"),
+    **each(idle(_EXPERTS), "experts_implementation", "use_scattermoe", "use_sonicmoe"),
+    **each(idle(_FAST), "attn_implementation", "flash_attention", "flash_attn_cross_entropy", "flash_attn_rms_norm",
+           "flash_attn_fuse_mlp", "flash_optimum", "flex_attention", "flex_attn_compile_kwargs", "sdp_attention",
+           "xformers_attention", "eager_attention", "sage_attention", "fused_attn_kernel", "lora_mlp_kernel",
+           "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel", "liger_rope", "liger_rms_norm",
+           "liger_rms_norm_gated", "liger_glu_activation", "liger_swiglu", "liger_layer_norm",
+           "liger_fused_linear_cross_entropy", "liger_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy",
+           "torch_compile_backend", "torch_compile_mode", "use_kernels", "unsloth_lora_mlp", "unsloth_lora_qkv",
+           "unsloth_lora_o", "unsloth_cross_entropy_loss", "tiled_mlp", "gc_steps", "activation_offloading",
+           "layer_offloading", "selective_checkpointing", "device_map", "max_memory", "gpu_memory_limit",
+           "lora_on_cpu", "qlora_sharded_model_loading", "experimental_skip_move_to_device", "torchdistx_path",
+           "gemma4_hybrid_attn_impl"),
+    **each(idle("rows are packed within each batch's length, evaluation not at all"), "eval_sample_packing",
+           "sample_packing_eff_est", "sample_packing_group_size", "sample_packing_bin_size", "total_num_tokens",
+           "sample_packing_seq_len_multiplier", "multipack_real_batches", "eval_sequence_len",
+           "pretrain_multipack_attn", "pretrain_multipack_buffer_size", "streaming_multipack_buffer_size"),
+    **each(idle("rows are read and encoded anew"), "dataset_prepared_path", "dataset_processes", "dataset_num_proc",
+           "dataset_keep_in_memory", "skip_prepare_dataset", "push_dataset_to_hub", "preprocess_iterable"),
+    **each(idle("a tracker's own settings; set its environment variables"), "wandb_entity", "wandb_watch",
+           "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_mode", "mlflow_tracking_uri",
+           "mlflow_experiment_name", "mlflow_run_name", "comet_project_name", "use_otel_metrics",
+           "otel_metrics_host", "otel_metrics_port", "trackio_project_name", "trackio_run_name", "trackio_space_id"),
+    **each(idle("held-out rows are evaluated after each epoch"), "evals_per_epoch", "eval_table_size",
+           "eval_max_new_tokens", "do_causal_lm_eval", "eval_causal_lm_metrics", "do_bench_eval"),
+    **each(idle("checkpoints are a few minutes apart"), "saves_per_epoch", "save_first_step"),
+    **each(idle("found in the model's folder"), "tokenizer_type", "tokenizer_use_fast", "tokenizer_legacy",
+           "is_llama_derived_model", "is_mistral_derived_model", "is_falcon_derived_model", "is_qwen_derived_model",
+           "tokenizer_save_jinja_files"),
+    **each(idle("only another key takes it"), "loss_watchdog_patience", "eaft_alpha", "eaft_k", "merge_method",
+           "fsdp_version", "gptq_groupsize", "gptq_model_v1", "gptq_disable_exllama"),
+    **each(by_hand(str), "adapter", "lr_scheduler", "rl", "chat_template", "model_type", "type_of_model"),
+    **each(by_hand(bool), "load_in_4bit", "load_in_8bit", "lora_target_linear", "peft_use_dora", "fp16",
+           "full_finetune"),
+    **each(by_hand(int, float), "cosine_min_lr_ratio", "val_set_size"),
+    **each(by_hand(dict), "peft", "special_tokens"),
+    **each(by_hand(list), "datasets", "test_datasets", "plugins"),
+    "pretraining_dataset": by_hand(str, dict, list),
+    "lora_target_modules": by_hand(str, list),
+    "bf16": by_hand(str, bool),
+}  # fmt: skip
+
+RL = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "kto": "kto"}
+
+
+def translate(values: Mapping[str, Any], folder: Path) -> Imported:
+    """The recipe of these keys; raises ConfigError with every key that was refused."""
+    found = Imported(NAME)
+    check_kinds(values, RULES)
+    _defaults(found)
+    for part in (_task, _method, _model, _schedule, _texts):
+        part(found, values)
+    sources_of(found, values)
+    held_out_of(found, values)
+    found.settle(values, RULES)
+    return found.done()
+
+
+def _defaults(found: Imported) -> None:
+    """What Axolotl does where nothing is said."""
+    found.put("data.max_length", 512)
+    found.put("data.too_long", "drop")
+    run = {"epochs": 1.0, "batch_size": 1, "optim": "adamw_torch_fused", "scheduler": "cosine", "seed": SEED}
+    for name, value in run.items():
+        found.put(f"training.{name}", value)
+    found.put("output", "./model-out")
+
+
+def _task(found: Imported, values: Mapping[str, Any]) -> None:
+    kind = taken(values, "rl")
+    if not kind:
+        found.put("task", "text")
+        return
+    if kind not in RL:
+        found.refused["rl"] = f"'{kind}' isn't translated; there are {listing(RL)}"
+        return
+    found.put("task", RL[kind], "rl")
+    if kind == "ipo":
+        found.put("preferences.loss_type", "ipo", "rl")
+
+
+def _method(found: Imported, values: Mapping[str, Any]) -> None:
+    kind = taken(values, "adapter")
+    if kind is None:
+        found.put("method.name", "full", *given(values, "adapter"))
+        found.different["adapter"] = "weights that are all tuned are held in float32, theirs in 16 bits"
+        unused = [key for key in values if key.startswith(("lora_", "peft_"))]
+        found.without_effect |= dict.fromkeys(unused, "all weights are tuned")
+        return
+    if kind not in ("lora", "qlora"):
+        found.refused["adapter"] = f"there is no '{kind}' to translate; lora and qlora are"
+        return
+    dora = bool(taken(values, "peft_use_dora"))
+    found.put("method.name", "dora" if dora else "lora", "adapter", *given(values, "peft_use_dora"))
+    if taken(values, "lora_r") is None:
+        found.refused["adapter"] = "lora_r is missing"
+    found.put("method.lora_alpha", 8)
+    _targets(found, values)
+    inner = taken(values, "peft", {})
+    if set(inner) - {"loftq_config"}:
+        found.refused["peft"] = f"of {listing(inner)} only loftq_config is translated"
+    elif inner:
+        found.put("method.loftq_config", inner["loftq_config"], "peft")
+        found.put("method.init_lora_weights", "loftq", "peft")
+
+
+def _targets(found: Imported, values: Mapping[str, Any]) -> None:
+    keys = given(values, "lora_target_linear", "lora_target_modules")
+    modules = taken(values, "lora_target_modules")
+    if taken(values, "lora_target_linear"):
+        found.put("method.target_modules", "all-linear", *keys)
+    elif modules:
+        found.put("method.target_modules", modules, *keys)
+    else:
+        found.different["lora_target_modules"] = "without targets all linear layers of the blocks are adapted here"
+
+
+def _model(found: Imported, values: Mapping[str, Any]) -> None:
+    for key in given(values, "model_type", "type_of_model"):
+        kind = str(values[key])
+        told = found.without_effect if kind.endswith("ForCausalLM") else found.refused
+        told[key] = "models that write text are loaded, as config.json names them"
+    four, eight = taken(values, "load_in_4bit"), taken(values, "load_in_8bit")
+    if taken(values, "adapter") is None and (four or eight):
+        found.refused["load_in_4bit" if four else "load_in_8bit"] = (
+            "quantized weights can't be tuned without an adapter"
+        )
+    elif four or eight:
+        found.put("model.quantize", "nf4" if four else "int8", "load_in_4bit" if four else "load_in_8bit")
+    elif taken(values, "adapter") == "qlora":
+        found.refused["adapter"] = "qlora needs load_in_4bit"
+    half = bool(taken(values, "fp16"))
+    # Their default is bf16: auto.
+    found.put("model.dtype", "float16" if half else "bfloat16", *given(values, "fp16" if half else "bf16"))
+    if values.get("bf16") is False and not half:
+        found.put("model.dtype", "float32", "bf16")
+
+
+def _schedule(found: Imported, values: Mapping[str, Any]) -> None:
+    least, name = taken(values, "cosine_min_lr_ratio"), taken(values, "lr_scheduler", "cosine")
+    try:
+        if least is not None and name == "cosine":
+            found.put("training.scheduler", "cosine_with_min_lr", *given(values, "lr_scheduler"))
+            found.put("training.scheduler_options", {"min_lr_rate": least}, "cosine_min_lr_ratio")
+        else:
+            found.put("training.scheduler", SCHEDULER(name), *given(values, "lr_scheduler"))
+    except ConfigError as error:
+        found.refused["lr_scheduler"] = str(error)
+    steps, share = taken(values, "warmup_steps"), taken(values, "warmup_ratio")
+    if steps is None and share is None:
+        found.different["warmup_steps"] = "without a number 3% of the steps warm up; theirs are 100 at most"
+    warmup = steps if steps is not None else 0.03 if share is None else share
+    found.put("training.warmup", warmup, *given(values, "warmup_steps", "warmup_ratio"))
+    keep_best(found, values)
+
+
+def _texts(found: Imported, values: Mapping[str, Any]) -> None:
+    template = taken(values, "chat_template")
+    if template and not str(template).startswith("tokenizer_default"):
+        found.different["chat_template"] = f"the tokenizer's own is used, which should be the same as '{template}'"
+    found.without_effect |= dict.fromkeys(given(values, "chat_template"), "the tokenizer's own is used")
+    special = taken(values, "special_tokens", {})
+    if set(special) - {"pad_token", "bos_token", "eos_token", "unk_token"}:
+        found.refused["special_tokens"] = f"of {listing(special)} some would be new to the vocabulary"
+    elif special:
+        found.without_effect["special_tokens"] = "the tokenizer's own are used; padding is never learned"
+    if set(special) & {"bos_token", "eos_token", "unk_token"}:
+        found.different["special_tokens"] = "the tokenizer's own are used, which should be the same ones"
+    plugins = [str(name) for name in taken(values, "plugins", [])]
+    strange = [name for name in plugins if not any(harmless in name for harmless in HARMLESS_PLUGINS)]
+    if strange:
+        found.refused["plugins"] = f"{listing(strange)} may change anything"
+    elif plugins:
+        found.without_effect["plugins"] = _FAST

@@ -1,0 +1,254 @@
+"""LLaMA-Factory: its flat keys, with the defaults that it has where a key is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import listing
+from slimtune.recipe.convert.llama_factory_data import held_out_of, sources_of
+from slimtune.recipe.convert.rules import (
+    OFF,
+    Imported,
+    Rule,
+    by_hand,
+    check_kinds,
+    each,
+    given,
+    idle,
+    names,
+    one_of,
+    refused,
+    taken,
+    to,
+)
+from slimtune.recipe.convert.trainer_keys import OPTIMIZER, REVISION, SCHEDULER, SEED, TRAINER_KEYS, keep_best
+
+NAME, MODEL = "LLaMA-Factory", "model_name_or_path"
+
+_IMAGES = "models of images, sound and video aren't tuned here"
+_OPTIMIZERS = "this optimizer isn't implemented"
+_LOSSES = "this loss isn't implemented"
+_SERVING = "about serving, not training"
+_VOCABULARY = "the vocabulary stays as the model has it"
+_LOADING = "memory and time, not the result"
+
+RULES: dict[str, Rule] = TRAINER_KEYS | {
+    "model_name_or_path": to("model.name"),
+    "cutoff_len": to("data.max_length"),
+    "per_device_train_batch_size": to("training.batch_size"),
+    "num_train_epochs": to("training.epochs"),
+    "optim": to("training.optim", OPTIMIZER),
+    "lr_scheduler_type": to("training.scheduler", SCHEDULER),
+    "disable_gradient_checkpointing": to("training.gradient_checkpointing", lambda off: not off),
+    "early_stopping_steps": to("training.early_stopping_patience"),
+    "report_to": to("training.report_to", lambda trackers: trackers if trackers not in OFF else "none"),
+    "use_rslora": to("method.use_rslora"),
+    "additional_target": to("method.modules_to_save", names),
+    "pref_beta": to("preferences.beta"),
+    "kto_chosen_weight": to("preferences.desirable_weight"),
+    "kto_rejected_weight": to("preferences.undesirable_weight"),
+    "do_train": refused("this file doesn't train", True),
+    "model_revision": REVISION,
+    "adapter_name_or_path": refused("training begins with a new adapter; merge this one first, and tune the result"),
+    "adapter_folder": refused("training begins with a new adapter"),
+    "train_on_prompt": refused("only answers are learned; plain text learns everything"),
+    "mask_history": refused("every turn of the assistant is learned; leave the others without an answer"),
+    "default_system": refused("write the system message into the rows"),
+    "tool_format": refused("tools are written as the model's own template has them"),
+    "enable_thinking": refused("the template's own default holds", True),
+    "preserve_thinking": refused("the template's own default holds"),
+    "ignore_pad_token_for_loss": refused("padding is never learned", True),
+    "interleave_probs": refused("only mix_strategy with interleave takes it"),
+    "split_special_tokens": refused("special tokens stay whole"),
+    "use_fast_tokenizer": refused("the fast tokenizer is needed to tell answers from questions", True),
+    "rope_scaling": refused("positions aren't stretched; write it into the model's config.json"),
+    "shift_attn": refused("attention is the model's own"),
+    "mixture_of_depths": refused("the model's layers stay as they are"),
+    "moe_aux_loss_coef": refused("the model's own auxiliary loss holds"),
+    "upcast_layernorm": refused("no part is cast up as a whole"),
+    "upcast_lmhead_output": refused("no part is cast up as a whole"),
+    "disable_shuffling": refused("rows are drawn at random"),
+    "pure_bf16": refused("adapters, and weights that are all tuned, are held in float32"),
+    "fp8": refused("products aren't computed in 8 bits"),
+    "quantization_device_map": refused("one device trains here"),
+    "tokenized_path": refused("rows are encoded here; give the rows"),
+    "pref_ftx": refused(_LOSSES, 0.0),
+    "pref_bco_weight": refused(_LOSSES, 0.0),
+    "ld_alpha": refused(_LOSSES),
+    "pissa_convert": refused("a PiSSA adapter is stored with its start"),
+    "use_unsloth": idle(_LOADING),
+    "plot_loss": idle("loss.png is always drawn"),
+    "create_new_adapter": idle("a new adapter is always made"),
+    "overwrite_output_dir": idle("pass --overwrite on the command line"),
+    "predict_with_generate": idle("slimtune evaluate scores answers"),
+    "do_predict": idle("slimtune evaluate scores answers"),
+    "eval_on_each_dataset": idle("held-out rows are evaluated together"),
+    "compute_accuracy": idle("slimtune evaluate scores answers"),
+    "asft_alpha": idle("only use_asft_loss takes it"),
+    "eaft_alpha": idle("only use_eaft_loss takes it"),
+    "fp8_backend": idle("only fp8 takes it"),
+    "fp8_enable_fsdp_float8_all_gather": idle("only fp8 takes it"),
+    **each(refused(_LOSSES), "use_dft_loss", "use_asft_loss", "use_eaft_loss"),
+    **each(idle("only an optimizer that was refused takes it"), "galore_target", "galore_rank",
+           "galore_update_interval", "galore_scale", "galore_proj_type", "galore_layerwise", "apollo_target",
+           "apollo_rank", "apollo_update_interval", "apollo_scale", "apollo_proj", "apollo_proj_type",
+           "apollo_scale_type", "apollo_layerwise", "apollo_scale_front", "badam_mode", "badam_start_block",
+           "badam_switch_mode", "badam_switch_interval", "badam_update_ratio", "badam_mask_mode", "badam_verbose"),
+    **each(idle("only a way of tuning that was refused takes it"), "freeze_trainable_layers",
+           "freeze_trainable_modules", "freeze_extra_modules", "oft_rank", "oft_block_size", "oft_target",
+           "module_dropout"),
+    **each(refused(_OPTIMIZERS), "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon"),
+    **each(refused(_VOCABULARY), "resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config"),
+    **each(refused("the model's weights stay where they are"), "use_llama_pro", "use_mca", "use_megatron_bridge",
+           "use_hyper_parallel", "use_kt"),
+    **each(refused(_IMAGES), "image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches",
+           "video_max_pixels", "video_min_pixels", "video_fps", "video_maxlen", "use_audio_in_video",
+           "audio_sampling_rate", "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"),
+    **each(refused("the reference is the base itself"), "ref_model", "ref_model_adapters",
+           "ref_model_quantization_bit"),
+    **each(refused("rewards of a model aren't learned or used here"), "reward_model", "reward_model_adapters"),
+    **each(idle("loaded as transformers does it"), "flash_attn", "cache_dir", "offload_folder", "init_special_tokens",
+           "enable_liger_kernel", "use_unsloth_gc", "use_v1_kernels", "use_kv_cache", "print_param_status",
+           "ms_hub_token", "om_hub_token"),
+    **each(idle(_LOADING), "overwrite_cache", "preprocessing_num_workers", "preprocessing_batch_size", "buffer_size",
+           "data_shared_file_system"),
+    **each(idle(_SERVING), "infer_backend", "infer_dtype", "export_dir", "export_size", "export_device",
+           "export_legacy_format", "export_hub_model_id", "max_new_tokens", "temperature", "top_p", "top_k",
+           "do_sample", "num_beams", "repetition_penalty", "length_penalty", "skip_special_tokens", "max_length",
+           "vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager", "vllm_config", "eval_num_beams"),
+    **each(by_hand(str), "stage", "finetuning_type", "dataset", "eval_dataset", "dataset_dir", "media_dir", "template",
+           "mix_strategy", "quantization_type", "quantization_method", "pref_loss"),
+    **each(by_hand(bool), "packing", "neat_packing", "double_quantization", "use_dora", "pissa_init", "bf16", "fp16"),
+    **each(by_hand(int), "quantization_bit", "max_samples", "pissa_iter"),
+    **each(by_hand(int, float), "val_size", "lora_alpha", "lora_rank"),
+    "lora_target": by_hand(str, list),
+}  # fmt: skip
+
+STAGES = {"pt": "text", "sft": "text", "dpo": "dpo", "kto": "kto"}
+LOSSES = {"sigmoid": None, "hinge": "hinge", "ipo": "ipo"}
+
+
+def translate(values: Mapping[str, Any], folder: Path) -> Imported:
+    """The recipe of these keys; raises ConfigError with every key that was refused.
+
+    Args:
+        folder: where the file is, beside which data is looked for as well.
+    """
+    found = Imported(NAME)
+    check_kinds(values, RULES)
+    _defaults(found)
+    for part in (_task, _method, _model, _run):
+        part(found, values)
+    sources_of(found, values, folder)
+    held_out_of(found, values, folder)
+    _packing(found, values)
+    if taken(values, "template"):
+        found.different["template"] = "the tokenizer's own chat template is used, which should be the same one"
+        found.without_effect["template"] = "the tokenizer's own is used"
+    found.different["cutoff_len"] = (
+        "long examples are cut at their end; theirs takes tokens from question and answer in proportion"
+    )
+    found.settle(values, RULES)
+    return found.done()
+
+
+def _defaults(found: Imported) -> None:
+    """What LLaMA-Factory does where nothing is said."""
+    found.put("data.max_length", 2048)
+    found.put("data.too_long", "truncate")
+    run = {
+        "learning_rate": 5e-5, "epochs": 3.0, "batch_size": 8, "scheduler": "linear", "warmup": 0.0,
+        "gradient_checkpointing": True, "seed": SEED,
+    }  # fmt: skip
+    for name, value in run.items():
+        found.put(f"training.{name}", value)
+
+
+def _task(found: Imported, values: Mapping[str, Any]) -> None:
+    stage = taken(values, "stage", "sft")
+    if stage not in STAGES:
+        found.refused["stage"] = f"'{stage}' isn't trained here; there are {listing(STAGES)}"
+        return
+    task, loss = STAGES[stage], taken(values, "pref_loss", "sigmoid")
+    if stage == "dpo" and loss == "orpo":
+        task = "orpo"
+    elif stage == "dpo" and loss not in LOSSES:
+        found.refused["pref_loss"] = f"there is no loss '{loss}' here; there are {listing([*LOSSES, 'orpo'])}"
+    elif stage == "dpo" and LOSSES[loss]:
+        found.put("preferences.loss_type", LOSSES[loss], "pref_loss")
+    if "pref_loss" in values:
+        found.translated.setdefault("pref_loss", "task")
+    found.put("task", task, *given(values, "stage"))
+    if stage == "pt":
+        found.put("data.format", "text", "stage")
+
+
+def _method(found: Imported, values: Mapping[str, Any]) -> None:
+    kind = taken(values, "finetuning_type", "lora")
+    if kind == "full":
+        found.put("method.name", "full", *given(values, "finetuning_type"))
+        found.without_effect |= {key: "all weights are tuned" for key in values if key.startswith("lora_")}
+        return
+    if kind != "lora":
+        found.refused["finetuning_type"] = f"there is no '{kind}' here; lora and full are translated"
+        return
+    found.put("method.name", "dora" if taken(values, "use_dora") else "lora", *given(values, "finetuning_type"))
+    if "use_dora" in values:
+        found.translated["use_dora"] = "method.name"
+    rank = taken(values, "lora_rank", 8)
+    found.put("method.r", rank, *given(values, "lora_rank"))
+    found.put("method.lora_alpha", taken(values, "lora_alpha", 2 * rank), *given(values, "lora_alpha"))
+    target = taken(values, "lora_target", "all")
+    everything = names(target) == ["all"]
+    found.put(
+        "method.target_modules",
+        "all-linear" if everything else names(target),
+        *given(values, "lora_target"),
+    )
+    steps = taken(values, "pissa_iter", 16)
+    start = "pissa" if steps == -1 else f"pissa_niter_{steps}"
+    if found.switch(values, "pissa_init", "method.init_lora_weights", start) and "pissa_iter" in values:
+        found.translated["pissa_iter"] = "method.init_lora_weights"
+
+
+def _model(found: Imported, values: Mapping[str, Any]) -> None:
+    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        found.switch(values, key, "model.dtype", dtype)
+    bits = taken(values, "quantization_bit")
+    keys = given(values, "quantization_bit", "quantization_type", "quantization_method")
+    if bits is None:
+        idle_keys = [*keys, *given(values, "double_quantization")]
+        found.without_effect |= dict.fromkeys(idle_keys, "nothing is quantized")
+        return
+    method = taken(values, "quantization_method", "bnb")
+    if method not in ("bnb", "bitsandbytes"):
+        found.refused["quantization_method"] = f"'{method}' isn't quantized with here; bnb is"
+    if bits not in (4, 8):
+        found.refused["quantization_bit"] = f"there are 4 and 8 bits here, not {bits}"
+        return
+    if bits == 4 and taken(values, "double_quantization", True) is False:
+        found.refused["double_quantization"] = "scales of 4-bit weights are always quantized, too"
+    elif "double_quantization" in values:
+        found.without_effect["double_quantization"] = "scales of 4-bit weights are always quantized, too"
+    kind = taken(values, "quantization_type", "nf4")
+    found.put("model.quantize", one_of(("nf4", "fp4"), "type of 4 bits")(kind) if bits == 4 else "int8", *keys)
+
+
+def _run(found: Imported, values: Mapping[str, Any]) -> None:
+    steps, share = taken(values, "warmup_steps", 0), taken(values, "warmup_ratio", 0)
+    found.put("training.warmup", steps or share, *given(values, "warmup_steps", "warmup_ratio"))
+    keep_best(found, values)
+    if taken(values, "eval_strategy") == "epoch" and "eval_steps" in values:
+        found.without_effect["eval_steps"] = "evaluated after each epoch"
+
+
+def _packing(found: Imported, values: Mapping[str, Any]) -> None:
+    packed, neat = taken(values, "packing"), bool(taken(values, "neat_packing"))
+    packs = neat or (taken(values, "stage", "sft") == "pt" if packed is None else bool(packed))
+    found.put("data.packing", packs, *given(values, "packing", "neat_packing"))
+    if packs and not neat:
+        found.different["packing"] = (
+            "examples that share a row don't see each other here; theirs do without neat_packing"
+        )

@@ -1,0 +1,118 @@
+"""JSON that others wrote: as long and as deep as such files are, and no more."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimtune.errors import ConfigError, did_you_mean, first_line
+
+MOST_BYTES = 2**26
+"""Indexes of the largest models have some megabytes."""
+
+
+def read_json(path: Path) -> Any:
+    """The value in a file. Raises: OSError; ValueError, for what is not JSON, too long or nested too deeply."""
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    return parse_json(data)
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text. Raises: ValueError, for what is not JSON or nested too deeply."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+MAX_BYTES = 1_000_000
+"""No recipe is longer; a few lines of aliases can stand for gigabytes, so those are refused altogether."""
+
+_KEPT = ("null", "bool", "int", "merge")
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with floats as YAML 1.2 has them, and no dates: a folder may be called 2026-01-31."""
+
+    yaml_implicit_resolvers: Any = {
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] in _KEPT]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases. Raises: yaml.YAMLError."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not taken", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping in which no key comes twice. Raises: yaml.YAMLError."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{name}' is there twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def parse(text: str) -> Any:
+    """The value that a YAML text stands for; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def is_yaml(name: str) -> bool:
+    """Whether this names a YAML file."""
+    return Path(name).suffix.lower() in (".yaml", ".yml")
+
+
+def read_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The mapping that a YAML file holds; raises ConfigError with the line at fault."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"the {what} {path} has more than {MAX_BYTES:,} bytes; pass a YAML file of settings")
+        value = parse(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"the {what} {path}{where} is not YAML: {error.problem}; correct it") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"the {what} {path} is not YAML text ({first_line(error)}); pass a YAML file") from error
+    except OSError as error:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        otherwise = "; write one with slimtune recipe init" if what == "recipe" else "; check its name"
+        advice = did_you_mean(path.name, siblings) or otherwise
+        raise ConfigError(f"the {what} {path} can't be read: {error.strerror}{advice}") from error
+    if value is None:
+        raise ConfigError(f"the {what} {path} is empty; slimtune recipe init writes one to begin with")
+    if not isinstance(value, dict):
+        raise ConfigError(f"the {what} {path} is a {type(value).__name__}, not sections with settings in them")
+    return value
+
+
+def dump(value: Any) -> str:
+    """A value as YAML that `parse` reads back, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number or a switch."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a value that occurs twice twice."""
+        return True

@@ -1,0 +1,212 @@
+"""One training run: a model whose trainable parameters are chosen, encoded examples, settings."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from transformers.trainer_callback import PrinterCallback, TrainerState
+
+from slimtune.data.batches import Objective, PadRight, pad_id_of
+from slimtune.errors import TrainingError
+from slimtune.recipe.method import FullTuning
+from slimtune.recipe.optimizers import OFFLOADED
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.arguments import arguments, check, check_device, identity, keep_to_one
+from slimtune.train.checkpointing import LOGS, TRAINER_STATE, Best, Checkpoint, Keeper, last_whole, restore_weights
+from slimtune.train.checks import DivergedError, EachDeltaLearns, InterruptedRunError, LastGood, StopOnSignal
+from slimtune.train.optimizer import OffloadedAdamW
+from slimtune.train.progress import SCORES, LossFile, SameAsBefore, ShownProgress
+from slimtune.train.samples import Samples
+from slimtune.train.trainer import AnswerTrainer, Kind, supervised
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    final_loss: float
+    eval_loss: float | None
+    scores: dict[str, float] = field(default_factory=dict)
+    """What the tuned model reaches on held-out examples, where they have one right answer."""
+    best_step: int | None = None
+    """The step whose weights these are, where the best were kept; `eval_loss` is theirs."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read per second, padding not counted."""
+        return self.tokens / self.seconds
+
+
+def fine_tune(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Any],
+    settings: TrainSettings,
+    folder: Path,
+    console: Console,
+    eval_examples: Sequence[Any] = (),
+    autocast: bool = False,
+    objective: Objective | None = None,
+    kind: Kind | None = None,
+    judge: Callable[[Any], Mapping[str, float]] | None = None,
+    resume: bool = False,
+) -> Outcome:
+    """Train in place, with `loss.jsonl`, `samples.jsonl` and the checkpoints in `folder`, which outlives a kill.
+
+    With `resume` the run that was broken off in `folder` goes on from its last whole checkpoint, on a model that was
+    made as the first one was. On the CPU it ends with the same bits as if it had not been broken off.
+
+    Args:
+        objective: how examples become a batch and a batch a loss; the answers of texts if it isn't given.
+        kind: for training that isn't by examples with labels.
+        autocast: compute in bf16 over weights that are held in float32, as tuning all of them wants.
+        judge: scores on the held-out examples, for `keep_best`.
+
+    Raises:
+        TrainingError: nothing can be trained, nothing moves, the disk is full, or the loss is no longer a number: the
+            weights are then those of the last good step, or of the last checkpoint where a copy would double a model.
+        InterruptedRunError: Ctrl-C or SIGTERM; a checkpoint is written.
+        OutputExistsError: a run was begun in `folder`, and `resume` is off.
+        ConfigError, MissingDependencyError: settings that can't run here, or aren't those of the checkpoint.
+    """
+    device = check_device(str(model.device))
+    check(settings, device, eval_examples)
+    kind = kind or supervised(objective or Objective(PadRight(pad_id_of(tokenizer))))
+    rate = settings.learning_rate or own_rate(model) * kind.share_of_rate
+
+    def say(what: str) -> None:
+        console.print(f"[yellow]{escape(what)}[/]")
+
+    best = Best(settings.best_by, settings.early_stopping_patience)
+    keeper = Keeper(folder, settings, identity(model, examples, eval_examples, settings, rate, autocast), best, say)
+    start = keeper.open(resume)
+    stop, bar = StopOnSignal(say), ShownProgress(console)
+    samples = (
+        [Samples(eval_examples, settings.samples, tokenizer, folder / LOGS[1], console)] if settings.samples else []
+    )
+    with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing), kind.keeping(model):
+        args = arguments(kind, settings, rate, device, folder, examples, bool(eval_examples), autocast)
+        trainer = kind.trainer(
+            model=model,
+            args=keep_to_one(args, say),
+            train_dataset=examples,
+            eval_dataset=eval_examples or None,
+            last_good=LastGood(model, has_copy=is_adopted(model)),
+            keeper=keeper,
+            judge=judge if settings.best_by not in (None, "loss") else None,
+            lora_plus_ratio=settings.lora_plus_ratio,
+            optimizer_cls_and_kwargs=(OffloadedAdamW, {"lr": rate}) if settings.optim == OFFLOADED else None,
+            callbacks=[
+                EachDeltaLearns(model, lambda what: say(f"warning: {what}")),
+                LossFile(folder / LOGS[0]),
+                SameAsBefore(keeper.seen_before, 0.0 if device == "cpu" else 1e-3, say),
+                bar,
+                *samples,
+                best,
+                keeper,
+                stop,
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with stop.listening():
+            try:
+                _train(trainer, keeper, start)
+            finally:
+                bar.close()
+    _check_interrupted(trainer, stop, keeper)
+    return _outcome(trainer, keeper)
+
+
+def is_adopted(model: Any) -> bool:
+    """Whether the model carries adapters, so that training changes them alone."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def own_rate(model: Any) -> float:
+    """The learning rate of the method that the model is tuned with, where the settings give none."""
+    return model.active_peft_config.learning_rate if is_adopted(model) else FullTuning.learning_rate
+
+
+def _train(trainer: AnswerTrainer, keeper: Keeper, start: Checkpoint | None) -> None:
+    """Train to the end, unless the checkpoint is of the end. Raises: TrainingError."""
+    if start is not None and keeper.facts["finished"]:
+        restore_weights(trainer.model, keeper.weights_at(start.step))
+        trainer.state = TrainerState.load_from_json(str(start.path / TRAINER_STATE))
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    except DivergedError as error:
+        last = None if error.kept_steps else last_whole(keeper.folder)
+        if last is None:
+            raise
+        restore_weights(trainer.model, keeper.weights_at(last.step))
+        raise DivergedError(str(error), last.step) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise TrainingError(
+            f"step {trainer.state.global_step} was not written down: {error}; make room and go on with --resume"
+        ) from error
+
+
+def _check_interrupted(trainer: AnswerTrainer, stop: StopOnSignal, keeper: Keeper) -> None:
+    """Raises: InterruptedRunError, where a signal ended the run before its end."""
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if stop.received is not None and step < steps and not keeper.best.is_exhausted:
+        raise InterruptedRunError(
+            f"stopped by {signal.Signals(stop.received).name} after step {step} of {steps}, with a checkpoint in "
+            f"{keeper.folder}; go on with the same command and --resume",
+            stop.received,
+        )
+
+
+def _outcome(trainer: AnswerTrainer, keeper: Keeper) -> Outcome:
+    """The run's end, with the best weights put back where they were kept."""
+    best, history = keeper.best.step, trainer.state.log_history
+    if best is not None and best != trainer.state.global_step:
+        restore_weights(trainer.model, keeper.weights_at(best))
+    evaluated = [entry for entry in history if "eval_loss" in entry and best in (None, entry["step"])]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    last = evaluated[-1] if evaluated else {}
+    return Outcome(
+        steps=trainer.state.global_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        seconds=keeper.seconds,
+        final_loss=losses[-1] if losses else float("nan"),
+        eval_loss=last.get("eval_loss"),
+        scores={name: last[f"eval_{name}"] for name in SCORES if f"eval_{name}" in last},
+        best_step=best,
+    )
+
+
+@contextmanager
+def _key_value_cache_kept(model: Any) -> Iterator[None]:
+    # Trainer switches the cache off in the model's configuration for good, and generation would crawl afterwards.
+    before = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
+
+
+@contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    # Called on the model itself, for the arguments of Trainer change their names between versions.
+    if wanted:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if wanted:
+            model.gradient_checkpointing_disable()
