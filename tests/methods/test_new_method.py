@@ -95,7 +95,7 @@ assert type(reread.peft_config["default"]) is slimtune.ToyConfig
 assert torch.equal(predict(reread, batch), predict(model, batch))
 assert "base_model.model.model.layers.0.self_attn.q_proj.shift" in adapter_tensors(slimtune, reread)
 
-from laws.test_methods import applicable
+from methods.test_methods import applicable
 
 assert ("TOY", "llama") in applicable()
 print("done")

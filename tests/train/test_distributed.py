@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import slimtune
-from api.distributed_training import eva_batches, waiting_for_eva
 from tensors import adapter_tensors, assert_all_near, assert_near, assert_same, predict
+from train.distributed_training import eva_batches, waiting_for_eva
 from zoo import LLAMA
 
 SCRIPT = Path(__file__).with_name("distributed_training.py")
