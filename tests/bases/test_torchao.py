@@ -32,7 +32,7 @@ from quantizers import INT4
 from slimtune.bases import base_of, claim
 from slimtune.bases.torchao import TensorLinear, beyond, expand, pack
 from slimtune.errors import ConfigError, MergeError
-from slimtune.quantization.config import TORCHAO_KINDS, settings
+from slimtune.quantization.config import TORCHAO_KINDS, torchao_settings
 from tensors import (
     adapter_gradients,
     adapter_tensors,
@@ -260,7 +260,7 @@ class TestThroughTransformers:
     @pytest.fixture
     def model(self, kind: str, tmp_path: Path) -> Any:
         wide().save_pretrained(tmp_path)
-        return self.read(tmp_path, quantization_config=settings(kind))
+        return self.read(tmp_path, quantization_config=torchao_settings(kind))
 
     @staticmethod
     def read(folder: Path, **options: Any) -> Any:
@@ -288,7 +288,7 @@ class TestThroughTransformers:
 
 def test_another_name_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match="int8-torchao, int4-torchao, found 'int8-torcho'; did you mean"):
-        settings("int8-torcho")
+        torchao_settings("int8-torcho")
 
 
 @each_kind

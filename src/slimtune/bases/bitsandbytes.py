@@ -46,8 +46,8 @@ class Bnb4bitLinear(BnbLinear):
 
     module_types = ("bitsandbytes.nn.modules.Linear4bit",)
 
-    def code(self, module: Any) -> str:
-        return state_of(module).quant_type
+    def stored_as(self, module: Any) -> str:
+        return state_of(module).quant_type if self.is_packed(module) else super().stored_as(module)
 
     def held(self, module: Any) -> list[Tensor]:
         state = state_of(module)
@@ -86,7 +86,7 @@ class Bnb4bitLinear(BnbLinear):
         # The largest of a block is its maximum, rounded as the weight is.
         return int((weight_OI.reshape(-1).abs() > reach * (1 + 2 * torch.finfo(state.dtype).eps)).sum())
 
-    def settle(self, module: Any) -> None:
+    def sync_state(self, module: Any) -> None:
         module.weight.module, module.quant_state = module, module.weight.quant_state
 
 
@@ -95,8 +95,8 @@ class Bnb8bitLinear(BnbLinear):
 
     module_types = ("bitsandbytes.nn.modules.Linear8bitLt",)
 
-    def code(self, module: Any) -> str:
-        return "int8"
+    def stored_as(self, module: Any) -> str:
+        return "int8" if self.is_packed(module) else super().stored_as(module)
 
     def held(self, module: Any) -> list[Tensor]:
         return [*super().held(module), *([scales_of(module)] if self.is_packed(module) else [])]
@@ -127,7 +127,7 @@ class Bnb8bitLinear(BnbLinear):
         # A code of 127.5 would be rounded beyond the last one.
         return int((weight_OI.abs() > scales_of(module)[:, None] * (127.5 / 127)).sum())
 
-    def settle(self, module: Any) -> None:
+    def sync_state(self, module: Any) -> None:
         module.state.CB = module.state.SCB = None
 
 
@@ -166,7 +166,7 @@ class Linear4bit(Packed, Stored4bit):
         """A copy: its codes lead to it, and not to the module that they were copied from, which that would keep."""
         super().__setstate__(state)
         if getattr(self.weight, "quant_state", None) is not None:
-            self.packed_base.settle(self)
+            self.packed_base.sync_state(self)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
