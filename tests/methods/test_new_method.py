@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.config import TargetedConfig, register
-from slimtune.delta import Delta, Dense, Frozen, Site, trainable_dtype, wrong_kind
+from slimtune.core.config import TargetedConfig, register
+from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype, wrong_kind
 
 
 @register
@@ -63,7 +63,7 @@ slimtune.methods.__path__.append(sys.argv[1])
 sys.path.insert(0, sys.argv[2])
 
 from kinds import KINDS, attach, cases, configs, methods_for
-from slimtune.config import methods
+from slimtune.core.config import methods
 from tensors import adapter_tensors, loss_of, predict, randomize, trainable
 from zoo import LLAMA
 
