@@ -288,7 +288,7 @@ class TestThroughTransformers:
 
 def test_another_name_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match="int8-torchao, int4-torchao, found 'int8-torcho'; did you mean"):
-        settings("int8-torcho")
+        torchao_settings("int8-torcho")
 
 
 @each_kind

@@ -206,7 +206,5 @@ def test_what_does_not_belong_to_the_method_is_refused(
 def test_methods_that_files_of_peft_know_are_told_from_the_others() -> None:
     import peft
 
-    from slimtune.models.compatibility import UNKNOWN_TO_PEFT
-
     theirs = {str(kind.value) for kind in peft.PeftType}
-    assert {kind for kind in registered() if kind not in theirs} == UNKNOWN_TO_PEFT & set(registered())
+    assert {kind for kind, config in registered().items() if config.in_peft} == theirs & set(registered())

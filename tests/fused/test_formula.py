@@ -51,7 +51,7 @@ def equation(site: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def dense(site: Any, stored: Tensor) -> Tensor:
     """A weight as (out, in, ...)."""
-    return stored.t() if base_of(site).fan_in_fan_out or isinstance(site, nn.Embedding) else stored
+    return stored.t() if base_of(site).is_transposed else stored
 
 
 def expected_output(kind: Kind, config: Any, tensors: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,6 +49,9 @@ class ToyDelta(Delta):
 '''
 
 USE = """
+import dataclasses
+import pathlib
+import re
 import sys
 
 import torch
@@ -94,6 +97,31 @@ reread = slimtune.PeftModel.from_pretrained(LLAMA.model(), sys.argv[3])
 assert type(reread.peft_config["default"]) is slimtune.ToyConfig
 assert torch.equal(predict(reread, batch), predict(model, batch))
 assert "base_model.model.model.layers.0.self_attn.q_proj.shift" in adapter_tensors(slimtune, reread)
+
+import json
+from typer.testing import CliRunner
+
+from slimtune.cli import app
+from slimtune.models.compatibility import verdicts
+from slimtune.recipe.method import methods as known
+
+# Neither peft nor another engine has it, and everything that speaks of engines says so.
+assert not any(verdict.takes for verdict in verdicts({"peft_type": "TOY"}, []))
+assert verdicts({"peft_type": "TOY"}, [])[0].note == "TOY is unknown to it"
+assert json.loads(CliRunner().invoke(app, ["methods", "toy", "--json"]).stdout)["in_peft"] is False
+assert "unknown to peft" in CliRunner().invoke(app, ["methods", "toy"]).stdout
+assert "read by peft" in CliRunner().invoke(app, ["methods", "dora"]).stdout
+page = (pathlib.Path(sys.argv[2]).parent / "docs" / "methods.md").read_text()
+for row, in_peft in (("`peft` and slimtune", True), ("slimtune alone", False)):
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {row} |")]
+    named = set(re.findall("`([a-z0-9-]+)`", line.split("|")[2]))
+    assert named == {m.name for m in known().values() if m.is_adapter and m.in_peft == in_peft} - {"toy"}, row
+
+# A method made from another one's config isn't in peft by its descent.
+from slimtune.core.config import register
+
+heir = type("HeirConfig", (slimtune.LoraConfig,), {"peft_type": "HEIR", "__annotations__": {"peft_type": "str | None"}})
+assert slimtune.LoraConfig.in_peft and not register(dataclasses.dataclass(heir)).in_peft
 
 from methods.test_methods import applicable
 

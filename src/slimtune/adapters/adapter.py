@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimtune.adapters.adopt import Adopted, adopt, attach_to
 from slimtune.adapters.targets import resolve, walk
 from slimtune.bases import base_of, claim
+from slimtune.bases.foreign import ForeignLinear
 from slimtune.core.config import PeftConfig
 from slimtune.core.delta import Delta, Site, deltas_of
 from slimtune.core.roles import input_embeddings
@@ -61,7 +62,7 @@ def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: boo
     for site in targets.biases:
         deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site, "bias")
     drafted = list(deltas.values())
-    config.settle(model, drafted)
+    config.link_deltas(model, drafted)
     if not config.inference_mode:
         _check_gradients(model, drafted)
     return drafted
@@ -71,7 +72,8 @@ def _check_gradients(model: nn.Module, drafted: Draft) -> None:
     """See that gradients come through the modules from the first delta on. Raises: TargetError."""
     sites = {id(site.module) for site, _ in drafted}
     for path, module in itertools.dropwhile(lambda named: id(named[1]) not in sites, walk(model)):
-        if base_of(module).loses_gradient(module):
+        base = base_of(module)
+        if isinstance(base, ForeignLinear) and base.loses_gradient(module):
             raise TargetError(
                 f"gradients don't come through '{path}', a {type(module).__name__}, so that nothing below it would "
                 "learn; load the base in 16 bits or quantized by bitsandbytes"
@@ -141,11 +143,10 @@ def fill(drafted: Draft, tensors: Mapping[str, Tensor], source: str | Path) -> N
         BaseMismatchError: a tensor is missing, left over or of another shape; nothing is copied then.
         ConfigError: what is stored serves inference alone.
     """
-    for _, delta in drafted:
-        delta.check_stored(tensors.keys(), source)
+    for_training = {key for _, delta in drafted for key in delta.keys_for_training(tensors.keys(), source)}
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in drafted]
     own = {key(site, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
-    missing, strange = own.keys() - tensors.keys(), _strangers(drafted, tensors, set(own))
+    missing, strange = own.keys() - tensors.keys(), _strangers(drafted, tensors, own.keys() | for_training)
     if missing or strange:
         what = f"it lacks {listing(missing, 3)}" if missing else f"it holds {listing(strange, 3)} besides"
         raise BaseMismatchError(
@@ -198,7 +199,6 @@ def _strangers(drafted: Draft, tensors: Mapping[str, Tensor], own: set[str]) -> 
         name
         for name in tensors.keys() - own
         if name not in bases or not torch.equal(bases[name].get_parameter("weight").cpu(), tensors[name])
-        if not any(delta.passes_over(name) for _, delta in drafted)
     }
 
 

@@ -150,9 +150,9 @@ class _Search:
     @property
     def unsettled(self) -> set[str]:
         """The leaders with a direction in use that the last batch turned too far."""
-        tau = self.settings.tau
+        analyses, tau = self.analyses, self.settings.tau
         return {
-            leader for name, leader in self.leaders.items() if not self.analyses[leader].settled(self.ranks[name], tau)
+            leader for name, leader in self.leaders.items() if not analyses[leader].converged(self.ranks[name], tau)
         }
 
     @property

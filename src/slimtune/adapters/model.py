@@ -35,6 +35,7 @@ from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig
 from slimtune.core.delta import deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, MergeError, did_you_mean, listing
+from slimtune.methods.adalora import AdaLoraConfig
 from slimtune.quantization.dequantize import expanded, make_plain, plain_dtype, untie_if_changed
 from slimtune.storage.hub import parted
 from slimtune.storage.peft_format import (
@@ -381,7 +382,7 @@ def _add(model: Any, name: str, config: Any, drafted: Draft) -> None:
         base, revision = parted(getattr(model, "name_or_path", None) or "")
         config.base_model_name_or_path, config.revision = base or None, config.revision or revision
     if hasattr(config, "fan_in_fan_out"):
-        config.fan_in_fan_out = any(site.base.fan_in_fan_out for site, _ in drafted)
+        config.fan_in_fan_out = any(site.kind == "linear" and site.base.is_transposed for site, _ in drafted)
     model.peft_config[name] = config
     if first:
         model.set_adapter(name, inference_mode=config.inference_mode)
@@ -542,7 +543,12 @@ class PeftModel(Unloading, Saving):
             ConfigError: an adapter of another method, or no gradients.
         """
         for name in self.active_adapters:
-            self.peft_config[name].allocate(attached(self, name), global_step)
+            config = self.peft_config[name]
+            if not isinstance(config, AdaLoraConfig):
+                raise ConfigError(
+                    f"{config.peft_type} adapters keep their ranks while training; AdaLoRA's are shared out anew"
+                )
+            config.allocate(attached(self, name), global_step)
 
     def get_base_model(self) -> Any:
         """The model itself: it is the base, with adapters attached in place."""

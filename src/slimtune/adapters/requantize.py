@@ -47,7 +47,7 @@ def merge_requantized(
             model.adapter_state.merged = ()
             raise
     for module, base in store.modules:
-        base.settle(module)
+        base.sync_state(module)
     outputs = compare_outputs(before[0], after[0]) if before and after else None
     losses = (before[1], after[1]) if before and after else (None, None)
     return kept, MergeDrift(outputs, *losses, **store.figures())

@@ -1,6 +1,15 @@
 """bitsandbytes' storage: NF4 and FP4, with and without double quantization, and int8.
 
-bitsandbytes itself is imported by `slimtune.bases.bitsandbytes`, once a model has such modules.
+A module of bitsandbytes is re-classed on the very same storage, and the product is ours. Its own `Linear4bit.forward`
+is not used: on CPUs with AVX512-BF16 one evaluation repacks the weights in place, after which training loses gradients
+without an error, and a model that is saved has lost the exact block maxima.
+
+Weights are expanded to the same numbers as bitsandbytes' own, bit for bit, and quantized to the same codes, on a CPU a
+piece at a time: whole, a weight takes ten times its size there while it is quantized, and more time.
+
+What was stored is checked before it is used: bitsandbytes' kernels read past the end of what is too short.
+
+This file imports bitsandbytes, which takes seconds; it is itself imported once a model has a module from there.
 """
 
 from __future__ import annotations
@@ -31,104 +40,24 @@ from transformers.pytorch_utils import Conv1D
 from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.delta import Base
 from slimtune.errors import DamagedBaseError, MergeError
+from slimtune.ops.few_tokens import few_tokens_4bit, few_tokens_8bit
 
-
-class BnbLinear(PackedLinear):
-    """What both storages have in common."""
-
-    def make_plain(self, module: Any, weight_OI: Tensor) -> None:
-
-        give_up_storage(module, weight_OI)
-
-
-class Bnb4bitLinear(BnbLinear):
-    """4-bit codes in blocks, each with the largest magnitude in it: w = codebook[code] * absmax of its block."""
-
-    module_types = ("bitsandbytes.nn.modules.Linear4bit",)
-
-    def code(self, module: Any) -> str:
-        return state_of(module).quant_type
-
-    def held(self, module: Any) -> list[Tensor]:
-        state = state_of(module)
-        if state is None:
-            return super().held(module)
-        nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-        return [*super().held(module), state.absmax, state.code, *nested]
-
-    def is_packed(self, module: Any) -> bool:
-        return state_of(module) is not None and super().is_packed(module)
-
-    def expansion(self, module: Any) -> Callable[[], Tensor]:
-
-        return functools.partial(expand_4bit, module.weight, state_of(module))
-
-    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        if not self.is_packed(module):
-            return None
-        from slimtune.ops.few_tokens import few_tokens_4bit
-
-        return few_tokens_4bit(module, state_of(module), x, self.product_dtype(module, x))
-
-    def dtype(self, module: Any) -> torch.dtype:
-        return module.compute_dtype or state_of(module).dtype
-
-    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
-
-        state = state_of(module)
-        dense_OI, storage = weight_OI.to(state.dtype), module.weight.dtype
-        return packed_4bit(dense_OI, state.blocksize, state.quant_type, state.nested, storage)
-
-    def beyond(self, module: Any, weight_OI: Tensor) -> int:
-
-        state = state_of(module)
-        reach = block_maxima(state).repeat_interleave(state.blocksize)[: weight_OI.numel()]
-        # The largest of a block is its maximum, rounded as the weight is.
-        return int((weight_OI.reshape(-1).abs() > reach * (1 + 2 * torch.finfo(state.dtype).eps)).sum())
-
-    def settle(self, module: Any) -> None:
-        module.weight.module, module.quant_state = module, module.weight.quant_state
-
-
-class Bnb8bitLinear(BnbLinear):
-    """int8 codes with one scale a row: w = code * scale / 127."""
-
-    module_types = ("bitsandbytes.nn.modules.Linear8bitLt",)
-
-    def code(self, module: Any) -> str:
-        return "int8"
-
-    def held(self, module: Any) -> list[Tensor]:
-        return [*super().held(module), *([scales_of(module)] if self.is_packed(module) else [])]
-
-    def is_packed(self, module: Any) -> bool:
-        return module.weight.dtype == torch.int8
-
-    def expansion(self, module: Any) -> Callable[[], Tensor]:
-
-        return functools.partial(expand_8bit, module.weight, scales_of(module), self.dtype(module))
-
-    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        if not self.is_packed(module):
-            return None
-        from slimtune.ops.few_tokens import few_tokens_8bit
-
-        return few_tokens_8bit(module.weight, scales_of(module), x, self.product_dtype(module, x))
-
-    def dtype(self, module: Any) -> torch.dtype:
-        # bitsandbytes doesn't store what the weight was before; what the model computes in is noted when it is claimed.
-        return getattr(module, "compute_dtype", None) or torch.get_default_dtype()
-
-    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
-
-        return pack_8bit(weight_OI)
-
-    def beyond(self, module: Any, weight_OI: Tensor) -> int:
-        # A code of 127.5 would be rounded beyond the last one.
-        return int((weight_OI.abs() > scales_of(module)[:, None] * (127.5 / 127)).sum())
-
-    def settle(self, module: Any) -> None:
-        module.state.CB = module.state.SCB = None
+_LARGEST_FAST_BLOCK = 1024
+"""Beyond it bitsandbytes' kernel for the CPU is inexact where it uses AVX512."""
+PIECE = 1 << 17
+"""How many weights are quantized at once on a CPU: what that takes stays in its cache. A multiple of all blocks."""
+_LEAST = 1e-38
+"""What the magnitude of a block of zeros is taken for, in bitsandbytes."""
+_NESTED_BLOCK = 256
+"""How many scales share a scale in double quantization, in bitsandbytes."""
+_NOTED = (
+    "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
+    "state", "index", "source_cls",
+)  # fmt: skip
+"""What bitsandbytes and transformers note in a quantized module."""
+_STATE = ".quant_state.bitsandbytes__"
+_ALWAYS = ("absmax", "quant_map")
+_NESTED = ("nested_absmax", "nested_quant_map")
 
 
 def state_of(module: Any) -> Any:
@@ -144,90 +73,11 @@ def scales_of(module: Any) -> Tensor:
     return module.state.SCB if own is None else own
 
 
-def claim(module: nn.Module, dtype: torch.dtype) -> None:
-    """Make a module of bitsandbytes one of ours, in place, with the same storage."""
-    if isinstance(module, Stored4bit | Stored8bit):
-        adopt_storage(module, dtype)
-
-
-BASES: tuple[Base, ...] = (Bnb4bitLinear(), Bnb8bitLinear())
-
-
-_LARGEST_FAST_BLOCK = 1024
-"""Beyond it bitsandbytes' kernel for the CPU is inexact where it uses AVX512."""
-
-
-class Linear4bit(Packed, Stored4bit):
-    """NF4 or FP4: what bitsandbytes stores, the product with the expanded weight."""
-
-    packed_base = Bnb4bitLinear()
-
-    def __setstate__(self, state: Any) -> None:
-        """A copy: its codes lead to it, and not to the module that they were copied from, which that would keep."""
-        super().__setstate__(state)
-        if getattr(self.weight, "quant_state", None) is not None:
-            self.packed_base.settle(self)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        """Codes come with the state that they mean something by, which bitsandbytes leaves behind."""
-        begin = f"{prefix}weight."
-        parts = {name: value for name, value in state_dict.items() if name.startswith(begin)}
-        rest = {name: value for name, value in state_dict.items() if name not in parts}
-        codes = rest.get(f"{prefix}weight")
-        state: Any = QuantState.from_dict(parts, device=self.weight.device) if parts else None
-        if codes is not None and self.packed_base.is_packed(self):
-            if state is None:
-                missing_keys.append(f"{begin}absmax")
-                del rest[f"{prefix}weight"]
-            elif tuple(state.shape) != (self.out_features, self.in_features):
-                error_msgs.append(f"'{prefix}weight' is quantized from {tuple(state.shape)}, not from its shape here")
-            elif codes.shape == self.weight.shape:
-                self.weight.quant_state = state  # pyright: ignore[reportAttributeAccessIssue]
-                self.quant_state = state
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-
-class Linear8bit(Packed, Stored8bit):
-    """int8 with a scale a row: what bitsandbytes stores, the product with the expanded weight.
-
-    The inputs are not quantized, unlike in bitsandbytes' own product.
-    """
-
-    packed_base = Bnb8bitLinear()
-
-
-def adopt_storage(module: Any, dtype: torch.dtype) -> None:
-    """Make one of bitsandbytes' modules ours in place; weights that an evaluation repacked are put back in order.
-
-    Raises:
-        DamagedBaseError: what is stored doesn't fit together.
-    """
-    if isinstance(module, Packed):
-        return
-    if isinstance(module, Stored4bit):
-        state = getattr(module.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            _unpack_cpu_format(module.weight, state)
-        if Linear4bit.packed_base.is_packed(module) or not module.weight.is_floating_point():
-            check_4bit(module, state_of(module))
-        module.__class__ = Linear4bit
-    else:
-        if Linear8bit.packed_base.is_packed(module):
-            check_8bit(module, scales_of(module))
-        module.compute_dtype = dtype  # type: ignore[assignment]
-        module.__class__ = Linear8bit
-
-
-def _unpack_cpu_format(weight: Any, state: Any) -> None:
-    """Undo the repacking that bitsandbytes does on CPUs; the block maxima stay rounded to bfloat16."""
-    absmax = state.absmax.T.reshape(-1).float()
-    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+def block_maxima(state: Any) -> Tensor:
+    """The largest magnitude that each block of 4-bit codes reaches, in float32."""
     if not state.nested:
-        # The inverse of bitsandbytes leaves them transposed.
-        weight.quant_state.absmax = absmax
+        return state.absmax.float()
+    return dequantize_blockwise(state.absmax, state.state2).float().add_(state.offset)
 
 
 @torch.no_grad()
@@ -264,60 +114,6 @@ def _looked_up(codes: Tensor, absmax: Tensor, codebook: Tensor, size: int) -> Te
 def expand_8bit(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
     """w = code * scale / 127 by rows, in bitsandbytes' order of rounding in float32."""
     return torch.mul(codes_OI.data, scales_O[:, None]).mul_(1 / 127).to(dtype)
-
-
-_OWN = (
-    "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
-    "state", "index", "source_cls",
-)  # fmt: skip
-"""What bitsandbytes and transformers note in a quantized module."""
-
-
-@torch.no_grad()
-def pack_8bit(weight_OI: Tensor) -> Tensor:
-    """int8 codes of a weight, each row scaled by its largest entry.
-
-    Raises:
-        MergeError: an entry is beyond float16, by way of which bitsandbytes quantizes.
-    """
-    largest = weight_OI.abs().max().item()
-    if largest > torch.finfo(torch.float16).max:
-        raise MergeError(
-            f"the merged weight has an entry of {largest:.3g}, which bitsandbytes can't quantize to int8; merge into "
-            "16 bits"
-        )
-    return packed_8bit(weight_OI)
-
-
-def block_maxima(state: Any) -> Tensor:
-    """The largest magnitude that each block of 4-bit codes reaches, in float32."""
-    if not state.nested:
-        return state.absmax.float()
-    return dequantize_blockwise(state.absmax, state.state2).float().add_(state.offset)
-
-
-def give_up_storage(module: Any, weight_OI: Tensor) -> None:
-    """Make the module the plain one that it was before it was quantized: an `nn.Linear`, or GPT-2's `Conv1D`."""
-    is_conv1d = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
-    for name in _OWN:
-        module.__dict__.pop(name, None)
-    hooks = module._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("bitsandbytes")]:
-        del hooks[key]
-    if is_conv1d:
-        module.nx, module.nf = module.in_features, module.out_features
-        del module.in_features, module.out_features
-        weight_OI = weight_OI.t().contiguous()
-    module.__class__ = Conv1D if is_conv1d else nn.Linear
-    module._parameters["weight"] = nn.Parameter(weight_OI, requires_grad=False)
-
-
-PIECE = 1 << 17
-"""How many weights are quantized at once on a CPU: what that takes stays in its cache. A multiple of all blocks."""
-_LEAST = 1e-38
-"""What the magnitude of a block of zeros is taken for, in bitsandbytes."""
-_NESTED_BLOCK = 256
-"""How many scales share a scale in double quantization, in bitsandbytes."""
 
 
 def packed_4bit(
@@ -375,9 +171,187 @@ def packed_8bit(weight_OI: Tensor) -> Int8Params:
     return parameter(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
 
-_STATE = ".quant_state.bitsandbytes__"
-_ALWAYS = ("absmax", "quant_map")
-_NESTED = ("nested_absmax", "nested_quant_map")
+class BnbLinear(PackedLinear):
+    """What both storages have in common."""
+
+    def make_plain(self, module: Any, weight_OI: Tensor) -> None:
+        """Make the module, in place, what it was before it was quantized: an `nn.Linear`, or GPT-2's `Conv1D`."""
+        is_conv1d = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
+        for name in _NOTED:
+            module.__dict__.pop(name, None)
+        hooks = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("bitsandbytes")]:
+            del hooks[key]
+        if is_conv1d:
+            module.nx, module.nf = module.in_features, module.out_features
+            del module.in_features, module.out_features
+            weight_OI = weight_OI.t().contiguous()
+        module.__class__ = Conv1D if is_conv1d else nn.Linear
+        module._parameters["weight"] = nn.Parameter(weight_OI, requires_grad=False)
+
+
+class Bnb4bitLinear(BnbLinear):
+    """4-bit codes in blocks, each with the largest magnitude in it: w = codebook[code] * absmax of its block."""
+
+    module_types = ("bitsandbytes.nn.modules.Linear4bit",)
+
+    def stored_as(self, module: Any) -> str:
+        return state_of(module).quant_type if self.is_packed(module) else super().stored_as(module)
+
+    def held(self, module: Any) -> list[Tensor]:
+        state = state_of(module)
+        if state is None:
+            return super().held(module)
+        nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        return [*super().held(module), state.absmax, state.code, *nested]
+
+    def is_packed(self, module: Any) -> bool:
+        return state_of(module) is not None and super().is_packed(module)
+
+    def expansion(self, module: Any) -> Callable[[], Tensor]:
+        return functools.partial(expand_4bit, module.weight, state_of(module))
+
+    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        if not self.is_packed(module):
+            return None
+        return few_tokens_4bit(module, state_of(module), x, self.product_dtype(module, x))
+
+    def dtype(self, module: Any) -> torch.dtype:
+        return module.compute_dtype or state_of(module).dtype
+
+    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+        state = state_of(module)
+        dense_OI, storage = weight_OI.to(state.dtype), module.weight.dtype
+        return packed_4bit(dense_OI, state.blocksize, state.quant_type, state.nested, storage)
+
+    def beyond(self, module: Any, weight_OI: Tensor) -> int:
+        state = state_of(module)
+        reach = block_maxima(state).repeat_interleave(state.blocksize)[: weight_OI.numel()]
+        # The largest of a block is its maximum, rounded as the weight is.
+        return int((weight_OI.reshape(-1).abs() > reach * (1 + 2 * torch.finfo(state.dtype).eps)).sum())
+
+    def sync_state(self, module: Any) -> None:
+        module.weight.module, module.quant_state = module, module.weight.quant_state
+
+
+class Bnb8bitLinear(BnbLinear):
+    """int8 codes with one scale a row: w = code * scale / 127."""
+
+    module_types = ("bitsandbytes.nn.modules.Linear8bitLt",)
+
+    def stored_as(self, module: Any) -> str:
+        return "int8" if self.is_packed(module) else super().stored_as(module)
+
+    def held(self, module: Any) -> list[Tensor]:
+        return [*super().held(module), *([scales_of(module)] if self.is_packed(module) else [])]
+
+    def is_packed(self, module: Any) -> bool:
+        return module.weight.dtype == torch.int8
+
+    def expansion(self, module: Any) -> Callable[[], Tensor]:
+        return functools.partial(expand_8bit, module.weight, scales_of(module), self.dtype(module))
+
+    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        if not self.is_packed(module):
+            return None
+        return few_tokens_8bit(module.weight, scales_of(module), x, self.product_dtype(module, x))
+
+    def dtype(self, module: Any) -> torch.dtype:
+        # bitsandbytes doesn't store what the weight was before; what the model computes in is noted when it is claimed.
+        return getattr(module, "compute_dtype", None) or torch.get_default_dtype()
+
+    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+        largest = weight_OI.abs().max().item()
+        # bitsandbytes quantizes by way of float16, in which more is infinite.
+        if largest > torch.finfo(torch.float16).max:
+            raise MergeError(
+                f"the merged weight has an entry of {largest:.3g}, which bitsandbytes can't quantize to int8; merge "
+                "into 16 bits"
+            )
+        return packed_8bit(weight_OI)
+
+    def beyond(self, module: Any, weight_OI: Tensor) -> int:
+        # A code of 127.5 would be rounded beyond the last one.
+        return int((weight_OI.abs() > scales_of(module)[:, None] * (127.5 / 127)).sum())
+
+    def sync_state(self, module: Any) -> None:
+        module.state.CB = module.state.SCB = None
+
+
+class Linear4bit(Packed, Stored4bit):
+    """NF4 or FP4: what bitsandbytes stores, the product with the expanded weight."""
+
+    packed_base = Bnb4bitLinear()
+
+    def __setstate__(self, state: Any) -> None:
+        """A copy: its codes lead to it, and not to the module that they were copied from, which that would keep."""
+        super().__setstate__(state)
+        if getattr(self.weight, "quant_state", None) is not None:
+            self.packed_base.sync_state(self)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Codes come with the state that they mean something by, which bitsandbytes leaves behind."""
+        begin = f"{prefix}weight."
+        parts = {name: value for name, value in state_dict.items() if name.startswith(begin)}
+        rest = {name: value for name, value in state_dict.items() if name not in parts}
+        codes = rest.get(f"{prefix}weight")
+        state: Any = QuantState.from_dict(parts, device=self.weight.device) if parts else None
+        if codes is not None and self.packed_base.is_packed(self):
+            if state is None:
+                missing_keys.append(f"{begin}absmax")
+                del rest[f"{prefix}weight"]
+            elif tuple(state.shape) != (self.out_features, self.in_features):
+                error_msgs.append(f"'{prefix}weight' is quantized from {tuple(state.shape)}, not from its shape here")
+            elif codes.shape == self.weight.shape:
+                self.weight.quant_state = state  # pyright: ignore[reportAttributeAccessIssue]
+                self.quant_state = state
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+class Linear8bit(Packed, Stored8bit):
+    """int8 with a scale a row: what bitsandbytes stores, the product with the expanded weight.
+
+    The inputs are not quantized, unlike in bitsandbytes' own product.
+    """
+
+    packed_base = Bnb8bitLinear()
+
+
+def claim(module: Any, dtype: torch.dtype) -> None:
+    """Re-class one of bitsandbytes' modules in place, on the same storage.
+
+    Args:
+        dtype: what the model computes in, for int8, which doesn't store it.
+
+    Raises:
+        DamagedBaseError: what is stored doesn't fit together.
+    """
+    if isinstance(module, Packed) or not isinstance(module, Stored4bit | Stored8bit):
+        return
+    if isinstance(module, Stored4bit):
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            _unpack_cpu_format(module.weight, state)
+        if Linear4bit.packed_base.is_packed(module) or not module.weight.is_floating_point():
+            check_4bit(module, state_of(module))
+        module.__class__ = Linear4bit
+    else:
+        if Linear8bit.packed_base.is_packed(module):
+            check_8bit(module, scales_of(module))
+        module.compute_dtype = dtype  # type: ignore[assignment]
+        module.__class__ = Linear8bit
+
+
+def _unpack_cpu_format(weight: Any, state: Any) -> None:
+    """Undo the repacking that bitsandbytes does on CPUs; the block maxima stay rounded to bfloat16."""
+    absmax = state.absmax.T.reshape(-1).float()
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    if not state.nested:
+        # The inverse of bitsandbytes leaves them transposed.
+        weight.quant_state.absmax = absmax
 
 
 def check_4bit(module: Any, state: Any) -> None:
@@ -457,3 +431,6 @@ def _check_parts(weight: str, states: Mapping[str, Any], names: set[str]) -> Non
 
 def _damaged(weight: str, what: str) -> DamagedBaseError:
     return DamagedBaseError(f"the quantized weight '{weight}' is damaged: {what}; fetch the model again")
+
+
+BASES: tuple[Base, ...] = (Bnb4bitLinear(), Bnb8bitLinear())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from slimtune.core.delta import Base, Dense
+from slimtune.core.delta import Base
 from slimtune.ops.frozen_linear import PLAIN_TENSORS
 
 
@@ -20,9 +20,6 @@ class DenseLinear(Base):
     def features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
-    def weight(self, module: Any) -> Tensor:
-        return module.weight
-
     def may_fuse(self, module: nn.Module) -> bool:
         return self.is_textbook(module) and is_frozen(module.weight)
 
@@ -31,19 +28,10 @@ class DenseConv1D(DenseLinear):
     """`y = x W + b` with W stored as (in, out): GPT-2's linear layer, which is no convolution."""
 
     module_types = (Conv1D,)
-    fan_in_fan_out = True
+    is_transposed = True
 
     def features(self, module: Any) -> tuple[int, int]:
         return module.weight.shape[0], module.weight.shape[1]
-
-    def weight(self, module: Any) -> Tensor:
-        return self.turned(module.weight)
-
-    def turned(self, stored: Tensor) -> Tensor:
-        return stored.t()
-
-    def repack(self, module: nn.Module, dense: Dense) -> Dense:
-        return dense | {"weight": dense["weight"].t().contiguous()}
 
 
 class DenseConv(Base):
@@ -55,27 +43,16 @@ class DenseConv(Base):
     def features(self, module: Any) -> tuple[int, int]:
         return module.in_channels, module.out_channels
 
-    def weight(self, module: Any) -> Tensor:
-        return module.weight
-
 
 class DenseEmbedding(Base):
     """A lookup of rows, seen as the map from one-hot ids: its stored (in, out) weight is read as (out, in)."""
 
     kind = "embedding"
     module_types = (nn.Embedding,)
+    is_transposed = True
 
     def features(self, module: Any) -> tuple[int, int]:
         return module.num_embeddings, module.embedding_dim
-
-    def weight(self, module: Any) -> Tensor:
-        return self.turned(module.weight)
-
-    def turned(self, stored: Tensor) -> Tensor:
-        return stored.t()
-
-    def repack(self, module: nn.Module, dense: Dense) -> Dense:
-        return dense | {"weight": dense["weight"].t().contiguous()}
 
 
 class Opaque(Base):
@@ -86,9 +63,6 @@ class Opaque(Base):
 
     def features(self, module: Any) -> tuple[int, int]:
         return 0, 0
-
-    def weight(self, module: Any) -> Tensor:
-        return module.weight
 
 
 def is_frozen(weight: Any) -> bool:

@@ -72,10 +72,6 @@ class ForeignLinear(PackedLinear):
             ]
         return torch.cat(columns).t().to(dtype)
 
-    def bias(self, module: Any) -> Tensor | None:
-        own = getattr(module, "bias", None)
-        return own if own is None or isinstance(own, Tensor) else own()
-
     def floating(self, module: nn.Module, name: str) -> Tensor | None:
         if name != "bias" or not (name in module._parameters or name in module._buffers):
             raise TargetError(

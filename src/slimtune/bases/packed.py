@@ -43,11 +43,8 @@ class PackedLinear(Base):
         return not (weight.is_floating_point() and tuple(weight.shape) == (module.out_features, module.in_features))
 
     def stored_as(self, module: Any) -> str:
-        return self.code(module) if self.is_packed(module) else super().stored_as(module)
-
-    def code(self, module: Any) -> str:
-        """What the stored codes are called."""
-        return type(module.weight).__name__
+        """The type of a packed weight: 'Int8Tensor'."""
+        return type(module.weight).__name__ if self.is_packed(module) else super().stored_as(module)
 
     def dequantizer(self, module: Any) -> Callable[[], Tensor] | None:
         return self.expansion(module) if self.is_packed(module) else None
@@ -92,8 +89,8 @@ class PackedLinear(Base):
     def _no_way_back(self, module: Any) -> MergeError:
         return MergeError(f"a {type(module).__name__} can't be quantized again here; merge into 16 bits")
 
-    def settle(self, module: Any) -> None:
-        """Let what the module itself notes of its codes follow those that were put into it."""
+    def sync_state(self, module: Any) -> None:
+        """Let the module's own references to its codes and scales follow a weight that was put into it."""
 
     def may_fuse(self, module: Any) -> bool:
         return self.is_textbook(module) and (self.is_packed(module) or not module.weight.requires_grad)

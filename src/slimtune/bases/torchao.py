@@ -1,90 +1,36 @@
 """torchao's tensors: an `nn.Linear` whose weight is a tensor of another type, which expands itself.
 
-torchao itself is imported by `slimtune.bases.torchao`, once a model has such weights.
+The module is re-classed with the very same weight. torchao's own product is not used: where it quantizes the inputs
+(W8A8, W4A8), gradients end in it without an error. Inputs are therefore never quantized here.
+
+This file imports torchao, which takes seconds; it is itself imported once a model has a weight from there.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torchao.quantization import (
-    Int8Tensor,
-    IntxUnpackedToInt8Tensor,
-    MappingType,
-)
+from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, MappingType
 from torchao.quantization.granularity import PerBlock
+from torchao.utils import TorchAOBaseTensor
 
 from slimtune import bases
 from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.delta import Base
 from slimtune.errors import ConfigError, MergeError
 
-
-class TorchaoLinear(PackedLinear):
-    """What a tensor of torchao expands to: int8 and int4 in rows or groups, float8 and whatever else has that form.
-
-    Inputs are not quantized, also where torchao would (W8A8, W4A8): its own product loses the gradients there.
-    """
-
-    module_types = ("slimtune.bases.torchao.TensorLinear",)
-
-    def is_packed(self, module: Any) -> bool:
-        return expands_itself(module.weight)
-
-    def expansion(self, module: Any) -> Callable[[], Tensor]:
-
-        return functools.partial(expand, module.weight)
-
-    def dtype(self, module: Any) -> torch.dtype:
-        return module.weight.dtype
-
-    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
-
-        return pack(weight_OI, module.weight)
-
-    def beyond(self, module: Any, weight_OI: Tensor) -> int:
-
-        return beyond(weight_OI, module.weight)
-
-
-def expands_itself(weight: Any) -> bool:
-    """Whether a weight is a tensor of torchao that can give its numbers back; those packed for one kernel can't."""
-    library = sys.modules.get("torchao.utils")
-    return (
-        library is not None
-        and isinstance(weight, library.TorchAOBaseTensor)
-        and type(weight).dequantize is not Tensor.dequantize
-    )
-
-
-def claim(module: Any, dtype: torch.dtype) -> None:
-    """Make an `nn.Linear` with a weight of torchao one of ours, in place, with the very same weight."""
-    if type(module) is nn.Linear and expands_itself(module.weight):
-        module.__class__ = TensorLinear
-        # Put there by whoever quantized; bound to the instance, it can't be pickled.
-        module.__dict__.pop("extra_repr", None)
-
-
-BASES: tuple[Base, ...] = (TorchaoLinear(),)
-
-
 _AFFINE = (Int8Tensor, IntxUnpackedToInt8Tensor)
 """w = (code - zero point) * scale of its block."""
 
 
-class TensorLinear(Packed, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """An `nn.Linear` whose weight is a tensor of torchao: the product with the expanded weight."""
-
-    packed_base = TorchaoLinear()
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={type(self.weight).__name__}"
+def expands_itself(weight: Any) -> bool:
+    """Whether a weight is a tensor of torchao that can give its numbers back; those packed for one kernel can't."""
+    return isinstance(weight, TorchAOBaseTensor) and type(weight).dequantize is not Tensor.dequantize
 
 
 @torch.no_grad()
@@ -156,6 +102,44 @@ def beyond(weight_OI: Tensor, like: Any) -> int:
     return int(((codes < -reach - 0.5) | (codes > reach - 0.5)).sum())
 
 
+class TorchaoLinear(PackedLinear):
+    """What a tensor of torchao expands to: int8 and int4 in rows or groups, float8 and whatever else has that form."""
+
+    module_types = ("slimtune.bases.torchao.TensorLinear",)
+
+    def is_packed(self, module: Any) -> bool:
+        return expands_itself(module.weight)
+
+    def expansion(self, module: Any) -> Callable[[], Tensor]:
+        return functools.partial(expand, module.weight)
+
+    def dtype(self, module: Any) -> torch.dtype:
+        return module.weight.dtype
+
+    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+        return pack(weight_OI, module.weight)
+
+    def beyond(self, module: Any, weight_OI: Tensor) -> int:
+        return beyond(weight_OI, module.weight)
+
+
+class TensorLinear(Packed, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """An `nn.Linear` whose weight is a tensor of torchao: the product with the expanded weight."""
+
+    packed_base = TorchaoLinear()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={type(self.weight).__name__}"
+
+
+def claim(module: Any, dtype: torch.dtype) -> None:
+    """Make an `nn.Linear` with a weight of torchao one of ours, in place, with the very same weight."""
+    if type(module) is nn.Linear and expands_itself(module.weight):
+        module.__class__ = TensorLinear
+        # Put there by whoever quantized; bound to the instance, it can't be pickled.
+        module.__dict__.pop("extra_repr", None)
+
+
 def load_quantized(chosen: Any, source: str, settings: Any, device: str, **options: Any) -> Any:
     """`chosen.from_pretrained` with the linear layers quantized by torchao, claimed for our product.
 
@@ -172,3 +156,6 @@ def load_quantized(chosen: Any, source: str, settings: Any, device: str, **optio
         ) from error
     bases.claim(model)
     return model
+
+
+BASES: tuple[Base, ...] = (TorchaoLinear(),)

@@ -39,6 +39,7 @@ def _facts(method: Method) -> dict[str, Any]:
         "name": method.name,
         "summary": method.summary,
         "learning_rate": method.config.learning_rate,
+        "in_peft": method.in_peft,
         "fields": method.fields,
     }
 
@@ -47,6 +48,8 @@ def _show_fields(method: Method) -> None:
     console().print(method.summary, markup=False)
     if method.config.learning_rate is not None:
         console().print(f"learning rate: {method.config.learning_rate:g} by default")
+    if method.is_adapter:
+        console().print(f"its files are {'read by peft too' if method.in_peft else 'unknown to peft'}")
     _show({field: str(value) for field, value in method.fields.items()})
 
 

@@ -58,13 +58,14 @@ class PeftConfig:
     learning_rate: ClassVar[float] = 2e-4
     """What `slimtune train` learns with where nothing is said."""
 
+    in_peft: ClassVar[bool] = False
+    """Whether `peft` has the method, so that it reads the files; each config says so itself, none inherits it."""
+
     way_out: ClassVar[str] = "name the modules in target_modules"
     """What to do where the model has nothing of `default_targets`."""
 
-    sizes: ClassVar[tuple[str, ...]] = (
-        "r", "init_r", "bottleneck_size", "num_virtual_tokens", "num_transformer_submodules",
-    )  # fmt: skip
-    """Fields of which none is larger than the longest side of the tensors that are stored with them."""
+    sizes: ClassVar[tuple[str, ...]] = ("r",)
+    """Fields that are lengths of stored tensors: a file in which one is larger than any tensor's side is damaged."""
 
     inert: ClassVar[Mapping[str, Any]] = {}
     """Fields of `peft` that this library doesn't implement, with the value at which they change nothing."""
@@ -77,8 +78,8 @@ class PeftConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Whether the method puts virtual tokens in front and changes no module."""
-        return False
+        """Whether the method puts virtual tokens in front of the model's input and changes no module."""
+        return self.default_targets == ("model",)
 
     @property
     def default_targets(self) -> tuple[Role | Whereabouts, ...]:
@@ -97,18 +98,14 @@ class PeftConfig:
         """
         return []
 
-    def settle(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
-        """See all deltas of an adapter together, before it is attached: link them, check them, note what was found.
+    def link_deltas(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
+        """Link and check the deltas of one adapter, all at once, before any is attached.
 
-        What is taken out of the list isn't attached.
+        `drafted` may be changed in place: a delta that is taken out of it isn't attached.
 
         Raises:
             TargetError, ConfigError: the method doesn't go with this model.
         """
-
-    def allocate(self, drafted: Sequence[tuple[Site, Any]], step: int) -> None:
-        """Share the ranks of an adapter out anew after a training step. Raises: ConfigError."""
-        raise ConfigError(f"{self.peft_type} adapters keep their ranks while training; AdaLoRA's are shared out anew")
 
     def combined(self, others: Sequence[Any], how: str, rank: int | None) -> PeftConfig:
         """The config of a weighted combination with other adapters of this method. Raises: ConfigError."""
@@ -252,6 +249,8 @@ def register(config: type[C]) -> type[C]:
         plain_init(self, *args, **kwargs)
 
     config.__init__ = checked_init
+    # Of this very class: a method derived from LoRA's config isn't one that `peft` reads.
+    config.in_peft = vars(config).get("in_peft", False)
     _methods[config().peft_type or ""] = config
     return config
 
@@ -277,3 +276,8 @@ def method(peft_type: str) -> type[PeftConfig]:
 def means(pattern: str, name: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern`, a name or expression, means the module of that path."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """The value of the first pattern that means the module of that path."""
+    return next((value for key, value in patterns.items() if means(key, name)), otherwise)

@@ -41,20 +41,20 @@ class Base(ABC):
 
     kind: ClassVar[Kind]
     module_types: ClassVar[tuple[type[nn.Module] | str, ...]]
-    fan_in_fan_out: ClassVar[bool] = False
+    is_transposed: ClassVar[bool] = False
     """Whether the weight is stored as (in, out)."""
 
     @abstractmethod
     def features(self, module: Any) -> tuple[int, int]:
         """(in_features, out_features) of the map that the module computes."""
 
-    @abstractmethod
     def weight(self, module: Any) -> Tensor:
         """The weight as (out, in, ...), a view of the stored one where that is possible."""
+        return module.weight.t() if self.is_transposed else module.weight
 
     def turned(self, stored: Tensor) -> Tensor:
         """A dense weight that is laid out as the module stores it, as (out, in, ...)."""
-        return stored
+        return stored.t() if self.is_transposed else stored
 
     def spec(self, module: Any) -> TensorSpec:
         """The weight's shape, dtype and device."""
@@ -62,7 +62,7 @@ class Base(ABC):
         return TensorSpec(weight.shape, weight.dtype, weight.device)
 
     def stored_as(self, module: nn.Module) -> str:
-        """As which numbers the module's own parameters are stored, or its buffers if it has none, in words."""
+        """Names of the dtypes in which the module stores its parameters, or else its buffers: 'bfloat16/uint8'."""
         return dtypes_of(module.parameters(recurse=False)) or dtypes_of(module.buffers(recurse=False))
 
     def held(self, module: nn.Module) -> list[Tensor]:
@@ -79,7 +79,9 @@ class Base(ABC):
 
     def bias(self, module: Any) -> Tensor | None:
         """The bias that the module adds to its output, if it has one."""
-        return getattr(module, "bias", None)
+        own = getattr(module, "bias", None)
+        # torch's own quantized layers have a method of that name.
+        return own if own is None or isinstance(own, Tensor) else own()
 
     def floating(self, module: nn.Module, name: str) -> Tensor | None:
         """A parameter of the module in floating point, laid out as a dense module stores it."""
@@ -92,11 +94,7 @@ class Base(ABC):
 
     def repack(self, module: nn.Module, dense: Dense) -> Dense:
         """The inverse of `dense`: the tensors as the module stores them."""
-        return dense
-
-    def loses_gradient(self, module: Any) -> bool:
-        """Whether gradients don't come through the module, found by trying where its forward isn't known."""
-        return False
+        return dense | {"weight": dense["weight"].t().contiguous()} if self.is_transposed else dense
 
     def is_textbook(self, module: nn.Module) -> bool:
         """Whether the module computes its kind's textbook product and nothing else."""
@@ -258,12 +256,13 @@ class Delta(nn.Module):
         """Whether this delta and another one on the same module can't be active together."""
         return self.holds and other.holds
 
-    def passes_over(self, key: str) -> bool:
-        """Whether a stored tensor of this key served training alone, so that this delta does without it."""
-        return False
+    def keys_for_training(self, keys: Collection[str], source: object) -> set[str]:
+        """Which keys of a file serve training alone, so that an adapter for inference leaves them aside.
 
-    def check_stored(self, keys: Collection[str], source: object) -> None:
-        """Raises: ConfigError, where a file with these keys can be no adapter of this use, in words of the method."""
+        Raises:
+            ConfigError: the adapter is to be trained, and what that needs wasn't stored.
+        """
+        return set()
 
     def progress(self) -> dict[str, Tensor]:
         """What training goes by besides parameters and buffers, for a checkpoint; most methods have none."""

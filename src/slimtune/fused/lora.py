@@ -43,12 +43,12 @@ def lora_linear(delta: LoraLinear, module: Any, base: Frozen, x: Tensor, *args: 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward settles for its backward.
+    """What a forward decides and its backward follows.
 
     Attributes:
         dtype: what the products are computed in.
         maker: the node that makes the input again, where it need not be saved.
-        recall: what expands a weight that isn't saved.
+        dequantizer: what expands a weight that isn't saved.
         y_dtype: what the output is given back in.
     """
 

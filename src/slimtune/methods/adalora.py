@@ -38,6 +38,7 @@ class AdaLoraConfig(LayeredConfig):
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "ADALORA"
     target_r: int = 8
     init_r: int = 12
@@ -56,6 +57,7 @@ class AdaLoraConfig(LayeredConfig):
     init_lora_weights: bool = True
 
     learning_rate: ClassVar[float] = 1e-3
+    sizes: ClassVar[tuple[str, ...]] = ("init_r",)
     inert: ClassVar[Mapping[str, Any]] = {
         "r": 8, "use_rslora": False, "use_dora": False, "alpha_pattern": {}, "eva_config": None,
         "target_parameters": None, "trainable_token_indices": None, "megatron_config": None,
@@ -107,7 +109,7 @@ class AdaLoraConfig(LayeredConfig):
             delta.hold(site, "bias")
         return delta
 
-    def settle(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
         """Show the factors of all layers to what keeps them near orthogonal."""
         for _, delta in drafted:
             if isinstance(delta, Orthogonality):

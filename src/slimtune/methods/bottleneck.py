@@ -75,6 +75,7 @@ class BottleneckConfig(LayeredConfig):
     input_modules: list[str] | set[str] | None = None
 
     learning_rate: ClassVar[float] = 3e-4
+    sizes: ClassVar[tuple[str, ...]] = ("bottleneck_size",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +148,7 @@ class BottleneckConfig(LayeredConfig):
             "placement='parallel' name both projections in target_modules and the former in input_modules"
         )
 
-    def settle(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
         """Check that all places were found; give each parallel adapter the input of its feed-forward.
 
         Raises:

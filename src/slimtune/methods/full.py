@@ -66,7 +66,7 @@ class FullConfig(TargetedConfig):
             )
         return FullCopy(site) if self.store == "whole" else FullDifference(site, [*own], autocast_adapter_dtype)
 
-    def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
         """Make what is trained of tied parameters one."""
         first: dict[int, tuple[Any, str]] = {}
         for site, delta in drafted:

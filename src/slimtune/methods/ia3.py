@@ -32,6 +32,7 @@ class IA3Config(TargetedConfig):
         ConfigError: an unknown field, or a feed-forward that is no target.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "IA3"
     feedforward_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False
@@ -71,7 +72,7 @@ class IA3Config(TargetedConfig):
             raise wrong_kind(site, "IA3", "linear and convolution layers")
         return IA3Delta(site, self.scales_input(site), autocast_adapter_dtype)
 
-    def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
         """Note which targets are scaled on their input.
 
         Raises:

@@ -24,6 +24,7 @@ class LNTuningConfig(TargetedConfig):
         ConfigError: an unknown field.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "LN_TUNING"
 
     learning_rate: ClassVar[float] = 1e-3

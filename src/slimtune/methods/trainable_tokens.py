@@ -43,6 +43,7 @@ class TrainableTokensConfig(TargetedConfig):
         ConfigError: no tokens, the same token twice, or what can't be a token.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "TRAINABLE_TOKENS"
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
@@ -68,7 +69,7 @@ class TrainableTokensConfig(TargetedConfig):
             raise ConfigError("token_indices is empty; give the ids of the tokens whose embeddings are to be trained")
         return TokenRows(site, self.token_indices, autocast_adapter_dtype)
 
-    def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
         """Let tied weights share their trained rows."""
         share_tied_rows(drafted)
 

@@ -30,6 +30,7 @@ class VeraConfig(LayeredConfig):
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "VERA"
     r: int = 256
     projection_prng_key: int = 0
@@ -61,7 +62,7 @@ class VeraConfig(LayeredConfig):
             delta.hold(site, "bias")
         return delta
 
-    def settle(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
         """Draw the shared matrices, large enough for the largest layer, and link all layers to them."""
         deltas = [delta for _, delta in drafted if isinstance(delta, VeraLinear)]
         features_in = max(delta.features_in for delta in deltas)

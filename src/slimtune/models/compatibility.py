@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimtune.core.config import methods
 from slimtune.errors import listing
 from slimtune.models.headers import StoredTensor
 
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What its --max-lora-rank accepts."""
-UNKNOWN_TO_PEFT = {"BOTTLENECK", "BITFIT", "LAST_LAYER", "FULL", "FULL_ADAPTER"}
-"""Methods whose files `peft` has no type for."""
 SERVED_WHOLE = {"classifier", "score"}
 
 
@@ -52,8 +51,10 @@ def rank_pattern(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _peft(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
-    method = config.get("peft_type")
-    against = [f"{method} is unknown to it"] if method in UNKNOWN_TO_PEFT else []
+    peft_type = config.get("peft_type")
+    # A method that isn't here may be one that `peft` alone has.
+    own = methods().get(str(peft_type))
+    against = [f"{peft_type} is unknown to it"] if own and not own.in_peft else []
     return against, "PeftModel.from_pretrained(model, folder)"
 
 

@@ -19,7 +19,7 @@ def frozen_linear(
     """y = x W^T + b, computed in `dtype` or in that of autocast, given back in the dtype of x.
 
     Args:
-        recall: expands the weight once more for the backward pass; None where the weight is kept.
+        dequantizer: expands the weight once more for the backward pass; None where the weight is kept.
     """
     is_cast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if is_cast else dtype

@@ -27,8 +27,8 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimtune.bases import claim
-from slimtune.bases.bitsandbytes import check_files, give_up_storage, packed_4bit, packed_8bit
+from slimtune.bases import base_of, claim
+from slimtune.bases.bitsandbytes import check_files, packed_4bit, packed_8bit
 from slimtune.errors import ConfigError, did_you_mean, listing
 from slimtune.quantization.config import Quantization
 from slimtune.storage.quantization_metadata import mend_saving
@@ -149,7 +149,8 @@ class _Quantizer(HfQuantizer):
         for name in new:
             # It wasn't in the file: a head to be trained, of numbers that were just drawn.
             module: Any = model.get_submodule(name)
-            give_up_storage(module, module.weight.data)
+            base: Any = base_of(module)
+            base.make_plain(module, module.weight.data)
         self._keep(model, new)
         return model
 

@@ -59,6 +59,11 @@ class Method:
         return self.name not in (FULL, FEATURES)
 
     @property
+    def in_peft(self) -> bool:
+        """Whether `peft` reads the adapters of this method."""
+        return self.is_adapter and self.config.in_peft
+
+    @property
     def has_low_rank_pair(self) -> bool:
         """Whether LoRA+ can tell its A from its B."""
         return self.is_adapter and self.config().peft_type == "LORA"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.models.auto import BY_TASK
-from slimtune.models.compatibility import UNKNOWN_TO_PEFT
+from slimtune.recipe.method import find
 from slimtune.recipe.training import TrainSettings
 from slimtune.storage.hub import at_revision
 from slimtune.storage.source import PACKAGED
@@ -132,7 +132,7 @@ class Card:
         )
 
     def _is_known_to_peft(self) -> bool:
-        return self.method["method"].upper().replace("-", "_") not in UNKNOWN_TO_PEFT
+        return find(self.method["method"]).in_peft
 
 
 def _python(*lines: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from slimtune.core.config import LayeredConfig, means, register
+from slimtune.core.config import LayeredConfig, by_pattern, register
 from slimtune.core.delta import Delta, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.methods.lora import dora
@@ -44,6 +44,7 @@ class LoraConfig(LayeredConfig):
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "LORA"
     r: int = 8
     lora_alpha: float = 8
@@ -106,7 +107,7 @@ class LoraConfig(LayeredConfig):
                 )
         return further
 
-    def settle(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
         """Let tied embeddings share their trained rows; note where the weights are that LoftQ starts from."""
         share_tied_rows(drafted)
         if self.initialisation == "loftq":
@@ -182,11 +183,11 @@ class LoraConfig(LayeredConfig):
 
     def rank_for(self, name: str) -> int:
         """The rank of the module of this path, by `rank_pattern`."""
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return by_pattern(self.rank_pattern, name, self.r)
 
     def alpha_for(self, name: str) -> float:
         """The alpha of the module of this path, by `alpha_pattern`."""
-        return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        return by_pattern(self.alpha_pattern, name, self.lora_alpha)
 
     def scale_for(self, name: str) -> float:
         """The factor s of the update."""
@@ -242,7 +243,3 @@ class LoraConfig(LayeredConfig):
         if self.initialisation == "orthogonal" and r % 2:
             raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, '{site.name}' has {r}")
         return r
-
-
-def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    return next((value for key, value in patterns.items() if means(key, name)), otherwise)

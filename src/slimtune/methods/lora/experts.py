@@ -140,7 +140,7 @@ def _check(site: Site, name: str, weight: Tensor, r: int) -> None:
         raise TargetError(f"{called} is quantized, and no update can be added to codes; name it in target_modules")
     if not weight.is_floating_point() or weight.itemsize < 2:
         raise TargetError(f"{called} is stored as {weight.dtype}, to which an update can't be added")
-    if name == "weight" and site.kind != "other" and (site.kind != "linear" or site.base.fan_in_fan_out):
+    if name == "weight" and site.kind != "other" and (site.kind != "linear" or site.base.is_transposed):
         raise TargetError(
             f"{called} is the weight of a {type(site.module).__name__}; name the module in target_modules instead"
         )

@@ -109,10 +109,10 @@ class IncrementalPCA:
         self.mean_I, self.count, self.singular_K, self.directions_KI = mean_I, total, sigma_K, directions_KI
         self.shares_K = sigma_K.square() / max(self.variation, 1e-30)
 
-    def settled(self, count: int, tau: float) -> bool:
+    def converged(self, count: int, tau: float) -> bool:
         """Whether the last batch turned none of the first directions by more than a cosine of tau.
 
-        Where the rows vary in fewer directions than were asked for, the rest is rounding, which never settles.
+        Where the rows vary in fewer directions than were asked for, the rest is rounding, which never converges.
         """
         if not len(self.cosines_K):
             return False
@@ -134,7 +134,7 @@ class EvaConfig:
 
     Args:
         rho: a module gets at most rho * r ranks; 1 leaves all ranks as they are.
-        tau: a direction has settled when its cosine with the one before is at least this.
+        tau: a direction has converged when its cosine with the one before is at least this.
         use_label_mask, label_mask_value: leave out the tokens whose label is this value.
         whiten: divide each direction by the root of its singular value.
         adjust_scaling_factors: give a module with another rank the alpha that keeps its scale.

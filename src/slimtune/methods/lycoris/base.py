@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from slimtune.core.config import LayeredConfig, means
+from slimtune.core.config import LayeredConfig, by_pattern
 from slimtune.core.delta import Delta, Dense, Frozen, Site, added, trainable_dtype
 from slimtune.errors import check_choice, check_number, check_whole
 from slimtune.ops.frozen_linear import is_traced
@@ -59,14 +59,10 @@ class LycorisConfig(LayeredConfig):
         check_choice("init_weights", self.init_weights, self.initialisations)
 
     def rank_for(self, name: str) -> int:
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return by_pattern(self.rank_pattern, name, self.r)
 
     def alpha_for(self, name: str) -> float:
-        return _by_pattern(self.alpha_pattern, name, self.alpha)
-
-
-def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    return next((value for key, value in patterns.items() if means(key, name)), otherwise)
+        return by_pattern(self.alpha_pattern, name, self.alpha)
 
 
 class LycorisDelta(Delta):

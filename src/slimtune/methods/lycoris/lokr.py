@@ -31,6 +31,7 @@ class LoKrConfig(LycorisConfig):
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "LOKR"
     decompose_both: bool = False
     decompose_factor: int = -1

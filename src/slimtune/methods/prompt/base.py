@@ -45,13 +45,11 @@ class PromptLearningConfig(PeftConfig):
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
 
+    sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "num_transformer_submodules")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("num_virtual_tokens", self.num_virtual_tokens)
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        return True
 
     @property
     def default_targets(self) -> tuple[Role | Whereabouts, ...]:
@@ -78,7 +76,7 @@ class PromptLearningConfig(PeftConfig):
         if self.task_type is None:
             self.task_type = task_of(model)
 
-    def settle(self, model: Any, drafted: Any) -> None:
+    def link_deltas(self, model: Any, drafted: Any) -> None:
         """Let heads that are trained whole be called as `peft` does, which wraps the model in no other for a prompt."""
         for i, (site, delta) in enumerate(drafted):
             if delta.holds:
@@ -205,11 +203,8 @@ class VirtualTokens(Delta):
             return {"prompt_embeddings": stored["/prompt_embeddings"]}
         return {name: stored[ENCODER + name.removeprefix("encoder.")] for name in self.state_dict()}
 
-    def passes_over(self, key: str) -> bool:
-        return not self.encoded and key.startswith(ENCODER.removeprefix("/"))
-
-    def check_stored(self, keys: Collection[str], source: object) -> None:
-        """Raises: ConfigError, for a prompt without the encoder that computed it where that is to be trained."""
+    def keys_for_training(self, keys: Collection[str], source: object) -> set[str]:
+        """The encoder's. Raises: ConfigError, where it is to be trained and only what it computed is stored."""
         encoder = {key for key in keys if key.startswith(ENCODER.removeprefix("/"))}
         if self.encoded and "prompt_embeddings" in keys and not encoder:
             raise ConfigError(
@@ -217,6 +212,7 @@ class VirtualTokens(Delta):
                 "not store: it can be used but not trained further; to go on with the tokens themselves, load it with "
                 f"config={self.direct}(num_virtual_tokens={self.count}) and is_trainable=True"
             )
+        return set() if self.encoded else encoder
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.count}"

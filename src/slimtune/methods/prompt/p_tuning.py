@@ -35,6 +35,7 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "P_TUNING"
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: int | None = None

@@ -51,6 +51,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "PREFIX_TUNING"
     init_weights: str | None = None
     encoder_hidden_size: int | None = None

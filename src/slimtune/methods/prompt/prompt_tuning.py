@@ -78,9 +78,9 @@ class EmbeddedPromptConfig(PromptLearningConfig):
         """What computes the virtual tokens while they are trained, if anything."""
         return None
 
-    def settle(self, model: Any, drafted: Any) -> None:
+    def link_deltas(self, model: Any, drafted: Any) -> None:
         """Put the prompt of an encoder-decoder at its encoder, which `generate` calls by itself."""
-        super().settle(model, drafted)
+        super().link_deltas(model, drafted)
         for site, delta in list(drafted):
             if isinstance(delta, CrossAttentionRoom):
                 encoder = model.get_encoder()
@@ -97,6 +97,7 @@ class PromptTuningConfig(EmbeddedPromptConfig):
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
     """
 
+    in_peft: ClassVar[bool] = True
     peft_type: str | None = "PROMPT_TUNING"
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
