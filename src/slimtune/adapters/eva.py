@@ -47,7 +47,7 @@ def initialize_lora_eva_weights(
         AdapterNotFoundError: there is no such adapter.
         ConfigError: an adapter that doesn't start by EVA, or has been trained; no data, or too little; a sharded model.
     """
-    model._check_known(adapter_name)
+    model.adapter_state.check_known(adapter_name)
     config = model.peft_config[adapter_name]
     sites: Sites = {s.name: (s, d) for s, d in attached(model, adapter_name) if isinstance(d, LoraLinear)}
     _check(config, sites, adapter_name)

@@ -35,7 +35,7 @@ def replace_lora_weights_loftq(
         AdapterNotFoundError: there is no such adapter.
         ConfigError: nothing of the adapter is LoRA on a layer in 4 bits; the weights can't be found, or are others.
     """
-    peft_model._check_known(adapter_name)
+    peft_model.adapter_state.check_known(adapter_name)
     config = peft_model.peft_config[adapter_name]
     found = [(s, d) for s, d in attached(peft_model, adapter_name) if isinstance(d, LoraLinear) and is_4bit(s)]
     if not found or not isinstance(config, LoraConfig):

@@ -1,7 +1,8 @@
-"""Which modules a config means. Every pattern must match something, and the answer can be shown."""
+"""Which modules a config means on a model. Every pattern must match something; the config stays as it was given."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -29,11 +30,20 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Targets:
-    """What a config means on one model: sites for the method's formula, and modules that are trained whole."""
+    """What a config means on one model.
+
+    Attributes:
+        sites: where the method's formula goes.
+        whole: the modules that are trained whole.
+        biases: where a bias alone is trained.
+        config: a copy of the config with what it left open filled in: the names of its target modules, new heads
+            among `modules_to_save`, and what the method itself looked up.
+    """
 
     sites: list[Site]
     whole: list[Site]
     biases: list[Site]
+    config: Any
 
 
 class Modules(dict[str, nn.Module]):
@@ -51,7 +61,7 @@ class Modules(dict[str, nn.Module]):
 
 
 def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
-    """The sites of a config on a model.
+    """The sites of a config on a model; neither of the two is changed.
 
     Args:
         strict: every name and pattern must match; off for a config that was read from a file, whose tensors are
@@ -60,6 +70,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
     Raises:
         TargetError: nothing matches, with what there is and the nearest name.
     """
+    config = copy.copy(config)
     modules = Modules(walk(model))
     # A new head is drawn at each load, so that a difference from it would mean nothing: it is kept whole.
     heads = [] if "output" in config.default_targets else _heads(model)
@@ -89,7 +100,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
         modules_chosen = {id(site.module) for site in chosen}
         others = {name for name, module in modules.items() if id(module) not in modules_chosen}
         config.target_modules = _suffixes([site.name for site in chosen], others)
-    return Targets(sites, whole, _bias_sites(modules, config, taken))
+    return Targets(sites, whole, _bias_sites(modules, config, taken), config)
 
 
 def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:

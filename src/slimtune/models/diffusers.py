@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from slimtune.adapters.model import PeftModel, attach_stored, get_peft_model_state_dict
+from slimtune.adapters.adapter import get_peft_model_state_dict
+from slimtune.adapters.model import PeftModel, attach_stored
 from slimtune.core.config import PeftConfig
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean, listing
 from slimtune.methods.lora.config import LoraConfig
