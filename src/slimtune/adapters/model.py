@@ -73,15 +73,16 @@ def get_peft_model(
     return model
 
 
+def _load(model: Any, name: str, folder: Path, config: PeftConfig | None, is_trainable: bool, autocast: bool) -> None:
+    config = config or PeftConfig.from_pretrained(folder)
+    config.check_readable()
+    attach_stored(model, name, config, read_adapter(folder), folder, is_trainable, autocast)
+
+
 def attach_stored(
-    model: Any,
-    name: str,
-    config: Any,
-    tensors: Mapping[str, Tensor],
-    source: str | Path,
-    is_trainable: bool = False,
+    model: Any, name: str, config: Any, tensors: Mapping[str, Tensor], source: str | Path, is_trainable: bool = False,
     autocast_adapter_dtype: bool = True,
-) -> None:
+) -> None:  # fmt: skip
     """Attach an adapter with stored tensors; one of that name takes them over.
 
     Raises:
@@ -160,17 +161,10 @@ class PeftModel(Adopted):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: Any,
-        model_id: str | Path | None = None,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        subfolder: str | None = None,
-        low_cpu_mem_usage: bool = False,
-        **hub: Any,
-    ) -> Any:
+        cls, model: Any, model_id: str | Path | None = None, adapter_name: str = "default", is_trainable: bool = False,
+        config: PeftConfig | None = None, autocast_adapter_dtype: bool = True, subfolder: str | None = None,
+        low_cpu_mem_usage: bool = False, **hub: Any,
+    ) -> Any:  # fmt: skip
         """The base model with an adapter from disk or the Hub attached, for inference unless `is_trainable`.
 
         Args:
@@ -190,48 +184,28 @@ class PeftModel(Adopted):
                 f"{model_id!r}; to load both at once use AutoPeftModelForCausalLM"
             )
         folder = adapter_folder(model_id, subfolder, **hub)
-        config = config or PeftConfig.from_pretrained(folder)
-        config.check_readable()
-        attach_stored(model, adapter_name, config, read_adapter(folder), folder, is_trainable, autocast_adapter_dtype)
+        _load(model, adapter_name, folder, config, is_trainable, autocast_adapter_dtype)
         return model
 
     def load_adapter(
-        self,
-        model_id: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
-        subfolder: str | None = None,
-        low_cpu_mem_usage: bool = False,
-        **hub: Any,
-    ) -> None:
+        self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True, subfolder: str | None = None, low_cpu_mem_usage: bool = False, **hub: Any,
+    ) -> None:  # fmt: skip
         """Attach an adapter from disk or the Hub; one of that name takes the stored weights over.
 
         Arguments and errors are those of `from_pretrained`.
         """
-        PeftModel.from_pretrained(
-            self,
-            model_id,
-            adapter_name,
-            is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            subfolder=subfolder,
-            **hub,
-        )
+        folder = adapter_folder(model_id, subfolder, **hub)
+        _load(self, adapter_name, folder, None, is_trainable, autocast_adapter_dtype)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
         """Attach another new adapter, not active yet. Raises: as `get_peft_model`."""
         get_peft_model(self, peft_config, adapter_name, autocast_adapter_dtype)
 
     def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-    ) -> None:
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
+        svd_rank: int | None = None, svd_clamp: float | None = None,
+    ) -> None:  # fmt: skip
         """Attach a weighted combination of adapters as a new one: "linear", "svd" or "cat".
 
         Vectors, biases and whole differences have one combination, their weighted sum; "linear" and "svd" both mean it.
@@ -386,13 +360,9 @@ class PeftModel(Adopted):
         unmerge(self)
 
     def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
-        requantize: bool = False,
-        drift_inputs: Mapping[str, Tensor] | None = None,
-    ) -> Any:
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None,
+        requantize: bool = False, drift_inputs: Mapping[str, Tensor] | None = None,
+    ) -> Any:  # fmt: skip
         """The plain model with the active adapters (or these) in its weights; it is this very object.
 
         A quantized base becomes a plain one of the model's dtype, also where no adapter is.
@@ -467,16 +437,11 @@ class PeftModel(Adopted):
     # -- On disk.
 
     def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        push_to_hub: bool = False,
+        self, save_directory: str | Path, safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None, save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True, state_dict: Mapping[str, Tensor] | None = None, push_to_hub: bool = False,
         **hub: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write the adapters alone: `default` into the folder, others into subfolders of their names.
 
         Args:
