@@ -24,7 +24,7 @@ from slimtune.data.encode import Encoded, encode
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.rows import Conversation, Document
 from slimtune.models.device import native_dtype
-from slimtune.models.load import load_text_model
+from slimtune.models.load import LoadOptions, load_model
 
 MODEL = "smollm2-135m-instruct"
 
@@ -83,7 +83,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Examples of a padded batch.")] = 16,
 ) -> None:
     """Measure and print."""
-    loaded, tokenizer = load_text_model(MODEL, native_dtype())
+    loaded, tokenizer = load_model(MODEL, "text", LoadOptions(native_dtype()))
     model: Any = get_peft_model(loaded, LoraConfig(r=16, target_modules="all-linear")).train()
     check_packs(model)
     print(f"{cpu_model()}, {cores()} cores, {torch.get_num_threads()} threads, load {load():.1f}, {model.dtype}\n")

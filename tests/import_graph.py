@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -116,7 +117,7 @@ def main() -> None:
     everything = list(files().values())
     print(f"files {len(everything)}, at the root {len(list((SOURCE / 'slimtune').glob('*.py')))}")
     print(f"lines {lines(everything):,}; comments {comment_share(everything):.1%}")
-    core = [*sum((by_room[room] for room in ("core", "methods", "bases", "adapters")), []),
+    core = [*chain(*(by_room[room] for room in ("core", "methods", "bases", "adapters"))),
             files()["slimtune.storage.peft_format"]]  # fmt: skip
     print(f"core, methods, bases, adapters and storage/peft_format.py: {lines(core):,} lines")
     loops = circles(graph())

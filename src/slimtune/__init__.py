@@ -17,8 +17,8 @@ _HOME = {
     "TaskType": "core.config",
     "PeftModel": "adapters.model",
     "get_peft_model": "adapters.model",
-    "get_peft_model_state_dict": "adapters.model",
-    "set_peft_model_state_dict": "adapters.model",
+    "get_peft_model_state_dict": "adapters.adapter",
+    "set_peft_model_state_dict": "adapters.adapter",
     "AutoPeftModel": "models.auto",
     "AutoPeftModelForCausalLM": "models.auto",
     "AutoPeftModelForFeatureExtraction": "models.auto",
@@ -45,12 +45,12 @@ _HOME = {
 
 if TYPE_CHECKING:
     # What type checkers and editors see; at run time a method's file alone enrols its config.
+    from slimtune.adapters.adapter import get_peft_model_state_dict as get_peft_model_state_dict
+    from slimtune.adapters.adapter import set_peft_model_state_dict as set_peft_model_state_dict
     from slimtune.adapters.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from slimtune.adapters.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from slimtune.adapters.model import PeftModel as PeftModel
     from slimtune.adapters.model import get_peft_model as get_peft_model
-    from slimtune.adapters.model import get_peft_model_state_dict as get_peft_model_state_dict
-    from slimtune.adapters.model import set_peft_model_state_dict as set_peft_model_state_dict
     from slimtune.core.config import PeftConfig as PeftConfig
     from slimtune.core.config import TaskType as TaskType
     from slimtune.methods.adalora import AdaLoraConfig as AdaLoraConfig

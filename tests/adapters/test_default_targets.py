@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
 
 import pytest
@@ -9,9 +11,26 @@ import torch
 from torch import nn
 
 import slimtune
-from slimtune.errors import did_you_mean
+from kinds import NEEDED
+from slimtune.adapters.adapter import draft
+from slimtune.adapters.targets import resolve
+from slimtune.core.config import methods
+from slimtune.errors import ConfigError, TargetError, did_you_mean
 from tensors import trainable
-from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, LLAMA_LINEARS, NEOX_LINEARS, QWEN2, T5, VIT, Specimen
+from zoo import (
+    BERT,
+    GEMMA3,
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    LLAMA_LINEARS,
+    NEOX_LINEARS,
+    QWEN2,
+    SPECIMENS,
+    T5,
+    VIT,
+    Specimen,
+)  # fmt: skip
 
 EXPECTED: dict[str, tuple[Specimen, list[str]]] = {
     "llama": (LLAMA, LLAMA_LINEARS),
@@ -44,6 +63,40 @@ def test_all_linear_layers_of_the_blocks_and_no_others(case: str) -> None:
 def test_the_config_says_afterwards_what_was_found() -> None:
     model = slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(r=2))
     assert model.peft_config["default"].target_modules == set(LLAMA_LINEARS)
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_asking_what_a_config_means_leaves_it_untouched(method: str, specimen: Specimen) -> None:
+    """Nor does drafting an adapter change it, whether that works or not."""
+    config = methods()[method](inference_mode=False, **NEEDED.get(method, {}))
+    before = copy.deepcopy(vars(config))
+    with contextlib.suppress(TargetError, ConfigError):
+        assert resolve(specimen.model(), config).config is not config
+        assert vars(config) == before
+        draft(specimen.model(), "default", config, True, strict=True)
+    assert vars(config) == before
+
+
+def test_what_a_config_means_is_in_the_answer() -> None:
+    config = slimtune.LoraConfig(r=2, trainable_token_indices=[1, 2])
+    before = copy.deepcopy(vars(config))
+    resolved = resolve(BERT.model(), config).config
+    assert vars(config) == before
+    assert resolved.modules_to_save == ["classifier"]
+    assert {name.rpartition(".")[2] for name in resolved.target_modules} == {"query", "key", "value", "dense"}
+    assert resolved.tokens_of == {"bert.embeddings.word_embeddings": [1, 2]}
+
+    whole_weights = slimtune.LoraConfig(r=2, target_parameters=["layers.0.mlp.up_proj.weight"])
+    assert resolve(LLAMA.model(), whole_weights).config.parameters_of == {"model.layers.0.mlp.up_proj": ["weight"]}
+    assert not whole_weights.parameters_of
+
+
+def test_a_config_that_was_attached_says_what_it_meant_there() -> None:
+    config = slimtune.LoraConfig(r=2)
+    model = slimtune.get_peft_model(LLAMA.model(), config)
+    assert model.peft_config["default"] is config
+    assert config.target_modules == set(LLAMA_LINEARS)
 
 
 def test_names_that_also_occur_outside_the_blocks_are_saved_so_that_they_mean_the_blocks(tmp_path: Any) -> None:

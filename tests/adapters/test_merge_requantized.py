@@ -158,7 +158,7 @@ class TestRequantized:
             model.merge_and_unload(requantize=True, safe_merge=True)
         assert torch.equal(predict(model, LLAMA.batch()), expected)
         assert [type(m) for m in model.modules()] == types
-        assert bool(model.kept) == already_merged
+        assert bool(model.adapter_state.replaced) == already_merged
 
     def test_mistakes(self) -> None:
         plain = tuned(LLAMA.model())

@@ -14,7 +14,7 @@ import yaml
 from slimtune.evaluate.generation import generate_batch
 from slimtune.evaluate.tasks import prompt, read_task
 from slimtune.metrics.classification import scores
-from slimtune.models.load import load_text_model
+from slimtune.models.load import load_model
 from small_encoder import reviews, save_encoder
 from small_text_model import orders, save_base, write_lines
 
@@ -50,7 +50,7 @@ def test_scores_loss_and_answers(run: Any, base: Path, task: Path, tmp_path: Pat
     rows = lines(tmp_path / "a.jsonl")
     assert [row["question"] for row in rows] == [example.question() for example in orders(6)]
     assert [row["expected"] for row in rows] == [example.order.to_json() for example in orders(6)]
-    model, tokenizer = load_text_model(str(base))
+    model, tokenizer = load_model(str(base), "text")
     prompts = [prompt(tokenizer, question) for question in read_task(task).questions]
     assert [row["answer"] for row in rows] == generate_batch(model, tokenizer, prompts, 12)
     # A mean of the batches' means would be another number: the answers differ in length.
@@ -129,7 +129,7 @@ def test_labels_are_chosen_by_their_likelihood(run: Any, base: Path, sentiment: 
     found = asked(run, base, sentiment, "--answers", tmp_path / "a.jsonl")
     rows = lines(tmp_path / "a.jsonl")
     assert scores([r["answer"] for r in rows], [r["expected"] for r in rows]) == pytest.approx(found["scores"])
-    model, tokenizer = load_text_model(str(base))
+    model, tokenizer = load_model(str(base), "text")
     question = read_task(sentiment).questions[0]
     shown = prompt(tokenizer, question, (), "Answer with one of these labels and nothing else: bad, good.")
     begin = len(tokenizer(shown, add_special_tokens=False)["input_ids"])
@@ -211,7 +211,7 @@ def test_tasks_of_the_harness(run: Any, base: Path, tuned: Path, tmp_path: Path)
     }  # fmt: skip
     (folder / "sums.yaml").write_text(yaml.safe_dump(described))
     found = asked(run, tuned, "--lm-eval", "sums", "--lm-eval-path", folder, "--limit", 3)
-    loaded, tokenizer = load_text_model(str(tuned))
+    loaded, tokenizer = load_model(str(tuned), "text")
 
     def likely(text: str, answer: str) -> float:
         ids = torch.tensor([tokenizer(f"{text} {answer}")["input_ids"]])

@@ -12,7 +12,7 @@ from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.errors import ConfigError, OutputExistsError
-from slimtune.models.load import load, load_text_model
+from slimtune.models.load import LoadOptions, load, load_model
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import cache_dir, resolve
 from small_text_model import save_base, tiny_model
@@ -36,7 +36,7 @@ def test_an_adapter_brings_its_base(tmp_path: Path) -> None:
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     ids = torch.arange(3, 20)[None]
-    again, tokenizer = load_text_model(tmp_path / "adapter", device="cpu")
+    again, tokenizer = load_model(tmp_path / "adapter", "text", LoadOptions(device="cpu"))
     torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
     assert tokenizer is not None
 

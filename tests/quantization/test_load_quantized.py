@@ -20,7 +20,7 @@ import slimtune
 from slimtune import AutoPeftModelForCausalLM, LoraConfig, PeftModel, Quantization, get_peft_model
 from slimtune.bases import claim
 from slimtune.bases.bitsandbytes import PIECE, packed_4bit, packed_8bit
-from slimtune.models.load import load_classifier, load_encoder
+from slimtune.models.load import LoadOptions, load_model
 from small_encoder import save_encoder
 from small_text_model import save_base
 
@@ -220,7 +220,9 @@ class TestKept:
         save_encoder(tmp_path / "tokenizer")
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / "base" / file).write_bytes((tmp_path / "tokenizer" / file).read_bytes())
-        model, _ = load_classifier(str(tmp_path / "base"), ["bad", "good"], quantize="nf4")
+        model, _ = load_model(
+            str(tmp_path / "base"), "classification", LoadOptions(quantize="nf4"), labels=["bad", "good"]
+        )
         assert type(model.pre_classifier) is nn.Linear
         assert 0.01 < model.pre_classifier.weight.std() < 0.03  # drawn, not whatever was in memory
         assert "q_lin" in quantized_names(model)
@@ -289,5 +291,5 @@ class TestFiles:
         assert slimtune.parts(loaded).rows[kind].modules == {"linear layer": 14}
 
     def test_an_encoder_for_features(self, encoder: Path) -> None:
-        model, _ = load_encoder(str(encoder), quantize="nf4")
+        model, _ = load_model(str(encoder), "features", LoadOptions(quantize="nf4"))
         assert "query" in quantized_names(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,6 @@ class _Frugal(Adopted):
 class FrozenNorm(_Frugal):
     """Mixed in front of a root mean square norm."""
 
-    adopted_from: ClassVar[type[nn.Module]]
-
     def frugally(self, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         module: Any = self
         weight, formula = module.weight, formula_of(module)
@@ -51,8 +49,6 @@ class FrozenNorm(_Frugal):
 
 class GateActivation(_Frugal):
     """Mixed in front of the activation of a gate."""
-
-    adopted_from: ClassVar[type[nn.Module]]
 
     def frugally(self, own: Callable[[Tensor], Tensor], x: Tensor) -> Any:
         module: Any = self

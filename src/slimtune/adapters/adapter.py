@@ -1,11 +1,11 @@
-"""One adapter on one model: drafted, filled from stored tensors, attached, read out again."""
+"""One adapter on one model: drafted, filled from stored tensors or combined from others, attached, read out again."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,19 @@ from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
 _ALWAYS_TAKEN = 1024
 """Tensors as long as this take no memory to speak of."""
 
-Draft = list[tuple[Site, Delta]]
+Placed = list[tuple[Site, Delta]]
 """The deltas of one adapter with their sites."""
 
 
+class Draft(NamedTuple):
+    """An adapter that isn't attached yet, with a copy of its config that says what it means on this model."""
+
+    config: Any
+    placed: Placed
+
+
 def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: bool, strict: bool) -> Draft:
-    """All deltas of a new adapter, none attached yet: an error leaves the model as it was.
+    """All deltas of a new adapter, none attached yet: an error leaves the model and the config as they were.
 
     Modules that another library quantized become ours first, on the same storage.
 
@@ -55,22 +62,23 @@ def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: boo
         )
     claim(model)
     targets = resolve(model, config, strict)
-    deltas = {id(site.module): (site, config.delta_for(site, autocast_adapter_dtype)) for site in targets.sites}
+    resolved = targets.config
+    deltas = {id(site.module): (site, resolved.delta_for(site, autocast_adapter_dtype)) for site in targets.sites}
     for site in targets.whole:
         deltas[id(site.module)] = (site, Delta())
         deltas[id(site.module)][1].hold_all(site)
     for site in targets.biases:
         deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site, "bias")
-    drafted = list(deltas.values())
-    config.link_deltas(model, drafted)
-    if not config.inference_mode:
-        _check_gradients(model, drafted)
-    return drafted
+    placed = list(deltas.values())
+    resolved.link_deltas(model, placed)
+    if not resolved.inference_mode:
+        _check_gradients(model, placed)
+    return Draft(resolved, placed)
 
 
-def _check_gradients(model: nn.Module, drafted: Draft) -> None:
+def _check_gradients(model: nn.Module, placed: Placed) -> None:
     """See that gradients come through the modules from the first delta on. Raises: TargetError."""
-    sites = {id(site.module) for site, _ in drafted}
+    sites = {id(site.module) for site, _ in placed}
     for path, module in itertools.dropwhile(lambda named: id(named[1]) not in sites, walk(model)):
         base = base_of(module)
         if isinstance(base, ForeignLinear) and base.loses_gradient(module):
@@ -100,13 +108,53 @@ def draft_stored(
         raise
     except RuntimeError as error:
         raise BaseMismatchError(f"'{source}' asks for tensors that can't be had: {first_line(error)}") from error
-    fill(drafted, tensors, source)
+    fill(drafted.placed, tensors, source)
     return drafted
 
 
-def attach(model: Any, name: str, drafted: Draft) -> None:
+def draft_combined(
+    model: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    how: str,
+    svd_rank: int | None,
+    svd_clamp: float | None,
+) -> Draft:
+    """The adapter sum_i w_i adapter_i, not attached yet.
+
+    Raises:
+        ConfigError: adapters that can't be combined so.
+        AdapterExistsError: the name is taken.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise ConfigError(f"each adapter needs a weight, found {len(adapters)} adapters and {len(weights)} weights")
+    configs = [model.peft_config[adapter] for adapter in adapters]
+    if any(type(config) is not type(configs[0]) for config in configs):
+        methods = listing(str(config.peft_type) for config in configs)
+        raise ConfigError(f"only adapters of one method can be combined, found {methods}")
+    how = "linear" if len(adapters) == 1 else how
+    config = configs[0].combined(configs[1:], how, svd_rank)
+    sources: dict[int, list[tuple[Any, float]]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for site, delta in attached(model, adapter):
+            sources.setdefault(id(site.module), []).append((delta, weight))
+    if any(delta.holds for group in sources.values() for delta, _ in group):
+        raise ConfigError(
+            "adapters that train whole modules or biases can't be combined; leave out modules_to_save and bias"
+        )
+    resolved, placed = draft(model, name, config, True, strict=False)
+    placed = [(site, target) for site, target in placed if id(site.module) in sources]
+    options = {"svd_clamp": svd_clamp} if how == "svd" else {}
+    for site, target in placed:
+        deltas, factors = zip(*sources[id(site.module)], strict=True)
+        type(deltas[0]).combine(list(deltas), list(factors), how, target, site, **options)
+    return Draft(resolved, placed)
+
+
+def attach(model: Any, name: str, placed: Placed) -> None:
     """Put the deltas at their sites, not active yet."""
-    for site, delta in drafted:
+    for site, delta in placed:
         delta.train(site.module.training).requires_grad_(False)
         attach_to(adopt(site.module, model.adapter_state), name, delta)
 
@@ -120,7 +168,7 @@ def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
     return list(seen.values())
 
 
-def attached(model: Any, name: str) -> Draft:
+def attached(model: Any, name: str) -> Placed:
     """The deltas of an adapter that the model has."""
     return [
         (Site(path, module, module.adopted_base), deltas_of(module)[name])
@@ -136,17 +184,17 @@ def key(site: Site, disk_name: str) -> str:
     return f"{KEY_PREFIX}{site.name}.{disk_name}" if site.name else KEY_PREFIX + disk_name
 
 
-def fill(drafted: Draft, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def fill(placed: Placed, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Copy stored tensors into an adapter's deltas, each into its own.
 
     Raises:
         BaseMismatchError: a tensor is missing, left over or of another shape; nothing is copied then.
         ConfigError: what is stored serves inference alone.
     """
-    for_training = {key for _, delta in drafted for key in delta.keys_for_training(tensors.keys(), source)}
-    disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in drafted]
+    for_training = {key for _, delta in placed for key in delta.keys_for_training(tensors.keys(), source)}
+    disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in placed]
     own = {key(site, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
-    missing, strange = own.keys() - tensors.keys(), _strangers(drafted, tensors, own.keys() | for_training)
+    missing, strange = own.keys() - tensors.keys(), _strangers(placed, tensors, own.keys() | for_training)
     if missing or strange:
         what = f"it lacks {listing(missing, 3)}" if missing else f"it holds {listing(strange, 3)} besides"
         raise BaseMismatchError(
@@ -179,22 +227,24 @@ def _way_to_mend(site: Site, own: Tensor, stored: Tensor) -> str:
     return f"; if that is the output layer, {resize}, or load the base with as many labels"
 
 
-def keep_embeddings(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Note in the config which embeddings a file has whole without saying so: `peft` adds those that were resized."""
+def embeddings_stored(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The embeddings that a file has whole without its config saying so: `peft` adds those that were resized."""
     if {"output", "everything"} & set(config.default_targets):
-        return  # The method trains them itself.
+        return []  # The method trains them itself.
     output = getattr(model, "get_output_embeddings", None)
     ends = [module for module in (input_embeddings(model), output() if output else None) if module is not None]
-    named = getattr(config, "modules_to_save", None) or []
+    names: list[str] = []
     for name, module in walk(model):
+        saved = [*(getattr(config, "modules_to_save", None) or []), *names]
         is_end = any(module is end for end in ends)
-        if is_end and f"{KEY_PREFIX}{name}.weight" in tensors and not any(f".{name}".endswith(f".{n}") for n in named):
-            named = config.modules_to_save = [*named, name]
+        if is_end and f"{KEY_PREFIX}{name}.weight" in tensors and not any(f".{name}".endswith(f".{n}") for n in saved):
+            names.append(name)
+    return names
 
 
-def _strangers(drafted: Draft, tensors: Mapping[str, Tensor], own: set[str]) -> set[str]:
+def _strangers(placed: Placed, tensors: Mapping[str, Tensor], own: set[str]) -> set[str]:
     """Stored tensors that no delta takes; copies of the base's own embeddings, which `peft` may add, are none."""
-    bases = {f"{KEY_PREFIX}{site.name}.base_layer.weight": site.module for site, _ in drafted}
+    bases = {f"{KEY_PREFIX}{site.name}.base_layer.weight": site.module for site, _ in placed}
     return {
         name
         for name in tensors.keys() - own
@@ -208,17 +258,46 @@ def adapter_tensors(model: Any, name: str, state_dict: Mapping[str, Tensor] | No
     Args:
         state_dict: the model's tensors by name, where its own are not at hand.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for site, delta in attached(model, name):
         prefix = f"{site.name}.deltas.{name}." if site.name else f"deltas.{name}."
         own = {
             inside: gathered((state_dict or {}).get(prefix + inside, tensor))
             for inside, tensor in delta.state_dict().items()
         }
-        found |= {key(site, stored): tensor for stored, tensor in delta.to_disk(own).items()}
-    return found
+        tensors |= {key(site, stored): tensor for stored, tensor in delta.to_disk(own).items()}
+    return tensors
 
 
 def gathered(tensor: Any) -> Tensor:
     """The whole of a tensor that may be sharded."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter by their names on disk. Raises: AdapterNotFoundError, ConfigError."""
+    check_embeddings(save_embedding_layers)
+    model.adapter_state.check_known(adapter_name)
+    return adapter_tensors(model, adapter_name, state_dict)
+
+
+def set_peft_model_state_dict(
+    model: Any, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Copy tensors, by their names on disk, into an adapter. Raises: AdapterNotFoundError, BaseMismatchError."""
+    model.adapter_state.check_known(adapter_name)
+    fill(attached(model, adapter_name), peft_model_state_dict, "the state dict")
+
+
+def check_embeddings(save_embedding_layers: str | bool) -> None:
+    """Raises: ConfigError, for `peft`'s wish to save whole embeddings that weren't trained."""
+    if save_embedding_layers not in ("auto", False):
+        raise ConfigError(
+            "to save an embedding, train it: put it into modules_to_save; found "
+            f"save_embedding_layers={save_embedding_layers!r}"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from slimtune.adapters.lazy_logits import LazyLogits
 from slimtune.bases import base_of_type
-from slimtune.core.delta import Base, Frozen, deltas_of, standing_in
-from slimtune.errors import ConfigError
+from slimtune.core.delta import Base, Dense, Frozen, deltas_of, standing_in
+from slimtune.errors import AdapterNotFoundError, ConfigError, did_you_mean, listing
 from slimtune.fused import fused_for
 from slimtune.ops.frozen_linear import is_traced
 
@@ -24,21 +25,47 @@ BASE = "__base__"
 """The name under which rows of a mixed batch ask for the untouched base."""
 
 
+@dataclass(eq=False)
 class AdapterState:
-    """Which adapters of one model are in effect; all its adopted modules look at the same one."""
+    """All that a model knows of its adapters; the model and its adopted modules look at one and the same object.
 
-    def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
-        self.enabled = True
-        self.rows: tuple[str, ...] | None = None
-        self.lazy_head: nn.Module | None = None
-        self.inside: Callable[..., Any] | None = None
+    Attributes:
+        configs: the config of each adapter by its name.
+        active: the adapters that are in effect unless they are merged or disabled.
+        enabled: whether unmerged adapters are in effect at all.
+        merged: the adapters that are written into the weights.
+        replaced: (module, its tensors by name) from before that merge, in the order in which they were replaced.
+        trained_before: the names of the parameters that needed gradients before the first adapter came.
+        return_logits: whether a causal model in training gives its logits beside its loss.
+        rows: during a call with `adapter_names`, the adapter of each row of the batch.
+        lazy_head: during a call that computes a loss, the output layer whose logits stay uncomputed.
+        inside: during a call of TRL's forward, the one that it runs inside of what adapters put around the model.
+    """
+
+    configs: dict[str, Any] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    merged: tuple[str, ...] = ()
+    replaced: list[tuple[nn.Module, Dense]] = field(default_factory=list)
+    trained_before: frozenset[str] = frozenset()
+    return_logits: bool = False
+    rows: tuple[str, ...] | None = None
+    lazy_head: nn.Module | None = None
+    inside: Callable[..., Any] | None = None
 
     @property
     def applied(self) -> tuple[str, ...]:
         """The adapters that a forward runs through."""
         return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
+    def check_known(self, *names: str) -> None:
+        """See that there are adapters of these names. Raises: AdapterNotFoundError."""
+        for name in names:
+            if name not in self.configs:
+                raise AdapterNotFoundError(
+                    f"there is no adapter '{name}'; there are {listing(self.configs) or 'none'}"
+                    f"{did_you_mean(name, self.configs)}"
+                )
 
     @contextmanager
     def using(self, **settings: Any) -> Iterator[None]:
@@ -56,17 +83,23 @@ class AdapterState:
             setattr(self, name, value)
 
 
-class Adopted:
-    """Mixed in front of a module's class: its forward is the active deltas' formulas around the class's own."""
+class Adopted(nn.Module):
+    """Mixed in front of a module's class: its forward is the active deltas' formulas around the class's own.
+
+    Attributes:
+        adopted_from: the module's class before.
+        adopted_by: the subclass of this one that stands in front of it.
+    """
 
     adopted_from: ClassVar[type[nn.Module]]
-    adopted_base: Base
+    adopted_by: ClassVar[type[Adopted]]
+    adopted_base: ClassVar[Base]
     deltas: nn.ModuleDict
     adapter_state: AdapterState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter_state = self.adapter_state
-        frozen = self.__dict__.get("instance_forward") or super().forward  # type: ignore[misc]
+        frozen = self.__dict__.get("instance_forward") or super().forward
         if adapter_state.lazy_head is self:
             return LazyLogits(args[0], self, functools.partial(run, self, frozen))
         if adapter_state.rows is not None:
@@ -74,7 +107,18 @@ class Adopted:
         return run(self, frozen, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(self)
+        # The class is made at run time, so that pickle and deepcopy can't find it by its name.
+        return _rebuild, (self.adopted_from, self.adopted_by), self.__dict__.copy()
+
+    @staticmethod
+    def _members_for(module_type: type[nn.Module]) -> dict[str, Any]:
+        """What the class that is made for a module type has besides."""
+        return {}
+
+
+def _rebuild(module_type: type[nn.Module], mixin: type[Adopted]) -> nn.Module:
+    made = adopted_class(module_type, mixin)
+    return made.__new__(made)
 
 
 def _unless_applied(name: str) -> property:
@@ -89,18 +133,9 @@ ENCODERS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 class WithoutFastPath(Adopted):
     """Mixed in front of torch's own transformer encoders, whose fast path reads weights past the modules' forwards."""
 
-    adopted_from: ClassVar[type[nn.Module]]
-
     @staticmethod
-    def members(module_type: type[nn.Module]) -> dict[str, Any]:
-        return dict(FAST_PATHS)
-
-
-def reduced(module: Any) -> tuple[Any, ...]:
-    """What pickle and deepcopy need to make an adopted module again."""
-    made = type(module)
-    mixin = next(ancestor for ancestor in made.__mro__ if "adopted_from" in getattr(ancestor, "__annotations__", {}))
-    return _rebuild, (made.adopted_from, mixin), module.__dict__.copy()
+    def _members_for(module_type: type[nn.Module]) -> dict[str, Any]:
+        return FAST_PATHS
 
 
 def attach_to(module: Any, name: str, delta: nn.Module) -> None:
@@ -162,7 +197,7 @@ def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x:
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-def adopt(module: nn.Module, adapter_state: AdapterState, mixin: type = Adopted) -> Any:
+def adopt(module: nn.Module, adapter_state: AdapterState, mixin: type[Adopted] = Adopted) -> Any:
     """Re-class the module in place; a module that is adopted already stays as it is."""
     if isinstance(module, mixin):
         return module
@@ -170,7 +205,7 @@ def adopt(module: nn.Module, adapter_state: AdapterState, mixin: type = Adopted)
     if "forward" in module.__dict__:
         module.__dict__["instance_forward"] = module.__dict__.pop("forward")
     module.__class__ = adopted_class(type(module), mixin)
-    module.adapter_state = adapter_state  # type: ignore[assignment]
+    vars(module)["adapter_state"] = adapter_state
     return module
 
 
@@ -185,20 +220,11 @@ def release(module: Any) -> None:
 
 
 @functools.cache
-def adopted_class(module_type: type[nn.Module], mixin: type) -> type[nn.Module]:
+def adopted_class(module_type: type[nn.Module], mixin: type[Adopted]) -> type[nn.Module]:
     """The class that puts `mixin` in front of a module type.
 
     It bears the type's own name: transformers looks layers and models up by it.
     """
-    names = {key: getattr(module_type, key) for key in ("__module__", "__qualname__", "__doc__")}
-    extra = mixin.members(module_type) if hasattr(mixin, "members") else {}
-    return type(
-        module_type.__name__,
-        (mixin, module_type),
-        {"adopted_from": module_type, "adopted_base": base_of_type(module_type)} | names | extra,
-    )
-
-
-def _rebuild(module_type: type[nn.Module], mixin: type) -> nn.Module:
-    made = adopted_class(module_type, mixin)
-    return made.__new__(made)
+    members = {name: getattr(module_type, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members |= {"adopted_from": module_type, "adopted_by": mixin, "adopted_base": base_of_type(module_type)}
+    return type(module_type.__name__, (mixin, module_type), members | mixin._members_for(module_type))

@@ -47,7 +47,7 @@ def initialize_lora_eva_weights(
         AdapterNotFoundError: there is no such adapter.
         ConfigError: an adapter that doesn't start by EVA, or has been trained; no data, or too little; a sharded model.
     """
-    model._check_known(adapter_name)
+    model.adapter_state.check_known(adapter_name)
     config = model.peft_config[adapter_name]
     sites: Sites = {s.name: (s, d) for s, d in attached(model, adapter_name) if isinstance(d, LoraLinear)}
     _check(config, sites, adapter_name)
@@ -80,16 +80,16 @@ def _of_first_process(model: Any, find: Callable[[], dict[str, Tensor]]) -> dict
         return find()
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise ConfigError("EVA runs the model in the first process alone, and it is sharded; start by EVA before that")
-    found: list[Any] = [{}, None]
+    outcome: list[Any] = [{}, None]  # directions, error
     if processes.get_rank() == 0:
         try:
-            found[0] = {name: rows.cpu() for name, rows in find().items()}
+            outcome[0] = {name: rows.cpu() for name, rows in find().items()}
         except ConfigError as error:
-            found[1] = str(error)
-    processes.broadcast_object_list(found)
-    if found[1]:
-        raise ConfigError(found[1])
-    return found[0]
+            outcome[1] = str(error)
+    processes.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise ConfigError(outcome[1])
+    return outcome[0]
 
 
 def principal_directions(
@@ -176,12 +176,13 @@ class _Search:
         self.ranks = {name: counts[name] for name in self.leaders}
 
     def directions(self) -> dict[str, Tensor]:
-        found = {}
+        """The first rows of each layer's A, (rank, in) by its name."""
+        rows = {}
         for name, leader in self.leaders.items():
             analysis, rank = self.analyses[leader], self.ranks[name]
             by = analysis.singular_K[:rank, None].sqrt() if self.settings.whiten else 1.0
-            found[name] = analysis.directions_KI[:rank] / by
-        return found
+            rows[name] = analysis.directions_KI[:rank] / by
+        return rows
 
 
 def _start(model: Any, adapter_name: str, config: LoraConfig, sites: Sites, directions: Mapping[str, Tensor]) -> None:
@@ -236,8 +237,8 @@ def _counting_tokens(model: Any, settings: EvaConfig, batch: Any) -> Tensor | No
     masks = [batch["attention_mask"].bool()] if isinstance(batch.get("attention_mask"), Tensor) else []
     labels, ids = batch.get("labels"), batch.get("input_ids")
     # The labels of an encoder-decoder are another text than what it reads.
-    told = isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape
-    if settings.use_label_mask and told and not getattr(model.config, "is_encoder_decoder", False):
+    aligned = isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape
+    if settings.use_label_mask and aligned and not getattr(model.config, "is_encoder_decoder", False):
         masks.append(labels != settings.label_mask_value)
     return functools.reduce(torch.logical_and, masks) if masks else None
 

@@ -1,11 +1,16 @@
-"""How a model that carries adapters is called: its loss in chunks, and rows of a batch under adapters of their own."""
+"""How a model that carries adapters is called: its loss in chunks, and rows of a batch under adapters of their own.
+
+TRL puts a forward of its own on a model, which runs the layers itself and multiplies by the head's weight. It stands
+before the model's own, so that what an adapter puts around the whole model (virtual tokens) and a head that is trained
+whole would be left out of the loss and never be trained, without a word. There it is run inside instead.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +18,8 @@ from torch import Tensor, nn
 
 from slimtune.adapters.adopt import BASE, run
 from slimtune.adapters.lazy_logits import lazy_head, without_lazy
-from slimtune.core.delta import deltas_of
+from slimtune.bases import base_of
+from slimtune.core.delta import deltas_of, standing_in
 from slimtune.core.roles import recomputes
 from slimtune.errors import ConfigError
 
@@ -82,8 +88,8 @@ def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
     if adapter_names is None:
         yield
         return
-    model._check_known(*(set(adapter_names) - {BASE}))
-    if model.training or model.kept:
+    model.adapter_state.check_known(*(set(adapter_names) - {BASE}))
+    if model.training or model.adapter_state.merged:
         raise ConfigError(
             "adapter_names is for inference with unmerged adapters; call model.eval() and unmerge_adapter() first"
         )
@@ -95,3 +101,54 @@ def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
             )
     with model.adapter_state.using(rows=tuple(adapter_names)):
         yield
+
+
+def is_from_trl(forward: Any) -> bool:
+    """Whether TRL made this forward, by an argument that it gives it."""
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    return code is not None and "fused_lm_head" in code.co_varnames
+
+
+def check_head(model: Any, otherwise: str = "") -> None:
+    """See that the product with the head's weight is what the head computes.
+
+    Args:
+        otherwise: what else can be done about it.
+
+    Raises:
+        ConfigError: an adapter on the head, or one in few bits.
+    """
+    head = model.get_output_embeddings()
+    if any(delta.read_as(head) is None for delta in deltas_of(head).values()):
+        raise ConfigError(
+            "TRL multiplies by the weight of the head itself, so that an adapter on the head would not be trained; "
+            f"leave the head out of target_modules{otherwise}"
+        )
+    if base_of(head).kind != "linear" or not head.weight.is_floating_point():
+        raise ConfigError(
+            f"TRL multiplies by the head's weight, and this head is a {type(head).__name__} of {head.weight.dtype}; "
+            f"load the model with its head in 16 bits{otherwise}"
+        )
+
+
+def is_around(model: Any) -> bool:
+    """Whether adapters do something around the whole model, or train its head whole."""
+    return bool(deltas_of(model) or deltas_of(model.get_output_embeddings()))
+
+
+def put_inside(model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """TRL's forward for the inside of an adopted model, whose own it calls where nothing is fused."""
+    own = vars(model).get("instance_forward") or functools.partial(type(model).adopted_from.forward, model)
+    return functools.partial(_run_inside, model, own, forward)
+
+
+def _run_inside(model: Any, own: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    adapter_state = vars(model).get("adapter_state")
+    if adapter_state is None:  # the adapters are gone
+        return forward(*args, **kwargs)
+    head = model.get_output_embeddings()
+    with adapter_state.using(inside=own), ExitStack() as stack:
+        for name in adapter_state.applied if kwargs.get("fused_lm_head") else ():
+            if name in deltas_of(head):
+                stack.enter_context(standing_in(head, deltas_of(head)[name].read_as(head)))
+        return forward(*args, **kwargs)

@@ -118,7 +118,7 @@ class LazyLogits(Lazy):
 
 def lazy_head(model: Any) -> Any:
     """The adopted output layer of a model in training, where its logits may stay uncomputed; else None."""
-    ready = model.training and torch.is_grad_enabled() and not model.return_logits
+    ready = model.training and torch.is_grad_enabled() and not model.adapter_state.return_logits
     if not ready or is_traced() or not hasattr(model, "get_output_embeddings"):
         return None
     head = model.get_output_embeddings()

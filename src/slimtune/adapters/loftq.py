@@ -35,10 +35,10 @@ def replace_lora_weights_loftq(
         AdapterNotFoundError: there is no such adapter.
         ConfigError: nothing of the adapter is LoRA on a layer in 4 bits; the weights can't be found, or are others.
     """
-    peft_model._check_known(adapter_name)
+    peft_model.adapter_state.check_known(adapter_name)
     config = peft_model.peft_config[adapter_name]
-    found = [(s, d) for s, d in attached(peft_model, adapter_name) if isinstance(d, LoraLinear) and is_4bit(s)]
-    if not found or not isinstance(config, LoraConfig):
+    placed = [(s, d) for s, d in attached(peft_model, adapter_name) if isinstance(d, LoraLinear) and is_4bit(s)]
+    if not placed or not isinstance(config, LoraConfig):
         raise ConfigError(
             f"the adapter '{adapter_name}' has no LoRA on a layer in 4 bits; load the model with quantize=\"nf4\" and "
             "attach LoRA to it"
@@ -50,7 +50,7 @@ def replace_lora_weights_loftq(
         )
     start = replace(config, init_lora_weights="loftq", eva_config=None)
     start.originals = Originals.of(peft_model, model_path)
-    for site, delta in found:
+    for site, delta in placed:
         before = {name: tensor.clone() for name, tensor in delta.state_dict().items()}
         delta.initialise(start, site)
         if callback is not None and not callback(peft_model, site.name):

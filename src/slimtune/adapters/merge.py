@@ -1,4 +1,9 @@
-"""Folding adapters into the weights, and taking them out again to the bit."""
+"""Folding adapters into the weights, taking them out again to the bit, and measuring how far outputs move by it.
+
+A module is folded alone (`fold`), its new tensors take the place of its own (`_exchange`), and the old ones are kept
+for `unmerge`. What a fold means for a forward is tried on probe inputs: always for a module whose forward isn't its
+kind's own (`_check_fold`), and for the whole model in a safe merge.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +19,55 @@ from slimtune.adapters.adapter import adopted_modules
 from slimtune.adapters.adopt import run
 from slimtune.bases import base_of
 from slimtune.core.delta import Delta, Dense, Difference, deltas_of, standing_in
-from slimtune.errors import MergeError
+from slimtune.errors import MergeError, listing
 
 MAX_RELATIVE_DRIFT = 0.1
 """A safe merge refuses when the outputs change by more than this part of their norm; bf16 rounding stays far below."""
 
-Kept = list[tuple[nn.Module, dict[str, Tensor]]]
-"""What was in the modules before a merge: (module, its tensors by name)."""
-
 Store = Callable[[Any, Dense], Dense]
 """Turns a module and its folded tensors into those that the module is to hold."""
+
+
+def merge(
+    model: Any, names: tuple[str, ...], safe: bool = False, dtype: torch.dtype | None = None, store: Store | None = None
+) -> None:
+    """Write adapters into the model's weights until `unmerge`.
+
+    Args:
+        safe: compare the outputs before and after on probe inputs.
+        dtype: of weights that are stored as codes; without it, what their modules compute in.
+        store: what is put into a module in place of the folded tensors.
+
+    Raises:
+        MergeError: it can't be done or strays too far; nothing is changed then.
+    """
+    state = model.adapter_state
+    if state.merged:
+        raise MergeError(f"adapters are merged already: {listing(state.merged)}; call unmerge_adapter() first")
+    probe = probe_inputs(model) if safe else None
+    with state.using(active=names):
+        before = outputs(model, probe) if probe else None
+    try:
+        for path, module in adopted_modules(model):
+            if any(name in deltas_of(module) for name in names):
+                tensors = _folded_at(path, module, names, dtype, store)
+                state.replaced.append((module, _exchange(module, tensors)))
+        _tie_again(state.replaced)
+        state.merged = names
+        if probe and before is not None:
+            with state.using(active=names):
+                _check_drift(compare_outputs(before, outputs(model, probe)))
+    except BaseException:
+        unmerge(model)
+        raise
+
+
+def unmerge(model: Any) -> None:
+    """Put back the very tensors that were there before `merge`."""
+    state = model.adapter_state
+    for module, tensors in reversed(state.replaced):
+        _exchange(module, tensors)
+    state.replaced, state.merged = [], ()
 
 
 def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Dense:
@@ -42,13 +86,16 @@ def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) 
     held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
     expands_to = None if base.dequantizer(module) is None else dtype or base.spec(module).dtype
     with standing_in(module, held):
-        frozen = base.dense(module)
+        frozen = base.dense(module)  # the weight as (out, in, ...), expanded where it is codes
     if expands_to is not None:
-        # Rounded once, at the end.
+        # All sums are formed in the wider of the codes' own dtype and the wanted one, and rounded once, at the end:
+        # rounding after each adapter would lose small updates beside a large weight.
         frozen["weight"] = frozen["weight"].to(torch.promote_types(frozen["weight"].dtype, expands_to))
     dense = frozen
     for delta in deltas:
+        # Beside `frozen`: what depends on the base weight (DoRA's norms) means that of the base alone, not the sum.
         dense = delta.fold_beside(dense, frozen)
+    # By identity: what no adapter changed keeps its codes and its ties.
     changed = {name for name, tensor in dense.items() if tensor is not frozen[name]}
     stored = held | {name: tensor for name, tensor in base.repack(module, dense).items() if name in changed}
     if expands_to is not None and "weight" in stored:
@@ -59,54 +106,12 @@ def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) 
                 f"merging makes '{name}' of a {type(module).__name__} infinite or not a number; the adapter is damaged "
                 "or its training diverged"
             )
-    check_fold(module, names, stored)
+    _check_fold(module, names, stored)
     return stored
 
 
-def merge(
-    model: Any, names: tuple[str, ...], safe: bool = False, dtype: torch.dtype | None = None, store: Store | None = None
-) -> Kept:
-    """Write adapters into the model's weights; gives back the tensors that were there.
-
-    Args:
-        safe: compare the outputs before and after on probe inputs.
-        dtype: of weights that are stored as codes; without it, what their modules compute in.
-        store: what is put into a module in place of the folded tensors.
-
-    Raises:
-        MergeError: it can't be done or strays too far; nothing is changed then.
-    """
-    adapter_state = model.adapter_state
-    probe = probe_inputs(model) if safe else None
-    with adapter_state.using(active=names):
-        before = outputs(model, probe) if probe else None
-    kept: Kept = []
-    try:
-        for path, module in adopted_modules(model):
-            if any(name in deltas_of(module) for name in names):
-                kept.append((module, _exchange(module, _at(path, module, names, dtype, store))))
-        _tie_again(kept)
-        adapter_state.merged = names
-        if probe and before is not None:
-            with adapter_state.using(active=names):
-                _check_drift(compare_outputs(before, outputs(model, probe)))
-    except BaseException:
-        restore(kept)
-        adapter_state.merged = ()
-        raise
-    return kept
-
-
-def _check_drift(drift: Drift) -> None:
-    if not drift.relative <= MAX_RELATIVE_DRIFT:
-        raise MergeError(
-            f"the merged model's outputs differ from the unmerged by {drift.relative:.1%} of their norm, beyond "
-            f"{MAX_RELATIVE_DRIFT:.0%}; the model is as before"
-        )
-
-
-def _at(path: str, module: Any, names: tuple[str, ...], dtype: torch.dtype | None, store: Store | None) -> Dense:
-    """What a module is to hold; errors name its path."""
+def _folded_at(path: str, module: Any, names: tuple[str, ...], dtype: torch.dtype | None, store: Store | None) -> Dense:
+    """What the module of that path is to hold; errors name the path."""
     try:
         folded = fold(module, names, dtype)
         return store(module, folded) if store else folded
@@ -114,17 +119,11 @@ def _at(path: str, module: Any, names: tuple[str, ...], dtype: torch.dtype | Non
         raise MergeError(f"'{path}': {error}" if path else str(error)) from error
 
 
-def restore(kept: Kept) -> None:
-    """Put back the very tensors that were there before a merge."""
-    for module, tensors in reversed(kept):
-        _exchange(module, tensors)
-
-
 def _exchange(module: nn.Module, tensors: Dense) -> Dense:
     """Put tensors into the module; gives back those that they replace."""
     before: Dense = {}
     for name, tensor in tensors.items():
-        slots: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        slots = _slots(module, name)
         own = slots[name]
         if tensor is own or (slots is module._parameters and _begin_alike(tensor, own)):
             continue
@@ -135,21 +134,79 @@ def _exchange(module: nn.Module, tensors: Dense) -> Dense:
     return before
 
 
+def _slots(module: nn.Module, name: str) -> dict[str, Any]:
+    """Where the module keeps its parameter or buffer of this name."""
+    return module._parameters if name in module._parameters else module._buffers
+
+
 def _begin_alike(tensor: Tensor, own: Tensor) -> bool:
-    """Whether two tensors begin at the same place of one storage."""
+    """Whether two tensors begin at the same place of one storage: `repack` may give back a view of the module's own."""
     same = tensor.untyped_storage()._cdata == own.untyped_storage()._cdata
     return same and tensor.storage_offset() == own.storage_offset()
 
 
-def _tie_again(kept: Kept) -> None:
+def _tie_again(replaced: list[tuple[nn.Module, Dense]]) -> None:
     """Make weights that were one tensor before one again where they came out equal."""
     merged: dict[int, Tensor] = {}
-    for module, before in kept:
+    for module, before in replaced:
         for name, own in before.items():
-            slots: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+            slots = _slots(module, name)
             first = merged.setdefault(id(own), slots[name])
             if first is not slots[name] and torch.equal(first, slots[name]):
                 slots[name] = first
+
+
+def _check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
+    """Compare the module under these adapters with the module under the folded tensors, on a probe input.
+
+    A subclass may compute something in which a change of the weight is no change of the output by as much, as behind
+    a non-linear function. Where the forward is that of the kind itself, nothing needs to be tried.
+
+    Raises:
+        MergeError: the two differ by more than rounding.
+    """
+    base = base_of(module)
+    deltas = [delta for name, delta in deltas_of(module).items() if name in names]
+    # Other parameters in the module's own forward are what they are when merged.
+    exact = (Delta.forward, Difference.forward)
+    changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
+    if not changed or base.is_textbook(module):
+        return
+    frozen, was_training = functools.partial(type(module).adopted_from.forward, module), module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            x = _module_probe(module, base.kind)
+            with module.adapter_state.using(active=names, merged=(), enabled=True):
+                expected = run(module, frozen, x)
+            with standing_in(module, folded):
+                merged = frozen(x)
+            error = (merged - expected).double().norm()
+            change, size = (expected - frozen(x)).double().norm(), expected.double().norm()
+    finally:
+        module.train(was_training)
+    # A hundredth of the change, and what rounding alone may add: some steps of the weight's dtype at the output's size.
+    # Written so that an error that is not a number is refused as well.
+    if not error <= 0.01 * change + 4 * torch.finfo(module.weight.dtype).eps * size:
+        raise MergeError(
+            f"{type(module).__name__} has a forward of its own, in which a merged adapter is not what it was: on a "
+            f"probe it misses by {float(error / change):.0%} of the change; exclude the module or keep the adapter "
+            "apart"
+        )
+
+
+def _module_probe(module: Any, kind: str) -> Tensor:
+    """A fixed input that the module's kind takes."""
+    weight = module.weight
+    generator = torch.Generator().manual_seed(0)
+    if kind == "embedding":
+        return torch.arange(min(module.num_embeddings, 64), device=weight.device)
+    if kind == "conv":
+        reach = [d * (k - 1) + 4 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        shape: tuple[int, ...] = (1, module.in_channels, *reach)
+    else:
+        shape = (4, base_of(module).features(module)[0])
+    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
 
 
 def probe_inputs(model: Any, rows: int = 2, tokens: int = 32) -> dict[str, Tensor] | None:
@@ -181,57 +238,6 @@ def outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         model.train(was_training)
 
 
-def check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
-    """Compare the module under these adapters with the module under the folded tensors, on a probe input.
-
-    A subclass may compute something in which a change of the weight is no change of the output by as much, as behind
-    a non-linear function. Where the forward is that of the kind itself, nothing needs to be tried.
-
-    Raises:
-        MergeError: the two differ by more than rounding.
-    """
-    base = base_of(module)
-    deltas = [delta for name, delta in deltas_of(module).items() if name in names]
-    # Other parameters in the module's own forward are what they are when merged.
-    exact = (Delta.forward, Difference.forward)
-    changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
-    if not changed or base.is_textbook(module):
-        return
-    frozen, was_training = functools.partial(type(module).adopted_from.forward, module), module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            x = _probe(module, base.kind)
-            with module.adapter_state.using(active=names, merged=(), enabled=True):
-                expected = run(module, frozen, x)
-            with standing_in(module, folded):
-                merged = frozen(x)
-            error = (merged - expected).double().norm()
-            change, size = (expected - frozen(x)).double().norm(), expected.double().norm()
-    finally:
-        module.train(was_training)
-    if not error <= 0.01 * change + 4 * torch.finfo(module.weight.dtype).eps * size:
-        raise MergeError(
-            f"{type(module).__name__} has a forward of its own, in which a merged adapter is not what it was: on a "
-            f"probe it misses by {float(error / change):.0%} of the change; exclude the module or keep the adapter "
-            "apart"
-        )
-
-
-def _probe(module: Any, kind: str) -> Tensor:
-    """A fixed input that the module's kind takes."""
-    weight = module.weight
-    generator = torch.Generator().manual_seed(0)
-    if kind == "embedding":
-        return torch.arange(min(module.num_embeddings, 64), device=weight.device)
-    if kind == "conv":
-        reach = [d * (k - 1) + 4 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        shape: tuple[int, ...] = (1, module.in_channels, *reach)
-    else:
-        shape = (4, base_of(module).features(module)[0])
-    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-
-
 @dataclass(frozen=True)
 class Drift:
     """The difference between two sets of logits, in plain numbers."""
@@ -249,45 +255,11 @@ class Drift:
         )
 
 
-@dataclass(frozen=True)
-class MergeDrift:
-    """What a merge into quantized weights lost: the model with its adapter apart against the merged one.
-
-    With dW the change that the adapter makes to the weights, and D the one that was left once they were quantized
-    again, over all of them together:
-
-    Attributes:
-        outputs: how far the logits moved; None where no inputs are known for the model.
-        loss_before: with the adapter apart, where the inputs had labels.
-        loss_after: merged.
-        survived: <D, dW> / ||dW||^2, which is 1 where nothing is lost and 0 where nothing is left.
-        noise: ||D - dW|| / ||dW||.
-        beyond: how many entries the scales before the merge couldn't have reached; scales are new, so none is clipped.
-        entries: of how many.
-    """
-
-    outputs: Drift | None
-    loss_before: float | None
-    loss_after: float | None
-    survived: float
-    noise: float
-    beyond: int
-    entries: int
-
-    def __str__(self) -> str:
-        parts = [self.left]
-        if self.outputs:
-            parts.append(str(self.outputs))
-        if self.loss_before is not None:
-            parts.append(f"loss {self.loss_before:.4f} before, {self.loss_after:.4f} after")
-        return "; ".join(parts)
-
-    @property
-    def left(self) -> str:
-        """What is left in the weights, in words."""
-        return (
-            f"{self.survived:.1%} of the update is left, under noise of {self.noise:.2f} times its size; "
-            f"{self.beyond:,} of {self.entries:,} entries were beyond the old scales, which were computed anew"
+def _check_drift(drift: Drift) -> None:
+    if not drift.relative <= MAX_RELATIVE_DRIFT:
+        raise MergeError(
+            f"the merged model's outputs differ from the unmerged by {drift.relative:.1%} of their norm, beyond "
+            f"{MAX_RELATIVE_DRIFT:.0%}; the model is as before"
         )
 
 

@@ -3,25 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimtune.adapters import merge as merging
-from slimtune.adapters.merge import MergeDrift, compare_outputs
+from slimtune.adapters.merge import Drift, compare_outputs, merge, probe_inputs, unmerge
 from slimtune.bases import base_of
 from slimtune.bases.packed import PackedLinear
 from slimtune.core.delta import Dense, standing_in
 from slimtune.errors import MergeError
 
+_ADVICE = (
+    "; most of the update is rounded away: merge into 16 bits, or for a model in few bits merge into the original "
+    "16-bit base and quantize what that gives"
+)
+
+
+@dataclass(frozen=True)
+class MergeDrift:
+    """What a merge into quantized weights lost: the model with its adapter apart against the merged one.
+
+    With dW the change that the adapter makes to the weights, and D the one that was left once they were quantized
+    again, over all of them together:
+
+    Attributes:
+        outputs: how far the logits moved; None where no inputs are known for the model.
+        loss_before: with the adapter apart, where the inputs had labels.
+        loss_after: merged.
+        survived: <D, dW> / ||dW||^2, which is 1 where nothing is lost and 0 where nothing is left.
+        noise: ||D - dW|| / ||dW||.
+        beyond: how many entries the scales before the merge couldn't have reached; scales are new, so none is clipped.
+        entries: of how many.
+    """
+
+    outputs: Drift | None
+    loss_before: float | None
+    loss_after: float | None
+    survived: float
+    noise: float
+    beyond: int
+    entries: int
+
+    @property
+    def advice(self) -> str:
+        """What to do instead, where most of the update is lost."""
+        return _ADVICE if self.survived < 0.5 else ""
+
+    def __str__(self) -> str:
+        parts = [self.left]
+        if self.outputs:
+            parts.append(str(self.outputs))
+        if self.loss_before is not None:
+            parts.append(f"loss {self.loss_before:.4f} before, {self.loss_after:.4f} after")
+        return "; ".join(parts)
+
+    @property
+    def left(self) -> str:
+        """What is left in the weights, in words."""
+        return (
+            f"{self.survived:.1%} of the update is left, under noise of {self.noise:.2f} times its size; "
+            f"{self.beyond:,} of {self.entries:,} entries were beyond the old scales, which were computed anew"
+        )
+
 
 def merge_requantized(
     model: Any, names: tuple[str, ...], safe: bool = False, inputs: Mapping[str, Tensor] | None = None
-) -> tuple[merging.Kept, MergeDrift]:
+) -> MergeDrift:
     """Write adapters into the model's weights, quantized again with each module's own settings and new scales.
 
-    Gives back the tensors that were there and what was lost. Modules without a change of their weight keep their codes.
+    Gives back what was lost. Modules without a change of their weight keep their codes.
 
     Args:
         safe: refuse where the outputs stray too far, as `merge`.
@@ -30,11 +82,11 @@ def merge_requantized(
     Raises:
         MergeError: nothing of it is quantized, it can't be done or strays too far; nothing is changed then.
     """
-    probe = inputs if inputs is not None else merging.probe_inputs(model)
+    probe = inputs if inputs is not None else probe_inputs(model)
     with model.adapter_state.using(active=names):
         before = _answers(model, probe)
         store = _Requantizer()
-        kept = merging.merge(model, names, safe, store=store)
+        merge(model, names, safe, store=store)
         try:
             after = _answers(model, probe)
             if not store.modules:
@@ -43,14 +95,13 @@ def merge_requantized(
                     "quantize again; merge without requantize"
                 )
         except BaseException:
-            merging.restore(kept)
-            model.adapter_state.merged = ()
+            unmerge(model)
             raise
     for module, base in store.modules:
         base.sync_state(module)
     outputs = compare_outputs(before[0], after[0]) if before and after else None
     losses = (before[1], after[1]) if before and after else (None, None)
-    return kept, MergeDrift(outputs, *losses, **store.figures())
+    return MergeDrift(outputs, *losses, **store.figures())
 
 
 class _Requantizer:
@@ -73,6 +124,8 @@ class _Requantizer:
             after_OI = base.weight(module).float()
         if not torch.isfinite(after_OI).all():
             raise MergeError("the merged weight can't be quantized again: what comes back is not finite")
+        # dW, what the adapter changes, and D, what is left of it between two grids of codes; their products are summed
+        # in float64, because a D of pure rounding noise all but cancels in <D, dW>.
         update_OI, change_OI = merged_OI.float() - before_OI, after_OI - before_OI
         self._update += float(update_OI.double().square().sum())
         self._left += float((change_OI * update_OI).double().sum())

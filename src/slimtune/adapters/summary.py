@@ -10,8 +10,8 @@ from slimtune.adapters.adapter import attached
 from slimtune.core.delta import dtypes_of, walk
 
 
-class Row(NamedTuple):
-    """The modules of one name: how many are trained, how many there are, and in which types of number."""
+class ModuleGroup(NamedTuple):
+    """The modules of one name: how many are trained, how many there are, and the dtypes of both."""
 
     trained: int
     there: int
@@ -20,8 +20,8 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """What an adapter trains, by the last component of the modules' paths.
+class Summary:
+    """The trainable parameters of an adapter, by the last component of the modules' paths.
 
     Attributes:
         rows: by module name.
@@ -32,7 +32,7 @@ class Coverage:
     """
 
     adapter: str
-    rows: dict[str, Row]
+    rows: dict[str, ModuleGroup]
     trainable: int
     total: int
     stored_bytes: int
@@ -49,9 +49,9 @@ class Coverage:
         return "\n".join([f"adapter '{self.adapter}':", *lines, size, *filter(None, [self.unmergeable])])
 
 
-def coverage(model: Any, adapter_name: str) -> Coverage:
-    """Which modules an adapter trains, how many of how many, in which types of number."""
-    rows: dict[str, Row] = {}
+def summary_of(model: Any, adapter_name: str) -> Summary:
+    """Which modules an adapter trains, how many of how many, in which dtypes."""
+    rows: dict[str, ModuleGroup] = {}
     last_names = [name.rpartition(".")[2] for name, _ in walk(model)]
     stored_bytes, unmergeable = 0, ""
     for site, delta in attached(model, adapter_name):
@@ -60,18 +60,18 @@ def coverage(model: Any, adapter_name: str) -> Coverage:
         unmergeable = unmergeable or delta.unmergeable
         if not own:
             continue
-        before = rows[last] if last in rows else Row(0, last_names.count(last), 0, "")
+        before = rows[last] if last in rows else ModuleGroup(0, last_names.count(last), 0, "")
         parameters = before.parameters + sum(p.numel() for p in own)
-        rows[last] = Row(
+        rows[last] = ModuleGroup(
             before.trained + 1, before.there, parameters, f"{dtypes_of(own)} on {site.base.stored_as(site.module)}"
         )
         stored_bytes += sum(p.numel() * p.element_size() for p in own)
     trainable = sum(row.parameters for row in rows.values())
-    total = sum(count_of(p) for p in model.parameters())
-    return Coverage(adapter_name, rows, trainable, total, stored_bytes, unmergeable)
+    total = sum(parameter_count(p) for p in model.parameters())
+    return Summary(adapter_name, rows, trainable, total, stored_bytes, unmergeable)
 
 
-def count_of(parameter: Any) -> int:
+def parameter_count(parameter: Any) -> int:
     """How many numbers a parameter stands for, which is more than what is stored of codes."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)

@@ -1,7 +1,8 @@
-"""Which modules a config means. Every pattern must match something, and the answer can be shown."""
+"""Which modules a config means on a model. Every pattern must match something; the config stays as it was given."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -29,11 +30,20 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Targets:
-    """What a config means on one model: sites for the method's formula, and modules that are trained whole."""
+    """What a config means on one model.
+
+    Attributes:
+        sites: where the method's formula goes.
+        whole: the modules that are trained whole.
+        biases: where a bias alone is trained.
+        config: a copy of the config with what it left open filled in: the names of its target modules, new heads
+            among `modules_to_save`, and what the method itself looked up.
+    """
 
     sites: list[Site]
     whole: list[Site]
     biases: list[Site]
+    config: Any
 
 
 class Modules(dict[str, nn.Module]):
@@ -51,7 +61,7 @@ class Modules(dict[str, nn.Module]):
 
 
 def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
-    """The sites of a config on a model.
+    """The sites of a config on a model; neither of the two is changed.
 
     Args:
         strict: every name and pattern must match; off for a config that was read from a file, whose tensors are
@@ -60,6 +70,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
     Raises:
         TargetError: nothing matches, with what there is and the nearest name.
     """
+    config = copy.copy(config)
     modules = Modules(walk(model))
     # A new head is drawn at each load, so that a difference from it would mean nothing: it is kept whole.
     heads = [] if "output" in config.default_targets else _heads(model)
@@ -89,7 +100,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
         modules_chosen = {id(site.module) for site in chosen}
         others = {name for name, module in modules.items() if id(module) not in modules_chosen}
         config.target_modules = _suffixes([site.name for site in chosen], others)
-    return Targets(sites, whole, _bias_sites(modules, config, taken))
+    return Targets(sites, whole, _bias_sites(modules, config, taken), config)
 
 
 def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:
@@ -101,10 +112,10 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
         places = ("linear",) if targets else config.default_targets
         matched = _by_place(model, modules, names, places, blocks_only=targets is None)
         if not matched:
-            found = listing(_last_names(names)) or "numbers alone"
+            available = listing(_last_names(names)) or "numbers alone"
             raise TargetError(
                 f"{config.peft_type} attaches to {listing(_PLACES.get(place, place) for place in places)}, of which "
-                f"nothing is found in this model; {config.way_out}; there are {found}"
+                f"nothing is found in this model; {config.way_out}; there are {available}"
             )
         matched = _in_layers(matched, layers, pattern)
     elif isinstance(targets, str):
@@ -169,15 +180,15 @@ def _in_layers(names: list[str], layers: Any, pattern: Any) -> list[str]:
     wanted = {layers} if isinstance(layers, int) else set(layers)
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
     searches = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    found = {name: _first_match(searches, name) for name in names}
-    missing = wanted - set(found.values())
+    numbers = {name: _first_match(searches, name) for name in names}
+    missing = wanted - set(numbers.values())
     if missing:
-        there = listing(str(i) for i in sorted({i for i in found.values() if i is not None}))
+        there = listing(str(i) for i in sorted({i for i in numbers.values() if i is not None}))
         raise TargetError(
             f"layers_to_transform names layer {min(missing)}, which the model hasn't; there are "
             f"{there or 'no numbered layers, see layers_pattern'}"
         )
-    return [name for name in names if found[name] in wanted]
+    return [name for name in names if numbers[name] in wanted]
 
 
 def _first_match(searches: list[str], name: str) -> int | None:
@@ -193,21 +204,21 @@ def _by_place(
     model: nn.Module, modules: Modules, names: list[str], places: tuple[str, ...], blocks_only: bool
 ) -> list[str]:
     """The modules that a method's `default_targets` mean."""
-    found: set[str] = set()
+    matched: set[str] = set()
     for place in places:
         if place == "model":
-            found.add("")
+            matched.add("")
         elif place == "linear":
-            found.update(_linear_layers(model, modules, names, blocks_only))
+            matched.update(_linear_layers(model, modules, names, blocks_only))
         elif place == "output":
-            found.update(_outputs(model, modules, names))
+            matched.update(_outputs(model, modules, names))
         elif place == "input":
-            found.update(name for name in names if modules[name] is input_embeddings(model))
+            matched.update(name for name in names if modules[name] is input_embeddings(model))
         elif place == "everything":
-            found.update(name for name in ["", *names] if _is_there(modules, name, place))
+            matched.update(name for name in ["", *names] if _is_there(modules, name, place))
         else:
-            found.update(name for name in names if _is_there(modules, name, place))
-    return [name for name in ["", *names] if name in found]
+            matched.update(name for name in names if _is_there(modules, name, place))
+    return [name for name in ["", *names] if name in matched]
 
 
 def _is_there(modules: Modules, name: str, place: str) -> bool:

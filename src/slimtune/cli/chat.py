@@ -37,10 +37,10 @@ def chat(
     Example: slimtune chat smollm2-135m-instruct --adapter orders=tuned --adapter other=elsewhere
     """
     from slimtune.cli.options import attach, parse
-    from slimtune.models.load import load_text_model
+    from slimtune.models.load import LoadOptions, load_model
 
     named = parse(adapter)
-    loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code, quantize)
+    loaded, tokenizer = load_model(model, "text", LoadOptions(dtype, device, trust_remote_code, quantize))
     opening = [{"role": "system", "content": system}] if system else []
     talk = Talk(attach(loaded, named), tokenizer, max_new_tokens, temperature, opening)
     print("/help lists what can be done besides talking.", file=sys.stderr)

@@ -78,10 +78,10 @@ class Demo:
 
     def _load(self) -> tuple[Any, Any]:
         from slimtune.models.device import native_dtype
-        from slimtune.models.load import load_text_model
+        from slimtune.models.load import LoadOptions, load_model
 
         with self._step("Load SmolLM2-135M-Instruct (unpacked at the first use)"):
-            model, tokenizer = load_text_model(BASE, native_dtype())
+            model, tokenizer = load_model(BASE, "text", LoadOptions(native_dtype()))
             self.screen.print(f"{model.num_parameters():,} parameters in {model.dtype}, on {model.device}")
         return model, tokenizer
 
@@ -139,13 +139,13 @@ class Demo:
 
     def _merge(self, model: Any, tokenizer: Any, held_out: list[Example]) -> list[str]:
         from slimtune.models.export import merge_to_folder
-        from slimtune.models.load import load_text_model
+        from slimtune.models.load import load_model
 
         with self._step("Merge into a plain model, written and read again"):
             report = merge_to_folder(model, tokenizer, self.output / "merged", max_kl=0.05, overwrite=True)
             self.screen.print(f"what the adapter changed: {report.adapter}\nwhat merging lost: {report.reloaded}")
             self.results["merge"] = report.to_dict()
-            merged, _ = load_text_model(self.output / "merged")
+            merged, _ = load_model(self.output / "merged", "text")
             return self._ask(merged, tokenizer, held_out).answers
 
     def _conclude(self, tuned: Score, reloaded: list[str], merged: list[str], seconds: float) -> bool:

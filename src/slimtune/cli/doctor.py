@@ -95,14 +95,14 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _memory() -> dict[str, int]:
+    from slimtune.models.device import ram
     from slimtune.storage.source import cache_dir
 
     existing = next(path for path in [cache_dir(), *cache_dir().parents] if path.exists())
     found = {"cache_disk_free_bytes": shutil.disk_usage(existing).free}
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        page = os.sysconf("SC_PAGE_SIZE")
-        found["ram_total_bytes"] = page * os.sysconf("SC_PHYS_PAGES")
-        found["ram_free_bytes"] = page * os.sysconf("SC_AVPHYS_PAGES")
+    memory = ram()
+    if memory is not None:
+        found |= {"ram_total_bytes": memory.total, "ram_free_bytes": memory.free}
     return found
 
 

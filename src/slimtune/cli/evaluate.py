@@ -38,9 +38,9 @@ class Source:
 
     def load(self) -> tuple[Any, Any]:
         """A model that writes text, and its tokenizer."""
-        from slimtune.models.load import load_text_model
+        from slimtune.models.load import LoadOptions, load_model
 
-        return load_text_model(self.name, *self.options, quantize=self.quantize)
+        return load_model(self.name, "text", LoadOptions(*self.options, quantize=self.quantize))
 
 
 def evaluate(

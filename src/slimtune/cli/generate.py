@@ -51,10 +51,10 @@ def generate(
     from slimtune.cli.options import attach, parse
     from slimtune.data.chat_template import render
     from slimtune.evaluate.generation import generate_batch
-    from slimtune.models.load import load_text_model
+    from slimtune.models.load import LoadOptions, load_model
 
     named = parse(adapter)
-    loaded, tokenizer = load_text_model(model, dtype, device, trust_remote_code, quantize)
+    loaded, tokenizer = load_model(model, "text", LoadOptions(dtype, device, trust_remote_code, quantize))
     loaded = attach(loaded, named)
     set_seed(seed)
     prompts = [render(tokenizer, conversation, for_answer=True) for conversation in conversations]

@@ -45,7 +45,7 @@ def merge(
     from slimtune.cli.options import attach
     from slimtune.errors import AdapterFileError, ConfigError
     from slimtune.models.export import merge_to_folder
-    from slimtune.models.load import load_base
+    from slimtune.models.load import LoadOptions, load_base
     from slimtune.storage.atomic import refuse_existing
     from slimtune.storage.source import base_of, is_adapter
 
@@ -53,7 +53,7 @@ def merge(
     if not is_adapter(adapter):
         raise AdapterFileError(f"{adapter} is no adapter folder: adapter_config.json is missing; pass what train wrote")
     source = base or base_of(adapter)
-    model, tokenizer = load_base(adapter, source, dtype, device, trust_remote_code, quantize)
+    model, tokenizer = load_base(adapter, source, LoadOptions(dtype, device, trust_remote_code, quantize))
     if requantize and not getattr(model, "is_quantized", False):
         raise ConfigError(f"{source} isn't quantized, so that there is nothing to quantize again; pass --quantize nf4")
     model = attach(model, {"default": adapter})

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimtune.errors import DataError
+from slimtune.models.device import ram
 from slimtune.storage.atomic import staged_file
 
 FACTS = "comparison.json"
@@ -81,8 +82,9 @@ def machine() -> dict[str, str]:
     """The processor, its cores, the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = {"processor": _processor(), "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    memory = ram()
+    if memory is not None:
+        found["memory"] = f"{memory.total / 1e9:.1f} GB"
     return found
 
 

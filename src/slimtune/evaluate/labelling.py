@@ -37,9 +37,9 @@ def label_texts(
         return _by_features(source, texts, batch_size, too_long, quantize, options)
     from slimtune.data.tasks.classification import longest_input, tokenize
     from slimtune.metrics.classification import classify
-    from slimtune.models.load import load_trained_classifier
+    from slimtune.models.load import LoadOptions, load_model
 
-    model, tokenizer = load_trained_classifier(source, *options, quantize=quantize)
+    model, tokenizer = load_model(source, "classification", LoadOptions(*options, quantize=quantize))
     found = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
     watch.start("judging texts", len(found.rows))
     p_NL = classify(model, tokenizer, found.rows, batch_size, watch.step)
@@ -97,14 +97,14 @@ def _by_features(
     source: str, texts: list[Text], batch_size: int, too_long: str, quantize: str | None, options: tuple[Any, ...]
 ) -> tuple[list[str], list[int], Tensor]:
     from slimtune.data.features import FeatureClassifier, extract
-    from slimtune.models.load import load_encoder
+    from slimtune.models.load import LoadOptions, load_model
 
     if quantize is not None:
         raise ConfigError(f"{source} was trained on features of the base as it is; leave --quantize out")
     if too_long == "drop":
         raise ConfigError(f"{source} judges all texts; leave --too-long out, or train an adapter")
     found = FeatureClassifier.load(source)
-    model, tokenizer = load_encoder(found.base, *options)
+    model, tokenizer = load_model(found.base, "features", LoadOptions(*options))
     features_ND = extract(model, tokenizer, texts, found.pooling, batch_size, None, found.max_length, too_long)
     return found.labels, list(range(len(texts))), found.probabilities(features_ND)
 

@@ -23,7 +23,7 @@ from slimtune.evaluate.result import Evaluation
 from slimtune.evaluate.settings import EvaluationSettings
 from slimtune.metrics.intervals import interval_of_share
 from slimtune.metrics.tagging import ENTITY_F1, entities, has_entities, tag_counts
-from slimtune.models.load import load_trained_tagger
+from slimtune.models.load import LoadOptions, load_model
 
 TASK = "token-classification"
 
@@ -87,7 +87,7 @@ def evaluate_tagger(
         DataError: tags that the model doesn't know, or texts that are too long for it.
     """
     began = time.monotonic()
-    model, tokenizer = load_trained_tagger(source, *options, quantize=quantize)
+    model, tokenizer = load_model(source, "token-classification", LoadOptions(*options, quantize=quantize))
     _check_tags(source, rows, list(model.config.id2label.values()))
     limit = longest_input(model, tokenizer, None)
     aligned = align([row.tokens for row in rows], tokenizer, limit, settings.too_long)
@@ -150,6 +150,6 @@ def tag_words(
         too_long: "error", or "truncate", where words behind the cut are tagged `O`.
         options: dtype, device and trust_remote_code, as `load` takes them.
     """
-    model, tokenizer = load_trained_tagger(source, *options, quantize=quantize)
+    model, tokenizer = load_model(source, "token-classification", LoadOptions(*options, quantize=quantize))
     aligned = align(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
     return tag(model, tokenizer, aligned.texts, batch_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, ModelNotFoundError
-from slimtune.models.load import load, load_base
+from slimtune.models.load import LoadOptions, load_base, load_model
 from slimtune.storage.hub import at_revision
 from slimtune.storage.source import base_of, folder_of, is_adapter
 
@@ -54,11 +54,11 @@ class Tuned:
     def load(self, adapter_name: str = "default") -> tuple[Any, Any]:
         """The tuned model, its adapter active under this name, and its tokenizer. Raises: as `slimtune.load`."""
         if not self.is_adapter:
-            model, tokenizer = load(self.source, *self._how)
+            model, tokenizer = load_model(self.source, options=self._options)
         else:
             from slimtune.adapters.model import PeftModel
 
-            model, tokenizer = load_base(self.source, self.base, *self._how)
+            model, tokenizer = load_base(self.source, self.base, self._options)
             model = PeftModel.from_pretrained(model, folder_of(self.source), adapter_name)
         if tokenizer is None:
             raise ModelNotFoundError(f"{self.source} has no tokenizer; save the tokenizer into the folder of the model")
@@ -66,11 +66,11 @@ class Tuned:
 
     def load_base(self) -> Any:
         """The base of a whole model. Raises: as `slimtune.load`."""
-        return load(self.base, *self._how)[0].eval()
+        return load_model(self.base, options=self._options)[0].eval()
 
     @property
-    def _how(self) -> tuple[Any, ...]:
-        return self.dtype, self.device, self.trust_remote_code, self.quantize
+    def _options(self) -> LoadOptions:
+        return LoadOptions(self.dtype, self.device, self.trust_remote_code, self.quantize)
 
 
 def _named_base(folder: Path) -> str | None:

@@ -1,1 +1,1 @@
-"""Models as users name them: found, loaded, inspected, exported."""
+"""Models as users name them: loaded, inspected, exported."""

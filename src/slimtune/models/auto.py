@@ -66,13 +66,13 @@ class AutoPeftModel:
 
     @classmethod
     def _base_class(cls, config: PeftConfig) -> Any:
-        found = named_class(config, cls.auto_class)
-        if found is None:
+        model_class = named_class(config, cls.auto_class)
+        if model_class is None:
             raise AdapterFileError(
                 "the adapter's config names no transformers class for its base; use the AutoPeftModelFor"
                 "... class of the task"
             )
-        return found
+        return model_class
 
 
 def named_class(config: PeftConfig, auto_class: str | None = None) -> Any:
@@ -80,9 +80,9 @@ def named_class(config: PeftConfig, auto_class: str | None = None) -> Any:
     import transformers
 
     named = (config.auto_mapping or {}).get("base_model_class")
-    found = getattr(transformers, str(auto_class or named or BY_TASK.get(str(config.task_type))), None)
+    model_class = getattr(transformers, str(auto_class or named or BY_TASK.get(str(config.task_type))), None)
     # Only transformers' own classes: a config must not choose what code is imported.
-    return found if inspect.isclass(found) and hasattr(found, "from_pretrained") else None
+    return model_class if inspect.isclass(model_class) and hasattr(model_class, "from_pretrained") else None
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -32,11 +32,11 @@ def verdicts(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> list[Ve
         "vLLM": _vllm,
         "llama.cpp": _llama_cpp,
     }
-    found = []
+    answers = []
     for engine, rule in rules.items():
         against, note = rule(config, tensors)
-        found.append(Verdict(engine, not against, "; ".join(against) or note))
-    return found
+        answers.append(Verdict(engine, not against, "; ".join(against) or note))
+    return answers
 
 
 def largest_rank(config: dict[str, Any]) -> int:

@@ -1,8 +1,10 @@
-"""Where a model is computed and in which numbers: what is asked for, and what this machine does by itself."""
+"""The machine: which device and dtype a model is computed in, and how much memory there is."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from slimtune.errors import ConfigError, first_line
 
@@ -33,3 +35,27 @@ def native_dtype() -> str:
     # Elsewhere bf16 is emulated and several times slower than float32.
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+class Ram(NamedTuple):
+    """The machine's memory in bytes, whatever a container may have of it."""
+
+    total: int
+    free: int
+    """Used by nothing, not even as a cache of files."""
+    available: int
+    """What programs can have: free, or a cache that gives way."""
+
+
+def ram() -> Ram | None:
+    """The memory of this machine; None where the system doesn't tell."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    free = page * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else total
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return Ram(total, free, total)
+    lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    return Ram(total, free, int(lines["MemAvailable"].split()[0]) * 1024)

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from slimtune.adapters.model import PeftModel, attach_stored, get_peft_model_state_dict
+from slimtune.adapters.adapter import get_peft_model_state_dict
+from slimtune.adapters.model import PeftModel, attach_stored
 from slimtune.core.config import PeftConfig
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean, listing
 from slimtune.methods.lora.config import LoraConfig
@@ -116,7 +117,7 @@ def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of each part by their names in it."""
-    found: dict[str, dict[str, Tensor]] = {}
+    by_part: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, inside = name.partition(".")
         for older, newer in _OLDER_NAMES.items():
@@ -126,8 +127,8 @@ def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
                 f"'{path}' holds '{name}', which is not in the layout that diffusers writes; load the file with "
                 "diffusers and save it again"
             )
-        found.setdefault(part, {})[inside] = tensor
-    return found
+        by_part.setdefault(part, {})[inside] = tensor
+    return by_part
 
 
 def _config(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> PeftConfig:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.adapters.merge import Drift, MergeDrift, compare_outputs, outputs, probe_inputs
+from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
+from slimtune.adapters.requantize import MergeDrift
 from slimtune.errors import MergeError
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import no_weight_bar

@@ -1,4 +1,4 @@
-"""The configuration and the tensors of an adapter or a model, told from its files without loading a weight."""
+"""The configuration and the tensors of an adapter or a model, read from its files without loading a weight."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read_from_hub(source: str, folder: Path) -> Folder:
     except NotASafetensorsRepoError as error:
         raise ModelNotFoundError(f"{source} has no weights as safetensors on the Hub; save it as such first") from error
     headers = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    tensors = [StoredTensor(name, found.dtype, tuple(found.shape)) for name, found in headers.items()]
+    tensors = [StoredTensor(name, header.dtype, tuple(header.shape)) for name, header in headers.items()]
     stored_bytes = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in headers.values())
     return Folder(folder, read_object(folder / "config.json"), tensors, stored_bytes)
 
@@ -74,12 +74,12 @@ def read_from_hub(source: str, folder: Path) -> Folder:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises AdapterFileError."""
     try:
-        found = read_json(path)
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{path} can't be read as JSON: {error}; restore the file") from error
-    if not isinstance(found, dict):
-        raise AdapterFileError(f"{path} is a {type(found).__name__}, not an object; restore the file")
-    return found
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{path} is a {type(value).__name__}, not an object; restore the file")
+    return value
 
 
 def read_header(file: Path) -> list[StoredTensor]:

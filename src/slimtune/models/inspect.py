@@ -1,4 +1,4 @@
-"""What a folder holds, told from its files alone: every kind of folder that slimtune writes, and models of others."""
+"""What a folder holds, read from its files alone: every kind of folder that slimtune writes, and models of others."""
 
 from __future__ import annotations
 
@@ -107,17 +107,17 @@ def _run(path: Path) -> tuple[Facts, list[Any]]:
 
 
 def _checkpoint(path: Path) -> tuple[Facts, list[Any]]:
-    found, step = read_object(path / "facts.json"), read_object(path / "manifest.json").get("step")
+    written, step = read_object(path / "facts.json"), read_object(path / "manifest.json").get("step")
     tensors = [tensor for file in sorted(path.glob("weights-*.safetensors")) for tensor in read_header(file)]
-    facts = {"kind": "checkpoint", "step": step, "finished": bool(found.get("finished"))}
-    facts |= {"seconds": found.get("seconds"), "written_with": found.get("environment") or {}}
+    facts = {"kind": "checkpoint", "step": step, "finished": bool(written.get("finished"))}
+    facts |= {"seconds": written.get("seconds"), "written_with": written.get("environment") or {}}
     return facts | _counted(tensors) | {"bytes": _bytes(path)}, []
 
 
 def _comparison(path: Path) -> tuple[Facts, list[Any]]:
-    found = read_object(path / "comparison.json")
+    comparison = read_object(path / "comparison.json")
     results = [read_object(file) for file in sorted(path.glob("runs/*/result.json"))]
-    facts = {"kind": "comparison"} | {name: found.get(name) for name in ("model", "data", "arms", "seeds", "date")}
+    facts = {"kind": "comparison"} | {name: comparison.get(name) for name in ("model", "data", "arms", "seeds", "date")}
     for status in ("done", "failed"):
         facts[f"runs_{status}"] = sum(result.get("status") == status for result in results)
     report = path / "report.json"
@@ -125,11 +125,11 @@ def _comparison(path: Path) -> tuple[Facts, list[Any]]:
 
 
 def _compared(path: Path) -> tuple[Facts, list[Any]]:
-    found = read_object(path / "result.json")
-    facts = {"kind": "run of a comparison"} | {name: found.get(name) for name in ("arm", "seed", "status")}
-    if found.get("reason"):
-        facts["reason"] = found["reason"]
-    score = found.get("score") or {}
+    result = read_object(path / "result.json")
+    facts = {"kind": "run of a comparison"} | {name: result.get(name) for name in ("arm", "seed", "status")}
+    if result.get("reason"):
+        facts["reason"] = result["reason"]
+    score = result.get("score") or {}
     values = score.get("per_question") or []
     if values:
         facts |= {str(score.get("name", "score")): sum(values) / len(values), "questions": len(values)}
@@ -141,10 +141,10 @@ def _several(path: Path) -> Facts:
     adapters, models = _inside(path, "adapter_config.json"), _inside(path, "config.json")
     models = [name for name in models if name not in adapters]
     if not adapters and not models:
-        found = listing(entry.name for entry in path.iterdir()) or "nothing"
+        entries = listing(entry.name for entry in path.iterdir()) or "nothing"
         raise ModelNotFoundError(
             f"{path} holds neither an adapter, nor a model, nor a run of slimtune: none of adapter_config.json, "
-            f"config.json, run.json, comparison.json or features.json is there (found: {found})"
+            f"config.json, run.json, comparison.json or features.json is there (found: {entries})"
         )
     return {"kind": "folder", "adapters": adapters, "models": models}
 
@@ -174,8 +174,8 @@ def _trained(path: Path) -> Facts:
     """What `slimtune train` wrote beside the weights of how they came about."""
     if not (path / "results.json").is_file():
         return {}
-    found = read_object(path / "results.json")
-    return {name: found[name] for name in _TRAINED if found.get(name) not in (None, {}, 0)}
+    results = read_object(path / "results.json")
+    return {name: results[name] for name in _TRAINED if results.get(name) not in (None, {}, 0)}
 
 
 def _quantized(config: Facts) -> str:

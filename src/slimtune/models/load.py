@@ -6,8 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slimtune.errors import (
     AdapterFileError,
@@ -26,8 +27,35 @@ from slimtune.storage.text_files import read_json
 if TYPE_CHECKING:
     from slimtune.quantization.config import Quantize, Settings
 
-HEAD_FIELDS = ("id2label", "label2id", "pad_token_id")
+Task = Literal["text", "seq2seq", "classification", "token-classification", "features"]
+"""What a model is loaded for: to write text, to write it behind an encoder, to label texts, to label their tokens, or
+for its last hidden states."""
+
+_LABELS: dict[Task | None, tuple[str, str]] = {
+    "classification": ("ForSequenceClassification", "gives texts no labels"),
+    "token-classification": ("ForTokenClassification", "gives tokens no tags"),
+}
+"""What the class of a model that gives labels is called, and what one without such a head lacks."""
+
+_HEAD_FIELDS = ("id2label", "label2id", "pad_token_id")
 """What the configuration of a classifier says beyond that of its base."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded, whatever for.
+
+    Attributes:
+        dtype: auto (as stored), bfloat16, float16 or float32.
+        device: auto (CUDA, then Apple's, then the CPU) or a device of torch's.
+        trust_remote_code: run Python code that comes with the model.
+        quantize: the base while it is read, as `slimtune.load` takes it.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    quantize: Quantize | None = None
 
 
 def load(
@@ -55,23 +83,60 @@ def load(
         MissingDependencyError: the packaged model, or a library that quantizes, is not installed.
         ConfigError: a dtype, device or quantization that can't be.
     """
+    return load_model(source, None, LoadOptions(dtype, device, trust_remote_code, quantize))
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    task: Task | None = None,
+    options: LoadOptions = LoadOptions(),
+    labels: Sequence[str] | None = None,
+) -> tuple[Any, Any]:
+    """As `load`, with the head that a task needs, and always with a tokenizer where there is a task.
+
+    Args:
+        task: None for the model as it is stored.
+        labels: for the two classifications, those that a new head is to give; a base that has a head of as many keeps
+            it. Without them, the model has to have such a head already, and comes in evaluation mode.
+
+    Raises:
+        ConfigError: a model that can't do the task.
+    """
     source = os.fspath(source)
-    if is_adapter(source):
+    if task == "features":
+        model, tokenizer = _load_base(source, options, "AutoModel")
+        model.eval()
+    elif labels is not None:
+        model, tokenizer = _load_with_new_head(source, f"AutoModel{_LABELS[task][0]}", labels, options)
+    elif is_adapter(source):
         from slimtune.adapters.model import PeftModel
 
-        model, tokenizer = load_base(source, None, dtype, device, trust_remote_code, quantize)
-        return PeftModel.from_pretrained(model, folder_of(source)), tokenizer
-    return _load(source, dtype, device, trust_remote_code, quantize=quantize)
+        base, tokenizer = load_base(source, options=options)
+        model = PeftModel.from_pretrained(base, folder_of(source))
+    else:
+        model, tokenizer = _load_base(source, options)
+    if labels is None:
+        _check_does(model, task, source, tokenizer)
+    if task is not None and tokenizer is None:
+        raise ModelNotFoundError(f"{source} has no tokenizer; save the tokenizer into the folder of the model")
+    return model, tokenizer
 
 
-def load_base(
-    adapter: str,
-    base: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantize: Quantize | None = None,
-) -> tuple[Any, Any]:
+def _check_does(model: Any, task: Task | None, source: str, tokenizer: Any) -> None:
+    """See that a model can do a task by the head that it has. Raises: ConfigError."""
+    kind = type(model).__name__
+    if task in ("text", "seq2seq") and not model.can_generate():
+        raise ConfigError(f"{source} is a {kind}, which writes no text; pass a causal language model instead")
+    if task == "seq2seq" and tokenizer is not None and not model.config.is_encoder_decoder:
+        raise ConfigError(f"{source} is a {kind}, which has no encoder; leave task out, or pass text")
+    if task in _LABELS:
+        head, lacks = _LABELS[task]
+        if tokenizer is None or not kind.endswith(head):
+            raise ConfigError(f"{source} is a {kind}, which {lacks}; train it on such first")
+        model.eval()
+
+
+def load_base(adapter: str, base: str | None = None, options: LoadOptions = LoadOptions()) -> tuple[Any, Any]:
     """The base of an adapter, of the class that it was trained as, and the tokenizer that it was trained with.
 
     Args:
@@ -84,111 +149,8 @@ def load_base(
     adapter = folder_of(adapter)
     head = _head_of(Path(adapter) / "config.json")
     model_class = named_class(PeftConfig.from_pretrained(adapter))
-    model, tokenizer = _load(source, dtype, device, trust_remote_code, model_class, quantize, **head)
-    return model, load_tokenizer(adapter, trust_remote_code) or tokenizer
-
-
-def load_classifier(
-    source: str,
-    labels: Sequence[str],
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantize: Quantize | None = None,
-) -> tuple[Any, Any]:
-    """A base with a head for these labels, new unless the base has one of that size; raises as `load`."""
-    from transformers import AutoModelForSequenceClassification
-
-    return _with_head(AutoModelForSequenceClassification, labels, source, dtype, device, trust_remote_code, quantize)
-
-
-def load_tagger(source: str, tags: Sequence[str], *how: Any, **options: Any) -> tuple[Any, Any]:
-    """A base with a head that gives each token one of these tags, new unless the base has one; raises as `load`."""
-    from transformers import AutoModelForTokenClassification
-
-    return _with_head(AutoModelForTokenClassification, tags, source, *how, **options)
-
-
-def _with_head(
-    auto_class: Any, labels: Sequence[str], source: str, dtype: str = "auto", device: str = "auto",
-    trust_remote_code: bool = False, quantize: Quantize | None = None,
-) -> tuple[Any, Any]:  # fmt: skip
-    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    model, tokenizer = _load(
-        source, dtype, device, trust_remote_code, auto_class, quantize, ignore_mismatched_sizes=True, **named
-    )
-    if tokenizer is None:
-        raise ModelNotFoundError(f"{source} has no tokenizer; save the tokenizer into the folder of the model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        # A decoder is read at its last token, which it finds by what is padding.
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
-def load_trained_classifier(
-    source: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantize: Quantize | None = None,
-) -> tuple[Any, Any]:
-    """As `load`, for a model that gives texts labels; raises ConfigError for any other."""
-    model, tokenizer = load(source, dtype, device, trust_remote_code, quantize)
-    if tokenizer is None or not type(model).__name__.endswith("ForSequenceClassification"):
-        raise ConfigError(f"{source} is a {type(model).__name__}, which gives texts no labels; train it on such first")
-    return model.eval(), tokenizer
-
-
-def load_trained_tagger(source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
-    """As `load`, for a model that gives each token a tag; raises ConfigError for any other."""
-    model, tokenizer = load(source, *how, **options)
-    if tokenizer is None or not type(model).__name__.endswith("ForTokenClassification"):
-        raise ConfigError(f"{source} is a {type(model).__name__}, which gives tokens no tags; train it on such first")
-    return model.eval(), tokenizer
-
-
-def load_seq2seq(source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
-    """As `load`, for a model whose encoder reads a text and whose decoder writes one; raises ConfigError if not."""
-    model, tokenizer = load_text_model(source, *how, **options)
-    if not model.config.is_encoder_decoder:
-        raise ConfigError(f"{source} is a {type(model).__name__}, which has no encoder; leave task out, or pass text")
-    return model, tokenizer
-
-
-def load_encoder(
-    source: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantize: Quantize | None = None,
-) -> tuple[Any, Any]:
-    """A base without any head, and its tokenizer, for features; raises as `load`."""
-    from transformers import AutoModel
-
-    model, tokenizer = _load(source, dtype, device, trust_remote_code, AutoModel, quantize)
-    if tokenizer is None:
-        raise ModelNotFoundError(f"{source} has no tokenizer; save the tokenizer into the folder of the model")
-    return model.eval(), tokenizer
-
-
-def _load(
-    source: str,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    model_class: Any = None,
-    quantize: Quantize | None = None,
-    **options: Any,
-) -> tuple[Any, Any]:
-    settings = None if quantize is None else settings_of(quantize)
-    folder = folder_of(source, code=trust_remote_code)
-    model = _load_model(folder, dtype, device, trust_remote_code, model_class, settings, **options)
-    if folder != source:
-        # The name holds on every machine, the cache's folder on this one only.
-        model.name_or_path = model.config.name_or_path = source
-    return model, load_tokenizer(folder, trust_remote_code)
+    model, tokenizer = _load_base(source, options, model_class, **head)
+    return model, load_tokenizer(adapter, options.trust_remote_code) or tokenizer
 
 
 def _head_of(path: Path) -> dict[str, Any]:
@@ -197,71 +159,62 @@ def _head_of(path: Path) -> dict[str, Any]:
         return {}
     try:
         stored = read_json(path)
-        found = {name: stored[name] for name in HEAD_FIELDS if stored.get(name) is not None}
-        if "id2label" in found:
-            found["id2label"] = {int(number): label for number, label in found["id2label"].items()}
-        return found
+        fields = {name: stored[name] for name in _HEAD_FIELDS if stored.get(name) is not None}
+        if "id2label" in fields:
+            fields["id2label"] = {int(number): label for number, label in fields["id2label"].items()}
+        return fields
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path} can't be read: {error}; restore the adapter") from error
 
 
-def load_text_model(
-    source: str | os.PathLike[str],
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantize: Quantize | None = None,
-) -> tuple[Any, Any]:
-    """As `load`, for a model that writes text; raises ConfigError for any other."""
-    model, tokenizer = load(source, dtype, device, trust_remote_code, quantize)
-    if not model.can_generate():
-        raise ConfigError(
-            f"{source} is a {type(model).__name__}, which writes no text; pass a causal language model instead"
-        )
-    if tokenizer is None:
-        raise ModelNotFoundError(f"{source} has no tokenizer; save the tokenizer into the folder of the model")
+def _load_with_new_head(source: str, auto_class: str, labels: Sequence[str], options: LoadOptions) -> tuple[Any, Any]:
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    model, tokenizer = _load_base(source, options, auto_class, ignore_mismatched_sizes=True, **names)
+    if tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
+        # A decoder is read at its last token, which it finds by what is padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or Hub id, or None where there is none; raises ModelNotFoundError."""
-    from transformers import AutoTokenizer
+def _load_base(source: str, options: LoadOptions, model_class: Any = None, **config: Any) -> tuple[Any, Any]:
+    """A whole model and its tokenizer, where it has one.
 
-    path = Path(source) if Path(source).is_dir() else Path(folder_of(source, weights=False, code=trust_remote_code))
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if not any((path / name).is_file() for name in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {first_line(error)}") from error
+    Args:
+        model_class: of transformers, or its name; by default the one that the model's config names.
+        config: what is to be in the model's config in place of what is stored.
+    """
+    settings = None if options.quantize is None else settings_of(options.quantize)
+    folder = folder_of(source, code=options.trust_remote_code)
+    model = _read_model(folder, options, model_class, settings, config)
+    if folder != source:
+        # The name holds on every machine, the cache's folder on this one only.
+        model.name_or_path = model.config.name_or_path = source
+    return model, load_tokenizer(folder, options.trust_remote_code)
 
 
-def _load_model(
-    source: str,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    model_class: Any,
-    settings: Settings | None,
-    **options: Any,
+def _read_model(
+    source: str, options: LoadOptions, model_class: Any, settings: Settings | None, config_fields: dict[str, Any]
 ) -> Any:
     import transformers
     from safetensors import SafetensorError
 
+    dtype, trusts = options.dtype, options.trust_remote_code
     if dtype not in DTYPES:
         raise ConfigError(f"no dtype '{dtype}'; pass one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
-    device = pick_device(device)
-    options |= {"trust_remote_code": trust_remote_code}
+    device = pick_device(options.device)
+    if isinstance(model_class, str):
+        model_class = getattr(transformers, model_class)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusts)
         # A class that was chosen brings a head of its own, which transformers would report as missing.
         with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
             chosen = model_class or _model_class(config)
-            options |= {"dtype": dtype, "use_safetensors": True}
+            how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
             if settings is not None or stored_by_bitsandbytes(config):
-                return _quantized(chosen, source, config, settings, device, **options)
-            return chosen.from_pretrained(source, **options).to(device)
+                return _quantized(chosen, source, config, settings, device, **how)
+            return chosen.from_pretrained(source, **how).to(device)
     except SlimtuneError:
         raise
     except SafetensorError as error:
@@ -315,3 +268,17 @@ def _no_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or Hub id, or None where there is none; raises ModelNotFoundError."""
+    from transformers import AutoTokenizer
+
+    path = Path(source) if Path(source).is_dir() else Path(folder_of(source, weights=False, code=trust_remote_code))
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((path / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, PlanError, check_number, did_you_mean, listing
+from slimtune.models.device import ram
 
 GIB = 2**30
 AUTO, CPU = "auto", "cpu"
@@ -210,13 +211,8 @@ def _apple_name() -> str:
 
 def _memory_sources() -> list[int]:
     """What the system says is available, and the limits that a container sets."""
-    found = []
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    else:
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    memory = ram()
+    found = [memory.available] if memory else []
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(name).read_text().strip() if Path(name).is_file() else ""
         if limit.isdecimal():

@@ -123,7 +123,7 @@ def repeating(config: Any, build: Callable[[Any], Any], method: PeftConfig | Non
     found = block_list(model)
     if found is None or len(found[1]) != count:
         return None
-    targets = resolve(model, copy.deepcopy(method), strict=True) if method is not None else None
+    targets = resolve(model, method) if method is not None else None
     sites = [] if targets is None else [site.name for site in (*targets.sites, *targets.whole, *targets.biases)]
     prints = [_fingerprint(f"{found[0]}.{i}", block, sites, _per_layer(config, i)) for i, block in enumerate(found[1])]
     for leading, period in ((lead, p) for p in range(1, 9) for lead in range(4)):

@@ -15,10 +15,10 @@ from slimtune.errors import OutputExistsError
 def refuse_existing(output: Path, overwrite: bool = False) -> None:
     """Raise OutputExistsError if `output` holds something already and may not be replaced."""
     if output.is_dir():
-        found = [entry.name for entry in output.iterdir()]
-        if found and not overwrite:
+        entries = [entry.name for entry in output.iterdir()]
+        if entries and not overwrite:
             raise OutputExistsError(
-                f"the output folder {output} already holds {len(found)} files (such as {min(found)}); "
+                f"the output folder {output} already holds {len(entries)} files (such as {min(entries)}); "
                 f"choose another one, or pass --overwrite to replace files of the same name once the new ones are whole"
             )
     elif output.exists():

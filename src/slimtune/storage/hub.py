@@ -73,9 +73,9 @@ def fetched(source: str, weights: bool = True, code: bool = False) -> Path:
             "shows to you; check the id, or log in with hf auth login if it is private"
         ) from error
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        said = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ModelNotFoundError(
-            f"no model '{name}': it is neither a folder nor a packaged name, and can't be had from the Hub ({said}); "
+            f"no model '{name}': it is neither a folder nor a packaged name, and can't be had from the Hub ({reason}); "
             "go online, or pass a model folder"
         ) from error
     if weights and not any(folder.glob("*.safetensors")):

@@ -27,6 +27,7 @@ from slimtune.storage.text_files import read_json
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+MODEL_NAME = "model.safetensors"
 KEY_PREFIX = "base_model.model."
 _PENDING = ".new"
 _PENDING_FOLDER = ".saving"
@@ -284,9 +285,6 @@ def _safetensor_error() -> type[Exception]:
     from safetensors import SafetensorError
 
     return SafetensorError
-
-
-MODEL_NAME = "model.safetensors"
 
 
 def is_checkpoint(folder: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""Where transformers and diffusers note that a model is quantized: taken out of one that no longer is."""
+"""What transformers and diffusers note of a quantized model: taken out of one that no longer is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ MODEL_MARKS = (
     "hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit",
     "is_4bit_serializable", "is_8bit_serializable",
 )  # fmt: skip
-
-
 CONFIG_MARKS = ("quantization_config", "_is_quantized", "_pre_quantization_dtype")
 """Where transformers and diffusers note that a model is quantized; a plain one could not be saved or trained then."""
 

@@ -101,10 +101,10 @@ def folder_of(source: str, weights: bool = True, code: bool = False) -> str:
     """
     if (Path(source) / ADAPTER).is_file():
         return source
-    found = resolve(source)
-    if Path(found).is_dir():
-        return found
-    folder = fetched(found, weights, code)
+    resolved = resolve(source)
+    if Path(resolved).is_dir():
+        return resolved
+    folder = fetched(resolved, weights, code)
     if (folder / INDEX).is_file():
         shards_of(folder / INDEX)
     return str(folder)
@@ -181,9 +181,9 @@ def _unpack(gguf: Path, target: Path) -> None:
 
 def _require_safe_weights(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        found = listing(entry.name for entry in _entries(folder)) or "nothing"
+        entries = listing(entry.name for entry in _entries(folder)) or "nothing"
         raise ModelNotFoundError(
-            f"{folder} holds no model: config.json is missing (found: {found}); pass the folder that "
+            f"{folder} holds no model: config.json is missing (found: {entries}); pass the folder that "
             f"save_pretrained wrote"
         )
     if (folder / INDEX).is_file():

@@ -131,7 +131,7 @@ def _decoded_subclass(value: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"no type of number: {name!r}")
-    return found
+    return dtype

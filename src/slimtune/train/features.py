@@ -13,7 +13,7 @@ from slimtune.data.tasks.classification import longest_input, tokenize
 from slimtune.data.tasks.registry import Data
 from slimtune.errors import ConfigError
 from slimtune.metrics.classification import scores, shown
-from slimtune.models.load import load_encoder
+from slimtune.models.load import LoadOptions, load_model
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import cache_dir, refuse_adapter
 from slimtune.train.loop import Outcome
@@ -34,7 +34,9 @@ def train_on_features(screen: Console, recipe: Recipe, data: Data, overwrite: bo
     refuse_adapter(source)
     began = time.monotonic()
     how = recipe.method.config()
-    model, tokenizer = load_encoder(source, recipe.model.dtype, recipe.model.device, recipe.model.trust_remote_code)
+    model, tokenizer = load_model(
+        source, "features", LoadOptions(recipe.model.dtype, recipe.model.device, recipe.model.trust_remote_code)
+    )
     limit = longest_input(model, tokenizer, data.max_length)
     cache = cache_dir().with_name("features")
     tokens = 0

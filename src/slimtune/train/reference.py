@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from slimtune.adapters.trl_forward import check_head
+from slimtune.adapters.forward import check_head
 from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, listing
 

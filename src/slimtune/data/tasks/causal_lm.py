@@ -16,7 +16,7 @@ from slimtune.data.show import show_data, show_labels, show_preview, show_source
 from slimtune.data.tasks.classification import Tokenized, labels_of, longest_input, positions_of, tokenize
 from slimtune.errors import ConfigError, DataError, listing
 from slimtune.metrics.classification import classify, scores
-from slimtune.models.load import load_classifier, load_text_model
+from slimtune.models.load import LoadOptions, load_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,7 +93,7 @@ class Conversations:
 
     def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model that writes text, and its tokenizer."""
-        model, tokenizer = load_text_model(source, *how, **options)
+        model, tokenizer = load_model(source, "text", LoadOptions(*how, **options))
         if model.config.is_encoder_decoder:
             raise ConfigError(f"{source} has an encoder, which reads prompts on its own: train it with task=seq2seq")
         return model, tokenizer
@@ -157,7 +157,7 @@ class Classes(EpochData):
 
     def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model with a head for the labels, and its tokenizer."""
-        return load_classifier(source, self.labels, *how, **options)
+        return load_model(source, "classification", LoadOptions(*how, **options), self.labels)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids with their labels' numbers; raises DataError."""

@@ -14,7 +14,7 @@ from slimtune.data.settings import DataSettings
 from slimtune.data.show import show_preview
 from slimtune.data.tasks.causal_lm import EpochData, Lesson, epoch_of
 from slimtune.errors import ConfigError, DataError, MissingDependencyError
-from slimtune.models.load import load_text_model
+from slimtune.models.load import LoadOptions, load_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +88,7 @@ class Preferred(EpochData):
 
     def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model that writes text, and its tokenizer."""
-        return load_text_model(source, *how, **options)
+        return load_model(source, "text", LoadOptions(*how, **options))
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """A `datasets.Dataset`, shown with what is preferred; raises DataError, MissingDependencyError."""

@@ -16,7 +16,7 @@ from slimtune.data.show import show_preview
 from slimtune.data.tasks.causal_lm import EpochData, Lesson, epoch_of
 from slimtune.data.tasks.classification import longest_input
 from slimtune.errors import DataError
-from slimtune.models.load import load_seq2seq
+from slimtune.models.load import LoadOptions, load_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ class Completions(EpochData):
 
     def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model with an encoder and a decoder, and its tokenizer."""
-        return load_seq2seq(source, *how, **options)
+        return load_model(source, "seq2seq", LoadOptions(*how, **options))
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids, shown with what is learned of them; raises DataError."""

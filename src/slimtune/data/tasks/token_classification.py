@@ -16,7 +16,7 @@ from slimtune.data.tasks.classification import longest_input
 from slimtune.data.tasks.word_alignment import OUTSIDE, AlignedTexts, align, tag, tags_of
 from slimtune.errors import DataError, listing
 from slimtune.metrics.tagging import tag_scores
-from slimtune.models.load import load_tagger
+from slimtune.models.load import LoadOptions, load_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ class Tags(EpochData):
 
     def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model with a head for the tags, and its tokenizer."""
-        return load_tagger(source, self.tags, *how, **options)
+        return load_model(source, "token-classification", LoadOptions(*how, **options), self.tags)
 
     def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
         """The ids with the tags at the first token of each word; raises DataError."""
