@@ -181,7 +181,7 @@ def _trained(model: Any, tokenizer: Any, data: Any, task: str, folder: Path) -> 
         kind = preference(task, model, tokenizer, PreferenceSettings(), 1024) if task in PREFERENCE_TASKS else None
         settings = TrainSettings(1e-3, max_steps=3, batch_size=4, save_minutes=0)
         fine_tune(model, tokenizer, lesson.examples, settings, folder / "run", screen, objective=lesson.objective,
-                  kind=kind)  # fmt: skip
+                  spec=kind)  # fmt: skip
     return peak_of(tracker)
 
 

@@ -21,8 +21,7 @@ from slimtune.recipe.preference import PreferenceSettings
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.arguments import arguments
 from slimtune.train.checks import LastGood
-from slimtune.train.preferences import preference
-from slimtune.train.reference import WithoutAdapter
+from slimtune.train.preferences import ReferenceModel, preference
 
 ROWS: dict[str, dict[str, Any]] = {
     "dpo": {"prompt": "a", "chosen": "a", "rejected": "a"},
@@ -63,16 +62,17 @@ def _trainer(model: Any, setting: Setting, last_good: LastGood, longest: int) ->
         rows = Dataset.from_list([ROWS[task]])
     options = TrainSettings(batch_size=setting.batch, gradient_accumulation=setting.accumulation)
     with tempfile.TemporaryDirectory() as folder:
-        told: Any = arguments(kind, options, 1e-4, "cpu", Path(folder), rows, evaluates=False, autocast=False)
-        # Where all weights are trained, the reference is asked before the first step: there is none during it.
-        asked_before = getattr(told, "precompute_ref_log_probs", False)
-        stand_in: dict[str, Any] = {"ref_model": WithoutAdapter(model)} if asked_before else {}
-        if asked_before:
-            told.precompute_ref_log_probs = False
+        args: Any = arguments(kind, options, 1e-4, "cpu", Path(folder), rows, evaluates=False, autocast=False)
+        # Where all weights are trained, the reference's log-probabilities are computed before the first step, and no
+        # reference is there during it.
+        is_precomputed = getattr(args, "precompute_ref_log_probs", False)
+        stand_in: dict[str, Any] = {"ref_model": ReferenceModel(model)} if is_precomputed else {}
+        if is_precomputed:
+            args.precompute_ref_log_probs = False
         trainer: Any = kind.trainer(
-            model=model, args=told, train_dataset=rows, last_good=last_good, keeper=None, callbacks=[], **stand_in
+            model=model, args=args, train_dataset=rows, last_good=last_good, checkpointer=None, callbacks=[], **stand_in
         )
-    if asked_before:
+    if is_precomputed:
         trainer.ref_model, trainer.precompute_ref_logps = None, True
     trainer.current_gradient_accumulation_steps = setting.accumulation
     return trainer
