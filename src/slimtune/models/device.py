@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from slimtune.errors import ConfigError, first_line
@@ -33,3 +34,25 @@ def native_dtype() -> str:
     # Elsewhere bf16 is emulated and several times slower than float32.
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def available_memory() -> int:
+    """Bytes of main memory that this process can still use: what the system has free, within a container's limit."""
+    sizes = []
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        sizes.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    else:
+        sizes.append(total_memory())
+    # cgroups, version 2 and 1; "max" is no limit.
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = Path(name).read_text().strip() if Path(name).is_file() else ""
+        if limit.isdecimal():
+            sizes.append(int(limit))
+    return min(sizes)
+
+
+def total_memory() -> int:
+    """Bytes of main memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -18,8 +18,8 @@ from slimtune.pipeline.evaluation import held_out_questions
 from slimtune.pipeline.memory_check import plan_training
 from slimtune.pipeline.train import check_preferences, encode
 from slimtune.plan.build import build
+from slimtune.plan.memory import Setting
 from slimtune.plan.plan import read_config
-from slimtune.plan.setting import Setting
 from slimtune.recipe.method import FEATURES
 from slimtune.recipe.optimizers import check_runs
 from slimtune.recipe.recipe import ModelSettings, Recipe

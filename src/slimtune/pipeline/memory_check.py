@@ -15,10 +15,9 @@ from slimtune.models.device import native_dtype, pick_device
 from slimtune.plan.build import positions_of
 from slimtune.plan.data import measure
 from slimtune.plan.devices import Device, find, this_device
-from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.memory import MemoryPlan, Setting
 from slimtune.plan.plan import count, plan, read_config, simulation, task_type_of, tokenizer_of
 from slimtune.plan.recommend import Choice
-from slimtune.plan.setting import Setting
 from slimtune.recipe.method import FULL
 from slimtune.recipe.preference import PREFERENCE_TASKS
 

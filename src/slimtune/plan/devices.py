@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, PlanError, check_number, did_you_mean, listing
+from slimtune.models.device import available_memory, native_dtype
 
 GIB = 2**30
 AUTO, CPU = "auto", "cpu"
@@ -77,8 +78,6 @@ class Device:
     def half_precision(self) -> str:
         """The 16-bit type that it computes in by itself; float32 where there is none."""
         if self.is_cpu:
-            from slimtune.models.device import native_dtype
-
             return native_dtype()
         return "bfloat16" if self.has_bf16 else "float16"
 
@@ -155,12 +154,10 @@ def this_device() -> Device:
 
 def this_cpu() -> Device:
     """This machine's processor and main memory."""
-    from slimtune.models.device import native_dtype
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Device(
         name=CPU,
-        memory_bytes=min(_memory_sources()),
+        memory_bytes=available_memory(),
         bandwidth=_CPU_BANDWIDTH,
         flops_16bit=cores * _CPU_FLOPS_PER_CORE * (_CPU_16BIT_GAIN if native_dtype() in HALF_PRECISIONS else 1),
         flops_32bit=cores * _CPU_FLOPS_PER_CORE,
@@ -206,22 +203,6 @@ def _apple_name() -> str:
 
     found = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
     return found.stdout.strip()
-
-
-def _memory_sources() -> list[int]:
-    """What the system says is available, and the limits that a container sets."""
-    found = []
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    else:
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = Path(name).read_text().strip() if Path(name).is_file() else ""
-        if limit.isdecimal():
-            found.append(int(limit))
-    return found
 
 
 def _read(entry: dict[str, Any], shared: dict[str, Any]) -> Device:
