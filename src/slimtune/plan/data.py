@@ -51,10 +51,10 @@ def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto")
         use_template(tokenizer, settings.chat_template)
     whole = replace(settings, max_length=sys.maxsize, too_long="error")
     parts = read_parts(whole, task)
-    found = _MEASURES.get(parts.task, _preferred)(parts, whole, tokenizer)
+    measured = _MEASURES.get(parts.task, _preferred)(parts, whole, tokenizer)
     if not settings.packing:
-        return found
-    return replace(found, lengths=uniform(settings.max_length, found.lengths.packed_rows(settings.max_length)))
+        return measured
+    return replace(measured, lengths=uniform(settings.max_length, measured.lengths.packed_rows(settings.max_length)))
 
 
 def uniform(length: int, examples: int) -> Lengths:
@@ -90,11 +90,11 @@ def _completions(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measur
 
 
 def _preferred(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    found = [lengths_of(row, tokenizer) for row in Preferred.of(parts, settings).rows]
-    learned = sum(length - prompt for prompt, *answers in found for length in answers)
+    lengths_of_rows = [lengths_of(row, tokenizer) for row in Preferred.of(parts, settings).rows]
+    learned = sum(length - prompt for prompt, *answers in lengths_of_rows for length in answers)
     # TRL's orpo puts a beginning and an end where a text has none of its own.
     more = 2 if parts.task == "orpo" else 0
-    return MeasuredData(parts.task, sorted_lengths([max(lengths) + more for lengths in found], learned))
+    return MeasuredData(parts.task, sorted_lengths([max(lengths) + more for lengths in lengths_of_rows], learned))
 
 
 _MEASURES: dict[str, Callable[[Parts, DataSettings, Any], MeasuredData]] = {

@@ -120,15 +120,16 @@ def find_repeating_blocks(config: Any, build: Callable[[Any], Any], method: Peft
         return None
     with torch.device("meta"):
         model = build(config)
-    found = block_list(model)
-    if found is None or len(found[1]) != count:
+    named = block_list(model)
+    if named is None or len(named[1]) != count:
         return None
+    path, modules = named
     targets = resolve(model, copy.deepcopy(method), strict=True) if method is not None else None
     sites = [] if targets is None else [site.name for site in (*targets.sites, *targets.whole, *targets.biases)]
-    prints = [_fingerprint(f"{found[0]}.{i}", block, sites, _per_layer(config, i)) for i, block in enumerate(found[1])]
+    fingerprints = [_fingerprint(f"{path}.{i}", m, sites, _per_layer(config, i)) for i, m in enumerate(modules)]
     for leading, period in ((lead, p) for p in range(1, 9) for lead in range(4)):
-        blocks = Blocks(found[0], count, leading, period)
-        repeats = all(prints[i] == prints[i + period] for i in range(leading, count - period))
+        blocks = Blocks(path, count, leading, period)
+        repeats = all(fingerprints[i] == fingerprints[i + period] for i in range(leading, count - period))
         if repeats and sum(blocks.depths) < count:
             return blocks
     return None

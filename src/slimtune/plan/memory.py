@@ -1,6 +1,6 @@
 """A training to plan, and what it takes: a `Setting` in, a `MemoryPlan` out.
 
-Bytes are told apart by what they are for (`MemoryBreakdown`), at the peak of each phase of a training (`Snapshot`).
+Bytes are split by what they are for (`MemoryBreakdown`), at the peak of each phase of a training (`Snapshot`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRECISIONS = ("dense", *KINDS, *TORCHAO_KINDS)
 DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = (None, "sdpa", "eager")
 DRAWN_TOKENS = 512
-"""The longest answer that grpo draws unless it is told otherwise."""
+"""The longest answer that grpo draws by default."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,10 @@ class MemoryPlan:
 
     def at(self, phase: Phase) -> Snapshot:
         """The peak of one phase. Raises: KeyError, where it wasn't simulated."""
-        found = [snapshot for snapshot in self.snapshots if snapshot.phase == phase]
-        if not found:
+        matching = [snapshot for snapshot in self.snapshots if snapshot.phase == phase]
+        if not matching:
             raise KeyError(phase)
-        return found[0]
+        return matching[0]
 
     @property
     def adapter_bytes(self) -> int:

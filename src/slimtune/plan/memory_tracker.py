@@ -75,7 +75,7 @@ class Operation:
 
 
 class ModuleLocator:
-    """Where in the model a computation is; a backward pass is told by the sequence numbers of its nodes.
+    """Where in the model a computation is; in a backward pass, by the sequence numbers of its nodes.
 
     Args:
         head: the path of the output layer: what the root computes after it, or after the layers, is the loss.
@@ -121,10 +121,10 @@ class ModuleLocator:
         node = torch._C._current_autograd_node()
         if node is None:
             return self.current
-        found = bisect_right(self.numbers, node._sequence_nr()) - 1
+        index = bisect_right(self.numbers, node._sequence_nr()) - 1
         # Gradients are accumulated by nodes outside of the sequence, right after the node that made them.
-        if 0 <= found < len(self.marks) - 1:
-            self.current = self.marks[found]
+        if 0 <= index < len(self.marks) - 1:
+            self.current = self.marks[index]
         return self.current
 
     @contextmanager
@@ -216,13 +216,13 @@ class MemoryTracker(TorchDispatchMode):
 
     def storages_of(self, tensors: Iterable[Tensor]) -> list[Storage]:
         """The live storages of tensors, those included that are counted from now on."""
-        found = {}
+        storages = {}
         for tensor in unwrapped(tensors):
             self.track(tensor)
             known = self._known.get(tensor.untyped_storage()._cdata)
             if known:
-                found[id(known[0])] = known[0]
-        return list(found.values())
+                storages[id(known[0])] = known[0]
+        return list(storages.values())
 
     def live(self) -> list[Storage]:
         """All storages that are there now."""
@@ -288,16 +288,16 @@ def _overwrite(target: Any, source: Any) -> None:
 
 def _by_position(indices: list[Any]) -> list[Any]:
     """Indices with real masks as the positions that they leave, which tell how many there are."""
-    found: list[Any] = []
+    positions: list[Any] = []
     for index in indices:
         is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-        found += _really(_aten.nonzero.default, (index,), {}).unbind(1) if is_mask else [index]
-    return found
+        positions += _really(_aten.nonzero.default, (index,), {}).unbind(1) if is_mask else [index]
+    return positions
 
 
 def _stays_real(result: Any) -> bool:
-    found = list(tensors_in((result,)))
-    return bool(found) and all(not t.is_floating_point() and t.numel() <= LARGEST_REAL for t in found)
+    tensors = list(tensors_in((result,)))
+    return bool(tensors) and all(not t.is_floating_point() and t.numel() <= LARGEST_REAL for t in tensors)
 
 
 def _really(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

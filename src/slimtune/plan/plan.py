@@ -26,7 +26,7 @@ from slimtune.recipe.preference import PREFERENCE_TASKS
 from slimtune.storage.source import PACKAGED
 
 TRAIN_LENGTH = 1024
-"""The longest example that `slimtune train` takes without being asked."""
+"""The longest example that `slimtune train` takes by default."""
 MODELS = Path(__file__).with_name("models")
 TASK_TYPES: dict[str, str | None] = {
     "text": "CAUSAL_LM",
@@ -81,7 +81,7 @@ class Report:
         return shlex.join(str(word) for word in words)
 
     def _task_words(self) -> list[str]:
-        """The settings of a task that can't be told from the data."""
+        """The settings of a task that the data doesn't show."""
         request = self.request
         words = [f"task={request.task}"] if request.task in ("seq2seq", *PREFERENCE_TASKS) else []
         if request.task == "grpo":
@@ -318,7 +318,7 @@ def _device(device: str | Device) -> Device:
 
 
 def _dtype(wanted: str, stored: str, device: Device) -> str:
-    """As asked; else as stored on a processor, and in the type that a GPU computes in."""
+    """The given one; else as stored on a processor, and in the type that a GPU computes in."""
     if wanted != "auto":
         if wanted not in DTYPES:
             raise ConfigError(f"no dtype '{wanted}'; pass auto, {', '.join(DTYPES)}{did_you_mean(wanted, DTYPES)}")
@@ -343,7 +343,7 @@ def _measured(
 
 
 def _limit(config: Any, measured: MeasuredData, max_length: int | None, max_new_tokens: int | None) -> int:
-    """The most tokens of an example: as asked, or the longest that the model has positions for. Raises: ConfigError."""
+    """The most tokens of an example: as given, or the longest that the model has positions for. Raises: ConfigError."""
     positions = positions_of(config)
     longest = max_length or measured.lengths.longest
     if positions is None:

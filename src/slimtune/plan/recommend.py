@@ -21,7 +21,7 @@ FULL = "full"
 LOW_RANK = ("lora", "dora")
 
 BASES: tuple[Precision, ...] = ("dense", "nf4", "int8")
-"""What is tried where no base is asked for."""
+"""The bases that are tried where none is given."""
 
 _LORA: tuple[tuple[str, Precision], ...] = (("lora", "dense"), ("lora", "nf4"), ("lora", "int8"))
 _OTHERS: tuple[tuple[str, Precision], ...] = ((FULL, "dense"), ("ia3", "nf4"))
@@ -158,18 +158,18 @@ def _candidates(request: PlanRequest) -> list[tuple[str, Precision]]:
             raise ConfigError("--method features trains nothing of the model; plan another method")
     # All weights of a quantized base can't be trained in place.
     order = _order(request)
-    found: list[tuple[str, Precision]] = [one for one in order if one[0] != FULL or one[1] == "dense"]
-    if not found:
+    candidates: list[tuple[str, Precision]] = [one for one in order if one[0] != FULL or one[1] == "dense"]
+    if not candidates:
         raise ConfigError(f"full tuning needs a dense base, found {listing(request.bases or ())}; plan it on dense")
-    return found
+    return candidates
 
 
 def _order(request: PlanRequest) -> list[tuple[str, Precision]]:
-    """What was asked for, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
+    """Methods and bases of the request, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
     if request.methods is not None:
         bases: Sequence[Precision] = request.bases or BASES
-        asked: list[tuple[str, Precision]] = [(method, base) for method in request.methods for base in bases]
-        return asked
+        given: list[tuple[str, Precision]] = [(method, base) for method in request.methods for base in bases]
+        return given
     goal: tuple[tuple[str, Precision], ...] = ORDER[request.goal]
     if request.task in PREFERENCE_TASKS:
         # TRL reads a model's layers past what is put around the whole model.
@@ -203,9 +203,9 @@ def _judged(case: Case, choices: Sequence[Choice], request: PlanRequest) -> Case
 def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simulate: Simulate, rates: Rates) -> Choice:
     from slimtune.recipe.method import configure, find
 
-    found = find(method)
+    known = find(method)
     size = (request.rank or rules.rank(case)) if method in LOW_RANK else None
-    config = None if method == FULL else configure(found, {"r": size} if size else {})
+    config = None if method == FULL else configure(known, {"r": size} if size else {})
     if config is not None and request.task_type is not None:
         config.task_type = request.task_type
     plan = _fitted(_first_setting(method, base, config, request), request, case, simulate)
@@ -219,7 +219,7 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
         fits=request.device.takes(parts.total),
         needed_bytes=request.device.needed_bytes(parts.total),
         adapter_bytes=plan.peak.parts.weights if method == FULL else plan.adapter_bytes,
-        learning_rate=found.config.learning_rate * share,
+        learning_rate=known.config.learning_rate * share,
         rank=size,
         duration=duration(plan, request.lengths, request.epochs, request.device, rates, request.devices),
         reasons=(),
@@ -276,10 +276,10 @@ def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate
 
 def _accumulation(batch: int, effective: int, setting: Setting) -> int:
     """How many micro-batches make a step; for grpo as many as hold whole groups of answers to one prompt."""
-    found = max(1, effective // batch)
-    while setting.task == "grpo" and found * batch % setting.generations:
-        found += 1
-    return found
+    accumulation = max(1, effective // batch)
+    while setting.task == "grpo" and accumulation * batch % setting.generations:
+        accumulation += 1
+    return accumulation
 
 
 def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:

@@ -47,22 +47,24 @@ def simulate(
         ModelNotFoundError: the configuration can't be read.
         ConfigError, TargetError: a setting that can't be, or that doesn't go with the model.
     """
-    asked = setting_of(method, setting)
+    resolved = setting_of(method, setting)
     config = config_of(model, trust_remote_code)
-    asked, notes = _as_stored(config, asked)
-    task_type = asked.task_type or getattr(method, "task_type", None)
+    resolved, notes = _as_stored(config, resolved)
+    task_type = resolved.task_type or getattr(method, "task_type", None)
     options: Any = {"evaluation": evaluation, "merge": merge, "rounded": rounded}
     with quiet():
         summary = None
-        blocks = None if whole else find_repeating_blocks(config, lambda short: build(short, asked, task_type), method)
+        blocks = (
+            None if whole else find_repeating_blocks(config, lambda short: build(short, resolved, task_type), method)
+        )
         if blocks is not None:
             small, large = (
-                trace(cut(config, depth), asked, task_type, blocks=blocks, **options) for depth in blocks.depths
+                trace(cut(config, depth), resolved, task_type, blocks=blocks, **options) for depth in blocks.depths
             )
             summary = extrapolate(small, large, blocks)
         if summary is None:
-            summary = trace(config, asked, task_type, **options)
-    return plan_of(summary, asked, notes)
+            summary = trace(config, resolved, task_type, **options)
+    return plan_of(summary, resolved, notes)
 
 
 def setting_of(method: PeftConfig | None, fields: dict[str, Any]) -> Setting:

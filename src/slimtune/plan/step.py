@@ -267,7 +267,7 @@ def _bitsandbytes(name: str, parameters: list[nn.Parameter]) -> Any:
     optim: Any = bitsandbytes.optim
     kinds: dict[str, Any] = {"ademamix": optim.AdEMAMix, "lion": optim.Lion, "rmsprop": optim.RMSprop}
     kind = next((made for part, made in kinds.items() if part in name), optim.AdamW)
-    # Not as paged: fake tensors have no pages. What would be paged is told apart afterwards.
+    # Not as paged: fake tensors have no pages. `is_elsewhere` says what would be paged.
     optimizer: Any = kind(parameters, lr=LEARNING_RATE, optim_bits=8 if "8bit" in name else 32)
     optimizer.fill_qmap()
     return optimizer

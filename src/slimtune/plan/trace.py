@@ -46,7 +46,7 @@ class TracedRun:
         categories: the category of a storage by the storage's identity, as `MemoryBreakdown` has them.
         began: the number of the step's first operation.
         loading_overhead: the most that is there in loading beside what is kept: a layer before it is quantized.
-        kept: what was there when a forward ended and not before it.
+        saved_for_backward: storages that were there when a forward pass ended and not before it.
         estimated: snapshots of what was not run.
     """
 
