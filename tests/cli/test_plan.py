@@ -217,7 +217,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """684 MB of memory, of which 23 MB are left beside Python, its libraries and what the allocator keeps."""
     from slimtune.plan import devices
 
-    monkeypatch.setattr(devices, "available_memory", lambda: 684_000_000)
+    monkeypatch.setattr(devices, "_memory_sources", lambda: [684_000_000])
 
 
 def test_training_plans_first_and_says_what_would_fit(

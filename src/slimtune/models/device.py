@@ -1,9 +1,10 @@
-"""Where a model is computed and in which numbers: what is asked for, and what this machine does by itself."""
+"""The machine: which device and dtype a model is computed in, and how much memory there is."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from slimtune.errors import ConfigError, first_line
 
@@ -36,23 +37,25 @@ def native_dtype() -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def available_memory() -> int:
-    """Bytes of main memory that this process can still use: what the system has free, within a container's limit."""
-    sizes = []
+class Ram(NamedTuple):
+    """The machine's memory in bytes, whatever a container may have of it."""
+
+    total: int
+    free: int
+    """Used by nothing, not even as a cache of files."""
+    available: int
+    """What programs can have: free, or a cache that gives way."""
+
+
+def ram() -> Ram | None:
+    """The memory of this machine; None where the system doesn't tell."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    free = page * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else total
     info = Path("/proc/meminfo")
-    if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        sizes.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    else:
-        sizes.append(total_memory())
-    # cgroups, version 2 and 1; "max" is no limit.
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = Path(name).read_text().strip() if Path(name).is_file() else ""
-        if limit.isdecimal():
-            sizes.append(int(limit))
-    return min(sizes)
-
-
-def total_memory() -> int:
-    """Bytes of main memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not info.is_file():
+        return Ram(total, free, total)
+    lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    return Ram(total, free, int(lines["MemAvailable"].split()[0]) * 1024)

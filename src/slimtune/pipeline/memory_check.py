@@ -128,7 +128,7 @@ def _setting(
     return Setting(
         method=adapter,
         base=model.quantize or "dense",  # type: ignore[arg-type]
-        # As `pipeline.train.load_model` has it: float32 weights, with products in the machine's own 16 bits.
+        # As `pipeline.train.load_for_training` has it: float32 weights, with products in the machine's own 16 bits.
         dtype="float32" if is_full else dtype,
         autocast=is_full and native_dtype() == "bfloat16",
         batch=training.batch_size,

@@ -68,7 +68,7 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
             screen, recipe.model, recipe.method, recipe.data, recipe.training, recipe.preferences, data.task
         )  # fmt: skip
     Memory.watch()
-    model, tokenizer, autocast = load_model(recipe.model, recipe.method, data, recipe.training.seed)
+    model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
     outcome = tune(screen, model, tokenizer, data, recipe, overwrite, autocast, resume)
     if recipe.evaluation and recipe.evaluation.forgetting:
         # Two models at once may not fit.
@@ -139,7 +139,7 @@ def check_preferences(recipe: Recipe, task: str) -> None:
     check_task(task, recipe.preferences)
 
 
-def load_model(model: ModelSettings, method: MethodSettings, data: Data, seed: int) -> tuple[Any, Any, bool]:
+def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, seed: int) -> tuple[Any, Any, bool]:
     """The model made ready for its method, its tokenizer, and whether it computes in bf16 over float32 weights."""
     from transformers import set_seed
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, PlanError, check_number, did_you_mean, listing
-from slimtune.models.device import available_memory, native_dtype
+from slimtune.models.device import native_dtype, ram
 
 GIB = 2**30
 AUTO, CPU = "auto", "cpu"
@@ -157,7 +157,7 @@ def this_cpu() -> Device:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Device(
         name=CPU,
-        memory_bytes=available_memory(),
+        memory_bytes=min(_memory_sources()),
         bandwidth=_CPU_BANDWIDTH,
         flops_16bit=cores * _CPU_FLOPS_PER_CORE * (_CPU_16BIT_GAIN if native_dtype() in HALF_PRECISIONS else 1),
         flops_32bit=cores * _CPU_FLOPS_PER_CORE,
@@ -203,6 +203,17 @@ def _apple_name() -> str:
 
     result = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
     return result.stdout.strip()
+
+
+def _memory_sources() -> list[int]:
+    """What the system says is available, and the limits that a container sets."""
+    memory = ram()
+    found = [memory.available] if memory else []
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = Path(name).read_text().strip() if Path(name).is_file() else ""
+        if limit.isdecimal():
+            found.append(int(limit))
+    return found
 
 
 def _read(entry: dict[str, Any], shared: dict[str, Any]) -> Device:
