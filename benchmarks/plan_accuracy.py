@@ -30,8 +30,7 @@ from benchmarks.worker import status_bytes
 from slimtune.errors import ConfigError, TargetError
 from slimtune.plan.build import config_of
 from slimtune.plan.devices import CPU_LIBRARIES_BYTES, this_cpu
-from slimtune.plan.memory import MemoryPlan
-from slimtune.plan.setting import PRECISIONS
+from slimtune.plan.memory import PRECISIONS, MemoryPlan
 from slimtune.plan.simulate import plan_of, quiet, setting_of
 from slimtune.plan.trace import prepare, trace, train
 

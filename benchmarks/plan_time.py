@@ -24,13 +24,11 @@ from benchmarks import machine, page
 from benchmarks.plan_accuracy import METHODS
 from benchmarks.runs import run_module
 from slimtune.plan.build import config_of
-from slimtune.plan.calibrate import calibrate, rates_of
 from slimtune.plan.devices import this_cpu
-from slimtune.plan.memory import Work
-from slimtune.plan.optimizers import optimizer_for
-from slimtune.plan.setting import Setting
+from slimtune.plan.memory import Setting, Work
 from slimtune.plan.simulate import quiet, simulate
-from slimtune.plan.time import step_seconds
+from slimtune.plan.step import optimizer_for
+from slimtune.plan.time import calibrate, rates_of, step_seconds
 from slimtune.plan.trace import prepare
 
 PAGE = machine.ROOT / "docs" / "planning.md"

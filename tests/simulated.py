@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.memory import MemoryPlan, Setting
 from slimtune.plan.memory_tracker import MemoryTracker
-from slimtune.plan.setting import Setting
 from slimtune.plan.simulate import plan_of, quiet
 from slimtune.plan.trace import trace
 

@@ -87,7 +87,7 @@ def test_examples_that_would_be_cut_are_counted(run: Any, base: Path, data: Path
     result = run("plan", base, "--data", data, "--device", "T4", "--max-length", 70, *LORA, "--json")
     told = json.loads(result.stdout)
     assert 0 < told["data"]["cut"] <= 24
-    assert "--max-length 70 --too-long truncate" in told["choices"][0]["command"]
+    assert "--max-length 70 data.too_long=truncate" in told["choices"][0]["command"]
     shown = run("plan", base, "--data", data, "--device", "T4", "--max-length", 70, *LORA).stdout
     assert f"{told['data']['cut']} examples are longer than 70 tokens" in " ".join(shown.split())
 
@@ -129,7 +129,7 @@ def test_the_classic_table(run: Any) -> None:
 
 
 def test_calibration_alone(run: Any, monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    from slimtune.plan import calibrate
+    from slimtune.plan import time as calibrate
 
     monkeypatch.setattr(calibrate, "SECONDS_EACH", 0.05)
     measured = json.loads(run("plan", "--calibrate", "--json").stdout)

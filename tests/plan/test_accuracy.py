@@ -61,7 +61,7 @@ def test_each_setting_is_simulated_as_it_runs(fields: dict[str, Any]) -> None:
     method = slimtune.LoraConfig(r=16, task_type="CAUSAL_LM")
     setting = setting_of(method, {"batch": 3, "sequence": 32, "device": "cpu", "task_type": "CAUSAL_LM"} | fields)
     simulated, really = both(MODELS["Llama-like"].config, setting, evaluation=True, merge=True)
-    assert [moment.phase for moment in simulated.moments] == [moment.phase for moment in really.moments]
+    assert [snapshot.phase for snapshot in simulated.snapshots] == [snapshot.phase for snapshot in really.snapshots]
     for phase in ("forward", "backward", "evaluation", "merge"):
         assert simulated.at(phase).total == pytest.approx(really.at(phase).total, rel=TOLERANCE), phase
     assert simulated.work["forward"].flops * 2 == really.work["forward"].flops

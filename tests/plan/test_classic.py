@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import ConfigError
-from slimtune.plan.memory import Parts
+from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import count, read_config, simulation
-from slimtune.plan.plot import Bar, classic_bars, plot_bars
-from slimtune.plan.table import ROWS, SIZES, Cell, classic_table
+from slimtune.plan.table import ROWS, SIZES, Bar, TableCell, classic_bars, classic_table, plot_bars
 
 PARAMETERS = {"7B": 6.738e9, "13B": 13.016e9, "30B": 32.529e9, "70B": 70.554e9, "110B": 111.210e9}
 
 
 @cache
-def cells() -> list[Cell]:
+def cells() -> list[TableCell]:
     """The smallest and the largest size: between them it grows with the parameters."""
     return classic_table(lambda name, setting: simulation(read_config(name))(setting), sizes=("7B", "110B"))
 
@@ -73,5 +72,5 @@ def test_the_picture(tmp_path: Path, name: str, begins: bytes) -> None:
 
 def test_a_picture_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"table\.bmp"):
-        plot_bars([Bar("x", Parts(weights=1))], tmp_path / "table.bmp", "tuning")
+        plot_bars([Bar("x", MemoryBreakdown(weights=1))], tmp_path / "table.bmp", "tuning")
     assert list(tmp_path.iterdir()) == []

@@ -12,9 +12,9 @@ import transformers
 import slimtune
 from simulated import peak_of
 from slimtune.bases.bitsandbytes import PIECE
+from slimtune.plan.memory import PRECISIONS
 from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.plan.quantize import tensors_of
-from slimtune.plan.setting import PRECISIONS
 from slimtune.plan.simulate import simulate
 from slimtune.quantization.config import KINDS
 
@@ -42,7 +42,7 @@ def loaded(folder: Path, base: str) -> tuple[int, int]:
     tracker = MemoryTracker()
     with tracker:
         model, _ = slimtune.load(folder, device="cpu", quantize=None if base == "dense" else base)
-        held = sum(storage.nbytes for storage in tracker.of(tensors_of(model)))
+        held = sum(storage.nbytes for storage in tracker.storages_of(tensors_of(model)))
     return held, peak_of(tracker)
 
 

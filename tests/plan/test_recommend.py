@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 import slimtune
 from slimtune.errors import ConfigError
 from slimtune.plan.devices import Device, find
+from slimtune.plan.memory import PRECISIONS
 from slimtune.plan.plan import Report, count, plan
-from slimtune.plan.setting import PRECISIONS
 from slimtune.recipe.preference import PREFERENCE_TASKS
 
 CONFIG = LlamaConfig(
@@ -171,7 +171,7 @@ def test_all_that_a_training_may_have_can_be_asked_for() -> None:
     (plain,) = asked(**options).choices
     (other,) = asked(**options, optim="sgd", attention="eager", evaluation=True, merge=True).choices
     assert (other.setting.optimizer, other.setting.attention) == ("sgd", "eager")
-    assert {"evaluation", "merge"} == {m.phase for m in other.plan.moments} - {m.phase for m in plain.plan.moments}
+    assert {"evaluation", "merge"} == {m.phase for m in other.plan.snapshots} - {m.phase for m in plain.plan.snapshots}
     assert plain.merge_bytes is None
     assert other.merge_bytes == other.plan.at("merge").total
     assert plain.parts.optimizer > other.parts.optimizer == 0
@@ -191,7 +191,7 @@ def test_the_command_says_all_that_was_chosen() -> None:
     assert words[:6] == ["slimtune", "train", "tiny", "DATA.jsonl", "--output", "out"]
     options = dict(pairwise(words))
     assert options["--quantize"] == "nf4"
-    assert options["--dtype"] == "float16"
+    assert "model.dtype=float16" in words
     assert int(options["--batch-size"]) == report.best.setting.batch
 
 

@@ -17,9 +17,8 @@ from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.registry import read
 from slimtune.errors import ConfigError
 from slimtune.plan.data import measure
-from slimtune.plan.memory import MemoryPlan
+from slimtune.plan.memory import MemoryPlan, Setting
 from slimtune.plan.memory_tracker import MemoryTracker
-from slimtune.plan.setting import Setting
 from slimtune.plan.simulate import setting_of, simulate
 from slimtune.recipe.preference import PREFERENCE_TASKS, PreferenceSettings
 from slimtune.recipe.training import TrainSettings
@@ -58,10 +57,10 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_step_is_simulated_as_it_runs(model: str, fields: dict[str, Any]) -> None:
     setting = setting_of(lora(fields["task_type"]), BATCH | fields)
     simulated, really = both(MODELS[model].config, setting, evaluation=True)
-    assert [moment.phase for moment in simulated.moments] == [moment.phase for moment in really.moments]
-    for moment in really.moments:
-        if moment.phase != "load":
-            assert simulated.at(moment.phase).total == pytest.approx(moment.total, rel=TOLERANCE), moment.phase
+    assert [snapshot.phase for snapshot in simulated.snapshots] == [snapshot.phase for snapshot in really.snapshots]
+    for snapshot in really.snapshots:
+        if snapshot.phase != "load":
+            assert simulated.at(snapshot.phase).total == pytest.approx(snapshot.total, rel=TOLERANCE), snapshot.phase
     assert simulated.work["forward"].flops * 2 == really.work["forward"].flops
 
 
@@ -90,7 +89,7 @@ def test_a_deep_model_of_pairs_is_continued_from_two_shallow_ones() -> None:
     for task in ("dpo", "grpo"):
         options: dict[str, Any] = {"generations": 2, "answer": 9}
         continued, whole = plan(task, config, **options), plan(task, config, whole=True, **options)
-        assert [m.total for m in continued.moments] == [m.total for m in whole.moments]
+        assert [m.total for m in continued.snapshots] == [m.total for m in whole.snapshots]
         assert {p: w.flops for p, w in continued.work.items()} == {p: w.flops for p, w in whole.work.items()}
 
 
@@ -174,14 +173,14 @@ def _trained(model: Any, tokenizer: Any, data: Any, task: str, folder: Path) -> 
     """The most bytes that are live in three steps."""
     tracker = MemoryTracker()
     with tracker, (folder / "screen").open("w") as file:
-        tracker.of([*model.parameters(), *model.buffers()])
+        tracker.storages_of([*model.parameters(), *model.buffers()])
         model = slimtune.get_peft_model(model, lora(data.task_type))
         screen = Console(file=file)
         lesson = data.lesson(screen, model, tokenizer)
         kind = preference(task, model, tokenizer, PreferenceSettings(), 1024) if task in PREFERENCE_TASKS else None
         settings = TrainSettings(1e-3, max_steps=3, batch_size=4, save_minutes=0)
         fine_tune(model, tokenizer, lesson.examples, settings, folder / "run", screen, objective=lesson.objective,
-                  kind=kind)  # fmt: skip
+                  spec=kind)  # fmt: skip
     return peak_of(tracker)
 
 

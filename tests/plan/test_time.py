@@ -13,14 +13,12 @@ from transformers import LlamaConfig
 from slimtune.data.lengths import Lengths
 from slimtune.errors import ConfigError
 from slimtune.methods.lora.config import LoraConfig
-from slimtune.plan import calibrate as calibration
-from slimtune.plan.calibrate import calibrate, calibration_file, rates_of
+from slimtune.plan import time as calibration
 from slimtune.plan.data import uniform
 from slimtune.plan.devices import find
-from slimtune.plan.memory import STEP, MemoryPlan, Work
+from slimtune.plan.memory import STEP, MemoryPlan, Setting, Work
 from slimtune.plan.plan import simulation
-from slimtune.plan.setting import Setting
-from slimtune.plan.time import Rates, duration, step_seconds, usual
+from slimtune.plan.time import Rates, calibrate, calibration_file, duration, rates_of, step_seconds, usual
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, dtype="bfloat16"

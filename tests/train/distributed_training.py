@@ -105,7 +105,7 @@ def evaluate(output: Path) -> None:
     )  # fmt: skip
     collate = PadRight(0)
     trainer = supervised(Objective(collate)).trainer(
-        model=model, args=arguments, eval_dataset=rows, last_good=LastGood(model, False), keeper=None
+        model=model, args=arguments, eval_dataset=rows, last_good=LastGood(model, False), checkpointer=None
     )
     found = trainer.evaluate()["eval_loss"]
     with torch.no_grad():

@@ -15,9 +15,9 @@ from slimtune.data.batches import Objective, PadRight
 from slimtune.data.encode import Encoded
 from slimtune.errors import ConfigError
 from slimtune.recipe.training import TrainSettings
-from slimtune.train.arguments import check_device, keep_to_one
+from slimtune.train.arguments import check_device, use_one_gpu
 from slimtune.train.loop import fine_tune
-from slimtune.train.trainer import Kind, supervised
+from slimtune.train.trainer import TrainerSpec, supervised
 from small_text_model import tiny_model, tiny_tokenizer
 
 
@@ -39,8 +39,8 @@ def test_one_of_several_gpus_trains_and_it_is_said(tmp_path: Path) -> None:
         with_kwargs=True,  # type: ignore[arg-type]
     )
     settings = TrainSettings(max_steps=3, batch_size=2)
-    kind = Kind(plain.trainer, seeing_four)
-    outcome = fine_tune(model, tokenizer, examples, settings, tmp_path, screen, kind=kind)
+    kind = TrainerSpec(plain.trainer, seeing_four)
+    outcome = fine_tune(model, tokenizer, examples, settings, tmp_path, screen, spec=kind)
     assert outcome.tokens == 3 * 2 * 4
     assert seen == [2, 2, 2]
     assert "4 GPUs are visible, of which cpu trains; CUDA_VISIBLE_DEVICES chooses" in screen.export_text()
@@ -48,7 +48,7 @@ def test_one_of_several_gpus_trains_and_it_is_said(tmp_path: Path) -> None:
 
 def test_with_one_nothing_is_said(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    assert keep_to_one(arguments, lambda what: pytest.fail(what)) is arguments
+    assert use_one_gpu(arguments, lambda what: pytest.fail(what)) is arguments
 
 
 @pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("", "1"), ("4,6", "6"), ("5", "1")])

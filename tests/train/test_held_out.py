@@ -98,7 +98,7 @@ def test_batches_of_any_size_give_the_same_loss(name: str, tmp_path: Path) -> No
         )  # fmt: skip
         trainer = supervised(objective).trainer(
             model=model, args=arguments, eval_dataset=cast(Any, lesson.held_out), last_good=last_good,
-            keeper=cast(Any, None),
+            checkpointer=cast(Any, None),
         )  # fmt: skip
         found[size] = trainer.evaluate()["eval_loss"]
     expected = mean_by_hand(model, lesson, objective.collate, CASES[name].shifts)

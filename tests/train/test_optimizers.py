@@ -22,9 +22,9 @@ from slimtune.data.batches import PadRight
 from slimtune.data.encode import Encoded, encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import MissingDependencyError, TrainingError
+from slimtune.recipe import optimizers
 from slimtune.recipe.optimizers import OFFLOADED, OPTIMIZERS, PAGED, TORCHAO, check_runs
 from slimtune.recipe.training import TrainSettings
-from slimtune.train import optimizer
 from slimtune.train.checks import trainable
 from slimtune.train.loop import fine_tune
 from slimtune.train.optimizer import OffloadedAdamW
@@ -228,7 +228,7 @@ def test_on_the_command_line_a_mistake_is_told_before_the_model_is_loaded(
 
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(optimizer, "find_spec", lambda library: None)
+    monkeypatch.setattr(optimizers, "find_spec", lambda library: None)
     with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
         check_runs("adamw_8bit", "cpu")
     with pytest.raises(MissingDependencyError, match="pip install torchao"):

@@ -21,8 +21,7 @@ from slimtune.errors import ConfigError, TrainingError
 from slimtune.recipe.preference import LOSSES, PreferenceSettings
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.loop import Outcome, fine_tune
-from slimtune.train.preferences import preference
-from slimtune.train.reward import Reward, reward_of
+from slimtune.train.preferences import Reward, preference, reward_of
 from small_text_model import save_base, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -83,7 +82,7 @@ def train(
     kind = preference(task, model, TOKENIZER, preferred or PreferenceSettings(), 128)
     with (folder / "screen.txt").open("w") as file:
         screen = Console(file=file, width=250)
-        outcome = fine_tune(model, TOKENIZER, rows, settings, folder, screen, held_out, kind=kind, resume=resume)
+        outcome = fine_tune(model, TOKENIZER, rows, settings, folder, screen, held_out, spec=kind, resume=resume)
     return outcome, [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
 
 

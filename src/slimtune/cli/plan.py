@@ -155,10 +155,10 @@ def plan(
             optim=optim, attention=attention, evaluation=evaluation, merge=merge,
         )  # fmt: skip
     if plot is not None:
-        from slimtune.plan.plot import Bar, plot_bars
+        from slimtune.plan.table import Bar, plot_bars
 
         bars = [Bar(f"{choice.label}, batch {choice.setting.batch}", choice.parts) for choice in report.choices]
-        plot_bars(bars, plot, f"{model} on {report.wish.device.name}", report.wish.device.room_bytes)
+        plot_bars(bars, plot, f"{model} on {report.request.device.name}", report.request.device.room_bytes)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
@@ -170,8 +170,8 @@ def plan(
 def _calibrate(as_json: bool, is_all: bool) -> None:
     from dataclasses import asdict
 
-    from slimtune.plan.calibrate import calibrate, calibration_file
     from slimtune.plan.devices import this_device
+    from slimtune.plan.time import calibrate, calibration_file
 
     screen = console(as_json)
     device = this_device()
@@ -185,8 +185,7 @@ def _calibrate(as_json: bool, is_all: bool) -> None:
 def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool) -> None:
     from slimtune.cli.plan_view import show_classic
     from slimtune.plan.plan import read_config, simulation
-    from slimtune.plan.plot import classic_bars, plot_bars
-    from slimtune.plan.table import SIZES, classic_table
+    from slimtune.plan.table import SIZES, classic_bars, classic_table, plot_bars
 
     screen = console(as_json)
     with screen.status("simulating..."):

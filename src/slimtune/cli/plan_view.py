@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
-from slimtune.plan.memory import Parts
+from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import Report
-from slimtune.plan.plot import COLOURS
 from slimtune.plan.recommend import Choice
 from slimtune.plan.rules import GOALS
-from slimtune.plan.table import ROWS, SIZES, Cell
+from slimtune.plan.table import COLOURS, ROWS, SIZES, TableCell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,25 +50,25 @@ def show(screen: Console, report: Report) -> None:
         screen.print(f"  {verdict.engine} {'takes' if verdict.takes else 'refuses'} it: {verdict.note}", markup=False)
     if not best.engines:
         screen.print("  any engine takes it: the result is a whole model", markup=False)
-    screen.print("\nrun it:" if report.wish.devices == 1 else "\non one device it would be:")
+    screen.print("\nrun it:" if report.request.devices == 1 else "\non one device it would be:")
     screen.print(f"  {report.command(best)}", markup=False)
 
 
 def _notes(choice: Choice, report: Report) -> list[str]:
-    notes, duration, devices = list(choice.plan.notes), choice.duration, report.wish.devices
+    notes, duration, devices = list(choice.plan.notes), choice.duration, report.request.devices
     if choice.merge_bytes is not None:
         notes.append(f"merging takes {_bytes(choice.merge_bytes)} of live tensors")
     if devices > 1:
         notes.append(
             f"memory and time of {devices} devices are estimates for FSDP2: parameters and examples are divided, and "
             f"{duration.exchange_seconds / duration.seconds:.0%} of the time goes to what they exchange over "
-            f"{(report.wish.device.link_bandwidth or 0) / 1e9:g} GB/s; slimtune train runs on one device, several "
+            f"{(report.request.device.link_bandwidth or 0) / 1e9:g} GB/s; slimtune train runs on one device, several "
             "take the adopted model in transformers' Trainer under torchrun"
         )
     return notes
 
 
-def show_classic(screen: Console, cells: Sequence[Cell]) -> None:
+def show_classic(screen: Console, cells: Sequence[TableCell]) -> None:
     """The classic table: simulated gigabytes, and the rule of thumb beside them."""
     from rich.table import Table
 
@@ -95,18 +94,18 @@ def show_classic(screen: Console, cells: Sequence[Cell]) -> None:
 
 
 def _show_question(screen: Console, report: Report) -> None:
-    wish, device, lengths = report.wish, report.wish.device, report.wish.lengths
-    several = f"{wish.devices} x " if wish.devices > 1 else ""
+    request, device, lengths = report.request, report.request.device, report.request.lengths
+    several = f"{request.devices} x " if request.devices > 1 else ""
     screen.print(
         f"{report.model} on {several}{device.name}: {device.memory_bytes / 1e9:.1f} GB, of which "
-        f"{device.room_bytes / 1e9:.1f} are left beside context and fragmentation; goal {wish.goal}: "
-        f"{GOALS[wish.goal]}",
+        f"{device.room_bytes / 1e9:.1f} are left beside context and fragmentation; goal {request.goal}: "
+        f"{GOALS[request.goal]}",
         markup=False,
     )
     if report.data is None:
         screen.print(
-            f"no data given: time and cost are for {lengths.examples:,} examples of {wish.sequence:,} tokens, "
-            f"{wish.epochs:g} times (--data measures yours)"
+            f"no data given: time and cost are for {lengths.examples:,} examples of {request.sequence:,} tokens, "
+            f"{request.epochs:g} times (--data measures yours)"
         )
         return
     spread = ", ".join(f"{share}% up to {lengths.percentile(share):,}" for share in PERCENTILES)
@@ -117,19 +116,19 @@ def _show_question(screen: Console, report: Report) -> None:
     )
     if report.cut:
         screen.print(
-            f"[yellow]{report.cut:,} examples are longer than {wish.sequence:,} tokens[/] and would be cut "
+            f"[yellow]{report.cut:,} examples are longer than {request.sequence:,} tokens[/] and would be cut "
             "(--too-long truncate) or dropped (--too-long drop)"
         )
     batch = report.choices[0].setting.batch
-    gain = lengths.packing_gain(wish.sequence, batch)
+    gain = lengths.packing_gain(request.sequence, batch)
     screen.print(
-        f"padding: {lengths.padding_waste(batch):.0%} of a batch of {batch}; packed rows of {wish.sequence:,} tokens "
-        f"would compute {1 / gain:.2f} times as many"
+        f"padding: {lengths.padding_waste(batch):.0%} of a batch of {batch}; packed rows of {request.sequence:,} "
+        f"tokens would compute {1 / gain:.2f} times as many"
     )
 
 
 def _learned(report: Report) -> str:
-    lengths, task = report.wish.lengths, report.wish.task
+    lengths, task = report.request.lengths, report.request.task
     if lengths.labels or task == "grpo":
         return ""
     if task == "seq2seq":
@@ -142,7 +141,7 @@ def _learned(report: Report) -> str:
 def _show_choices(screen: Console, report: Report) -> None:
     from rich.table import Table
 
-    scale = max(report.wish.device.room_bytes, 1)
+    scale = max(report.request.device.room_bytes, 1)
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     table.add_column("needs", justify="right", no_wrap=True)
@@ -172,8 +171,8 @@ def _show_choices(screen: Console, report: Report) -> None:
         screen.print("* with gradient checkpointing")
     rates = report.rates
     how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
-    price = report.wish.device.price_per_hour
-    cost = f"; ${price:g} an hour ({report.wish.device.price_date})" if price is not None else ""
+    price = report.request.device.price_per_hour
+    cost = f"; ${price:g} an hour ({report.request.device.price_date})" if price is not None else ""
     screen.print(f"times: {how}{cost}")
 
 
@@ -181,13 +180,13 @@ def _show_refusal(screen: Console, report: Report) -> None:
     nearest = min(report.choices, key=lambda choice: choice.needed_bytes)
     screen.print(
         f"\n[bold red]nothing fits[/]: the least is {nearest.label} with {_bytes(nearest.needed_bytes)}, at batch "
-        f"{nearest.setting.batch} x {nearest.setting.sequence:,} tokens, and {report.wish.device.name} has "
-        f"{_bytes(report.wish.device.memory_bytes)}; take a smaller model, a shorter --max-length, a larger --device "
-        "or more of them (--devices)"
+        f"{nearest.setting.batch} x {nearest.setting.sequence:,} tokens, and {report.request.device.name} has "
+        f"{_bytes(report.request.device.memory_bytes)}; take a smaller model, a shorter --max-length, a larger "
+        "--device or more of them (--devices)"
     )
 
 
-def bar(parts: Parts, scale: int, has_colour: bool = True, width: int = BAR_WIDTH) -> Text:
+def bar(parts: MemoryBreakdown, scale: int, has_colour: bool = True, width: int = BAR_WIDTH) -> Text:
     """The parts of a peak, `width` characters for `scale` bytes; cut with an arrow where it is longer."""
     text, drawn, reached = Text(), 0, 0.0
     for part, colour in COLOURS.items():

@@ -15,7 +15,7 @@ from slimtune.errors import OutputExistsError, SlimtuneError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.pipeline.dry_run import Rehearsal
+    from slimtune.pipeline.dry_run import DryRun
     from slimtune.recipe.convert.rules import Imported
 
 recipe = typer.Typer(
@@ -64,14 +64,14 @@ def check(path: Path_, overrides: Overrides = [], as_json: Json = False) -> None
 
     Example: slimtune recipe check recipe.yaml training.batch_size=16
     """
-    from slimtune.pipeline.dry_run import Rehearsal, rehearse
+    from slimtune.pipeline.dry_run import DryRun, dry_run
     from slimtune.recipe.recipe import Recipe
 
     screen = console(as_json)
     try:
-        found = rehearse(Recipe.read(path, overrides), screen)
+        found = dry_run(Recipe.read(path, overrides), screen)
     except SlimtuneError as error:
-        found = Rehearsal(problems=[str(error)])
+        found = DryRun(problems=[str(error)])
     if as_json:
         print(json.dumps({"recipe": str(path), "ok": not found.problems, **asdict(found)}))
     _show(screen, path, found)
@@ -154,7 +154,7 @@ def _show_imported(screen: Console, output: Path, found: Imported) -> None:
     screen.print(f"written to {output}; see whether it fits:  slimtune recipe check {output}", markup=False)
 
 
-def _show(screen: Console, path: Path, found: Rehearsal) -> None:
+def _show(screen: Console, path: Path, found: DryRun) -> None:
     if found.needed_bytes is not None and found.memory_bytes is not None:
         screen.print(f"planned: {found.needed_bytes / 1e9:.1f} GB of {found.memory_bytes / 1e9:.1f} on {found.device}")
     for note in found.notes:

@@ -156,7 +156,7 @@ def train(
     """
     from slimtune.pipeline.train import run
     from slimtune.storage.atomic import refuse_existing
-    from slimtune.train.measurements import RESULTS
+    from slimtune.train.results import RESULTS
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)

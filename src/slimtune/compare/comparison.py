@@ -119,7 +119,7 @@ def _facts(
     task: Task, data: str, same: dict[str, Any], before: Facts | None, priced: tuple[float | None, str], prompted: bool
 ) -> Facts:
     from slimtune.storage.text_files import dump
-    from slimtune.train.measurements import versions
+    from slimtune.train.results import versions
 
     settings, constant = task.settings, constant_of(task)
     now = {"machine": machine(), "versions": versions()}

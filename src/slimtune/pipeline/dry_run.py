@@ -1,4 +1,4 @@
-"""A recipe tried without training: all that can be known beforehand is found out, nothing is written."""
+"""A dry run of a recipe: everything that can be checked without weights is checked, and nothing is written."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from slimtune.errors import OutputExistsError, SlimtuneError
 from slimtune.models.device import pick_device
 from slimtune.models.load import load_tokenizer
 from slimtune.pipeline.evaluation import held_out_questions
-from slimtune.pipeline.memory_check import planned
+from slimtune.pipeline.memory_check import plan_training
+from slimtune.pipeline.train import check_preferences, encode
 from slimtune.plan.build import build
+from slimtune.plan.memory import Setting
 from slimtune.plan.plan import read_config
-from slimtune.plan.setting import Setting
 from slimtune.recipe.method import FEATURES
 from slimtune.recipe.optimizers import check_runs
-from slimtune.recipe.recipe import Recipe
+from slimtune.recipe.recipe import ModelSettings, Recipe
 from slimtune.recipe.trackers import check_installed
 from slimtune.storage.atomic import refuse_existing
 from slimtune.storage.source import refuse_adapter
 from slimtune.train.arguments import check_device
-from slimtune.train.preferences import check_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 @dataclass
-class Rehearsal:
-    """What was found.
+class DryRun:
+    """The result of a dry run.
 
     Attributes:
         problems: what would stop the training, or ruin it.
@@ -53,62 +53,59 @@ class Rehearsal:
     memory_bytes: int | None = None
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """What a user can cause is a problem, and no reason to stop looking."""
+    def collecting(self) -> Iterator[None]:
+        """Note a user's mistake as a problem, and go on with the next check."""
         try:
             yield
         except SlimtuneError as error:
             self.problems.append(str(error))
 
 
-def rehearse(recipe: Recipe, screen: Console) -> Rehearsal:
+def dry_run(recipe: Recipe, screen: Console) -> DryRun:
     """Read and encode the data, attach the method to the model's shape, and simulate a step of training."""
-    found, model, device = Rehearsal(), recipe.model, "cpu"
+    result, model, takes_steps = DryRun(), recipe.model, recipe.method.name != FEATURES
     try:
         refuse_existing(Path(recipe.output))
     except OutputExistsError as error:
-        found.notes.append(str(error))
-    with found.noting():
+        result.notes.append(str(error))
+    with result.collecting():
         device = check_device(pick_device(model.device))
-        if recipe.method.name != FEATURES:
+        if takes_steps:
             check_runs(recipe.training.optim, device)
             check_installed(recipe.training.trackers)
-    with found.noting():
+    with result.collecting():
         refuse_adapter(model.source)
         # Whether examples that share a row see each other can't be tried without weights.
         data = read(replace(recipe.data, packing=False), recipe.task, recipe.training.seed)
-        found.task_type = data.task_type
-        check_recipe(recipe, data.task)
-        held_out_questions(recipe, data)
-        found.data = _encoded(recipe, data, screen)
-        if recipe.method.name != FEATURES:
-            _plan(recipe, data.task, found)
-    return found
+        result.task_type = data.task_type
+        check_preferences(recipe, data.task)
+        held_out_questions(recipe.evaluation, data)
+        shape, tokenizer = _without_weights(model, data)
+        result.data = encode(screen, data, shape, tokenizer).facts
+        if takes_steps:
+            _plan(recipe, data.task, result)
+    return result
 
 
-def _encoded(recipe: Recipe, data: Data, screen: Console) -> dict[str, Any]:
-    """What the data comes to, encoded for a model that is there in shape only."""
-    name, trusts = recipe.model.source, recipe.model.trust_remote_code
-    config = read_config(name, trusts)
-    tokenizer = load_tokenizer(name, trusts)
-    return data.lesson(screen, _shape(config, data), tokenizer).facts
-
-
-def _shape(config: Any, data: Data) -> Any:
+def _without_weights(model: ModelSettings, data: Data) -> tuple[Any, Any]:
+    """The model on torch's meta device, in its shape only, and its tokenizer."""
+    config = read_config(model.source, model.trust_remote_code)
+    tokenizer = load_tokenizer(model.source, model.trust_remote_code)
     with torch.device("meta"):
-        return build(config, Setting(), data.task_type)
+        return build(config, Setting(), data.task_type), tokenizer
 
 
-def _plan(recipe: Recipe, task: str, found: Rehearsal) -> None:
+def _plan(recipe: Recipe, task: str, result: DryRun) -> None:
+    sections = recipe.model, recipe.method, recipe.data, recipe.training, recipe.preferences
     try:
-        plan, where = planned(recipe, task, in_full=True)
+        plan, device = plan_training(*sections, task, always=True)
     except SlimtuneError:
         raise
     except Exception as error:
         first = (str(error).splitlines() or [""])[0] or type(error).__name__
-        found.notes.append(f"the memory it takes could not be planned: {first}")
+        result.notes.append(f"the memory it takes could not be planned: {first}")
         return
     assert plan is not None
-    found.device, found.memory_bytes = where.name, where.memory_bytes
-    found.needed_bytes = int(where.needed_bytes(plan.peak_bytes))
-    found.notes += plan.notes
+    result.device, result.memory_bytes = device.name, device.memory_bytes
+    result.needed_bytes = int(device.needed_bytes(plan.peak_bytes))
+    result.notes += plan.notes

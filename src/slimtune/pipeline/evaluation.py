@@ -1,4 +1,4 @@
-"""What a recipe wants to know once the model is tuned: its answers to held-out questions, and what it forgot."""
+"""The evaluation of a tuned model, as a recipe's section `evaluation` sets it: held-out questions and forgetting."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from slimtune.evaluate.tasks import task_of_rows
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.recipe.recipe import Recipe
+    from slimtune.evaluate.settings import EvaluationSettings
+    from slimtune.recipe.recipe import ModelSettings
 
 FORGETTING = "forgetting.json"
 
 
-def held_out_questions(recipe: Recipe, data: Any) -> Prepared | None:
-    """The held-out rows as questions, None where nobody asks; raises ConfigError, DataError for what can't be asked."""
-    if recipe.evaluation is None:
+def held_out_questions(settings: EvaluationSettings | None, data: Any) -> Prepared | None:
+    """The held-out rows as questions; None without settings or rows. Raises: ConfigError, DataError."""
+    if settings is None:
         return None
     if not isinstance(data, Conversations):
         raise ConfigError(
@@ -35,38 +36,40 @@ def held_out_questions(recipe: Recipe, data: Any) -> Prepared | None:
     rows = [(row, place) for part in data.parts.held_out for row, place in zip(part.rows, part.places, strict=True)]
     if not rows:
         return None
-    return prepare(task_of_rows(rows, "held-out rows"), recipe.evaluation)
+    return prepare(task_of_rows(rows, "held-out rows"), settings)
 
 
-def ask(screen: Console, model: Any, tokenizer: Any, questions: Prepared | None) -> Evaluation | None:
-    """The scores of the answers. A mistake is told and no more: what was learned must still be written."""
+def evaluate_answers(screen: Console, model: Any, tokenizer: Any, questions: Prepared | None) -> Evaluation | None:
+    """Score the model's answers. A mistake is printed and not raised: what was learned must still be written."""
     if questions is None:
         return None
     try:
         with Counting(screen) as counting:
             counting.start("asking questions", len(questions.questions))
-            found = evaluate(model, tokenizer, questions, progress=counting.reach)
+            evaluation = evaluate(model, tokenizer, questions, progress=counting.reach)
     except SlimtuneError as error:
         screen.print(f"[yellow]not evaluated:[/] {escape(str(error))}; see slimtune evaluate")
         return None
-    for remark in found.remarks():
+    for remark in evaluation.remarks():
         screen.print(remark, markup=False)
-    return found
+    return evaluation
 
 
-def measure_forgetting(screen: Console, recipe: Recipe) -> None:
-    """Measure what the tuned model lost on texts of other domains, and write forgetting.json; raises SlimtuneError."""
+def measure_forgetting(screen: Console, base: ModelSettings, tuned: Path) -> None:
+    """Measure how much worse than its base the tuned model predicts other texts, and write forgetting.json beside it.
+
+    Raises:
+        SlimtuneError: one of the two can't be loaded.
+    """
     from slimtune.evaluate.domain_texts import texts
     from slimtune.evaluate.forgetting import in_words, measure
     from slimtune.evaluate.tuned import Tuned
 
-    model = recipe.model
-    how = {"device": model.device, "trust_remote_code": model.trust_remote_code, "quantize": model.quantize}
-    tuned = Tuned.find(recipe.output, model.source, dtype=model.dtype, **how)
-    found = measure(tuned, texts())
-    (Path(recipe.output) / FORGETTING).write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    how = {"device": base.device, "trust_remote_code": base.trust_remote_code, "quantize": base.quantize}
+    forgetting = measure(Tuned.find(str(tuned), base.source, dtype=base.dtype, **how), texts())
+    (tuned / FORGETTING).write_text(json.dumps(forgetting.to_dict(), indent=2) + "\n", encoding="utf-8")
     screen.print(
-        f"forgetting: the loss on other texts changed by {found.difference:+.4f} ({in_words(found.interval)}); "
-        f"{FORGETTING} has each domain",
+        f"forgetting: the loss on other texts changed by {forgetting.difference:+.4f} "
+        f"({in_words(forgetting.interval)}); {FORGETTING} has each domain",
         markup=False,
     )

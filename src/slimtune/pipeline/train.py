@@ -1,4 +1,8 @@
-"""From a recipe to a written folder: load, attach, show, train, judge, write."""
+"""A whole training run: validate, read the data, check memory, load, train, evaluate, write.
+
+`run` and `tune` are the list of these stages. A stage takes its own section of the recipe; only what checks sections
+against each other, and what writes the recipe down, sees all of it.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,16 @@ from slimtune.core.delta import dtypes_of
 from slimtune.data.tasks.causal_lm import Lesson
 from slimtune.data.tasks.registry import Data, read
 from slimtune.errors import ConfigError
+from slimtune.evaluate.result import Evaluation
 from slimtune.metrics.classification import shown
 from slimtune.models.device import native_dtype, pick_device
-from slimtune.pipeline.evaluation import ask, held_out_questions, measure_forgetting
-from slimtune.pipeline.memory_check import refuse_what_does_not_fit
+from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions, measure_forgetting
+from slimtune.pipeline.memory_check import check_memory
 from slimtune.quantization.report import parts
 from slimtune.recipe.method import FEATURES, FULL, table
 from slimtune.recipe.optimizers import check_runs
 from slimtune.recipe.preference import PREFERENCE_TASKS
-from slimtune.recipe.recipe import Recipe
+from slimtune.recipe.recipe import MethodSettings, ModelSettings, Recipe
 from slimtune.storage.atomic import staged
 from slimtune.storage.hub import parted
 from slimtune.storage.source import folder_of, refuse_adapter
@@ -28,13 +33,15 @@ from slimtune.train.checks import DivergedError, trainable
 from slimtune.train.eva_start import start_by_eva
 from slimtune.train.features import train_on_features
 from slimtune.train.loop import Outcome, fine_tune
-from slimtune.train.measurements import Memory
-from slimtune.train.preferences import check_recipe, preference
-from slimtune.train.results import rescue, write_results
+from slimtune.train.preferences import check_task, preference
+from slimtune.train.results import Memory, Results, plot_losses, save_model
 from slimtune.train.run_folder import check_start, run_folder
+from slimtune.train.trainer import TrainerSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from slimtune.recipe.training import TrainSettings
 
 
 def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = True, resume: bool = False) -> Outcome:
@@ -44,40 +51,104 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
         plans: refuse what can't fit before anything is loaded.
         resume: go on with the run of this recipe that was broken off.
     """
+    output = Path(recipe.output)
     # All that needs no model comes first: a slip of the pen must not cost a download.
     if resume and recipe.method.name == FEATURES:
         raise ConfigError("--resume would change nothing with the method features, which takes no steps; leave it out")
-    check_start(Path(recipe.output), recipe.to_dict(), overwrite, resume)
+    check_start(output, recipe.to_dict(), overwrite, resume)
     data = read(recipe.data, recipe.task, recipe.training.seed)
-    check_recipe(recipe, data.task)
-    held_out_questions(recipe, data)
-    if recipe.method.name == FEATURES:
-        return train_on_features(screen, recipe, data, overwrite)
+    check_preferences(recipe, data.task)
+    held_out_questions(recipe.evaluation, data)
     refuse_adapter(recipe.model.source)
+    if recipe.method.name == FEATURES:
+        return _train_features(screen, data, recipe, overwrite)
     check_runs(recipe.training.optim, check_device(pick_device(recipe.model.device)))
     if plans:
-        refuse_what_does_not_fit(screen, recipe, data.task)
+        check_memory(
+            screen, recipe.model, recipe.method, recipe.data, recipe.training, recipe.preferences, data.task
+        )  # fmt: skip
     Memory.watch()
-    model, tokenizer, autocast = load_for(recipe, data)
+    model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
     outcome = tune(screen, model, tokenizer, data, recipe, overwrite, autocast, resume)
     if recipe.evaluation and recipe.evaluation.forgetting:
         # Two models at once may not fit.
         del model
-        measure_forgetting(screen, recipe)
+        measure_forgetting(screen, recipe.model, output)
     return outcome
 
 
-def load_for(recipe: Recipe, data: Data) -> tuple[Any, Any, bool]:
+def tune(
+    screen: Console,
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    recipe: Recipe,
+    overwrite: bool,
+    autocast: bool = False,
+    resume: bool = False,
+) -> Outcome:
+    """The second half of a run, on a model that is loaded: train, evaluate, write.
+
+    Args:
+        autocast: whether the model computes in bf16 over float32 weights.
+        resume: go on with the run that was broken off before it could write its output.
+
+    Raises:
+        SlimtuneError: what was learned until then is written beside the output, or can be gone on with.
+    """
+    output = Path(recipe.output)
+    trainable(model)
+    show_trained(screen, model)
+    lesson = encode(screen, data, model, tokenizer)
+    with run_folder(output, recipe.to_dict(), overwrite, resume) as folder:
+        start_by_eva(model, tokenizer, lesson, recipe.training, folder.path, screen.print)
+        spec = None
+        if recipe.task in PREFERENCE_TASKS:
+            spec = preference(recipe.task, model, tokenizer, recipe.preferences, recipe.data.max_length)
+        outcome = _train(screen, model, tokenizer, lesson, recipe.training, spec, folder.path, output, autocast, resume)
+        evaluation = evaluate_answers(screen, model, tokenizer, held_out_questions(recipe.evaluation, data))
+        answered = evaluation.scores if evaluation else {}
+        outcome = replace(outcome, scores=outcome.scores | lesson.judge(model) | answered)
+        with staged(output, folder.overwrite) as written:
+            folder.hand_over(written)
+            save_model(written, model, tokenizer)
+            plot_losses(written / "loss.jsonl", written / "loss.png")
+            _card(output.name, model, data, lesson, recipe, outcome).write(written)
+            recipe.write(written / "recipe.yaml")
+            _results(model, data, lesson, recipe, outcome, evaluation).write(written)
+    for name, value in lesson.after().items():
+        screen.print(f"{name}: {value:,}")
+    show_outcome(screen, outcome, recipe.training.best_by)
+    return outcome
+
+
+def check_preferences(recipe: Recipe, task: str) -> None:
+    """See that a recipe goes with the preferences that its data holds; raises ConfigError, MissingDependencyError."""
+    if task not in PREFERENCE_TASKS:
+        return
+    if recipe.task == "auto":
+        can = "dpo, orpo or kto" if task == "dpo" else task
+        raise ConfigError(f"{recipe.data.train[0].path} can be learned from in several ways; say which: task={can}")
+    if str(recipe.method.fields.get("init_lora_weights")).lower() == "eva":
+        raise ConfigError(
+            f"EVA starts from texts and their answers, of which task {task} has others; choose another start with "
+            "method.init_lora_weights"
+        )
+    if recipe.training.samples:
+        raise ConfigError(f"training.samples would change nothing with task {task}; leave it out")
+    check_task(task, recipe.preferences)
+
+
+def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, seed: int) -> tuple[Any, Any, bool]:
     """The model made ready for its method, its tokenizer, and whether it computes in bf16 over float32 weights."""
     from transformers import set_seed
 
-    model, seed = recipe.model, recipe.training.seed
     # A new head is drawn while the model is loaded.
     set_seed(seed)
-    if recipe.method.name != FULL:
+    if method.name != FULL:
         how = (model.dtype, model.device, model.trust_remote_code, model.quantize)
         loaded, tokenizer = data.load(model.source, *how)
-        return adopt(loaded, recipe.method.config(), seed, data.task_type), tokenizer, False
+        return adopt(loaded, method.config(), seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
     loaded, tokenizer = data.load(model.source, "float32", model.device, model.trust_remote_code)
     loaded.requires_grad_(True)
@@ -103,51 +174,23 @@ def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> A
     return model
 
 
-def tune(
-    screen: Console,
-    model: Any,
-    tokenizer: Any,
-    data: Data,
-    recipe: Recipe,
-    overwrite: bool,
-    autocast: bool = False,
-    resume: bool = False,
-) -> Outcome:
-    """Show what will happen, train, and write the results; raises SlimtuneError, with what was learned put aside.
+def encode(screen: Console, data: Data, model: Any, tokenizer: Any) -> Lesson:
+    """The examples encoded for this model, with a preview of them printed; raises DataError, ConfigError."""
+    return data.lesson(screen, model, tokenizer)
 
-    Args:
-        resume: go on with the run that was broken off before it could write its output.
-    """
-    base, output = parted(model.name_or_path)[0], Path(recipe.output)
-    trainable(model)
-    show_trained(screen, model)
-    lesson = data.lesson(screen, model, tokenizer)
-    with run_folder(output, recipe.to_dict(), overwrite, resume) as place:
-        start_by_eva(model, tokenizer, lesson, recipe.training, place.path, screen.print)
-        outcome = _train_or_rescue(screen, model, tokenizer, lesson, recipe, place.path, autocast, resume)
-        if autocast:
-            import torch
 
-            model.to(torch.bfloat16)
-        evaluation = ask(screen, model, tokenizer, held_out_questions(recipe, data))
-        asked = evaluation.scores if evaluation else {}
-        outcome = replace(outcome, scores=outcome.scores | lesson.judge(model) | asked)
-        method = table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line}
-        facts, stored = lesson.facts | lesson.after(), recipe.model.quantize
-        card = Card(
-            output.name, base, data.task_type, method, facts, recipe.training, outcome, stored, recipe.model.revision
-        )
-        with staged(output, place.overwrite) as folder:
-            place.hand_over(folder)
-            write_results(folder, model, tokenizer, recipe, card, evaluation)
-    for name, value in lesson.after().items():
-        screen.print(f"{name}: {value:,}")
-    show_outcome(screen, outcome, recipe.training.best_by)
-    return outcome
+def show_trained(screen: Console, model: Any) -> None:
+    """Print which modules are trained, in which dtypes."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if getattr(model, "peft_config", None):
+        screen.print(str(model.coverage()), markup=False)
+    else:
+        screen.print(f"all weights are trained: {sum(p.numel() for p in trainable):,} parameters")
+    screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
 
 
 def show_outcome(screen: Console, outcome: Outcome, best_by: str | None) -> None:
-    """The result in a line or three."""
+    """Print the result in a line or three."""
     screen.print(
         f"{outcome.steps} steps in {outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, "
         f"loss {outcome.final_loss:.4f}"
@@ -159,38 +202,79 @@ def show_outcome(screen: Console, outcome: Outcome, best_by: str | None) -> None
         screen.print(f"written are the weights of step {outcome.best_step}, the best by {best_by}")
 
 
-def show_trained(screen: Console, model: Any) -> None:
-    """Which modules are trained, in which types of number."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if getattr(model, "peft_config", None):
-        screen.print(str(model.coverage()), markup=False)
-    else:
-        screen.print(f"all weights are trained: {sum(p.numel() for p in trainable):,} parameters")
-    screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
-
-
-def _train_or_rescue(
+def _train(
     screen: Console,
     model: Any,
     tokenizer: Any,
     lesson: Lesson,
-    recipe: Recipe,
+    settings: TrainSettings,
+    spec: TrainerSpec | None,
     folder: Path,
+    output: Path,
     autocast: bool,
     resume: bool,
 ) -> Outcome:
-    kind = None
-    if recipe.task in PREFERENCE_TASKS:
-        kind = preference(recipe.task, model, tokenizer, recipe.preferences, recipe.data.max_length)
+    """Train in place; of a run that diverged, the last good weights are written beside the output."""
     try:
-        return fine_tune(
-            model, tokenizer, lesson.examples, recipe.training, folder, screen, lesson.held_out, autocast,
-            lesson.objective, kind, lesson.judge, resume,
+        outcome = fine_tune(
+            model, tokenizer, lesson.examples, settings, folder, screen, lesson.held_out, autocast,
+            lesson.objective, spec, lesson.judge, resume,
         )  # fmt: skip
     except DivergedError as error:
         if not error.kept_steps:
             raise
-        output = Path(recipe.output)
         aside = output.with_name(f"{output.name}-until-step-{error.kept_steps}")
-        rescue(aside, model, tokenizer)
+        aside.mkdir(parents=True, exist_ok=True)
+        save_model(aside, model, tokenizer)
         raise DivergedError(f"{error}; the state after step {error.kept_steps} is kept in {aside}", 0) from error
+    if autocast:
+        import torch
+
+        # The float32 weights were for training alone: what is judged and written are those that will be used.
+        model.to(torch.bfloat16)
+    return outcome
+
+
+def _card(name: str, model: Any, data: Data, lesson: Lesson, recipe: Recipe, outcome: Outcome) -> Card:
+    return Card(
+        name,
+        base=parted(model.name_or_path)[0],
+        task_type=data.task_type,
+        method=table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line},
+        data=lesson.facts | lesson.after(),
+        settings=recipe.training,
+        outcome=outcome,
+        quantize=recipe.model.quantize,
+        revision=recipe.model.revision,
+    )
+
+
+def _results(
+    model: Any, data: Data, lesson: Lesson, recipe: Recipe, outcome: Outcome, evaluation: Evaluation | None
+) -> Results:
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return Results(
+        recipe.model,
+        recipe.method.name,
+        data.task_type,
+        outcome,
+        examples=lesson.facts["examples"],
+        trainable_parameters=sum(count for count, is_trained in counts if is_trained),
+        parameters=sum(count for count, _ in counts),
+        parts=parts(model).to_dict(),
+        evaluation=evaluation and evaluation.to_dict(),
+    )
+
+
+def _train_features(screen: Console, data: Data, recipe: Recipe, overwrite: bool) -> Outcome:
+    """Train a classifier on features of the frozen base, and write it."""
+    Memory.watch()
+    classifier, outcome, examples = train_on_features(
+        screen, data, recipe.model, recipe.method.config(), recipe.training.batch_size
+    )
+    trained = classifier.weight.numel() + classifier.bias.numel()
+    with staged(Path(recipe.output), overwrite) as written:
+        classifier.save(written)
+        recipe.write(written / "recipe.yaml")
+        Results(recipe.model, recipe.method.name, data.task_type, outcome, examples, trained).write(written)
+    return outcome

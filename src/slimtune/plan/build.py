@@ -20,7 +20,7 @@ from torch import Tensor
 from slimtune.errors import ConfigError, MissingDependencyError, ModelNotFoundError, PlanError
 from slimtune.models.auto import BY_TASK
 from slimtune.ops import cross_entropy
-from slimtune.plan.setting import Setting
+from slimtune.plan.memory import Setting
 from slimtune.storage.source import PACKAGED, folder_of, is_adapter
 
 FALLBACKS = (
@@ -138,7 +138,7 @@ def _cuda_head() -> Iterator[None]:
     """TRL's loss at the head by its Triton kernels, which work on a tile in place and add up in float32."""
 
     head = head_module()
-    own = {name: getattr(head, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
+    assign = {name: getattr(head, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
 
     def added(sums: Tensor, left: Tensor, right: Tensor) -> None:
         number = sums.new_zeros(())
@@ -149,7 +149,7 @@ def _cuda_head() -> Iterator[None]:
     try:
         yield
     finally:
-        vars(head).update(own)
+        vars(head).update(assign)
 
 
 def _cuda_attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -25,7 +25,7 @@ ASSUMED_EXAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredData:
     """The examples of a task.
 
     Attributes:
@@ -39,22 +39,22 @@ class Measured:
     answer: int | None = None
 
 
-def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto") -> Measured:
+def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto") -> MeasuredData:
     """The examples as `slimtune train` would read and encode them; raises DataError, ConfigError.
 
     Packed rows and examples that are streamed are taken to be as long as they may be.
     """
     settings = data if isinstance(data, DataSettings) else DataSettings(data)
     if settings.streaming:
-        return Measured("text", uniform(settings.max_length, ASSUMED_EXAMPLES))
+        return MeasuredData("text", uniform(settings.max_length, ASSUMED_EXAMPLES))
     if settings.chat_template is not None:
         use_template(tokenizer, settings.chat_template)
     whole = replace(settings, max_length=sys.maxsize, too_long="error")
     parts = read_parts(whole, task)
-    found = _MEASURES.get(parts.task, _preferred)(parts, whole, tokenizer)
+    measured = _MEASURES.get(parts.task, _preferred)(parts, whole, tokenizer)
     if not settings.packing:
-        return found
-    return replace(found, lengths=uniform(settings.max_length, found.lengths.packed_rows(settings.max_length)))
+        return measured
+    return replace(measured, lengths=uniform(settings.max_length, measured.lengths.packed_rows(settings.max_length)))
 
 
 def uniform(length: int, examples: int) -> Lengths:
@@ -64,40 +64,40 @@ def uniform(length: int, examples: int) -> Lengths:
     return Lengths((length,) * examples, length * examples)
 
 
-def _texts(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+def _texts(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
     examples = mixed(parts.train, prepare(parts.train, settings, tokenizer), seed=0)
-    return Measured("text", sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples)))
+    return MeasuredData("text", sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples)))
 
 
-def _classes(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+def _classes(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
     rows = [row for part in parts.train for row in part.rows]
     encoded = tokenize([row.texts for row in rows], tokenizer, sys.maxsize)
     lengths = [len(row["input_ids"]) for row in encoded.rows]
-    return Measured("classification", sorted_lengths(lengths, len(rows), labels_of(rows)))
+    return MeasuredData("classification", sorted_lengths(lengths, len(rows), labels_of(rows)))
 
 
-def _tags(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+def _tags(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
     tags = Tags.of(parts, settings)
     texts = align([row.tokens for row in tags.rows], tokenizer, sys.maxsize).texts
     lengths = [len(text.input["input_ids"]) for text in texts]
-    return Measured(tags.task, sorted_lengths(lengths, sum(len(text.firsts) for text in texts), tags.tags))
+    return MeasuredData(tags.task, sorted_lengths(lengths, sum(len(text.firsts) for text in texts), tags.tags))
 
 
-def _completions(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
+def _completions(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
     pairs = [encode_pair(row, tokenizer) for row in Completions.of(parts, settings).rows]
     written = [len(pair.labels) for pair in pairs]
-    return Measured("seq2seq", sorted_lengths([len(pair.input_ids) for pair in pairs], sum(written)), max(written))
+    return MeasuredData("seq2seq", sorted_lengths([len(pair.input_ids) for pair in pairs], sum(written)), max(written))
 
 
-def _preferred(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measured:
-    found = [lengths_of(row, tokenizer) for row in Preferred.of(parts, settings).rows]
-    learned = sum(length - prompt for prompt, *answers in found for length in answers)
+def _preferred(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
+    lengths_of_rows = [lengths_of(row, tokenizer) for row in Preferred.of(parts, settings).rows]
+    learned = sum(length - prompt for prompt, *answers in lengths_of_rows for length in answers)
     # TRL's orpo puts a beginning and an end where a text has none of its own.
     more = 2 if parts.task == "orpo" else 0
-    return Measured(parts.task, sorted_lengths([max(lengths) + more for lengths in found], learned))
+    return MeasuredData(parts.task, sorted_lengths([max(lengths) + more for lengths in lengths_of_rows], learned))
 
 
-_MEASURES: dict[str, Callable[[Parts, DataSettings, Any], Measured]] = {
+_MEASURES: dict[str, Callable[[Parts, DataSettings, Any], MeasuredData]] = {
     "text": _texts,
     "classification": _classes,
     "token-classification": _tags,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, PlanError, check_number, did_you_mean, listing
-from slimtune.models.device import ram
+from slimtune.models.device import native_dtype, ram
 
 GIB = 2**30
 AUTO, CPU = "auto", "cpu"
@@ -78,8 +78,6 @@ class Device:
     def half_precision(self) -> str:
         """The 16-bit type that it computes in by itself; float32 where there is none."""
         if self.is_cpu:
-            from slimtune.models.device import native_dtype
-
             return native_dtype()
         return "bfloat16" if self.has_bf16 else "float16"
 
@@ -134,10 +132,10 @@ def find(name: str) -> Device:
     if name == CPU:
         return this_cpu()
     wanted = _plain(name)
-    found = [device for device in devices().values() if wanted in (_plain(device.name), _kind(device.name))]
-    if found:
+    matching = [device for device in devices().values() if wanted in (_plain(device.name), _kind(device.name))]
+    if matching:
         # Where a name leaves the size open, the smallest: a plan that fits it fits the others.
-        return min(found, key=lambda device: device.memory_bytes)
+        return min(matching, key=lambda device: device.memory_bytes)
     near = did_you_mean(name.lower(), [*(known.lower() for known in devices()), CPU, AUTO])
     raise ConfigError(f"no device '{name}'{near or f'; there are auto, cpu, {listing(devices(), 50)}'}")
 
@@ -156,8 +154,6 @@ def this_device() -> Device:
 
 def this_cpu() -> Device:
     """This machine's processor and main memory."""
-    from slimtune.models.device import native_dtype
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Device(
         name=CPU,
@@ -187,8 +183,8 @@ def _this_gpu() -> Device:
 
 def _named_like(name: str) -> Iterator[Device]:
     """Devices whose name is part of what the driver says ("NVIDIA A100-SXM4-80GB"), the longest only."""
-    said = _plain(name)
-    fitting = {_kind(device.name): device for device in devices().values() if _kind(device.name) in said}
+    driver_name = _plain(name)
+    fitting = {_kind(device.name): device for device in devices().values() if _kind(device.name) in driver_name}
     longest = max(fitting, key=len, default=None)
     return (device for device in devices().values() if _kind(device.name) == longest)
 
@@ -205,8 +201,8 @@ def _plain(name: str) -> str:
 def _apple_name() -> str:
     import subprocess
 
-    found = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    result = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
 
 
 def _memory_sources() -> list[int]:

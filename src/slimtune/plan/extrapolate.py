@@ -1,7 +1,7 @@
-"""Deep models are simulated at two small depths and continued: blocks that are alike add alike.
+"""Deep models are simulated at two small depths and extrapolated: each block adds as much as the one before it.
 
 What is live at an operation is linear in the number of its block and in the number of blocks, so that each phase is
-fullest in one of the first blocks, in one of the last, or outside of them; and each of these moments is continued on
+fullest in one of the first blocks, in one of the last, or outside of them; each of these snapshots is extrapolated on
 its own. For blocks that repeat it is exact; where they don't, the whole model is simulated.
 """
 
@@ -18,15 +18,15 @@ from torch import nn
 
 from slimtune.adapters.targets import resolve
 from slimtune.core.config import PeftConfig
-from slimtune.plan.memory import Moment, Parts, Phase, Work
+from slimtune.plan.memory import MemoryBreakdown, Phase, Snapshot, Work
 
 Key = tuple[Phase, str, bool]
 """A phase, a module by the position of its block, and whether it is past the head."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a model without running it; `block_bytes` are those of its largest block."""
+class ModelCounts:
+    """Sizes of a model that are counted without running it; `block_bytes` are those of its largest block."""
 
     depth: int
     parameters: int
@@ -37,12 +37,12 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """What one simulated run came to: its fullest moments by place, and totals."""
+class TraceSummary:
+    """The result of one simulated run: the peak of each phase and module, and totals."""
 
-    moments: Mapping[Key, Moment]
+    snapshots: Mapping[Key, Snapshot]
     activations: Mapping[str, int]
-    facts: Facts
+    counts: ModelCounts
     paged_bytes: int
     work: Mapping[Phase, Work]
     notes: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return max(lists, key=lambda pair: len(pair[1]), default=None)
 
 
-def repeating(config: Any, build: Callable[[Any], Any], method: PeftConfig | None) -> Blocks | None:
+def find_repeating_blocks(config: Any, build: Callable[[Any], Any], method: PeftConfig | None) -> Blocks | None:
     """How the blocks of a configuration repeat, or None where a short model can't stand for the whole.
 
     Raises:
@@ -120,15 +120,16 @@ def repeating(config: Any, build: Callable[[Any], Any], method: PeftConfig | Non
         return None
     with torch.device("meta"):
         model = build(config)
-    found = block_list(model)
-    if found is None or len(found[1]) != count:
+    named = block_list(model)
+    if named is None or len(named[1]) != count:
         return None
+    path, modules = named
     targets = resolve(model, method) if method is not None else None
     sites = [] if targets is None else [site.name for site in (*targets.sites, *targets.whole, *targets.biases)]
-    prints = [_fingerprint(f"{found[0]}.{i}", block, sites, _per_layer(config, i)) for i, block in enumerate(found[1])]
+    fingerprints = [_fingerprint(f"{path}.{i}", m, sites, _per_layer(config, i)) for i, m in enumerate(modules)]
     for leading, period in ((lead, p) for p in range(1, 9) for lead in range(4)):
-        blocks = Blocks(found[0], count, leading, period)
-        repeats = all(prints[i] == prints[i + period] for i in range(leading, count - period))
+        blocks = Blocks(path, count, leading, period)
+        repeats = all(fingerprints[i] == fingerprints[i + period] for i in range(leading, count - period))
         if repeats and sum(blocks.depths) < count:
             return blocks
     return None
@@ -146,8 +147,8 @@ def _per_layer(config: Any, number: int) -> tuple[Any, ...]:
 
 
 def _lists(config: Any) -> dict[str, list[Any]]:
-    own = {name: getattr(config, name, None) for name in vars(config)}
-    return {k: v for k, v in own.items() if isinstance(v, list) and len(v) == config.num_hidden_layers}
+    values = {name: getattr(config, name, None) for name in vars(config)}
+    return {k: v for k, v in values.items() if isinstance(v, list) and len(v) == config.num_hidden_layers}
 
 
 def cut(config: Any, depth: int) -> Any:
@@ -159,21 +160,21 @@ def cut(config: Any, depth: int) -> Any:
     return short
 
 
-def continued(small: Sketch, large: Sketch, blocks: Blocks) -> Sketch | None:
-    """The sketch of the whole model, or None where the two differ in more than their depth."""
-    if small.moments.keys() != large.moments.keys() or small.activations.keys() != large.activations.keys():
+def extrapolate(small: TraceSummary, large: TraceSummary, blocks: Blocks) -> TraceSummary | None:
+    """The summary of the whole model, or None where the two differ in more than their depth."""
+    if small.snapshots.keys() != large.snapshots.keys() or small.activations.keys() != large.activations.keys():
         return None
     steps = blocks.steps
 
     def on(before: int, after: int) -> int:
         return before + (after - before) * steps
 
-    def parts(before: Parts, after: Parts) -> Parts:
-        return Parts(**{name: on(value, after.named()[name]) for name, value in before.named().items()})
+    def parts(before: MemoryBreakdown, after: MemoryBreakdown) -> MemoryBreakdown:
+        return MemoryBreakdown(**{name: on(value, after.named()[name]) for name, value in before.named().items()})
 
-    moments = {
-        key: replace(moment, module=blocks.unlabelled(key[1]), parts=parts(small.moments[key].parts, moment.parts))
-        for key, moment in large.moments.items()
+    snapshots = {
+        key: replace(s, module=blocks.unlabelled(key[1]), parts=parts(small.snapshots[key].parts, s.parts))
+        for key, s in large.snapshots.items()
     }
     work = {
         phase: Work(on(small.work[phase].flops, w.flops), on(small.work[phase].bytes_moved, w.bytes_moved))
@@ -181,14 +182,14 @@ def continued(small: Sketch, large: Sketch, blocks: Blocks) -> Sketch | None:
     }
     return replace(
         large,
-        moments=moments,
+        snapshots=snapshots,
         activations={name: on(small.activations[name], value) for name, value in large.activations.items()},
-        facts=replace(
-            large.facts,
+        counts=replace(
+            large.counts,
             depth=blocks.count,
-            parameters=on(small.facts.parameters, large.facts.parameters),
-            trainable=on(small.facts.trainable, large.facts.trainable),
-            trainable_bytes=on(small.facts.trainable_bytes, large.facts.trainable_bytes),
+            parameters=on(small.counts.parameters, large.counts.parameters),
+            trainable=on(small.counts.trainable, large.counts.trainable),
+            trainable_bytes=on(small.counts.trainable_bytes, large.counts.trainable_bytes),
         ),
         paged_bytes=on(small.paged_bytes, large.paged_bytes),
         work=work,

@@ -1,4 +1,7 @@
-"""What a simulated training takes: bytes by what they are for, at the fullest moment of each phase."""
+"""A training to plan, and what it takes: a `Setting` in, a `MemoryPlan` out.
+
+Bytes are split by what they are for (`MemoryBreakdown`), at the peak of each phase of a training (`Snapshot`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,84 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Literal
 
-from slimtune.plan.setting import Setting
+from slimtune.core.config import PeftConfig
+from slimtune.errors import check_choice, check_whole
+from slimtune.quantization.config import KINDS, TORCHAO_KINDS
+from slimtune.recipe.optimizers import DEFAULT, check_name
+from slimtune.recipe.preference import PREFERENCE_TASKS
+
+Precision = Literal["dense", "nf4", "fp4", "int8", "int8-torchao", "int4-torchao"]
+Preference = Literal["dpo", "kto", "orpo", "grpo"]
+
+PRECISIONS = ("dense", *KINDS, *TORCHAO_KINDS)
+DTYPES = ("bfloat16", "float16", "float32")
+ATTENTION = (None, "sdpa", "eager")
+DRAWN_TOKENS = 512
+"""The longest answer that grpo draws by default."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train a model.
+
+    Attributes:
+        method: the adapter's config, or None for tuning all weights themselves.
+        base: how the linear layers of the base are stored.
+        double_quantization: whether the block maxima of a 4-bit base are quantized too.
+        dtype: of the weights that aren't quantized, and of the products.
+        autocast: whether products are computed in bfloat16 over float32 weights.
+        batch: examples in a micro-batch.
+        sequence: tokens in an example; images have their own size.
+        padded: whether examples are of different lengths, so that attention takes a mask.
+        accumulation: micro-batches in a step.
+        optimizer: by its name in `--optim`.
+        task_type: as in a config's; None for what the method or the model's own config says.
+        task: how preferences are learned, or answers by a reward; None for examples with their labels.
+        answer: tokens of an answer that is apart from the example: what a decoder writes (None: as many as are read),
+            and what grpo draws to a prompt of `sequence` tokens (None: 512). A pair of answers is two examples.
+        generations: answers that grpo draws to each prompt.
+        device: whose kernels are meant: attention and the loss take other memory on a CPU.
+
+    Raises:
+        ConfigError: a value that can't be.
+    """
+
+    method: PeftConfig | None = None
+    base: Precision = "dense"
+    double_quantization: bool = True
+    dtype: str = "bfloat16"
+    autocast: bool = False
+    batch: int = 1
+    sequence: int = 512
+    padded: bool = True
+    gradient_checkpointing: bool = False
+    accumulation: int = 1
+    optimizer: str = DEFAULT
+    attention: str | None = None
+    task_type: str | None = None
+    task: Preference | None = None
+    answer: int | None = None
+    generations: int = 8
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    def __post_init__(self) -> None:
+        check_choice("base", self.base, PRECISIONS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_name(self.optimizer)
+        check_choice("attention", self.attention, ATTENTION)
+        check_choice("device", self.device, ("cuda", "cpu"))
+        check_choice("task", self.task, (None, *PREFERENCE_TASKS))
+        for name in ("batch", "sequence", "accumulation"):
+            check_whole(name, getattr(self, name))
+        check_whole("generations", self.generations, 2)
+        if self.answer is not None:
+            check_whole("answer", self.answer)
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Of an answer that grpo draws."""
+        return self.answer or DRAWN_TOKENS
+
 
 Phase = Literal["load", "attach", "generation", "forward", "backward", "update", "evaluation", "merge"]
 
@@ -15,8 +95,8 @@ TRAINING: tuple[Phase, ...] = ("load", "attach", *STEP, "evaluation")
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Bytes that are live at one moment, each storage in one part.
+class MemoryBreakdown:
+    """Live bytes at one time by what they are for, each storage in one part.
 
     Attributes:
         weights: the base: weights as they are stored, codes and scales of a quantized one, buffers.
@@ -46,13 +126,13 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """The fullest moment of a phase: in which module it comes, and at which operation."""
+class Snapshot:
+    """The peak of a phase: its bytes, and the module and the operation at which it is reached."""
 
     phase: Phase
     module: str
     operation: str
-    parts: Parts
+    parts: MemoryBreakdown
 
     @property
     def total(self) -> int:
@@ -72,7 +152,7 @@ class MemoryPlan:
     """What one training step takes in its steady state: the optimizer's state is there from the step before.
 
     Attributes:
-        moments: the fullest moment of each phase that was simulated, in their order.
+        snapshots: the peak of each phase that was simulated, in their order.
         trainable_bytes: of what is trained.
         activations: bytes kept for the backward pass by module; a number of `*` stands for all blocks together.
         block_bytes: the parameters of the largest block: what sharded training holds whole at a time.
@@ -82,7 +162,7 @@ class MemoryPlan:
     """
 
     setting: Setting
-    moments: tuple[Moment, ...]
+    snapshots: tuple[Snapshot, ...]
     activations: Mapping[str, int]
     parameters: int
     trainable: int
@@ -94,27 +174,27 @@ class MemoryPlan:
     notes: tuple[str, ...] = ()
 
     @property
-    def peak(self) -> Moment:
-        """The fullest moment of loading, attaching and training, evaluations in between included if simulated."""
-        return fullest(moment for moment in self.moments if moment.phase in TRAINING)
+    def peak(self) -> Snapshot:
+        """The peak of loading, attaching and training, evaluations in between included if simulated."""
+        return fullest(snapshot for snapshot in self.snapshots if snapshot.phase in TRAINING)
 
     @property
     def peak_bytes(self) -> int:
         return self.peak.total
 
-    def at(self, phase: Phase) -> Moment:
-        """The fullest moment of one phase. Raises: KeyError, where it wasn't simulated."""
-        found = [moment for moment in self.moments if moment.phase == phase]
-        if not found:
+    def at(self, phase: Phase) -> Snapshot:
+        """The peak of one phase. Raises: KeyError, where it wasn't simulated."""
+        matching = [snapshot for snapshot in self.snapshots if snapshot.phase == phase]
+        if not matching:
             raise KeyError(phase)
-        return found[0]
+        return matching[0]
 
     @property
     def adapter_bytes(self) -> int:
         """What the method adds, without the copy that training keeps of what it trains."""
         return self.peak.parts.adapter - (self.trainable_bytes if self.setting.method is not None else 0)
 
-    def sharded(self, devices: int) -> Parts:
+    def sharded(self, devices: int) -> MemoryBreakdown:
         """An estimate of what each of several devices holds under FSDP2 at most, each with a micro-batch of its own.
 
         Parameters, gradients and the optimizer's state are divided. Two blocks are whole at a time, for the next one
@@ -123,9 +203,9 @@ class MemoryPlan:
         if devices == 1:
             return self.peak.parts
         # What is fullest on one device, as an update of all weights, need not be once it is divided.
-        return max((self._share(m.parts, devices) for m in self.moments if m.phase in TRAINING), key=_total)
+        return max((self._share(m.parts, devices) for m in self.snapshots if m.phase in TRAINING), key=_total)
 
-    def _share(self, parts: Parts, devices: int) -> Parts:
+    def _share(self, parts: MemoryBreakdown, devices: int) -> MemoryBreakdown:
         whole = 2 * self.block_bytes + self.trainable_block_bytes
         shares = {
             name: -(-getattr(parts, name) // devices) for name in ("weights", "adapter", "gradients", "optimizer")
@@ -144,10 +224,10 @@ class MemoryPlan:
         return (2 * gathered + self.trainable_bytes) * (devices - 1) // devices
 
 
-def _total(parts: Parts) -> int:
+def _total(parts: MemoryBreakdown) -> int:
     return parts.total
 
 
-def fullest(moments: Iterable[Moment]) -> Moment:
-    """The moment with most bytes, the first of several."""
-    return max(moments, key=lambda moment: moment.total)
+def fullest(snapshots: Iterable[Snapshot]) -> Snapshot:
+    """The snapshot with most bytes, the first of several."""
+    return max(snapshots, key=lambda snapshot: snapshot.total)

@@ -1,10 +1,16 @@
-"""Counting live storages: what every operation allocates, when it is freed, and which module it works for.
+"""The memory tracker: what every operation allocates, when it is freed, and which module it works for.
 
-It counts real tensors and fake ones alike, so that a simulated step can be held against a real one.
+- `ModuleLocator` says to which module an operation belongs, in the forward pass and in the backward pass.
+- `MemoryTracker` tracks all storages of real tensors, and counts operations and bytes moved.
+- `FakeMemoryTracker` runs the same code on tensors without data, and tracks what it would allocate.
+
+Real and fake tensors are tracked alike, so that a simulated step can be held against a real one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -14,22 +20,34 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from slimtune.errors import PlanError
 from slimtune.plan.memory import Phase, Work
 
 ALIVE = 2**62
 """When a storage dies that outlives the count."""
 
+LARGEST_REAL = 2**20
+"""Elements of the largest integers and flags that are kept real."""
+_aten = torch.ops.aten
 _HIDDEN = frozenset({torch.ops.prim.device.default, torch.ops.aten.detach.default})
 """What allocates nothing and is called by the thousand."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """The module whose forward runs, or whose backward does, and whether the loss has been reached."""
 
     module: str = ""
@@ -43,7 +61,7 @@ class Storage:
     nbytes: int
     born: int
     died: int = ALIVE
-    place: Place = Place()
+    location: Location = Location()
 
 
 @dataclass(frozen=True)
@@ -52,12 +70,12 @@ class Operation:
 
     time: int
     phase: Phase
-    place: Place
+    location: Location
     name: str
 
 
-class Places:
-    """Where in the model a computation is; a backward pass is told by the sequence numbers of its nodes.
+class ModuleLocator:
+    """Where in the model a computation is; in a backward pass, by the sequence numbers of its nodes.
 
     Args:
         head: the path of the output layer: what the root computes after it, or after the layers, is the loss.
@@ -70,8 +88,8 @@ class Places:
         self.stack: list[str] = []
         self.after_head = False
         self.numbers: list[int] = []
-        self.marks: list[Place] = []
-        self.current = Place()
+        self.marks: list[Location] = []
+        self.current = Location()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         path = self.paths.get(id(module))
@@ -88,7 +106,7 @@ class Places:
 
     def _mark(self) -> None:
         path = self.stack[-1] if self.stack else ""
-        self.current = Place(path, self.after_head and path in ("", self.head))
+        self.current = Location(path, self.after_head and path in ("", self.head))
         number = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         if self.numbers and self.numbers[-1] == number:
             self.marks[-1] = self.current
@@ -96,21 +114,21 @@ class Places:
             self.numbers.append(number)
             self.marks.append(self.current)
 
-    def now(self) -> Place:
+    def now(self) -> Location:
         """Where the operation that runs now belongs."""
         if self.stack:
             return self.current
         node = torch._C._current_autograd_node()
         if node is None:
             return self.current
-        found = bisect_right(self.numbers, node._sequence_nr()) - 1
+        index = bisect_right(self.numbers, node._sequence_nr()) - 1
         # Gradients are accumulated by nodes outside of the sequence, right after the node that made them.
-        if 0 <= found < len(self.marks) - 1:
-            self.current = self.marks[found]
+        if 0 <= index < len(self.marks) - 1:
+            self.current = self.marks[index]
         return self.current
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def following(self) -> Iterator[None]:
         """Follow the forwards of the model's modules."""
         hooks = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
         try:
@@ -131,7 +149,7 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.rounded = rounded or (lambda nbytes: nbytes)
         self.phase: Phase = "load"
-        self.places: Places | None = None
+        self.locator: ModuleLocator | None = None
         self.time = 0
         self.storages: list[Storage] = []
         self.operations: list[Operation] = []
@@ -153,12 +171,12 @@ class MemoryTracker(TorchDispatchMode):
 
     def _account(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         outputs = list(tensors_in((result,)))
-        new = [storage for tensor in outputs if (storage := self.see(tensor))]
+        new = [storage for tensor in outputs if (storage := self.track(tensor))]
         if new:
-            place = Place() if self.places is None else self.places.now()
+            location = Location() if self.locator is None else self.locator.now()
             for storage in new:
-                storage.place = place
-            self.operations.append(Operation(self.time, self.phase, place, str(func.overloadpacket)))
+                storage.location = location
+            self.operations.append(Operation(self.time, self.phase, location, str(func.overloadpacket)))
         self._measure(func, args, kwargs, result, outputs, bool(new))
         self.time += 1
 
@@ -172,7 +190,7 @@ class MemoryTracker(TorchDispatchMode):
         before = self.work.get(self.phase, Work())
         self.work[self.phase] = Work(before.flops + flops, before.bytes_moved + moved)
 
-    def see(self, tensor: Tensor) -> Storage | None:
+    def track(self, tensor: Tensor) -> Storage | None:
         """Count a tensor's storage from now on; gives back None for one that is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -196,19 +214,104 @@ class MemoryTracker(TorchDispatchMode):
         changes = [(s.born, s.nbytes) for s in made] + [(s.died + 1, -s.nbytes) for s in made]
         return max(accumulate((change for _, change in sorted(changes)), initial=0))
 
-    def of(self, tensors: Iterable[Tensor]) -> list[Storage]:
+    def storages_of(self, tensors: Iterable[Tensor]) -> list[Storage]:
         """The live storages of tensors, those included that are counted from now on."""
-        found = {}
+        storages = {}
         for tensor in unwrapped(tensors):
-            self.see(tensor)
+            self.track(tensor)
             known = self._known.get(tensor.untyped_storage()._cdata)
             if known:
-                found[id(known[0])] = known[0]
-        return list(found.values())
+                storages[id(known[0])] = known[0]
+        return list(storages.values())
 
     def live(self) -> list[Storage]:
         """All storages that are there now."""
         return [entry for entry, _ in self._known.values()]
+
+
+class FakeMemoryTracker(MemoryTracker):
+    """Tracks what operations on fake tensors would allocate; enter it inside of its `fake` mode.
+
+    Numbers are fake; token ids, labels and masks are real, so that code which looks at them takes its usual way. Where
+    a fake number is read all the same, the answer is 1 or True: a check passes, a bound holds.
+    """
+
+    def __init__(self, rounded: Callable[[int], int] | None = None, fake: FakeTensorMode | None = None) -> None:
+        super().__init__(rounded)
+        self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        has_fake = any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, tuple(kwargs.values()))))
+        if not has_fake and func in (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default):
+            return _really(func, args, kwargs)
+        if func is _aten.index.Tensor:
+            args = (args[0], _by_position(args[1]))
+        try:
+            result = func(*args, **kwargs)
+        except DataDependentOutputException:
+            return _answer(func, args)
+        except DynamicOutputShapeException as error:
+            raise PlanError(
+                f"the model chooses how much it computes by what it has computed ({func}), which can't be planned "
+                "without running it"
+            ) from error
+        return result if has_fake or not _stays_real(result) else _really(func, args, kwargs)
+
+
+@contextlib.contextmanager
+def taken_for_real() -> Iterator[None]:
+    """Let libraries treat fake tensors as they treat real ones.
+
+    transformers leaves out short cuts of its masks for them, and torch can't move a module that has them.
+    """
+    patches: list[tuple[Any, str, Any]] = [
+        (transformers.utils.import_utils, "is_fake_tensor", lambda tensor: False),
+        (torch.utils, "swap_tensors", _overwrite),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(patches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _overwrite(target: Any, source: Any) -> None:
+    """Make one fake tensor what another one is."""
+    requires_grad = target.requires_grad
+    target.data = source.detach()
+    target.fake_device = source.fake_device
+    target.requires_grad_(requires_grad)
+
+
+def _by_position(indices: list[Any]) -> list[Any]:
+    """Indices with real masks as the positions that they leave, which tell how many there are."""
+    positions: list[Any] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        positions += _really(_aten.nonzero.default, (index,), {}).unbind(1) if is_mask else [index]
+    return positions
+
+
+def _stays_real(result: Any) -> bool:
+    tensors = list(tensors_in((result,)))
+    return bool(tensors) and all(not t.is_floating_point() and t.numel() <= LARGEST_REAL for t in tensors)
+
+
+def _really(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with unset_fake_temporarily():
+        return func(*args, **kwargs)
+
+
+def _answer(func: Any, args: tuple[Any, ...]) -> Any:
+    if func is _aten.equal.default:
+        return False
+    value: Tensor = args[0]
+    return {torch.bool: True}.get(
+        value.dtype, math.nan if value.is_complex() else 1.0 if value.is_floating_point() else 1
+    )
 
 
 def unwrapped(tensors: Iterable[Any]) -> Iterator[Tensor]:
@@ -227,9 +330,6 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from tensors_in(value)
-
-
-_aten = torch.ops.aten
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:

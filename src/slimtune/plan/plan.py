@@ -14,21 +14,19 @@ from slimtune.data.lengths import PERCENTILES
 from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, ModelNotFoundError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.plan.build import build, config_of, positions_of, task_of
-from slimtune.plan.calibrate import rates_of
-from slimtune.plan.data import ASSUMED_EXAMPLES, Measured, measure, uniform
+from slimtune.plan.data import ASSUMED_EXAMPLES, MeasuredData, measure, uniform
 from slimtune.plan.devices import Device, find
-from slimtune.plan.memory import MemoryPlan
-from slimtune.plan.recommend import Choice, Wish, recommend
+from slimtune.plan.memory import DRAWN_TOKENS, DTYPES, MemoryPlan, Precision, Setting
+from slimtune.plan.recommend import Choice, PlanRequest, recommend
 from slimtune.plan.rules import Case
-from slimtune.plan.setting import DRAWN_TOKENS, DTYPES, Precision, Setting
 from slimtune.plan.table import SIZES
-from slimtune.plan.time import Rates
+from slimtune.plan.time import Rates, rates_of
 from slimtune.recipe.optimizers import DEFAULT
 from slimtune.recipe.preference import PREFERENCE_TASKS
 from slimtune.storage.source import PACKAGED
 
 TRAIN_LENGTH = 1024
-"""The longest example that `slimtune train` takes without being asked."""
+"""The longest example that `slimtune train` takes by default."""
 MODELS = Path(__file__).with_name("models")
 TASK_TYPES: dict[str, str | None] = {
     "text": "CAUSAL_LM",
@@ -53,7 +51,7 @@ class Report:
 
     model: str
     data: str | None
-    wish: Wish
+    request: PlanRequest
     case: Case
     choices: tuple[Choice, ...]
     rates: Rates
@@ -72,28 +70,28 @@ class Report:
         words += ["--method", choice.method]
         words += ["--rank", choice.rank] if choice.rank else []
         words += ["--quantize", choice.base] if choice.base != "dense" else []
-        words += ["--dtype", self.wish.dtype] if self.wish.dtype != self.stored_dtype else []
+        words += [f"model.dtype={self.request.dtype}"] if self.request.dtype != self.stored_dtype else []
         words += ["--learning-rate", f"{choice.learning_rate:g}", "--batch-size", setting.batch]
-        words += ["--gradient-accumulation", setting.accumulation] if setting.accumulation > 1 else []
-        words += ["--gradient-checkpointing"] if setting.gradient_checkpointing else []
-        words += ["--optim", setting.optimizer] if setting.optimizer != DEFAULT else []
-        words += ["--epochs", f"{self.wish.epochs:g}"] if self.wish.epochs != Wish.epochs else []
+        words += [f"training.gradient_accumulation={setting.accumulation}"] if setting.accumulation > 1 else []
+        words += ["training.gradient_checkpointing=true"] if setting.gradient_checkpointing else []
+        words += [f"training.optim={setting.optimizer}"] if setting.optimizer != DEFAULT else []
+        words += ["--epochs", f"{self.request.epochs:g}"] if self.request.epochs != PlanRequest.epochs else []
         words += ["--max-length", setting.sequence] if self.cut or setting.sequence > TRAIN_LENGTH else []
-        words += ["--too-long", "drop" if self.wish.task == "grpo" else "truncate"] if self.cut else []
+        words += [f"data.too_long={'drop' if self.request.task == 'grpo' else 'truncate'}"] if self.cut else []
         return shlex.join(str(word) for word in words)
 
     def _task_words(self) -> list[str]:
-        """The settings of a task that can't be told from the data."""
-        wish = self.wish
-        words = [f"task={wish.task}"] if wish.task in ("seq2seq", *PREFERENCE_TASKS) else []
-        if wish.task == "grpo":
-            words += [f"preferences.generations={wish.generations}"]
-            words += [f"preferences.max_new_tokens={wish.answer}"] if wish.answer else []
+        """The settings of a task that the data doesn't show."""
+        request = self.request
+        words = [f"task={request.task}"] if request.task in ("seq2seq", *PREFERENCE_TASKS) else []
+        if request.task == "grpo":
+            words += [f"preferences.generations={request.generations}"]
+            words += [f"preferences.max_new_tokens={request.answer}"] if request.answer else []
         return words
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain types, for JSON."""
-        lengths, device = self.wish.lengths, asdict(self.wish.device)
+        lengths, device = self.request.lengths, asdict(self.request.device)
         data = {
             "file": self.data,
             "examples": lengths.examples,
@@ -106,12 +104,12 @@ class Report:
         }
         return {
             "model": self.model,
-            "device": device | {"room_bytes": self.wish.device.room_bytes},
-            "devices": self.wish.devices,
-            "goal": self.wish.goal,
-            "task": self.wish.task,
+            "device": device | {"room_bytes": self.request.device.room_bytes},
+            "devices": self.request.devices,
+            "goal": self.request.goal,
+            "task": self.request.task,
             "data": data if self.data else None,
-            "assumed": None if self.data else {"examples": lengths.examples, "tokens_each": self.wish.sequence},
+            "assumed": None if self.data else {"examples": lengths.examples, "tokens_each": self.request.sequence},
             "rates": asdict(self.rates),
             "fits": self.best is not None,
             "choices": [self._choice(choice) for choice in self.choices],
@@ -139,8 +137,8 @@ class Report:
             "gradient_accumulation": setting.accumulation,
             "gradient_checkpointing": setting.gradient_checkpointing,
             "max_length": setting.sequence,
-            "padding_waste": self.wish.lengths.padding_waste(batch),
-            "packing_gain": self.wish.lengths.packing_gain(setting.sequence, batch),
+            "padding_waste": self.request.lengths.padding_waste(batch),
+            "packing_gain": self.request.lengths.packing_gain(setting.sequence, batch),
             "time": asdict(choice.duration),
             "reasons": [
                 {"rule": r.name, "text": r.text, "evidence": r.evidence, "against": r.against} for r in choice.reasons
@@ -192,7 +190,7 @@ def plan(
         task: as a recipe names it; auto is found by looking at the data, or by the model where there is none.
         max_new_tokens: of an answer that grpo draws (512), or a decoder writes (as many as the data has).
         generations: answers that grpo draws to each prompt (8).
-        optim: the optimizer, as `slimtune train --optim` names it.
+        optim: the optimizer, as `training.optim` of a recipe names it.
         attention: "sdpa" or "eager"; None for what transformers takes.
         evaluation: count an evaluation step too, on batches of the same size.
         merge: simulate merging the adapter too.
@@ -215,7 +213,7 @@ def plan(
     if lengths.labels:
         config.num_labels = len(lengths.labels)
     parameters, numbers_per_rank = count(config, task_type)
-    wish = Wish(
+    request = PlanRequest(
         device=chosen,
         lengths=lengths.within(limit),
         sequence=min(lengths.longest, limit),
@@ -240,10 +238,10 @@ def plan(
         served_on=_device(served_on) if served_on else None,
     )
     rates = rates_of(chosen)
-    case, choices = recommend(wish, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
+    case, choices = recommend(request, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
     named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
-    said = data.train[0].path if isinstance(data, DataSettings) else None if data is None else str(data)
-    return Report(named, said, wish, case, tuple(choices), rates, lengths.over(limit), stored)
+    log = data.train[0].path if isinstance(data, DataSettings) else None if data is None else str(data)
+    return Report(named, log, request, case, tuple(choices), rates, lengths.over(limit), stored)
 
 
 def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:
@@ -320,7 +318,7 @@ def _device(device: str | Device) -> Device:
 
 
 def _dtype(wanted: str, stored: str, device: Device) -> str:
-    """As asked; else as stored on a processor, and in the type that a GPU computes in."""
+    """The given one; else as stored on a processor, and in the type that a GPU computes in."""
     if wanted != "auto":
         if wanted not in DTYPES:
             raise ConfigError(f"no dtype '{wanted}'; pass auto, {', '.join(DTYPES)}{did_you_mean(wanted, DTYPES)}")
@@ -335,17 +333,17 @@ def task_type_of(task: str) -> str | None:
 
 def _measured(
     model: Any, config: Any, data: str | Path | DataSettings | None, task: str, max_length: int | None, trusts: bool
-) -> Measured:
+) -> MeasuredData:
     if task != "auto":
         check_choice("task", task, TASKS)
     if data is not None:
         return measure(data, tokenizer_of(model, trusts), task)
     length = min(n for n in (max_length or TRAIN_LENGTH, positions_of(config)) if n is not None)
-    return Measured(task_of(config) if task == "auto" else task, uniform(length, ASSUMED_EXAMPLES))
+    return MeasuredData(task_of(config) if task == "auto" else task, uniform(length, ASSUMED_EXAMPLES))
 
 
-def _limit(config: Any, measured: Measured, max_length: int | None, max_new_tokens: int | None) -> int:
-    """The most tokens of an example: as asked, or the longest that the model has positions for. Raises: ConfigError."""
+def _limit(config: Any, measured: MeasuredData, max_length: int | None, max_new_tokens: int | None) -> int:
+    """The most tokens of an example: as given, or the longest that the model has positions for. Raises: ConfigError."""
     positions = positions_of(config)
     longest = max_length or measured.lengths.longest
     if positions is None:

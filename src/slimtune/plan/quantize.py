@@ -17,8 +17,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from slimtune.bases import base_of
 from slimtune.errors import PlanError
+from slimtune.plan.memory import Setting
 from slimtune.plan.memory_tracker import MemoryTracker, unwrapped
-from slimtune.plan.setting import Setting
 from slimtune.quantization.config import TORCHAO_KINDS, Quantization
 
 
@@ -26,7 +26,7 @@ def quantize(model: Any, setting: Setting, tracker: MemoryTracker) -> int:
     """Store the linear layers as the setting says; gives back the most bytes beyond all weights that loading so takes.
 
     Args:
-        ledger: the one that is entered.
+        tracker: the one that is entered.
 
     Raises:
         PlanError: there is no linear layer, or torchao refuses the width of one.

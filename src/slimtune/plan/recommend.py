@@ -11,9 +11,8 @@ from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.models.compatibility import Verdict, verdicts
 from slimtune.plan import rules
 from slimtune.plan.devices import Device
-from slimtune.plan.memory import MemoryPlan, Parts
+from slimtune.plan.memory import PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting
 from slimtune.plan.rules import Case, Rule
-from slimtune.plan.setting import PRECISIONS, Precision, Setting
 from slimtune.plan.time import Duration, Rates, duration
 from slimtune.recipe.optimizers import DEFAULT
 from slimtune.recipe.preference import PREFERENCE_TASKS, SHARE_OF_RATE
@@ -22,7 +21,7 @@ FULL = "full"
 LOW_RANK = ("lora", "dora")
 
 BASES: tuple[Precision, ...] = ("dense", "nf4", "int8")
-"""What is tried where no base is asked for."""
+"""The bases that are tried where none is given."""
 
 _LORA: tuple[tuple[str, Precision], ...] = (("lora", "dense"), ("lora", "nf4"), ("lora", "int8"))
 _OTHERS: tuple[tuple[str, Precision], ...] = ((FULL, "dense"), ("ia3", "nf4"))
@@ -37,8 +36,8 @@ ORDER: dict[str, tuple[tuple[str, Precision], ...]] = {
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a training is planned for.
+class PlanRequest:
+    """What a plan is made for: device, data, and the settings to choose among.
 
     Attributes:
         methods: to choose among, by the names of `slimtune methods`; None for those of the goal.
@@ -92,7 +91,7 @@ class Choice:
     method: str
     base: Precision
     plan: MemoryPlan
-    parts: Parts
+    parts: MemoryBreakdown
     fits: bool
     needed_bytes: int
     adapter_bytes: int
@@ -110,7 +109,7 @@ class Choice:
     @property
     def merge_bytes(self) -> int | None:
         """The most that merging takes, None where it wasn't simulated or can't be done."""
-        return next((moment.total for moment in self.plan.moments if moment.phase == "merge"), None)
+        return next((snapshot.total for snapshot in self.plan.snapshots if snapshot.phase == "merge"), None)
 
     @property
     def label(self) -> str:
@@ -122,23 +121,25 @@ class Choice:
 Simulate = Callable[[Setting], MemoryPlan]
 
 
-def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: int = 0) -> tuple[Case, list[Choice]]:
+def recommend(
+    request: PlanRequest, simulate: Simulate, rates: Rates, numbers_per_rank: int = 0
+) -> tuple[Case, list[Choice]]:
     """All candidates of a goal, those that fit first and in the goal's order, then the others by what they need.
 
     Raises:
         ConfigError: a method, a goal or a setting that can't be.
     """
     case = Case(
-        goal=wish.goal,
-        lengths=wish.lengths if wish.has_data else None,
-        epochs=wish.epochs,
-        devices=wish.devices,
+        goal=request.goal,
+        lengths=request.lengths if request.has_data else None,
+        epochs=request.epochs,
+        devices=request.devices,
         numbers_per_rank=numbers_per_rank,
     )
-    choices = [_choice(method, base, wish, case, simulate, rates) for method, base in _candidates(wish)]
-    case = _judged(case, choices, wish)
+    choices = [_choice(method, base, request, case, simulate, rates) for method, base in _candidates(request)]
+    case = _judged(case, choices, request)
     reasoned = [replace(choice, reasons=tuple(_reasons(choice, case))) for choice in choices]
-    order = {candidate: number for number, candidate in enumerate(_preferred(case, wish))}
+    order = {candidate: number for number, candidate in enumerate(_preferred(case, request))}
     return case, sorted(
         reasoned,
         key=lambda choice: (
@@ -147,50 +148,50 @@ def recommend(wish: Wish, simulate: Simulate, rates: Rates, numbers_per_rank: in
     )
 
 
-def _candidates(wish: Wish) -> list[tuple[str, Precision]]:
+def _candidates(request: PlanRequest) -> list[tuple[str, Precision]]:
     from slimtune.recipe.method import FEATURES, find
 
-    for base in wish.bases or ():
+    for base in request.bases or ():
         check_choice("base", base, PRECISIONS)
-    for method in wish.methods or ():
+    for method in request.methods or ():
         if find(method).name == FEATURES:
             raise ConfigError("--method features trains nothing of the model; plan another method")
     # All weights of a quantized base can't be trained in place.
-    order = _order(wish)
-    found: list[tuple[str, Precision]] = [one for one in order if one[0] != FULL or one[1] == "dense"]
-    if not found:
-        raise ConfigError(f"full tuning needs a dense base, found {listing(wish.bases or ())}; plan it on dense")
-    return found
+    order = _order(request)
+    candidates: list[tuple[str, Precision]] = [one for one in order if one[0] != FULL or one[1] == "dense"]
+    if not candidates:
+        raise ConfigError(f"full tuning needs a dense base, found {listing(request.bases or ())}; plan it on dense")
+    return candidates
 
 
-def _order(wish: Wish) -> list[tuple[str, Precision]]:
-    """What was asked for, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
-    if wish.methods is not None:
-        bases: Sequence[Precision] = wish.bases or BASES
-        asked: list[tuple[str, Precision]] = [(method, base) for method in wish.methods for base in bases]
-        return asked
-    goal: tuple[tuple[str, Precision], ...] = ORDER[wish.goal]
-    if wish.task in PREFERENCE_TASKS:
+def _order(request: PlanRequest) -> list[tuple[str, Precision]]:
+    """Methods and bases of the request, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
+    if request.methods is not None:
+        bases: Sequence[Precision] = request.bases or BASES
+        given: list[tuple[str, Precision]] = [(method, base) for method in request.methods for base in bases]
+        return given
+    goal: tuple[tuple[str, Precision], ...] = ORDER[request.goal]
+    if request.task in PREFERENCE_TASKS:
         # TRL reads a model's layers past what is put around the whole model.
         goal = tuple(candidate for candidate in goal if candidate[0] != "prompt-tuning")
-    if wish.bases is None:
+    if request.bases is None:
         return list(goal)
-    others: list[tuple[str, Precision]] = [("lora", base) for base in wish.bases if base not in {b for _, b in goal}]
-    return [*(candidate for candidate in goal if candidate[1] in wish.bases), *others]
+    others: list[tuple[str, Precision]] = [("lora", base) for base in request.bases if base not in {b for _, b in goal}]
+    return [*(candidate for candidate in goal if candidate[1] in request.bases), *others]
 
 
-def _preferred(case: Case, wish: Wish) -> list[tuple[str, Precision]]:
+def _preferred(case: Case, request: PlanRequest) -> list[tuple[str, Precision]]:
     """The candidates in the order of preference: what will be served in 4 bits is tuned in 4 bits."""
-    candidates = _candidates(wish)
+    candidates = _candidates(request)
     wanted = rules.tight_inference(case)
     return candidates if wanted is None else sorted(candidates, key=lambda candidate: candidate[1] != wanted)
 
 
-def _judged(case: Case, choices: Sequence[Choice], wish: Wish) -> Case:
+def _judged(case: Case, choices: Sequence[Choice], request: PlanRequest) -> Case:
     """The case with what the simulations have shown."""
     fits = {(choice.method, choice.base): choice.fits for choice in choices}
     dense = [choice for choice in choices if choice.base == "dense" and choice.method != FULL]
-    served = wish.served_on
+    served = request.served_on
     return replace(
         case,
         dense_fits=any(choice.fits for choice in dense) if dense else True,
@@ -199,100 +200,104 @@ def _judged(case: Case, choices: Sequence[Choice], wish: Wish) -> Case:
     )
 
 
-def _choice(method: str, base: Precision, wish: Wish, case: Case, simulate: Simulate, rates: Rates) -> Choice:
+def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simulate: Simulate, rates: Rates) -> Choice:
     from slimtune.recipe.method import configure, find
 
-    found = find(method)
-    size = (wish.rank or rules.rank(case)) if method in LOW_RANK else None
-    config = None if method == FULL else configure(found, {"r": size} if size else {})
-    if config is not None and wish.task_type is not None:
-        config.task_type = wish.task_type
-    plan = _fitted(_first_setting(method, base, config, wish), wish, case, simulate)
-    parts = plan.sharded(wish.devices)
-    share = SHARE_OF_RATE if wish.task in PREFERENCE_TASKS else 1
+    known = find(method)
+    size = (request.rank or rules.rank(case)) if method in LOW_RANK else None
+    config = None if method == FULL else configure(known, {"r": size} if size else {})
+    if config is not None and request.task_type is not None:
+        config.task_type = request.task_type
+    plan = _fitted(_first_setting(method, base, config, request), request, case, simulate)
+    parts = plan.sharded(request.devices)
+    share = SHARE_OF_RATE if request.task in PREFERENCE_TASKS else 1
     return Choice(
         method=method,
         base=base,
         plan=plan,
         parts=parts,
-        fits=wish.device.takes(parts.total),
-        needed_bytes=wish.device.needed_bytes(parts.total),
+        fits=request.device.takes(parts.total),
+        needed_bytes=request.device.needed_bytes(parts.total),
         adapter_bytes=plan.peak.parts.weights if method == FULL else plan.adapter_bytes,
-        learning_rate=found.config.learning_rate * share,
+        learning_rate=known.config.learning_rate * share,
         rank=size,
-        duration=duration(plan, wish.lengths, wish.epochs, wish.device, rates, wish.devices),
+        duration=duration(plan, request.lengths, request.epochs, request.device, rates, request.devices),
         reasons=(),
         engines=tuple(verdicts(config.to_dict(), [])) if config is not None else (),
     )
 
 
-def _first_setting(method: str, base: Precision, config: Any, wish: Wish) -> Setting:
+def _first_setting(method: str, base: Precision, config: Any, request: PlanRequest) -> Setting:
     """What a method is tried with, before batch and checkpoints are fitted."""
     is_full = method == FULL
     return Setting(
         method=config,
         base=base,
-        dtype="float32" if is_full else wish.dtype,
-        autocast=is_full and wish.dtype == "bfloat16",
-        sequence=wish.sequence,
-        padded=wish.lengths.tokens[0] != wish.lengths.longest,
-        optimizer=wish.optim,
-        attention=wish.attention,
-        task_type=wish.task_type,
-        task=wish.task if wish.task in PREFERENCE_TASKS else None,  # type: ignore[arg-type]
-        answer=wish.answer,
-        generations=wish.generations,
-        device="cpu" if wish.device.is_cpu else "cuda",
+        dtype="float32" if is_full else request.dtype,
+        autocast=is_full and request.dtype == "bfloat16",
+        sequence=request.sequence,
+        padded=request.lengths.tokens[0] != request.lengths.longest,
+        optimizer=request.optim,
+        attention=request.attention,
+        task_type=request.task_type,
+        task=request.task if request.task in PREFERENCE_TASKS else None,  # type: ignore[arg-type]
+        answer=request.answer,
+        generations=request.generations,
+        device="cpu" if request.device.is_cpu else "cuda",
     )
 
 
-def _fitted(first: Setting, wish: Wish, case: Case, simulate: Simulate) -> MemoryPlan:
+def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate) -> MemoryPlan:
     """The plan of the largest micro-batch that fits, without checkpointing if any does; the smallest if none does.
 
     What is accumulated makes up for a smaller micro-batch.
     """
     # Each device has a micro-batch of its own.
-    effective = wish.batch * (wish.accumulation or 1) if wish.batch else -(-rules.effective_batch(case) // wish.devices)
+    effective = (
+        request.batch * (request.accumulation or 1)
+        if request.batch
+        else -(-rules.effective_batch(case) // request.devices)
+    )
 
     def planned(batch: int, checkpointing: bool) -> MemoryPlan:
-        accumulation = wish.accumulation or _accumulation(batch, effective, first)
+        accumulation = request.accumulation or _accumulation(batch, effective, first)
         return simulate(replace(first, batch=batch, accumulation=accumulation, gradient_checkpointing=checkpointing))
 
-    options = (False, True) if wish.checkpointing is None else (wish.checkpointing,)
+    options = (False, True) if request.checkpointing is None else (request.checkpointing,)
     for checkpointing in options:
-        batch = 0 if _is_hopeless(first, wish) else wish.batch or effective
+        batch = 0 if _is_hopeless(first, request) else request.batch or effective
         while batch:
             plan = planned(batch, checkpointing)
-            if wish.device.takes(plan.sharded(wish.devices).total):
+            if request.device.takes(plan.sharded(request.devices).total):
                 return plan
-            batch = 0 if wish.batch else _smaller(plan, wish)
-    return planned(wish.batch or 1, options[-1])
+            batch = 0 if request.batch else _smaller(plan, request)
+    return planned(request.batch or 1, options[-1])
 
 
 def _accumulation(batch: int, effective: int, setting: Setting) -> int:
     """How many micro-batches make a step; for grpo as many as hold whole groups of answers to one prompt."""
-    found = max(1, effective // batch)
-    while setting.task == "grpo" and found * batch % setting.generations:
-        found += 1
-    return found
+    accumulation = max(1, effective // batch)
+    while setting.task == "grpo" and accumulation * batch % setting.generations:
+        accumulation += 1
+    return accumulation
 
 
-def _is_hopeless(setting: Setting, wish: Wish) -> bool:
+def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
     """Whether the parameters alone are too many, so that no batch has to be tried."""
     dense = 4 if setting.dtype == "float32" else 2
     stored = {"dense": dense, "nf4": 0.5, "fp4": 0.5}.get(setting.base, 1)
     if setting.method is None:
         # The gradients, and Adam's two moments; the state of other optimizers may be smaller, or lie elsewhere.
         stored *= 4 if setting.optimizer == DEFAULT else 2
-    return wish.parameters * stored > wish.device.room_bytes * wish.devices
+    return request.parameters * stored > request.device.room_bytes * request.devices
 
 
-def _smaller(plan: MemoryPlan, wish: Wish) -> int:
+def _smaller(plan: MemoryPlan, request: PlanRequest) -> int:
     """The largest half of a half of a plan's micro-batch that may fit; 0 if not even a single example can."""
-    parts = plan.sharded(wish.devices)
+    parts = plan.sharded(request.devices)
     lasting = parts.weights + parts.adapter + parts.gradients + parts.optimizer
     batch = plan.setting.batch // 2
-    while batch and lasting + parts.activations * batch / plan.setting.batch > wish.device.room_bytes:
+    while batch and lasting + parts.activations * batch / plan.setting.batch > request.device.room_bytes:
         batch //= 2
     return batch
 

@@ -14,9 +14,8 @@ from transformers.utils import logging as transformers_logging
 from slimtune.core.config import PeftConfig
 from slimtune.errors import ConfigError, PlanError, did_you_mean
 from slimtune.plan.build import build, config_of
-from slimtune.plan.extrapolate import Sketch, continued, cut, repeating
-from slimtune.plan.memory import TRAINING, MemoryPlan, Moment, Phase, Work, fullest
-from slimtune.plan.setting import Setting
+from slimtune.plan.extrapolate import TraceSummary, cut, extrapolate, find_repeating_blocks
+from slimtune.plan.memory import TRAINING, MemoryPlan, Phase, Setting, Snapshot, Work, fullest
 from slimtune.plan.trace import trace
 
 ORDER: tuple[Phase, ...] = (*TRAINING, "merge")
@@ -48,22 +47,24 @@ def simulate(
         ModelNotFoundError: the configuration can't be read.
         ConfigError, TargetError: a setting that can't be, or that doesn't go with the model.
     """
-    asked = setting_of(method, setting)
+    resolved = setting_of(method, setting)
     config = config_of(model, trust_remote_code)
-    asked, notes = _as_stored(config, asked)
-    task_type = asked.task_type or getattr(method, "task_type", None)
+    resolved, notes = _as_stored(config, resolved)
+    task_type = resolved.task_type or getattr(method, "task_type", None)
     options: Any = {"evaluation": evaluation, "merge": merge, "rounded": rounded}
     with quiet():
-        sketch = None
-        blocks = None if whole else repeating(config, lambda short: build(short, asked, task_type), method)
+        summary = None
+        blocks = (
+            None if whole else find_repeating_blocks(config, lambda short: build(short, resolved, task_type), method)
+        )
         if blocks is not None:
             small, large = (
-                trace(cut(config, depth), asked, task_type, blocks=blocks, **options) for depth in blocks.depths
+                trace(cut(config, depth), resolved, task_type, blocks=blocks, **options) for depth in blocks.depths
             )
-            sketch = continued(small, large, blocks)
-        if sketch is None:
-            sketch = trace(config, asked, task_type, **options)
-    return plan_of(sketch, asked, notes)
+            summary = extrapolate(small, large, blocks)
+        if summary is None:
+            summary = trace(config, resolved, task_type, **options)
+    return plan_of(summary, resolved, notes)
 
 
 def setting_of(method: PeftConfig | None, fields: dict[str, Any]) -> Setting:
@@ -91,34 +92,34 @@ def _as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]
     return dataclasses.replace(setting, base=base, double_quantization=nested), (f"the model is stored as {base}",)
 
 
-def plan_of(sketch: Sketch, setting: Setting, notes: tuple[str, ...] = ()) -> MemoryPlan:
+def plan_of(summary: TraceSummary, setting: Setting, notes: tuple[str, ...] = ()) -> MemoryPlan:
     """The plan that a run comes to."""
-    by_phase: dict[Phase, list[Moment]] = {}
-    for moment in sketch.moments.values():
-        by_phase.setdefault(moment.phase, []).append(moment)
+    by_phase: dict[Phase, list[Snapshot]] = {}
+    for snapshot in summary.snapshots.values():
+        by_phase.setdefault(snapshot.phase, []).append(snapshot)
     return MemoryPlan(
         setting=setting,
-        moments=tuple(fullest(by_phase[phase]) for phase in ORDER if phase in by_phase),
-        activations=sketch.activations,
-        parameters=sketch.facts.parameters,
-        trainable=sketch.facts.trainable,
-        trainable_bytes=sketch.facts.trainable_bytes,
-        block_bytes=sketch.facts.block_bytes,
-        trainable_block_bytes=sketch.facts.trainable_block_bytes,
-        paged_bytes=sketch.paged_bytes,
-        work=_work(sketch, setting),
-        notes=(*notes, *sketch.notes),
+        snapshots=tuple(fullest(by_phase[phase]) for phase in ORDER if phase in by_phase),
+        activations=summary.activations,
+        parameters=summary.counts.parameters,
+        trainable=summary.counts.trainable,
+        trainable_bytes=summary.counts.trainable_bytes,
+        block_bytes=summary.counts.block_bytes,
+        trainable_block_bytes=summary.counts.trainable_block_bytes,
+        paged_bytes=summary.paged_bytes,
+        work=_work(summary, setting),
+        notes=(*notes, *summary.notes),
     )
 
 
-def _work(sketch: Sketch, setting: Setting) -> dict[Phase, Work]:
+def _work(summary: TraceSummary, setting: Setting) -> dict[Phase, Work]:
     """The work of a step: of an accumulation two micro-batches at most were run."""
     ran = min(setting.accumulation, 2)
 
     def all_of(phase: Phase, done: int) -> int:
         return done * setting.accumulation // ran if phase in ("forward", "backward") else done
 
-    return {p: Work(all_of(p, w.flops), all_of(p, w.bytes_moved)) for p, w in sketch.work.items()}
+    return {p: Work(all_of(p, w.flops), all_of(p, w.bytes_moved)) for p, w in summary.work.items()}
 
 
 @contextmanager

@@ -1,20 +1,38 @@
-"""A micro-batch of a task, and its loss as training computes it."""
+"""A training step: the micro-batch of a task, its loss as training computes it, the optimizer, and answers drawn.
+
+- `supervised_step`: batches with labels, and the loss of `slimtune train` on them.
+- `preference_step`: dpo, kto, orpo and grpo by TRL's own trainers. They are made as `slimtune train` makes them, with
+  one row of data that is not looked at, so that the loss, the reference and what TRL changes in a model are those of a
+  training.
+- `optimizer_for`: the optimizer by its name, with its state.
+- `prefill`, `last_token`, `generation_work`: grpo's answers, of which the prompts are simulated and the rest estimated.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from slimtune.data.batches import classification, token_loss
 from slimtune.data.encode import IGNORED
-from slimtune.errors import PlanError
+from slimtune.errors import MissingDependencyError, PlanError
 from slimtune.plan.build import positions_of
-from slimtune.plan.memory import Moment, Parts, Work
-from slimtune.plan.setting import Setting
+from slimtune.plan.memory import MemoryBreakdown, Setting, Snapshot, Work
+from slimtune.recipe.optimizers import BITSANDBYTES, OFFLOADED, PAGED, TORCHAO
+from slimtune.recipe.preference import PreferenceSettings
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.arguments import arguments
+from slimtune.train.checks import LastGood
+from slimtune.train.optimizer import OffloadedAdamW
+from slimtune.train.preferences import ReferenceModel, preference
 
 Batch = dict[str, Any]
 
@@ -32,9 +50,9 @@ def supervised_step(model: Any, setting: Setting) -> Step:
     kind, is_text = type(model).__name__, model.main_input_name == "input_ids"
     if is_text and "ForSequenceClassification" in kind:
         # Its tokenizer only pads, and this batch has its length already.
-        return Step(lambda: batch_for(model, setting), _judged(model, classification(None).loss))
+        return Step(lambda: batch_for(model, setting), _loss_of_outputs(model, classification(None).loss))
     if "ForTokenClassification" in kind or (is_text and model.config.is_encoder_decoder):
-        return Step(lambda: batch_for(model, setting), _judged(model, token_loss))
+        return Step(lambda: batch_for(model, setting), _loss_of_outputs(model, token_loss))
     return Step(lambda: batch_for(model, setting), lambda batch: _own_loss(model, batch))
 
 
@@ -45,7 +63,7 @@ def _own_loss(model: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def _judged(model: Any, loss_of: Callable[..., Tensor] | None) -> Callable[[Batch], Tensor]:
+def _loss_of_outputs(model: Any, loss_of: Callable[..., Tensor] | None) -> Callable[[Batch], Tensor]:
     """The loss of outputs against labels that the model doesn't see, the mean over what is labelled."""
     assert loss_of is not None
 
@@ -80,12 +98,12 @@ def batch_for(model: Any, setting: Setting) -> Batch:
         config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
         return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
     if config.is_encoder_decoder:
-        return batch | _for_decoder(model, setting)
+        return batch | _decoder_batch(model, setting)
     labels = ids.masked_fill(mask == 0, IGNORED)
     return batch | {"labels": labels.clamp_max(0) if "ForTokenClassification" in kind else labels}
 
 
-def _for_decoder(model: Any, setting: Setting) -> Batch:
+def _decoder_batch(model: Any, setting: Setting) -> Batch:
     """What a decoder reads and is to write, as transformers' collator for it makes them."""
     written = setting.answer or setting.sequence
     if getattr(model.config, "decoder_start_token_id", None) is None:
@@ -104,10 +122,186 @@ def check_length(config: Any, tokens: int) -> None:
         raise PlanError(f"sequence is {tokens} and the model has {longest} positions; plan with a shorter one")
 
 
-NOTE = "drawing the answers is an estimate: the prompts are simulated, the growing cache is reckoned"
+_TRL_ROWS: dict[str, dict[str, Any]] = {
+    "dpo": {"prompt": "a", "chosen": "a", "rejected": "a"},
+    "orpo": {"prompt": "a", "chosen": "a", "rejected": "a"},
+    "kto": {"prompt": "a", "completion": "a", "label": True},
+    "grpo": {"prompt": "a", "answer": "a"},
+}
 
 
-def read_prompts(model: Any, rows: int, tokens: int) -> Any:
+def preference_step(model: Any, setting: Setting, last_good: LastGood) -> Step:
+    """The step of dpo, kto, orpo or grpo; the batch is of pairs, judged answers or answers that were drawn.
+
+    Raises:
+        ConfigError: a model or method that TRL can't train so.
+        MissingDependencyError: TRL isn't installed.
+    """
+    longest = setting.sequence + (setting.drawn_tokens if setting.task == "grpo" else 0)
+    check_length(model.config, longest)
+    trainer = _trainer(model, setting, last_good, longest)
+
+    def loss(batch: Batch) -> Tensor:
+        return trainer.compute_loss(model, dict(batch))
+
+    return Step(lambda: _preference_batch(trainer, setting), loss)
+
+
+def _trainer(model: Any, setting: Setting, last_good: LastGood, longest: int) -> Any:
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise MissingDependencyError("preferences are planned with data sets: pip install slimtune[train]") from error
+    task = str(setting.task)
+    drawn: dict[str, Any] = (
+        {"generations": setting.generations, "max_new_tokens": setting.drawn_tokens} if task == "grpo" else {}
+    )
+    with unset_fake_temporarily():
+        kind = preference(task, model, _tokenizer(), PreferenceSettings(**drawn), longest)
+        rows = Dataset.from_list([_TRL_ROWS[task]])
+    options = TrainSettings(batch_size=setting.batch, gradient_accumulation=setting.accumulation)
+    with tempfile.TemporaryDirectory() as folder:
+        args: Any = arguments(kind, options, 1e-4, "cpu", Path(folder), rows, evaluates=False, autocast=False)
+        # Where all weights are trained, the reference's log-probabilities are computed before the first step, and no
+        # reference is there during it.
+        is_precomputed = getattr(args, "precompute_ref_log_probs", False)
+        stand_in: dict[str, Any] = {"ref_model": ReferenceModel(model)} if is_precomputed else {}
+        if is_precomputed:
+            args.precompute_ref_log_probs = False
+        trainer: Any = kind.trainer(
+            model=model, args=args, train_dataset=rows, last_good=last_good, checkpointer=None, callbacks=[], **stand_in
+        )
+    if is_precomputed:
+        trainer.ref_model, trainer.precompute_ref_logps = None, True
+    trainer.current_gradient_accumulation_steps = setting.accumulation
+    return trainer
+
+
+def _tokenizer() -> Any:
+    """A tokenizer of one word, which TRL needs; its ids are replaced by as many as are planned."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words: Any = models.WordLevel({"a": 0, "<end>": 1}, unk_token="a")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), bos_token="<end>", eos_token="<end>", pad_token="<end>"
+    )
+
+
+def _preference_batch(trainer: Any, setting: Setting) -> Batch:
+    with unset_fake_temporarily():
+        if setting.task == "grpo":
+            return _grpo_batch(setting)
+        return trainer.data_collator([_preference_row(setting, number) for number in range(setting.batch)])
+
+
+def _preference_row(setting: Setting, number: int) -> dict[str, Any]:
+    """A row in the columns that TRL's collators read, half of it the prompt; the first is a token shorter."""
+    prompt = [1] * (setting.sequence // 2)
+    answer = [1] * (setting.sequence - len(prompt) - (setting.padded and setting.batch > 1 and not number))
+    if setting.task == "dpo":
+        reference = {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} if setting.method is None else {}
+        return {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer, **reference}
+    if setting.task == "kto":
+        reference = {"ref_logps": 0.0, "ref_KL_logps": 0.0} if setting.method is None else {}
+        return {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": answer, "label": not number % 2,
+                **reference}  # fmt: skip
+    row: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    for name in ("chosen", "rejected"):
+        row[f"{name}_input_ids"] = prompt + answer
+        row[f"{name}_attention_mask"] = [1] * len(prompt + answer)
+        row[f"{name}_labels"] = [-100] * len(prompt) + answer
+    return row
+
+
+def _grpo_batch(setting: Setting) -> Batch:
+    """Answers that were drawn, with their advantages, as TRL's GRPO hands them to its loss."""
+    rows, answers = setting.batch, setting.drawn_tokens
+    prompt, answer = (torch.ones(rows, length, dtype=torch.long) for length in (setting.sequence, answers))
+    batch: Batch = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": answer,
+                    "completion_mask": torch.ones_like(answer)}  # fmt: skip
+    items = torch.tensor(rows * answers * setting.accumulation)
+    return batch | {"advantages": torch.ones(rows), "num_items_in_batch": items}
+
+
+LEARNING_RATE = 1e-4
+"""Any will do: memory doesn't depend on it."""
+_PAGED_FROM = 100_000
+"""bitsandbytes pages the state of parameters of at least so many numbers."""
+_TORCH: dict[str, Any] = {
+    "adamw_torch": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+def optimizer_for(setting: Setting, parameters: list[nn.Parameter]) -> Any:
+    """The optimizer that training takes under this name."""
+    name = setting.optimizer
+    if name in (*BITSANDBYTES, *PAGED):
+        return _bitsandbytes(name, parameters)
+    if name in TORCHAO:
+        return _torchao(name, parameters)
+    if name == OFFLOADED:
+        return OffloadedAdamW(parameters, lr=LEARNING_RATE)
+    if name == "adafactor":
+        return transformers.Adafactor(parameters, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)
+    if name in _TORCH:
+        # On a GPU torch updates all tensors at once, which takes more of its memory.
+        return _TORCH[name](parameters, lr=LEARNING_RATE, foreach=setting.device == "cuda")
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+
+
+def is_elsewhere(setting: Setting, parameter: Tensor, state: Tensor) -> bool:
+    """Whether a tensor of the optimizer's state lies in main memory, not on the device."""
+    if setting.optimizer == OFFLOADED:
+        return True
+    is_paged = setting.optimizer in PAGED and parameter.numel() >= _PAGED_FROM
+    return is_paged and state.untyped_storage().nbytes() >= parameter.numel()
+
+
+def _bitsandbytes(name: str, parameters: list[nn.Parameter]) -> Any:
+    import bitsandbytes
+
+    optim: Any = bitsandbytes.optim
+    kinds: dict[str, Any] = {"ademamix": optim.AdEMAMix, "lion": optim.Lion, "rmsprop": optim.RMSprop}
+    kind = next((made for part, made in kinds.items() if part in name), optim.AdamW)
+    # Not as paged: fake tensors have no pages. `is_elsewhere` says what would be paged.
+    optimizer: Any = kind(parameters, lr=LEARNING_RATE, optim_bits=8 if "8bit" in name else 32)
+    optimizer.fill_qmap()
+    return optimizer
+
+
+def _torchao(name: str, parameters: list[nn.Parameter]) -> Any:
+    from torchao import optim
+
+    kind = optim.AdamW8bit if name.endswith("8bit") else optim.AdamW4bit
+    buffer: Callable[..., Tensor] = kind([nn.Parameter(torch.zeros(1))])._new_buffer
+    return _StateOnly(parameters, buffer)
+
+
+class _StateOnly(torch.optim.Optimizer):
+    """The state of torchao's AdamW without its step, which is compiled into one kernel and allocates nothing."""
+
+    def __init__(self, parameters: list[nn.Parameter], buffer: Callable[..., Tensor]) -> None:
+        super().__init__(parameters, {})
+        self.buffer = buffer
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Make the state of what has none yet."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    signed, unsigned = (self.buffer(parameter, is_signed) for is_signed in (True, False))
+                    self.state[parameter] = {"step": torch.zeros(()), "exp_avg": signed, "exp_avg_sq": unsigned}
+
+
+GENERATION_NOTE = "drawing the answers is an estimate: the prompts are simulated, the growing cache is reckoned"
+
+
+def prefill(model: Any, rows: int, tokens: int) -> Any:
     """The cache after the prompts; call it without gradients."""
     ids = torch.ones(rows, tokens, dtype=torch.long)
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
@@ -119,8 +313,8 @@ def layers_of(cache: Any) -> list[list[torch.Tensor]]:
     return [[t for t in (layer.keys, layer.values) if t is not None] for layer in cache.layers]
 
 
-def last_token(lasting: Parts, cache: Any, prompt: int, answer: int, head: torch.Tensor) -> Moment:
-    """The moment before the end: what lasts, the whole cache, and the logits of one token with what is drawn from."""
+def last_token(persistent: MemoryBreakdown, cache: Any, prompt: int, answer: int, head: torch.Tensor) -> Snapshot:
+    """The peak at the last token: what lasts, the whole cache, and the logits of one token with what is drawn from."""
     layers = [sum(tensor.nbytes for tensor in layer) for layer in layers_of(cache)]
     rows = layers_of(cache)[0][0].shape[0]
 
@@ -129,14 +323,16 @@ def last_token(lasting: Parts, cache: Any, prompt: int, answer: int, head: torch
 
     # Keys and values are longer by turns; logits in float32, sorted and as probabilities.
     workspace = grown(max(layers)) // 2 + 3 * 4 * rows * head.shape[0]
-    parts = Parts(**lasting.named() | {"activations": grown(sum(layers)), "workspace": workspace})
-    return Moment("generation", "cache", "cat", parts)
+    parts = MemoryBreakdown(**persistent.named() | {"activations": grown(sum(layers)), "workspace": workspace})
+    return Snapshot("generation", "cache", "cat", parts)
 
 
-def work_of(prompts: Work, lasting: Parts, cache: Any, prompt: int, answer: int, head: torch.Tensor) -> Work:
-    """Of all tokens: each computes as one of the prompt does, and reads all weights and the cache so far."""
+def generation_work(
+    prompts: Work, persistent: MemoryBreakdown, cache: Any, prompt: int, answer: int, head: torch.Tensor
+) -> Work:
+    """Work of prompts and answers: a token computes as one of the prompt does, and reads all weights and the cache."""
     layers = layers_of(cache)
     held = sum(tensor.nbytes for layer in layers for tensor in layer)
     flops = prompts.flops * (prompt + answer) // prompt + 2 * layers[0][0].shape[0] * answer * head.numel()
     mean = held * (2 * prompt + answer) // (2 * prompt)
-    return Work(flops, prompts.bytes_moved + answer * (lasting.weights + lasting.adapter + mean))
+    return Work(flops, prompts.bytes_moved + answer * (persistent.weights + persistent.adapter + mean))

@@ -1,14 +1,15 @@
-"""The classic table: how much memory tuning takes by method and size of the model, simulated and as a rule of thumb."""
+"""The classic table: memory by method and size of the model, simulated and as a rule of thumb; bars as a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from slimtune.console.figure import check_picture, new_figure, write
 from slimtune.errors import check_choice
 from slimtune.methods.lora.config import LoraConfig
-from slimtune.plan.memory import MemoryPlan
-from slimtune.plan.setting import Precision, Setting
+from slimtune.plan.memory import MemoryBreakdown, MemoryPlan, Precision, Setting
 
 SIZES = {
     "7B": "llama-2-7b",
@@ -21,7 +22,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A method of the table.
 
     Attributes:
@@ -37,7 +38,7 @@ class Row:
 
 
 ROWS = (
-    Row(
+    TableRow(
         "Full, 16-bit",
         (67, 125, 288, 672, 1056),
         "9.6 bytes a parameter: weights, gradients and both of Adam's moments all in 16 bits (8 bytes), and a fifth on "
@@ -45,19 +46,19 @@ ROWS = (
         "--method full` has them, it is 16 bytes and more.",
         is_full=True,
     ),
-    Row(
+    TableRow(
         "LoRA, 16-bit",
         (15, 28, 63, 146, 229),
         "2.1 bytes a parameter: the weights, and a twentieth for adapter and activations: one short example at a time "
         "with checkpointing.",
     ),
-    Row(
+    TableRow(
         "QLoRA, 8-bit",
         (9, 17, 38, 88, 138),
         "1.25 bytes a parameter: int8 weights and a quarter on top.",
         base="int8",
     ),
-    Row(
+    TableRow(
         "QLoRA, 4-bit",
         (5, 9, 20, 46, 72),
         "0.65 bytes a parameter: NF4 with its scales (0.52), embeddings and head left in 16 bits, and a little on top.",
@@ -67,10 +68,10 @@ ROWS = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One method on one model."""
 
-    row: Row
+    row: TableRow
     size: str
     plan: MemoryPlan
     rule_of_thumb_gb: int
@@ -86,7 +87,7 @@ class Cell:
         return self.gigabytes / self.rule_of_thumb_gb
 
 
-def setting(row: Row, batch: int = 1, sequence: int = 512, rank: int = 16, checkpointing: bool = True) -> Setting:
+def setting(row: TableRow, batch: int = 1, sequence: int = 512, rank: int = 16, checkpointing: bool = True) -> Setting:
     """How a row is simulated: bf16, one example of 512 tokens, checkpointing, LoRA on all linear layers."""
     return Setting(
         method=None if row.is_full else LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"),
@@ -106,7 +107,7 @@ def classic_table(
     sequence: int = 512,
     rank: int = 16,
     checkpointing: bool = True,
-) -> list[Cell]:
+) -> list[TableCell]:
     """All cells, row by row.
 
     Args:
@@ -122,5 +123,59 @@ def classic_table(
         for size, figure in zip(SIZES, row.rule_of_thumb, strict=True):
             if size in sizes:
                 plan = simulate(SIZES[size], setting(row, batch, sequence, rank, checkpointing))
-                cells.append(Cell(row, size, plan, figure))
+                cells.append(TableCell(row, size, plan, figure))
     return cells
+
+
+COLOURS = {
+    "weights": "#4c72b0",
+    "adapter": "#dd8452",
+    "gradients": "#55a868",
+    "optimizer": "#c44e52",
+    "activations": "#8172b3",
+    "loss": "#937860",
+    "workspace": "#8c8c8c",
+}
+"""Of each part, on paper and on the screen."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One line of the picture."""
+
+    label: str
+    parts: MemoryBreakdown
+    rule_of_thumb_bytes: float | None = None
+
+
+def plot_bars(bars: Sequence[Bar], picture: Path, title: str, limit_bytes: float | None = None) -> None:
+    """Draw a bar for each of `bars`, cut into its parts, with the device's memory as a line.
+
+    Raises:
+        ConfigError: another format than PNG or SVG.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    check_picture(picture)
+    figure = new_figure(9, 1.2 + 0.34 * len(bars))
+    axes = figure.add_subplot(xlabel="GB", title=title)
+    rows = range(len(bars))
+    left = [0.0] * len(bars)
+    for part, colour in COLOURS.items():
+        widths = [getattr(bar.parts, part) / 1e9 for bar in bars]
+        axes.barh(rows, widths, left=left, color=colour, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    rules = [(row, bar.rule_of_thumb_bytes / 1e9) for row, bar in enumerate(bars) if bar.rule_of_thumb_bytes]
+    if rules:
+        axes.plot([x for _, x in rules], [row for row, _ in rules], "k|", markersize=12, label="rule of thumb")
+    if limit_bytes is not None:
+        axes.axvline(limit_bytes / 1e9, color="black", linestyle="--", label="the device")
+    axes.set_yticks(list(rows), [bar.label for bar in bars])
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    write(figure, picture)
+
+
+def classic_bars(cells: Sequence[TableCell]) -> list[Bar]:
+    """The classic table's cells with their rules of thumb."""
+    return [Bar(f"{cell.row.name}, {cell.size}", cell.plan.peak.parts, cell.rule_of_thumb_gb * 1e9) for cell in cells]

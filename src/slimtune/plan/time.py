@@ -1,4 +1,7 @@
-"""How long a training takes and what it costs: work counted in the simulated step, against what a device does.
+"""How long a training takes and what it costs: work counted in the simulated step, against the rates of a device.
+
+Rates come from the data sheet, or from a calibration: products, copies and one small training step, measured on this
+machine and kept for later plans.
 
     seconds = slack * (flops / flops_per_second + bytes / bandwidth)
 
@@ -14,14 +17,25 @@ one more forward, 2.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from slimtune.data.lengths import Lengths
 from slimtune.errors import check_number
+from slimtune.models.device import pick_device
 from slimtune.plan.devices import HALF_PRECISIONS, Device
-from slimtune.plan.memory import STEP, MemoryPlan, Work
-from slimtune.plan.setting import Setting
+from slimtune.plan.memory import STEP, MemoryPlan, Setting, Work
+from slimtune.plan.memory_tracker import MemoryTracker
+from slimtune.storage.atomic import staged_file
+from slimtune.storage.source import cache_dir
 
 USUAL_EFFICIENCY = 0.6
 """Of large products against the data sheet; a whole training reaches 30% to 60% (PaLM, arXiv:2204.02311, app. B)."""
@@ -127,3 +141,128 @@ def duration(
 def _exchange_seconds(plan: MemoryPlan, device: Device, devices: int) -> float:
     """What several devices send in a micro-batch, over the link between them."""
     return plan.exchanged_bytes(devices) / (device.link() * USUAL_LINK) if devices > 1 else 0.0
+
+
+ROWS, WIDTH = 1024, 2048
+COPIED_BYTES = 2**28
+SECONDS_EACH = 5.0
+STEPS = 5
+
+
+def calibrate(device: Device, log: Callable[[str], None] = lambda line: None) -> Rates:
+    """Measure the device of this machine, within about a minute, and keep the result for later plans.
+
+    Args:
+        log: gets a line for each figure that is measured.
+    """
+    device_type = pick_device("auto")
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(device.half_precision, torch.float32)
+    rates = Rates(
+        flops_16bit=_product_flops(device_type, torch.bfloat16 if half is torch.float32 else half),
+        flops_32bit=_product_flops(device_type, torch.float32),
+        bandwidth=_bandwidth(device_type),
+        slack=1.0,
+        is_measured=True,
+    )
+    log(
+        f"products: {rates.flops_16bit / 1e12:.3g} TFLOPS in 16 bits, {rates.flops_32bit / 1e12:.3g} in 32; "
+        f"memory: {rates.bandwidth / 1e9:.3g} GB/s"
+    )
+    measured, work = _step(device_type, half)
+    slack = measured / rates.seconds(work, is_half=half is not torch.float32)
+    log(f"a small training step: {measured:.3g} s, {slack:.2f} times what its parts take")
+    rates = replace(rates, slack=slack)
+    _store(device, rates)
+    return rates
+
+
+def rates_of(device: Device) -> Rates:
+    """The measured rates of a device where there are any, else the usual ones."""
+    stored = _read().get(_key(device))
+    return Rates(**stored) if stored else usual(device)
+
+
+def calibration_file() -> Path:
+    """The file of measured rates."""
+    return cache_dir().with_name("calibration.json")
+
+
+def _key(device: Device) -> str:
+    # More threads make another machine of a processor.
+    return f"{device.name}, {torch.get_num_threads()} threads" if device.is_cpu else device.name
+
+
+def _store(device: Device, rates: Rates) -> None:
+    path = calibration_file()
+    everything = _read() | {_key(device): asdict(rates)}
+    with staged_file(path) as scratch:
+        scratch.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+
+
+def _read() -> dict[str, Any]:
+    try:
+        rates_by_device = json.loads(calibration_file().read_text(encoding="utf-8"))
+        return {key: rates for key, rates in rates_by_device.items() if set(rates) == set(Rates.__dataclass_fields__)}
+    except (OSError, ValueError, AttributeError, TypeError):
+        # None yet, or a damaged one: the next calibration writes it anew.
+        return {}
+
+
+def _seconds(run: Callable[[], Any], device_type: str) -> float:
+    """The median of as many runs as fit into some seconds, after one to warm up."""
+    run()
+    seconds, end = [], time.perf_counter() + SECONDS_EACH
+    while len(seconds) < 3 or time.perf_counter() < end:
+        _synchronise(device_type)
+        began = time.perf_counter()
+        run()
+        _synchronise(device_type)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _synchronise(device_type: str) -> None:
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    elif device_type == "mps":
+        torch.mps.synchronize()
+
+
+def _product_flops(device_type: str, dtype: torch.dtype) -> float:
+    left, right = (torch.randn(size, device=device_type).to(dtype) for size in ((ROWS, WIDTH), (WIDTH, WIDTH)))
+    return 2 * ROWS * WIDTH * WIDTH / _seconds(lambda: left @ right, device_type)
+
+
+def _bandwidth(device_type: str) -> float:
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device_type)
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / _seconds(lambda: target.copy_(source), device_type)
+
+
+def _step(device_type: str, dtype: torch.dtype) -> tuple[float, Work]:
+    """The median seconds of a LoRA step on a small Llama with random weights, and what it computes and moves."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from slimtune.adapters.model import get_peft_model
+    from slimtune.methods.lora.config import LoraConfig
+
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12
+    )
+    model: Any = LlamaForCausalLM(config)
+    model = get_peft_model(model.to(device_type, dtype).train(), LoraConfig(task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = torch.randint(8192, (4, 256), device=device_type)
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = _seconds(run, device_type)
+    tracker = MemoryTracker()
+    with tracker:
+        run()
+    return seconds, Work(
+        sum(work.flops for work in tracker.work.values()), sum(work.bytes_moved for work in tracker.work.values())
+    )

@@ -70,7 +70,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class Afterwards(EvaluationSettings):
+class PostTrainingEvaluation(EvaluationSettings):
     """What is asked of the tuned model; raises ConfigError for values that can't be.
 
     Attributes:
@@ -126,7 +126,7 @@ class Recipe:
     method: MethodSettings
     training: TrainSettings
     preferences: PreferenceSettings = dataclasses.field(default_factory=PreferenceSettings)
-    evaluation: Afterwards | None = None
+    evaluation: PostTrainingEvaluation | None = None
     output: str = "tuned"
     task: Task = "auto"
 
@@ -198,7 +198,7 @@ class Recipe:
             "data": DataSettings,
             "training": TrainSettings,
             "preferences": PreferenceSettings,
-            "evaluation": Afterwards,
+            "evaluation": PostTrainingEvaluation,
         }
 
     def to_dict(self) -> dict[str, Any]:

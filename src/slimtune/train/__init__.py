@@ -1,1 +1,1 @@
-"""Training: data, the trainer and what it writes."""
+"""Training: the loop, the Trainer, its checkpoints and its results."""

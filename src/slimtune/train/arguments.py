@@ -1,4 +1,4 @@
-"""The settings of a run as transformers' Trainer takes them, and what must be right about them before it starts."""
+"""The settings of a run: checked before it starts, as arguments of transformers' Trainer, and as its identity."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from slimtune.errors import ConfigError, listing
 from slimtune.recipe.optimizers import DEFAULT, OFFLOADED, check_runs
 from slimtune.recipe.trackers import check_installed
 from slimtune.recipe.training import TrainSettings
-from slimtune.train.checkpointing import MAY_CHANGE, fingerprint_of_base, fingerprint_of_examples
-from slimtune.train.trainer import Kind
+from slimtune.train.checkpointing import MAY_CHANGE
+from slimtune.train.state import fingerprint_of_base, fingerprint_of_examples
+from slimtune.train.trainer import TrainerSpec
 
 
-def check(settings: TrainSettings, device: str, held_out: Sequence[Any]) -> None:
+def check_settings(settings: TrainSettings, device: str, held_out: Sequence[Any]) -> None:
     """See that a run with these settings can start. Raises: ConfigError, MissingDependencyError, TrainingError."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
@@ -44,34 +45,21 @@ def check(settings: TrainSettings, device: str, held_out: Sequence[Any]) -> None
         raise ConfigError(f"the scheduler {settings.scheduler} doesn't run with {given}: {error}") from error
 
 
-def identity(
-    model: Any, examples: Any, held_out: Any, settings: TrainSettings, rate: float, autocast: bool
-) -> dict[str, Any]:
-    """What must be the same for a run to go on, by what it is about."""
-    found = {f"training.{name}": v for name, v in asdict(settings).items() if name not in MAY_CHANGE}
-    for adapter, config in getattr(model, "peft_config", {}).items():
-        found |= {
-            f"method.{name}" + f" of {adapter}" * (adapter != "default"): v for name, v in config.to_dict().items()
-        }
-    found |= {
-        "training.learning_rate": rate,
-        "autocast": autocast,
-        "the base's weights": fingerprint_of_base(model),
-        "the examples": fingerprint_of_examples(examples),
-        "the held-out examples": fingerprint_of_examples(held_out),
-    }
-    return json.loads(json.dumps(found))
-
-
-def _steps_of_epoch(settings: TrainSettings, examples: Any) -> int:
-    """The optimizer steps of an epoch; of a stream, whose length isn't known, all of them."""
-    if not hasattr(examples, "__len__"):
-        return settings.max_steps or 1
-    return math.ceil(len(examples) / (settings.batch_size * settings.gradient_accumulation))
+def check_device(device: str) -> str:
+    """The kind of a device that can train, such as "cuda". Raises: ConfigError, for a GPU but the first visible one."""
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and number not in ("", "0"):
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        its_name = named[int(number)] if int(number) < len(named) else number
+        raise ConfigError(
+            f"transformers' Trainer takes the first GPU that is visible, not {device}; set "
+            f"CUDA_VISIBLE_DEVICES={its_name or number} and pass cuda"
+        )
+    return kind
 
 
 def arguments(
-    kind: Kind,
+    spec: TrainerSpec,
     settings: TrainSettings,
     rate: float,
     device: str,
@@ -80,8 +68,8 @@ def arguments(
     evaluates: bool,
     autocast: bool,
 ) -> TrainingArguments:
-    """What transformers' Trainer is told."""
-    return kind.arguments(
+    """The settings as arguments of the Trainer."""
+    return spec.arguments(
         output_dir=str(folder),
         learning_rate=rate,
         num_train_epochs=settings.epochs,
@@ -105,7 +93,7 @@ def arguments(
         eval_strategy="steps" if evaluates else "no",
         eval_steps=settings.eval_steps or _steps_of_epoch(settings, examples),
         prediction_loss_only=True,
-        # A Keeper says when.
+        # A Checkpointer says when.
         save_strategy="no",
         restore_callback_states_from_checkpoint=False,
         logging_steps=settings.logging_steps,
@@ -119,25 +107,38 @@ def arguments(
     )
 
 
-def check_device(device: str) -> str:
-    """The kind of a device that can train, such as "cuda". Raises: ConfigError, for a GPU but the first visible one."""
-    kind, _, number = device.partition(":")
-    if kind == "cuda" and number not in ("", "0"):
-        named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        its_name = named[int(number)] if int(number) < len(named) else number
-        raise ConfigError(
-            f"transformers' Trainer takes the first GPU that is visible, not {device}; set "
-            f"CUDA_VISIBLE_DEVICES={its_name or number} and pass cuda"
-        )
-    return kind
+def _steps_of_epoch(settings: TrainSettings, examples: Any) -> int:
+    """The optimizer steps of an epoch; of a stream, whose length isn't known, all of them."""
+    if not hasattr(examples, "__len__"):
+        return settings.max_steps or 1
+    return math.ceil(len(examples) / (settings.batch_size * settings.gradient_accumulation))
 
 
-def keep_to_one(arguments: Any, say: Callable[[str], None]) -> Any:
+def use_one_gpu(arguments: Any, log: Callable[[str], None]) -> Any:
     """The arguments of a Trainer with one GPU: it would copy the model to all that are visible, at each step anew.
 
     A batch would then be as many times larger as there are GPUs, without a word.
     """
     if arguments.n_gpu > 1:
-        say(f"{arguments.n_gpu} GPUs are visible, of which {arguments.device} trains; CUDA_VISIBLE_DEVICES chooses")
+        log(f"{arguments.n_gpu} GPUs are visible, of which {arguments.device} trains; CUDA_VISIBLE_DEVICES chooses")
         arguments._n_gpu = 1
     return arguments
+
+
+def run_identity(
+    model: Any, examples: Any, held_out: Any, settings: TrainSettings, rate: float, autocast: bool
+) -> dict[str, Any]:
+    """What must be the same for a run to resume, as values by what they are about, in JSON's types."""
+    values = {f"training.{name}": v for name, v in asdict(settings).items() if name not in MAY_CHANGE}
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        values |= {
+            f"method.{name}" + f" of {adapter}" * (adapter != "default"): v for name, v in config.to_dict().items()
+        }
+    values |= {
+        "training.learning_rate": rate,
+        "autocast": autocast,
+        "the base's weights": fingerprint_of_base(model),
+        "the examples": fingerprint_of_examples(examples),
+        "the held-out examples": fingerprint_of_examples(held_out),
+    }
+    return json.loads(json.dumps(values))

@@ -12,7 +12,7 @@ from slimtune.recipe.training import TrainSettings
 from slimtune.storage.hub import at_revision
 from slimtune.storage.source import PACKAGED
 from slimtune.train.loop import Outcome
-from slimtune.train.measurements import versions
+from slimtune.train.results import versions
 
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -25,7 +25,7 @@ PIPELINES = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells."""
+    """The contents of a model card."""
 
     name: str
     base: str
@@ -35,7 +35,7 @@ class Card:
     settings: TrainSettings
     outcome: Outcome
     quantize: str | None = None
-    """As what the base was quantized while it was loaded."""
+    """How the base was quantized while it was loaded."""
     revision: str | None = None
     """Of the base on the Hub, where another than main was asked for."""
 
@@ -101,13 +101,13 @@ class Card:
                 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
             )
         quantize = f', quantize="{self.quantize}"' if self.quantize else ""
-        ours = _python("import slimtune\n", f'model, tokenizer = slimtune.load("path/to/this/folder"{quantize})')
+        loading = _python("import slimtune\n", f'model, tokenizer = slimtune.load("path/to/this/folder"{quantize})')
         use = use_of(self.task_type, "path/to/this/folder", at_revision(self.base, self.revision))
         use += f" --quantize {self.quantize}" if self.quantize else ""
         text = f"With slimtune, on the command line:\n\n```shell\n{use}\n```\n\nor in Python:\n\n"
         return (
             text
-            + "\n\nor on a base that is loaded already:\n\n".join([ours, self._attaching(auto, "slimtune")])
+            + "\n\nor on a base that is loaded already:\n\n".join([loading, self._attaching(auto, "slimtune")])
             + (f"\n\nWith peft:\n\n{self._attaching(auto, 'peft')}" if self._is_known_to_peft() else "")
         )
 

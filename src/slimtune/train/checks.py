@@ -1,4 +1,9 @@
-"""What is watched while a model learns: that numbers stay numbers, and that each delta takes part."""
+"""Checks while a model trains, as callbacks of a Trainer.
+
+- `EachDeltaLearns`: every parameter gets a gradient and moves within the first steps.
+- `LastGood`: loss and gradient stay numbers; otherwise the last good weights are put back.
+- `StopOnSignal`: Ctrl-C and SIGTERM end the run after the present step, with a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +22,7 @@ from slimtune.errors import TrainingError, listing
 
 # A LoRA's A has no gradient while B is zero, and a warm-up begins with a rate of zero: two steps may pass in rest.
 WATCHED_STEPS = 4
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes; raises TrainingError if there are none."""
-    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not found:
-        raise TrainingError(
-            f"nothing to train: none of the {sum(1 for _ in model.parameters())} parameters requires a gradient; "
-            f"attach an adapter with get_peft_model, or load it with is_trainable=True"
-        )
-    return found
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class DivergedError(TrainingError):
@@ -36,6 +31,25 @@ class DivergedError(TrainingError):
     def __init__(self, message: str, kept_steps: int) -> None:
         super().__init__(message)
         self.kept_steps = kept_steps
+
+
+class InterruptedRunError(TrainingError):
+    """A run that was stopped from outside and can go on; `exit_code` is what a shell expects, 130 for Ctrl-C."""
+
+    def __init__(self, message: str, received: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + received
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes; raises TrainingError if there are none."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise TrainingError(
+            f"nothing to train: none of the {sum(1 for _ in model.parameters())} parameters requires a gradient; "
+            f"attach an adapter with get_peft_model, or load it with is_trainable=True"
+        )
+    return parameters
 
 
 class EachDeltaLearns(TrainerCallback):
@@ -48,13 +62,13 @@ class EachDeltaLearns(TrainerCallback):
         self.warn = warn
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note which parameters have a gradient at last."""
+        """Strike off the parameters that have a gradient by now."""
         if state.global_step < WATCHED_STEPS:
             got = {n for n in self.without_gradient if _has_gradient(self.parameters[n])}
             self.without_gradient -= got
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look back once; raises TrainingError if nothing at all has moved."""
+        """Compare once with the beginning; raises TrainingError if nothing at all has moved."""
         if state.global_step != WATCHED_STEPS:
             return
         resting = {n for n, p in self.parameters.items() if _fingerprint(p) == self.before[n]}
@@ -89,7 +103,7 @@ class LastGood(TrainerCallback):
 
         Raises: DivergedError.
         """
-        # One number for both, for on a GPU each question waits until all that was asked before is computed.
+        # One number for both: on a GPU each `float` waits until all kernels launched so far are done.
         if math.isfinite(float(loss + norm)):
             return
         if not math.isfinite(float(loss)):
@@ -115,55 +129,31 @@ class LastGood(TrainerCallback):
         )
 
 
-def _copy(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
-    torch._foreach_copy_(list(target), list(source))  # type: ignore[attr-defined]
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
-
-
-def _fingerprint(parameter: nn.Parameter) -> tuple[float, float]:
-    values = parameter.detach()
-    return values.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(values, dtype=torch.float64).item()
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class InterruptedRunError(TrainingError):
-    """A run that was stopped from outside and can go on; `exit_code` is what a shell expects, 130 for Ctrl-C."""
-
-    def __init__(self, message: str, received: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + received
-
-
 class StopOnSignal(TrainerCallback):
     """Ends the training after the step in which a signal came; a second signal ends it at once."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
         self.received: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals over for a while; in a thread, which gets none, nothing is changed."""
+        """Handle the signals within the block; a thread, which gets none, changes nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
         self.received = number
         for each in SIGNALS:
             signal.signal(each, _at_once)
-        self.say("stopping: this step is finished and a checkpoint written; once more to stop at once")
+        self.log("stopping: this step is finished and a checkpoint written; once more to stop at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End after this step, with a checkpoint."""
@@ -175,3 +165,16 @@ def _at_once(number: int, frame: Any) -> None:
     raise InterruptedRunError(
         f"stopped at once by {signal.Signals(number).name}; go on from the last checkpoint with --resume", number
     )
+
+
+def _copy(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
+    torch._foreach_copy_(list(target), list(source))  # type: ignore[attr-defined]
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _fingerprint(parameter: nn.Parameter) -> tuple[float, float]:
+    values = parameter.detach()
+    return values.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(values, dtype=torch.float64).item()

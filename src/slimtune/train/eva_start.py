@@ -1,4 +1,4 @@
-"""An adapter that starts by EVA, started from the very examples that are to be learned."""
+"""EVA's start of an adapter from the examples that are to be learned."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ STREAMED_BATCHES = 64
 
 
 def start_by_eva(
-    model: Any, tokenizer: Any, lesson: Lesson, settings: TrainSettings, run: Path, say: Callable[[str], None]
+    model: Any, tokenizer: Any, lesson: Lesson, settings: TrainSettings, run: Path, log: Callable[[str], None]
 ) -> None:
-    """Move ranks and directions to where EVA finds them; a model whose adapter starts otherwise stays as it is.
+    """Set ranks and directions as EVA finds them in the data; an adapter with another initialisation stays as it is.
 
     Args:
         run: the folder of the run; one that was broken off goes on with the ranks that its checkpoint has.
@@ -39,9 +39,9 @@ def start_by_eva(
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if getattr(config, "initialisation", None) != "eva":
         return
-    found = last_whole(run)
-    if found is not None:
-        initialize_lora_eva_weights(model, eva_state_dict=_directions_in(found, model))
+    checkpoint = last_whole(run)
+    if checkpoint is not None:
+        initialize_lora_eva_weights(model, eva_state_dict=_directions_in(checkpoint, model))
         return
     collate: Any = lesson.objective.collate if lesson.objective else PadRight(pad_id_of(tokenizer))
     is_stream = isinstance(lesson.examples, IterableDataset)
@@ -52,15 +52,15 @@ def start_by_eva(
     # A stream never ends, and EVA reads its data again until its directions have settled.
     initialize_lora_eva_weights(model, list(islice(batches, STREAMED_BATCHES)) if is_stream else batches)
     ranks = [delta.trained[0].shape[0] for _, delta in attached(model, ADAPTER) if isinstance(delta, LoraLinear)]
-    say(f"started by EVA from the data: ranks from {min(ranks)} to {max(ranks)} in {len(ranks)} layers")
+    log(f"started by EVA from the data: ranks from {min(ranks)} to {max(ranks)} in {len(ranks)} layers")
 
 
 def _directions_in(checkpoint: Checkpoint, model: Any) -> dict[str, Tensor]:
     """The A of each layer as training has left it; of a layer that has lost its rank, none of its rows."""
     stored = read_tree(checkpoint.path, WEIGHTS)["tensors"]
-    found = {}
+    directions = {}
     for site, delta in attached(model, ADAPTER):
         if isinstance(delta, LoraLinear):
             name = f"{site.name}.deltas.{ADAPTER}.lora_A"
-            found[site.name] = stored[name] if name in stored else delta.trained[0].detach()[:0]
-    return found
+            directions[site.name] = stored[name] if name in stored else delta.trained[0].detach()[:0]
+    return directions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.data.features import FeatureClassifier, extract
@@ -14,58 +13,56 @@ from slimtune.data.tasks.registry import Data
 from slimtune.errors import ConfigError
 from slimtune.metrics.classification import scores, shown
 from slimtune.models.load import LoadOptions, load_model
-from slimtune.storage.atomic import staged
-from slimtune.storage.source import cache_dir, refuse_adapter
+from slimtune.storage.source import cache_dir
 from slimtune.train.loop import Outcome
-from slimtune.train.measurements import Figures, Memory
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.recipe.recipe import Recipe
+    from slimtune.recipe.recipe import ModelSettings
 
 
-def train_on_features(screen: Console, recipe: Recipe, data: Data, overwrite: bool) -> Outcome:
-    """Train and write a classifier, say how good it is and give that back; raises SlimtuneError."""
-    source = recipe.model.source
-    Memory.watch()
+def train_on_features(
+    screen: Console, data: Data, base: ModelSettings, method: Any, batch_size: int
+) -> tuple[FeatureClassifier, Outcome, int]:
+    """Train a classifier and score it on the held-out rows.
+
+    Args:
+        method: the config of `features`.
+
+    Returns:
+        The classifier, the outcome, and how many examples were learned from.
+
+    Raises:
+        SlimtuneError: the data is not for a classifier, or the base can't be loaded.
+    """
     if not isinstance(data, Classes):
         raise ConfigError("--method features trains a classifier; give rows with text and label")
-    refuse_adapter(source)
     began = time.monotonic()
-    how = recipe.method.config()
-    model, tokenizer = load_model(
-        source, "features", LoadOptions(recipe.model.dtype, recipe.model.device, recipe.model.trust_remote_code)
-    )
+    options = LoadOptions(base.dtype, base.device, base.trust_remote_code)
+    model, tokenizer = load_model(base.source, "features", options)
     limit = longest_input(model, tokenizer, data.max_length)
     cache = cache_dir().with_name("features")
     tokens = 0
 
-    def featured(rows: list[Labelled]) -> tuple[Any, list[str]]:
+    def features_of(rows: list[Labelled]) -> tuple[Any, list[str]]:
         nonlocal tokens
         tokenized = tokenize([row.texts for row in rows], tokenizer, limit, data.too_long)
-        kept = tokenized.kept
         tokens += tokenized.tokens
-        if len(kept) < len(rows):
-            screen.print(f"[yellow]{len(rows) - len(kept):,} texts dropped[/]: longer than {limit:,} tokens")
-        texts = [rows[i].texts for i in kept]
+        if len(tokenized.kept) < len(rows):
+            dropped = len(rows) - len(tokenized.kept)
+            screen.print(f"[yellow]{dropped:,} texts dropped[/]: longer than {limit:,} tokens")
+        texts = [rows[i].texts for i in tokenized.kept]
         too_long = "truncate" if data.too_long == "truncate" else "error"
-        size = recipe.training.batch_size
-        found = extract(model, tokenizer, texts, how.pooling, size, cache, limit, too_long)
-        return found, [rows[i].label for i in kept]
+        features_ND = extract(model, tokenizer, texts, method.pooling, batch_size, cache, limit, too_long)
+        return features_ND, [rows[i].label for i in tokenized.kept]
 
-    features_ND, labels = featured(data.rows)
+    features_ND, labels = features_of(data.rows)
     screen.print(f"features: {features_ND.shape[0]:,} texts x {features_ND.shape[1]:,}, kept in {cache}", markup=False)
-    classifier = FeatureClassifier.fit(features_ND, labels, data.labels, how, source, limit)
-    found: dict[str, Any] = {}
+    classifier = FeatureClassifier.fit(features_ND, labels, data.labels, method, base.source, limit)
+    scored: dict[str, float] = {}
     if data.held_out:
-        held_out_ND, true = featured(data.held_out)
-        found = scores(classifier.predict(held_out_ND), true)
-        screen.print(f"on the held-out rows: [bold]{shown(found)}[/]")
-    with staged(Path(recipe.output), overwrite) as folder:
-        classifier.save(folder)
-        outcome = Outcome(0, tokens, time.monotonic() - began, float("nan"), None, found)
-        recipe.write(folder / "recipe.yaml")
-        trained = classifier.weight.numel() + classifier.bias.numel()
-        Figures(recipe, data.task_type, outcome, len(labels), trained, Memory.peak()).write(folder)
-    return outcome
+        held_out_ND, true = features_of(data.held_out)
+        scored = scores(classifier.predict(held_out_ND), true)
+        screen.print(f"on the held-out rows: [bold]{shown(scored)}[/]")
+    return classifier, Outcome(0, tokens, time.monotonic() - began, float("nan"), None, scored), len(labels)

@@ -1,4 +1,4 @@
-"""One training run: a model whose trainable parameters are chosen, encoded examples, settings."""
+"""One training run, in place: a model whose trainable parameters are chosen, encoded examples, settings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ from slimtune.errors import TrainingError
 from slimtune.recipe.method import FullTuning
 from slimtune.recipe.optimizers import OFFLOADED
 from slimtune.recipe.training import TrainSettings
-from slimtune.train.arguments import arguments, check, check_device, identity, keep_to_one
-from slimtune.train.checkpointing import LOGS, TRAINER_STATE, Best, Checkpoint, Keeper, last_whole, restore_weights
+from slimtune.train.arguments import arguments, check_device, check_settings, run_identity, use_one_gpu
+from slimtune.train.checkpointing import (
+    LOSS_LOG,
+    SAMPLES_LOG,
+    TRAINER_STATE,
+    BestCheckpoint,
+    Checkpoint,
+    Checkpointer,
+    last_whole,
+)
 from slimtune.train.checks import DivergedError, EachDeltaLearns, InterruptedRunError, LastGood, StopOnSignal
 from slimtune.train.optimizer import OffloadedAdamW
-from slimtune.train.progress import SCORES, LossFile, SameAsBefore, ShownProgress
-from slimtune.train.samples import Samples
-from slimtune.train.trainer import AnswerTrainer, Kind, supervised
+from slimtune.train.progress import SCORES, LossLog, ProgressBar, ReproducibilityCheck, Samples
+from slimtune.train.state import load_trained_state
+from slimtune.train.trainer import AnswerTrainer, TrainerSpec, supervised
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ def fine_tune(
     eval_examples: Sequence[Any] = (),
     autocast: bool = False,
     objective: Objective | None = None,
-    kind: Kind | None = None,
+    spec: TrainerSpec | None = None,
     judge: Callable[[Any], Mapping[str, float]] | None = None,
     resume: bool = False,
 ) -> Outcome:
@@ -69,7 +77,7 @@ def fine_tune(
 
     Args:
         objective: how examples become a batch and a batch a loss; the answers of texts if it isn't given.
-        kind: for training that isn't by examples with labels.
+        spec: for training that isn't by examples with labels.
         autocast: compute in bf16 over weights that are held in float32, as tuning all of them wants.
         judge: scores on the held-out examples, for `keep_best`.
 
@@ -81,51 +89,52 @@ def fine_tune(
         ConfigError, MissingDependencyError: settings that can't run here, or aren't those of the checkpoint.
     """
     device = check_device(str(model.device))
-    check(settings, device, eval_examples)
-    kind = kind or supervised(objective or Objective(PadRight(pad_id_of(tokenizer))))
-    rate = settings.learning_rate or own_rate(model) * kind.share_of_rate
+    check_settings(settings, device, eval_examples)
+    spec = spec or supervised(objective or Objective(PadRight(pad_id_of(tokenizer))))
+    rate = settings.learning_rate or default_learning_rate(model) * spec.share_of_rate
 
-    def say(what: str) -> None:
-        console.print(f"[yellow]{escape(what)}[/]")
+    def log(line: str) -> None:
+        console.print(f"[yellow]{escape(line)}[/]")
 
-    best = Best(settings.best_by, settings.early_stopping_patience)
-    keeper = Keeper(folder, settings, identity(model, examples, eval_examples, settings, rate, autocast), best, say)
-    start = keeper.open(resume)
-    stop, bar = StopOnSignal(say), ShownProgress(console)
+    best = BestCheckpoint(settings.best_by, settings.early_stopping_patience)
+    identity = run_identity(model, examples, eval_examples, settings, rate, autocast)
+    checkpointer = Checkpointer(folder, settings, identity, best, log)
+    checkpoint = checkpointer.open(resume)
+    stop, bar = StopOnSignal(log), ProgressBar(console)
     samples = (
-        [Samples(eval_examples, settings.samples, tokenizer, folder / LOGS[1], console)] if settings.samples else []
+        [Samples(eval_examples, settings.samples, tokenizer, folder / SAMPLES_LOG, console)] if settings.samples else []
     )
-    with _key_value_cache_kept(model), _checkpointing(model, settings.gradient_checkpointing), kind.keeping(model):
-        args = arguments(kind, settings, rate, device, folder, examples, bool(eval_examples), autocast)
-        trainer = kind.trainer(
+    with _key_value_cache_kept(model), _checkpointed(model, settings.gradient_checkpointing), spec.preserving(model):
+        args = arguments(spec, settings, rate, device, folder, examples, bool(eval_examples), autocast)
+        trainer = spec.trainer(
             model=model,
-            args=keep_to_one(args, say),
+            args=use_one_gpu(args, log),
             train_dataset=examples,
             eval_dataset=eval_examples or None,
             last_good=LastGood(model, has_copy=is_adopted(model)),
-            keeper=keeper,
+            checkpointer=checkpointer,
             judge=judge if settings.best_by not in (None, "loss") else None,
             lora_plus_ratio=settings.lora_plus_ratio,
             optimizer_cls_and_kwargs=(OffloadedAdamW, {"lr": rate}) if settings.optim == OFFLOADED else None,
             callbacks=[
-                EachDeltaLearns(model, lambda what: say(f"warning: {what}")),
-                LossFile(folder / LOGS[0]),
-                SameAsBefore(keeper.seen_before, 0.0 if device == "cpu" else 1e-3, say),
+                EachDeltaLearns(model, lambda line: log(f"warning: {line}")),
+                LossLog(folder / LOSS_LOG),
+                ReproducibilityCheck(checkpointer.earlier_losses, 0.0 if device == "cpu" else 1e-3, log),
                 bar,
                 *samples,
                 best,
-                keeper,
+                checkpointer,
                 stop,
             ],
         )
         trainer.remove_callback(PrinterCallback)
         with stop.listening():
             try:
-                _train(trainer, keeper, start)
+                _train(trainer, checkpointer, checkpoint)
             finally:
                 bar.close()
-    _check_interrupted(trainer, stop, keeper)
-    return _outcome(trainer, keeper)
+    _check_interrupted(trainer, stop, checkpointer)
+    return _outcome(trainer, checkpointer)
 
 
 def is_adopted(model: Any) -> bool:
@@ -133,24 +142,24 @@ def is_adopted(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def own_rate(model: Any) -> float:
+def default_learning_rate(model: Any) -> float:
     """The learning rate of the method that the model is tuned with, where the settings give none."""
     return model.active_peft_config.learning_rate if is_adopted(model) else FullTuning.learning_rate
 
 
-def _train(trainer: AnswerTrainer, keeper: Keeper, start: Checkpoint | None) -> None:
+def _train(trainer: AnswerTrainer, checkpointer: Checkpointer, checkpoint: Checkpoint | None) -> None:
     """Train to the end, unless the checkpoint is of the end. Raises: TrainingError."""
-    if start is not None and keeper.facts["finished"]:
-        restore_weights(trainer.model, keeper.weights_at(start.step))
-        trainer.state = TrainerState.load_from_json(str(start.path / TRAINER_STATE))
+    if checkpoint is not None and checkpointer.facts["finished"]:
+        load_trained_state(trainer.model, checkpointer.weights_at(checkpoint.step))
+        trainer.state = TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE))
         return
     try:
-        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     except DivergedError as error:
-        last = None if error.kept_steps else last_whole(keeper.folder)
+        last = None if error.kept_steps else last_whole(checkpointer.folder)
         if last is None:
             raise
-        restore_weights(trainer.model, keeper.weights_at(last.step))
+        load_trained_state(trainer.model, checkpointer.weights_at(last.step))
         raise DivergedError(str(error), last.step) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -160,29 +169,29 @@ def _train(trainer: AnswerTrainer, keeper: Keeper, start: Checkpoint | None) -> 
         ) from error
 
 
-def _check_interrupted(trainer: AnswerTrainer, stop: StopOnSignal, keeper: Keeper) -> None:
+def _check_interrupted(trainer: AnswerTrainer, stop: StopOnSignal, checkpointer: Checkpointer) -> None:
     """Raises: InterruptedRunError, where a signal ended the run before its end."""
     step, steps = trainer.state.global_step, trainer.state.max_steps
-    if stop.received is not None and step < steps and not keeper.best.is_exhausted:
+    if stop.received is not None and step < steps and not checkpointer.best.is_exhausted:
         raise InterruptedRunError(
             f"stopped by {signal.Signals(stop.received).name} after step {step} of {steps}, with a checkpoint in "
-            f"{keeper.folder}; go on with the same command and --resume",
+            f"{checkpointer.folder}; go on with the same command and --resume",
             stop.received,
         )
 
 
-def _outcome(trainer: AnswerTrainer, keeper: Keeper) -> Outcome:
+def _outcome(trainer: AnswerTrainer, checkpointer: Checkpointer) -> Outcome:
     """The run's end, with the best weights put back where they were kept."""
-    best, history = keeper.best.step, trainer.state.log_history
+    best, history = checkpointer.best.step, trainer.state.log_history
     if best is not None and best != trainer.state.global_step:
-        restore_weights(trainer.model, keeper.weights_at(best))
+        load_trained_state(trainer.model, checkpointer.weights_at(best))
     evaluated = [entry for entry in history if "eval_loss" in entry and best in (None, entry["step"])]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     last = evaluated[-1] if evaluated else {}
     return Outcome(
         steps=trainer.state.global_step,
         tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=keeper.seconds,
+        seconds=checkpointer.seconds,
         final_loss=losses[-1] if losses else float("nan"),
         eval_loss=last.get("eval_loss"),
         scores={name: last[f"eval_{name}"] for name in SCORES if f"eval_{name}" in last},
@@ -201,7 +210,7 @@ def _key_value_cache_kept(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     # Called on the model itself, for the arguments of Trainer change their names between versions.
     if wanted:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,6 +1,6 @@
-"""Optimizers that transformers lacks: AdamW with its state in main memory, and the two rates of LoRA+.
+"""Optimizers that transformers lacks: AdamW with its state in main memory, and the two learning rates of LoRA+.
 
-LoRA+: a learning rate of its own for B (Hayou et al. 2024, arXiv:2402.12354), as optimizer parameter groups.
+LoRA+ (Hayou et al. 2024, arXiv:2402.12354) lets B learn faster than A, by groups of parameters for any optimizer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
     One tensor at a time, its weight and its gradient go to main memory and the new weight comes back. The gradient is
     taken when the step is made, so that clipping and accumulation count. Loshchilov & Hutter 2017, arXiv:1711.05101.
     """
+
+    # Written by hand, for torchao's CPUOffloadOptimizer (0.18) copies a gradient in a hook of the backward pass, before
+    # it is clipped, keeps weights and gradients in main memory too, and runs on CUDA and XPU alone. bitsandbytes' paged
+    # optimizers move their state only when the GPU is full, and torch and transformers have none.
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """As any optimizer's; torch puts the state beside the parameters, whence it goes back to main memory."""
+        """As any optimizer's. torch puts the state on the device of the parameters, so it is moved back."""
         super().load_state_dict(dict(state_dict))
         for parameter, state in self.state.items():
             self.state[parameter] = {name: tensor.cpu() for name, tensor in state.items()}
@@ -58,6 +62,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight)}
             state |= {"exp_avg_sq": torch.zeros_like(weight)}
         beta1, beta2 = group["betas"]
+        # torch's fused kernel for the CPU: one pass over weight, gradient and both moments, in place.
         adamw(
             [weight], [gradient.cpu()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True,
             amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
@@ -93,12 +98,12 @@ def lora_plus_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[_group(name, parameter)]["params"].append(parameter)
-    found = [group for group in groups.values() if group["params"]]
-    if not found:
+    filled = [group for group in groups.values() if group["params"]]
+    if not filled:
         raise ConfigError(
             "nothing is trainable; attach an adapter with get_peft_model, or load it with is_trainable=True"
         )
-    return found
+    return filled
 
 
 def create_loraplus_optimizer(

@@ -1,52 +1,47 @@
-"""Preference tuning and reinforcement by a reward, through TRL's trainers: DPO, KTO, ORPO and GRPO.
+"""Preference tuning and reinforcement by a reward, through TRL's trainers.
 
-DPO (Rafailov et al. 2023, arXiv:2305.18290), KTO (Ethayarajh et al. 2024, arXiv:2402.01306), ORPO (Hong et al. 2024,
-arXiv:2403.07691), GRPO (Shao et al. 2024, arXiv:2402.03300).
+- DPO (Rafailov et al. 2023, arXiv:2305.18290), KTO (Ethayarajh et al. 2024, arXiv:2402.01306), ORPO (Hong et al. 2024,
+  arXiv:2403.07691), GRPO (Shao et al. 2024, arXiv:2402.03300): `preference` sets a trainer of TRL up for `fine_tune`.
+- The reference model is the tuned model with its adapters off (`ReferenceModel`), not a second copy.
+- The reward of GRPO is exact match with the answer in the data, or a function of the user's own (`reward_of`).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice
+from slimtune.adapters.forward import check_head
+from slimtune.core.delta import deltas_of
+from slimtune.errors import (
+    ConfigError,
+    MissingDependencyError,
+    SlimtuneError,
+    TrainingError,
+    check_choice,
+    did_you_mean,
+    listing,
+)
+from slimtune.evaluate.user_scorer import function_of
 from slimtune.recipe.preference import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
-from slimtune.train.reference import WithoutAdapter, as_it_was, check_trl_reaches
-from slimtune.train.reward import Reward, reward_of
-from slimtune.train.trainer import AnswerTrainer, Kind
-
-if TYPE_CHECKING:
-    from slimtune.recipe.recipe import Recipe
+from slimtune.train.trainer import AnswerTrainer, TrainerSpec
 
 
-def check_recipe(recipe: Recipe, task: str) -> None:
-    """See that a recipe goes with the task that its data is for; raises ConfigError, MissingDependencyError."""
-    if task not in PREFERENCE_TASKS:
-        return
-    if recipe.task == "auto":
-        can = "dpo, orpo or kto" if task == "dpo" else task
-        raise ConfigError(f"{recipe.data.train[0].path} can be learned from in several ways; say which: task={can}")
-    if str(recipe.method.fields.get("init_lora_weights")).lower() == "eva":
-        raise ConfigError(
-            f"EVA starts from texts and their answers, of which task {task} has others; choose another start with "
-            "method.init_lora_weights"
-        )
-    if recipe.training.samples:
-        raise ConfigError(f"training.samples would change nothing with task {task}; leave it out")
-    check(task, recipe.preferences)
-
-
-def check(task: str, settings: PreferenceSettings) -> None:
-    """All that can be told before a model is loaded; raises ConfigError, MissingDependencyError."""
+def check_task(task: str, settings: PreferenceSettings) -> None:
+    """Check all that needs no model; raises ConfigError, MissingDependencyError."""
     check_choice("task", task, PREFERENCE_TASKS)
     settings.check_for(task)
     for library in ("trl", "datasets"):
@@ -56,7 +51,7 @@ def check(task: str, settings: PreferenceSettings) -> None:
         reward_of(settings.reward or EXACT_MATCH)
 
 
-def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettings, max_length: int) -> Kind:
+def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettings, max_length: int) -> TrainerSpec:
     """How `fine_tune` trains for "dpo", "kto", "orpo" or "grpo", on a `datasets.Dataset` in TRL's columns.
 
     There is one base in memory: the reference is the model with its adapters off, and where all weights are trained
@@ -69,7 +64,7 @@ def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettin
         ConfigError: no such task, settings that it hasn't, or a model or adapter that TRL can't train so.
         MissingDependencyError: TRL isn't installed.
     """
-    check(task, settings)
+    check_task(task, settings)
     options = settings.for_trl(task)
     reward = reward_of(settings.reward or EXACT_MATCH) if task == "grpo" else None
     trainer, arguments = _from_trl(task)
@@ -85,7 +80,7 @@ def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettin
             "leave beta out, or train an adapter"
         )
     build = _Build(task, trainer, tokenizer, has_adapter, reward, options.pop("beta", None) if task == "grpo" else None)
-    return Kind(build, _arguments(task, arguments, options), as_it_was, SHARE_OF_RATE)
+    return TrainerSpec(build, _arguments(task, arguments, options), undo_trl_changes, SHARE_OF_RATE)
 
 
 @dataclass(frozen=True)
@@ -103,22 +98,22 @@ class _Build:
         if self.task == "grpo":
             options["reward_funcs"] = [self.reward]
             options["callbacks"] = [
-                _RewardsDiffer(callback.warn) if isinstance(callback, EachDeltaLearns) else callback
+                RewardsDiffer(callback.warn) if isinstance(callback, EachDeltaLearns) else callback
                 for callback in options["callbacks"]
             ]
         elif self.task != "orpo" and self.has_adapter:
-            options["ref_model"] = WithoutAdapter(model)
-        with _refusals(self.task), _no_bars():
+            options["ref_model"] = ReferenceModel(model)
+        with _as_config_error(self.task), _no_progress_bars():
             trainer = self.trainer(model=model, processing_class=self.tokenizer, **options)
         trainer.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         if self.beta:
             # Set afterwards: given a beta, TRL's GRPO would load a second base.
-            trainer.beta, trainer.ref_model = self.beta, WithoutAdapter(model)
+            trainer.beta, trainer.ref_model = self.beta, ReferenceModel(model)
         return trainer
 
 
 def _arguments(task: str, config: Any, options: dict[str, Any]) -> Callable[..., TrainingArguments]:
-    def made(**common: Any) -> TrainingArguments:
+    def make(**common: Any) -> TrainingArguments:
         common |= options | {
             "gradient_checkpointing": False,  # `fine_tune` sees to it
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -133,14 +128,14 @@ def _arguments(task: str, config: Any, options: dict[str, Any]) -> Callable[...,
                     f"gradient_accumulation be a multiple of generations, which is 2 or more"
                 )
             common["per_device_eval_batch_size"] = answers
-        with _refusals(task):
+        with _as_config_error(task):
             return config(**common)
 
-    return made
+    return make
 
 
 @contextmanager
-def _refusals(task: str) -> Iterator[None]:
+def _as_config_error(task: str) -> Iterator[None]:
     try:
         yield
     except SlimtuneError:
@@ -150,7 +145,7 @@ def _refusals(task: str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def _no_progress_bars() -> Iterator[None]:
     """Without a bar for each pass over the rows, which are done in no time beside the training."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -169,17 +164,17 @@ def _from_trl(task: str) -> tuple[type, Any]:
     if task == "orpo":
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-        return _watched(ORPOTrainer), ORPOConfig
+        return _with_checks(ORPOTrainer), ORPOConfig
     import trl
 
     name = task.upper()
-    return _watched(getattr(trl, f"{name}Trainer")), getattr(trl, f"{name}Config")
+    return _with_checks(getattr(trl, f"{name}Trainer")), getattr(trl, f"{name}Config")
 
 
-def _watched(trainer: Any) -> type:
-    """TRL's trainer with the watch that every run is under; it reports nothing to the Hub."""
+def _with_checks(trainer: Any) -> type:
+    """TRL's trainer with the checks and checkpoints of every run; it reports nothing to the Hub."""
 
-    class Watched(AnswerTrainer, trainer):
+    class CheckedTrainer(AnswerTrainer, trainer):
         def _send_telemetry(self) -> None:
             pass
 
@@ -194,21 +189,150 @@ def _watched(trainer: Any) -> type:
             # TRL's losses are means over the rows of a batch.
             return torch.tensor(find_batch_size(inputs) or len(inputs))
 
-    return Watched
+    return CheckedTrainer
 
 
-class _RewardsDiffer(TrainerCallback):
-    """After the first steps, says if all answers were worth the same: nothing can have moved then."""
+class RewardsDiffer(TrainerCallback):
+    """After the first steps, warns if all answers to each prompt got the same reward: nothing can have moved then."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self.warn = warn
         self.learned = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Look whether some group of answers differs in its rewards."""
+        """See whether some group of answers differs in its rewards."""
         self.learned |= (logs or {}).get("frac_reward_zero_std", 1) < 1
         if state.global_step == WATCHED_STEPS and not self.learned and logs and "loss" in logs:
             self.warn(
                 f"in the first {WATCHED_STEPS} steps all answers to a prompt got the same reward, from which nothing "
                 "is learned; raise temperature or generations, or give a reward that tells answers apart"
             )
+
+
+class ReferenceModel(nn.Module):
+    """An adopted model with its adapters off, as a model of its own that holds no tensor."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        # In a tuple, so that its parameters aren't counted, moved or stored a second time.
+        self.shared = (model,)
+        self.config = model.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base computes, dropout off."""
+        with _base_alone(self.shared[0]) as model:
+            return model(*args, **kwargs)
+
+    def base_model(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base computes up to its last hidden state; TRL's fused head asks a model for it by this name."""
+        with _base_alone(self.shared[0]) as model:
+            return model.base_model(*args, **kwargs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The frozen head."""
+        return self.shared[0].get_output_embeddings()
+
+
+@contextmanager
+def _base_alone(model: Any) -> Iterator[Any]:
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def check_trl_reaches(model: Any, fused_head: bool) -> None:
+    """Check that no delta is bypassed where TRL takes the last hidden state of the layers, not the model's output.
+
+    Args:
+        fused_head: whether TRL multiplies by the head's weight itself too, in place of calling the head.
+
+    Raises: ConfigError, for adapters around the whole model, and with a fused head for those on it or one in few bits.
+    """
+    if deltas_of(model):
+        kinds = listing(str(model.peft_config[name].peft_type) for name in deltas_of(model))
+        raise ConfigError(
+            f"TRL reads a model's layers past what {kinds} puts around the whole model, which would not be trained; "
+            f"choose a method inside of the layers (lora)"
+        )
+    if fused_head:
+        check_head(model, otherwise=", or choose task orpo")
+
+
+@contextmanager
+def undo_trl_changes(model: Any) -> Iterator[None]:
+    """Undo at the end of the block what TRL changes in a model: its forward, its dropout, its padding id."""
+    forwards = {name: vars(model).get(name) for name in ("forward", "instance_forward")}
+    dropout = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    configs = [model.config.get_text_config(), model.generation_config]
+    padding = [config.pad_token_id for config in configs]
+    tags = getattr(model, "model_tags", None)
+    try:
+        with warnings.catch_warnings():
+            # TRL asks transformers for checkpointing by names of which some versions say that they will change.
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            yield
+    finally:
+        for name, forward in forwards.items():
+            vars(model).pop(name, None)
+            if forward is not None:
+                vars(model)[name] = forward
+        for module, p in dropout.items():
+            module.p = p
+        for config, pad_id in zip(configs, padding, strict=True):
+            config.pad_token_id = pad_id
+        model.model_tags = tags
+
+
+class Reward:
+    """A reward as TRL calls it; the function sees texts: `f(prompts=[...], completions=[...], column=[...], ...)`."""
+
+    def __init__(self, name: str, function: Callable[..., Sequence[float]]) -> None:
+        self.__name__ = name
+        self.function = function
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        """A number for each completion; raises TrainingError for anything else."""
+        for internal in ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments"):
+            columns.pop(internal, None)
+        texts = [_text(completion) for completion in completions]
+        values = self.function(prompts=[_text(prompt) for prompt in prompts], completions=texts, **columns)
+        try:
+            rewards = [float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            problem = f"the reward '{self.__name__}' gave no list of numbers ({error})"
+            raise TrainingError(f"{problem}; return one for each answer") from error
+        if len(rewards) != len(texts) or not all(map(math.isfinite, rewards)):
+            shown = ", ".join(map(str, rewards[:4]))
+            raise TrainingError(
+                f"the reward '{self.__name__}' gave {len(rewards)} numbers ({shown}, ...) for {len(texts)} answers; "
+                f"return one finite number for each"
+            )
+        return rewards
+
+
+def reward_of(name: str) -> Reward:
+    """The reward "exact-match", or a function of a file, `path.py:function`; raises ConfigError."""
+    if name == EXACT_MATCH:
+        return Reward("exact_match", exact_match)
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        near = did_you_mean(name, [EXACT_MATCH])
+        raise ConfigError(f"no reward '{name}'; pass {EXACT_MATCH}, or path.py:function{near}")
+    return Reward(function, function_of(Path(path), function, "reward"))
+
+
+def exact_match(completions: Sequence[str], **columns: Any) -> list[float]:
+    """1 where the completion is the row's `answer` (or `completion`), white space around it aside, else 0."""
+    expected = columns.get("answer", columns.get("completion"))
+    if expected is None:
+        raise ConfigError(f"the reward {EXACT_MATCH} needs the field answer in each row of the data; add it")
+    return [float(c.strip() == str(answer).strip()) for c, answer in zip(completions, expected, strict=True)]
+
+
+def _text(completion: Any) -> str:
+    """A text, or the messages of a conversation, as text."""
+    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)

@@ -1,28 +1,38 @@
-"""Training as a person follows it: a bar with loss, speed and time left, and every loss in a file."""
+"""A training as a person follows it: a bar on the screen, every loss in a file, answers to some held-out questions."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import TrainerCallback
 
 from slimtune.console.progress import Counting
+from slimtune.data.batches import pad_id_of
+from slimtune.data.encode import IGNORED
+from slimtune.errors import ConfigError
+from slimtune.evaluate.generation import sampling
 
 KEPT = ("loss", "grad_norm", "learning_rate", "epoch", "reward", "kl")
 """What is written of each logged step, beside everything in a group of KEPT_GROUPS, `eval_` in front or not."""
 KEPT_GROUPS = ("rewards/", "completions/")
 SCORES = ("rewards/accuracies", "rewards/margins", "reward")
 """Of held-out pairs the share in the right order, and how far apart they are; of held-out prompts the reward."""
+_EXTRA_TOKENS = 32
+"""Tokens that a sampled answer may have beyond twice the expected one."""
+_SHOWN = 200
+"""Characters of a text that are shown."""
 
 
-class ShownProgress(TrainerCallback):
-    """The steps, each with its loss and the tokens a second."""
+class ProgressBar(TrainerCallback):
+    """A bar of the steps, each with its loss and the tokens a second."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.counting = console, Counting(console)
@@ -48,7 +58,7 @@ class ShownProgress(TrainerCallback):
         self.counting.close()
 
 
-class LossFile(TrainerCallback):
+class LossLog(TrainerCallback):
     """Each logged step as a line of JSON, flushed, so that nothing is lost if the run breaks off."""
 
     def __init__(self, path: Path) -> None:
@@ -77,24 +87,81 @@ def _is_score(name: str) -> bool:
     return name.startswith("eval_") and "/" not in name and not name.endswith(("_second", "_runtime"))
 
 
-class SameAsBefore(TrainerCallback):
-    """Holds the first steps of a resumed run against what it wrote for them before it was broken off.
+class ReproducibilityCheck(TrainerCallback):
+    """Compares the first losses of a resumed run with those of the same steps before it was broken off.
 
     Args:
         before: the losses by step.
         tolerance: relative; 0 where the device computes the same each time.
     """
 
-    def __init__(self, before: dict[int, float], tolerance: float, say: Callable[[str], None]) -> None:
-        self.before, self.tolerance, self.say = before, tolerance, say
+    def __init__(self, before: dict[int, float], tolerance: float, log: Callable[[str], None]) -> None:
+        self.before, self.tolerance, self.log = before, tolerance, log
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Compare; what differs is said once."""
+        """Compare; the first difference is logged, and no other."""
         then, now = self.before.pop(state.global_step, None), (logs or {}).get("loss")
         if then is None or now is None or math.isclose(then, now, rel_tol=self.tolerance):
             return
         self.before.clear()
-        self.say(
+        self.log(
             f"warning: step {state.global_step} had a loss of {then!r} before the run was broken off and has {now!r} "
             "now: it does not repeat exactly on this machine"
         )
+
+
+class Samples(TrainerCallback):
+    """Greedy answers to the first held-out questions, shown and appended to a file.
+
+    Raises: ConfigError, where the examples are no texts with answers.
+    """
+
+    def __init__(self, examples: Sequence[Any], count: int, tokenizer: Any, path: Path, console: Console) -> None:
+        self.tokenizer, self.path, self.console = tokenizer, path, console
+        self.questions = [_question(examples[index]) for index in range(min(count, len(examples)))]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Answer them all."""
+        was_training = model.training
+        model.eval()
+        lines = []
+        for prompt, expected in self.questions:
+            answer = self._answer(model, prompt, 2 * len(expected) + _EXTRA_TOKENS)
+            shown = Text.assemble(("  asked    ", "dim"), self._shown(prompt, last=True), "\n")
+            shown.append("  answered ", "dim").append(f"{answer[:_SHOWN]}\n")
+            shown.append("  expected ", "dim").append(self._shown(expected))
+            self.console.print(shown)
+            texts = {"prompt": self._text(prompt), "expected": self._text(expected), "answer": answer}
+            lines.append(json.dumps({"step": state.global_step, **texts}, ensure_ascii=False) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+        model.train(was_training)
+
+    @torch.inference_mode()
+    def _answer(self, model: Any, prompt: list[int], longest: int) -> str:
+        ids = torch.tensor([prompt], device=model.device)
+        pad = pad_id_of(self.tokenizer)
+        generated = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, pad_token_id=pad, **sampling(0)
+        )
+        return self._text(generated[0, len(prompt) :].tolist())
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _shown(self, ids: list[int], last: bool = False) -> str:
+        text = " ".join(self._text(ids).split())
+        return text[-_SHOWN:] if last else text[:_SHOWN]
+
+
+def _question(example: Any) -> tuple[list[int], list[int]]:
+    """The ids up to the first answer, and that answer."""
+    ids, labels = getattr(example, "input_ids", None), getattr(example, "labels", None)
+    if not isinstance(labels, list) or ids is None:
+        raise ConfigError("samples are answers to questions, which this task has none of; leave samples out")
+    start = next(index for index, label in enumerate(labels) if label != IGNORED)
+    end = next((index for index in range(start, len(labels)) if labels[index] == IGNORED), len(labels))
+    # A text is learned from its second token on.
+    if start <= 1:
+        raise ConfigError("samples are answers to questions, and the held-out texts have none; leave samples out")
+    return list(ids[:start]), list(ids[start:end])

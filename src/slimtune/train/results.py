@@ -1,55 +1,35 @@
-"""What a run leaves behind: the adapter or model, the tokenizer, the loss curve and the card."""
+"""The results of a run: its weights, its loss curve, and results.json with what it came to, for machines."""
 
 from __future__ import annotations
 
 import json
+import math
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimtune.errors import MissingDependencyError
-from slimtune.evaluate.result import Evaluation
-from slimtune.quantization.report import parts
-from slimtune.recipe.recipe import Recipe
-from slimtune.train.card import Card
-from slimtune.train.measurements import Figures, Memory
+from slimtune.recipe.recipe import ModelSettings
+from slimtune.train.loop import Outcome
+
+RESULTS = "results.json"
+_VERSIONED = ("slimtune", "torch", "transformers", "accelerate", "datasets", "trl", "bitsandbytes", "torchao")
 
 
-def write_results(
-    folder: Path, model: Any, tokenizer: Any, recipe: Recipe, card: Card, evaluation: Evaluation | None = None
-) -> None:
-    """Write everything but `loss.jsonl`, which the run wrote step by step."""
-    _save(folder, model)
-    # With its chat template: a model that is asked in another template answers worse than untuned.
-    tokenizer.save_pretrained(folder)
-    plot_losses(folder / "loss.jsonl", folder / "loss.png")
-    card.write(folder)
-    recipe.write(folder / "recipe.yaml")
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    Figures(
-        recipe,
-        card.task_type,
-        card.outcome,
-        card.data["examples"],
-        trainable_parameters=sum(count for count, is_trained in counts if is_trained),
-        memory=Memory.peak(),
-        parameters=sum(count for count, _ in counts),
-        parts=parts(model).to_dict(),
-        evaluation=evaluation and evaluation.to_dict(),
-    ).write(folder)
-
-
-def rescue(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write the weights of a run that broke off, so that what was learned isn't lost."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(folder, model)
-    tokenizer.save_pretrained(folder)
-
-
-def _save(folder: Path, model: Any) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write the adapter or the model, and its tokenizer."""
     model.save_pretrained(folder)
     if not model.can_generate():
         # The names of the labels stand in the model's configuration, of which an adapter has no copy.
         model.config.save_pretrained(folder)
+    # With its chat template: a model that is asked in another template answers worse than untuned.
+    tokenizer.save_pretrained(folder)
 
 
 def plot_losses(loss_file: Path, picture: Path) -> None:
@@ -85,3 +65,104 @@ def _smoothed(values: list[float], keep: float = 0.8) -> list[float]:
         # Divided by the weights so far, or the first values would be drawn towards zero.
         result.append(smooth / weight)
     return result
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks of memory.
+
+    Attributes:
+        rss_bytes: of the whole process since it began, imports and loading included.
+        cuda_bytes: of torch's tensors since `watch`, None without a CUDA device.
+    """
+
+    rss_bytes: int
+    cuda_bytes: int | None
+
+    @staticmethod
+    def watch() -> None:
+        """Start measuring the peak of CUDA memory."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @classmethod
+    def peak(cls) -> Memory:
+        """The peaks so far."""
+        cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        return cls(_peak_rss_bytes(), cuda)
+
+
+def _peak_rss_bytes() -> int:
+    """The largest resident set of this process, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # What getrusage says begins with the memory of the process that started this one.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run came to, as results.json has it.
+
+    Attributes:
+        base: the section `model` of its recipe.
+        examples: how many were learned from.
+        parts: how the base was stored.
+        evaluation: of the answers to held-out questions.
+    """
+
+    base: ModelSettings
+    method: str
+    task_type: str
+    outcome: Outcome
+    examples: int
+    trainable_parameters: int
+    parameters: int | None = None
+    parts: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    memory: Memory = field(default_factory=Memory.peak)
+
+    def write(self, folder: Path) -> None:
+        """Write results.json into a folder that holds everything else already."""
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        values = self.to_dict() | {"disk_bytes": sum(path.stat().st_size for path in files)}
+        (folder / RESULTS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain types; what is no number is null."""
+        outcome = asdict(self.outcome) | {"tokens_per_second": self.outcome.tokens_per_second}
+        return {
+            "base": self.base.name,
+            "revision": self.base.revision,
+            "method": self.method,
+            "task_type": self.task_type,
+            "quantize": self.base.quantize,
+            "examples": self.examples,
+            **{name: _finite(value) for name, value in outcome.items()},
+            "evaluation": self.evaluation,
+            "trainable_parameters": self.trainable_parameters,
+            "parameters": self.parameters,
+            "peak_rss_bytes": self.memory.rss_bytes,
+            "peak_cuda_bytes": self.memory.cuda_bytes,
+            "parts": self.parts,
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a run depends on, those that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no NaN.
+    return None if isinstance(value, float) and not math.isfinite(value) else value

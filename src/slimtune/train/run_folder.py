@@ -1,6 +1,6 @@
-"""Where a run lives until its output is whole: `OUTPUT.run` beside the output, which outlives a kill.
+"""The folder of a run until its output is whole: `OUTPUT.run` beside the output, which outlives a kill.
 
-OUTPUT.run/run.json      with what the run was begun
+OUTPUT.run/run.json      the recipe that the run was begun with
 OUTPUT.run/checkpoint-N  its checkpoints, with loss.jsonl and samples.jsonl as far as they go
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from slimtune.errors import OutputExistsError, TrainingError
 from slimtune.storage.atomic import refuse_existing, staged_file
-from slimtune.train.checkpointing import LOGS, MAY_CHANGE, last_whole, refuse_other
+from slimtune.train.checkpointing import LOGS, MAY_CHANGE, check_same_run, last_whole
 
 SUFFIX = ".run"
 _FACTS, _LOCK = "run.json", "lock"
@@ -48,12 +48,12 @@ class RunFolder:
 
 
 def folder_of(output: Path) -> Path:
-    """Where the run that writes `output` lives."""
+    """The folder of the run that writes `output`."""
     return output.with_name(output.name + SUFFIX)
 
 
 def check_start(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
-    """See that a run may begin, or that there is one to go on with, before anything is loaded.
+    """Check before anything is loaded that a run may begin, or that there is one to resume.
 
     Raises:
         OutputExistsError: the output is there, or a run was broken off and neither is asked for.
@@ -63,14 +63,14 @@ def check_start(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume
     path = folder_of(output)
     if resume:
         _check_resume(output, path)
-        _check_same(path, recipe)
+        _check_recipe(path, recipe)
         return
     refuse_existing(output, overwrite)
-    found = None if overwrite or not path.is_dir() else last_whole(path)
-    if found:
+    checkpoint = None if overwrite or not path.is_dir() else last_whole(path)
+    if checkpoint:
         raise OutputExistsError(
-            f"the run that writes {output} was broken off after step {found.step}; pass --resume to go on with it, or "
-            "--overwrite to begin anew"
+            f"the run that writes {output} was broken off after step {checkpoint.step}; pass --resume to go on with "
+            "it, or --overwrite to begin anew"
         )
 
 
@@ -113,9 +113,9 @@ def _check_resume(output: Path, path: Path) -> None:
         raise TrainingError(f"the run that wrote {output} has finished: there is nothing to resume")
 
 
-def _check_same(path: Path, recipe: Mapping[str, Any]) -> None:
+def _check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(recipe))
-    refuse_other(path, _by_place(_facts(path).get("recipe", now)), _by_place(now), _MAY_CHANGE)
+    check_same_run(path, _by_key(_facts(path).get("recipe", now)), _by_key(now), _MAY_CHANGE)
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -124,13 +124,13 @@ def _facts(path: Path) -> dict[str, Any]:
     return json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {"overwrite": False}
 
 
-def _by_place(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _by_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"training": {"seed": 0}}` as `{"training.seed": 0}`."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         is_section = isinstance(value, dict) and value
-        found |= _by_place(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
-    return found
+        flat |= _by_key(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
+    return flat
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,10 @@
-"""transformers' Trainer, with checkpoints that a run goes on from to the bit, the loss watched, and rates of LoRA+."""
+"""The Trainer of every run: transformers' own, corrected and extended by mixins that TRL's trainers take too.
+
+- `HeldOutMean`: the held-out loss as a mean over tokens, not over batches.
+- `ExactCheckpoints`: checkpoints from which a run goes on to the same bits.
+- `RankAllocation`, `with_penalty`: AdaLoRA's schedule of ranks and its distance from orthogonality.
+- `AnswerTrainer`: all of these, with the rates of LoRA+ and a stop at the first loss that is not a number.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +26,10 @@ from slimtune.data.batches import Objective, count_packed
 from slimtune.data.encode import IGNORED
 from slimtune.methods.adalora import AdaLoraConfig, Orthogonality
 from slimtune.storage.tensor_tree import read_tree
-from slimtune.train.checkpointing import TRAINING, WEIGHTS, Keeper, restore_random_state, restore_weights
+from slimtune.train.checkpointing import TRAINING, WEIGHTS, Checkpointer
 from slimtune.train.checks import LastGood
 from slimtune.train.optimizer import lora_plus_groups
+from slimtune.train.state import load_rng_state, load_trained_state
 
 
 class HeldOutMean:
@@ -37,24 +44,24 @@ class HeldOutMean:
     model_accepts_loss_kwargs: bool
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; the loss is noted with the number of its items."""
+        """Trainer's own; the loss is recorded with the number of its items."""
         inputs = self._without_repeated(inputs)
         items = self.items_of(inputs)
-        found = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if found[0] is not None:
-            self._noted.append((found[0].detach(), items))
-        return found
+        output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if output[0] is not None:
+            self._recorded.append((output[0].detach(), items))
+        return output
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
     ) -> Any:  # fmt: skip
         """Trainer's own, with the mean over all items in place of that over batches."""
-        self._noted: list[tuple[Tensor, Tensor]] = []
+        self._recorded: list[tuple[Tensor, Tensor]] = []
         output = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        if self._noted:
+        if self._recorded:
             output.metrics[f"{metric_key_prefix}_loss"] = self._mean()
         return output
 
@@ -69,7 +76,7 @@ class HeldOutMean:
         return (shifted != IGNORED).sum()
 
     def _mean(self) -> float:
-        losses, items = (torch.stack(found).cpu().double() for found in zip(*self._noted, strict=True))
+        losses, items = (torch.stack(column).cpu().double() for column in zip(*self._recorded, strict=True))
         # The mean over nothing is no number.
         sums = torch.stack([torch.where(items > 0, losses * items, 0.0).sum(), items.sum()])
         if self.args.world_size > 1:
@@ -87,13 +94,13 @@ class HeldOutMean:
         return {**inputs, "labels": labels}
 
 
-class Kept:
-    """Mixed in front of a Trainer (TRL's too): its checkpoints are those of a `Keeper`, whole, exact and no pickle.
+class ExactCheckpoints:
+    """Mixed in front of a Trainer (TRL's too): its checkpoints are those of a `Checkpointer`: whole, exact, no pickle.
 
-    Its own hold no state of AdaLoRA, lose a loss that is not logged yet, and are half there after a kill.
+    Trainer's own hold no state of AdaLoRA, lose a loss that is not logged yet, and are half there after a kill.
     """
 
-    keeper: Keeper
+    checkpointer: Checkpointer
     model: Any
     optimizer: Any
     lr_scheduler: Any
@@ -102,110 +109,29 @@ class Kept:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.store_flos()  # type: ignore[attr-defined]
-        self.keeper.save(self)
+        self.checkpointer.save(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore_weights(self.model, read_tree(Path(resume_from_checkpoint), WEIGHTS))
+        load_trained_state(self.model, read_tree(Path(resume_from_checkpoint), WEIGHTS))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            stored = read_tree(Path(checkpoint), TRAINING)
-            self.optimizer.load_state_dict(stored["optimizer"])
-            self.lr_scheduler.load_state_dict(stored["scheduler"])
+            state = read_tree(Path(checkpoint), TRAINING)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            restore_random_state(read_tree(Path(checkpoint), TRAINING)["random"], self.args.device)
+            load_rng_state(read_tree(Path(checkpoint), TRAINING)["random"], self.args.device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; the first time in a resumed run, the loss that was summed up for the log is put back."""
-        start, self.keeper.start = self.keeper.start, None
-        if start is not None:
-            facts = self.keeper.facts
+        resumed_from, self.checkpointer.resumed_from = self.checkpointer.resumed_from, None
+        if resumed_from is not None:
+            facts = self.checkpointer.facts
             self._tr_loss.fill_(facts["loss_since_logged"])  # type: ignore[attr-defined]
             self._globalstep_last_logged = facts["last_logged"]
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-
-
-class AnswerTrainer(Kept, HeldOutMean, Trainer):
-    """Stops with TrainingError at the first loss that is not a number, with the last good weights put back.
-
-    Args:
-        judge: scores of the model on the held-out examples, taken at each evaluation.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        last_good: LastGood,
-        keeper: Keeper,
-        lora_plus_ratio: float | None = None,
-        judge: Callable[[Any], Mapping[str, float]] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, callbacks=[last_good, RankAllocation(), *kwargs.pop("callbacks", [])], **kwargs)
-        self.last_good, self.keeper, self.judge = last_good, keeper, judge
-        self.lora_plus_ratio = lora_plus_ratio
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's own, or with the groups of LoRA+."""
-        if self.optimizer is None and self.lora_plus_ratio is not None:
-            groups = lora_plus_groups(
-                cast(nn.Module, self.model), self.args.learning_rate, self.lora_plus_ratio, self.args.weight_decay
-            )
-            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(groups, **options)
-        return super().create_optimizer(model)
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own, with AdaLoRA's part of it."""
-        counted = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-        # A loss over all tokens of a step adds up over its batches; others Trainer divides by their number.
-        adds_up = counted or self.compute_loss_func is not None
-        batches = getattr(self, "current_gradient_accumulation_steps", 1) if adds_up else 1
-        compute = super().compute_loss
-        return with_penalty(self.model, 1 / batches, lambda: compute(model, inputs, *args, **kwargs))
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """Trainer's own, between backward and update; raises TrainingError if loss or gradient are no numbers."""
-        norm: Any = super()._clip_grad_norm(model)
-        self.last_good.check(self._tr_loss, norm, self.args, self.state)
-        return norm
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """None: nobody is told of them, and Trainer would count all parameters anew for each batch."""
-        return 0
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Trainer's own, which counts padding where there is no attention mask, as in packed rows."""
-        if "attention_mask" in inputs or "position_ids" not in inputs:
-            super()._track_num_input_tokens(inputs)
-        else:
-            self.state.num_input_tokens_seen += count_packed(inputs["position_ids"])
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own, with the judge's scores."""
-        output = super().evaluation_loop(*args, **kwargs)
-        if self.judge is not None:
-            metrics = output.metrics or {}
-            metrics |= {f"eval_{name}": value for name, value in self.judge(self.model).items()}
-        return output
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of training: its Trainer, the Trainer's arguments, and what puts back what they change in a model."""
-
-    trainer: Callable[..., AnswerTrainer]
-    arguments: Callable[..., TrainingArguments] = TrainingArguments
-    keeping: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-    share_of_rate: float = 1.0
-    """Of a method's own learning rate, where the settings give none."""
-
-
-def supervised(objective: Objective) -> Kind:
-    """Examples with their labels, learned by transformers' own Trainer."""
-    return Kind(functools.partial(AnswerTrainer, data_collator=objective.collate, compute_loss_func=objective.loss))
 
 
 class RankAllocation(TrainerCallback):
@@ -234,8 +160,8 @@ def with_penalty(model: Any, share: float, compute: Callable[[], Any]) -> Any:
     Args:
         share: of the step's loss that is this batch's.
     """
-    found = [deltas_of(model)[n] for n in model.active_adapters if n in deltas_of(model)] if _schedules(model) else []
-    penalties = [delta for delta in found if isinstance(delta, Orthogonality) and delta.training and delta.watched]
+    deltas = [deltas_of(model)[n] for n in model.active_adapters if n in deltas_of(model)] if _schedules(model) else []
+    penalties = [delta for delta in deltas if isinstance(delta, Orthogonality) and delta.training and delta.watched]
     for delta in penalties:
         delta.share, delta.joined = share, False
     result = compute()
@@ -250,3 +176,92 @@ def with_penalty(model: Any, share: float, compute: Callable[[], Any]) -> Any:
 def _schedules(model: Any) -> list[AdaLoraConfig]:
     configs = [model.peft_config[name] for name in model.active_adapters] if isinstance(model, PeftModel) else []
     return [config for config in configs if isinstance(config, AdaLoraConfig)]
+
+
+class AnswerTrainer(ExactCheckpoints, HeldOutMean, Trainer):
+    """Stops with TrainingError at the first loss that is not a number, with the last good weights put back.
+
+    Args:
+        judge: scores of the model on the held-out examples, taken at each evaluation.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        last_good: LastGood,
+        checkpointer: Checkpointer,
+        lora_plus_ratio: float | None = None,
+        judge: Callable[[Any], Mapping[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, callbacks=[last_good, RankAllocation(), *kwargs.pop("callbacks", [])], **kwargs)
+        self.last_good, self.checkpointer, self.judge = last_good, checkpointer, judge
+        self.lora_plus_ratio = lora_plus_ratio
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's own, or with the groups of LoRA+."""
+        if self.optimizer is None and self.lora_plus_ratio is not None:
+            groups = lora_plus_groups(
+                cast(nn.Module, self.model), self.args.learning_rate, self.lora_plus_ratio, self.args.weight_decay
+            )
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, with AdaLoRA's part of it."""
+        counted = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        # A loss over all tokens of a step adds up over its batches; others Trainer divides by their number.
+        adds_up = counted or self.compute_loss_func is not None
+        batches = getattr(self, "current_gradient_accumulation_steps", 1) if adds_up else 1
+        compute = super().compute_loss
+        return with_penalty(self.model, 1 / batches, lambda: compute(model, inputs, *args, **kwargs))
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Trainer's own, between backward and update; raises TrainingError if loss or gradient are no numbers."""
+        norm: Any = super()._clip_grad_norm(model)
+        self.last_good.check(self._tr_loss, norm, self.args, self.state)
+        return norm
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: nothing shows them, and Trainer would count all parameters anew for each batch."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Trainer's own, which counts padding where there is no attention mask, as in packed rows."""
+        if "attention_mask" in inputs or "position_ids" not in inputs:
+            super()._track_num_input_tokens(inputs)
+        else:
+            self.state.num_input_tokens_seen += count_packed(inputs["position_ids"])
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, with the judge's scores."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.judge is not None:
+            metrics = output.metrics or {}
+            metrics |= {f"eval_{name}": value for name, value in self.judge(self.model).items()}
+        return output
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """How a task is trained.
+
+    Attributes:
+        trainer: makes the Trainer, as `AnswerTrainer` is made.
+        arguments: the class of the Trainer's arguments.
+        preserving: a context around the training, which undoes what the Trainer changes in a model.
+        share_of_rate: of a method's own learning rate, where the settings give none.
+    """
+
+    trainer: Callable[..., AnswerTrainer]
+    arguments: Callable[..., TrainingArguments] = TrainingArguments
+    preserving: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    share_of_rate: float = 1.0
+
+
+def supervised(objective: Objective) -> TrainerSpec:
+    """Examples with their labels, learned by transformers' own Trainer."""
+    return TrainerSpec(
+        functools.partial(AnswerTrainer, data_collator=objective.collate, compute_loss_func=objective.loss)
+    )
