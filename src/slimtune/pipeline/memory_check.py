@@ -177,9 +177,9 @@ def _refusal(found: MemoryPlan, device: Device, nearest: Choice | None) -> str:
     if nearest is None:
         return f"{said}; nothing of this method fits, see `slimtune plan`, or pass --no-plan to try it all the same"
     fitting = nearest.setting
-    options = [f"--batch-size {fitting.batch}", f"--gradient-accumulation {fitting.accumulation}"]
-    options += ["--gradient-checkpointing"] if fitting.gradient_checkpointing else []
-    options += [f"--quantize {nearest.base}"] if nearest.base != "dense" else []
+    options = [f"training.batch_size={fitting.batch}", f"training.gradient_accumulation={fitting.accumulation}"]
+    options += ["training.gradient_checkpointing=true"] if fitting.gradient_checkpointing else []
+    options += [f"model.quantize={nearest.base}"] if nearest.base != "dense" else []
     return (
         f"{said}; {' '.join(options)} needs {nearest.needed_bytes / 1e9:.1f} GB, or pass --no-plan to try it all the "
         "same"

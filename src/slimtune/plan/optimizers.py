@@ -1,4 +1,4 @@
-"""The optimizers that `--optim` names, as a simulated step runs them."""
+"""The optimizers that `training.optim` names, as a simulated step runs them."""
 
 from __future__ import annotations
 

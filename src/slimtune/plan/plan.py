@@ -72,14 +72,14 @@ class Report:
         words += ["--method", choice.method]
         words += ["--rank", choice.rank] if choice.rank else []
         words += ["--quantize", choice.base] if choice.base != "dense" else []
-        words += ["--dtype", self.wish.dtype] if self.wish.dtype != self.stored_dtype else []
+        words += [f"model.dtype={self.wish.dtype}"] if self.wish.dtype != self.stored_dtype else []
         words += ["--learning-rate", f"{choice.learning_rate:g}", "--batch-size", setting.batch]
-        words += ["--gradient-accumulation", setting.accumulation] if setting.accumulation > 1 else []
-        words += ["--gradient-checkpointing"] if setting.gradient_checkpointing else []
-        words += ["--optim", setting.optimizer] if setting.optimizer != DEFAULT else []
+        words += [f"training.gradient_accumulation={setting.accumulation}"] if setting.accumulation > 1 else []
+        words += ["training.gradient_checkpointing=true"] if setting.gradient_checkpointing else []
+        words += [f"training.optim={setting.optimizer}"] if setting.optimizer != DEFAULT else []
         words += ["--epochs", f"{self.wish.epochs:g}"] if self.wish.epochs != Wish.epochs else []
         words += ["--max-length", setting.sequence] if self.cut or setting.sequence > TRAIN_LENGTH else []
-        words += ["--too-long", "drop" if self.wish.task == "grpo" else "truncate"] if self.cut else []
+        words += [f"data.too_long={'drop' if self.wish.task == 'grpo' else 'truncate'}"] if self.cut else []
         return shlex.join(str(word) for word in words)
 
     def _task_words(self) -> list[str]:
@@ -192,7 +192,7 @@ def plan(
         task: as a recipe names it; auto is found by looking at the data, or by the model where there is none.
         max_new_tokens: of an answer that grpo draws (512), or a decoder writes (as many as the data has).
         generations: answers that grpo draws to each prompt (8).
-        optim: the optimizer, as `slimtune train --optim` names it.
+        optim: the optimizer, as `training.optim` of a recipe names it.
         attention: "sdpa" or "eager"; None for what transformers takes.
         evaluation: count an evaluation step too, on batches of the same size.
         merge: simulate merging the adapter too.
