@@ -46,7 +46,7 @@ def test_it_learns_and_answers_with_the_names_of_the_labels(
     run: Any, encoder: Path, rows: Path, fresh: Path, tmp_path: Path, method: str, how: list[Any]
 ) -> None:
     out = tmp_path / "out"
-    trained = run("train", encoder, rows, "-o", out, "--method", method, "--eval-data", fresh, "--json", *how)
+    trained = run("train", encoder, rows, "-o", out, "--method", method, f"data.held_out={fresh}", "--json", *how)
     assert trained.exit_code == 0, trained.output
     reached = json.loads(trained.stdout)["scores"]
     assert reached["accuracy"] > 0.8
@@ -84,7 +84,7 @@ def test_the_adapter_brings_its_labels_and_its_head(run: Any, encoder: Path, row
 
 def test_a_full_tuning_is_a_plain_classifier(run: Any, encoder: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("train", encoder, rows, "-o", out, "--method", "full", *FAST, "--dtype", "float32").exit_code == 0
+    assert run("train", encoder, rows, "-o", out, "--method", "full", *FAST, "model.dtype=float32").exit_code == 0
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert not (out / "adapter_config.json").exists()
@@ -104,7 +104,7 @@ def test_an_adapter_is_merged_into_a_plain_classifier(
 
 def test_a_decoder_is_read_at_its_last_token(run: Any, rows: Path, fresh: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", pad_token_id=None)
-    trained = run("train", base, rows, "-o", tmp_path / "out", "--eval-data", fresh, *LEARN, 0.01, "--json")
+    trained = run("train", base, rows, "-o", tmp_path / "out", f"data.held_out={fresh}", *LEARN, 0.01, "--json")
     assert trained.exit_code == 0, trained.output
     assert json.loads(trained.stdout)["scores"]["accuracy"] > 0.8
     alone = write_lines(tmp_path / "one.jsonl", reviews(1, seed=5)[0])
@@ -146,7 +146,8 @@ def test_accumulated_batches_are_one_batch(run: Any, encoder: Path, rows: Path, 
     """The mean over all texts of the step, whatever the model's own loss would make of it."""
     options = ["--method", "last-layer", "--max-steps", 3, "--lr", 0.01]
     run("train", encoder, rows, "-o", tmp_path / "whole", *options, "--batch-size", 8)
-    run("train", encoder, rows, "-o", tmp_path / "parts", *options, "--batch-size", 2, "--gradient-accumulation", 4)
+    parts = ["--batch-size", 2, "training.gradient_accumulation=4"]
+    run("train", encoder, rows, "-o", tmp_path / "parts", *options, *parts)
     whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-5)
@@ -199,9 +200,9 @@ def test_long_texts_are_the_users_choice(run: Any, encoder: Path, rows: Path, tm
     assert refused.exit_code == 2
     # The model has 32 positions, whatever --max-length would allow.
     assert "2 of 22 texts are longer than 32 tokens (the longest has 62)" in refused.stderr
-    dropped = run("train", encoder, data, "-o", tmp_path / "b", "--too-long", "drop", *FAST)
+    dropped = run("train", encoder, data, "-o", tmp_path / "b", "data.too_long=drop", *FAST)
     assert "2 texts dropped" in dropped.stdout
-    cut = run("train", encoder, data, "-o", tmp_path / "c", "--too-long", "truncate", *FAST)
+    cut = run("train", encoder, data, "-o", tmp_path / "c", "data.too_long=truncate", *FAST)
     assert "2 texts cut at 32 tokens" in cut.stdout
     assert "longer than 32 tokens" in run("predict", tmp_path / "c", data).stderr
     assert run("predict", tmp_path / "c", data, "--truncate").exit_code == 0
@@ -209,7 +210,7 @@ def test_long_texts_are_the_users_choice(run: Any, encoder: Path, rows: Path, tm
 
 def test_labels_that_only_the_held_out_rows_have(run: Any, encoder: Path, rows: Path, tmp_path: Path) -> None:
     other = write_lines(tmp_path / "other.jsonl", {"text": "odd", "label": "odd"})
-    result = run("train", encoder, rows, "-o", tmp_path / "out", "--eval-data", other)
+    result = run("train", encoder, rows, "-o", tmp_path / "out", f"data.held_out={other}")
     assert result.exit_code == 2
     assert "labels that" in result.stderr
 

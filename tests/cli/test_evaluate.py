@@ -179,7 +179,7 @@ def test_a_classifier(run: Any, tmp_path: Path, method: str) -> None:
     encoder, fresh = save_encoder(tmp_path / "base"), write_lines(tmp_path / "fresh.jsonl", *reviews(20, seed=5))
     data = write_lines(tmp_path / "rows.jsonl", *reviews(16))
     train = [] if method == "features" else ["--max-steps", 2]
-    options = ["-o", tmp_path / "out", "--method", method, "--eval-data", fresh, *train]
+    options = ["-o", tmp_path / "out", "--method", method, f"data.held_out={fresh}", *train]
     trained = run("train", encoder, data, *options, "--json")
     assert trained.exit_code == 0, trained.output
     found = asked(run, tmp_path / "out", fresh, "--answers", tmp_path / "a.jsonl")

@@ -43,6 +43,34 @@ def test_help_loads_nothing_heavy(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--warmup", 0.1], "there is no option --warmup; write training.warmup=0.1"),
+        (["train", "--max-grad-norm=2"], "write training.max_grad_norm=2"),
+        (["train", "--gradient-checkpointing"], "write training.gradient_checkpointing=true"),
+        (["train", "--target-modules", "q_proj,v_proj"], "write 'method.target_modules=[q_proj,v_proj]'"),
+        (["train", "--rank-pattern", "q_proj=2"], "write method.rank_pattern.q_proj=2"),
+        (["train", "--dropout", 0.1], "write method.lora_dropout=0.1"),
+        (["train", "--init", "pissa"], "write method.init_lora_weights=pissa"),
+        (["train", "--set", "use_rslora=true"], "write method.use_rslora=true"),
+        (["train", "--eval-fraction", 0.1], "write data.held_out=0.1"),
+        (["train", "--packing"], "write data.packing=true"),
+        (["train", "--warmp", 0.1], "there is no option --warmp; did you mean training.warmup?"),
+        (["train", "--learning-rat", 0.1], "did you mean --learning-rate?"),
+        (["plan", "--optim", "sgd"], "write training.optim=sgd"),
+        (["plan", "--no-gradient-checkpointing"], "write training.gradient_checkpointing=false"),
+        (["plan", "training.warmup=3"], "training.warmup changes nothing in a plan"),
+    ],
+)
+def test_what_is_no_option_is_answered_with_the_key(run: Any, arguments: list[Any], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("slimtune: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
 def test_the_version(run: Any) -> None:
     import slimtune
 

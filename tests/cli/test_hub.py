@@ -18,7 +18,7 @@ from small_text_model import orders, save_base, tiny_model, tiny_tokenizer, writ
 
 SCRIPT = Path(__file__).with_name("through_a_hub.py")
 QUESTION = "I want two teas"
-FAST = ["--max-steps", "6", "--batch-size", "4", "--lr", "0.03", "--device", "cpu"]
+FAST = ["--max-steps", "6", "--batch-size", "4", "--lr", "0.03", "model.device=cpu"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Outcome:
 def commands(tuned: Path) -> dict[str, list[str]]:
     ask = ["--max-new-tokens", "8", "--device", "cpu"]
     return {
-        "train": ["train", "small/base", "small/rows", "--revision", "v1", "--output", str(tuned), *FAST],
+        "train": ["train", "small/base", "small/rows", "model.revision=v1", "--output", str(tuned), *FAST],
         "info of a model": ["info", "small/base@v1", "--json"],
         "info of an adapter": ["info", "small/tuned", "--json"],
         "asked by id": ["generate", "small/tuned", QUESTION, *ask],
@@ -65,7 +65,7 @@ def commands(tuned: Path) -> dict[str, list[str]]:
         ],
         "no model": ["train", "small/nothing", "small/rows", "-o", "x"],
         "no adapter": ["generate", "small/base", QUESTION, "--adapter", "small/nothing"],
-        "no revision": ["train", "small/base", "small/rows", "--revision", "v9", "-o", "x"],
+        "no revision": ["train", "small/base", "small/rows", "model.revision=v9", "-o", "x"],
         "no data": ["train", "small/base", "small/nothing", "-o", "x"],
         "no split": ["train", "small/base", "small/rows", "-o", "x", "data.held_out=[{path: small/rows, split: tset}]"],
         "no weights": ["train", "small/other", "small/rows", "-o", "x"],

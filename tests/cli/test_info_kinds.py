@@ -66,7 +66,7 @@ def test_a_classifier_on_features(run: Any, tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_and_its_checkpoint(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "tuned"
-    options = ["--max-steps", 200, "--save-steps", 2, "--rank", 2, "--batch-size", 2, "--no-plan"]
+    options = ["--max-steps", 200, "training.save_steps=2", "--rank", 2, "--batch-size", 2, "--no-plan"]
     process = start("train", base, data, "-o", output, *options, screen=tmp_path / "screen.txt")
     kill_when(process, (tmp_path / "tuned.run/checkpoint-4").is_dir)
     found = facts(run, tmp_path / "tuned.run")

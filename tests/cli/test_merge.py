@@ -58,7 +58,7 @@ def test_tied_embeddings_survive_a_merge_into_the_head(run: Any, data: Path, tmp
     from small_text_model import save_base
 
     tied = save_base(tmp_path / "tied", tie_word_embeddings=True)
-    options = ["--target-modules", "lm_head", "--max-steps", 4, "--lr", 0.05]
+    options = ["method.target_modules=[lm_head]", "--max-steps", 4, "--lr", 0.05]
     trained = run("train", tied, data, "-o", tmp_path / "out", *options)
     assert trained.exit_code == 0, trained.output
     merged = run("merge", tmp_path / "out", "-o", tmp_path / "merged")

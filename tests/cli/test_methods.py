@@ -20,9 +20,9 @@ from small_text_model import write_lines
 
 KNOWN = methods()
 ADAPTERS = sorted(name for name, method in KNOWN.items() if method.is_adapter)
-NEEDED = {"trainable-tokens": ["--set", "token_indices=[5, 6]"], "bitfit": ["--set", "add_bias=true"]}
+NEEDED = {"trainable-tokens": ["method.token_indices=[5, 6]"], "bitfit": ["method.add_bias=true"]}
 """What a method needs on a model without biases."""
-FAST = ["--max-steps", 2, "--batch-size", 4, "--lr", 0.01, "--warmup", 0]
+FAST = ["--max-steps", 2, "--batch-size", 4, "--lr", 0.01, "training.warmup=0"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_every_registered_method_has_a_name() -> None:
 def test_it_is_trained_written_loaded_and_shown(run: Any, base: Path, data: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     options = NEEDED.get(name, [])
-    trained = run("train", base, data, "-o", out, "--method", name, "--eval-fraction", 0.1, *options, *FAST)
+    trained = run("train", base, data, "-o", out, "--method", name, "data.held_out=0.1", *options, *FAST)
     assert trained.exit_code == 0, trained.output
     assert load_file(out / "adapter_model.safetensors")
     config = json.loads((out / "adapter_config.json").read_text())
@@ -86,7 +86,7 @@ def test_it_trains_a_classifier_or_says_why_not(
     encoder, rows = classes
     out = tmp_path / "out"
     options = NEEDED.get(name, [])
-    trained = run("train", encoder, rows, "-o", out, "--method", name, "--eval-fraction", 0.25, *options, *FAST)
+    trained = run("train", encoder, rows, "-o", out, "--method", name, "data.held_out=0.25", *options, *FAST)
     assert trained.exit_code == 0, trained.output
     names = load_file(out / "adapter_model.safetensors")
     assert any("classifier" in tensor for tensor in names), "the new head is saved with the adapter"
@@ -127,14 +127,14 @@ def test_the_learning_rate_is_the_methods_own(run: Any, base: Path, data: Path, 
 @pytest.mark.parametrize(
     ("options", "fields"),
     [
-        (["--method", "lora", "--set", "r=3", "--set", "lora_dropout=1e-1"], {"r": 3, "lora_dropout": 0.1}),
-        (["--method", "lora", "--set", "target_modules=[q_proj, v_proj]"], {"target_modules": ["q_proj", "v_proj"]}),
-        (["--method", "lora", "--set", "rank_pattern={q_proj: 2}"], {"rank_pattern": {"q_proj": 2}}),
-        (["--method", "lora", "--set", "use_rslora=true"], {"use_rslora": True}),
+        (["--method", "lora", "method.r=3", "method.lora_dropout=1e-1"], {"r": 3, "lora_dropout": 0.1}),
+        (["--method", "lora", "method.target_modules=[q_proj, v_proj]"], {"target_modules": ["q_proj", "v_proj"]}),
+        (["--method", "lora", "method.rank_pattern={q_proj: 2}"], {"rank_pattern": {"q_proj": 2}}),
+        (["--method", "lora", "method.use_rslora=true"], {"use_rslora": True}),
         (["--method", "dora", "--rank", 2], {"use_dora": True, "r": 2, "lora_alpha": 4}),
-        (["--method", "vera", "--rank", 8, "--layers", "1"], {"r": 8, "layers_to_transform": [1]}),
-        (["--method", "ia3", "--set", "target_modules=[k_proj]"], {"target_modules": ["k_proj"]}),
-        (["--method", "prompt-tuning", "--set", "num_virtual_tokens=3"], {"num_virtual_tokens": 3}),
+        (["--method", "vera", "--rank", 8, "method.layers_to_transform=[1]"], {"r": 8, "layers_to_transform": [1]}),
+        (["--method", "ia3", "method.target_modules=[k_proj]"], {"target_modules": ["k_proj"]}),
+        (["--method", "prompt-tuning", "method.num_virtual_tokens=3"], {"num_virtual_tokens": 3}),
     ],
 )  # fmt: skip
 def test_options_and_assignments_reach_the_adapter_and_the_card(
@@ -152,8 +152,8 @@ def test_options_and_assignments_reach_the_adapter_and_the_card(
 def test_a_prompt_that_begins_as_a_text_reads_the_bases_tokenizer(
     run: Any, base: Path, data: Path, tmp_path: Path
 ) -> None:
-    text = ["--set", "prompt_tuning_init=TEXT", "--set", "prompt_tuning_init_text=Turn it into JSON: now"]
-    options = ["--method", "prompt-tuning", *text, "--set", "num_virtual_tokens=4"]
+    text = ["method.prompt_tuning_init=TEXT", "method.prompt_tuning_init_text='Turn it into JSON: now'"]
+    options = ["--method", "prompt-tuning", *text, "method.num_virtual_tokens=4"]
     result = run("train", base, data, "-o", tmp_path / "out", *options, *FAST)
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -171,24 +171,24 @@ def test_a_table_shows_what_is_not_as_it_comes() -> None:
     ("options", "said"),
     [
         (["--method", "ia3", "--rank", 4], ["--rank", "--method ia3"]),
-        (["--method", "bitfit", "--lora-plus-ratio", 4], ["--lora-plus-ratio", "--method bitfit"]),
-        (["--method", "full", "--set", "r=4"], ["'r'", "full"]),
-        (["--method", "prompt-tuning", "--target-modules", "q_proj"], ["--target-modules", "prompt-tuning"]),
+        (["--method", "bitfit", "training.lora_plus_ratio=4"], ["training.lora_plus_ratio", "bitfit"]),
+        (["--method", "full", "method.r=4"], ["method.r", "full"]),
+        (["--method", "prompt-tuning", "method.target_modules=[q_proj]"], ["method.target_modules", "prompt-tuning"]),
         (["--method", "prefixtuning"], ["did you mean 'prefix-tuning'?"]),
-        (["--set", "lora_alfa=3"], ["lora_alfa", "did you mean 'lora_alpha'?"]),
-        (["--method", "bitfit", "--set", "zzz=3"], ["zzz", "its fields are", "target_modules"]),
-        (["--set", "r=many"], ["r takes int", "'many'"]),
-        (["--set", "r=2.5"], ["r takes int", "'2.5'"]),
-        (["--set", "use_rslora=perhaps"], ["use_rslora takes bool"]),
-        (["--set", "r"], ["NAME=VALUE"]),
-        (["--set", "=3"], ["NAME=VALUE"]),
-        (["--set", "r=3", "--rank", 4], ["'r' is set twice"]),
-        (["--set", "r=3", "--set", "r=4"], ["'r' is set twice"]),
-        (["--set", "peft_type=IA3"], ["peft_type"]),
-        (["--method", "dora", "--set", "use_dora=false"], ["use_dora"]),
+        (["method.lora_alfa=3"], ["lora_alfa", "did you mean 'lora_alpha'?"]),
+        (["--method", "bitfit", "method.zzz=3"], ["zzz", "its fields are", "target_modules"]),
+        (["method.r=many"], ["method.r takes a whole number", '"many"']),
+        (["method.r=2.5"], ["method.r takes a whole number", "2.5"]),
+        (["method.use_rslora=perhaps"], ["use_rslora takes true or false"]),
+        (["method.r"], ["section.key=value"]),
+        (["method.=3"], ["section.key=value"]),
+        (["method.r=3", "--rank", 4], ["'r' is set twice"]),
+        (["method.r=3", "method.r=4"], ["'r' is set twice"]),
+        (["method.peft_type=IA3"], ["peft_type"]),
+        (["--method", "dora", "method.use_dora=false"], ["use_dora"]),
         (["--method", "features"], ["rows with text and label"]),
         (["--method", "features", "--epochs", 2], ["--epochs", "--method features"]),
-        (["--method", "features", "--set", "pooling=max"], ["pooling", "mean"]),
+        (["--method", "features", "method.pooling=max"], ["pooling", "mean"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

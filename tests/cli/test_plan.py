@@ -59,7 +59,7 @@ def test_the_command_that_is_told_runs(run: Any, base: Path, data: Path, tmp_pat
     command = shlex.split(told["choices"][0]["command"])
     assert command[:2] == ["slimtune", "train"]
     arguments = [str(tmp_path / "tuned") if word == "tuned" else word for word in command[1:]]
-    result = run(*arguments, "--max-steps", 1, "--device", "cpu")
+    result = run(*arguments, "--max-steps", 1, "model.device=cpu")
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"]) == (16, 32)
@@ -154,13 +154,13 @@ def test_calibration_alone(run: Any, monkeypatch: pytest.MonkeyPatch, base: Path
         (["llama-2-7b", "--max-length", 0], ["max_length", "0"]),
         (["llama-2-7b", "--memory", 0], ["memory", "0"]),
         (["llama-2-7b", "--price", -1], ["price", "-1"]),
-        (["llama-2-7b", "--epochs", -1], ["epochs", "-1"]),
+        (["llama-2-7b", "training.epochs=-1"], ["epochs", "-1"]),
         (["llama-2-7b", "--devices", 0], ["devices", "0"]),
         (["llama-2-7b", "--devices", 2, "--device", "cpu"], ["cpu can't share a training"]),
         (["llama-2-7b", "--max-length", 5000, "--device", "T4"], ["5000", "4096 positions"]),
-        (["llama-2-7b", "--task", "dop"], ["did you mean 'dpo'?"]),
-        (["llama-2-7b", "--generations", 4], ["generations would change nothing"]),
-        (["llama-2-7b", "--optim", "adamw_8bits"], ["did you mean 'adamw_8bit'?"]),
+        (["llama-2-7b", "task=dop"], ["did you mean 'dpo'?"]),
+        (["llama-2-7b", "preferences.generations=4"], ["generations would change nothing"]),
+        (["llama-2-7b", "training.optim=adamw_8bits"], ["did you mean 'adamw_8bit'?"]),
         (["llama-2-7b", "--plot", "x.bmp"], ["x.bmp", "PNG or SVG"]),
         (["llama-2-7b", "--data", "nowhere.jsonl"], ["'llama-2-7b' has no tokenizer"]),
     ],
@@ -191,7 +191,7 @@ def test_pairs_of_answers_are_planned_on_several_devices(run: Any, base: Path, t
     pair = {"prompt": "two large lattes", "chosen": "yes please, with oat milk", "rejected": "no"}
     path = write_lines(tmp_path / "pairs.jsonl", *[pair] * 6)
     where = ("--device", "RTX 4090", "--devices", 2)
-    result = run("plan", base, "--data", path, "--task", "dpo", *where, *LORA, "--merge")
+    result = run("plan", base, "task=dpo", "--data", path, *where, *LORA, "--merge")
     assert result.exit_code == 0, result.output
     shown = " ".join(result.stdout.split())
     for part in (
@@ -223,7 +223,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_plans_first_and_says_what_would_fit(
     run: Any, base: Path, data: Path, tmp_path: Path, small_machine: None
 ) -> None:
-    options = ["-o", tmp_path / "out", "--max-steps", 1, "--device", "cpu"]
+    options = ["-o", tmp_path / "out", "--max-steps", 1, "model.device=cpu"]
     result = run("train", base, data, *options, "--batch-size", 24)
     assert result.exit_code == 1, result.output
     assert "the training needs" in result.stderr
@@ -243,7 +243,7 @@ def test_a_device_that_no_table_names_stops_no_training(
         raise PlanError(f"the device '{name}' of this machine is in no table")
 
     monkeypatch.setattr("slimtune.pipeline.memory_check.find", unknown)
-    result = run("train", base, data, "-o", tmp_path / "out", "--max-steps", 1, "--device", "cpu")
+    result = run("train", base, data, "-o", tmp_path / "out", "--max-steps", 1, "model.device=cpu")
     assert result.exit_code == 0, result.output
     assert "not planned: the device 'cpu' of this machine is in no table" in result.stdout
 
@@ -251,5 +251,5 @@ def test_a_device_that_no_table_names_stops_no_training(
 def test_training_goes_on_where_a_plan_is_not_wanted(
     run: Any, base: Path, data: Path, tmp_path: Path, small_machine: None
 ) -> None:
-    options = ["-o", tmp_path / "out", "--max-steps", 1, "--device", "cpu", "--batch-size", 24, "--no-plan"]
+    options = ["-o", tmp_path / "out", "--max-steps", 1, "model.device=cpu", "--batch-size", 24, "--no-plan"]
     assert run("train", base, data, *options).exit_code == 0

@@ -31,7 +31,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("task", ["dpo", "orpo", "kto"])
 def test_pairs_are_learned_by_name(run: Any, base: Path, pairs: Path, tmp_path: Path, task: str) -> None:
     out = tmp_path / "out"
-    trained = run("train", base, pairs, f"task={task}", "-o", out, "--eval-fraction", 0.34, "--json", *FAST)
+    trained = run("train", base, pairs, f"task={task}", "-o", out, "data.held_out=0.34", "--json", *FAST)
     assert trained.exit_code == 0, trained.output
     result = json.loads(trained.stdout)
     # A share of the odds moves ORPO's rewards, and four steps little.
@@ -50,7 +50,7 @@ def test_pairs_are_learned_by_name(run: Any, base: Path, pairs: Path, tmp_path: 
 def test_the_best_weights_are_those_with_most_pairs_in_order(run: Any, base: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     keep = ["training.keep_best=rewards/margins", "training.eval_steps=1", "training.save_steps=1"]
-    trained = run("train", base, pairs, "task=dpo", "-o", out, "--eval-fraction", 0.34, "--json", *FAST, *keep)
+    trained = run("train", base, pairs, "task=dpo", "-o", out, "data.held_out=0.34", "--json", *FAST, *keep)
     assert trained.exit_code == 0, trained.output
     lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
     margins = [line["eval_rewards/margins"] for line in lines if "eval_loss" in line]
@@ -136,10 +136,10 @@ def test_long_pairs_are_counted_and_dropped_or_cut(run: Any, base: Path, tmp_pat
     longer = [{"prompt": "tea", "chosen": "yes " * 60, "rejected": "no"}, {**PAIRS[0], "prompt": "latte " * 60}]
     data = write_lines(tmp_path / "rows.jsonl", *longer, *PAIRS)
     options = ["task=dpo", "--max-length", 48, *FAST]
-    dropped = run("train", base, data, "-o", tmp_path / "dropped", "--too-long", "drop", *options)
+    dropped = run("train", base, data, "-o", tmp_path / "dropped", "data.too_long=drop", *options)
     assert dropped.exit_code == 0, dropped.output
     assert "2 rows dropped" in dropped.stdout
-    cut = run("train", base, data, "-o", tmp_path / "cut", "--too-long", "truncate", *options)
+    cut = run("train", base, data, "-o", tmp_path / "cut", "data.too_long=truncate", *options)
     assert cut.exit_code == 0, cut.output
     assert "1 rows cut" in cut.stdout
     assert "1 rows dropped" in cut.stdout

@@ -16,7 +16,7 @@ from slimtune.data.tasks.seq2seq import encode_pair
 from small_seq2seq import bart, save_seq2seq, seq2seq_tokenizer, translations
 from small_text_model import write_lines
 
-LEARN = ["--max-steps", 240, "--lr", 0.01, "--batch-size", 12, "--target-modules", "all-linear"]
+LEARN = ["--max-steps", 240, "--lr", 0.01, "--batch-size", 12, "method.target_modules=all-linear"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_it_learns_to_write_the_completions(run: Any, kind: str, rows: Path, tmp
 
 def test_the_held_out_pairs_are_judged_by_their_loss(run: Any, rows: Path, tmp_path: Path) -> None:
     base = save_seq2seq(tmp_path / "base", "bart")
-    options = ["--eval-fraction", 0.25, "--max-steps", 6, "--lr", 0.02, "--json"]
+    options = ["data.held_out=0.25", "--max-steps", 6, "--lr", 0.02, "--json"]
     trained = run("train", base, rows, "task=seq2seq", "-o", tmp_path / "out", *options)
     assert trained.exit_code == 0, trained.output
     losses = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
@@ -105,9 +105,9 @@ def test_long_pairs_are_cut_with_their_end_kept(run: Any, tmp_path: Path) -> Non
     limit = ["task=seq2seq", "--max-length", 8, "--max-steps", 1]
     refused = run("train", base, rows, "-o", tmp_path / "a", *limit)
     assert "1 of 4 pairs are longer than 8 tokens (the longest has 31)" in refused.stderr
-    dropped = run("train", base, rows, "-o", tmp_path / "b", *limit, "--too-long", "drop")
+    dropped = run("train", base, rows, "-o", tmp_path / "b", *limit, "data.too_long=drop")
     assert "1 pairs dropped" in dropped.stdout
-    cut = run("train", base, rows, "-o", tmp_path / "c", *limit, "--too-long", "truncate")
+    cut = run("train", base, rows, "-o", tmp_path / "c", *limit, "data.too_long=truncate")
     assert "1 pairs cut" in cut.stdout
     pair = encode_pair(Pair(prompt="red " * 30, completion="rot"), seq2seq_tokenizer(starts=False)).cut(8)
     assert (len(pair.input_ids), pair.input_ids[-1]) == (8, 1)

@@ -61,7 +61,7 @@ def test_it_learns_and_answers_with_tags_and_entities(
     run: Any, encoder: Path, rows: Path, fresh: Path, tmp_path: Path, method: str
 ) -> None:
     out = tmp_path / "out"
-    trained = run("train", encoder, rows, "-o", out, "--method", method, "--eval-data", fresh, "--json", *LEARN)
+    trained = run("train", encoder, rows, "-o", out, "--method", method, f"data.held_out={fresh}", "--json", *LEARN)
     assert trained.exit_code == 0, trained.output
     result = json.loads(trained.stdout)
     assert result["task_type"] == "TOKEN_CLS"
@@ -194,7 +194,7 @@ def test_the_adapter_brings_its_tags_and_its_head(run: Any, encoder: Path, rows:
 
 def test_a_decoder_tags_words_of_several_tokens(run: Any, base: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    trained = run("train", base, rows, "-o", out, "--eval-fraction", 0.25, "--json", *LEARN)
+    trained = run("train", base, rows, "-o", out, "data.held_out=0.25", "--json", *LEARN)
     assert trained.exit_code == 0, trained.output
     assert json.loads(trained.stdout)["scores"]["entity_f1"] > 0.8
 
@@ -202,7 +202,7 @@ def test_a_decoder_tags_words_of_several_tokens(run: Any, base: Path, rows: Path
 def test_numbers_are_tags_too(run: Any, encoder: Path, tmp_path: Path) -> None:
     numbered = [{"tokens": row["tokens"], "tags": [int(tag != "O") for tag in row["tags"]]} for row in opinions(16)]
     data = write_lines(tmp_path / "rows.jsonl", *numbered)
-    trained = run("train", encoder, data, "-o", tmp_path / "out", "--eval-fraction", 0.25, "--json", *FAST)
+    trained = run("train", encoder, data, "-o", tmp_path / "out", "data.held_out=0.25", "--json", *FAST)
     assert trained.exit_code == 0, trained.output
     assert set(json.loads(trained.stdout)["scores"]) == {"accuracy", "macro_f1"}
 
@@ -228,14 +228,14 @@ def test_mistakes_say_what_to_do(run: Any, encoder: Path, rows: Path, tmp_path: 
     odd = write_lines(tmp_path / "odd.jsonl", {"tokens": ["film"], "tags": ["B-THING"]})
     assert (
         "odd.jsonl has tags that rows.jsonl hasn't: B-THING"
-        in run("train", encoder, rows, "-o", out, "--eval-data", odd).stderr
+        in run("train", encoder, rows, "-o", out, f"data.held_out={odd}").stderr
     )
     alike = write_lines(tmp_path / "alike.jsonl", {"tokens": ["film"], "tags": ["O"]})
     assert "all words have the tag 'O'" in run("train", encoder, alike, "-o", out).stderr
     longer = write_lines(tmp_path / "longer.jsonl", {"tokens": ["film"] * 40, "tags": ["B-PART"] * 40}, *opinions(4))
     refused = run("train", encoder, longer, "-o", out)
     assert "1 of 5 texts are longer than 32 tokens (the longest has 42)" in refused.stderr
-    cut = run("train", encoder, longer, "-o", out, "--too-long", "truncate", *FAST)
+    cut = run("train", encoder, longer, "-o", out, "data.too_long=truncate", *FAST)
     assert cut.exit_code == 0, cut.output
     assert "1 texts cut" in cut.stdout
     assert "10 words are not learned" in cut.stdout

@@ -94,7 +94,7 @@ def test_accumulated_batches_are_one_batch(run: Any, base: Path, data: Path, tmp
     """The mean over all learned tokens of the step, not the mean of the batches' means."""
     options = ["--max-steps", 3, "--rank", 4, "--learning-rate", 0.01]
     run("train", base, data, "-o", tmp_path / "whole", *options, "--batch-size", 8)
-    run("train", base, data, "-o", tmp_path / "parts", *options, "--batch-size", 2, "--gradient-accumulation", 4)
+    run("train", base, data, "-o", tmp_path / "parts", *options, "--batch-size", 2, "training.gradient_accumulation=4")
     whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-4)
@@ -105,15 +105,18 @@ def test_accumulated_batches_are_one_batch(run: Any, base: Path, data: Path, tmp
     ("options", "expected"),
     [
         (
-            ["--target-modules", "q_proj,v_proj", "--alpha", 3],
+            ["method.target_modules=[q_proj,v_proj]", "--alpha", 3],
             {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 3},
         ),
-        (["--target-modules", r".*layers\.1.*\.up_proj"], {"target_modules": r".*layers\.1.*\.up_proj"}),
-        (["--use-rslora", "--dropout", 0.1], {"use_rslora": True, "lora_dropout": 0.1, "lora_alpha": 8}),
-        (["--layers", "1", "--target-modules", "q_proj"], {"layers_to_transform": [1]}),
-        (["--exclude-modules", "down_proj"], {"exclude_modules": ["down_proj"]}),
-        (["--rank-pattern", "q_proj=2", "--alpha-pattern", "q_proj=5"], {"rank_pattern": {"q_proj": 2}}),
-        (["--modules-to-save", "lm_head", "--init", "gaussian"], {"modules_to_save": ["lm_head"]}),
+        ([r"method.target_modules=.*layers\.1.*\.up_proj"], {"target_modules": r".*layers\.1.*\.up_proj"}),
+        (
+            ["method.use_rslora=true", "method.lora_dropout=0.1"],
+            {"use_rslora": True, "lora_dropout": 0.1, "lora_alpha": 8},
+        ),
+        (["method.layers_to_transform=[1]", "method.target_modules=[q_proj]"], {"layers_to_transform": [1]}),
+        (["method.exclude_modules=[down_proj]"], {"exclude_modules": ["down_proj"]}),
+        (["method.rank_pattern.q_proj=2", "method.alpha_pattern.q_proj=5"], {"rank_pattern": {"q_proj": 2}}),
+        (["method.modules_to_save=[lm_head]", "method.init_lora_weights=gaussian"], {"modules_to_save": ["lm_head"]}),
     ],
 )
 def test_the_options_of_lora_reach_the_adapter(
@@ -133,12 +136,12 @@ def test_lora_plus_learns_b_faster(run: Any, base: Path, data: Path, tmp_path: P
         tensors = load_file(tmp_path / name / "adapter_model.safetensors")
         return sum(tensor.norm().item() for key, tensor in tensors.items() if "lora_B" in key)
 
-    assert size_of_b("plus", "--lora-plus-ratio", 8) > 4 * size_of_b("plain")
+    assert size_of_b("plus", "training.lora_plus_ratio=8") > 4 * size_of_b("plain")
 
 
 def test_gradient_checkpointing_changes_nothing(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
     run("train", base, data, "-o", tmp_path / "plain", *FAST)
-    run("train", base, data, "-o", tmp_path / "checkpointed", *FAST, "--gradient-checkpointing")
+    run("train", base, data, "-o", tmp_path / "checkpointed", *FAST, "training.gradient_checkpointing=true")
     plain, checkpointed = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "checkpointed")
     )
@@ -149,7 +152,7 @@ def test_gradient_checkpointing_changes_nothing(run: Any, base: Path, data: Path
 def test_full_tuning_writes_a_plain_model(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
     result = run(
         "train", base, data, "-o", tmp_path / "full", "--method", "full", "--max-steps", 6, "--lr", 1e-2,
-        "--dtype", "float32",
+        "model.dtype=float32",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, tmp_path / "full"))
@@ -160,7 +163,7 @@ def test_full_tuning_writes_a_plain_model(run: Any, base: Path, data: Path, tmp_
 
 
 def test_held_out_examples_are_evaluated_and_not_learned(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
-    result = run("train", base, data, "-o", tmp_path / "out", "--epochs", 2, "--eval-fraction", 0.25)
+    result = run("train", base, data, "-o", tmp_path / "out", "--epochs", 2, "data.held_out=0.25")
     assert "18 examples" in result.stdout
     assert "6 examples held out" in result.stdout
     assert len([entry for entry in losses(tmp_path / "out") if "eval_loss" in entry]) == 2
@@ -185,9 +188,9 @@ def test_long_examples_are_the_users_choice(run: Any, base: Path, data: Path, tm
     assert "of 24 examples are longer than" in refused.stderr
     assert f"--max-length {lengths[-1]}" in refused.stderr
     assert not (tmp_path / "refused").exists()
-    dropped = run("train", base, data, "-o", tmp_path / "dropped", *options, "--too-long", "drop")
+    dropped = run("train", base, data, "-o", tmp_path / "dropped", *options, "data.too_long=drop")
     assert "examples dropped" in dropped.stdout
-    cut = run("train", base, data, "-o", tmp_path / "cut", *options, "--too-long", "truncate")
+    cut = run("train", base, data, "-o", tmp_path / "cut", *options, "data.too_long=truncate")
     assert "examples cut" in cut.stdout
     assert cut.exit_code == dropped.exit_code == 0
 
@@ -195,7 +198,7 @@ def test_long_examples_are_the_users_choice(run: Any, base: Path, data: Path, tm
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_state(
     run: Any, base: Path, data: Path, tmp_path: Path
 ) -> None:
-    result = run("train", base, data, "-o", tmp_path / "out", *FAST, "--lr", 1e30, "--warmup", 0)
+    result = run("train", base, data, "-o", tmp_path / "out", *FAST, "--lr", 1e30, "training.warmup=0")
     assert result.exit_code == 2
     assert "in step" in result.stderr
     assert "learning rate" in result.stderr

@@ -61,7 +61,7 @@ def test_the_folder_holds_what_the_table_says(at_work: Path) -> None:
     named = set(re.findall(r"`([\w.]+)`", table)) - {"peft"}
     invoke("demo-data", "--output", "orders", "--train", "8", "--held-out", "4")
     recipe = ["training.eval_steps=1", "training.samples=1", "evaluation={forgetting: false, limit: 1}"]
-    held_out = ["--eval-data", "orders/held_out.jsonl", "--max-steps", "2"]
+    held_out = ["data.held_out=orders/held_out.jsonl", "--max-steps", "2"]
     invoke("train", "base", "orders/train.jsonl", "--output", "tuned", *held_out, *recipe)
     found = {path.name for path in (at_work / "tuned").iterdir()}
     assert found - named <= {"tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"}

@@ -23,16 +23,16 @@ from small_text_model import orders, save_base, write_lines
 
 STEPS = 14
 CASES: dict[str, list[Any]] = {
-    "lora": ["--rank", 4, "--dropout", 0.2, "--gradient-accumulation", 2, "--batch-size", 2],
-    "adalora": ["--method", "adalora", "--set", "init_r=6", "--set", "target_r=2", "--set", "deltaT=2"],
-    "pissa": ["--rank", 4, "--init", "pissa"],
-    "full": ["--method", "full", "--dtype", "float32", "--eval-fraction", 0.2],
-    "head": ["--rank", 4, "--dropout", 0.1, "--eval-fraction", 0.2],
-    "eva": ["--rank", 4, "--init", "eva", "--dropout", 0.1],
-    "nf4": ["--rank", 4, "--quantize", "nf4", "--dropout", 0.1],
+    "lora": ["--rank", 4, "method.lora_dropout=0.2", "training.gradient_accumulation=2", "--batch-size", 2],
+    "adalora": ["--method", "adalora", "method.init_r=6", "method.target_r=2", "method.deltaT=2"],
+    "pissa": ["--rank", 4, "method.init_lora_weights=pissa"],
+    "full": ["--method", "full", "model.dtype=float32", "data.held_out=0.2"],
+    "head": ["--rank", 4, "method.lora_dropout=0.1", "data.held_out=0.2"],
+    "eva": ["--rank", 4, "method.init_lora_weights=eva", "method.lora_dropout=0.1"],
+    "nf4": ["--rank", 4, "--quantize", "nf4", "method.lora_dropout=0.1"],
     "int8": ["--rank", 4, "--quantize", "int8"],
-    "torchao": ["--rank", 4, "--quantize", "int8-torchao", "--target-modules", "q_proj,v_proj"],
-    "embeddings": ["--rank", 4, "--modules-to-save", "embed_tokens", "--lora-plus-ratio", 4],
+    "torchao": ["--rank", 4, "--quantize", "int8-torchao", "method.target_modules=[q_proj,v_proj]"],
+    "embeddings": ["--rank", 4, "method.modules_to_save=[embed_tokens]", "training.lora_plus_ratio=4"],
 }
 
 
@@ -55,9 +55,10 @@ def sums(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(names)}
 
 
-def train(case: str, files: list[Path], output: Path) -> list[Any]:
-    every = ["--max-steps", STEPS, "--learning-rate", 0.01, "--save-steps", 3, "--no-plan", "--device", "cpu"]
-    return ["train", *files, "--output", output, "--batch-size", 4, *every, *CASES[case]]
+def train(case: str, files: list[Path], output: Path, save_steps: int = 3) -> list[Any]:
+    every = ["--max-steps", STEPS, "--learning-rate", 0.01, "--no-plan", "model.device=cpu"]
+    every += [f"training.save_steps={save_steps}", "--batch-size", 4]
+    return ["train", *files, "--output", output, *every, *CASES[case]]
 
 
 def invoke(*arguments: Any) -> Result:
@@ -136,13 +137,13 @@ def test_what_can_not_be_resumed_says_why(text: list[Path], tmp_path: Path) -> N
     assert "was broken off after step" in anew.stderr
     assert "--resume" in anew.stderr
     assert "--overwrite" in anew.stderr
-    other = [*train("lora", text, output), "--resume", "--rank", 8, "--weight-decay", 0.1]
+    other = [*train("lora", text, output), "--resume", "--rank", 8, "training.weight_decay=0.1"]
     refused = invoke(*other)
     assert refused.exit_code == 2
     assert "method.r was 4 and is 8" in refused.stderr
     assert "training.weight_decay was 0.0 and is 0.1" in refused.stderr
     # Neither how often it is saved nor where it is reported to changes a number.
-    assert invoke(*train("lora", text, output), "--resume", "--save-steps", 5).exit_code == 0
+    assert invoke(*train("lora", text, output, save_steps=5), "--resume").exit_code == 0
     again = invoke(*train("lora", text, output), "--resume")
     assert again.exit_code == 2
     assert "has finished: there is nothing to resume" in again.stderr

@@ -210,7 +210,7 @@ def test_every_name_but_one_is_transformers() -> None:
     [
         ("adamw_8bt", "did you mean 'adamw_8bit'"),
         ("galore_adamw", "no optimizer 'galore_adamw'; pass one of"),
-        ("paged_adamw_8bit", "a CUDA device and main memory, and the model is on cpu; pass --optim adamw_8bit"),
+        ("paged_adamw_8bit", "a CUDA device and main memory, and the model is on cpu; pass training.optim=adamw_8bit"),
         (OFFLOADED, "would change nothing: the model is on the CPU"),
     ],
 )
@@ -221,8 +221,8 @@ def test_on_the_command_line_a_mistake_is_told_before_the_model_is_loaded(
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "base" / "model.safetensors").write_text("no model")
     data = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
-    command = ["train", str(tmp_path / "base"), str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    result = CliRunner().invoke(app, [*command, "--optim", name])
+    command = ["train", str(tmp_path / "base"), str(data), "--output", str(tmp_path / "out"), "model.device=cpu"]
+    result = CliRunner().invoke(app, [*command, f"training.optim={name}"])
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
 
@@ -243,7 +243,7 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_the_command_line_trains_with_it_and_the_card_says_so(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     data = write_lines(tmp_path / "rows.jsonl", *({"messages": order.messages()} for order in orders(8)))
-    command = ["train", str(base), str(data), "--output", str(tmp_path / "out"), "--max-steps", "2", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*command, "--optim", "adamw_8bit"])
+    command = ["train", str(base), str(data), "--output", str(tmp_path / "out"), "--max-steps", "2", "model.device=cpu"]
+    result = CliRunner().invoke(app, [*command, "training.optim=adamw_8bit"])
     assert result.exit_code == 0, result.output
     assert "| optim | adamw_8bit |" in (tmp_path / "out" / "README.md").read_text()

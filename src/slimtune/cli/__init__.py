@@ -19,6 +19,7 @@ from slimtune.cli.generate import generate
 from slimtune.cli.info import info
 from slimtune.cli.merge import merge
 from slimtune.cli.methods import methods
+from slimtune.cli.options import RecipeCommand
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
 from slimtune.cli.recipe import recipe
@@ -105,7 +106,8 @@ for name, command in {
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():
-    app.command(name, help=_folded(command.__doc__ or ""))(command)
+    kind = RecipeCommand if command in (plan, train) else None
+    app.command(name, cls=kind, help=_folded(command.__doc__ or ""))(command)
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from slimtune.cli.options import Json, console
@@ -58,6 +57,8 @@ def _packages() -> list[str]:
 
 def _needed(extra: str) -> list[str]:
     """The packages that an extra of slimtune brings."""
+    from importlib.metadata import requires
+
     from packaging.requirements import Requirement
 
     needs = (Requirement(line) for line in requires("slimtune") or [])
@@ -65,6 +66,8 @@ def _needed(extra: str) -> list[str]:
 
 
 def _installed(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:
@@ -117,6 +120,8 @@ def _missing() -> list[dict[str, Any]]:
 
 def _conflicts() -> list[str]:
     """Requirements of slimtune that what is installed doesn't meet."""
+    from importlib.metadata import requires
+
     from packaging.requirements import Requirement
 
     found = []

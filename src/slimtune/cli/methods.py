@@ -17,7 +17,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show the fields of this method, with their defaults.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the tuning methods, or the fields of one that `train --set NAME=VALUE` takes.
+    """List the tuning methods, or the fields of one that a recipe has as method.NAME.
 
     Example: slimtune methods ia3
     """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from slimtune.errors import AdapterExistsError, AdapterFileError
+from slimtune.errors import AdapterExistsError, AdapterFileError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +58,47 @@ TrustRemoteCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; what is for people goes to stderr.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+
+
+class RecipeCommand(TyperCommand):
+    """A command that takes `section.key=value` of a recipe, and names the key where it is written as an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments. Raises: ConfigError, with what to write instead of an option that is a key."""
+        written = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # By its name, for typer carries a copy of click whose place changes.
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            option = getattr(error, "option_name", "")
+            advice = _as_key(option, written, [str(parameter.name) for parameter in self.params])
+            if not advice:
+                raise
+            raise ConfigError(f"there is no option {option}{advice}") from error
+
+
+def _as_key(option: str, arguments: list[str], options: Iterable[str]) -> str:
+    """What to write instead of an unknown option, as the end of a sentence: a key of a recipe, or the nearest."""
+    from slimtune.recipe.recipe import keys, place_of, type_of
+
+    name = option.lstrip("-").replace("-", "_")
+    place = place_of(name) or place_of(name.removeprefix("no_"))
+    if not place:
+        known = keys() | {own: f"--{own.replace('_', '-')}" for own in options}
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"; did you mean {known[near[0]]}?" if near else ""
+    index = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == option)
+    value = arguments[index].partition("=")[2] or "".join(arguments[index + 1 : index + 2])
+    kind = type_of(place)
+    if kind is bool:
+        value = "false" if name.startswith("no_") else "true"
+    elif "=" in value and ("dict" in str(kind) or "Mapping" in str(kind)):
+        place, _, value = f"{place}.{value}".partition("=")
+    elif "," in value and ("list" in str(kind) or "set" in str(kind)) and value[0] != "[":
+        value = f"[{value}]"
+    return "; write " + shlex.quote(f"{place}={value}")
 
 
 def console(as_json: bool = False) -> Console:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from slimtune.cli.options import Json, TrustRemoteCode, console
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, did_you_mean
 
 NOTHING_FITS = 3
+KEYS = (
+    "task", "model.dtype", "training.epochs", "training.optim", "training.gradient_accumulation",
+    "training.gradient_checkpointing", "preferences.generations", "preferences.max_new_tokens",
+)  # fmt: skip
+"""What of a recipe a plan depends on, beside its options."""
 WHAT, HOW, WHERE = "What is tuned", "Settings (by default the best that fit)", "Where"
 
 
@@ -25,6 +30,10 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings of a recipe, see above.", show_default=False),
+    ] = [],  # noqa: B006 - typer copies it
     data: Annotated[
         Path | None,
         typer.Option(help="The file to train on; its lengths are measured.", rich_help_panel=WHAT),
@@ -33,7 +42,7 @@ def plan(
     method: Annotated[
         list[str],
         typer.Option(help="Only these methods, by their name in train; repeatable.", rich_help_panel=WHAT),
-    ] = [],  # noqa: B006 - typer copies it
+    ] = [],  # noqa: B006
     base: Annotated[
         list[str],
         typer.Option(
@@ -41,21 +50,6 @@ def plan(
             rich_help_panel=WHAT,
         ),
     ] = [],  # noqa: B006
-    task: Annotated[
-        str,
-        typer.Option(
-            help="auto (by the data, or the model), text, classification, token-classification, seq2seq, dpo, kto, "
-            "orpo or grpo.",
-            rich_help_panel=WHAT,
-        ),
-    ] = "auto",
-    generations: Annotated[
-        int | None, typer.Option(help="Of grpo: answers to a prompt (8).", rich_help_panel=WHAT)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Of an answer that grpo draws (512), or that a decoder writes.", rich_help_panel=WHAT),
-    ] = None,
     device: Annotated[
         str, typer.Option(help="A GPU's name, cpu, or auto for this machine.", rich_help_panel=WHERE)
     ] = "auto",
@@ -71,29 +65,7 @@ def plan(
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", "--r", help="Of lora and dora.", rich_help_panel=HOW)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples at once.", rich_help_panel=HOW)] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Batches per step.", rich_help_panel=HOW)] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Less memory, more time.",
-            rich_help_panel=HOW,
-            show_default=False,
-        ),
-    ] = None,
     max_length: Annotated[int | None, typer.Option(help="In tokens; the longest example.", rich_help_panel=HOW)] = None,
-    epochs: Annotated[float, typer.Option(help="Times through the data.", rich_help_panel=HOW)] = 3.0,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="TYPE",
-            help="auto (what the device computes in), bfloat16, float16 or float32.",
-            rich_help_panel=HOW,
-        ),
-    ] = "auto",
-    optim: Annotated[
-        str, typer.Option(help="The optimizer, by its name in train.", rich_help_panel=HOW)
-    ] = "adamw_torch_fused",
     attention: Annotated[
         str | None,
         typer.Option(help="sdpa or eager, where the model isn't to choose.", rich_help_panel=HOW),
@@ -120,14 +92,21 @@ def plan(
     Nothing is downloaded but the configuration (and the tokenizer, with --data): the real training step is run on
     tensors without data. Exit code 3: nothing fits the device.
 
+    What a recipe has a key for is written as section.key=value: task=dpo, model.dtype=float16, training.epochs=1,
+    training.optim=adamw_8bit, training.gradient_accumulation=4, training.gradient_checkpointing=true,
+    preferences.generations=4, preferences.max_new_tokens=256.
+
     Examples: slimtune plan llama-2-7b --device "RTX 4090"
 
     slimtune plan smollm2-135m-instruct --data orders/train.jsonl --goal quality
 
-    slimtune plan llama-3-70b --device H100 --devices 4 --task dpo --base nf4
+    slimtune plan llama-3-70b --device H100 --devices 4 --base nf4 task=dpo
 
     slimtune plan --table --plot table.svg
     """
+    if model is not None and "=" in model and not Path(model).exists():
+        model, overrides = None, [model, *overrides]
+    settings = _settings(overrides) if overrides else {}
     if plot is not None:
         from slimtune.console.figure import check_picture
 
@@ -135,7 +114,9 @@ def plan(
     if calibrate:
         _calibrate(as_json, is_all=model is None and not table)
     if table:
-        _classic(plot, as_json, batch_size or 1, max_length or 512, rank or 16, gradient_checkpointing is not False)
+        _classic(
+            plot, as_json, batch_size or 1, max_length or 512, rank or 16, settings.get("gradient_checkpointing", True)
+        )
         return
     if model is None:
         if calibrate:
@@ -148,11 +129,9 @@ def plan(
     with screen.status("simulating..."):
         report = ask(
             model, data, device, goal, method or None, base or None,  # type: ignore[arg-type]
-            rank=rank, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
-            gradient_checkpointing=gradient_checkpointing, max_length=max_length, epochs=epochs, dtype=dtype,
-            devices=devices, served_on=serve_on, memory_gb=memory, price_per_hour=price,
-            trust_remote_code=trust_remote_code, task=task, max_new_tokens=max_new_tokens, generations=generations,
-            optim=optim, attention=attention, evaluation=evaluation, merge=merge,
+            rank=rank, batch_size=batch_size, max_length=max_length, devices=devices, served_on=serve_on,
+            memory_gb=memory, price_per_hour=price, trust_remote_code=trust_remote_code, attention=attention,
+            evaluation=evaluation, merge=merge, **settings,
         )  # fmt: skip
     if plot is not None:
         from slimtune.plan.table import Bar, plot_bars
@@ -165,6 +144,20 @@ def plan(
         show(screen, report)
     if report.best is None:
         raise typer.Exit(NOTHING_FITS)
+
+
+def _settings(overrides: list[str]) -> dict[str, Any]:
+    """Arguments of `slimtune.plan` from `section.key=value`; raises ConfigError."""
+    from slimtune.recipe.recipe import read_override, type_of
+    from slimtune.recipe.validation import read_field
+
+    settings: dict[str, Any] = {}
+    for place, value in map(read_override, overrides):
+        if place not in KEYS:
+            near = did_you_mean(place, KEYS) or f"; it takes {', '.join(KEYS)}"
+            raise ConfigError(f"the key {place} changes nothing in a plan{near}")
+        settings[place.rpartition(".")[2]] = read_field(type_of(place), value, place)
+    return settings
 
 
 def _calibrate(as_json: bool, is_all: bool) -> None:

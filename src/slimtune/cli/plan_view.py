@@ -117,7 +117,7 @@ def _show_question(screen: Console, report: Report) -> None:
     if report.cut:
         screen.print(
             f"[yellow]{report.cut:,} examples are longer than {request.sequence:,} tokens[/] and would be cut "
-            "(--too-long truncate) or dropped (--too-long drop)"
+            "(data.too_long=truncate) or dropped (data.too_long=drop)"
         )
     batch = report.choices[0].setting.batch
     gain = lengths.packing_gain(request.sequence, batch)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from slimtune.cli.options import (
     Device,
@@ -159,6 +156,9 @@ SHOWN = 5
 
 def show(screen: Console, base: str, found: Spectra) -> None:
     """A row for each kind of matrix, and the intruders in words."""
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(title=f"medians over the matrices, against {escape(base)}", title_justify="left")
     overlaps = any(one.overlap for one in found.matrices)
     names = ["matrices", "count", "eff. rank", "stable rank", "change", "intruders"]
@@ -193,6 +193,8 @@ def _show_intruders(screen: Console, found: Spectra) -> None:
 
 
 def _row(name: str, own: list[Spectrum], overlaps: bool) -> list[str]:
+    from statistics import median
+
     cells = [
         name, str(len(own)), f"{median(one.effective_rank for one in own):.2f}",
         f"{median(one.stable_rank for one in own):.2f}", f"{median(one.relative_norm for one in own):.2%}",

@@ -85,9 +85,11 @@ class Limit:
         if not over or self.too_long != "error":
             return
         longest = max(over)
-        advice = f"pass --max-length {longest}, or choose with --too-long drop or --too-long truncate"
+        advice = f"pass --max-length {longest}, or choose with data.too_long=drop or data.too_long=truncate"
         if self.positions is not None and longest > self.positions:
-            advice = f"the model has {self.positions} positions; choose with --too-long drop or --too-long truncate"
+            advice = (
+                f"the model has {self.positions} positions; choose with data.too_long=drop or data.too_long=truncate"
+            )
         raise DataError(
             f"{len(over)} of {of} {what} are longer than {self.tokens} tokens (the longest has {longest}); {advice}"
         )

@@ -39,7 +39,7 @@ class Setting:
         sequence: tokens in an example; images have their own size.
         padded: whether examples are of different lengths, so that attention takes a mask.
         accumulation: micro-batches in a step.
-        optimizer: by its name in `--optim`.
+        optimizer: by its name in `training.optim`.
         task_type: as in a config's; None for what the method or the model's own config says.
         task: how preferences are learned, or answers by a reward; None for examples with their labels.
         answer: tokens of an answer that is apart from the example: what a decoder writes (None: as many as are read),

@@ -56,22 +56,23 @@ def check_runs(name: str, device: str) -> None:
         TrainingError: torchao compiles its step, and there is no compiler.
     """
     check_name(name)
+    key = f"training.optim={name}"
     library = "bitsandbytes" if name in (*BITSANDBYTES, *PAGED) else "torchao" if name in TORCHAO else None
     if library and find_spec(library) is None:
-        raise MissingDependencyError(f"--optim {name} needs {library}, which is not installed: pip install {library}")
+        raise MissingDependencyError(f"{key} needs {library}, which is not installed: pip install {library}")
     if name in PAGED and device != "cuda":
         raise ConfigError(
-            f"--optim {name} moves its state between a CUDA device and main memory, and the model is on {device}; "
-            f"pass --optim {PAGED[name]}"
+            f"{key} moves its state between a CUDA device and main memory, and the model is on {device}; "
+            f"pass training.optim={PAGED[name]}"
         )
     if name == OFFLOADED and device == "cpu":
         raise ConfigError(
-            f"--optim {name} would change nothing: the model is on the CPU, whose optimizers keep their state in main "
-            f"memory anyway; pass --optim {DEFAULT}, or adamw_8bit for a smaller state"
+            f"{key} would change nothing: the model is on the CPU, whose optimizers keep their state in main "
+            f"memory anyway; pass training.optim={DEFAULT}, or adamw_8bit for a smaller state"
         )
     compiler = os.environ.get("CXX", "g++")
     if name in TORCHAO and device == "cpu" and shutil.which(compiler) is None:
         raise TrainingError(
-            f"--optim {name} compiles its step, and the compiler '{compiler}' is not here; install it, or pass "
-            "--optim adamw_8bit"
+            f"{key} compiles its step, and the compiler '{compiler}' is not here; install it, or pass "
+            "training.optim=adamw_8bit"
         )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter
@@ -16,7 +16,7 @@ from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.evaluate.settings import EvaluationSettings
 from slimtune.models.device import DTYPES
 from slimtune.quantization.config import settings_of
-from slimtune.recipe.method import FEATURES, FULL, Method, configure, find, plain_fields
+from slimtune.recipe.method import FEATURES, FULL, Method, configure, field_of, find, methods, plain_fields
 from slimtune.recipe.preference import PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.recipe.training import TrainSettings
 from slimtune.recipe.validation import STRICT, read_as
@@ -26,6 +26,9 @@ from slimtune.storage.text_files import dump, parse, read_mapping
 
 Task = Literal["auto", "text", "classification", "token-classification", "seq2seq", "dpo", "kto", "orpo", "grpo"]
 """What a model learns; auto is found by looking at the data."""
+
+SPELLINGS = {"set": "method", "eval_data": "data.held_out", "eval_fraction": "data.held_out"}
+"""Places of settings whose options were called otherwise."""
 
 USED_BY_FEATURES = ("batch_size", "seed")
 """The settings of training that matter where no weight of the model is trained."""
@@ -146,7 +149,7 @@ class Recipe:
             why = "trains all weights, and codes can't be trained"
             why = why if method.name == FULL else "takes a base as it is stored"
             raise ConfigError(
-                f"model.quantize is {quantize}, and the method {method.name} {why}; leave --quantize out, or choose "
+                f"model.quantize is {quantize}, and the method {method.name} {why}; leave it out, or choose "
                 "another method"
             )
         if self.training.lora_plus_ratio is not None and not method.method.has_low_rank_pair:
@@ -217,19 +220,56 @@ class Recipe:
 
 def overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Sections changed by `section.key=value`, the values read as YAML; raises ConfigError."""
-    found = dict(values)
+    changed = dict(values)
     for override in overrides:
-        place, equals, text = override.partition("=")
-        if not equals or not all(place.split(".")):
-            raise ConfigError(
-                f"an override is section.key=value, found '{override}'; pass for example training.epochs=1"
-            )
-        try:
-            value = parse(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {place} is not YAML: '{text}'; put a text in quotes") from error
-        found = _with(found, place.split("."), value, place)
-    return found
+        place, value = read_override(override)
+        changed = _with(changed, place.split("."), value, place)
+    return changed
+
+
+def read_override(override: str) -> tuple[str, Any]:
+    """The place and the value of `section.key=value`; raises ConfigError."""
+    place, equals, text = override.partition("=")
+    if not equals or not all(place.split(".")):
+        raise ConfigError(f"an override is section.key=value, found '{override}'; pass for example training.epochs=1")
+    try:
+        return place, parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {place} is not YAML: '{text}'; put a text in quotes") from error
+
+
+def keys() -> dict[str, str]:
+    """The keys that sections have whatever the method, each with its place, as in `training.epochs`.
+
+    A name that several sections have stands for the first of them.
+    """
+    places = {"task": "task"}
+    for section, kind in Recipe.sections().items():
+        places = {name: f"{section}.{name}" for name in kind.__dataclass_fields__} | places
+    return places
+
+
+def place_of(name: str) -> str:
+    """The place of the key that an option of this name stands for; empty if there is none."""
+    place = SPELLINGS.get(name) or keys().get(name)
+    if place is None:
+        fields = (field_of(method, name) for method in _methods())
+        place = next((f"method.{field}" for field in fields if field), "")
+    return place
+
+
+def type_of(place: str) -> Any:
+    """The type of the value at a place; of a field that several methods have, in one of them."""
+    section, _, key = place.partition(".")
+    if section == "method":
+        config = next((method.config for method in _methods() if key in method.fields), None)
+        return get_type_hints(config)[key] if config else dict
+    return get_type_hints(Recipe.sections()[section] if key else Recipe)[key or section]
+
+
+def _methods() -> list[Method]:
+    """All methods, LoRA first: what it has a field for is meant as its own."""
+    return sorted(methods().values(), key=lambda method: method.name != "lora")
 
 
 def _with(values: Any, keys: Sequence[str], value: Any, place: str) -> Any:

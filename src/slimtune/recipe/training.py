@@ -89,9 +89,7 @@ class TrainSettings:
             raise ConfigError(f"seed must be a whole number from 0 to 2**32 - 1, found {self.seed!r}")
         for name in _POSITIVE:
             if name in given and not getattr(self, name) > 0:
-                raise ConfigError(
-                    f"{name} must be above 0, but is {getattr(self, name)}; pass --{name.replace('_', '-')} with more"
-                )
+                raise ConfigError(f"{name} must be above 0, but is {getattr(self, name)}; give it more")
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}; pass 0 or more")

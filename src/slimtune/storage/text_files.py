@@ -35,38 +35,43 @@ def parse_json(data: bytes | str) -> Any:
 MAX_BYTES = 1_000_000
 """No recipe is longer; a few lines of aliases can stand for gigabytes, so those are refused altogether."""
 
-_KEPT = ("null", "bool", "int", "merge")
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
-
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with floats as YAML 1.2 has them, and no dates: a folder may be called 2026-01-31."""
-
-    yaml_implicit_resolvers: Any = {
-        first: [pair for pair in pairs if pair[0].rpartition(":")[2] in _KEPT]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """PyYAML's safe loader, which refuses aliases and keys that come twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse aliases. Raises: yaml.YAMLError."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not taken", problem_mark=self.peek_event().start_mark
-            )
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not taken", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """A mapping in which no key comes twice. Raises: yaml.YAMLError."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{name}' is there twice", problem_mark=key.start_mark)
-            seen.add(name)
+        names = [str(key.value) for key, _ in node.value]
+        twice = next((index for index, name in enumerate(names) if name in names[:index]), None)
+        if twice is not None:
+            mark = node.value[twice][0].start_mark
+            raise yaml.MarkedYAMLError(problem=f"the key '{names[twice]}' is there twice", problem_mark=mark)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number or a switch."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a value that occurs twice twice."""
+        return True
+
+
+# Floats as YAML 1.2 has them (1e-4 is one), and no dates: a folder may be called 2026-01-31.
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] in ("null", "bool", "int", "merge")]
+        for first, pairs in _kind.yaml_implicit_resolvers.items()
+    }
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def parse(text: str) -> Any:
@@ -106,13 +111,3 @@ def read_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
 def dump(value: Any) -> str:
     """A value as YAML that `parse` reads back, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for a number or a switch."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Write a value that occurs twice twice."""
-        return True

@@ -35,7 +35,7 @@ def check_settings(settings: TrainSettings, device: str, held_out: Sequence[Any]
     if settings.of_held_out and not held_out:
         raise ConfigError(
             f"{listing(settings.of_held_out)} look at held-out examples, and there are none; hold some out with "
-            "--eval-fraction or --eval-data, or leave it out"
+            "data.held_out, or leave it out"
         )
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
