@@ -54,7 +54,7 @@ def test_what_failed_may_change_and_begins_anew(tmp_path: Path, begun: Path) -> 
     write_recipe(changed, run(LORA))
     assert not (begun / "train.json").exists()
     assert read_mapping(begun / RECIPE)["training"]["learning_rate"] == 1e-2
-    assert "--overwrite" in stages_of(changed, run(LORA))[0].arguments
+    assert stages_of(changed, run(LORA))[0].work.keywords["resume"] is False  # type: ignore[attr-defined]
 
 
 def test_a_seed_that_was_done_holds_the_settings_of_the_others(tmp_path: Path, begun: Path) -> None:

@@ -76,12 +76,12 @@ def _run_stages(stages: Sequence[Stage], place: Path, watcher: Watcher) -> list[
     """Do what was not done before the comparison was killed; what is missing and why. Raises: TrainingError."""
     left, notes = [stage for stage in stages if not stage.kept(place).is_file()], []
     while left:
-        failure = process.run([stage.arguments for stage in left], place, place / LOG, watcher)
+        failure = process.run(left, place, place / LOG, watcher)
         if failure is None:
             break
-        number = [stage.name for stage in left].index(failure.command)
+        number = [stage.name for stage in left].index(failure.stage)
         if left[number].is_needed:
-            raise TrainingError(f"{failure.command}: {failure.reason}")
-        notes.append(f"{failure.command} was not measured: {failure.reason}")
+            raise TrainingError(f"{failure.stage}: {failure.reason}")
+        notes.append(f"{failure.stage} was not measured: {failure.reason}")
         left = left[number + 1 :]
     return notes
