@@ -96,7 +96,7 @@ def test_that_nothing_was_learned_is_a_warning() -> None:
 def test_another_machine_is_told_once() -> None:
     machine, versions = {"processor": "fast", "cores": "8"}, {"torch": "2.13"}
     before = Facts(
-        model="m", data="d", command="c", date="yesterday", recipe="", arms=[], seeds=1, same={},
+        model="m", data="d", command="c", date="yesterday", recipe="", candidates=[], seeds=1, same={},
         machine={"processor": "slow", "cores": "8"}, versions={"torch": "2.12"},
     )  # fmt: skip
     (said,) = moved(before, machine, versions)

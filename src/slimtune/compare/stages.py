@@ -67,7 +67,7 @@ class Source:
 def stages_of(task: Task, run: Run) -> list[Stage]:
     """The stages of a run in their order. The training comes first, so that the peak of memory is its own."""
     place, settings = task.place(run), task.settings
-    if not run.arm.is_trained:
+    if not run.candidate.is_trained:
         model = task.recipe["model"]
         return [_evaluation(task, run, at_revision(model["name"], model.get("revision")))]
     tuned = _source(task, run, str(place / TUNED))
@@ -92,13 +92,13 @@ def _can_resume(place: Path) -> bool:
 
 
 def _source(task: Task, run: Run, name: str) -> Source:
-    model = model_of(task, run.arm)
+    model = model_of(task, run.candidate)
     names = ("dtype", "device", "quantize", "trust_remote_code")
     return Source(name, **{name: model[name] for name in names if model.get(name)})
 
 
 def _evaluation(task: Task, run: Run, model: str) -> Stage:
-    settings, arm = task.settings, run.arm
+    settings, candidate = task.settings, run.candidate
     work = partial(
         evaluate,
         source=_source(task, run, model),
@@ -106,9 +106,11 @@ def _evaluation(task: Task, run: Run, model: str) -> Stage:
         answers=task.place(run) / ANSWERS,
         scorer=settings.scorer,
         max_new_tokens=settings.max_new_tokens,
-        examples=task.train if arm.shots else None,
+        examples=task.train if candidate.shots else None,
         # Without examples nothing is drawn, and the answers say so by the seed 0.
-        shots={"count": arm.shots, "seed": run.seed, "random_labels": arm.random_labels} if arm.shots else {},
+        shots={"count": candidate.shots, "seed": run.seed, "random_labels": candidate.random_labels}
+        if candidate.shots
+        else {},
     )
     return Stage("evaluate", work)
 
@@ -208,11 +210,11 @@ def result_of(task: Task, run: Run, found: dict[str, dict[str, Any]], notes: lis
     """What the commands of a run came to."""
     place = task.place(run)
     return Result(
-        arm=run.arm.name,
+        candidate=run.candidate.name,
         seed=run.seed,
         status="done",
         score=_score(found["evaluate"], place / ANSWERS),
-        training=_training(found["train"], place) if run.arm.is_trained else None,
+        training=_training(found["train"], place) if run.candidate.is_trained else None,
         forgetting=_domains(found.get("forgetting")),
         spectrum=_spectrum(found.get("spectra")),
         notes=notes,
