@@ -80,12 +80,12 @@ def test_a_run_that_was_killed_and_its_checkpoint(run: Any, base: Path, data: Pa
 
 
 def test_a_comparison_and_its_runs(run: Any, tmp_path: Path) -> None:
-    arm = trained("lora")
+    candidate = trained("lora")
     nothing: dict[str, Any] = {"same": {}, "machine": {}, "versions": {}, "recipe": "", "date": "", "command": ""}
-    Facts(model="base", data="orders", arms=["lora"], seeds=2, **nothing).write(tmp_path)
-    done = Result(arm=arm.name, seed=0, status="done", score=score(0.75))
-    for result in (done, failed(arm, 1, "no memory")):
-        place = tmp_path / "runs" / Run(arm, result.seed).slug
+    Facts(model="base", data="orders", candidates=["lora"], seeds=2, **nothing).write(tmp_path)
+    done = Result(candidate=candidate.name, seed=0, status="done", score=score(0.75))
+    for result in (done, failed(candidate, 1, "no memory")):
+        place = tmp_path / "runs" / Run(candidate, result.seed).slug
         place.mkdir(parents=True)
         result.write(place / "result.json")
     found = facts(run, tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from slimtune.compare.results import Domain, Question, Result, Score, Spectrum, Training
 from slimtune.compare.summary import Summary, summarize
-from slimtune.recipe.candidates import Arm, Run, prompted, trained
+from slimtune.recipe.candidates import Candidate, Run, prompted, trained
 
 QUESTIONS = 100
 
@@ -42,7 +42,7 @@ def training(peak_gb: float = 1.5, seconds: float = 60.0, size_mb: float = 20.0,
 
 
 def done(
-    arm: Arm,
+    candidate: Candidate,
     shares: Sequence[float],
     costs: Training | None = None,
     rise: float | None = None,
@@ -50,14 +50,14 @@ def done(
     questions: int = QUESTIONS,
 ) -> list[Result]:
     """A run of the arm for each share."""
-    noise = sum(map(ord, arm.name))
+    noise = sum(map(ord, candidate.name))
     return [
         Result(
-            arm=arm.name,
+            candidate=candidate.name,
             seed=seed,
             status="done",
             score=score(share, seed, noise, questions),
-            training=(costs or training()) if arm.is_trained else None,
+            training=(costs or training()) if candidate.is_trained else None,
             forgetting=None
             if rise is None
             else [
@@ -70,12 +70,14 @@ def done(
     ]
 
 
-def failed(arm: Arm, seed: int, reason: str = "the device has not enough memory") -> Result:
-    return Result(arm=arm.name, seed=seed, status="failed", reason=reason)
+def failed(candidate: Candidate, seed: int, reason: str = "the device has not enough memory") -> Result:
+    return Result(candidate=candidate.name, seed=seed, status="failed", reason=reason)
 
 
-def summary(parts: Sequence[tuple[Arm, Sequence[Result]]], seeds: int = 3) -> Summary:
-    return summarize([arm for arm, _ in parts], [result for _, results in parts for result in results], seeds)
+def summary(parts: Sequence[tuple[Candidate, Sequence[Result]]], seeds: int = 3) -> Summary:
+    return summarize(
+        [candidate for candidate, _ in parts], [result for _, results in parts for result in results], seeds
+    )
 
 
 BASE, ONE_SHOT, FOUR_SHOT = prompted(0), prompted(1), prompted(4)
@@ -83,9 +85,9 @@ RANDOM = prompted(4, random_labels=True)
 FULL, LORA, QLORA, DORA = (trained(name) for name in ("full", "lora", "qlora", "dora"))
 
 
-def everything() -> tuple[list[Arm], list[Result]]:
+def everything() -> tuple[list[Candidate], list[Result]]:
     """A comparison in which much happened: a tie of methods, forgetting, a failed run, answers that hold HTML."""
-    arms = [BASE, ONE_SHOT, FOUR_SHOT, RANDOM, FULL, LORA, QLORA, DORA]
+    candidates = [BASE, ONE_SHOT, FOUR_SHOT, RANDOM, FULL, LORA, QLORA, DORA]
     results = [
         *done(BASE, [0.0]),
         *done(ONE_SHOT, [0.06, 0.11, 0.08]),
@@ -97,12 +99,12 @@ def everything() -> tuple[list[Arm], list[Result]]:
         *done(DORA, [0.96, 0.96], training(1.8, 88, 20.1), 0.07, 150),
         failed(DORA, 2, "the loss is not a number in step 17; lower the learning rate"),
     ]
-    return arms, results
+    return candidates, results
 
 
 def questions(count: int = QUESTIONS) -> list[Question]:
     return [Question(text=f"question {number}", answer=f"answer {number}") for number in range(count)]
 
 
-def run(arm: Arm, seed: int = 0) -> Run:
-    return Run(arm, seed)
+def run(candidate: Candidate, seed: int = 0) -> Run:
+    return Run(candidate, seed)

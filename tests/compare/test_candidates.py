@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.compare.task import Task, check_arms, check_unchanged, recipe_of, write_recipe
+from slimtune.compare.task import Task, check_candidates, check_unchanged, recipe_of, write_recipe
 from slimtune.errors import ConfigError, OutputExistsError
-from slimtune.recipe.candidates import arms_of, prompted, runs_of, trained
+from slimtune.recipe.candidates import candidates_of, prompted, runs_of, trained
 from slimtune.recipe.compare import CompareSettings
 
 
@@ -23,19 +23,19 @@ def task(folder: Path, **settings: object) -> Task:
 
 
 def test_qlora_is_lora_on_nf4() -> None:
-    arm = trained("qlora")
-    assert (arm.method, arm.quantize, arm.name) == ("lora", "nf4", "qlora")
-    assert "NF4" in arm.summary
+    candidate = trained("qlora")
+    assert (candidate.method, candidate.quantize, candidate.name) == ("lora", "nf4", "qlora")
+    assert "NF4" in candidate.summary
 
 
 def test_variants_are_arms_of_their_own() -> None:
-    arm = trained("lora:r=64:use_rslora=true")
-    assert arm.fields == (("r", "64"), ("use_rslora", "true"))
-    assert arm.slug == "lora-r-64-use-rslora-true"
+    candidate = trained("lora:r=64:use_rslora=true")
+    assert candidate.fields == (("r", "64"), ("use_rslora", "true"))
+    assert candidate.slug == "lora-r-64-use-rslora-true"
 
 
 def test_the_base_needs_no_seeds_and_prompts_come_first() -> None:
-    runs = runs_of(arms_of(["lora"], [0, 2], random_labels=True), 2)
+    runs = runs_of(candidates_of(["lora"], [0, 2], random_labels=True), 2)
     assert [str(run) for run in runs] == [
         "base, seed 0", "2-shot, seed 0", "2-shot random labels, seed 0", "lora, seed 0",
         "2-shot, seed 1", "2-shot random labels, seed 1", "lora, seed 1",
@@ -54,7 +54,7 @@ def test_the_base_needs_no_seeds_and_prompts_come_first() -> None:
 )
 def test_what_can_not_be_compared_is_refused(methods: list[str], shots: list[int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        arms_of(methods, shots, random_labels=False)
+        candidates_of(methods, shots, random_labels=False)
 
 
 @pytest.mark.parametrize(
@@ -83,16 +83,16 @@ def test_mistakes_in_the_section(values: object, said: str) -> None:
 )
 def test_methods_and_fields_are_checked_before_anything_runs(tmp_path: Path, settings: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        check_arms(task(tmp_path, **settings))
+        check_candidates(task(tmp_path, **settings))
 
 
 def test_every_method_of_the_command_can_be_an_arm(tmp_path: Path) -> None:
-    check_arms(task(tmp_path, methods=["full", "lora", "qlora", "dora", "ia3", "bitfit", "prefix-tuning"]))
+    check_candidates(task(tmp_path, methods=["full", "lora", "qlora", "dora", "ia3", "bitfit", "prefix-tuning"]))
 
 
 def test_a_run_has_the_same_recipe_but_for_its_method(tmp_path: Path) -> None:
     of = task(tmp_path, methods=["lora", "qlora", "full", "lora:r=8"], learning_rates={"full": 1e-4}, max_steps=7)
-    lora, qlora, full, variant = (recipe_of(of, run) for run in runs_of(of.settings.arms, 2)[-4:])
+    lora, qlora, full, variant = (recipe_of(of, run) for run in runs_of(of.settings.candidates, 2)[-4:])
     for recipe in (lora, qlora, full, variant):
         assert recipe["data"] == {"max_length": 256, "train": str(of.train), "held_out": 0}
         assert recipe["training"] | {"learning_rate": None} == {
@@ -108,7 +108,7 @@ def test_a_run_has_the_same_recipe_but_for_its_method(tmp_path: Path) -> None:
 
 def test_a_rate_of_a_variant_comes_before_that_of_the_section(tmp_path: Path) -> None:
     of = task(tmp_path, methods=["lora:learning_rate=3e-4", "lora:r=8"], shots=(), learning_rates={"lora": 1e-3})
-    own, shared = (recipe_of(of, run) for run in runs_of(of.settings.arms, 1))
+    own, shared = (recipe_of(of, run) for run in runs_of(of.settings.candidates, 1))
     assert own["training"]["learning_rate"] == 3e-4
     assert own["method"] == {"name": "lora", "r": 4}
     assert shared["training"]["learning_rate"] == 1e-3
@@ -117,13 +117,13 @@ def test_a_rate_of_a_variant_comes_before_that_of_the_section(tmp_path: Path) ->
 def test_the_rate_of_the_recipe_is_for_the_kind_of_method_that_it_names(tmp_path: Path) -> None:
     of = task(tmp_path, methods=["lora", "qlora", "dora", "full", "ia3"], shots=())
     of.recipe["training"]["learning_rate"] = 1e-3
-    rates = [recipe_of(of, run)["training"].get("learning_rate") for run in runs_of(of.settings.arms, 1)]
+    rates = [recipe_of(of, run)["training"].get("learning_rate") for run in runs_of(of.settings.candidates, 1)]
     assert rates == [1e-3, 1e-3, 1e-3, None, None]
 
 
 def test_a_run_that_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
     before = task(tmp_path, methods=["lora"], shots=(), seeds=1, learning_rates={"lora": 1e-3})
-    (run,) = runs_of(before.settings.arms, 1)
+    (run,) = runs_of(before.settings.candidates, 1)
     before.place(run).mkdir(parents=True)
     write_recipe(before, run)
     check_unchanged(before, [run])

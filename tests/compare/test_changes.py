@@ -54,7 +54,7 @@ def test_what_failed_may_change_and_begins_anew(tmp_path: Path, begun: Path) -> 
     write_recipe(changed, run(LORA))
     assert not (begun / "train.json").exists()
     assert read_mapping(begun / RECIPE)["training"]["learning_rate"] == 1e-2
-    assert "--overwrite" in stages_of(changed, run(LORA))[0].arguments
+    assert stages_of(changed, run(LORA))[0].work.keywords["resume"] is False  # type: ignore[attr-defined]
 
 
 def test_a_seed_that_was_done_holds_the_settings_of_the_others(tmp_path: Path, begun: Path) -> None:
@@ -96,7 +96,7 @@ def test_that_nothing_was_learned_is_a_warning() -> None:
 def test_another_machine_is_told_once() -> None:
     machine, versions = {"processor": "fast", "cores": "8"}, {"torch": "2.13"}
     before = Facts(
-        model="m", data="d", command="c", date="yesterday", recipe="", arms=[], seeds=1, same={},
+        model="m", data="d", command="c", date="yesterday", recipe="", candidates=[], seeds=1, same={},
         machine={"processor": "slow", "cores": "8"}, versions={"torch": "2.12"},
     )  # fmt: skip
     (said,) = moved(before, machine, versions)

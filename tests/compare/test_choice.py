@@ -35,7 +35,7 @@ def test_a_clear_winner_is_chosen() -> None:
     found = advice(
         (BASE, done(BASE, [0.2])), (FULL, done(FULL, [0.6, 0.62, 0.61])), (LORA, done(LORA, [0.9, 0.92, 0.91]))
     )
-    assert found.arm == "lora"
+    assert found.candidate == "lora"
     assert "shown to be better than everything else" in found.headline
     assert "shown to differ from each of the others" in found.paragraph
     assert found.warnings == ()
@@ -48,7 +48,7 @@ def test_of_a_tie_the_one_of_least_memory_is_chosen_and_the_tie_is_said() -> Non
         (QLORA, done(QLORA, [0.92, 0.93, 0.94], training(1.2))),
         (FULL, done(FULL, [0.93, 0.94, 0.93], training(3.4))),
     )
-    assert found.arm == "qlora"
+    assert found.candidate == "qlora"
     assert "no difference is shown between it and" in found.paragraph
     assert (
         "1.20 GB against 3.40 GB (full) and 1.65 GB (lora)" in found.paragraph or "1.20 GB against" in found.paragraph
@@ -65,13 +65,13 @@ def test_of_a_tie_the_one_of_least_memory_is_chosen_and_the_tie_is_said() -> Non
 )
 def test_where_memory_is_alike_time_decides_and_then_size(lora: object, dora: object, why: str) -> None:
     found = advice((LORA, done(LORA, [0.9, 0.91, 0.92], lora)), (DORA, done(DORA, [0.91, 0.9, 0.93], dora)))  # type: ignore[arg-type]
-    assert found.arm == "lora"
+    assert found.candidate == "lora"
     assert why in found.paragraph
 
 
 def test_where_nothing_tells_them_apart_the_score_decides() -> None:
     found = advice((LORA, done(LORA, [0.9, 0.91, 0.9])), (DORA, done(DORA, [0.92, 0.91, 0.93])))
-    assert found.arm == "dora"
+    assert found.candidate == "dora"
     assert "the score decides" in found.paragraph
 
 
@@ -81,7 +81,7 @@ def test_examples_in_the_prompt_that_win_are_chosen() -> None:
         (FOUR_SHOT, done(FOUR_SHOT, [0.9, 0.92, 0.91])),
         (LORA, done(LORA, [0.7, 0.72, 0.71])),
     )
-    assert found.arm == "4-shot"
+    assert found.candidate == "4-shot"
     assert (
         "Examples in the prompt suffice: 4-shot beats the best tuned model, lora (0.910 against 0.710)"
         in found.paragraph
@@ -94,7 +94,7 @@ def test_examples_in_the_prompt_that_are_not_shown_to_be_worse_save_the_training
         (FOUR_SHOT, done(FOUR_SHOT, [0.9, 0.88, 0.91])),
         (LORA, done(LORA, [0.91, 0.9, 0.92])),
     )
-    assert found.arm == "4-shot"
+    assert found.candidate == "4-shot"
     assert "needs no training" in found.paragraph
     assert "may suffice" in found.paragraph
 
@@ -108,13 +108,13 @@ def test_nothing_that_beats_the_base_is_worth_a_training() -> None:
     found = advice(
         (BASE, done(BASE, [0.5])), (LORA, done(LORA, [0.5, 0.52, 0.51])), (FULL, done(FULL, [0.49, 0.5, 0.5]))
     )
-    assert found.arm == "base"
+    assert found.candidate == "base"
     assert found.headline.startswith("Keep the model as it comes")
 
 
 def test_one_seed_is_warned_of() -> None:
     found = advice((BASE, done(BASE, [0.1])), (LORA, done(LORA, [0.9])), seeds=1)
-    assert found.arm == "lora"
+    assert found.candidate == "lora"
     assert any("Fewer than 3 seeds (1)" in warning for warning in found.warnings)
 
 
@@ -131,13 +131,13 @@ def test_failed_runs_are_named_with_their_reason() -> None:
 
 def test_when_every_run_failed_nothing_is_chosen() -> None:
     found = advice((LORA, [failed(LORA, seed) for seed in range(3)]))
-    assert found.arm is None
+    assert found.candidate is None
     assert found.warnings == ("lora failed with seeds 0, 1 and 2: the device has not enough memory.",)
 
 
 def test_that_nothing_was_right_points_to_the_scorer() -> None:
     found = advice((BASE, done(BASE, [0.0])), (ONE_SHOT, done(ONE_SHOT, [0.0] * 3)), (LORA, done(LORA, [0.0] * 3)))
-    assert found.arm == "base"
+    assert found.candidate == "base"
     assert "the scorer (exact match) may not fit" in found.warnings[0]
     assert "suffice" not in found.paragraph
 
@@ -164,7 +164,7 @@ def test_arms_without_a_seed_in_common_are_not_compared() -> None:
 def test_the_control_says_what_examples_teach(right: list[float], random: list[float], said: str) -> None:
     found = advice((FOUR_SHOT, done(FOUR_SHOT, right)), (RANDOM, done(RANDOM, random)))
     assert said in found.paragraph
-    assert found.arm == "4-shot"
+    assert found.candidate == "4-shot"
 
 
 def test_what_was_forgotten_is_told_with_the_domain_and_who_forgot_least() -> None:
@@ -189,7 +189,7 @@ def test_less_can_be_better() -> None:
     results = [*done(BASE, [0.1]), *done(LORA, [0.9, 0.91, 0.9])]
     found = summarize([BASE, LORA], [loss_of(result) for result in results], 3)
     assert [row.name for row in found.scored] == ["lora", "base"]
-    assert choose(found).arm == "lora"
+    assert choose(found).candidate == "lora"
 
 
 def measured(of: Summary) -> set[str]:
@@ -210,8 +210,8 @@ def measured(of: Summary) -> set[str]:
 
 
 def test_every_figure_of_the_advice_was_measured() -> None:
-    arms, results = everything()
-    of = summarize(arms, results, 3)
+    candidates, results = everything()
+    of = summarize(candidates, results, 3)
     text = choose(of).paragraph.replace("4-shot", "").replace("95% interval", "").replace("3 or more", "")
     told = set(re.findall(r"\d+(?:\.\d+)?", text.replace("Fewer than 3 seeds", "")))
     assert len(told) > 15

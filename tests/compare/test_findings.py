@@ -47,8 +47,8 @@ def test_forgetting(lora: float | None, full: float, verdict: str) -> None:
     assert found["LoRA forgets less than full tuning"] == verdict
 
 
-def of_seeds(arm: Any, rises: list[float]) -> list[Any]:
-    return [done(arm, [0.9], rise=rise)[0].model_copy(update={"seed": seed}) for seed, rise in enumerate(rises)]
+def of_seeds(candidate: Any, rises: list[float]) -> list[Any]:
+    return [done(candidate, [0.9], rise=rise)[0].model_copy(update={"seed": seed}) for seed, rise in enumerate(rises)]
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,24 @@
-"""Commands in processes of their own: their JSON, their words when they fail, and how they end."""
+"""Stages in processes of their own: their results, their words when they fail, and how they end."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import textwrap
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from slimtune.compare import process
+from slimtune.compare.stages import Stage
+from slimtune.console import progress
+from slimtune.errors import ConfigError
 
 
 class Told:
@@ -29,84 +35,126 @@ class Told:
         self.seen.append((done, total))
 
 
-def test_what_is_printed_is_kept_and_what_is_said_is_logged(tmp_path: Path) -> None:
-    told = Told()
-    commands = [["methods", "--json"], ["recipe", "list", "--json"]]
-    assert process.run(commands, tmp_path, tmp_path / "log.txt", told) is None
-    assert "lora" in str(json.loads((tmp_path / "methods.json").read_text()))
-    assert "compare" in json.loads((tmp_path / "recipe.json").read_text())
-    assert told.stages == ["methods", "recipe"]
-    log = (tmp_path / "log.txt").read_text().splitlines()
-    assert [line for line in log if line.startswith("$")] == [
-        "$ slimtune methods --json",
-        "$ slimtune recipe list --json",
-    ]
+def fine(value: int) -> dict[str, Any]:
+    print("printed")
+    print("said", file=sys.stderr)
+    return {"value": value, "columns": os.environ["COLUMNS"], "session": os.getsid(0), "pid": os.getpid()}
 
 
-def test_a_failure_is_told_in_the_words_of_the_command_and_is_the_end(tmp_path: Path) -> None:
-    commands = [["recipe", "list", "--json"], ["methods", "lorra", "--json"], ["doctor", "--json"]]
-    failure = process.run(commands, tmp_path, tmp_path / "log.txt", Told())
-    assert failure is not None
-    assert failure.command == "methods"
-    assert "no method 'lorra'; did you mean 'lora'" in failure.reason
-    assert {path.name for path in tmp_path.glob("*.json")} == {"recipe.json"}
+def mistaken() -> dict[str, Any]:
+    raise ConfigError("no room; make some")
 
 
-def test_a_command_without_json_is_a_failure(tmp_path: Path) -> None:
-    failure = process.run([["recipe", "show", "chat"]], tmp_path, tmp_path / "log.txt", Told())
-    assert failure is not None
-    assert "recipe printed no JSON" in failure.reason
+def broken() -> dict[str, Any]:
+    raise ValueError("x")
 
 
-@pytest.mark.parametrize(
-    ("said", "code", "reason"),
-    [
-        (["a", "slimtune: no room; make some", "b"], 1, "no room; make some"),
-        (["Traceback (most recent call last):", "ValueError: x", ""], 1, "ValueError: x"),
-        ([], 3, "exit code 3"),
-        (["anything"], -9, "killed by SIGKILL; the system may have run out of memory"),
-    ],
-)
-def test_the_reason_of_a_failure(said: list[str], code: int, reason: str) -> None:
-    assert process.reason(code, said) == reason
+def killed() -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
 
 
-COUNTS = """
-    import time
-    from rich.console import Console
-    from slimtune import progress
-    progress.LINE_SECONDS = 0
+def exits() -> dict[str, Any]:
+    sys.exit(3)
+
+
+def not_json() -> dict[str, Any]:
+    return {"value": Told()}
+
+
+def counts() -> dict[str, Any]:
+    """As a training does, a thousand steps a second."""
     with progress.Counting(Console(stderr=True)) as counting:
         counting.start("training, step", 2000)
         counting.reach(1, told="loss 0.5")
+        for _ in range(1000):
+            counting.advance()
         counting.reach(2000)
-        Console(stderr=True).print("  kept in runs/2024/11 for now")
-    """
-ENDLESS = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    return {}
 
 
-def test_lines_of_progress_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `Counting` prints them, in the place of the worker."""
-    monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", textwrap.dedent(COUNTS)))
+def endless(pid: Path) -> dict[str, Any]:
+    pid.write_text(str(os.getpid()))
+    time.sleep(60)
+    return {}
+
+
+def run(folder: Path, told: Told, *stages: Stage) -> process.Failure | None:
+    return process.run(stages, folder, folder / "log.txt", told)
+
+
+def test_results_are_kept_and_what_is_said_is_logged(tmp_path: Path) -> None:
     told = Told()
-    assert process.run([["train"]], tmp_path, tmp_path / "log.txt", told) is None
-    assert told.seen == [(1, 2000), (2000, 2000)]
+    stages = Stage("first", partial(fine, value=1)), Stage("second", partial(fine, value=2))
+    assert run(tmp_path, told, *stages) is None
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
+    assert (first["value"], second["value"], first["columns"]) == (1, 2, "200")
+    assert first["pid"] == second["pid"] == first["session"] != os.getpid()
+    assert told.stages == ["first", "second"]
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line for line in log if line.startswith("==")] == ["== first value=1", "== second value=2"]
+    assert {"said", "printed"} <= set(log)
+
+
+def test_a_failure_is_told_in_a_sentence_and_is_the_end(tmp_path: Path) -> None:
+    stages = Stage("first", partial(fine, value=1)), Stage("second", mistaken), Stage("third", partial(fine, value=3))
+    failure = run(tmp_path, Told(), *stages)
+    assert failure == process.Failure("second", "no room; make some")
+    assert {path.name for path in tmp_path.glob("*.json")} == {"first.json"}
+    log = (tmp_path / "log.txt").read_text()
+    assert "slimtune: no room; make some" in log
+    assert "Traceback" not in log
+
+
+def test_a_result_that_is_no_json_is_a_failure(tmp_path: Path) -> None:
+    failure = run(tmp_path, Told(), Stage("first", not_json))
+    assert failure is not None
+    assert "Told is not JSON serializable" in failure.reason
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("work", "reason"),
+    [
+        (broken, "ValueError: x"),
+        (exits, "exit code 3"),
+        (killed, "killed by SIGKILL; the system may have run out of memory"),
+    ],
+)
+def test_the_reason_of_a_failure(tmp_path: Path, work: Any, reason: str) -> None:
+    assert run(tmp_path, Told(), Stage("train", work)) == process.Failure("train", reason)
+    assert ("Traceback" in (tmp_path / "log.txt").read_text()) == (work is broken)
+
+
+def test_progress_is_passed_on(tmp_path: Path) -> None:
+    told = Told()
+    assert run(tmp_path, told, Stage("train", counts)) is None
+    assert (told.seen[0], told.seen[-1]) == ((1, 2000), (2000, 2000))
+    assert len(told.seen) < 100
+
+
+PARENT = """
+import sys
+from functools import partial
+from pathlib import Path
+from compare.test_process import Told, endless, run
+from slimtune.compare.stages import Stage
+if __name__ == "__main__":
+    run(Path(), Told(), Stage("train", partial(endless, pid=Path("pid"))))
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what follows a killed parent is told by Linux alone")
-def test_a_run_ends_with_the_comparison_that_started_it(tmp_path: Path) -> None:
-    code = f"""
-import sys
-from pathlib import Path
-from slimtune.compare import process
-process.WORKER = (sys.executable, "-c", {ENDLESS!r})
-process.run([["train"]], Path(), Path("log.txt"), None)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_ends_with_the_comparison_that_started_it(tmp_path: Path, number: int) -> None:
+    path = os.pathsep.join(map(str, sys.path))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
+    )
     try:
         pid = _wait_for(tmp_path / "pid")
-        parent.kill()
-        parent.wait()
+        parent.send_signal(number)
+        assert parent.wait(20) == -number
         ended = any(not _is_alive(pid) or time.sleep(0.05) for _ in range(100))
         assert ended
     finally:

@@ -26,7 +26,7 @@ def facts() -> Facts:
         command=f"slimtune compare recipe.yaml '{NASTY}'",
         date="2026-11-23 04:36 UTC",
         recipe="model:\n  name: <x>\n",
-        arms=[],
+        candidates=[],
         seeds=3,
         same={},
         machine={"processor": "a processor"},
@@ -38,14 +38,14 @@ def facts() -> Facts:
 
 def nasty() -> tuple[Summary, list[Question]]:
     """Everything at once, with answers and questions that are HTML."""
-    arms, results = everything()
+    candidates, results = everything()
     poisoned = [
         result.model_copy(update={"score": result.score.model_copy(update={"answers": [NASTY] * 100})})
-        if result.score and result.arm == "lora"
+        if result.score and result.candidate == "lora"
         else result
         for result in results
     ]
-    return summarize(arms, poisoned, 3), [Question(text=NASTY, answer=NASTY), *questions()[1:]]
+    return summarize(candidates, poisoned, 3), [Question(text=NASTY, answer=NASTY), *questions()[1:]]
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def _foresee(screen: Console, comparison: Comparison, as_json: bool) -> None:
     table = Table("arm", "what", "runs", "to do", "a run", "in all", box=None, padding=(0, 2, 0, 0))
     for line in found.lines:
         costs = figures.duration(line.seconds), figures.duration(line.seconds_left)
-        table.add_row(line.arm.name, line.arm.summary, str(line.runs), str(line.todo), *costs)
+        table.add_row(line.candidate.name, line.candidate.summary, str(line.runs), str(line.todo), *costs)
     screen.print(table, soft_wrap=False)
     total = f"about {figures.duration(found.seconds)} in all; " if found.seconds is not None else ""
     screen.print(f"{total}{found.why}", markup=False)

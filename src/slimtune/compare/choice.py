@@ -1,4 +1,4 @@
-"""Which arm to choose and how sure that is, by rules: each sentence follows from figures of the summary."""
+"""Which candidate to choose and how sure that is, by rules: each sentence follows from figures of the summary."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ALIKE = 1.05
 
 @dataclass(frozen=True)
 class Choice:
-    """The arm to choose, None if nothing can be said, and why, sentence by sentence."""
+    """The candidate to choose, None if nothing can be said, and why, sentence by sentence."""
 
-    arm: str | None
+    candidate: str | None
     headline: str
     sentences: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -62,7 +62,7 @@ def _headline(chosen: Row, best: Row, peers: list[Row], summary: Summary) -> str
         return "Keep the model as it comes: nothing is shown to be better"
     if chosen is best:
         return f"Choose {name}: it scores best, though {_others(peers, best)} {_be(peers)} not shown to be worse"
-    why = "nothing is trained" if not chosen.arm.is_trained else "it costs less to train"
+    why = "nothing is trained" if not chosen.candidate.is_trained else "it costs less to train"
     return f"Choose {name}: not shown to be worse than the best, {best.name}, and {why}"
 
 
@@ -76,7 +76,7 @@ def _be(peers: list[Row]) -> str:
 
 def _best(summary: Summary, best: Row, near: list[Row]) -> str:
     assert best.score
-    scored = f"{summary.scorer} {_with_interval(best.score, best.arm.is_seeded)}"
+    scored = f"{summary.scorer} {_with_interval(best.score, best.candidate.is_seeded)}"
     begin = f"{_name(best)} scores best: {scored}"
     rest = [row for row in summary.scored if row is not best]
     if not rest:
@@ -105,7 +105,7 @@ def _beaten(summary: Summary, near: list[Row]) -> Iterator[str]:
 
 def _cheapest(best: Row, peers: list[Row]) -> tuple[Row, str]:
     """No training before training; then the least memory, time and size, each where it tells them apart."""
-    untrained = sorted((row for row in peers if not row.arm.is_trained), key=lambda row: row.arm.shots)
+    untrained = sorted((row for row in peers if not row.candidate.is_trained), key=lambda row: row.candidate.shots)
     if untrained:
         row = untrained[0]
         if len(peers) == 1:
@@ -165,8 +165,8 @@ def _against_base(summary: Summary, chosen: Row) -> Iterator[str]:
 
 
 def _in_context(summary: Summary, chosen: Row, peers: list[Row]) -> Iterator[str]:
-    prompts = [row for row in summary.scored if not row.arm.is_trained and row.arm.shots > 0]
-    methods = [row for row in summary.scored if row.arm.is_trained]
+    prompts = [row for row in summary.scored if not row.candidate.is_trained and row.candidate.shots > 0]
+    methods = [row for row in summary.scored if row.candidate.is_trained]
     if not prompts or not methods:
         return
     prompt, method = prompts[0], methods[0]
@@ -241,7 +241,11 @@ def _warnings(summary: Summary, best: Row | None) -> Iterator[str]:
         return
     if summary.is_all_wrong:
         yield f"No answer of any arm was right: look at some, for the scorer ({summary.scorer}) may not fit the task."
-    seeds = min(row.score.seeds for row in summary.scored if row.score and row.arm.is_seeded) if _seeded(summary) else 0
+    seeds = (
+        min(row.score.seeds for row in summary.scored if row.score and row.candidate.is_seeded)
+        if _seeded(summary)
+        else 0
+    )
     if 0 < seeds < ENOUGH_SEEDS:
         yield (
             f"Fewer than {ENOUGH_SEEDS} seeds ({seeds}): {_SEEDS[seeds]}; repeat with {ENOUGH_SEEDS} or more "
@@ -250,12 +254,14 @@ def _warnings(summary: Summary, best: Row | None) -> Iterator[str]:
 
 
 def _failures(summary: Summary) -> Iterator[str]:
-    """Each arm's reasons; seeds that failed alike are told together."""
+    """Each candidate's reasons; seeds that failed alike are told together."""
     for row in summary.rows:
         reasons = dict.fromkeys(result.reason.rstrip(".") for result in row.failed)
         for reason in reasons:
             seeds = [str(result.seed) for result in row.failed if result.reason.rstrip(".") == reason]
-            told = f" with seed{'s' if len(seeds) > 1 else ''} {figures.names(seeds)}" if row.arm.is_seeded else ""
+            told = (
+                f" with seed{'s' if len(seeds) > 1 else ''} {figures.names(seeds)}" if row.candidate.is_seeded else ""
+            )
             yield f"{row.name} failed{told}: {reason}."
 
 
@@ -266,7 +272,7 @@ _SEEDS = {
 
 
 def _seeded(summary: Summary) -> bool:
-    return any(row.arm.is_seeded for row in summary.scored)
+    return any(row.candidate.is_seeded for row in summary.scored)
 
 
 def _with_interval(score: Interval, is_seeded: bool) -> str:

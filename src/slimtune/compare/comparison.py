@@ -10,14 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from slimtune.compare.dataset import QUESTIONS, TRAIN, write_material
+from slimtune.compare.dataset import QUESTIONS, TRAIN, write_dataset
 from slimtune.compare.findings import constant_of, moved, remarks
 from slimtune.compare.record import FACTS, Facts, machine, read_facts, today
 from slimtune.compare.report import Report, report, write_report
 from slimtune.compare.results import read_questions
 from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
 from slimtune.compare.summary import summarize
-from slimtune.compare.task import Task, check_arms, check_unchanged, refuse_changes
+from slimtune.compare.task import Task, check_candidates, check_unchanged, refuse_changes
 from slimtune.data.reading import peek_parts, task_of
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
 from slimtune.recipe.candidates import Run, runs_of
@@ -41,7 +41,7 @@ class Comparison:
     @property
     def runs(self) -> list[Run]:
         """All of them, in their order."""
-        return runs_of(self.task.settings.arms, self.task.settings.seeds)
+        return runs_of(self.task.settings.candidates, self.task.settings.seeds)
 
     def run(self, watcher: Watcher) -> Report:
         """Do what is unfinished, with the page written anew after each run.
@@ -64,7 +64,7 @@ class Comparison:
         """What follows from the runs that are there."""
         asked = self.task.folder / ASKED
         settings = self.task.settings
-        summary = summarize(settings.arms, results_of(self.task, self.runs), settings.seeds)
+        summary = summarize(settings.candidates, results_of(self.task, self.runs), settings.seeds)
         return report(summary, self.facts, read_questions(asked) if asked.is_file() else [])
 
     def _write(self) -> Report:
@@ -101,10 +101,10 @@ def prepare(
     base = Recipe.of(values)
     data = output / DATA if scratch is None else scratch
     task = Task(output, values, settings, data / TRAIN, data / QUESTIONS)
-    check_arms(task)
+    check_candidates(task)
     same = {"recipe": base.to_dict() | {"output": ""}, **{name: getattr(settings, name) for name in BUDGET}}
     before = _same_as_before(output, same)
-    check_unchanged(task, runs_of(settings.arms, settings.seeds))
+    check_unchanged(task, runs_of(settings.candidates, settings.seeds))
     priced = _priced(price)
     kind, is_prompted = _kind(base, task.train), _writes_text(base.model)
     task = replace(task, kind=kind, settings=settings.for_task(kind, is_prompted))
@@ -129,7 +129,7 @@ def _facts(
         command=shlex.join(["slimtune", *sys.argv[1:]]),
         date=today(),
         recipe=dump(task.recipe | {SECTION: _listed(settings)}),
-        arms=[arm.name for arm in settings.arms],
+        candidates=[candidate.name for candidate in settings.candidates],
         seeds=settings.seeds,
         same=same,
         price_per_hour=priced[0],
@@ -163,7 +163,7 @@ def _written(base: Recipe, settings: CompareSettings, data: Path, before: Facts 
     """
 
     def write(folder: Path) -> str:
-        return write_material(base.data, base.task, base.training.seed, settings.questions, folder)
+        return write_dataset(base.data, base.task, base.training.seed, settings.questions, folder)
 
     if before is None or not (data / TRAIN).is_file():
         return write(data)

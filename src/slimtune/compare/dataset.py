@@ -19,7 +19,7 @@ ANSWERED = ("text", "classification")
 """Tasks whose rows end in an answer that can be judged."""
 
 
-def write_material(settings: DataSettings, task: str, seed: int, limit: int | None, folder: Path) -> str:
+def write_dataset(settings: DataSettings, task: str, seed: int, limit: int | None, folder: Path) -> str:
     """Write both files into `folder`; what they are called together.
 
     Raises:

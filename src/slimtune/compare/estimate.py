@@ -12,7 +12,7 @@ from slimtune.compare.runner import unfinished
 from slimtune.compare.stages import stages_of
 from slimtune.compare.task import Task, model_of, recipe_of
 from slimtune.errors import SlimtuneError
-from slimtune.recipe.candidates import Arm
+from slimtune.recipe.candidates import Candidate
 
 START_SECONDS, LOAD_SECONDS = 8.0, 1.0
 """Of each process for its libraries, and of each of its commands for the weights, on two cores."""
@@ -27,9 +27,9 @@ TEXTS_TOKENS = 12_000
 
 @dataclass(frozen=True)
 class Line:
-    """One arm: its runs, those still to be done, and about how many seconds each takes, None if nobody knows."""
+    """One candidate: its runs, those still to be done, and about how many seconds each takes, None if nobody knows."""
 
-    arm: Arm
+    candidate: Candidate
     runs: int
     todo: int
     seconds: float | None
@@ -41,12 +41,12 @@ class Line:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"arm": self.arm.name, "runs": self.runs, "todo": self.todo, "seconds": self.seconds}
+        return {"arm": self.candidate.name, "runs": self.runs, "todo": self.todo, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """All arms, and where the figures come from."""
+    """All candidates, and where the figures come from."""
 
     lines: list[Line]
     why: str
@@ -81,31 +81,31 @@ class Planned:
 def estimate(comparison: Comparison) -> Estimate:
     """From the planner's simulated steps; coarse, for it knows the machine only if it was calibrated."""
     task, runs = comparison.task, comparison.runs
-    arms, todo = task.settings.arms, unfinished(task, runs)
-    planned, why = _plan(task, [arm for arm in arms if arm.is_trained])
+    candidates, todo = task.settings.candidates, unfinished(task, runs)
+    planned, why = _plan(task, [candidate for candidate in candidates if candidate.is_trained])
     lines = []
-    for arm in arms:
-        own = [run for run in runs if run.arm == arm]
+    for candidate in candidates:
+        own = [run for run in runs if run.candidate == candidate]
         mean = sum(_seconds(task, run, planned) for run in own) / len(own) if planned else None
-        lines.append(Line(arm, len(own), sum(run in todo for run in own), mean))
+        lines.append(Line(candidate, len(own), sum(run in todo for run in own), mean))
     return Estimate(lines, why)
 
 
 def _seconds(task: Task, run: Any, planned: Planned) -> float:
-    arm = run.arm
+    candidate = run.candidate
     asked = sum(1 for _ in task.questions.open(encoding="utf-8"))
     tokens = planned.tokens_a_step / _batch(task, run)
     seconds = START_SECONDS
     for stage in stages_of(task, run):
         seconds += LOAD_SECONDS
         if stage.name == "train":
-            known = planned.steps.get((arm.method or "", _base(task, arm)))
+            known = planned.steps.get((candidate.method or "", _base(task, candidate)))
             seconds += _steps(task, run) * (known or max(planned.steps.values()))
-        elif stage.name == "evaluate" and task.kind == "classification" and arm.is_trained:
+        elif stage.name == "evaluate" and task.kind == "classification" and candidate.is_trained:
             seconds += asked * tokens * planned.read_seconds
         elif stage.name == "evaluate":
             # What all prompts begin with is read once, so that examples cost little more than a longer cache.
-            seconds += asked * (tokens * 2) * planned.read_seconds + arm.shots * tokens * planned.read_seconds
+            seconds += asked * (tokens * 2) * planned.read_seconds + candidate.shots * tokens * planned.read_seconds
             seconds += math.ceil(asked / ASKED_AT_ONCE) * ANSWER_TOKENS * planned.write_seconds
         elif stage.name == "forgetting":
             share = 1.0 if task.settings.texts is None else min(1.0, task.settings.texts / 20)
@@ -120,7 +120,7 @@ def _training(task: Task, run: Any) -> dict[str, Any]:
 
 
 def _batch(task: Task, run: Any) -> int:
-    settings = _training(task, run) if run.arm.is_trained else task.recipe.get("training") or {}
+    settings = _training(task, run) if run.candidate.is_trained else task.recipe.get("training") or {}
     return settings.get("batch_size", 8) * settings.get("gradient_accumulation", 1)
 
 
@@ -130,7 +130,7 @@ def _steps(task: Task, run: Any) -> int:
     return settings.get("max_steps") or math.ceil(rows / _batch(task, run) * settings.get("epochs", 3.0))
 
 
-def _plan(task: Task, arms: Sequence[Arm]) -> tuple[Planned | None, str]:
+def _plan(task: Task, candidates: Sequence[Candidate]) -> tuple[Planned | None, str]:
     """What the planner says, and where it knows it from."""
     from slimtune.plan.plan import plan
     from slimtune.recipe.recipe import Recipe
@@ -139,8 +139,9 @@ def _plan(task: Task, arms: Sequence[Arm]) -> tuple[Planned | None, str]:
     training = recipe.training
     try:
         found = plan(
-            recipe.model.source, task.train, methods=sorted({arm.method or "" for arm in arms}) or ["lora"],
-            bases=sorted({_base(task, arm) for arm in arms}) or None, batch_size=training.batch_size,
+            recipe.model.source, task.train,
+            methods=sorted({candidate.method or "" for candidate in candidates}) or ["lora"],
+            bases=sorted({_base(task, candidate) for candidate in candidates}) or None, batch_size=training.batch_size,
             gradient_accumulation=training.gradient_accumulation,
             gradient_checkpointing=training.gradient_checkpointing, epochs=1,
             max_length=(task.recipe.get("data") or {}).get("max_length"),
@@ -159,6 +160,6 @@ def _plan(task: Task, arms: Sequence[Arm]) -> tuple[Planned | None, str]:
     return planned, f"the steps were simulated; the speed of this machine is {how}"
 
 
-def _base(task: Task, arm: Arm) -> Any:
-    """As what the weights are held that the arm's method stands on."""
-    return model_of(task, arm).get("quantize") or "dense"
+def _base(task: Task, candidate: Candidate) -> Any:
+    """As what the weights are held that the candidate's method stands on."""
+    return model_of(task, candidate).get("quantize") or "dense"

@@ -30,7 +30,7 @@ class Finding:
 
 
 def findings(summary: Summary) -> list[Finding]:
-    """Every known finding for which the arms are there."""
+    """Every known finding for which the candidates are there."""
     made = [rule(summary) for rule in RULES]
     return [finding for finding in made if finding is not None]
 
@@ -80,13 +80,17 @@ def _intruders(summary: Summary) -> Finding | None:
 
 
 def _rslora(summary: Summary) -> Finding | None:
-    """The pair of arms that differ in `use_rslora` alone, at the highest rank."""
+    """The pair of candidates that differ in `use_rslora` alone, at the highest rank."""
     pairs = []
     for row in summary.scored:
-        fields = dict(row.arm.fields)
-        if row.arm.method == "lora" and fields.pop("use_rslora", "false").lower() == "true":
-            twins = [r for r in summary.scored if r.arm.method == "lora" and dict(r.arm.fields) == fields]
-            pairs += [(int(fields.get("r", 16)), row, twin) for twin in twins if twin.arm.quantize == row.arm.quantize]
+        fields = dict(row.candidate.fields)
+        if row.candidate.method == "lora" and fields.pop("use_rslora", "false").lower() == "true":
+            twins = [r for r in summary.scored if r.candidate.method == "lora" and dict(r.candidate.fields) == fields]
+            pairs += [
+                (int(fields.get("r", 16)), row, twin)
+                for twin in twins
+                if twin.candidate.quantize == row.candidate.quantize
+            ]
     _, scaled, plain = max(pairs, key=lambda pair: pair[0], default=(0, None, None))
     return _lower(
         "rsLoRA has fewer intruder dimensions than LoRA of the same high rank", "Shuttleworth et al. 2024",
@@ -123,7 +127,7 @@ def _tested(
     rows: tuple[Row | None, Row | None],
     judge: Callable[[Row, Row, Pair], tuple[Verdict, str]],
 ) -> Finding | None:
-    """A claim on the scores of two arms, by their test."""
+    """A claim on the scores of two candidates, by their test."""
     first, second = rows
     if first is None or second is None:
         return None
@@ -144,7 +148,7 @@ def _lower(
     figure: Callable[[Row], float | None],
     shown: Callable[[float], str],
 ) -> Finding | None:
-    """A claim that one arm's figure is below another's; these have no test, so all of enough seeds must agree."""
+    """A claim that one candidate's figure is below another's; these have no test, so all of enough seeds must agree."""
     if low is None or high is None:
         return None
     first, second = figure(low), figure(high)
@@ -165,7 +169,7 @@ def _lower(
 
 def _alone(row: Row, result: object) -> Row:
     """A row of one run."""
-    return Row(row.arm, 1, (result,), (), row.score)  # type: ignore[arg-type]
+    return Row(row.candidate, 1, (result,), (), row.score)  # type: ignore[arg-type]
 
 
 def _steps(row: Row) -> str:
@@ -232,17 +236,17 @@ COUNTED: dict[str, Callable[[Training], float]] = {
 
 
 def equal_and_not(summary: Summary) -> tuple[list[str], list[str]]:
-    """Two lists of sentences: what all arms shared, and where they differed."""
+    """Two lists of sentences: what all candidates shared, and where they differed."""
     questions = next((row.score.questions for row in summary.scored if row.score), 0)
     same = [f"The same {questions} questions for every arm and seed, judged by {summary.scorer}."]
     different: list[str] = []
-    trained = [row for row in summary.rows if row.arm.is_trained and row.done]
+    trained = [row for row in summary.rows if row.candidate.is_trained and row.done]
     if trained:
         same.append("The same training examples for every method, in the same order for the same seed.")
         for name, figure in COUNTED.items():
             _sort(name, figure, trained, same, different)
         _rates(trained, same, different)
-    if any(not row.arm.is_trained and row.arm.shots for row in summary.rows):
+    if any(not row.candidate.is_trained and row.candidate.shots for row in summary.rows):
         different.append("Prompts with examples see only those; they were drawn anew from the training data by seed.")
     if summary.base is not None:
         different.append("The model as it comes answers the same each time and was asked once: its interval is over "
@@ -253,11 +257,11 @@ def equal_and_not(summary: Summary) -> tuple[list[str], list[str]]:
 def _sort(
     name: str, figure: Callable[[Training], float], trained: list[Row], same: list[str], different: list[str]
 ) -> None:
-    by_arm = {row.name: row.of_training(figure) for row in trained}
-    if len(set(by_arm.values())) == 1:
-        same.append(f"{name.capitalize()}: {figures.count(next(iter(by_arm.values())))} for every method.")
+    by_candidate = {row.name: row.of_training(figure) for row in trained}
+    if len(set(by_candidate.values())) == 1:
+        same.append(f"{name.capitalize()}: {figures.count(next(iter(by_candidate.values())))} for every method.")
     else:
-        told = ", ".join(f"{arm} {figures.count(value)}" for arm, value in by_arm.items())
+        told = ", ".join(f"{candidate} {figures.count(value)}" for candidate, value in by_candidate.items())
         different.append(f"{name.capitalize()}: {told}.")
 
 
@@ -266,5 +270,5 @@ def _rates(trained: list[Row], same: list[str], different: list[str]) -> None:
     if len(set(rates.values())) == 1:
         same.append(f"Learning rate: {next(iter(rates.values())):g} for every method.")
     else:
-        told = ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items())
+        told = ", ".join(f"{candidate} {rate:g}" for candidate, rate in rates.items())
         different.append(f"Learning rate: {told}; none of them was searched for here.")

@@ -26,7 +26,7 @@ COLOURS = ("#4c78a8", "#e07b39", "#3f9b6c", "#c8504f", "#8a6fb5", "#9a7b63", "#c
 
 
 def scores_svg(summary: Summary) -> str:
-    """Each arm's mean, interval and seeds, the best on top, as SVG for the page."""
+    """Each candidate's mean, interval and seeds, the best on top, as SVG for the page."""
     return _svg(lambda: draw_scores(summary, INK), "scores")
 
 
@@ -47,7 +47,7 @@ def write_pictures(summary: Summary, folder: Path) -> list[Path]:
 
 
 def draw_scores(summary: Summary, ink: str) -> Figure:
-    """One line an arm."""
+    """One line a candidate."""
     rows = [*summary.scored, *([summary.control] if summary.control else [])]
     figure, axes = _axes(1, (WIDTH, 0.8 + 0.34 * len(rows)), ink)
     for place, row in enumerate(rows):
@@ -108,7 +108,7 @@ def _untrained(axes: Axes, summary: Summary, ink: str) -> None:
     room = max(high - low, 1e-3)
     far, levels = [], {}
     for row in summary.scored:
-        if row.arm.is_trained:
+        if row.candidate.is_trained:
             continue
         if low - room <= row.mean <= high + room:
             levels.setdefault(round((row.mean - low) / room, 1), []).append(row)
@@ -130,7 +130,7 @@ def _untrained(axes: Axes, summary: Summary, ink: str) -> None:
 
 
 def _trained(summary: Summary) -> list[Row]:
-    return [row for row in summary.scored if row.arm.is_trained and row.peak_bytes is not None]
+    return [row for row in summary.scored if row.candidate.is_trained and row.peak_bytes is not None]
 
 
 def _score_label(summary: Summary) -> str:

@@ -1,113 +1,190 @@
-"""The commands of a run in a process of its own: how far it is, its log, and what it ended with."""
+"""The stages of a run in a spawned process of its own: how far it is, its log, and what it ended with."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import gc
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import threading
+import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from slimtune.cli.compare_worker import BEGINS
-from slimtune.console.progress import read_line
+from slimtune.compare.stages import Stage
+from slimtune.console.noise import leave_out_noise
+from slimtune.console.progress import Counting
+from slimtune.errors import SlimtuneError
+from slimtune.storage.atomic import staged_file
 
-WORKER = (sys.executable, "-m", "slimtune.cli.compare_worker")
 PATIENCE_SECONDS = 60
 """After which a process that was asked to end is killed; until then it may write a checkpoint."""
+REPORT_SECONDS = 0.2
+"""Between two reports of progress."""
 
 
 class Listener(Protocol):
-    """Who is told how far the commands are."""
+    """Who follows the stages."""
 
     def stage(self, name: str) -> None:
-        """A command begins."""
+        """A stage begins."""
         ...
 
     def advance(self, done: int, total: int) -> None:
-        """The command is so far."""
+        """The stage is so far."""
         ...
 
 
 @dataclass(frozen=True)
-class Failure:
-    """The command that ended a process, and why, in its own words."""
+class Begin:
+    """A message of the process: a stage begins."""
 
-    command: str
+    stage: str
+
+
+@dataclass(frozen=True)
+class Advance:
+    """A message of the process: the stage is so far."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The stage that ended a process, and why, in a sentence."""
+
+    stage: str
     reason: str
 
 
-def run(commands: Sequence[Sequence[str]], folder: Path, log: Path, listener: Listener) -> Failure | None:
-    """Call `slimtune COMMAND` for each of these, up to the first that fails; `worker` says what becomes of the answers.
+def run(stages: Sequence[Stage], folder: Path, log: Path, listener: Listener) -> Failure | None:
+    """Do the stages in a new process, up to the first that fails; each keeps its result in `folder` as it ends.
 
     Ctrl-C asks the process to end, waits, and goes on upwards: unlike in a shell, the process doesn't hear it itself,
     and so can't take it for the wish to keep half a training.
     """
-    with log.open("a", encoding="utf-8") as told:
-        process = subprocess.Popen(
-            [*WORKER, str(folder), json.dumps(commands)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
-            env=os.environ | {"COLUMNS": "200", "TOKENIZERS_PARALLELISM": "false"},
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )  # fmt: skip
-        heard = _Heard(commands[0][0])
-        thread = threading.Thread(target=heard.listen, args=(process, told, listener), daemon=True)
-        thread.start()
-        try:
-            process.wait()
-        except BaseException:
-            _end(process)
-            raise
-        finally:
-            thread.join(timeout=5)
-    return Failure(heard.command, reason(process.returncode, heard.said)) if process.returncode else None
-
-
-class _Heard:
-    """What a process said of the command that it is at."""
-
-    def __init__(self, command: str) -> None:
-        self.command, self.said = command, list[str]()
-
-    def listen(self, process: subprocess.Popen[str], told: Any, listener: Listener) -> None:
-        assert process.stderr
-        for line in process.stderr:
-            with contextlib.suppress(ValueError):  # closed, because the process did not end in time
-                told.write(line)
-                told.flush()
-            self.said.append(line.strip())
-            if line.startswith(BEGINS):
-                self.command, self.said = line.removeprefix(BEGINS).split()[0], []
-                listener.stage(self.command)
-            elif progress := read_line(line):
-                listener.advance(*progress)
-
-
-def reason(code: int, said: Sequence[str]) -> str:
-    """The sentence that slimtune ended with, the last line of a traceback, or the signal."""
-    if code < 0:
-        hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
-        return f"killed by {signal.Signals(-code).name}{hint}"
-    own = [line.removeprefix("slimtune: ") for line in said if line.startswith("slimtune: ")]
-    return (own or [line for line in said if line] or [f"exit code {code}"])[-1]
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.terminate()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(list(stages), folder, log, sender))
+    process.start()
+    sender.close()
     try:
-        process.wait(PATIENCE_SECONDS)
-    except subprocess.TimeoutExpired:
+        stage, failure = _listen(receiver, process, stages[0].name, listener)
+        process.join()
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        receiver.close()
+    return failure or (Failure(stage, reason(process.exitcode)) if process.exitcode else None)
+
+
+def reason(code: int) -> str:
+    """How a process ended that could not say so itself."""
+    if code >= 0:
+        return f"exit code {code}"
+    hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def _listen(receiver: Connection, process: Any, stage: str, listener: Listener) -> tuple[str, Failure | None]:
+    """Pass the messages on until the process ends: the last stage that began, and its failure."""
+    # Waiting for the process too: what it has started may hold the pipe open beyond its end.
+    while receiver in wait([receiver, process.sentinel]):
+        try:
+            message = receiver.recv()
+        except (EOFError, OSError):  # the end, or killed in the middle of a message
+            break
+        if isinstance(message, Failure):
+            return stage, message
+        if isinstance(message, Begin):
+            stage = message.stage
+            listener.stage(stage)
+        else:
+            listener.advance(message.done, message.total)
+    return stage, None
+
+
+def _end(process: Any) -> None:
+    process.terminate()
+    process.join(PATIENCE_SECONDS)
+    if process.is_alive():
         process.kill()
-        process.wait()
+        process.join()
 
 
-def _end_with_parent() -> None:
-    """A run whose comparison was killed would take the processor from the one that goes on."""
-    prctl_set_death_signal = 1
-    ctypes.CDLL(None).prctl(prctl_set_death_signal, signal.SIGTERM)
+def _work(stages: Sequence[Stage], folder: Path, log: Path, sender: Connection) -> None:
+    """What the process does. Raises: SystemExit, when a stage fails."""
+    _leave_the_terminal(log)
+    leave_out_noise()
+    Counting.report = _Reporter(sender)
+    for stage in stages:
+        keywords = getattr(stage.work, "keywords", {})
+        print(f"== {stage.name}", *(f"{name}={value}" for name, value in keywords.items()), file=sys.stderr)
+        sender.send(Begin(stage.name))
+        try:
+            result = json.dumps(stage.work(), indent=1)
+            with staged_file(stage.kept(folder)) as scratch:
+                scratch.write_text(result + "\n", encoding="utf-8")
+        except Exception as error:
+            sentence = _sentence(error)
+            print(f"slimtune: {sentence}", file=sys.stderr)
+            sender.send(Failure(stage.name, sentence))
+            sys.exit(1)
+        _free_memory()
+
+
+def _leave_the_terminal(log: Path) -> None:
+    """Print to the log, hear no Ctrl-C, and end with the parent: else it would compete with the run that goes on."""
+    os.environ |= {"COLUMNS": "200", "TOKENIZERS_PARALLELISM": "false"}
+    if hasattr(os, "setsid"):
+        os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if sys.platform == "linux":
+        prctl_set_death_signal = 1
+        ctypes.CDLL(None).prctl(prctl_set_death_signal, signal.SIGTERM)
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:
+            sys.exit(1)  # it ended before that was set
+
+
+class _Reporter:
+    """Sends progress on, not more often than a person can follow."""
+
+    def __init__(self, sender: Connection) -> None:
+        self.sender, self.last = sender, float("-inf")
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - self.last > REPORT_SECONDS:
+            self.sender.send(Advance(done, total))
+            self.last = now
+
+
+def _sentence(error: Exception) -> str:
+    """What an error means to a user; the traceback of one that is nobody's mistake goes to the log."""
+    if isinstance(error, SlimtuneError):
+        return str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the file system'}: {error.strerror or error}"
+    traceback.print_exception(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the device has not enough memory; lower training.batch_size or data.max_length"
+    return traceback.format_exception_only(error)[-1].strip()
+
+
+def _free_memory() -> None:
+    """The model of a stage must not stand beside that of the next one."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

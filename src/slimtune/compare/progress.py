@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from slimtune.compare import format as figures
 from slimtune.compare.results import Result
-from slimtune.recipe.candidates import Arm, Run
+from slimtune.recipe.candidates import Candidate, Run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ class ShownRuns:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.console, self.left = console, list(runs)
-        self.took: list[tuple[Arm, float]] = []
+        self.took: list[tuple[Candidate, float]] = []
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -69,13 +69,13 @@ class ShownRuns:
         """Tell what came out."""
         self.left.remove(run)
         seconds = time.monotonic() - self.began
-        self.took.append((run.arm, seconds))
+        self.took.append((run.candidate, seconds))
         self.bar.update(self.all, advance=1, left=self.time_left())
         outcome = f"{result.score.name} {result.score.mean:.3f}" if result.score else f"failed: {result.reason}"
         self.console.print(f"{run}: {outcome} ({figures.duration(seconds)}) {self.time_left()}", markup=False)
 
     def time_left(self) -> str:
-        """From runs of the same arm, else of the same kind; nothing while a kind has not been run at all."""
+        """From runs of the same candidate, else of the same kind; nothing while a kind has not been run at all."""
         if not self.left:
             return ""
         expected = [self._expected(run) for run in self.left]
@@ -84,8 +84,8 @@ class ShownRuns:
         return f"{more}{figures.duration(sum(known))} left" if known else ""
 
     def _expected(self, run: Run) -> float | None:
-        alike = [seconds for arm, seconds in self.took if arm.is_trained == run.arm.is_trained]
-        own = [seconds for arm, seconds in self.took if arm == run.arm]
+        alike = [seconds for candidate, seconds in self.took if candidate.is_trained == run.candidate.is_trained]
+        own = [seconds for candidate, seconds in self.took if candidate == run.candidate]
         return fmean(own or alike) if alike else None
 
     def _line(self, text: str) -> None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimtune.errors import DataError
 from slimtune.models.device import ram
@@ -38,14 +38,14 @@ class Facts(BaseModel):
         moved: the machines and versions that earlier runs were made with, where they are others; in sentences.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     model: str
     data: str
     command: str
     date: str
     recipe: str
-    arms: list[str]
+    candidates: list[str] = Field(validation_alias="arms", serialization_alias="arms")
     seeds: int
     same: dict[str, Any]
     machine: dict[str, str]
@@ -59,7 +59,7 @@ class Facts(BaseModel):
     def write(self, folder: Path) -> None:
         """Write it whole or not at all."""
         with staged_file(folder / FACTS) as scratch:
-            scratch.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            scratch.write_text(self.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
 
 
 def read_facts(folder: Path) -> Facts | None:

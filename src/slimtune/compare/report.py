@@ -42,9 +42,9 @@ class Report:
         return [*self.facts.remarks, *self.facts.moved]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the choice, every arm, every pair, the findings and how it was run."""
+        """For JSON: the choice, every candidate, every pair, the findings and how it was run."""
         return {
-            "chosen": self.choice.arm,
+            "chosen": self.choice.candidate,
             "headline": self.choice.headline,
             "sentences": list(self.choice.sentences),
             "warnings": list(self.choice.warnings),
@@ -54,7 +54,7 @@ class Report:
             "pairs": [asdict(pair) | {"shown": pair.is_shown} for pair in self.summary.pairs],
             "findings": [asdict(finding) for finding in self.findings],
             "notes": self.notes,
-            "facts": self.facts.model_dump(),
+            "facts": self.facts.model_dump(by_alias=True),
         }
 
 
@@ -91,7 +91,7 @@ def html(told: Report) -> str:
     )
     pictures = {"scores": "", "costs": ""}
     if told.summary.scored:
-        # Drawn by matplotlib, which escapes what it writes; the names of arms are all that comes from outside.
+        # Drawn by matplotlib, which escapes what it writes; the names of candidates are all that comes from outside.
         pictures = {"scores": Markup(plot.scores_svg(told.summary)), "costs": Markup(plot.costs_svg(told.summary))}
     domains = {row.name: row.domains for row in told.summary.rows if row.domains}
     values: dict[str, Any] = {"told": told, "pictures": pictures, "domains": domains, "figures": figures}
@@ -156,21 +156,21 @@ def _plain(text: str) -> str:
 
 
 FIRST, DIVIDED = 3, 3
-"""How many questions are shown because they come first, and because the arms differ on them most."""
+"""How many questions are shown because they come first, and because the candidates differ on them most."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one arm or several said alike, and its score."""
+    """What one candidate or several said alike, and its score."""
 
-    arms: tuple[str, ...]
+    candidates: tuple[str, ...]
     text: str
     score: float
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with the answers of all arms."""
+    """A question with the answers of all candidates."""
 
     number: int
     question: Question
@@ -179,7 +179,7 @@ class Sample:
 
 
 def samples(summary: Summary, questions: Sequence[Question]) -> list[Sample]:
-    """The first questions, so that nobody chose them, and those on which the arms differ most."""
+    """The first questions, so that nobody chose them, and those on which the candidates differ most."""
     scored = [(row.name, score) for row in summary.rows if row.done and (score := row.done[0].score)]
     if not scored:
         return []
@@ -192,7 +192,7 @@ def samples(summary: Summary, questions: Sequence[Question]) -> list[Sample]:
 
 
 def _answers(scored: Sequence[tuple[str, Score]], index: int) -> tuple[Answer, ...]:
-    """Arms that said the same stand together, in the order of the first of them."""
+    """Candidates that said the same stand together, in the order of the first of them."""
     said: dict[tuple[str, float], list[str]] = {}
     for name, score in scored:
         said.setdefault((score.answers[index], score.per_question[index]), []).append(name)
@@ -200,13 +200,13 @@ def _answers(scored: Sequence[tuple[str, Score]], index: int) -> tuple[Answer, .
 
 
 def _apart(summary: Summary, index: int) -> float:
-    """The variance between the arms' means on one question."""
+    """The variance between the candidates' means on one question."""
     return pvariance([fmean(r.score.per_question[index] for r in row.done if r.score) for row in summary.scored])
 
 
 @dataclass(frozen=True)
 class Line:
-    """One arm: its name, and a cell for each column that says something here."""
+    """One candidate: its name, and a cell for each column that says something here."""
 
     row: Row
     cells: dict[str, str]

@@ -16,7 +16,7 @@ RESULT = "result.json"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class Score(_Strict):
@@ -91,7 +91,7 @@ class Spectrum(_Strict):
 class Result(_Strict):
     """One run: done with a score, or failed with a reason."""
 
-    arm: str
+    candidate: str = Field(validation_alias="arm", serialization_alias="arm")
     seed: int
     status: Literal["done", "failed"]
     reason: str = ""
@@ -111,7 +111,7 @@ class Result(_Strict):
     def write(self, path: Path) -> None:
         """Write it whole or not at all."""
         with staged_file(path) as scratch:
-            scratch.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            scratch.write_text(self.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
 
 
 class Question(_Strict):

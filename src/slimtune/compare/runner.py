@@ -36,8 +36,8 @@ def results_of(task: Task, runs: Sequence[Run]) -> list[Result]:
 
 def unfinished(task: Task, runs: Sequence[Run]) -> list[Run]:
     """The runs that are still to be done, those that failed among them: their cause may be gone."""
-    done = {(result.arm, result.seed) for result in results_of(task, runs) if result.status == "done"}
-    return [run for run in runs if (run.arm.name, run.seed) not in done]
+    done = {(result.candidate, result.seed) for result in results_of(task, runs) if result.status == "done"}
+    return [run for run in runs if (run.candidate.name, run.seed) not in done]
 
 
 def run_all(task: Task, runs: Sequence[Run], watcher: Watcher, on_result: Callable[[], object]) -> None:
@@ -56,12 +56,14 @@ def _done_or_failed(task: Task, run: Run, watcher: Watcher) -> Result:
     try:
         return _do(task, run, watcher)
     except (TrainingError, DataError) as error:
-        return Result(arm=run.arm.name, seed=run.seed, status="failed", reason=str(error) or type(error).__name__)
+        return Result(
+            candidate=run.candidate.name, seed=run.seed, status="failed", reason=str(error) or type(error).__name__
+        )
 
 
 def _do(task: Task, run: Run, watcher: Watcher) -> Result:
     place = task.place(run)
-    if run.arm.is_trained:
+    if run.candidate.is_trained:
         write_recipe(task, run)
     stages = stages_of(task, run)
     notes = _run_stages(stages, place, watcher)
@@ -76,12 +78,12 @@ def _run_stages(stages: Sequence[Stage], place: Path, watcher: Watcher) -> list[
     """Do what was not done before the comparison was killed; what is missing and why. Raises: TrainingError."""
     left, notes = [stage for stage in stages if not stage.kept(place).is_file()], []
     while left:
-        failure = process.run([stage.arguments for stage in left], place, place / LOG, watcher)
+        failure = process.run(left, place, place / LOG, watcher)
         if failure is None:
             break
-        number = [stage.name for stage in left].index(failure.command)
+        number = [stage.name for stage in left].index(failure.stage)
         if left[number].is_needed:
-            raise TrainingError(f"{failure.command}: {failure.reason}")
-        notes.append(f"{failure.command} was not measured: {failure.reason}")
+            raise TrainingError(f"{failure.stage}: {failure.reason}")
+        notes.append(f"{failure.stage} was not measured: {failure.reason}")
         left = left[number + 1 :]
     return notes

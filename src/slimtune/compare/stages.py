@@ -1,9 +1,15 @@
-"""The commands that make up a run, each kept as a file once it is done, and what of their answers is the result."""
+"""The stages of a run: each keeps its result as a file once it is done, and together they are the run's result.
+
+The functions of the stages are called in a process of their own (see `process`), so that what is heavy is imported
+within them.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +24,23 @@ ANSWERS = "answers.jsonl"
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a run.
+    """One step of a run.
 
     Attributes:
+        work: a partial of a function of this module; it is pickled to the process that calls it.
         is_needed: whether the run fails without it; else the page says that it is missing, and why.
     """
 
-    arguments: list[str]
+    name: str
+    work: Callable[[], dict[str, Any]]
     is_needed: bool = True
 
-    @property
-    def name(self) -> str:
-        """Of the command."""
-        return self.arguments[0]
-
     def kept(self, place: Path) -> Path:
-        """Where its answer is kept in the folder of the run, once it is done."""
+        """Where its result is kept in the folder of the run, once it is done."""
         return place / f"{self.name}.json"
 
     def read(self, place: Path) -> dict[str, Any]:
-        """The answer. Raises: DataError, for one that is damaged."""
+        """The result. Raises: DataError, for one that is damaged."""
         path = self.kept(place)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
@@ -45,59 +48,173 @@ class Stage:
             raise DataError(f"{path} is damaged; delete its folder, and the run is done again") from error
 
 
+@dataclass(frozen=True)
+class Source:
+    """A model by name, and how it is loaded: as it was while it was tuned."""
+
+    name: str
+    dtype: str = "auto"
+    device: str = "auto"
+    quantize: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> tuple[str, str, bool]:
+        """As `slimtune.load` takes them."""
+        return self.dtype, self.device, self.trust_remote_code
+
+
 def stages_of(task: Task, run: Run) -> list[Stage]:
-    """The commands of a run in their order."""
-    place = task.place(run)
-    loading = _loading(task, run)
-    if not run.arm.is_trained:
+    """The stages of a run in their order. The training comes first, so that the peak of memory is its own."""
+    place, settings = task.place(run), task.settings
+    if not run.candidate.is_trained:
         model = task.recipe["model"]
-        return [_evaluation(task, run, at_revision(model["name"], model.get("revision")), loading)]
-    tuned = str(place / TUNED)
-    settings = task.settings
+        return [_evaluation(task, run, at_revision(model["name"], model.get("revision")))]
+    tuned = _source(task, run, str(place / TUNED))
     stages = [
-        Stage(["train", str(place / RECIPE), _how_to_begin(place), "--json"]),
-        _evaluation(task, run, tuned, loading),
+        Stage("train", partial(train, recipe=place / RECIPE, resume=_can_resume(place))),
+        _evaluation(task, run, tuned.name),
     ]
     if task.has_language_loss and settings.texts != 0:
-        texts = [] if settings.texts is None else ["--texts", str(settings.texts)]
-        stages.append(Stage(["forgetting", tuned, *texts, "--worst", "0", *loading, "--json"], is_needed=False))
+        stages.append(Stage("forgetting", partial(forgetting, tuned=tuned, texts=settings.texts), is_needed=False))
     if settings.spectra == "all" or (settings.spectra == "first" and run.seed == 0):
-        stages.append(Stage(["spectra", tuned, *loading, "--json"], is_needed=False))
+        stages.append(Stage("spectra", partial(spectra, tuned=tuned), is_needed=False))
     return stages
 
 
-def _how_to_begin(place: Path) -> str:
-    """Where a kill left a checkpoint it goes on to the same bits; a training that failed begins anew."""
+def _can_resume(place: Path) -> bool:
+    """Whether a kill left a checkpoint to go on from, to the same bits; a training that failed begins anew."""
     from slimtune.train.checkpointing import last_whole
     from slimtune.train.run_folder import folder_of
 
     broken_off = folder_of(place / TUNED)
-    can_go_on = not (place / RESULT).is_file() and broken_off.is_dir() and last_whole(broken_off) is not None
-    return "--resume" if can_go_on else "--overwrite"
+    return not (place / RESULT).is_file() and broken_off.is_dir() and last_whole(broken_off) is not None
 
 
-def _evaluation(task: Task, run: Run, model: str, loading: list[str]) -> Stage:
-    place, settings = task.place(run), task.settings
-    arguments = ["evaluate", model, str(task.questions), "--answers", str(place / ANSWERS), "--overwrite", *loading]
-    arguments += ["--scorer", settings.scorer]
-    if settings.max_new_tokens is not None:
-        arguments += ["--max-new-tokens", str(settings.max_new_tokens)]
-    arm = run.arm
-    if arm.shots:
-        arguments += ["--shots", str(arm.shots), "--examples", str(task.train), "--seed", str(run.seed)]
-        arguments += ["--random-labels"] if arm.random_labels else []
-    return Stage([*arguments, "--json"])
+def _source(task: Task, run: Run, name: str) -> Source:
+    model = model_of(task, run.candidate)
+    names = ("dtype", "device", "quantize", "trust_remote_code")
+    return Source(name, **{name: model[name] for name in names if model.get(name)})
+
+
+def _evaluation(task: Task, run: Run, model: str) -> Stage:
+    settings, candidate = task.settings, run.candidate
+    work = partial(
+        evaluate,
+        source=_source(task, run, model),
+        questions=task.questions,
+        answers=task.place(run) / ANSWERS,
+        scorer=settings.scorer,
+        max_new_tokens=settings.max_new_tokens,
+        examples=task.train if candidate.shots else None,
+        # Without examples nothing is drawn, and the answers say so by the seed 0.
+        shots={"count": candidate.shots, "seed": run.seed, "random_labels": candidate.random_labels}
+        if candidate.shots
+        else {},
+    )
+    return Stage("evaluate", work)
+
+
+def train(recipe: Path, resume: bool) -> dict[str, Any]:
+    """Train as a recipe says, over what is there unless it is resumed. Raises: SlimtuneError."""
+    from slimtune.pipeline.train import run
+    from slimtune.recipe.recipe import Recipe
+    from slimtune.storage.text_files import read_mapping
+    from slimtune.train.measurements import RESULTS
+
+    settings = Recipe.of(read_mapping(recipe))
+    run(settings, _console(), overwrite=not resume, resume=resume)
+    return {"output": settings.output, **json.loads((Path(settings.output) / RESULTS).read_text(encoding="utf-8"))}
+
+
+def evaluate(
+    source: Source,
+    questions: Path,
+    answers: Path,
+    scorer: str,
+    max_new_tokens: int | None,
+    examples: Path | None,
+    shots: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Ask a model the questions, with all answers written to a file. Raises: SlimtuneError.
+
+    Args:
+        shots: fields of `Shots`: how many of the `examples` stand in the prompt, and how they are drawn.
+    """
+    from slimtune.console.progress import Counting
+    from slimtune.evaluate.answers import AnswerFile, weights_of
+    from slimtune.evaluate.in_context import Shots
+    from slimtune.evaluate.labelling import evaluate_classifier, is_classifier
+    from slimtune.evaluate.run import evaluate as ask
+    from slimtune.evaluate.run import prepare
+    from slimtune.evaluate.settings import EvaluationSettings
+    from slimtune.evaluate.tasks import open_task
+    from slimtune.models.load import load_text_model
+
+    # What the answers follow from, with which those of a killed evaluation are known again.
+    about = {"model": weights_of(source.name), "quantize": source.quantize, "options": source.options}
+    file = AnswerFile(answers, about, overwrite=True)
+    former = None if examples is None else open_task(str(examples))
+    settings = EvaluationSettings(scorer, max_new_tokens)
+    prepared = prepare(open_task(str(questions)), settings, Shots(**shots), former)
+    with Counting(_console()) as counting:
+        if is_classifier(source.name):
+            watch = counting.watch
+            scored = evaluate_classifier(source.name, prepared, source.quantize, source.options, file, watch)
+        else:
+            model, tokenizer = load_text_model(source.name, *source.options, quantize=source.quantize)
+            counting.start("asking questions", len(prepared.questions))
+            scored = ask(model, tokenizer, prepared, counting.reach, file)
+    return {"model": source.name, "task": str(questions), **scored.to_dict()}
+
+
+def forgetting(tuned: Source, texts: int | None) -> dict[str, Any]:
+    """Measure the loss on the first `texts` of each shipped set, before and after. Raises: SlimtuneError."""
+    from slimtune.console.progress import Counting
+    from slimtune.evaluate.domain_texts import texts as shipped
+    from slimtune.evaluate.forgetting import measure
+
+    model = _tuned(tuned)
+    with Counting(_console()) as counting:
+        measured = measure(model, shipped(limit=texts), worst=0, watch=counting.watch)
+    return {"tuned": tuned.name, "base": model.base, **measured.to_dict()}
+
+
+def spectra(tuned: Source) -> dict[str, Any]:
+    """Decompose what tuning did to each matrix. Raises: SlimtuneError."""
+    from slimtune.console.progress import Counting
+    from slimtune.evaluate.intruders.spectra import measure, updates_of
+
+    model = _tuned(tuned)
+    updates = updates_of(model)
+    with Counting(_console()) as counting:
+        counting.start("decomposing matrices", len(updates.matrices))
+        measured = measure(updates, on_matrix=counting.advance)
+    return {"tuned": tuned.name, "base": model.base, **measured.to_dict()}
+
+
+def _tuned(source: Source) -> Any:
+    from slimtune.evaluate.tuned import Tuned
+
+    dtype, device, trusted = source.options
+    return Tuned.find(source.name, dtype=dtype, device=device, trust_remote_code=trusted, quantize=source.quantize)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def result_of(task: Task, run: Run, found: dict[str, dict[str, Any]], notes: list[str]) -> Result:
     """What the commands of a run came to."""
     place = task.place(run)
     return Result(
-        arm=run.arm.name,
+        candidate=run.candidate.name,
         seed=run.seed,
         status="done",
         score=_score(found["evaluate"], place / ANSWERS),
-        training=_training(found["train"], place) if run.arm.is_trained else None,
+        training=_training(found["train"], place) if run.candidate.is_trained else None,
         forgetting=_domains(found.get("forgetting")),
         spectrum=_spectrum(found.get("spectra")),
         notes=notes,
@@ -152,14 +269,6 @@ def _spectrum(found: dict[str, Any] | None) -> Spectrum | None:
     if found is None:
         return None
     return Spectrum(intruders=found["intruders"], matrices=found["count"], effective_rank=found["effective_rank"])
-
-
-def _loading(task: Task, run: Run) -> list[str]:
-    """How the model is loaded, as options: as it was while it was tuned."""
-    model = model_of(task, run.arm)
-    options = [[f"--{name}", str(model[name])] for name in ("dtype", "device", "quantize") if model.get(name)]
-    trusted = ["--trust-remote-code"] if model.get("trust_remote_code") else []
-    return [word for option in options for word in option] + trusted
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ PERMUTATIONS = 20_000
 
 @dataclass(frozen=True)
 class Scores:
-    """An arm's scores per question by seed; an arm without seeds (the model as it comes) has one entry."""
+    """A candidate's scores per question by seed; a candidate without seeds (the model as it comes) has one entry."""
 
     by_seed: Mapping[int, Sequence[float]]
     is_seeded: bool = True
@@ -71,7 +71,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two arms on the same questions.
+    """Two candidates on the same questions.
 
     Attributes:
         difference: the mean of `first` less that of `second`.

@@ -1,4 +1,4 @@
-"""The results of all runs as one table: a row for each arm, and every pair of arms tested."""
+"""The results of all runs as one table: a row for each candidate, and every pair of candidates tested."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from slimtune.compare.results import Domain, Result, Score, Training
 from slimtune.compare.statistics import Interval, Pair, Scores, compare_all, interval
 from slimtune.errors import DataError
-from slimtune.recipe.candidates import BASE, Arm
+from slimtune.recipe.candidates import BASE, Candidate
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm over its seeds; means over the runs that were done, None where nothing was measured."""
+    """A candidate over its seeds; means over the runs that were done, None where nothing was measured."""
 
-    arm: Arm
+    candidate: Candidate
     wanted: int
     """Runs that were asked for."""
     done: tuple[Result, ...]
@@ -28,8 +28,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of the arm."""
-        return self.arm.name
+        """Of the candidate."""
+        return self.candidate.name
 
     def of_training(self, figure: Callable[[Training], float]) -> float | None:
         """The mean of a figure of the training."""
@@ -86,7 +86,7 @@ class Row:
         """For JSON; sizes in bytes, times in seconds, forgetting in nats per token."""
         return {
             "arm": self.name,
-            "summary": self.arm.summary,
+            "summary": self.candidate.summary,
             "score": None if self.score is None else asdict(self.score),
             "forgotten": self.forgotten,
             "domains": [domain.model_dump() for domain in self.domains],
@@ -112,19 +112,19 @@ class Summary:
     @property
     def scored(self) -> list[Row]:
         """Rows with a score, the best first; controls are no candidates and stand apart."""
-        rows = [row for row in self.rows if row.score and not row.arm.random_labels]
+        rows = [row for row in self.rows if row.score and not row.candidate.random_labels]
         return sorted(rows, key=lambda row: self.sign * row.mean, reverse=True)
 
     @property
     def control(self) -> Row | None:
         """The prompt whose answers were dealt at random."""
-        return next((row for row in self.rows if row.score and row.arm.random_labels), None)
+        return next((row for row in self.rows if row.score and row.candidate.random_labels), None)
 
     @property
     def twin(self) -> Row | None:
         """The prompt that the control repeats with random answers."""
         control = self.control
-        return next((row for row in self.scored if control and row.arm.is_same_prompt(control.arm)), None)
+        return next((row for row in self.scored if control and row.candidate.is_same_prompt(control.candidate)), None)
 
     @property
     def sign(self) -> int:
@@ -133,11 +133,11 @@ class Summary:
 
     @property
     def is_all_wrong(self) -> bool:
-        """Whether nobody gave a right answer, which says more of the scorer than of the arms."""
+        """Whether nobody gave a right answer, which says more of the scorer than of the candidates."""
         return bool(self.scored) and self.higher_is_better and all(row.mean == 0 for row in self.scored)
 
     def row(self, name: str) -> Row | None:
-        """The row of an arm that has a score."""
+        """The row of a candidate that has a score."""
         return next((row for row in self.rows if row.name == name and row.score), None)
 
     @property
@@ -151,12 +151,12 @@ class Summary:
         return next((pair for pair in self.pairs if {pair.first, pair.second} == names), None)
 
     def is_shown(self, first: Row, second: Row) -> bool:
-        """Whether a difference between two arms was shown."""
+        """Whether a difference between two candidates was shown."""
         pair = self.pair(first, second)
         return pair is not None and pair.is_shown
 
     def beaten_by(self, row: Row) -> Row | None:
-        """The best of the arms that are shown to be better than this one."""
+        """The best of the candidates that are shown to be better than this one."""
         return next((other for other in self.scored if other is not row and self.is_better(other, row)), None)
 
     def is_better(self, first: Row, second: Row) -> bool:
@@ -173,9 +173,12 @@ class Summary:
         return sum(row.wanted - len(row.done) - len(row.failed) for row in self.rows)
 
 
-def summarize(arms: Sequence[Arm], results: Sequence[Result], seeds: int) -> Summary:
+def summarize(candidates: Sequence[Candidate], results: Sequence[Result], seeds: int) -> Summary:
     """The table of what was measured so far; raises DataError if the scores can't be compared."""
-    rows = [_row(arm, [result for result in results if result.arm == arm.name], seeds) for arm in arms]
+    rows = [
+        _row(candidate, [result for result in results if result.candidate == candidate.name], seeds)
+        for candidate in candidates
+    ]
     name, higher = _scorer([result.score for row in rows for result in row.done if result.score])
     tables = {row.name: _scores(row) for row in rows if row.score}
     pairs = [pair for pair in _pairs(rows) if _have_common_seed(tables[pair[0]], tables[pair[1]])]
@@ -194,24 +197,24 @@ def _scorer(scores: Sequence[Score]) -> tuple[str, bool]:
 
 def _pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """All pairs of candidates, and the control with its twin: a test that nobody asks for costs the others power."""
-    candidates = [row for row in rows if row.score and not row.arm.random_labels]
+    candidates = [row for row in rows if row.score and not row.candidate.random_labels]
     pairs = [(first.name, second.name) for first, second in combinations(candidates, 2)]
-    for control in (row for row in rows if row.score and row.arm.random_labels):
-        pairs += [(row.name, control.name) for row in candidates if row.arm.is_same_prompt(control.arm)]
+    for control in (row for row in rows if row.score and row.candidate.random_labels):
+        pairs += [(row.name, control.name) for row in candidates if row.candidate.is_same_prompt(control.candidate)]
     return pairs
 
 
-def _row(arm: Arm, results: Sequence[Result], seeds: int) -> Row:
-    wanted = seeds if arm.is_seeded else 1
+def _row(candidate: Candidate, results: Sequence[Result], seeds: int) -> Row:
+    wanted = seeds if candidate.is_seeded else 1
     inside = sorted((result for result in results if result.seed < wanted), key=lambda result: result.seed)
     done = tuple(result for result in inside if result.status == "done")
     failed = tuple(result for result in inside if result.status == "failed")
-    row = Row(arm, wanted, done, failed, None)
-    return Row(arm, wanted, done, failed, interval(_scores(row).table)) if done else row
+    row = Row(candidate, wanted, done, failed, None)
+    return Row(candidate, wanted, done, failed, interval(_scores(row).table)) if done else row
 
 
 def _scores(row: Row) -> Scores:
-    return Scores({r.seed: r.score.per_question for r in row.done if r.score}, row.arm.is_seeded)
+    return Scores({r.seed: r.score.per_question for r in row.done if r.score}, row.candidate.is_seeded)
 
 
 def _have_common_seed(first: Scores, second: Scores) -> bool:

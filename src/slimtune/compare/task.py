@@ -9,7 +9,7 @@ from typing import Any
 
 from slimtune.compare.results import RESULT, read_result
 from slimtune.errors import ConfigError, OutputExistsError, did_you_mean
-from slimtune.recipe.candidates import LEARNING_RATE, QUANTIZED, Arm, Run
+from slimtune.recipe.candidates import LEARNING_RATE, QUANTIZED, Candidate, Run
 from slimtune.recipe.compare import CompareSettings
 from slimtune.storage.atomic import staged_file
 
@@ -47,27 +47,27 @@ class Task:
 
 def recipe_of(task: Task, run: Run) -> dict[str, Any]:
     """The recipe of one run: the same for all but the method, its learning rate, its base and the seed."""
-    arm, sections = run.arm, task.recipe
-    fields = {name: _value(text) for name, text in arm.fields if name != LEARNING_RATE}
+    candidate, sections = run.candidate, task.recipe
+    fields = {name: _value(text) for name, text in candidate.fields if name != LEARNING_RATE}
     training = {**(sections.get("training") or {}), "seed": run.seed}
     training.pop(LEARNING_RATE, None)
-    training |= {LEARNING_RATE: rate} if (rate := _learning_rate(task, arm)) is not None else {}
+    training |= {LEARNING_RATE: rate} if (rate := _learning_rate(task, candidate)) is not None else {}
     if task.settings.max_steps is not None:
         training["max_steps"] = task.settings.max_steps
     # The questions are held out of every run alike, and no checkpoint is chosen by them.
     data = {name: value for name, value in sections["data"].items() if name in DATA_KEPT}
     return sections | {
-        "model": model_of(task, arm),
+        "model": model_of(task, candidate),
         "data": data | {"train": str(task.train), "held_out": 0},
-        "method": _same_method(sections.get("method"), arm.method) | {"name": arm.method} | fields,
+        "method": _same_method(sections.get("method"), candidate.method) | {"name": candidate.method} | fields,
         "training": training,
         "output": str(task.place(run) / TUNED),
     }
 
 
-def model_of(task: Task, arm: Arm) -> dict[str, Any]:
-    """The model section for an arm."""
-    return task.recipe["model"] | ({"quantize": arm.quantize} if arm.quantize else {})
+def model_of(task: Task, candidate: Candidate) -> dict[str, Any]:
+    """The model section for a candidate."""
+    return task.recipe["model"] | ({"quantize": candidate.quantize} if candidate.quantize else {})
 
 
 def write_recipe(task: Task, run: Run) -> None:
@@ -84,21 +84,21 @@ def write_recipe(task: Task, run: Run) -> None:
         scratch.write_text(dump(recipe), encoding="utf-8")
 
 
-def check_arms(task: Task) -> None:
+def check_candidates(task: Task) -> None:
     """Raises: ConfigError, for a method or a field that is none, before anything is run."""
     from slimtune.recipe.method import methods
     from slimtune.recipe.recipe import Recipe
 
-    known = [*methods(), *QUANTIZED, *(arm.name for arm in task.settings.arms)]
+    known = [*methods(), *QUANTIZED, *(candidate.name for candidate in task.settings.candidates)]
     for name in task.settings.learning_rates:
         if name not in known:
             raise ConfigError(f"compare.learning_rates names no method '{name}'{did_you_mean(name, known)}")
-    for arm in task.settings.arms:
-        if arm.is_trained:
+    for candidate in task.settings.candidates:
+        if candidate.is_trained:
             try:
-                Recipe.of(recipe_of(task, Run(arm, 0)))
+                Recipe.of(recipe_of(task, Run(candidate, 0)))
             except ConfigError as error:
-                raise ConfigError(f"{arm.name}: {error}") from error
+                raise ConfigError(f"{candidate.name}: {error}") from error
 
 
 def check_unchanged(task: Task, runs: Sequence[Run]) -> None:
@@ -107,7 +107,7 @@ def check_unchanged(task: Task, runs: Sequence[Run]) -> None:
 
     for run in runs:
         path, result = task.place(run) / RECIPE, task.place(run) / RESULT
-        if run.arm.is_trained and path.is_file() and not (result.is_file() and read_result(result).reason):
+        if run.candidate.is_trained and path.is_file() and not (result.is_file() and read_result(result).reason):
             refuse_changes(read_mapping(path), recipe_of(task, run), f"the run {run} in {task.folder}")
 
 
@@ -129,21 +129,21 @@ def _differences(before: Any, now: Any, place: str = "") -> list[tuple[str, Any,
     return [] if before == now else [(place, before, now)]
 
 
-def _learning_rate(task: Task, arm: Arm) -> float | None:
+def _learning_rate(task: Task, candidate: Candidate) -> float | None:
     """The variant's own, else that of the compare section, else the recipe's; None is the method's own.
 
     The recipe's is for the kind of method that it names: what suits LoRA is ten times too much for full tuning.
     """
     from slimtune.recipe.method import find
 
-    fields, rates = dict(arm.fields), task.settings.learning_rates
+    fields, rates = dict(candidate.fields), task.settings.learning_rates
     if LEARNING_RATE in fields:
         return _value(fields[LEARNING_RATE])
-    named = next((name for name in (arm.name, arm.name.partition(":")[0]) if name in rates), None)
+    named = next((name for name in (candidate.name, candidate.name.partition(":")[0]) if name in rates), None)
     if named is not None:
         return rates[named]
     own = (task.recipe.get("method") or {}).get("name", "lora")
-    is_alike = find(own).config is find(arm.method or own).config
+    is_alike = find(own).config is find(candidate.method or own).config
     return (task.recipe.get("training") or {}).get(LEARNING_RATE) if is_alike else None
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_SECONDS = 10.0
-_LINE = re.compile(r"^  \S.*? ([\d,]+)/([\d,]+)  ")
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,13 @@ class Watch:
 
 
 class Counting:
-    """Stages of work, each named with its unit ("reading tokens"); a context that gives the terminal back."""
+    """Stages of work, each named with its unit ("reading tokens"); a context that gives the terminal back.
+
+    Attributes:
+        report: called with what is done, and of how much; set where another process shows it.
+    """
+
+    report: ClassVar[Callable[[int, int], None] | None] = None
 
     def __init__(self, screen: Console) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -87,6 +91,8 @@ class Counting:
             told: what stands beside in place of the units a second.
         """
         self.done, self.total = done, self.total if total is None else total
+        if Counting.report is not None:
+            Counting.report(done, self.total)
         now = time.monotonic()
         rate = (done - self.first) / max(now - self.began, 1e-9)
         told = told or f"{rate:,.{0 if rate >= 10 else 1}f}/s"
@@ -95,12 +101,3 @@ class Counting:
             left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
             self.screen.print(f"  {self.what} {done:,}/{self.total:,}  {told}  {left} left", markup=False)
             self.last_line = now
-
-
-def read_line(line: str) -> tuple[int, int] | None:
-    """What is done and of how much, where this is a line that `Counting` printed."""
-    found = _LINE.match(line)
-    if found is None:
-        return None
-    done, total = (int(number.replace(",", "")) for number in found.groups())
-    return done, total

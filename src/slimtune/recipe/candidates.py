@@ -1,4 +1,4 @@
-"""The arms of a comparison: methods, prompts with examples, and the model as it comes."""
+"""The candidates of a comparison: methods, prompts with examples, and the model as it comes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FIELD = re.compile(r"[A-Za-z_]\w*=[^:]+")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Candidate:
     """One way to get answers: a method that is trained, or `shots` examples in the prompt of the model as it comes."""
 
     name: str
@@ -38,7 +38,7 @@ class Arm:
         """Whether another seed gives another result: weights and order of a method, examples of a prompt."""
         return self.is_trained or self.shots > 0
 
-    def is_same_prompt(self, other: Arm) -> bool:
+    def is_same_prompt(self, other: Candidate) -> bool:
         """Whether both prompt with as many examples, right answers or not."""
         return not self.is_trained and not other.is_trained and self.shots == other.shots
 
@@ -59,22 +59,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """An arm with one seed."""
+    """A candidate with one seed."""
 
-    arm: Arm
+    candidate: Candidate
     seed: int
 
     @property
     def slug(self) -> str:
         """The name of its folder and its result."""
-        return f"{self.arm.slug}-seed-{self.seed}"
+        return f"{self.candidate.slug}-seed-{self.seed}"
 
     def __str__(self) -> str:
-        return f"{self.arm.name}, seed {self.seed}"
+        return f"{self.candidate.name}, seed {self.seed}"
 
 
-def trained(text: str) -> Arm:
-    """The arm of `NAME` or a variant of it, `NAME:FIELD=VALUE:FIELD=VALUE`; raises ConfigError.
+def trained(text: str) -> Candidate:
+    """The candidate of `NAME` or a variant of it, `NAME:FIELD=VALUE:FIELD=VALUE`; raises ConfigError.
 
     `qlora` is lora on a base in NF4. Names and fields are checked when the run's recipe is made.
     """
@@ -87,38 +87,40 @@ def trained(text: str) -> Arm:
     if twice:
         raise ConfigError(f"'{text}' sets {', '.join(sorted(twice))} twice; set it once")
     method, quantize = QUANTIZED.get(name, (name, None))
-    return Arm(":".join([name, *(f"{key}={value}" for key, value in fields)]), method, fields, quantize)
+    return Candidate(":".join([name, *(f"{key}={value}" for key, value in fields)]), method, fields, quantize)
 
 
-def prompted(shots: int, random_labels: bool = False) -> Arm:
+def prompted(shots: int, random_labels: bool = False) -> Candidate:
     """The model as it comes, with `shots` examples in the prompt; raises ConfigError below 0."""
     if shots < 0:
         raise ConfigError(f"a prompt can't hold {shots} examples; pass 0 or more with --shots")
     name = BASE if shots == 0 else f"{shots}-shot{' random labels' if random_labels else ''}"
-    return Arm(name, shots=shots, random_labels=random_labels)
+    return Candidate(name, shots=shots, random_labels=random_labels)
 
 
-def arms_of(methods: Sequence[str], shots: Sequence[int], random_labels: bool) -> list[Arm]:
+def candidates_of(methods: Sequence[str], shots: Sequence[int], random_labels: bool) -> list[Candidate]:
     """Prompting first (it is quick and tells most), then the methods; raises ConfigError for none, or one given twice.
 
     Random labels are a control of the longest prompt: do its examples teach, or only show the format?
     """
-    arms = [prompted(count) for count in shots]
+    candidates = [prompted(count) for count in shots]
     if random_labels and max(shots, default=0) > 0:
-        arms.append(prompted(max(shots), random_labels=True))
-    arms += [trained(method) for method in methods]
-    slugs = [arm.slug for arm in arms]
-    twice = next((arm.name for arm in arms if slugs.count(arm.slug) > 1), None)
+        candidates.append(prompted(max(shots), random_labels=True))
+    candidates += [trained(method) for method in methods]
+    slugs = [candidate.slug for candidate in candidates]
+    twice = next((candidate.name for candidate in candidates if slugs.count(candidate.slug) > 1), None)
     if twice:
         raise ConfigError(f"'{twice}' is asked for twice; name each method and each number of shots once")
-    if not arms:
+    if not candidates:
         raise ConfigError("nothing to compare; pass --methods, --shots or both")
-    return arms
+    return candidates
 
 
-def runs_of(arms: Sequence[Arm], seeds: int) -> list[Run]:
-    """Seed by seed, so that a comparison that is cut off has something of every arm."""
-    return [Run(arm, seed) for seed in range(seeds) for arm in arms if seed == 0 or arm.is_seeded]
+def runs_of(candidates: Sequence[Candidate], seeds: int) -> list[Run]:
+    """Seed by seed, so that a comparison that is cut off has something of every candidate."""
+    return [
+        Run(candidate, seed) for seed in range(seeds) for candidate in candidates if seed == 0 or candidate.is_seeded
+    ]
 
 
 def _prompted(shots: int, random_labels: bool) -> str:

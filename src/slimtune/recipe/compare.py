@@ -8,7 +8,7 @@ from typing import Any
 
 from slimtune.errors import ConfigError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.evaluate.scorers import AUTO, CHOICE, check_scorer
-from slimtune.recipe.candidates import Arm, arms_of
+from slimtune.recipe.candidates import Candidate, candidates_of
 
 SPECTRA = ("all", "first", "none")
 SHOTS = (0, 1, 4)
@@ -60,16 +60,16 @@ class CompareSettings:
             if getattr(self, name) is not None:
                 check_whole(f"compare.{name}", getattr(self, name), least)
         check_scorer(self.scorer)
-        _ = self.arms
+        _ = self.candidates
         if not isinstance(self.learning_rates, Mapping):
             raise ConfigError(f"compare.learning_rates must map methods to rates, found {self.learning_rates!r}")
         for name, rate in self.learning_rates.items():
             check_number(f"compare.learning_rates.{name}", rate, 0)
 
     @property
-    def arms(self) -> list[Arm]:
+    def candidates(self) -> list[Candidate]:
         """What is compared."""
-        return arms_of(self.methods, SHOTS if self.shots is None else self.shots, self.random_labels)
+        return candidates_of(self.methods, SHOTS if self.shots is None else self.shots, self.random_labels)
 
     def for_task(self, kind: str, writes_text: bool) -> CompareSettings:
         """These settings for data of a kind ("text", "classification") and a model that writes text or doesn't.
