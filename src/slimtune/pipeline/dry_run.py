@@ -16,6 +16,7 @@ from slimtune.models.device import pick_device
 from slimtune.models.load import load_tokenizer
 from slimtune.pipeline.evaluation import held_out_questions
 from slimtune.pipeline.memory_check import planned
+from slimtune.pipeline.show_data import show_report
 from slimtune.plan.build import build
 from slimtune.plan.plan import read_config
 from slimtune.plan.setting import Setting
@@ -91,7 +92,9 @@ def _encoded(recipe: Recipe, data: Data, screen: Console) -> dict[str, Any]:
     name, trusts = recipe.model.source, recipe.model.trust_remote_code
     config = read_config(name, trusts)
     tokenizer = load_tokenizer(name, trusts)
-    return data.lesson(screen, _shape(config, data), tokenizer).facts
+    dataset = data.encode(_shape(config, data), tokenizer)
+    show_report(screen, dataset.report)
+    return dataset.facts
 
 
 def _shape(config: Any, data: Data) -> Any:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.core.delta import dtypes_of
-from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.base import EncodedDataset
 from slimtune.data.tasks.registry import Data, read
 from slimtune.errors import ConfigError
 from slimtune.metrics.classification import shown
 from slimtune.models.device import native_dtype, pick_device
 from slimtune.pipeline.evaluation import ask, held_out_questions, measure_forgetting
 from slimtune.pipeline.memory_check import refuse_what_does_not_fit
+from slimtune.pipeline.show_data import show_report
 from slimtune.quantization.report import parts
 from slimtune.recipe.method import FEATURES, FULL, table
 from slimtune.recipe.optimizers import check_runs
@@ -121,7 +122,8 @@ def tune(
     base, output = parted(model.name_or_path)[0], Path(recipe.output)
     trainable(model)
     show_trained(screen, model)
-    lesson = data.lesson(screen, model, tokenizer)
+    lesson = data.encode(model, tokenizer)
+    show_report(screen, lesson.report)
     with run_folder(output, recipe.to_dict(), overwrite, resume) as place:
         start_by_eva(model, tokenizer, lesson, recipe.training, place.path, screen.print)
         outcome = _train_or_rescue(screen, model, tokenizer, lesson, recipe, place.path, autocast, resume)
@@ -173,7 +175,7 @@ def _train_or_rescue(
     screen: Console,
     model: Any,
     tokenizer: Any,
-    lesson: Lesson,
+    lesson: EncodedDataset,
     recipe: Recipe,
     folder: Path,
     autocast: bool,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from slimtune.adapters.adapter import attached
 from slimtune.adapters.eva import initialize_lora_eva_weights
 from slimtune.data.batches import PadRight, pad_id_of
-from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.base import EncodedDataset
 from slimtune.methods.lora.layers import LoraLinear
 from slimtune.recipe.training import TrainSettings
 from slimtune.storage.tensor_tree import read_tree
@@ -26,7 +26,7 @@ STREAMED_BATCHES = 64
 
 
 def start_by_eva(
-    model: Any, tokenizer: Any, lesson: Lesson, settings: TrainSettings, run: Path, say: Callable[[str], None]
+    model: Any, tokenizer: Any, lesson: EncodedDataset, settings: TrainSettings, run: Path, say: Callable[[str], None]
 ) -> None:
     """Move ranks and directions to where EVA finds them; a model whose adapter starts otherwise stays as it is.
 
