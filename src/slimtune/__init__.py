@@ -36,7 +36,7 @@ _HOME = {
     "load": "models.load",
     "Quantization": "quantization.config",
     "parts": "quantization.report",
-    "prepare_model_for_kbit_training": "quantization.load",
+    "prepare_model_for_kbit_training": "quantization.prepare",
     "load_diffusers_lora": "models.diffusers",
     "save_diffusers_lora": "models.diffusers",
     "lora_plus_groups": "train.optimizer",
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from slimtune.plan.plan import plan as plan
     from slimtune.quantization.config import Quantization as Quantization
     from slimtune.quantization.dequantize import dequantize as dequantize
-    from slimtune.quantization.load import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from slimtune.quantization.prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from slimtune.quantization.report import parts as parts
     from slimtune.train.optimizer import create_loraplus_optimizer as create_loraplus_optimizer
     from slimtune.train.optimizer import lora_plus_groups as lora_plus_groups

@@ -195,6 +195,7 @@ def test_an_adapted_model_answers_as_with_expanded_weights(kind: str, monkeypatc
     quick, wanted = model(**batch).logits.float(), exact(**batch).logits
     monkeypatch.setattr(few_tokens, "MOST_TOKENS", 0)
     expanded = model(**batch).logits.float()
-    assert not torch.equal(expanded, quick)
+    # The kernel for 4 bits is for CPUs with AVX512-BF16; elsewhere both are the expanded product.
+    assert torch.equal(expanded, quick) == (kind != "int8" and not has_avx512bf16())
     # Another rounding, and no more of it.
     assert distance(quick, wanted) < 1.3 * distance(expanded, wanted)

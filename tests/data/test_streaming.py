@@ -17,7 +17,7 @@ from slimtune.data.encode import Encoded, encode
 from slimtune.data.reading import read_rows
 from slimtune.data.settings import DataSettings
 from slimtune.data.streaming import as_examples
-from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.base import EncodedDataset
 from slimtune.data.tasks.registry import read
 from slimtune.errors import ConfigError, DataError
 from slimtune.recipe.recipe import Recipe
@@ -33,8 +33,8 @@ def path(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "orders.jsonl", *({"messages": e.messages()} for e in orders(40)))
 
 
-def lesson(settings: DataSettings, seed: int = 0) -> Lesson:
-    return read(settings, seed=seed).lesson(Console(quiet=True), tiny_model(), TOKENIZER)
+def lesson(settings: DataSettings, seed: int = 0) -> EncodedDataset:
+    return read(settings, seed=seed).encode(tiny_model(), TOKENIZER)
 
 
 def streamed(train: Any, seed: int = 0, **settings: Any) -> list[Encoded]:

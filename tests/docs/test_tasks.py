@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.data.tasks.registry import LESSONS
+from slimtune.data.tasks.registry import TASK_DATA
 from slimtune.recipe.preference import LOSSES, TAKEN, PreferenceSettings
 from small_encoder import save_encoder
 from small_seq2seq import save_seq2seq, translations
@@ -61,7 +61,7 @@ def test_the_settings_that_are_shown_are_those_of_the_task() -> None:
 
 def test_every_task_is_in_the_table() -> None:
     table = "\n".join(line for line in PAGES["tasks"].splitlines() if line.startswith("| `"))
-    assert {task for task in LESSONS if f"`{task}`" in table} == set(LESSONS)
+    assert {task for task in TASK_DATA if f"`{task}`" in table} == set(TASK_DATA)
 
 
 def test_links_lead_somewhere() -> None:

@@ -176,7 +176,7 @@ def _trained(model: Any, tokenizer: Any, data: Any, task: str, folder: Path) -> 
         tracker.storages_of([*model.parameters(), *model.buffers()])
         model = slimtune.get_peft_model(model, lora(data.task_type))
         screen = Console(file=file)
-        lesson = data.lesson(screen, model, tokenizer)
+        lesson = data.encode(model, tokenizer)
         kind = preference(task, model, tokenizer, PreferenceSettings(), 1024) if task in PREFERENCE_TASKS else None
         settings = TrainSettings(1e-3, max_steps=3, batch_size=4, save_minutes=0)
         fine_tune(model, tokenizer, lesson.examples, settings, folder / "run", screen, objective=lesson.objective,

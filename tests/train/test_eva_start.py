@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch.utils.data import IterableDataset
 
 from slimtune import LoraConfig, get_peft_model, initialize_lora_eva_weights
@@ -16,7 +15,7 @@ from slimtune.adapters.adapter import attached
 from slimtune.data.batches import PadRight
 from slimtune.data.encode import Encoded
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.base import EncodedDataset
 from slimtune.data.tasks.registry import read
 from slimtune.errors import ConfigError
 from slimtune.recipe.training import TrainSettings
@@ -38,7 +37,7 @@ def directions(model: Any) -> dict[str, torch.Tensor]:
 
 def test_the_examples_themselves_are_read(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", *({"messages": e.messages()} for e in orders(8)))
-    lesson = read(DataSettings(path)).lesson(Console(quiet=True), tiny_model(), TOKENIZER)
+    lesson = read(DataSettings(path)).encode(tiny_model(), TOKENIZER)
     model, expected, said = waiting(), waiting(), []
     before = directions(model)
     start_by_eva(model, TOKENIZER, lesson, SETTINGS, tmp_path, said.append)
@@ -54,7 +53,7 @@ def test_the_examples_themselves_are_read(tmp_path: Path) -> None:
 
 def test_another_start_reads_nothing(tmp_path: Path) -> None:
     model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]))
-    start_by_eva(model, TOKENIZER, Lesson([], [], {}), SETTINGS, tmp_path, lambda what: pytest.fail(what))
+    start_by_eva(model, TOKENIZER, EncodedDataset([], [], {}, []), SETTINGS, tmp_path, lambda what: pytest.fail(what))
 
 
 def test_a_stream_of_too_little_comes_to_an_end(tmp_path: Path) -> None:
@@ -65,4 +64,4 @@ def test_a_stream_of_too_little_comes_to_an_end(tmp_path: Path) -> None:
 
     settings = TrainSettings(batch_size=1)
     with pytest.raises(ConfigError, match="EVA found no batch"):
-        start_by_eva(waiting(), TOKENIZER, Lesson(Endless(), [], {}), settings, tmp_path, print)
+        start_by_eva(waiting(), TOKENIZER, EncodedDataset(Endless(), [], {}, []), settings, tmp_path, print)

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from slimtune import LoraConfig, get_peft_model
 from slimtune.data.batches import Objective, PadRight
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.base import EncodedDataset
 from slimtune.data.tasks.registry import read
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.checks import LastGood
@@ -60,18 +60,18 @@ CASES = {
 }
 
 
-def lesson_of(case: Case, folder: Path) -> tuple[Lesson, Any, Any]:
+def lesson_of(case: Case, folder: Path) -> tuple[EncodedDataset, Any, Any]:
     """What is learned and held out, by a model with dropout."""
     path = write_lines(folder / "rows.jsonl", *case.rows)
     settings = DataSettings(path, held_out=[path], **dict.fromkeys(case.settings, True))
     data = read(settings, case.task)
     model, tokenizer = data.load(str(case.base(folder / "base")), "float32", "cpu", False)
     config = LoraConfig(r=4, task_type=data.task_type, lora_dropout=0.1)
-    return data.lesson(Console(quiet=True), model, tokenizer), get_peft_model(model, config), tokenizer
+    return data.encode(model, tokenizer), get_peft_model(model, config), tokenizer
 
 
 @torch.no_grad()
-def mean_by_hand(model: Any, lesson: Lesson, collate: Any, shifts: int) -> float:
+def mean_by_hand(model: Any, lesson: EncodedDataset, collate: Any, shifts: int) -> float:
     """Each example alone, all their losses added up, divided by how many there were."""
     model.eval()
     found = []

@@ -48,8 +48,8 @@ def preview(
     """
     from slimtune.data.preview import preview as look
     from slimtune.data.settings import DataSettings, Source
-    from slimtune.data.show import show_found
     from slimtune.errors import ConfigError
+    from slimtune.pipeline.show_data import show_preview
     from slimtune.plan.plan import tokenizer_of
 
     if model is None and (packing or chat_template):
@@ -59,8 +59,8 @@ def preview(
     screen = console(as_json)
     with screen.status("reading..."):
         tokenizer = None if model is None else tokenizer_of(model, trust_remote_code)
-        found = look(settings, tokenizer, task, examples)
+        looked = look(settings, tokenizer, task, examples)
     if as_json:
-        print(json.dumps(found.to_dict(max_length, batch_size)))
+        print(json.dumps(looked.to_dict(max_length, batch_size)))
     else:
-        show_found(screen, found, max_length, batch_size, packing)
+        show_preview(screen, looked, max_length, batch_size, packing)

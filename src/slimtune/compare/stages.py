@@ -120,7 +120,7 @@ def train(recipe: Path, resume: bool) -> dict[str, Any]:
     from slimtune.pipeline.train import run
     from slimtune.recipe.recipe import Recipe
     from slimtune.storage.text_files import read_mapping
-    from slimtune.train.measurements import RESULTS
+    from slimtune.train.results import RESULTS
 
     settings = Recipe.of(read_mapping(recipe))
     run(settings, _console(), overwrite=not resume, resume=resume)
@@ -149,7 +149,7 @@ def evaluate(
     from slimtune.evaluate.run import prepare
     from slimtune.evaluate.settings import EvaluationSettings
     from slimtune.evaluate.tasks import open_task
-    from slimtune.models.load import load_text_model
+    from slimtune.models.load import LoadOptions, load_model
 
     # What the answers follow from, with which those of a killed evaluation are known again.
     about = {"model": weights_of(source.name), "quantize": source.quantize, "options": source.options}
@@ -162,7 +162,7 @@ def evaluate(
             watch = counting.watch
             scored = evaluate_classifier(source.name, prepared, source.quantize, source.options, file, watch)
         else:
-            model, tokenizer = load_text_model(source.name, *source.options, quantize=source.quantize)
+            model, tokenizer = load_model(source.name, "text", LoadOptions(*source.options, quantize=source.quantize))
             counting.start("asking questions", len(prepared.questions))
             scored = ask(model, tokenizer, prepared, counting.reach, file)
     return {"model": source.name, "task": str(questions), **scored.to_dict()}

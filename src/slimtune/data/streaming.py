@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import IterableDataset
 
@@ -17,14 +17,11 @@ from slimtune.data.mixing import prepare
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import Parts, peek_parts, read_parts, sources_of
 from slimtune.data.settings import DataSettings, Source
-from slimtune.data.show import show_preview
 from slimtune.data.sources import load_datasets, records
-from slimtune.data.tasks.causal_lm import Conversations, Lesson
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of
+from slimtune.data.tasks.causal_lm import Conversations
 from slimtune.data.tasks.classification import positions_of
 from slimtune.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 BUFFERED = 1000
 """Examples that are drawn from, so that their order is not that of the source, and that are packed together."""
@@ -107,8 +104,8 @@ class Streamed(Conversations):
             parts = Parts(parts.task, parts.train, read_parts(whole, "text").train)
         return cls(parts, settings, seed)
 
-    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
-        """A stream of ids, the first shown with what is learned of them; raises DataError, ConfigError."""
+    def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
+        """A stream of ids, of which the first is read for the report; raises DataError, ConfigError."""
         settings = self.settings
         if settings.chat_template is not None:
             use_template(tokenizer, settings.chat_template)
@@ -120,8 +117,7 @@ class Streamed(Conversations):
         found = prepare(self.parts.held_out, settings, tokenizer, limit.positions)
         held_out = [example for part in found for example in part.examples]
         stream = self._mixed(readers)
-        self._tell(screen, held_out)
-        show_preview(screen, tokenizer, Encoded(**next(iter(Endless(stream)))))
+        first = sample_of(Encoded(**next(iter(Endless(stream)))), tokenizer)
         for reader in readers:
             reader.counted.read = reader.counted.dropped = reader.counted.truncated = 0
         facts = {
@@ -135,7 +131,8 @@ class Streamed(Conversations):
         objective = Objective(lambda items: collate([as_examples(item) for item in items]))
         if settings.packing:
             stream = stream.map(_packed, batched=True, batch_size=BUFFERED, fn_kwargs={"room": limit.max_length})
-        return Lesson(Endless(stream), held_out, facts, objective, after=lambda: _told(readers))
+        report = [*self._report(len(held_out)), first]
+        return EncodedDataset(Endless(stream), held_out, facts, report, objective, after=lambda: _counts(readers))
 
     def _readers(self, tokenizer: Any, limit: Limit) -> list[Reader]:
         pairs = zip(self.settings.train, self.parts.train, strict=True)
@@ -157,16 +154,18 @@ class Streamed(Conversations):
             stream = datasets.interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
         return stream.shuffle(seed=self.seed, buffer_size=BUFFERED)
 
-    def _tell(self, screen: Console, held_out: Sequence[Encoded]) -> None:
+    def _report(self, held_out: int) -> Report:
+        report: Report = []
         for part in self.parts.train:
             share = "" if part.weight is None else f", drawn by weight {part.weight:g}"
-            screen.print(f"{part.name}: format {part.format}, streamed{share}", markup=False)
+            report.append(Remark(f"{part.name}: format {part.format}, streamed{share}"))
         what = {"error": "stop the training", "drop": "are dropped", "split": "are split"}
-        screen.print(
+        rest = (
             f"data: streamed, so that neither examples nor tokens are counted beforehand; examples longer than "
             f"{self.settings.max_length:,} tokens {what.get(self.settings.too_long, 'are cut')}"
-            + (f"; {len(held_out):,} examples held out" if held_out else "")
+            + held_out_note(held_out, "examples ")
         )
+        return [*report, Remark(rest)]
 
 
 def as_examples(item: dict[str, Any] | Encoded) -> Encoded | list[Encoded]:
@@ -189,7 +188,7 @@ def _packed(columns: dict[str, list[list[int]]], room: int) -> dict[str, list[li
     return {name: [[getattr(example, name) for example in row] for row in rows] for name in ("input_ids", "labels")}
 
 
-def _told(readers: Sequence[Reader]) -> dict[str, Any]:
+def _counts(readers: Sequence[Reader]) -> dict[str, Any]:
     """What was counted while the model learned."""
     counts = [reader.counted for reader in readers]
     if not sum(count.read for count in counts):

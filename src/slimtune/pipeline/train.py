@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.core.delta import dtypes_of
-from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.base import EncodedDataset
 from slimtune.data.tasks.registry import Data, read
 from slimtune.errors import ConfigError
 from slimtune.evaluate.result import Evaluation
@@ -19,6 +19,7 @@ from slimtune.metrics.classification import shown
 from slimtune.models.device import native_dtype, pick_device
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions, measure_forgetting
 from slimtune.pipeline.memory_check import check_memory
+from slimtune.pipeline.show_data import show_report
 from slimtune.quantization.report import parts
 from slimtune.recipe.method import FEATURES, FULL, table
 from slimtune.recipe.optimizers import check_runs
@@ -99,24 +100,26 @@ def tune(
     output = Path(recipe.output)
     trainable(model)
     show_trained(screen, model)
-    lesson = encode(screen, data, model, tokenizer)
+    dataset = encode(screen, data, model, tokenizer)
     with run_folder(output, recipe.to_dict(), overwrite, resume) as folder:
-        start_by_eva(model, tokenizer, lesson, recipe.training, folder.path, screen.print)
+        start_by_eva(model, tokenizer, dataset, recipe.training, folder.path, screen.print)
         spec = None
         if recipe.task in PREFERENCE_TASKS:
             spec = preference(recipe.task, model, tokenizer, recipe.preferences, recipe.data.max_length)
-        outcome = _train(screen, model, tokenizer, lesson, recipe.training, spec, folder.path, output, autocast, resume)
+        outcome = _train(
+            screen, model, tokenizer, dataset, recipe.training, spec, folder.path, output, autocast, resume
+        )
         evaluation = evaluate_answers(screen, model, tokenizer, held_out_questions(recipe.evaluation, data))
         answered = evaluation.scores if evaluation else {}
-        outcome = replace(outcome, scores=outcome.scores | lesson.judge(model) | answered)
+        outcome = replace(outcome, scores=outcome.scores | dataset.judge(model) | answered)
         with staged(output, folder.overwrite) as written:
             folder.hand_over(written)
             save_model(written, model, tokenizer)
             plot_losses(written / "loss.jsonl", written / "loss.png")
-            _card(output.name, model, data, lesson, recipe, outcome).write(written)
+            _card(output.name, model, data, dataset, recipe, outcome).write(written)
             recipe.write(written / "recipe.yaml")
-            _results(model, data, lesson, recipe, outcome, evaluation).write(written)
-    for name, value in lesson.after().items():
+            _results(model, data, dataset, recipe, outcome, evaluation).write(written)
+    for name, value in dataset.after().items():
         screen.print(f"{name}: {value:,}")
     show_outcome(screen, outcome, recipe.training.best_by)
     return outcome
@@ -174,9 +177,11 @@ def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> A
     return model
 
 
-def encode(screen: Console, data: Data, model: Any, tokenizer: Any) -> Lesson:
-    """The examples encoded for this model, with a preview of them printed; raises DataError, ConfigError."""
-    return data.lesson(screen, model, tokenizer)
+def encode(screen: Console, data: Data, model: Any, tokenizer: Any) -> EncodedDataset:
+    """The examples encoded for this model, and shown; raises DataError, ConfigError."""
+    dataset = data.encode(model, tokenizer)
+    show_report(screen, dataset.report)
+    return dataset
 
 
 def show_trained(screen: Console, model: Any) -> None:
@@ -206,7 +211,7 @@ def _train(
     screen: Console,
     model: Any,
     tokenizer: Any,
-    lesson: Lesson,
+    dataset: EncodedDataset,
     settings: TrainSettings,
     spec: TrainerSpec | None,
     folder: Path,
@@ -217,8 +222,8 @@ def _train(
     """Train in place; of a run that diverged, the last good weights are written beside the output."""
     try:
         outcome = fine_tune(
-            model, tokenizer, lesson.examples, settings, folder, screen, lesson.held_out, autocast,
-            lesson.objective, spec, lesson.judge, resume,
+            model, tokenizer, dataset.examples, settings, folder, screen, dataset.held_out, autocast,
+            dataset.objective, spec, dataset.judge, resume,
         )  # fmt: skip
     except DivergedError as error:
         if not error.kept_steps:
@@ -235,13 +240,13 @@ def _train(
     return outcome
 
 
-def _card(name: str, model: Any, data: Data, lesson: Lesson, recipe: Recipe, outcome: Outcome) -> Card:
+def _card(name: str, model: Any, data: Data, dataset: EncodedDataset, recipe: Recipe, outcome: Outcome) -> Card:
     return Card(
         name,
         base=parted(model.name_or_path)[0],
         task_type=data.task_type,
         method=table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line},
-        data=lesson.facts | lesson.after(),
+        data=dataset.facts | dataset.after(),
         settings=recipe.training,
         outcome=outcome,
         quantize=recipe.model.quantize,
@@ -250,7 +255,7 @@ def _card(name: str, model: Any, data: Data, lesson: Lesson, recipe: Recipe, out
 
 
 def _results(
-    model: Any, data: Data, lesson: Lesson, recipe: Recipe, outcome: Outcome, evaluation: Evaluation | None
+    model: Any, data: Data, dataset: EncodedDataset, recipe: Recipe, outcome: Outcome, evaluation: Evaluation | None
 ) -> Results:
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return Results(
@@ -258,7 +263,7 @@ def _results(
         recipe.method.name,
         data.task_type,
         outcome,
-        examples=lesson.facts["examples"],
+        examples=dataset.facts["examples"],
         trainable_parameters=sum(count for count, is_trained in counts if is_trained),
         parameters=sum(count for count, _ in counts),
         parts=parts(model).to_dict(),

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from slimtune.adapters.adapter import attached
 from slimtune.adapters.eva import initialize_lora_eva_weights
 from slimtune.data.batches import PadRight, pad_id_of
-from slimtune.data.tasks.causal_lm import Lesson
+from slimtune.data.tasks.base import EncodedDataset
 from slimtune.methods.lora.layers import LoraLinear
 from slimtune.recipe.training import TrainSettings
 from slimtune.storage.tensor_tree import read_tree
@@ -26,7 +26,7 @@ STREAMED_BATCHES = 64
 
 
 def start_by_eva(
-    model: Any, tokenizer: Any, lesson: Lesson, settings: TrainSettings, run: Path, log: Callable[[str], None]
+    model: Any, tokenizer: Any, dataset: EncodedDataset, settings: TrainSettings, run: Path, log: Callable[[str], None]
 ) -> None:
     """Set ranks and directions as EVA finds them in the data; an adapter with another initialisation stays as it is.
 
@@ -43,11 +43,11 @@ def start_by_eva(
     if checkpoint is not None:
         initialize_lora_eva_weights(model, eva_state_dict=_directions_in(checkpoint, model))
         return
-    collate: Any = lesson.objective.collate if lesson.objective else PadRight(pad_id_of(tokenizer))
-    is_stream = isinstance(lesson.examples, IterableDataset)
+    collate: Any = dataset.objective.collate if dataset.objective else PadRight(pad_id_of(tokenizer))
+    is_stream = isinstance(dataset.examples, IterableDataset)
     draw = torch.Generator().manual_seed(settings.seed)
     batches = DataLoader(
-        lesson.examples, settings.batch_size, shuffle=not is_stream, generator=draw, collate_fn=collate
+        dataset.examples, settings.batch_size, shuffle=not is_stream, generator=draw, collate_fn=collate
     )
     # A stream never ends, and EVA reads its data again until its directions have settled.
     initialize_lora_eva_weights(model, list(islice(batches, STREAMED_BATCHES)) if is_stream else batches)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.data.features import FeatureClassifier, extract
 from slimtune.data.rows import Labelled
-from slimtune.data.tasks.causal_lm import Classes
-from slimtune.data.tasks.classification import longest_input, tokenize
+from slimtune.data.tasks.classification import Classes, longest_input, tokenize
 from slimtune.data.tasks.registry import Data
 from slimtune.errors import ConfigError
 from slimtune.metrics.classification import scores, shown

@@ -1,14 +1,21 @@
-"""Texts with labels as ids."""
+"""Texts whose labels are learned: their ids, and the numbers of their labels."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimtune.data.batches import classification
 from slimtune.data.encode import Limit
+from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Labelled, Text
-from slimtune.errors import DataError, check_choice
+from slimtune.data.settings import DataSettings
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note
+from slimtune.errors import DataError, check_choice, listing
+from slimtune.metrics.classification import classify, scores
+from slimtune.models.load import LoadOptions, load_model
 
 
 @dataclass(frozen=True)
@@ -75,3 +82,64 @@ def _encoded(tokenizer: Any, firsts: Any, seconds: Any, max_length: int | None =
     shorten = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
     columns = tokenizer(firsts, pairs, return_attention_mask=True, **shorten)
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Classes(TaskData):
+    """Texts whose labels are learned."""
+
+    labels: list[str]
+
+    task = "classification"
+    task_type = "SEQ_CLS"
+
+    @classmethod
+    def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Classes:
+        """The texts of all sources; raises DataError for labels that were never learned, ConfigError for packing."""
+        rows, held_out = epoch_of(parts, settings, seed)
+        labels = labels_of(rows if settings.held_out_sources else rows + held_out)
+        unknown = {row.label for row in held_out} - set(labels)
+        name = sources_of(parts.train)
+        if unknown:
+            there = sources_of(parts.held_out)
+            raise DataError(f"{there} has labels that {name} hasn't: {listing(unknown)}; correct them")
+        return cls(name, rows, held_out, settings.max_length, settings.too_long, labels)
+
+    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
+        """A model with a head for the labels, and its tokenizer."""
+        return load_model(source, "classification", LoadOptions(*how, **options), self.labels)
+
+    def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
+        """The ids with their labels' numbers; raises DataError."""
+        limit = longest_input(model, tokenizer, self.max_length)
+        rows = tokenize([row.texts for row in self.rows], tokenizer, limit, self.too_long)
+        held_out = Tokenized([], [], 0)
+        if self.held_out:
+            held_out = tokenize([row.texts for row in self.held_out], tokenizer, limit, self.too_long)
+        learned = [self.rows[i] for i in rows.kept]
+        true = [self.held_out[i].label for i in held_out.kept]
+        counts = ", ".join(f"{label}: {n:,}" for label, n in sorted(Counter(row.label for row in learned).items()))
+        report: Report = [
+            Remark(
+                f"data: {len(learned):,} texts ({counts}), {rows.tokens:,} tokens; the longest has {rows.longest:,}"
+                + held_out_note(len(true), "texts ")
+            )
+        ]
+        if dropped := len(self.rows) - len(learned):
+            report.append(Remark(f": longer than {limit:,} tokens", f"{dropped:,} texts dropped"))
+        if rows.truncated:
+            report.append(Remark(f" at {limit:,} tokens", f"{rows.truncated:,} texts cut"))
+        facts = self.facts(len(learned), len(true), rows.tokens, limit, labels=self.labels)
+
+        def judge(model: Any) -> dict[str, float]:
+            if not true:
+                return {}
+            likeliest = classify(model, tokenizer, held_out.rows).argmax(-1).tolist()
+            return scores([self.labels[number] for number in likeliest], true)
+
+        def numbered(tokenized: Tokenized, labels: list[str]) -> list[dict[str, Any]]:
+            pairs = zip(tokenized.rows, labels, strict=True)
+            return [row | {"labels": self.labels.index(label)} for row, label in pairs]
+
+        examples = numbered(rows, [row.label for row in learned])
+        return EncodedDataset(examples, numbered(held_out, true), facts, report, classification(tokenizer), judge)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimtune.data.chat_template import Message, has_template, prompt_ids, render, use_template
 from slimtune.data.encode import IGNORED, Limit, encode_row
 from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Conversation, Judged, Pair, Preference, Prompt, Turn
 from slimtune.data.settings import DataSettings
-from slimtune.data.show import show_preview
-from slimtune.data.tasks.causal_lm import EpochData, Lesson, epoch_of
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note, sample_of
 from slimtune.errors import ConfigError, DataError, MissingDependencyError
 from slimtune.models.load import LoadOptions, load_model
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Said = str | list[Turn]
 
@@ -62,7 +58,7 @@ def unpaired(row: Preference) -> list[Judged]:
 
 
 @dataclass(frozen=True)
-class Preferred(EpochData):
+class Preferred(TaskData):
     """What preference tuning and reinforcement by a reward learn from."""
 
     task: str
@@ -90,22 +86,22 @@ class Preferred(EpochData):
         """A model that writes text, and its tokenizer."""
         return load_model(source, "text", LoadOptions(*how, **options))
 
-    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
-        """A `datasets.Dataset`, shown with what is preferred; raises DataError, MissingDependencyError."""
+    def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
+        """A `datasets.Dataset` in TRL's columns; raises DataError, MissingDependencyError."""
         if self.chat_template is not None:
             use_template(tokenizer, self.chat_template)
-        learned, tokens = self._within(screen, self.rows, tokenizer)
-        held_out = self._within(screen, self.held_out, tokenizer)[0] if self.held_out else []
+        report: Report = []
+        learned, tokens = self._within(report, self.rows, tokenizer)
+        held_out = self._within(report, self.held_out, tokenizer)[0] if self.held_out else []
         kind = {"kto": "judged answers", "grpo": "prompts"}.get(self.task, "pairs of answers")
-        screen.print(
-            f"data: {len(learned):,} {kind}, {tokens:,} tokens" + (f"; {len(held_out):,} held out" if held_out else "")
-        )
-        self._preview(screen, learned[0], tokenizer)
+        report.append(Remark(f"data: {len(learned):,} {kind}, {tokens:,} tokens" + held_out_note(len(held_out), "")))
+        report += _samples(learned[0], tokenizer)
         facts = self.facts(len(learned), len(held_out), tokens, self.max_length)
-        return Lesson(_dataset(learned, tokenizer), _dataset(held_out, tokenizer) if held_out else [], facts)
+        there = _dataset(held_out, tokenizer) if held_out else []
+        return EncodedDataset(_dataset(learned, tokenizer), there, facts, report)
 
-    def _within(self, screen: Console, rows: Sequence[Any], tokenizer: Any) -> tuple[list[Any], int]:
-        """The rows that are within the limit, or that TRL will cut to it, and how many tokens they have."""
+    def _within(self, report: Report, rows: Sequence[Any], tokenizer: Any) -> tuple[list[Any], int]:
+        """The rows that are within the limit, or that TRL will cut to it, and their tokens; reports what was lost."""
         limit, cuts = self.max_length, self.too_long == "truncate"
         lengths = [lengths_of(row, tokenizer) for row in rows]
         over = [max(found) for found in lengths if max(found) > limit]
@@ -116,17 +112,20 @@ class Preferred(EpochData):
             raise DataError(f"none of {len(rows)} rows is within {limit} tokens; raise max_length")
         dropped = len(rows) - len(kept)
         if len(over) > dropped:
-            screen.print(f"[yellow]{len(over) - dropped:,} rows cut[/] at {limit:,} tokens")
+            report.append(Remark(f" at {limit:,} tokens", f"{len(over) - dropped:,} rows cut"))
         if dropped:
-            screen.print(f"[yellow]{dropped:,} rows dropped[/]: longer than {limit:,} tokens")
+            report.append(Remark(f": longer than {limit:,} tokens", f"{dropped:,} rows dropped"))
         return [rows[i] for i in kept], sum(min(length, limit) for i in kept for length in lengths[i][1:])
 
-    def _preview(self, screen: Console, row: Any, tokenizer: Any) -> None:
-        answers = {"chosen": "preferred", "completion": "judged good" if getattr(row, "label", True) else "judged bad"}
-        for name, how in answers.items():
-            if isinstance(row, Preference | Judged) and hasattr(row, name):
-                screen.print(f"an answer that is {how}:")
-                show_preview(screen, tokenizer, encode_row(as_conversation(row.prompt, getattr(row, name)), tokenizer))
+
+def _samples(row: Any, tokenizer: Any) -> Report:
+    """The answer of a row that is preferred or judged; nothing for a prompt alone."""
+    if isinstance(row, Prompt):
+        return []
+    is_pair = isinstance(row, Preference)
+    how = "preferred" if is_pair else "judged good" if row.label else "judged bad"
+    example = encode_row(as_conversation(row.prompt, row.chosen if is_pair else row.completion), tokenizer)
+    return [Remark(f"an answer that is {how}:"), sample_of(example, tokenizer)]
 
 
 def _answers(row: Preference | Judged) -> list[Said]:

@@ -1,4 +1,4 @@
-"""From a recipe's data to what a model learns from it: a lesson for each task."""
+"""From a recipe's data to what a model learns from it: the data of each task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from slimtune.data.encode import refuse_split
 from slimtune.data.reading import Parts, read_parts
 from slimtune.data.settings import DataSettings
 from slimtune.data.streaming import Streamed
-from slimtune.data.tasks.causal_lm import Classes, Conversations
+from slimtune.data.tasks.causal_lm import Conversations
+from slimtune.data.tasks.classification import Classes
 from slimtune.data.tasks.preference import Preferred
 from slimtune.data.tasks.seq2seq import Completions
 from slimtune.data.tasks.token_classification import Tags
@@ -19,14 +20,14 @@ def _texts(parts: Parts, settings: DataSettings, seed: int = 0) -> Conversations
     return Conversations(parts, settings, seed)
 
 
-LESSONS = {
+TASK_DATA = {
     "text": _texts,
     "classification": Classes.of,
     "token-classification": Tags.of,
     "seq2seq": Completions.of,
     **dict.fromkeys(("dpo", "kto", "orpo", "grpo"), Preferred.of),
 }
-"""What is made of rows for each task; a new kind of training is a lesson and a line here."""
+"""What is made of rows for each task; a new task is a file with a `TaskData` and a line here."""
 
 
 def read(settings: DataSettings, task: str = "auto", seed: int = 0) -> Data:
@@ -38,4 +39,4 @@ def read(settings: DataSettings, task: str = "auto", seed: int = 0) -> Data:
 
 def data_of(parts: Parts, settings: DataSettings, seed: int = 0) -> Data:
     """Rows that were read, for a model to learn; raises DataError, ConfigError."""
-    return LESSONS[parts.task](parts, settings, seed)
+    return TASK_DATA[parts.task](parts, settings, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimtune.data.batches import Objective, token_loss
 from slimtune.data.chat_template import has_template, render
@@ -12,14 +12,10 @@ from slimtune.data.encode import IGNORED, Encoded, Limit
 from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Conversation, Pair
 from slimtune.data.settings import DataSettings
-from slimtune.data.show import show_preview
-from slimtune.data.tasks.causal_lm import EpochData, Lesson, epoch_of
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note, sample_of
 from slimtune.data.tasks.classification import longest_input
 from slimtune.errors import DataError
 from slimtune.models.load import LoadOptions, load_model
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def refuse_conversations(rows: Sequence[Any], name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Completions(EpochData):
+class Completions(TaskData):
     """Prompts whose completions are learned by a model with an encoder and a decoder."""
 
     task = "seq2seq"
@@ -83,37 +79,40 @@ class Completions(EpochData):
         """A model with an encoder and a decoder, and its tokenizer."""
         return load_model(source, "seq2seq", LoadOptions(*how, **options))
 
-    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
-        """The ids, shown with what is learned of them; raises DataError."""
+    def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
+        """The ids of prompts and completions; raises DataError."""
         from transformers import DataCollatorForSeq2Seq
 
         limit = longest_input(model, tokenizer, self.max_length)
-        examples = self._encoded(screen, self.rows, tokenizer, limit)
-        held_out = self._encoded(screen, self.held_out, tokenizer, limit) if self.held_out else []
+        report: Report = []
+        examples = self._encoded(report, self.rows, tokenizer, limit)
+        held_out = self._encoded(report, self.held_out, tokenizer, limit) if self.held_out else []
         read, learned = (sum(len(getattr(e, name)) for e in examples) for name in ("input_ids", "labels"))
-        screen.print(
-            f"data: {len(examples):,} pairs, {read:,} tokens read and {learned:,} learned; the longest has "
-            f"{max(example.longer for example in examples):,}"
-            + (f"; {len(held_out):,} pairs held out" if held_out else "")
-        )
         first = examples[0]
-        behind = [IGNORED] * len(first.input_ids)
-        show_preview(screen, tokenizer, Encoded(first.input_ids + first.labels, behind + first.labels))
+        as_one = Encoded(first.input_ids + first.labels, [IGNORED] * len(first.input_ids) + first.labels)
+        report += [
+            Remark(
+                f"data: {len(examples):,} pairs, {read:,} tokens read and {learned:,} learned; the longest has "
+                f"{max(example.longer for example in examples):,}" + held_out_note(len(held_out), "pairs ")
+            ),
+            sample_of(as_one, tokenizer),
+        ]
         share = f"{learned / (read + learned):.0%}"
         facts = self.facts(len(examples), len(held_out), read + learned, limit, learned=share)
         objective = Objective(DataCollatorForSeq2Seq(tokenizer, model=model), token_loss)
-        return Lesson(*([vars(e) for e in part] for part in (examples, held_out)), facts, objective)  # type: ignore[misc]
+        return EncodedDataset([vars(e) for e in examples], [vars(e) for e in held_out], facts, report, objective)
 
-    def _encoded(self, screen: Console, rows: Sequence[Pair], tokenizer: Any, limit: int) -> list[EncodedPair]:
+    def _encoded(self, report: Report, rows: Sequence[Pair], tokenizer: Any, limit: int) -> list[EncodedPair]:
+        """The pairs within the limit, or cut to it; reports what was lost."""
         everything = [encode_pair(row, tokenizer) for row in rows]
         over = [example.longer for example in everything if example.longer > limit]
         Limit(limit, self.too_long).refuse(over, len(everything), "pairs")
         if over and self.too_long == "truncate":
-            screen.print(f"[yellow]{len(over):,} pairs cut[/] at {limit:,} tokens of prompt or completion")
+            report.append(Remark(f" at {limit:,} tokens of prompt or completion", f"{len(over):,} pairs cut"))
             return [example.cut(limit) for example in everything]
         kept = [example for example in everything if example.longer <= limit]
         if not kept:
             raise DataError(f"none of {len(everything)} pairs is within {limit} tokens; raise max_length")
         if over:
-            screen.print(f"[yellow]{len(over):,} pairs dropped[/]: longer than {limit:,} tokens")
+            report.append(Remark(f": longer than {limit:,} tokens", f"{len(over):,} pairs dropped"))
         return kept

@@ -5,25 +5,22 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimtune.data.batches import Objective, token_loss
 from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Tagged
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.causal_lm import EpochData, Lesson, epoch_of
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note
 from slimtune.data.tasks.classification import longest_input
 from slimtune.data.tasks.word_alignment import OUTSIDE, AlignedTexts, align, tag, tags_of
 from slimtune.errors import DataError, listing
 from slimtune.metrics.tagging import tag_scores
 from slimtune.models.load import LoadOptions, load_model
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 @dataclass(frozen=True)
-class Tags(EpochData):
+class Tags(TaskData):
     """Texts as words, each of which has a tag."""
 
     tags: list[str]
@@ -46,7 +43,7 @@ class Tags(EpochData):
         """A model with a head for the tags, and its tokenizer."""
         return load_model(source, "token-classification", LoadOptions(*how, **options), self.tags)
 
-    def lesson(self, screen: Console, model: Any, tokenizer: Any) -> Lesson:
+    def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
         """The ids with the tags at the first token of each word; raises DataError."""
         from transformers import DataCollatorForTokenClassification
 
@@ -56,7 +53,7 @@ class Tags(EpochData):
         if self.held_out:
             there = align([row.tokens for row in self.held_out], tokenizer, limit, self.too_long)
         true = [self.held_out[i].tags for i in there.kept]
-        self._show(screen, learned, len(true), limit)
+        report = self._report(learned, len(true), limit)
         facts = self.facts(len(learned.texts), len(true), learned.tokens, limit, tags=self.tags)
 
         def judge(model: Any) -> dict[str, float]:
@@ -67,22 +64,24 @@ class Tags(EpochData):
             return [text.labelled([self.tags.index(tag) for tag in rows[i].tags]) for text, i in pairs]
 
         objective = Objective(DataCollatorForTokenClassification(tokenizer), token_loss)
-        return Lesson(numbered(learned, self.rows), numbered(there, self.held_out), facts, objective, judge)
+        examples, held_out = numbered(learned, self.rows), numbered(there, self.held_out)
+        return EncodedDataset(examples, held_out, facts, report, objective, judge)
 
-    def _show(self, screen: Console, learned: AlignedTexts, held_out: int, limit: int) -> None:
+    def _report(self, learned: AlignedTexts, held_out: int, limit: int) -> Report:
         """How many words there are of each tag, and what became of long texts."""
         counts = Counter(itertools.chain(*(self.rows[i].tags for i in learned.kept)))
-        told = ", ".join(f"{tag}: {counts[tag]:,}" for tag in self.tags if tag != OUTSIDE)
-        screen.print(
-            f"data: {len(learned.texts):,} texts of {counts.total():,} words ({told}), {learned.tokens:,} tokens"
-            + (f"; {held_out:,} texts held out" if held_out else ""),
-            markup=False,
-        )
-        if dropped := len(self.rows) - len(learned.texts):
-            screen.print(f"[yellow]{dropped:,} texts dropped[/]: longer than {limit:,} tokens")
-        if learned.truncated:
-            screen.print(f"[yellow]{learned.truncated:,} texts cut[/] at {limit:,} tokens")
-        if learned.without_token:
-            screen.print(
-                f"[yellow]{learned.without_token:,} words are not learned[/]: cut off, or no token is left of them"
+        tags = ", ".join(f"{tag}: {counts[tag]:,}" for tag in self.tags if tag != OUTSIDE)
+        report: Report = [
+            Remark(
+                f"data: {len(learned.texts):,} texts of {counts.total():,} words ({tags}), {learned.tokens:,} tokens"
+                + held_out_note(held_out, "texts ")
             )
+        ]
+        if dropped := len(self.rows) - len(learned.texts):
+            report.append(Remark(f": longer than {limit:,} tokens", f"{dropped:,} texts dropped"))
+        if learned.truncated:
+            report.append(Remark(f" at {limit:,} tokens", f"{learned.truncated:,} texts cut"))
+        if learned.without_token:
+            lost = f"{learned.without_token:,} words are not learned"
+            report.append(Remark(": cut off, or no token is left of them", lost))
+        return report

@@ -1,0 +1,102 @@
+"""Data on the terminal: how much there is, and which part of it is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from slimtune.data.lengths import PERCENTILES, Lengths
+from slimtune.data.tasks.base import Remark, Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slimtune.data.preview import Preview
+
+SHOWN_CHARACTERS = 1200
+BAR_WIDTH = 40
+
+
+def show_report(screen: Console, report: Report) -> None:
+    """Show what encoding reports, with what was lost in yellow and what is learned in colour."""
+    for entry in report:
+        if not isinstance(entry, Remark):
+            screen.print(f"the first example, with what is learned {_how(screen)}:", markup=False)
+            screen.print(_coloured(screen, entry.pieces))
+        elif entry.warning:
+            screen.print(f"[yellow]{escape(entry.warning)}[/]{escape(entry.text)}")
+        else:
+            screen.print(entry.text, markup=False)
+
+
+def _show_rows(screen: Console, lengths: Lengths, max_length: int, batch_size: int, packing: bool) -> None:
+    if over := lengths.over(max_length):
+        screen.print(
+            f"[yellow]{over:,} examples are longer than {max_length:,} tokens[/]: training refuses them unless "
+            f"too_long says what becomes of them"
+        )
+    within = lengths.within(max_length)
+    screen.print(f"padding: {within.padding_waste(batch_size):.0%} of what batches of {batch_size} compute")
+    if packing:
+        gain = lengths.packing_gain(max_length, batch_size)
+        screen.print(
+            f"packed: {lengths.packed_rows(max_length):,} rows of {max_length:,} tokens with "
+            f"{lengths.packed_waste(max_length):.0%} padding, {gain:.2f} times fewer tokens to compute"
+        )
+
+
+def _bars(lengths: Lengths) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column(justify="right")
+    bars = lengths.histogram()
+    most = max(count for _, count in bars)
+    for end, count in bars:
+        table.add_row(f"up to {end:,}", "\u2588" * math.ceil(BAR_WIDTH * count / most), f"{count:,}")
+    return table
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+
+
+def _how(screen: Console) -> str:
+    return "in colour" if screen.color_system is not None else "between [[ and ]]"
+
+
+def _coloured(screen: Console, shown: Sequence[tuple[bool, str]]) -> Text:
+    text = Text()
+    for learned, piece in shown:
+        marked = f"[[{piece}]]" if screen.color_system is None else piece
+        text.append(marked if learned else piece, style="bold green" if learned else "dim")
+    return text
+
+
+def show_preview(screen: Console, preview: Preview, max_length: int, batch_size: int, packing: bool) -> None:
+    """Show the sources of data, its first examples and how long all of them are."""
+    lengths, unit = preview.lengths, preview.unit
+    for part, share in zip(preview.parts, preview.shares, strict=True):
+        taken = f", of which an epoch takes {share:,}" if part.weight is not None else ""
+        screen.print(f"{part.name}: format {part.format}, {len(part.rows):,} rows{taken}", markup=False)
+    screen.print(
+        f"task {preview.task}: {lengths.examples:,} examples, {lengths.total:,} {unit}"
+        + ("" if preview.labels else f", of which {lengths.learned / lengths.total:.0%} are learned")
+        + (f"; {preview.apart:,} more examples than rows, one for each answer" if preview.apart else "")
+    )
+    if preview.labels:
+        screen.print(
+            "labels: " + ", ".join(f"{name} {count:,}" for name, count in preview.labels.items()), markup=False
+        )
+    for number, sample in enumerate(preview.samples, 1):
+        screen.print(f"\nexample {number}, with what is learned {_how(screen)}:", markup=False)
+        screen.print(_coloured(screen, [(learned, _cut(text)) for learned, text in sample]))
+    screen.print(f"\n{unit} of an example:")
+    screen.print(_bars(lengths))
+    shares = ", ".join(f"{share}% have at most {lengths.percentile(share):,}" for share in PERCENTILES)
+    screen.print(f"{shares}; the longest has {lengths.longest:,}")
+    if unit == "tokens":
+        _show_rows(screen, lengths, max_length, batch_size, packing)
