@@ -52,7 +52,22 @@ assert type(merged[0]) is nn.Linear
 assert torch.allclose(merged(x), tuned, atol=1e-5)
 """,
     "task": """
-TASK
+import json
+from pathlib import Path
+from slimtune.data.settings import DataSettings
+from slimtune.data.tasks.registry import read
+from slimtune.models.load import load_tokenizer
+from slimtune.recipe.recipe import Recipe
+from slimtune.storage.source import resolve
+Path("rows.jsonl").write_text(json.dumps({"text": "one two"}) + chr(10))
+tokenizer = load_tokenizer(resolve("smollm2-135m-instruct"))
+(example,) = read(DataSettings("rows.jsonl"), "echo").encode(None, tokenizer).examples
+learned = [label for label in example.labels if label >= 0]
+assert tokenizer.decode(learned) == "one two"
+assert example.input_ids == learned + learned
+model, data = {"name": "smollm2-135m-instruct"}, {"train": "rows.jsonl"}
+recipe = {"task": "echo", "model": model, "data": data, "output": "out"}
+assert Recipe.of(recipe).task == "echo"
 """,
     "command": """
 import sys
