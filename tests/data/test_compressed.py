@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.data.compressed import ANY_BYTES
 from slimtune.data.preview import preview
 from slimtune.data.reading import read_rows
 from slimtune.data.settings import DataSettings, Source
-from slimtune.data.sources import records
+from slimtune.data.sources import ANY_BYTES, records
 from slimtune.errors import DataError
 
 ROWS = [{"prompt": f"q{n}", "completion": f"ä, {n}"} for n in range(2000)]

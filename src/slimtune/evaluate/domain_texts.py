@@ -16,10 +16,9 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from slimtune.data.compressed import kind_of
 from slimtune.data.reading import read_rows
 from slimtune.data.rows import Document, Pair
-from slimtune.data.sources import READERS, text_of
+from slimtune.data.sources import READERS, kind_of, text_of
 from slimtune.errors import ConfigError, DataError, did_you_mean
 from slimtune.evaluate.language_loss import Text
 

@@ -23,7 +23,7 @@ from slimtune.plan.plan import read_config
 from slimtune.recipe.method import FEATURES
 from slimtune.recipe.optimizers import check_runs
 from slimtune.recipe.recipe import ModelSettings, Recipe
-from slimtune.recipe.trackers import check_installed
+from slimtune.recipe.training import check_installed
 from slimtune.storage.atomic import refuse_existing
 from slimtune.storage.source import refuse_adapter
 from slimtune.train.arguments import check_device

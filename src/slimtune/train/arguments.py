@@ -15,8 +15,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from slimtune.errors import ConfigError, listing
 from slimtune.recipe.optimizers import DEFAULT, OFFLOADED, check_runs
-from slimtune.recipe.trackers import check_installed
-from slimtune.recipe.training import TrainSettings
+from slimtune.recipe.training import TrainSettings, check_installed
 from slimtune.train.checkpointing import MAY_CHANGE
 from slimtune.train.state import fingerprint_of_base, fingerprint_of_examples
 from slimtune.train.trainer import TrainerSpec
