@@ -93,7 +93,7 @@ QUANTIZERS = (
 def expanded(site: Any) -> Any:
     """A quantized layer as an `nn.Linear` of the same weight; any other layer as it is."""
     base = base_of(site)
-    if base.recall(site) is None:
+    if base.dequantizer(site) is None:
         return site
     features_in, features_out = base.features(site)
     plain = nn.Linear(features_in, features_out, site.bias is not None)

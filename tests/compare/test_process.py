@@ -134,12 +134,15 @@ def test_progress_is_passed_on(tmp_path: Path) -> None:
 
 
 PARENT = """
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from compare.test_process import Told, endless, run
 from slimtune.compare.stages import Stage
 if __name__ == "__main__":
+    # Whoever runs the tests in the background has it ignored, which a process inherits.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run(Path(), Told(), Stage("train", partial(endless, pid=Path("pid"))))
 """
 

@@ -45,7 +45,7 @@ def test_merged_it_is_a_plain_one_that_diffusers_saves_and_loads(
     denoiser: Denoiser, config: Any, tmp_path: Path
 ) -> None:
     model = tuned(denoiser, tmp_path / "base", config)
-    quantized = [m for m in model.modules() if base_of(m).recall(m) is not None]
+    quantized = [m for m in model.modules() if base_of(m).dequantizer(m) is not None]
     assert quantized
     expected = denoiser.predict(model)
     merged = model.merge_and_unload()

@@ -17,6 +17,7 @@ import slimtune
 from quantizers import expanded
 from slimtune.bases import claim
 from slimtune.bases.bitsandbytes import Linear4bit
+from slimtune.models.device import native_dtype
 from slimtune.storage.source import resolve
 from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_near, copies, loss_of
 from zoo import LLAMA_LINEARS
@@ -100,6 +101,7 @@ def test_the_first_step_on_nf4_in_bf16_is_peft_s(batch: dict[str, Tensor]) -> No
     assert min(cosine(ours[1][key], theirs[1][key]) for key in loud) > 0.99
 
 
+@pytest.mark.skipif(native_dtype() != "bfloat16", reason="emulated bfloat16 rounds between its products otherwise")
 @each_form
 def test_a_later_step_in_bf16_is_as_near_to_float32_as_peft_s(
     options: dict[str, Any], batch: dict[str, Tensor]

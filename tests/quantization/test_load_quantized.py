@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*quantiz")
 MEASURED = """
 import sys
 import transformers.models.llama.modeling_llama
-import slimtune, slimtune.quantized.loading
+import slimtune, slimtune.quantization.load
 
 def status(field):
     with open("/proc/self/status") as lines:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimtune.core.config import methods
 from slimtune.errors import listing
 from slimtune.models.headers import StoredTensor
 
@@ -52,6 +51,11 @@ def rank_pattern(config: dict[str, Any]) -> dict[str, int]:
 
 def _peft(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
     peft_type = config.get("peft_type")
+    if peft_type == "LORA":
+        # Which every engine here began with; the other methods say it in their files, and those import torch.
+        return [], "PeftModel.from_pretrained(model, folder)"
+    from slimtune.core.config import methods
+
     # A method that isn't here may be one that `peft` alone has.
     own = methods().get(str(peft_type))
     against = [f"{peft_type} is unknown to it"] if own and not own.in_peft else []
