@@ -149,8 +149,8 @@ class Recipe:
             why = "trains all weights, and codes can't be trained"
             why = why if method.name == FULL else "takes a base as it is stored"
             raise ConfigError(
-                f"model.quantize is {quantize}, and the method {method.name} {why}; leave it out, or choose "
-                "another method"
+                f"model.quantize is {quantize}, and the method {method.name} {why}; leave --quantize out, or "
+                "choose another method"
             )
         if self.training.lora_plus_ratio is not None and not method.method.has_low_rank_pair:
             raise ConfigError(f"training.lora_plus_ratio would change nothing with {method.name}; leave it out")
