@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -184,3 +186,11 @@ def test_what_was_frozen_before_attaching_is_frozen_again_after_detaching() -> N
     assert len(set(before.values())) == 2
     released = slimtune.get_peft_model(model, slimtune.LoraConfig(**LLAMA.options())).unload()
     assert {name: p.requires_grad for name, p in released.named_parameters()} == before
+
+
+def test_the_configs_of_all_adapters_can_be_set_at_once() -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(r=4, **LLAMA.options()))
+    configs = {"default": copy.deepcopy(model.peft_config["default"])}
+    model.peft_config = configs
+    assert model.peft_config is configs
+    assert model.active_peft_config is configs["default"]

@@ -260,6 +260,10 @@ class PeftModel(Adopted):
         """The config of each adapter by its name."""
         return self.adapter_state.configs
 
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, PeftConfig]) -> None:
+        self.adapter_state.configs = configs
+
     @property
     def active_peft_config(self) -> PeftConfig:
         """The config of the active adapter."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from slimtune.evaluate.answers import AnswerFile
     from slimtune.evaluate.in_context import Shots
+    from slimtune.evaluate.model import EvaluatedModel
     from slimtune.evaluate.result import Evaluation
     from slimtune.evaluate.run import Prepared
     from slimtune.evaluate.settings import EvaluationSettings
@@ -26,21 +26,6 @@ OF_FILES = ("scorer", "system", "max_new_tokens", "too_long", "answers", "overwr
 """What changes nothing for the tasks of the harness; neither do seed and random_labels."""
 OF_TEXTS = ("scorer", "system", "max_new_tokens", "shots", "examples", "pick", "seed", "random_labels")
 """What changes nothing where words are tagged."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model by name, and how it is loaded."""
-
-    name: str
-    quantize: str | None
-    options: tuple[str, str, bool]
-
-    def load(self) -> tuple[Any, Any]:
-        """A model that writes text, and its tokenizer."""
-        from slimtune.models.load import LoadOptions, load_model
-
-        return load_model(self.name, "text", LoadOptions(*self.options, quantize=self.quantize))
 
 
 def evaluate(
@@ -113,25 +98,29 @@ def evaluate(
 
     Example: slimtune evaluate tuned orders/held_out.jsonl --answers answers.jsonl
     """
+    from slimtune.evaluate.model import EvaluatedModel
+
     screen, given = console(as_json), _given(ctx)
     _refuse_what_changes_nothing(given, lm_eval, task, shots)
-    source = Source(model, quantize, (dtype, device, trust_remote_code))
+    source = EvaluatedModel(model, quantize, (dtype, device, trust_remote_code))
     if lm_eval is not None:
         few = shots if "shots" in given else None
         found = _by_harness(source, lm_eval.split(","), lm_eval_path, batch_size, limit, few, lm_eval_chat)
     else:
+        from slimtune.console.progress import Counting
         from slimtune.evaluate.in_context import Shots
         from slimtune.evaluate.settings import EvaluationSettings
 
         assert task is not None
         settings = EvaluationSettings(scorer, max_new_tokens, batch_size, limit, too_long)
-        file = None if answers is None else _answer_file(source, answers, overwrite)
+        file = None if answers is None else source.answer_file(answers, overwrite)
         if _has_tags(source.name, task):
             found = _tagged(screen, source, task, settings, given, file)
         else:
             # All that needs no model comes first: a slip of the pen must not cost a download.
             prepared = _prepared(task, settings, Shots(shots, pick, seed, random_labels), examples, system)
-            found = _evaluated(screen, source, prepared, file)
+            with Counting(screen) as counting:
+                found = source.evaluate(prepared, counting, file)
     if as_json:
         print(json.dumps({"model": model, "task": lm_eval or task, **found.to_dict()}))
     else:
@@ -165,8 +154,8 @@ def _refuse(strangers: set[str], where: str) -> None:
 
 
 def _by_harness(
-    source: Source, tasks: list[str], folder: Path | None, batch_size: int, limit: int | None, shots: int | None,
-    chat_template: bool,
+    source: EvaluatedModel, tasks: list[str], folder: Path | None, batch_size: int, limit: int | None,
+    shots: int | None, chat_template: bool,
 ) -> Evaluation:  # fmt: skip
     from slimtune.evaluate.harness import evaluate_by_harness, find_tasks
 
@@ -200,7 +189,12 @@ def _has_tags(model: str, task: str) -> bool:
 
 
 def _tagged(
-    screen: Console, source: Source, task: str, settings: EvaluationSettings, given: set[str], file: AnswerFile | None
+    screen: Console,
+    source: EvaluatedModel,
+    task: str,
+    settings: EvaluationSettings,
+    given: set[str],
+    file: AnswerFile | None,
 ) -> Evaluation:
     from slimtune.console.progress import Counting
     from slimtune.evaluate.tagger import evaluate_tagger, read_tagged
@@ -209,26 +203,6 @@ def _tagged(
     rows = read_tagged(task, settings.limit)
     with Counting(screen) as counting:
         return evaluate_tagger(source.name, rows, settings, source.quantize, source.options, file, counting.watch)
-
-
-def _answer_file(source: Source, answers: Path, overwrite: bool) -> AnswerFile:
-    from slimtune.evaluate.answers import AnswerFile, weights_of
-
-    about = {"model": weights_of(source.name), "quantize": source.quantize, "options": source.options}
-    return AnswerFile(answers, about, overwrite)
-
-
-def _evaluated(screen: Console, source: Source, prepared: Prepared, file: AnswerFile | None) -> Evaluation:
-    from slimtune.console.progress import Counting
-    from slimtune.evaluate.labelling import evaluate_classifier, is_classifier
-    from slimtune.evaluate.run import evaluate as ask
-
-    with Counting(screen) as counting:
-        if is_classifier(source.name):
-            return evaluate_classifier(source.name, prepared, source.quantize, source.options, file, counting.watch)
-        model, tokenizer = source.load()
-        counting.start("asking questions", len(prepared.questions))
-        return ask(model, tokenizer, prepared, counting.reach, file)
 
 
 def _show(screen: Console, found: Evaluation) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from slimtune.compare.results import RESULT, Domain, Question, Result, Score, Spectrum, Training
 from slimtune.compare.task import RECIPE, TUNED, Task, model_of
 from slimtune.errors import DataError, TrainingError
+from slimtune.evaluate.model import EvaluatedModel
 from slimtune.recipe.candidates import Run
 from slimtune.storage.hub import at_revision
 
@@ -48,22 +49,6 @@ class Stage:
             raise DataError(f"{path} is damaged; delete its folder, and the run is done again") from error
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model by name, and how it is loaded: as it was while it was tuned."""
-
-    name: str
-    dtype: str = "auto"
-    device: str = "auto"
-    quantize: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def options(self) -> tuple[str, str, bool]:
-        """As `slimtune.load` takes them."""
-        return self.dtype, self.device, self.trust_remote_code
-
-
 def stages_of(task: Task, run: Run) -> list[Stage]:
     """The stages of a run in their order. The training comes first, so that the peak of memory is its own."""
     place, settings = task.place(run), task.settings
@@ -91,10 +76,11 @@ def _can_resume(place: Path) -> bool:
     return not (place / RESULT).is_file() and broken_off.is_dir() and last_whole(broken_off) is not None
 
 
-def _source(task: Task, run: Run, name: str) -> Source:
-    model = model_of(task, run.candidate)
-    names = ("dtype", "device", "quantize", "trust_remote_code")
-    return Source(name, **{name: model[name] for name in names if model.get(name)})
+def _source(task: Task, run: Run, name: str) -> EvaluatedModel:
+    """The model of this name, loaded as it was while it was tuned."""
+    how = {"dtype": "auto", "device": "auto", "trust_remote_code": False, "quantize": None}
+    how |= {key: value for key, value in model_of(task, run.candidate).items() if key in how and value}
+    return EvaluatedModel(name, how["quantize"], (how["dtype"], how["device"], how["trust_remote_code"]))
 
 
 def _evaluation(task: Task, run: Run, model: str) -> Stage:
@@ -128,7 +114,7 @@ def train(recipe: Path, resume: bool) -> dict[str, Any]:
 
 
 def evaluate(
-    source: Source,
+    source: EvaluatedModel,
     questions: Path,
     answers: Path,
     scorer: str,
@@ -142,33 +128,21 @@ def evaluate(
         shots: fields of `Shots`: how many of the `examples` stand in the prompt, and how they are drawn.
     """
     from slimtune.console.progress import Counting
-    from slimtune.evaluate.answers import AnswerFile, weights_of
     from slimtune.evaluate.in_context import Shots
-    from slimtune.evaluate.labelling import evaluate_classifier, is_classifier
-    from slimtune.evaluate.run import evaluate as ask
     from slimtune.evaluate.run import prepare
     from slimtune.evaluate.settings import EvaluationSettings
     from slimtune.evaluate.tasks import open_task
-    from slimtune.models.load import LoadOptions, load_model
 
-    # What the answers follow from, with which those of a killed evaluation are known again.
-    about = {"model": weights_of(source.name), "quantize": source.quantize, "options": source.options}
-    file = AnswerFile(answers, about, overwrite=True)
+    file = source.answer_file(answers, overwrite=True)
     former = None if examples is None else open_task(str(examples))
     settings = EvaluationSettings(scorer, max_new_tokens)
     prepared = prepare(open_task(str(questions)), settings, Shots(**shots), former)
     with Counting(_console()) as counting:
-        if is_classifier(source.name):
-            watch = counting.watch
-            scored = evaluate_classifier(source.name, prepared, source.quantize, source.options, file, watch)
-        else:
-            model, tokenizer = load_model(source.name, "text", LoadOptions(*source.options, quantize=source.quantize))
-            counting.start("asking questions", len(prepared.questions))
-            scored = ask(model, tokenizer, prepared, counting.reach, file)
+        scored = source.evaluate(prepared, counting, file)
     return {"model": source.name, "task": str(questions), **scored.to_dict()}
 
 
-def forgetting(tuned: Source, texts: int | None) -> dict[str, Any]:
+def forgetting(tuned: EvaluatedModel, texts: int | None) -> dict[str, Any]:
     """Measure the loss on the first `texts` of each shipped set, before and after. Raises: SlimtuneError."""
     from slimtune.console.progress import Counting
     from slimtune.evaluate.domain_texts import texts as shipped
@@ -180,7 +154,7 @@ def forgetting(tuned: Source, texts: int | None) -> dict[str, Any]:
     return {"tuned": tuned.name, "base": model.base, **measured.to_dict()}
 
 
-def spectra(tuned: Source) -> dict[str, Any]:
+def spectra(tuned: EvaluatedModel) -> dict[str, Any]:
     """Decompose what tuning did to each matrix. Raises: SlimtuneError."""
     from slimtune.console.progress import Counting
     from slimtune.evaluate.intruders.spectra import measure, updates_of
@@ -193,7 +167,7 @@ def spectra(tuned: Source) -> dict[str, Any]:
     return {"tuned": tuned.name, "base": model.base, **measured.to_dict()}
 
 
-def _tuned(source: Source) -> Any:
+def _tuned(source: EvaluatedModel) -> Any:
     from slimtune.evaluate.tuned import Tuned
 
     dtype, device, trusted = source.options

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimtune.adapters.model import get_peft_model
 from slimtune.core.delta import dtypes_of
 from slimtune.data.tasks.base import EncodedDataset
 from slimtune.data.tasks.registry import Data, read
@@ -161,8 +162,6 @@ def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, 
 def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> Any:
     """The model with a new adapter, drawn the same for the same seed; raises ConfigError or TargetError."""
     from transformers import set_seed
-
-    from slimtune.adapters.model import get_peft_model
 
     set_seed(seed)
     config.task_type = task_type

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 KINDS = ("nf4", "fp4", "int8")
 TORCHAO_KINDS = ("int8-torchao", "int4-torchao")
+TORCHAO_GROUP = 32
+"""How many weights share a scale in int4-torchao."""
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE_DTYPES = (None, "bfloat16", "float16", "float32")
 
@@ -111,9 +113,6 @@ def stored_by_bitsandbytes(config: Any) -> bool:
     return method is not None and str(getattr(method, "value", method)).startswith("bitsandbytes")
 
 
-_GROUP = 32
-
-
 def torchao_settings(kind: str) -> TorchAoConfig:
     """What transformers loads a model with so that its linear layers are quantized by torchao.
 
@@ -132,5 +131,5 @@ def torchao_settings(kind: str) -> TorchAoConfig:
     if kind == "int8-torchao":
         return TorchAoConfig(Int8WeightOnlyConfig())
     int4: torch.dtype = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
-    groups = PerGroup(_GROUP)
+    groups = PerGroup(TORCHAO_GROUP)
     return TorchAoConfig(IntxWeightOnlyConfig(int4, groups, MappingType.ASYMMETRIC))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slimtune.data.batches import Objective
 from slimtune.data.encode import Encoded, pieces
 from slimtune.data.mixing import drawn, exact_shares
-from slimtune.data.reading import Parts
+from slimtune.data.reading import Parts, sources_of
 from slimtune.data.settings import DataSettings
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, DataError, listing
 
 SAMPLED_TOKENS = 400
 
@@ -112,6 +112,14 @@ class TaskData:
         """What a model card says of the data."""
         counted = {"source": self.source, "examples": examples, "held out": held_out, "tokens": f"{tokens:,}"}
         return counted | more | {"maximum length": limit}
+
+
+def refuse_unlearned(parts: Parts, what: str, learned: Collection[str], held_out: Iterable[str]) -> None:
+    """Raises: DataError, where held-out rows have labels (or tags: `what`) that no row to learn from has."""
+    unknown = set(held_out) - set(learned)
+    if unknown:
+        there, here = sources_of(parts.held_out), sources_of(parts.train)
+        raise DataError(f"{there} has {what} that {here} hasn't: {listing(unknown)}; correct them")
 
 
 def held_out_note(count: int, what: str) -> str:

@@ -12,8 +12,8 @@ from slimtune.data.encode import Limit
 from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Labelled, Text
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note
-from slimtune.errors import DataError, check_choice, listing
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note, refuse_unlearned
+from slimtune.errors import DataError, check_choice
 from slimtune.metrics.classification import classify, scores
 from slimtune.models.load import LoadOptions, load_model
 
@@ -98,12 +98,8 @@ class Classes(TaskData):
         """The texts of all sources; raises DataError for labels that were never learned, ConfigError for packing."""
         rows, held_out = epoch_of(parts, settings, seed)
         labels = labels_of(rows if settings.held_out_sources else rows + held_out)
-        unknown = {row.label for row in held_out} - set(labels)
-        name = sources_of(parts.train)
-        if unknown:
-            there = sources_of(parts.held_out)
-            raise DataError(f"{there} has labels that {name} hasn't: {listing(unknown)}; correct them")
-        return cls(name, rows, held_out, settings.max_length, settings.too_long, labels)
+        refuse_unlearned(parts, "labels", labels, [row.label for row in held_out])
+        return cls(sources_of(parts.train), rows, held_out, settings.max_length, settings.too_long, labels)
 
     def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
         """A model with a head for the labels, and its tokenizer."""

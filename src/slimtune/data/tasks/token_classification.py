@@ -11,10 +11,9 @@ from slimtune.data.batches import Objective, token_loss
 from slimtune.data.reading import Parts, sources_of
 from slimtune.data.rows import Tagged
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note, refuse_unlearned
 from slimtune.data.tasks.classification import longest_input
 from slimtune.data.tasks.word_alignment import OUTSIDE, AlignedTexts, align, tag, tags_of
-from slimtune.errors import DataError, listing
 from slimtune.metrics.tagging import tag_scores
 from slimtune.models.load import LoadOptions, load_model
 
@@ -33,10 +32,7 @@ class Tags(TaskData):
         """The texts of all sources; raises DataError for tags that were never learned, ConfigError for packing."""
         rows, held_out = epoch_of(parts, settings, seed)
         tags = tags_of([row.tags for row in (rows if settings.held_out_sources else rows + held_out)])
-        unknown = {tag for row in held_out for tag in row.tags} - set(tags)
-        if unknown:
-            there, here = sources_of(parts.held_out), sources_of(parts.train)
-            raise DataError(f"{there} has tags that {here} hasn't: {listing(unknown)}; correct them")
+        refuse_unlearned(parts, "tags", tags, [tag for row in held_out for tag in row.tags])
         return cls(sources_of(parts.train), rows, held_out, settings.max_length, settings.too_long, tags)
 
     def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
