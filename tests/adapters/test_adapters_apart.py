@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import hypothesis.strategies as st
@@ -66,12 +67,14 @@ class Adapters(RuleBasedStateMachine):
             del self.updates[name]
             self.active = [other for other in self.active if other != name] or [next(iter(self.updates))]
 
-    @precondition(lambda self: not self.merged and self.enabled)
+    @precondition(lambda self: self.enabled)
     @rule(data=st.data())
     def merge(self, data: st.DataObject) -> None:
         names = data.draw(st.none() | st.lists(st.sampled_from(sorted(self.updates)), min_size=1, unique=True))
-        self.model.merge_adapter(names)
-        self.merged = tuple(names or self.active)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*merged already")
+            self.model.merge_adapter(names)
+        self.merged = (*self.merged, *(name for name in names or self.active if name not in self.merged))
 
     @precondition(lambda self: self.merged)
     @rule()
@@ -89,6 +92,20 @@ class Adapters(RuleBasedStateMachine):
     def copy(self) -> None:
         self.model = copy.deepcopy(self.model)
         self.weight, self.bias = (None, None)
+
+    @rule()
+    def copy_while_disabled(self) -> None:
+        with self.model.disable_adapter():
+            self.model = copy.deepcopy(self.model)
+        self.weight, self.bias, self.merged = None, None, ()
+
+    @precondition(lambda self: self.enabled)
+    @rule(data=st.data())
+    def unload_a_copy(self, data: st.DataObject) -> None:
+        names = data.draw(st.none() | st.lists(st.sampled_from(sorted(self.updates)), min_size=1, unique=True))
+        plain = copy.deepcopy(self.model).merge_and_unload(adapter_names=names)
+        wanted = {*self.merged, *(names or self.active)}
+        assert_near(plain[0].weight, self.expected_weight + sum(self.updates[name] for name in wanted), 1e-5)
 
     @precondition(lambda self: len(self.updates) > 1 and set(NAMES) - set(self.updates))
     @rule(data=st.data(), weight=st.floats(-2, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -164,13 +165,74 @@ def test_merging_two_adapters_is_merging_their_sum() -> None:
     assert_near(predict(model, LLAMA.batch()), both, what="one merged, one around it")
 
 
-def test_merging_twice_is_refused_and_changes_nothing() -> None:
+def test_merging_what_is_merged_warns_and_changes_nothing() -> None:
     model = tuned(LLAMA)
     model.merge_adapter()
     merged = predict(model, LLAMA.batch())
-    with pytest.raises(MergeError):
+    with pytest.warns(UserWarning, match="default: merged already"):
         model.merge_adapter()
     assert torch.equal(predict(model, LLAMA.batch()), merged)
+
+
+def two_adapters(use_dora: bool = False) -> tuple[Any, torch.Tensor]:
+    model = tuned(LLAMA, use_dora=use_dora)
+    model.add_adapter("b", slimtune.LoraConfig(r=2, use_dora=use_dora, **LLAMA.options()))
+    randomize(slimtune, model, "b", seed=9)
+    together = copy.deepcopy(model)
+    return model, predict(together.merge_and_unload(adapter_names=["default", "b"]), LLAMA.batch())
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_what_is_not_merged_yet_is_merged_beside_what_is(use_dora: bool) -> None:
+    """One after the other is both at once, to the bit, and unmerging takes out both."""
+    model, expected = two_adapters(use_dora)
+    frozen = {name: tensor.clone() for name, tensor in base_tensors(model).items()}
+    model.merge_adapter(["default"])
+    model.merge_adapter(["b"])
+    assert torch.equal(predict(model, LLAMA.batch()), expected)
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in base_tensors(model).items())
+
+    model.merge_adapter(["default"])
+    assert torch.equal(
+        predict(copy.deepcopy(model).merge_and_unload(adapter_names=["default", "b"]), LLAMA.batch()), expected
+    )
+    assert torch.equal(predict(copy.deepcopy(model).merge_and_unload(adapter_names=["b"]), LLAMA.batch()), expected)
+    model.set_adapter("b")
+    assert torch.equal(predict(model.merge_and_unload(), LLAMA.batch()), expected)
+
+
+def test_a_second_merge_that_fails_leaves_the_first() -> None:
+    model, _ = two_adapters()
+    broken = copies(adapter_tensors(slimtune, model, "b"))
+    broken[max(broken)][0, 0] = float("nan")
+    slimtune.set_peft_model_state_dict(model, broken, adapter_name="b")
+    model.merge_adapter(["default"])
+    expected = predict(model, LLAMA.batch())
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match="infinite or not a number"):
+            merge(adapter_names=["b"])
+        assert torch.equal(predict(model, LLAMA.batch()), expected)
+    with model.disable_adapter():
+        assert_near(predict(model, LLAMA.batch()), predict(LLAMA.model(), LLAMA.batch()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["norm"]}, {"bias": "all"}, {"trainable_token_indices": [3, 5]}],
+    ids=["whole", "bias", "token"],
+)
+def test_two_adapters_that_trained_the_same_thing_do_not_merge(options: dict[str, Any]) -> None:
+    specimen = LLAMA if "bias" not in options else GPT2
+    model = tuned(specimen, **options)
+    model.add_adapter("b", slimtune.LoraConfig(r=2, **specimen.options(**options)))
+    before = predict(model, specimen.batch())
+    with pytest.raises(MergeError, match=r"each train their own copy of what '.*' has"):
+        model.merge_adapter(["default", "b"])
+    model.merge_adapter(["default"])
+    with pytest.raises(MergeError, match="merge one of them"):
+        model.merge_and_unload(adapter_names=["b"])
+    assert_near(predict(model, specimen.batch()), before)
 
 
 def test_a_merged_adapter_is_saved_as_it_was(tmp_path: Any) -> None:

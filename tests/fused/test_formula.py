@@ -164,7 +164,7 @@ def run(
     model = randomize(slimtune, slimtune.get_peft_model(kind.host().to(dtype), config)).train()
     x = (kind.input() if x is None else x).detach().to(dtype).requires_grad_()
     site: Any = model.site
-    frozen = Frozen(site, base_of(site), functools.partial(site.adopted_from.forward, site))
+    frozen = Frozen(site, base_of(site), site.adopted_from.forward)
     y = model(x) if fused else site.deltas["default"](frozen, x)
     y.backward(cotangent(y))
     gradients = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}

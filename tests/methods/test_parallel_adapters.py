@@ -188,7 +188,7 @@ def test_two_parallel_adapters_at_once_both_read_the_same_input() -> None:
     block = model.blocks[0]
     base = model.adapter_state
     for names in (("default",), ("other",), ("default", "other")):
-        with base.using(active=names):
+        with base.using(applied=names):
             changes.append(block(x))
     with base.using(enabled=False):
         plain = block(x)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slimtune
+from slimtune.core import patterns
 from slimtune.errors import AdapterFileError, BaseMismatchError, ConfigError, SlimtuneError
 from tensors import assert_same, copies, predict, randomize
 from zoo import GPT2, LLAMA, llama
@@ -188,6 +189,51 @@ def test_tensors_that_do_not_fit_are_refused_by_name(change: str, adapter: Path)
     error = refusal(adapter)
     assert isinstance(error, BaseMismatchError)
     assert "lora_" in str(error)
+
+
+KINDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "NaN": (lambda tensor: tensor.clone().index_fill_(0, torch.tensor([1]), float("nan")), "infinite or NaN"),
+    "infinite": (lambda tensor: tensor / 0, "infinite or NaN"),
+    "infinite in 8 bits": (lambda tensor: torch.full_like(tensor, torch.inf).to(torch.float8_e5m2), "infinite or NaN"),
+    "whole numbers": (lambda tensor: tensor.to(torch.int32), "torch.int32"),
+    "truth values": (lambda tensor: tensor > 0, "torch.bool"),
+    "complex": (lambda tensor: tensor.to(torch.complex64), "torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_no_training_leaves_are_refused_by_name(kind: str, adapter: Path) -> None:
+    change, words = KINDS[kind]
+    rewrite_tensors(adapter, lambda tensors: tensors.update({max(tensors): change(tensors[max(tensors)])}))
+    message = str(refusal(adapter))
+    assert words in message
+    assert max(load_file(adapter / WEIGHTS)) in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_floating_point_is_read(dtype: torch.dtype, adapter: Path) -> None:
+    expected = {key: tensor.to(dtype).float() for key, tensor in load_file(adapter / WEIGHTS).items()}
+    rewrite_tensors(adapter, lambda tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
+    model = slimtune.PeftModel.from_pretrained(LLAMA.model(), adapter)
+    assert_same(copies(slimtune.get_peft_model_state_dict(model)), expected)
+
+
+ENDLESS = r"(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(?=[^\x00-\xff])"
+FIELDS = ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+
+
+@pytest.mark.parametrize("expression", [ENDLESS, "(unclosed"], ids=["endless", "unclosed"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_an_expression_that_cannot_be_matched_is_refused(
+    field: str, expression: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 0.2)
+    patterns.compiled.cache_clear()
+    value: Any = {expression: 4} if field in ("rank_pattern", "alpha_pattern") else expression
+    rewrite_config(adapter, **{field: value}, **({"layers_to_transform": [0]} if field == "layers_pattern" else {}))
+    message = str(refusal(adapter))
+    patterns.compiled.cache_clear()
+    assert "takes longer than" in message if expression == ENDLESS else "is no regular expression" in message
 
 
 def test_a_rank_in_the_config_that_is_not_the_file_s_is_refused(adapter: Path) -> None:

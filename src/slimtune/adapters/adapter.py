@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adapters.adopt import Adopted, adopt, attach_to
+from slimtune.adapters.embeddings import base_copies, saved_whole
 from slimtune.adapters.targets import resolve, walk
 from slimtune.bases import base_of, claim
 from slimtune.bases.foreign import ForeignLinear
 from slimtune.core.config import PeftConfig
 from slimtune.core.delta import Delta, Site, deltas_of
-from slimtune.core.roles import input_embeddings
 from slimtune.errors import (
     AdapterExistsError,
     BaseMismatchError,
@@ -108,7 +108,7 @@ def draft_stored(
         raise
     except RuntimeError as error:
         raise BaseMismatchError(f"'{source}' asks for tensors that can't be had: {first_line(error)}") from error
-    fill(drafted.placed, tensors, source)
+    fill(model, drafted.placed, tensors, source)
     return drafted
 
 
@@ -184,7 +184,7 @@ def key(site: Site, disk_name: str) -> str:
     return f"{KEY_PREFIX}{site.name}.{disk_name}" if site.name else KEY_PREFIX + disk_name
 
 
-def fill(placed: Placed, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def fill(model: Any, placed: Placed, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Copy stored tensors into an adapter's deltas, each into its own.
 
     Raises:
@@ -194,7 +194,7 @@ def fill(placed: Placed, tensors: Mapping[str, Tensor], source: str | Path) -> N
     for_training = {key for _, delta in placed for key in delta.keys_for_training(tensors.keys(), source)}
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in placed]
     own = {key(site, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
-    missing, strange = own.keys() - tensors.keys(), _strangers(placed, tensors, own.keys() | for_training)
+    missing, strange = own.keys() - tensors.keys(), _strangers(model, placed, tensors, own.keys() | for_training)
     if missing or strange:
         what = f"it lacks {listing(missing, 3)}" if missing else f"it holds {listing(strange, 3)} besides"
         raise BaseMismatchError(
@@ -203,6 +203,11 @@ def fill(placed: Placed, tensors: Mapping[str, Tensor], source: str | Path) -> N
         )
     sites = {key(site, name): site for site, _, names in disk_names for name in names}
     for name, tensor in own.items():
+        if tensors[name].is_complex() or tensors[name].is_floating_point() != tensor.is_floating_point():
+            raise BaseMismatchError(
+                f"'{name}' in '{source}' is of {tensors[name].dtype}, where {tensor.dtype} is trained; save the "
+                "adapter again from the trained model"
+            )
         if tensor.shape != tensors[name].shape:
             raise BaseMismatchError(
                 f"'{source}' was made for another base: '{name}' is {tuple(tensors[name].shape)} in the file and "
@@ -227,29 +232,14 @@ def _way_to_mend(site: Site, own: Tensor, stored: Tensor) -> str:
     return f"; if that is the output layer, {resize}, or load the base with as many labels"
 
 
-def embeddings_stored(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The embeddings that a file has whole without its config saying so: `peft` adds those that were resized."""
-    if {"output", "everything"} & set(config.default_targets):
-        return []  # The method trains them itself.
-    output = getattr(model, "get_output_embeddings", None)
-    ends = [module for module in (input_embeddings(model), output() if output else None) if module is not None]
-    names: list[str] = []
-    for name, module in walk(model):
-        saved = [*(getattr(config, "modules_to_save", None) or []), *names]
-        is_end = any(module is end for end in ends)
-        if is_end and f"{KEY_PREFIX}{name}.weight" in tensors and not any(f".{name}".endswith(f".{n}") for n in saved):
-            names.append(name)
-    return names
+def _strangers(model: Any, placed: Placed, tensors: Mapping[str, Tensor], own: set[str]) -> set[str]:
+    """Stored tensors that no delta takes; copies of the base's own embeddings are none."""
+    bases = base_copies(model, placed)
+    return {name for name in tensors.keys() - own if name not in bases or not _is_copy(tensors[name], bases[name])}
 
 
-def _strangers(placed: Placed, tensors: Mapping[str, Tensor], own: set[str]) -> set[str]:
-    """Stored tensors that no delta takes; copies of the base's own embeddings, which `peft` may add, are none."""
-    bases = {f"{KEY_PREFIX}{site.name}.base_layer.weight": site.module for site, _ in placed}
-    return {
-        name
-        for name in tensors.keys() - own
-        if name not in bases or not torch.equal(bases[name].get_parameter("weight").cpu(), tensors[name])
-    }
+def _is_copy(stored: Tensor, own: Tensor) -> bool:
+    return stored.shape == own.shape and torch.equal(own.to(stored.device, stored.dtype), stored)
 
 
 def adapter_tensors(model: Any, name: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -280,10 +270,18 @@ def get_peft_model_state_dict(
     adapter_name: str = "default",
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter by their names on disk. Raises: AdapterNotFoundError, ConfigError."""
-    check_embeddings(save_embedding_layers)
+    """The tensors of one adapter by their names on disk.
+
+    Args:
+        save_embedding_layers: whether the base's token embeddings are among them: True, False, or "auto" for those
+            that were resized after the base was loaded.
+
+    Raises:
+        AdapterNotFoundError, ConfigError.
+    """
     model.adapter_state.check_known(adapter_name)
-    return adapter_tensors(model, adapter_name, state_dict)
+    whole = saved_whole(model, attached(model, adapter_name), save_embedding_layers)
+    return adapter_tensors(model, adapter_name, state_dict) | whole
 
 
 def set_peft_model_state_dict(
@@ -291,13 +289,4 @@ def set_peft_model_state_dict(
 ) -> None:
     """Copy tensors, by their names on disk, into an adapter. Raises: AdapterNotFoundError, BaseMismatchError."""
     model.adapter_state.check_known(adapter_name)
-    fill(attached(model, adapter_name), peft_model_state_dict, "the state dict")
-
-
-def check_embeddings(save_embedding_layers: str | bool) -> None:
-    """Raises: ConfigError, for `peft`'s wish to save whole embeddings that weren't trained."""
-    if save_embedding_layers not in ("auto", False):
-        raise ConfigError(
-            "to save an embedding, train it: put it into modules_to_save; found "
-            f"save_embedding_layers={save_embedding_layers!r}"
-        )
+    fill(model, attached(model, adapter_name), peft_model_state_dict, "the state dict")

@@ -6,9 +6,12 @@ No parameter of the base changes its name, `isinstance` stays true, and detachin
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -16,13 +19,36 @@ from torch import Tensor, nn
 
 from slimtune.adapters.lazy_logits import LazyLogits
 from slimtune.bases import base_of_type
-from slimtune.core.delta import Base, Dense, Frozen, deltas_of, standing_in
+from slimtune.core.delta import Base, Dense, Frozen, call_under, deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, did_you_mean, listing
 from slimtune.fused import fused_for
 from slimtune.ops.frozen_linear import is_traced
 
 BASE = "__base__"
 """The name under which rows of a mixed batch ask for the untouched base."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What holds for the calls inside a `with` block alone, in the thread or task that entered it.
+
+    Attributes:
+        applied: the adapters to run through, whichever are active; None for those.
+        rows: with `adapter_names`, the adapter of each row of the batch.
+        lazy_head: while a loss is computed, the output layer whose logits stay uncomputed.
+        inside: in a call of TRL's forward, the one that it runs inside of what adapters put around the model.
+    """
+
+    applied: tuple[str, ...] | None = None
+    rows: tuple[str, ...] | None = None
+    lazy_head: nn.Module | None = None
+    inside: Callable[..., Any] | None = None
+
+
+_PLAIN_CALL = Call()
+_calls: ContextVar[Mapping[int, Call]] = ContextVar("calls", default=MappingProxyType({}))
+"""By the id of an `AdapterState`; it is alive as long as it is in here."""
+_lock = threading.RLock()
 
 
 @dataclass(eq=False)
@@ -35,11 +61,13 @@ class AdapterState:
         enabled: whether unmerged adapters are in effect at all.
         merged: the adapters that are written into the weights.
         replaced: (module, its tensors by name) from before that merge, in the order in which they were replaced.
+        blocks: how many `disable_adapter` blocks are open, of all threads.
+        merge_after: the adapters to merge again after the last of them.
         trained_before: the names of the parameters that needed gradients before the first adapter came.
+        vocabulary: how many tokens the model had then, where it has any.
         return_logits: whether a causal model in training gives its logits beside its loss.
-        rows: during a call with `adapter_names`, the adapter of each row of the batch.
-        lazy_head: during a call that computes a loss, the output layer whose logits stay uncomputed.
-        inside: during a call of TRL's forward, the one that it runs inside of what adapters put around the model.
+        open_calls: the calls with settings of their own, the latest last; compiled code can't see which is its own.
+        latest_call: the last of them.
     """
 
     configs: dict[str, Any] = field(default_factory=dict)
@@ -47,15 +75,26 @@ class AdapterState:
     enabled: bool = True
     merged: tuple[str, ...] = ()
     replaced: list[tuple[nn.Module, Dense]] = field(default_factory=list)
+    blocks: int = 0
+    merge_after: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()
+    vocabulary: int | None = None
     return_logits: bool = False
-    rows: tuple[str, ...] | None = None
-    lazy_head: nn.Module | None = None
-    inside: Callable[..., Any] | None = None
+    open_calls: list[Call] = field(default_factory=list)
+    latest_call: Call = _PLAIN_CALL
+
+    @property
+    def call(self) -> Call:
+        """What holds for this call."""
+        # Compilers can't trace a context variable, and would not compile anew when it changes; they guard a field.
+        return self.latest_call if torch.compiler.is_compiling() else _calls.get().get(id(self), _PLAIN_CALL)
 
     @property
     def applied(self) -> tuple[str, ...]:
         """The adapters that a forward runs through."""
+        chosen = self.call.applied
+        if chosen is not None:
+            return chosen
         return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
 
     def check_known(self, *names: str) -> None:
@@ -69,18 +108,40 @@ class AdapterState:
 
     @contextmanager
     def using(self, **settings: Any) -> Iterator[None]:
-        """Other settings for a while."""
-        before = {name: getattr(self, name) for name in settings}
-        self._set(settings)
+        """Settings of `Call` for the calls inside, of this thread or task alone."""
+        call = replace(self.call, **settings)
+        token = _calls.set({**_calls.get(), id(self): call})
+        with _lock:
+            self.open_calls.append(call)
+            self.latest_call = call
         try:
             yield
         finally:
-            self._set(before)
+            with _lock:
+                self.open_calls = [each for each in self.open_calls if each is not call]
+                self.latest_call = self.open_calls[-1] if self.open_calls else _PLAIN_CALL
+            _calls.reset(token)
 
-    def _set(self, settings: dict[str, Any]) -> None:
-        # One by one: not every compiler follows an update of __dict__.
-        for name, value in settings.items():
-            setattr(self, name, value)
+    @contextmanager
+    def unmerged(self, unmerge: Callable[[], None], merge: Callable[[tuple[str, ...]], None]) -> Iterator[None]:
+        """Unmerged while any thread is inside; the last one out merges again what was merged."""
+        with _lock:
+            self.blocks += 1
+            if self.merged:
+                self.merge_after = self.merged
+                unmerge()
+        try:
+            yield
+        finally:
+            with _lock:
+                self.blocks -= 1
+                if self.merge_after and not self.blocks:
+                    names, self.merge_after = self.merge_after, ()
+                    merge(names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made inside a `with` block is outside of it.
+        return vars(self) | {"open_calls": [], "latest_call": _PLAIN_CALL, "blocks": 0, "merge_after": ()}
 
 
 class Adopted(nn.Module):
@@ -98,12 +159,12 @@ class Adopted(nn.Module):
     adapter_state: AdapterState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapter_state = self.adapter_state
-        frozen = self.__dict__.get("instance_forward") or super().forward
-        if adapter_state.lazy_head is self:
+        call = self.adapter_state.call
+        frozen = frozen_forward(self)
+        if call.lazy_head is self:
             return LazyLogits(args[0], self, functools.partial(run, self, frozen))
-        if adapter_state.rows is not None:
-            return _run_rows(self, frozen, adapter_state.rows, *args, **kwargs)
+        if call.rows is not None:
+            return _run_rows(self, frozen, call.rows, *args, **kwargs)
         return run(self, frozen, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -146,12 +207,23 @@ def attach_to(module: Any, name: str, delta: nn.Module) -> None:
     module.deltas[name] = delta
 
 
+def frozen_forward(module: Any) -> Callable[..., Any]:
+    """What an adopted module computes without any adapter, as a function of the module and its inputs."""
+    on_instance = vars(module).get("instance_forward")
+    return type(module).adopted_from.forward if on_instance is None else functools.partial(_unbound, on_instance)
+
+
+def _unbound(bound: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+    return bound(*args, **kwargs)
+
+
 def run(module: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What the module computes under the adapters in effect."""
-    return _composed(module, frozen, module.adapter_state.applied)(*args, **kwargs)
+    return _composed(module, frozen, module.adapter_state.applied)(module, *args, **kwargs)
 
 
 def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """The deltas of these adapters around the frozen forward, the first innermost; like that, it takes the module."""
     call = frozen
     own = deltas_of(module)
     deltas = [own[name] for name in names if name in own]
@@ -161,22 +233,25 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
         # of ours.
         may_fuse = call is frozen and not is_traced()
         fused = fused_for(type(delta), type(base)) if may_fuse else None
-        around = Frozen(module, base, call)
-        call = functools.partial(fused, delta, module, around) if fused else functools.partial(delta, around)
+        call = functools.partial(_around, delta, fused, base, call)
     for delta in deltas:
         if delta.holds:
-            call = functools.partial(_held, module, delta.stand_ins(), call)
+            call = functools.partial(_held, delta, call)
     return call
 
 
-def _held(module: nn.Module, tensors: dict[str, Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with standing_in(module, tensors):
-        return call(*args, **kwargs)
+def _around(delta: Any, fused: Any, base: Base, call: Callable[..., Any], module: Any, *args: Any, **kw: Any) -> Any:
+    around = Frozen(module, base, call)
+    return fused(delta, module, around, *args, **kw) if fused else delta(around, *args, **kw)
+
+
+def _held(delta: Any, call: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+    return call_under(module, delta.stand_ins(), call, *args, **kwargs)
 
 
 def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x: Tensor, *args: Any, **kw: Any) -> Any:
     if not any(name in deltas_of(module) for name in rows):
-        return frozen(x, *args, **kw)
+        return frozen(module, x, *args, **kw)
     if x.shape[0] % len(rows):
         raise ConfigError(
             f"adapter_names has {len(rows)} names for a batch of {x.shape[0]} rows; give one for each row"
@@ -192,7 +267,7 @@ def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x:
     order, parts = [], []
     for name in dict.fromkeys(names):
         rows_of_name = [i for i, row in enumerate(names) if row == name]
-        parts.append(_composed(module, frozen, (name,))(x[rows_of_name], *args, **kw))
+        parts.append(_composed(module, frozen, (name,))(module, x[rows_of_name], *args, **kw))
         order += rows_of_name
     return torch.cat(parts)[torch.tensor(order).argsort()]
 

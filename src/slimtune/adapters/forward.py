@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.adapters.adopt import BASE, run
+from slimtune.adapters.adopt import BASE, adopt, frozen_forward, run
+from slimtune.adapters.embeddings import token_embeddings
 from slimtune.adapters.lazy_logits import lazy_head, without_lazy
 from slimtune.bases import base_of
 from slimtune.core.delta import deltas_of, standing_in
 from slimtune.core.roles import recomputes
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, listing
 
 
 def wrapped(model_type: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-    """This model type's own `forward` and `generate`, wrapped; their signatures stay its own."""
-    wrappers = {"forward": _forward, "generate": _generate}
+    """This model type's own methods that adapters take part in, wrapped; their signatures stay its own."""
+    wrappers = {"forward": _forward, "generate": _generate, "resize_token_embeddings": _resize_token_embeddings}
     return {name: _wrapping(model_type, name, around) for name, around in wrappers.items() if hasattr(model_type, name)}
 
 
@@ -43,19 +44,29 @@ def _wrapping(model_type: Any, name: str, wrapper: Callable[..., Any]) -> Callab
 
 def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
     """The model's forward; in training, its loss is computed without the logits of the whole batch."""
-    if model.adapter_state.inside is not None:
-        return model.adapter_state.inside(*args, **kwargs)
+    inside = model.adapter_state.call.inside
+    if inside is not None:
+        return inside(*args, **kwargs)
     if model.training and torch.is_grad_enabled():
         args = tuple(_tracked(model, value) for value in args)
         kwargs = {name: v if name.endswith("mask") else _tracked(model, v) for name, v in kwargs.items()}
-    frozen = model.__dict__.get("instance_forward") or functools.partial(model_type.forward, model)
-    function = functools.partial(run, model, frozen) if deltas_of(model) else frozen
+    function = functools.partial(run if deltas_of(model) else _frozen, model, frozen_forward(model))
     head = lazy_head(model) if kwargs.get("labels") is not None else None
     if head is not None and "use_cache" in _parameters(model_type):
         # A step that computes its loss reads no cache, which would hold every key and value until it ends.
         kwargs.setdefault("use_cache", False)
+    if adapter_names is not None:
+        adapter_names = tuple(adapter_names)
+        _check_count(adapter_names, model, args, kwargs)
+    if head is None:
+        with _rows(model, adapter_names):
+            return function(*args, **kwargs)
     with _rows(model, adapter_names), model.adapter_state.using(lazy_head=head):
-        return without_lazy(function(*args, **kwargs)) if head is not None else function(*args, **kwargs)
+        return without_lazy(function(*args, **kwargs))
+
+
+def _frozen(model: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return frozen(model, *args, **kwargs)
 
 
 def _tracked(model: Any, value: Any) -> Any:
@@ -78,17 +89,32 @@ def _parameters(model_type: Any) -> frozenset[str]:
 def _generate(
     model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
 ) -> Any:
+    if adapter_names is not None:
+        _check_count(adapter_names, model, args, kwargs)
     with _rows(model, adapter_names):
         return model_type.generate(model, *args, **kwargs)
 
 
+def _check_count(adapter_names: Sequence[str], model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """See that each row of the batch has a name. Raises: ConfigError."""
+    named = (getattr(model, "main_input_name", None), "input_ids", "inputs_embeds", "inputs")
+    candidates = [*args, *(kwargs.get(str(name)) for name in named), *kwargs.values()]
+    batch = next((value for value in candidates if isinstance(value, Tensor) and value.ndim), None)
+    if batch is not None and len(batch) != len(adapter_names):
+        raise ConfigError(
+            f"adapter_names has {len(adapter_names)} names for a batch of {len(batch)} rows; give one for each row"
+        )
+
+
 @contextmanager
 def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
-    """Each row of the batch under its own adapter."""
+    """Each row of the batch under its own adapter; while adapters are disabled, all under none."""
     if adapter_names is None:
         yield
         return
     model.adapter_state.check_known(*(set(adapter_names) - {BASE}))
+    if not model.adapter_state.enabled or model.adapter_state.call.applied == ():
+        adapter_names = [BASE] * len(adapter_names)
     if model.training or model.adapter_state.merged:
         raise ConfigError(
             "adapter_names is for inference with unmerged adapters; call model.eval() and unmerge_adapter() first"
@@ -101,6 +127,22 @@ def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
             )
     with model.adapter_state.using(rows=tuple(adapter_names)):
         yield
+
+
+def _resize_token_embeddings(model_type: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own, with new rows frozen; refused where an adapter has a change of the old number of rows."""
+    for path, module in token_embeddings(model).items():
+        if deltas_of(module):
+            raise ConfigError(
+                f"{listing(deltas_of(module))} changes '{path}' and was made for the number of tokens that it has; "
+                "resize the base before the adapter is attached"
+            )
+    embeddings = model_type.resize_token_embeddings(model, *args, **kwargs)
+    for module in token_embeddings(model).values():
+        module.requires_grad_(False)
+        if base_of(module).kind == "linear" and module is model.get_output_embeddings():
+            adopt(module, model.adapter_state)
+    return embeddings
 
 
 def is_from_trl(forward: Any) -> bool:
@@ -138,7 +180,7 @@ def is_around(model: Any) -> bool:
 
 def put_inside(model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     """TRL's forward for the inside of an adopted model, whose own it calls where nothing is fused."""
-    own = vars(model).get("instance_forward") or functools.partial(type(model).adopted_from.forward, model)
+    own = functools.partial(frozen_forward(model), model)
     return functools.partial(_run_inside, model, own, forward)
 
 

@@ -7,7 +7,7 @@ kind's own (`_check_fold`), and for the whole model in a safe merge.
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slimtune.adapters.adapter import adopted_modules
 from slimtune.adapters.adopt import run
 from slimtune.bases import base_of
-from slimtune.core.delta import Delta, Dense, Difference, deltas_of, standing_in
+from slimtune.core.delta import Delta, Dense, Difference, deltas_of, with_tensors
 from slimtune.errors import MergeError, listing
 
 MAX_RELATIVE_DRIFT = 0.1
@@ -31,7 +31,9 @@ Store = Callable[[Any, Dense], Dense]
 def merge(
     model: Any, names: tuple[str, ...], safe: bool = False, dtype: torch.dtype | None = None, store: Store | None = None
 ) -> None:
-    """Write adapters into the model's weights until `unmerge`.
+    """Write adapters into the model's weights until `unmerge`, beside those that are merged already.
+
+    All are folded anew from the frozen weights: in one sum, rounded once, and with DoRA's norms those of the base.
 
     Args:
         safe: compare the outputs before and after on probe inputs.
@@ -42,12 +44,14 @@ def merge(
         MergeError: it can't be done or strays too far; nothing is changed then.
     """
     state = model.adapter_state
-    if state.merged:
-        raise MergeError(f"adapters are merged already: {listing(state.merged)}; call unmerge_adapter() first")
-    probe = probe_inputs(model) if safe else None
-    with state.using(active=names):
-        before = outputs(model, probe) if probe else None
+    already = state.merged
+    names = (*already, *(name for name in dict.fromkeys(names) if name not in already))
+    unmerge(model)
     try:
+        _check_compatible(model, names)
+        probe = probe_inputs(model) if safe else None
+        with state.using(applied=names):
+            before = outputs(model, probe) if probe else None
         for path, module in adopted_modules(model):
             if any(name in deltas_of(module) for name in names):
                 tensors = _folded_at(path, module, names, dtype, store)
@@ -55,11 +59,24 @@ def merge(
         _tie_again(state.replaced)
         state.merged = names
         if probe and before is not None:
-            with state.using(active=names):
+            with state.using(applied=()):
                 _check_drift(compare_outputs(before, outputs(model, probe)))
     except BaseException:
         unmerge(model)
+        if already:
+            merge(model, already)
         raise
+
+
+def _check_compatible(model: Any, names: tuple[str, ...]) -> None:
+    """See that no two of these adapters train the same thing whole. Raises: MergeError."""
+    for path, module in adopted_modules(model):
+        together = [delta for name, delta in deltas_of(module).items() if name in names]
+        if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
+            raise MergeError(
+                f"the adapters {listing(names)} each train their own copy of what '{path}' has, of which a weight can "
+                "hold one; merge one of them"
+            )
 
 
 def unmerge(model: Any) -> None:
@@ -85,8 +102,7 @@ def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) 
     deltas = [deltas_of(module)[name] for name in names if name in deltas_of(module)]
     held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
     expands_to = None if base.dequantizer(module) is None else dtype or base.spec(module).dtype
-    with standing_in(module, held):
-        frozen = base.dense(module)  # the weight as (out, in, ...), expanded where it is codes
+    frozen = base.dense(with_tensors(module, held))  # the weight as (out, in, ...), expanded where it is codes
     if expands_to is not None:
         # All sums are formed in the wider of the codes' own dtype and the wanted one, and rounded once, at the end:
         # rounding after each adapter would lose small updates beside a large weight.
@@ -172,17 +188,16 @@ def _check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
     changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
     if not changed or base.is_textbook(module):
         return
-    frozen, was_training = functools.partial(type(module).adopted_from.forward, module), module.training
+    frozen, was_training = type(module).adopted_from.forward, module.training
     module.eval()
     try:
         with torch.no_grad():
             x = _module_probe(module, base.kind)
-            with module.adapter_state.using(active=names, merged=(), enabled=True):
+            with module.adapter_state.using(applied=names):
                 expected = run(module, frozen, x)
-            with standing_in(module, folded):
-                merged = frozen(x)
+            merged = frozen(with_tensors(module, folded), x)
             error = (merged - expected).double().norm()
-            change, size = (expected - frozen(x)).double().norm(), expected.double().norm()
+            change, size = (expected - frozen(module, x)).double().norm(), expected.double().norm()
     finally:
         module.train(was_training)
     # A hundredth of the change, and what rounding alone may add: some steps of the weight's dtype at the output's size.

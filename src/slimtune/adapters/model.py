@@ -19,14 +19,13 @@ from slimtune.adapters.adapter import (
     adopted_modules,
     attach,
     attached,
-    check_embeddings,
     draft,
     draft_combined,
     draft_stored,
-    embeddings_stored,
     fill,
 )
 from slimtune.adapters.adopt import ENCODERS, FAST_PATHS, AdapterState, Adopted, WithoutFastPath, adopt, release
+from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
 from slimtune.adapters.forward import check_head, is_around, is_from_trl, put_inside, wrapped
 from slimtune.adapters.merge import merge, unmerge
 from slimtune.adapters.requantize import merge_requantized
@@ -70,6 +69,7 @@ def get_peft_model(
     drafted = draft(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
     for site, delta in drafted.placed:
         delta.initialise(drafted.config, site)
+    warn_of_untrained_rows(model, drafted.placed)
     _add(model, adapter_name, peft_config, drafted)
     return model
 
@@ -89,12 +89,12 @@ def attach_stored(
     Raises:
         BaseMismatchError: the tensors, which come from `source`, were made for another base.
     """
-    resized = embeddings_stored(model, config, tensors)
+    resized = stored_whole(model, config, tensors)
     if resized:
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *resized]
     config.inference_mode = not is_trainable
     if name in getattr(model, "peft_config", {}):
-        fill(attached(model, name), tensors, source)
+        fill(model, attached(model, name), tensors, source)
     else:
         _add(model, name, config, draft_stored(model, name, config, tensors, source, autocast_adapter_dtype))
     if not is_trainable:
@@ -123,7 +123,7 @@ def _adopt_root(model: Any) -> None:
     """Freeze the model and make a `PeftModel` of it, still without any adapter."""
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
-    state = AdapterState(trained_before=trained)
+    state = AdapterState(trained_before=trained, vocabulary=vocabulary_of(model))
     adopt(model, state, PeftModel)
     for module in model.modules():
         if isinstance(module, ENCODERS) and module is not model:
@@ -322,14 +322,9 @@ class PeftModel(Adopted):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The untouched base for a while, also while adapters are merged."""
-        merged = self.adapter_state.merged
-        self.unmerge_adapter()
-        try:
-            with self.adapter_state.using(enabled=False):
-                yield
-        finally:
-            if merged:
-                self.merge_adapter(merged)
+        state = self.adapter_state
+        with state.unmerged(self.unmerge_adapter, self.merge_adapter), state.using(applied=()):
+            yield
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable parameters, all parameters)."""
@@ -357,13 +352,19 @@ class PeftModel(Adopted):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Write the active adapters (or these) into the weights; `unmerge_adapter` takes them out to the bit.
 
+        Adapters that are merged already stay so, and these come beside them; if all of them are, that is warned of.
+
         Args:
             safe_merge: compare the outputs before and after on probe inputs.
 
         Raises:
             MergeError: it can't be done or strays too far; nothing is changed then.
         """
-        merge(self, self._chosen(adapter_names), safe_merge)
+        names, merged = self._chosen(adapter_names), self.adapter_state.merged
+        if merged and set(names) <= set(merged):
+            warnings.warn(f"{listing(names)}: merged already, nothing is to be done", stacklevel=2)
+            return
+        merge(self, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the weights back that were there before `merge_adapter`."""
@@ -373,7 +374,9 @@ class PeftModel(Adopted):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None,
         requantize: bool = False, drift_inputs: Mapping[str, Tensor] | None = None,
     ) -> Any:  # fmt: skip
-        """The plain model with the active adapters (or these) in its weights; it is this very object.
+        """The plain model with the active adapters (or these), and what is merged already, in its weights.
+
+        It is this very object.
 
         A quantized base becomes a plain one of the model's dtype, also where no adapter is.
 
@@ -392,27 +395,26 @@ class PeftModel(Adopted):
             raise ConfigError("drift_inputs measure what requantize=True loses; pass both or none")
         merged = self.adapter_state.merged
         if requantize:
-            return self._merged_requantized(merged or adapter_names, safe_merge, drift_inputs)
+            return self._merged_requantized(adapter_names, safe_merge, drift_inputs)
         dtype = plain_dtype(self)
-        if not merged:
+        if not set(self._chosen(adapter_names)) <= set(merged):
             merge(self, self._chosen(adapter_names), safe_merge, dtype)
         try:
             weights = expanded(self, dtype)
         except BaseException:
-            if not merged:
-                self.unmerge_adapter()
+            self._merged_as(merged)
             raise
         untie_if_changed(self)
         return make_plain(self._released(), weights)
 
     def _merged_requantized(self, names: Sequence[str] | None, safe: bool, inputs: Mapping[str, Tensor] | None) -> Any:
-        chosen, merged = self._chosen(names), self.adapter_state.merged
+        merged = self.adapter_state.merged
+        chosen = tuple(dict.fromkeys((*merged, *self._chosen(names))))
         self.unmerge_adapter()
         try:
             drift = merge_requantized(self, chosen, safe, inputs)
         except BaseException:
-            if merged:
-                self.merge_adapter(merged)
+            self._merged_as(merged)
             raise
         untie_if_changed(self)
         model = self._released()
@@ -420,6 +422,12 @@ class PeftModel(Adopted):
         model.merge_drift = drift
         warnings.warn(f"merged into quantized weights: {drift}{drift.advice}", stacklevel=3)
         return model
+
+    def _merged_as(self, names: tuple[str, ...]) -> None:
+        """These adapters merged and no others."""
+        self.unmerge_adapter()
+        if names:
+            merge(self, names)
 
     def _chosen(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         """These adapters, or the active ones. Raises: AdapterNotFoundError."""
@@ -455,6 +463,8 @@ class PeftModel(Adopted):
         """Write the adapters alone: `default` into the folder, others into subfolders of their names.
 
         Args:
+            save_embedding_layers: whether the base's token embeddings are stored, too: True, False, or "auto" for
+                those that were resized after the base was loaded and that the adapter doesn't train.
             state_dict: the model's gathered tensors, where they are sharded.
             hub: what transformers' `push_to_hub` takes.
 
@@ -466,12 +476,12 @@ class PeftModel(Adopted):
                 "safe_serialization=False would write a pickle, which can run code when it is read; adapters are "
                 "always written as safetensors"
             )
-        check_embeddings(save_embedding_layers)
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         self.adapter_state.check_known(*names)
         for name in names:
             # Gathering sharded tensors takes part of every process.
             tensors = adapter_tensors(self, name, state_dict)
+            tensors |= saved_whole(self, attached(self, name), save_embedding_layers)
             if is_main_process:
                 save_adapter(Path(save_directory, "" if name == "default" else name), self._stored(name), tensors)
         if is_main_process and is_checkpoint(save_directory) and self.active_adapter in names:
@@ -496,6 +506,6 @@ class PeftModel(Adopted):
         """
         stored = adapter_tensors(self, self.active_adapter) if "prompt_embeddings" in state_dict else {}
         if state_dict and all(name.startswith(KEY_PREFIX) or name in stored for name in state_dict):
-            fill(attached(self, self.active_adapter), state_dict, "the state dict")
+            fill(self, attached(self, self.active_adapter), state_dict, "the state dict")
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)

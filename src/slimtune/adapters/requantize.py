@@ -12,7 +12,7 @@ from torch import Tensor
 from slimtune.adapters.merge import Drift, compare_outputs, merge, probe_inputs, unmerge
 from slimtune.bases import base_of
 from slimtune.bases.packed import PackedLinear
-from slimtune.core.delta import Dense, standing_in
+from slimtune.core.delta import Dense, with_tensors
 from slimtune.errors import MergeError
 
 _ADVICE = (
@@ -83,20 +83,21 @@ def merge_requantized(
         MergeError: nothing of it is quantized, it can't be done or strays too far; nothing is changed then.
     """
     probe = inputs if inputs is not None else probe_inputs(model)
-    with model.adapter_state.using(active=names):
+    with model.adapter_state.using(applied=names):
         before = _answers(model, probe)
-        store = _Requantizer()
-        merge(model, names, safe, store=store)
-        try:
+    store = _Requantizer()
+    merge(model, names, safe, store=store)
+    try:
+        with model.adapter_state.using(applied=()):
             after = _answers(model, probe)
-            if not store.modules:
-                raise MergeError(
-                    f"{' and '.join(names)} changes no quantized weight of this model, so that there is nothing to "
-                    "quantize again; merge without requantize"
-                )
-        except BaseException:
-            unmerge(model)
-            raise
+        if not store.modules:
+            raise MergeError(
+                f"{' and '.join(names)} changes no quantized weight of this model, so that there is nothing to "
+                "quantize again; merge without requantize"
+            )
+    except BaseException:
+        unmerge(model)
+        raise
     for module, base in store.modules:
         base.sync_state(module)
     outputs = compare_outputs(before[0], after[0]) if before and after else None
@@ -120,8 +121,7 @@ class _Requantizer:
         merged_OI = folded["weight"]
         packed = base.quantize(module, merged_OI)
         before_OI = base.weight(module).float()
-        with standing_in(module, {"weight": packed}):
-            after_OI = base.weight(module).float()
+        after_OI = base.weight(with_tensors(module, {"weight": packed})).float()
         if not torch.isfinite(after_OI).all():
             raise MergeError("the merged weight can't be quantized again: what comes back is not finite")
         # dW, what the adapter changes, and D, what is left of it between two grids of codes; their products are summed

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from slimtune.bases import base_of
-from slimtune.core.config import means
 from slimtune.core.delta import Site, holds_deltas, walk
+from slimtune.core.patterns import compiled, matching, means
 from slimtune.core.roles import input_embeddings
 from slimtune.errors import TargetError, did_you_mean, listing
 
@@ -119,7 +119,7 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
             )
         matched = _in_layers(matched, layers, pattern)
     elif isinstance(targets, str):
-        matched = [name for name in names if re.fullmatch(targets, name)]
+        matched = matching(targets, names)
         if not matched:
             raise TargetError(
                 f"the expression {targets!r} matches no module path; paths look like "
@@ -165,10 +165,7 @@ def _inside(modules: Modules, chosen: Iterable[str]) -> list[str]:
 
 
 def _excluded(names: list[str], exclude: Any, strict: bool) -> set[str]:
-    if isinstance(exclude, str):
-        hits = {name for name in names if re.fullmatch(exclude, name)}
-    else:
-        hits = set(_by_names(names, exclude, strict=False))
+    hits = set(matching(exclude, names) if isinstance(exclude, str) else _by_names(names, exclude, strict=False))
     if strict and not hits:
         raise TargetError(f"exclude_modules {exclude!r} matches no module; there are {listing(_last_names(names))}")
     return hits
@@ -192,7 +189,7 @@ def _in_layers(names: list[str], layers: Any, pattern: Any) -> list[str]:
 
 
 def _first_match(searches: list[str], name: str) -> int | None:
-    matches = (re.match(search, name) for search in searches)
+    matches = (compiled(search).match(name) for search in searches)
     return next((int(match["idx"]) for match in matches if match), None)
 
 

@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -271,13 +270,3 @@ def method(peft_type: str) -> type[PeftConfig]:
             f"the method {peft_type!r} is not implemented; known are {listing(known)}{did_you_mean(peft_type, known)}"
         )
     return known[peft_type]
-
-
-def means(pattern: str, name: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern`, a name or expression, means the module of that path."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that means the module of that path."""
-    return next((value for key, value in patterns.items() if means(key, name)), otherwise)

@@ -133,7 +133,11 @@ class Site:
 
 
 class Frozen:
-    """What a delta is put around in one call of a module: called, it is what that computes without the delta."""
+    """What a delta is put around in one call of a module: called, it is what that computes without the delta.
+
+    Args:
+        call: takes the module first, so that it can be run on a copy of it with other tensors.
+    """
 
     __slots__ = ("_weight", "base", "call", "module")
 
@@ -142,7 +146,11 @@ class Frozen:
         self._weight: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
+        return self.call(self.module, *args, **kwargs)
+
+    def under(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What it computes with these tensors in place of the module's own parameters and buffers."""
+        return call_under(self.module, tensors, self.call, *args, **kwargs)
 
     @property
     def weight(self) -> Tensor:
@@ -277,9 +285,37 @@ def deltas_of(module: Any) -> Mapping[str, Any]:
     return module._modules.get("deltas", {})
 
 
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+    """A shallow copy of the module, of its plain class, with these tensors in place of its parameters and buffers.
+
+    The module itself isn't touched, so that other threads may run it meanwhile.
+    """
+    copied: Any = object.__new__(getattr(type(module), "adopted_from", type(module)))
+    own = vars(module)
+    vars(copied).update(own)
+    vars(copied)["_parameters"] = {name: tensors.get(name, own) for name, own in module._parameters.items()}
+    vars(copied)["_buffers"] = {name: tensors.get(name, own) for name, own in module._buffers.items()}
+    vars(copied)["_modules"] = {n: child for n, child in module._modules.items() if not holds_deltas(module, n)}
+    return copied
+
+
+def call_under(module: Any, tensors: Mapping[str, Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`call(module, ...)` with these tensors in place of the module's own parameters and buffers."""
+    if torch.compiler.is_compiling() or "instance_forward" in vars(module):
+        # A compiler traces an exchange and never does it; a forward that was put on the instance is bound to it.
+        with standing_in(module, tensors):
+            return call(module, *args, **kwargs)
+    copied = with_tensors(module, tensors)
+    before = dict(vars(copied))
+    result = call(copied, *args, **kwargs)
+    # What a forward notes on its module, as a router its losses, is looked for there.
+    vars(module).update({name: value for name, value in vars(copied).items() if value is not before.get(name, before)})
+    return result
+
+
 @contextmanager
-def standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """These tensors in place of the module's own parameters and buffers for a while."""
+def standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """These tensors in the very module for a while; no other thread may use it then."""
     slots: dict[str, Any] = {n: module._parameters if n in module._parameters else module._buffers for n in tensors}
     own = {name: slot[name] for name, slot in slots.items()}
     for name, tensor in tensors.items():
@@ -355,8 +391,7 @@ class Difference(Delta):
         return dict(self.difference.items())
 
     def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
-        with standing_in(base.module, self.read_as(base.module)):
-            return base(*args, **kwargs)
+        return base.under(self.read_as(base.module), *args, **kwargs)
 
     def read_as(self, module: Any) -> dict[str, Tensor]:
         sums = {}

@@ -5,7 +5,6 @@ y = l * base(x)  at keys and values,  y = base(l * x)  at the second layer of th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from slimtune.core.config import TargetedConfig, register
 from slimtune.core.delta import Delta, Dense, Frozen, Site, add_up, trainable_dtype, wrong_kind
+from slimtune.core.patterns import compiled
 from slimtune.errors import ConfigError, did_you_mean, listing
 from slimtune.ops.scaling import scaled
 
@@ -63,7 +63,7 @@ class IA3Config(TargetedConfig):
         if names is None:
             return site.role == "feed_forward_out"
         if isinstance(names, str):
-            return re.fullmatch(names, site.name) is not None
+            return compiled(names).match(site.name, whole=True) is not None
         return any(site.name.endswith(name) for name in names)
 
     def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> IA3Delta:

@@ -6,9 +6,11 @@ import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
+from slimtune.adapters.embeddings import resize_as_stored
 from slimtune.adapters.model import PeftModel
 from slimtune.core.config import PeftConfig
 from slimtune.errors import AdapterFileError
+from slimtune.storage.peft_format import adapter_folder
 
 BY_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -55,6 +57,8 @@ class AutoPeftModel:
         model = cls._base_class(config).from_pretrained(
             config.base_model_name_or_path, **base, **({"revision": config.revision} if config.revision else {})
         )
+        folder = adapter_folder(pretrained_model_name_or_path, **adapter)
+        resize_as_stored(model, folder)
         return PeftModel.from_pretrained(
             model,
             pretrained_model_name_or_path,

@@ -142,6 +142,7 @@ def load_base(adapter: str, base: str | None = None, options: LoadOptions = Load
     Args:
         base: in place of the one that the adapter names.
     """
+    from slimtune.adapters.embeddings import resize_as_stored
     from slimtune.core.config import PeftConfig
     from slimtune.models.auto import named_class
 
@@ -150,6 +151,7 @@ def load_base(adapter: str, base: str | None = None, options: LoadOptions = Load
     head = _head_of(Path(adapter) / "config.json")
     model_class = named_class(PeftConfig.from_pretrained(adapter))
     model, tokenizer = _load_base(source, options, model_class, **head)
+    resize_as_stored(model, Path(adapter))
     return model, load_tokenizer(adapter, options.trust_remote_code) or tokenizer
 
 

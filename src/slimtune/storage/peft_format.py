@@ -89,12 +89,33 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter by their names on disk.
 
     Raises:
-        AdapterFileError: no weights, pickled, empty or damaged ones.
+        AdapterFileError: no weights, pickled, empty or damaged ones, or some that no training leaves behind.
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise AdapterFileError(_why_missing(folder))
-    return read_tensors(path)[0]
+    tensors = read_tensors(path)[0]
+    for name, tensor in tensors.items():
+        _check_sound(path, name, tensor)
+    return tensors
+
+
+def _check_sound(path: Path, name: str, tensor: Tensor) -> None:
+    """See that a tensor holds real, finite numbers; counts, which running statistics have, are whole ones."""
+    import torch
+
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise AdapterFileError(
+            f"'{name}' in '{path}' is of {tensor.dtype}, which no method trains; copy the adapter again or restore it"
+        )
+    # Types of 8 bits have no test of their own.
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    if not torch.isfinite(wide).all():
+        bad = tensor.numel() - int(torch.isfinite(wide).sum())
+        raise AdapterFileError(
+            f"'{name}' in '{path}' has {bad:,} values of {tensor.numel():,} that are infinite or NaN: its training "
+            "diverged or the file is damaged; go back to an earlier checkpoint"
+        )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimtune.adapters.adapter import adopted_modules
 from slimtune.bases import base_of
-from slimtune.core.delta import Dense, deltas_of, standing_in
+from slimtune.core.delta import Dense, deltas_of, with_tensors
 from slimtune.core.roles import input_embeddings
 from slimtune.errors import BaseMismatchError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.methods.lora.layers import LoraDelta
@@ -207,8 +207,8 @@ def _folded(path: str, module: Any, name: str) -> tuple[Dense, Dense]:
     held = {n: tensor.detach() for n, tensor in delta.stand_ins().items()}
     own = dict(frozen)
     if held:
-        with standing_in(module, held):
-            own |= {n: t.float() for n, t in base_of(module).dense(module).items() if n in held}
+        trained = base_of(module).dense(with_tensors(module, held))
+        own |= {n: t.float() for n, t in trained.items() if n in held}
     try:
         folded = delta.fold_beside(own, own)
     except MergeError as error:

@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from slimtune.core.config import LayeredConfig, by_pattern, register
+from slimtune.core.config import LayeredConfig, register
 from slimtune.core.delta import Delta, Site, wrong_kind
+from slimtune.core.patterns import by_pattern
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.methods.lora import dora
 from slimtune.methods.lora.experts import LoraParameters, holders

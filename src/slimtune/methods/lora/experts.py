@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.delta import Delta, Dense, Frozen, Site, standing_in, trainable_dtype
+from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype
 from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
 
 
@@ -66,8 +66,7 @@ class LoraParameters(Delta):
 
     def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
         weights = {name: self.adapted(name, base.module._parameters[name]) for name in self.names}
-        with standing_in(base.module, weights):
-            return base(*args, **kwargs)
+        return base.under(weights, *args, **kwargs)
 
     def adapted(self, name: str, weight: Tensor) -> Tensor:
         """W' in the shape and dtype of W: one new tensor, of which autograd keeps the factors alone."""

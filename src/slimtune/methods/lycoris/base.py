@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from slimtune.core.config import LayeredConfig, by_pattern
+from slimtune.core.config import LayeredConfig
 from slimtune.core.delta import Delta, Dense, Frozen, Site, added, trainable_dtype
+from slimtune.core.patterns import by_pattern
 from slimtune.errors import check_choice, check_number, check_whole
 from slimtune.ops.frozen_linear import is_traced
 
