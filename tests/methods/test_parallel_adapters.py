@@ -190,7 +190,7 @@ def test_two_parallel_adapters_at_once_both_read_the_same_input() -> None:
     for names in (("default",), ("other",), ("default", "other")):
         with base.using(applied=names):
             changes.append(block(x))
-    with base.using(enabled=False):
+    with base.using(applied=()):
         plain = block(x)
     assert_near(changes[2] - plain, changes[0] + changes[1] - 2 * plain)
 

@@ -34,7 +34,9 @@ def token_embeddings(model: Any) -> dict[str, nn.Module]:
     for path, module in walk(model):
         if any(module is end for end in ends):
             paths.setdefault(id(module), path)
-    return {paths[id(module)]: module for module in ends if id(module) in paths}
+    # An image model's patch embeddings are its input embeddings to transformers.
+    is_table = {id(module) for module in ends if module._parameters.get("weight") is not None}
+    return {paths[id(module)]: module for module in ends if id(module) in paths and id(module) in is_table}
 
 
 def vocabulary_of(model: Any) -> int | None:
