@@ -17,10 +17,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from bitsandbytes.functional import (
     QuantState,
@@ -33,7 +31,6 @@ from bitsandbytes.functional import (
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 from bitsandbytes.nn.modules import Linear4bit as Stored4bit
 from bitsandbytes.nn.modules import Linear8bitLt as Stored8bit
-from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,133 +39,11 @@ from slimtune.core.delta import Base
 from slimtune.errors import DamagedBaseError, MergeError
 from slimtune.ops.few_tokens import few_tokens_4bit, few_tokens_8bit
 
-_LARGEST_FAST_BLOCK = 1024
-"""Beyond it bitsandbytes' kernel for the CPU is inexact where it uses AVX512."""
-PIECE = 1 << 17
-"""How many weights are quantized at once on a CPU: what that takes stays in its cache. A multiple of all blocks."""
-_LEAST = 1e-38
-"""What the magnitude of a block of zeros is taken for, in bitsandbytes."""
-_NESTED_BLOCK = 256
-"""How many scales share a scale in double quantization, in bitsandbytes."""
 _NOTED = (
     "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
     "state", "index", "source_cls",
 )  # fmt: skip
 """What bitsandbytes and transformers note in a quantized module."""
-_STATE = ".quant_state.bitsandbytes__"
-_ALWAYS = ("absmax", "quant_map")
-_NESTED = ("nested_absmax", "nested_quant_map")
-
-
-def state_of(module: Any) -> Any:
-    """The quantization state of a 4-bit module, or None where its weight isn't quantized."""
-    own = getattr(module.weight, "quant_state", None)
-    # FSDP makes plain parameters of the weights; the module keeps the state.
-    return own if own is not None or module.weight.dtype != module.quant_storage else module.quant_state
-
-
-def scales_of(module: Any) -> Tensor:
-    """The scale of each row of an int8 module."""
-    own = getattr(module.weight, "SCB", None)
-    return module.state.SCB if own is None else own
-
-
-def block_maxima(state: Any) -> Tensor:
-    """The largest magnitude that each block of 4-bit codes reaches, in float32."""
-    if not state.nested:
-        return state.absmax.float()
-    return dequantize_blockwise(state.absmax, state.state2).float().add_(state.offset)
-
-
-@torch.no_grad()
-def expand_4bit(packed: Tensor, state: Any) -> Tensor:
-    """The weight in the shape and dtype that it had before it was quantized, equal to bitsandbytes' bit for bit."""
-    codes, absmax = packed.data, block_maxima(state)
-    shape, size, dtype = tuple(state.shape), state.blocksize, state.dtype
-    if codes.device.type != "cpu":
-        return _kernel(codes, absmax, state, shape)
-    # The kernel for the CPU takes each row to begin a block; as (blocks, block) that is true of any shape.
-    count = math.prod(shape)
-    whole = count // size if size <= _LARGEST_FAST_BLOCK else 0
-    codes = codes.reshape(-1).view(torch.uint8)
-    if whole * size == count:
-        return _kernel(codes, absmax, state, (whole, size)).view(shape)
-    head = _kernel(codes[: whole * size // 2], absmax[:whole], state, (whole, size)).view(-1) if whole else None
-    tail = _looked_up(codes[whole * size // 2 :], absmax[whole:], state.code, size)[: count - whole * size].to(dtype)
-    return (tail if head is None else torch.cat([head, tail])).view(shape)
-
-
-def _kernel(codes: Tensor, absmax: Tensor, state: Any, shape: Sequence[int]) -> Tensor:
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        codes, absmax, state.blocksize, state.quant_type, list(shape), state.dtype
-    )
-
-
-def _looked_up(codes: Tensor, absmax: Tensor, codebook: Tensor, size: int) -> Tensor:
-    """codebook[code] * absmax of its block, in float32; the high half of a byte comes first."""
-    pairs = torch.stack([codes >> 4, codes & 0xF], dim=1).reshape(-1).int()
-    return codebook.float()[pairs] * absmax.repeat_interleave(size)[: pairs.numel()]
-
-
-@torch.no_grad()
-def expand_8bit(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
-    """w = code * scale / 127 by rows, in bitsandbytes' order of rounding in float32."""
-    return torch.mul(codes_OI.data, scales_O[:, None]).mul_(1 / 127).to(dtype)
-
-
-def packed_4bit(
-    weight_OI: Tensor, blocksize: int, kind: str, double: bool, storage: torch.dtype, module: Any = None
-) -> Params4bit:
-    """What bitsandbytes' `quantize_4bit` gives for any shape; the state is noted in the module as well."""
-    pieces = weight_OI.reshape(-1).split(PIECE if weight_OI.device.type == "cpu" else weight_OI.numel())
-    packed, maxima = zip(*(_packed_piece(piece, blocksize, kind, storage) for piece in pieces), strict=True)
-    absmax, nested = torch.cat(maxima), {}
-    if double:
-        offset = absmax.mean()
-        absmax, state2 = quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
-        nested = {"offset": offset, "state2": state2}
-    state = QuantState(
-        absmax, weight_OI.shape, get_4bit_type(kind, weight_OI.device), blocksize, kind, weight_OI.dtype, **nested
-    )
-    if module is not None:
-        module.quant_state = state
-    parameter: Any = Params4bit
-    return parameter(torch.cat(packed), False, state, blocksize, double, kind, storage, module, bnb_quantized=True)
-
-
-def _packed_piece(piece: Tensor, blocksize: int, kind: str, storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The codes of some weights, two a byte, and the largest magnitude of each block."""
-    if piece.device.type == "cpu" and piece.numel() % blocksize == 0:
-        # bitsandbytes looks each weight up by bisection there; to count the midpoints below it takes half of the time.
-        blocks = piece.to(torch.float32, copy=True).view(-1, blocksize)
-        absmax = torch.maximum(blocks.amax(-1), -blocks.amin(-1)).abs()
-        if absmax.isfinite().all():
-            scaled = blocks.mul_((1.0 / absmax.clamp(min=_LEAST)).unsqueeze(-1)).clamp_(-1, 1).view(-1)
-            codes = _nearest(scaled, get_4bit_type(kind, piece.device))
-            return ((codes[::2] << 4) | codes[1::2]).view(storage).unsqueeze(1), absmax
-    return torch.ops.bitsandbytes.quantize_4bit.default(piece, blocksize, kind, storage)
-
-
-def _nearest(scaled: Tensor, codebook: Tensor) -> Tensor:
-    """The code of the nearest value for each number; the lower value where two are as near."""
-    order = codebook.argsort()
-    midpoints = (codebook[order[:-1]] + codebook[order[1:]]) / 2
-    # Up to the code of a value from that of the one below, which in FP4 may be larger: bytes count round.
-    steps = order.diff() % 256
-    codes = torch.full(scaled.shape, int(order[0]), dtype=torch.uint8)
-    above = torch.empty(scaled.shape, dtype=torch.bool)
-    for midpoint, step in zip(midpoints.tolist(), steps.tolist(), strict=True):
-        codes.add_(torch.gt(scaled, midpoint, out=above).view(torch.uint8), alpha=step)
-    return codes
-
-
-def packed_8bit(weight_OI: Tensor) -> Int8Params:
-    """What bitsandbytes' `Int8Params` makes of a weight: codes by way of float16, and a scale a row."""
-    rows = max(1, PIECE // weight_OI.shape[1]) if weight_OI.device.type == "cpu" else weight_OI.shape[0]
-    pieces = [int8_vectorwise_quant(piece.contiguous().half())[:2] for piece in weight_OI.split(rows)]
-    codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    parameter: Any = Int8Params
-    return parameter(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
 
 class BnbLinear(PackedLinear):
@@ -393,44 +268,127 @@ def _expect(what: str, found: int, wanted: int) -> None:
         raise DamagedBaseError(f"it has {found:,} {what}, not {wanted:,}")
 
 
-def check_files(folder: Path) -> None:
-    """See that each 4-bit weight of a folder has what it is expanded with; only names and states are read.
-
-    Raises:
-        DamagedBaseError: something is missing, or a state can't be read.
-    """
-    names: set[str] = set()
-    states: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safetensors.safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no mapping
-                names.add(name)
-                if _STATE in name:
-                    states[name.partition(_STATE)[0]] = stored.get_tensor(name)
-    marked = {name.removesuffix(f".{part}") for name in names for part in _ALWAYS if name.endswith(f".{part}")}
-    for weight in sorted(marked | states.keys()):
-        _check_parts(weight, states, names)
+def state_of(module: Any) -> Any:
+    """The quantization state of a 4-bit module, or None where its weight isn't quantized."""
+    own = getattr(module.weight, "quant_state", None)
+    # FSDP makes plain parameters of the weights; the module keeps the state.
+    return own if own is not None or module.weight.dtype != module.quant_storage else module.quant_state
 
 
-def _check_parts(weight: str, states: Mapping[str, Any], names: set[str]) -> None:
-    wanted = {weight, *(f"{weight}.{part}" for part in _ALWAYS)}
-    if weight not in states:
-        raise _damaged(weight, "its state (quant_state) is missing")
-    try:
-        state = unpack_tensor_to_dict(states[weight])
-        unsaid = {"quant_type", "blocksize", "dtype", "shape"} - state.keys()
-    except (ValueError, TypeError, AttributeError) as error:
-        raise _damaged(weight, f"its state (quant_state) can't be read: {error}") from error
-    if unsaid:
-        raise _damaged(weight, f"its state (quant_state) doesn't say {', '.join(sorted(unsaid))}")
-    if "nested_blocksize" in state:
-        wanted |= {f"{weight}.{part}" for part in _NESTED}
-    if wanted - names:
-        raise _damaged(weight, f"{', '.join(sorted(wanted - names))} is missing")
+def scales_of(module: Any) -> Tensor:
+    """The scale of each row of an int8 module."""
+    own = getattr(module.weight, "SCB", None)
+    return module.state.SCB if own is None else own
 
 
-def _damaged(weight: str, what: str) -> DamagedBaseError:
-    return DamagedBaseError(f"the quantized weight '{weight}' is damaged: {what}; fetch the model again")
+_LARGEST_FAST_BLOCK = 1024
+"""Beyond it bitsandbytes' kernel for the CPU is inexact where it uses AVX512."""
+
+
+def block_maxima(state: Any) -> Tensor:
+    """The largest magnitude that each block of 4-bit codes reaches, in float32."""
+    if not state.nested:
+        return state.absmax.float()
+    return dequantize_blockwise(state.absmax, state.state2).float().add_(state.offset)
+
+
+@torch.no_grad()
+def expand_4bit(packed: Tensor, state: Any) -> Tensor:
+    """The weight in the shape and dtype that it had before it was quantized, equal to bitsandbytes' bit for bit."""
+    codes, absmax = packed.data, block_maxima(state)
+    shape, size, dtype = tuple(state.shape), state.blocksize, state.dtype
+    if codes.device.type != "cpu":
+        return _kernel(codes, absmax, state, shape)
+    # The kernel for the CPU takes each row to begin a block; as (blocks, block) that is true of any shape.
+    count = math.prod(shape)
+    whole = count // size if size <= _LARGEST_FAST_BLOCK else 0
+    codes = codes.reshape(-1).view(torch.uint8)
+    if whole * size == count:
+        return _kernel(codes, absmax, state, (whole, size)).view(shape)
+    head = _kernel(codes[: whole * size // 2], absmax[:whole], state, (whole, size)).view(-1) if whole else None
+    tail = _looked_up(codes[whole * size // 2 :], absmax[whole:], state.code, size)[: count - whole * size].to(dtype)
+    return (tail if head is None else torch.cat([head, tail])).view(shape)
+
+
+def _kernel(codes: Tensor, absmax: Tensor, state: Any, shape: Sequence[int]) -> Tensor:
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        codes, absmax, state.blocksize, state.quant_type, list(shape), state.dtype
+    )
+
+
+def _looked_up(codes: Tensor, absmax: Tensor, codebook: Tensor, size: int) -> Tensor:
+    """codebook[code] * absmax of its block, in float32; the high half of a byte comes first."""
+    pairs = torch.stack([codes >> 4, codes & 0xF], dim=1).reshape(-1).int()
+    return codebook.float()[pairs] * absmax.repeat_interleave(size)[: pairs.numel()]
+
+
+@torch.no_grad()
+def expand_8bit(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """w = code * scale / 127 by rows, in bitsandbytes' order of rounding in float32."""
+    return torch.mul(codes_OI.data, scales_O[:, None]).mul_(1 / 127).to(dtype)
+
+
+PIECE = 1 << 17
+"""How many weights are quantized at once on a CPU: what that takes stays in its cache. A multiple of all blocks."""
+_LEAST = 1e-38
+"""What the magnitude of a block of zeros is taken for, in bitsandbytes."""
+_NESTED_BLOCK = 256
+"""How many scales share a scale in double quantization, in bitsandbytes."""
+
+
+def packed_4bit(
+    weight_OI: Tensor, blocksize: int, kind: str, double: bool, storage: torch.dtype, module: Any = None
+) -> Params4bit:
+    """What bitsandbytes' `quantize_4bit` gives for any shape; the state is noted in the module as well."""
+    pieces = weight_OI.reshape(-1).split(PIECE if weight_OI.device.type == "cpu" else weight_OI.numel())
+    packed, maxima = zip(*(_packed_piece(piece, blocksize, kind, storage) for piece in pieces), strict=True)
+    absmax, nested = torch.cat(maxima), {}
+    if double:
+        offset = absmax.mean()
+        absmax, state2 = quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+        nested = {"offset": offset, "state2": state2}
+    state = QuantState(
+        absmax, weight_OI.shape, get_4bit_type(kind, weight_OI.device), blocksize, kind, weight_OI.dtype, **nested
+    )
+    if module is not None:
+        module.quant_state = state
+    parameter: Any = Params4bit
+    return parameter(torch.cat(packed), False, state, blocksize, double, kind, storage, module, bnb_quantized=True)
+
+
+def _packed_piece(piece: Tensor, blocksize: int, kind: str, storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes of some weights, two a byte, and the largest magnitude of each block."""
+    if piece.device.type == "cpu" and piece.numel() % blocksize == 0:
+        # bitsandbytes looks each weight up by bisection there; to count the midpoints below it takes half of the time.
+        blocks = piece.to(torch.float32, copy=True).view(-1, blocksize)
+        absmax = torch.maximum(blocks.amax(-1), -blocks.amin(-1)).abs()
+        if absmax.isfinite().all():
+            scaled = blocks.mul_((1.0 / absmax.clamp(min=_LEAST)).unsqueeze(-1)).clamp_(-1, 1).view(-1)
+            codes = _nearest(scaled, get_4bit_type(kind, piece.device))
+            return ((codes[::2] << 4) | codes[1::2]).view(storage).unsqueeze(1), absmax
+    return torch.ops.bitsandbytes.quantize_4bit.default(piece, blocksize, kind, storage)
+
+
+def _nearest(scaled: Tensor, codebook: Tensor) -> Tensor:
+    """The code of the nearest value for each number; the lower value where two are as near."""
+    order = codebook.argsort()
+    midpoints = (codebook[order[:-1]] + codebook[order[1:]]) / 2
+    # Up to the code of a value from that of the one below, which in FP4 may be larger: bytes count round.
+    steps = order.diff() % 256
+    codes = torch.full(scaled.shape, int(order[0]), dtype=torch.uint8)
+    above = torch.empty(scaled.shape, dtype=torch.bool)
+    for midpoint, step in zip(midpoints.tolist(), steps.tolist(), strict=True):
+        codes.add_(torch.gt(scaled, midpoint, out=above).view(torch.uint8), alpha=step)
+    return codes
+
+
+def packed_8bit(weight_OI: Tensor) -> Int8Params:
+    """What bitsandbytes' `Int8Params` makes of a weight: codes by way of float16, and a scale a row."""
+    rows = max(1, PIECE // weight_OI.shape[1]) if weight_OI.device.type == "cpu" else weight_OI.shape[0]
+    pieces = [int8_vectorwise_quant(piece.contiguous().half())[:2] for piece in weight_OI.split(rows)]
+    codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    parameter: Any = Int8Params
+    return parameter(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
 
 BASES: tuple[Base, ...] = (Bnb4bitLinear(), Bnb8bitLinear())

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from slimtune.core.delta import Base
-from slimtune.ops.frozen_linear import PLAIN_TENSORS
+from slimtune.ops.autograd import PLAIN_TENSORS
 
 
 class DenseLinear(Base):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import safetensors
 import torch
 import transformers.modeling_utils
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
@@ -28,10 +29,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimtune.bases import base_of, claim
-from slimtune.bases.bitsandbytes import check_files, packed_4bit, packed_8bit
-from slimtune.errors import ConfigError, did_you_mean, listing
+from slimtune.bases.bitsandbytes import packed_4bit, packed_8bit
+from slimtune.errors import ConfigError, DamagedBaseError, did_you_mean, listing
 from slimtune.quantization.config import Quantization
 from slimtune.storage.quantization_metadata import mend_saving
+
+_STATE = ".quant_state.bitsandbytes__"
+_ALWAYS = ("absmax", "quant_map")
+_NESTED = ("nested_absmax", "nested_quant_map")
 
 
 def load_quantized(
@@ -58,7 +63,7 @@ def load_as_stored(chosen: Any, source: str, device: str, **options: Any) -> Any
     Raises:
         DamagedBaseError: what is stored of a weight doesn't fit together.
     """
-    check_files(Path(source))
+    _check_files(Path(source))
     model = chosen.from_pretrained(source, device_map={"": device}, **options)
     claim(model)
     mend_saving(model)
@@ -223,3 +228,43 @@ def _read_not_mapped() -> Iterator[None]:
         yield
     finally:
         library.safe_open = safetensors.safe_open
+
+
+def _check_files(folder: Path) -> None:
+    """See that each 4-bit weight of a folder has what it is expanded with; only names and states are read.
+
+    Raises:
+        DamagedBaseError: something is missing, or a state can't be read.
+    """
+    names: set[str] = set()
+    states: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+                names.add(name)
+                if _STATE in name:
+                    states[name.partition(_STATE)[0]] = stored.get_tensor(name)
+    marked = {name.removesuffix(f".{part}") for name in names for part in _ALWAYS if name.endswith(f".{part}")}
+    for weight in sorted(marked | states.keys()):
+        _check_parts(weight, states, names)
+
+
+def _check_parts(weight: str, states: Mapping[str, Any], names: set[str]) -> None:
+    wanted = {weight, *(f"{weight}.{part}" for part in _ALWAYS)}
+    if weight not in states:
+        raise _damaged(weight, "its state (quant_state) is missing")
+    try:
+        state = unpack_tensor_to_dict(states[weight])
+        unsaid = {"quant_type", "blocksize", "dtype", "shape"} - state.keys()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _damaged(weight, f"its state (quant_state) can't be read: {error}") from error
+    if unsaid:
+        raise _damaged(weight, f"its state (quant_state) doesn't say {', '.join(sorted(unsaid))}")
+    if "nested_blocksize" in state:
+        wanted |= {f"{weight}.{part}" for part in _NESTED}
+    if wanted - names:
+        raise _damaged(weight, f"{', '.join(sorted(wanted - names))} is missing")
+
+
+def _damaged(weight: str, what: str) -> DamagedBaseError:
+    return DamagedBaseError(f"the quantized weight '{weight}' is damaged: {what}; fetch the model again")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -21,10 +21,10 @@ from slimtune.core.config import LayeredConfig, by_pattern, register
 from slimtune.core.delta import Delta, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.methods.lora import dora
+from slimtune.methods.lora.eva import EvaConfig
 from slimtune.methods.lora.experts import LoraParameters, holders
-from slimtune.methods.lora.init import EvaConfig, LoftQConfig, settings
 from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY
-from slimtune.methods.lora.originals import Originals
+from slimtune.methods.lora.loftq import LoftQConfig, Originals
 from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
 
 INITIALISATIONS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal")
@@ -132,9 +132,9 @@ class LoraConfig(LayeredConfig):
                 f"'loftq' or 'orthogonal', found {self.init_lora_weights!r}{did_you_mean(init, INITIALISATIONS)}"
             )
         if isinstance(self.eva_config, dict):
-            self.eva_config = settings(EvaConfig, self.eva_config)
+            self.eva_config = _settings(EvaConfig, self.eva_config)
         if init == "loftq" and not isinstance(self.loftq_config, LoftQConfig):
-            self.loftq_config = settings(LoftQConfig, self.loftq_config or {})
+            self.loftq_config = _settings(LoftQConfig, self.loftq_config or {})
         elif init != "loftq" and self.loftq_config:
             raise ConfigError(f"loftq_config needs init_lora_weights='loftq', found {self.init_lora_weights!r}")
         if init == "eva":
@@ -243,3 +243,13 @@ class LoraConfig(LayeredConfig):
         if self.initialisation == "orthogonal" and r % 2:
             raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, '{site.name}' has {r}")
         return r
+
+
+def _settings(kind: type[EvaConfig] | type[LoftQConfig], given: Mapping[str, Any]) -> Any:
+    """A start's own settings from a mapping. Raises: ConfigError, for a field that doesn't exist."""
+    known = [f.name for f in fields(kind)]
+    for name in given:
+        if name not in known:
+            near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+            raise ConfigError(f"{kind.__name__} has no field '{name}'{near}")
+    return kind(**given)

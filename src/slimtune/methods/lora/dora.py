@@ -21,7 +21,7 @@ from slimtune.core.delta import Dense, Frozen, Site
 from slimtune.errors import ConfigError
 from slimtune.methods.lora.init import Start
 from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraEmbedding, LoraLinear
-from slimtune.ops.frozen_linear import is_traced, no_autocast
+from slimtune.ops.autograd import is_traced, no_autocast
 
 
 class DoraDelta(LoraDelta):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Dense, Frozen, Site, standing_in, trainable_dtype
 from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
+from slimtune.methods.lora.init import wide
 
 
 class LoraParameters(Delta):
@@ -83,7 +84,7 @@ class LoraParameters(Delta):
 
     def fold(self, dense: Dense) -> Dense:
         with torch.no_grad():
-            return dense | {n: self.adapted(n, _wide(dense[n])).to(dense[n].dtype) for n in self.names}
+            return dense | {n: self.adapted(n, wide(dense[n])).to(dense[n].dtype) for n in self.names}
 
     def disk_name(self, parameter: str) -> str:
         """As `peft` nests its wrappers: the last parameter outermost."""
@@ -149,7 +150,3 @@ def _check(site: Site, name: str, weight: Tensor, r: int) -> None:
             f"the rank {r} is beyond the {weight.shape[-2]} x {weight.shape[-1]} matrices of {called}; choose "
             f"r <= {min(weight.shape[-2:])} or give it a rank of its own in rank_pattern"
         )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from slimtune.core.config import LayeredConfig, by_pattern
 from slimtune.core.delta import Delta, Dense, Frozen, Site, added, trainable_dtype
 from slimtune.errors import check_choice, check_number, check_whole
-from slimtune.ops.frozen_linear import is_traced
+from slimtune.ops.autograd import is_traced
 
 
 @dataclass
