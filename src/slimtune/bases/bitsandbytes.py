@@ -54,6 +54,7 @@ class BnbLinear(PackedLinear):
         is_conv1d = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
         for name in _NOTED:
             module.__dict__.pop(name, None)
+        # They would look for codes in the state dict of what is a plain layer now.
         hooks = module._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("bitsandbytes")]:
             del hooks[key]
@@ -89,6 +90,7 @@ class Bnb4bitLinear(BnbLinear):
     def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         if not self.is_packed(module):
             return None
+        # Decoding: expanding (out, in) weights for one token would be nearly all of its work.
         return few_tokens_4bit(module, state_of(module), x, self.product_dtype(module, x))
 
     def dtype(self, module: Any) -> torch.dtype:
@@ -96,6 +98,7 @@ class Bnb4bitLinear(BnbLinear):
 
     def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
         state = state_of(module)
+        # Rounded to the dtype that expansion gives first, as bitsandbytes had it when it quantized the base.
         dense_OI, storage = weight_OI.to(state.dtype), module.weight.dtype
         return packed_4bit(dense_OI, state.blocksize, state.quant_type, state.nested, storage)
 
@@ -106,6 +109,7 @@ class Bnb4bitLinear(BnbLinear):
         return int((weight_OI.reshape(-1).abs() > reach * (1 + 2 * torch.finfo(state.dtype).eps)).sum())
 
     def sync_state(self, module: Any) -> None:
+        # bitsandbytes' parameter leads back to its module, and the module to the state: both after a copy or a merge.
         module.weight.module, module.quant_state = module, module.weight.quant_state
 
 
@@ -150,6 +154,7 @@ class Bnb8bitLinear(BnbLinear):
         return int((weight_OI.abs() > scales_of(module)[:, None] * (127.5 / 127)).sum())
 
     def sync_state(self, module: Any) -> None:
+        # bitsandbytes would go on with the codes that its state remembers.
         module.state.CB = module.state.SCB = None
 
 
@@ -169,6 +174,7 @@ class Linear4bit(Packed, Stored4bit):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         """Codes come with the state that they mean something by, which bitsandbytes leaves behind."""
+        # The state lies beside the codes: `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4`.
         begin = f"{prefix}weight."
         parts = {name: value for name, value in state_dict.items() if name.startswith(begin)}
         rest = {name: value for name, value in state_dict.items() if name not in parts}
@@ -177,6 +183,7 @@ class Linear4bit(Packed, Stored4bit):
         if codes is not None and self.packed_base.is_packed(self):
             if state is None:
                 missing_keys.append(f"{begin}absmax")
+                # Codes without their state mean nothing: nothing is loaded, and what is missing is said.
                 del rest[f"{prefix}weight"]
             elif tuple(state.shape) != (self.out_features, self.in_features):
                 error_msgs.append(f"'{prefix}weight' is quantized from {tuple(state.shape)}, not from its shape here")
@@ -208,6 +215,7 @@ def claim(module: Any, dtype: torch.dtype) -> None:
         return
     if isinstance(module, Stored4bit):
         state = getattr(module.weight, "quant_state", None)
+        # One evaluation by bitsandbytes on such a CPU was enough for it.
         if getattr(state, "packing_format_for_cpu", False):
             _unpack_cpu_format(module.weight, state)
         if Linear4bit.packed_base.is_packed(module) or not module.weight.is_floating_point():
@@ -216,6 +224,7 @@ def claim(module: Any, dtype: torch.dtype) -> None:
     else:
         if Linear8bit.packed_base.is_packed(module):
             check_8bit(module, scales_of(module))
+        # int8 doesn't store what the weight was before; here the model is known.
         module.compute_dtype = dtype  # type: ignore[assignment]
         module.__class__ = Linear8bit
 
@@ -238,6 +247,7 @@ def check_4bit(module: Any, state: Any) -> None:
         raise DamagedBaseError(f"it was quantized from {state.shape}, not from {shape}")
     count, size = math.prod(shape), module.weight.element_size()
     blocks = _blocks(count, state.blocksize)
+    # Two codes a byte, in whole elements of the storage's dtype.
     _expect("codes in bytes", module.weight.numel() * size, -(-((count + 1) // 2) // size) * size)
     _expect("scales (absmax)", state.absmax.numel(), blocks)
     _expect("entries of the table (quant_map)", state.code.numel(), 16)
@@ -289,6 +299,7 @@ def block_maxima(state: Any) -> Tensor:
     """The largest magnitude that each block of 4-bit codes reaches, in float32."""
     if not state.nested:
         return state.absmax.float()
+    # Double quantization: 8-bit scales in blocks of 256, around their mean.
     return dequantize_blockwise(state.absmax, state.state2).float().add_(state.offset)
 
 
@@ -306,6 +317,7 @@ def expand_4bit(packed: Tensor, state: Any) -> Tensor:
     if whole * size == count:
         return _kernel(codes, absmax, state, (whole, size)).view(shape)
     head = _kernel(codes[: whole * size // 2], absmax[:whole], state, (whole, size)).view(-1) if whole else None
+    # The last block of a weight whose size no block divides, by a table in float32, rounded once as the kernel does.
     tail = _looked_up(codes[whole * size // 2 :], absmax[whole:], state.code, size)[: count - whole * size].to(dtype)
     return (tail if head is None else torch.cat([head, tail])).view(shape)
 
@@ -325,6 +337,7 @@ def _looked_up(codes: Tensor, absmax: Tensor, codebook: Tensor, size: int) -> Te
 @torch.no_grad()
 def expand_8bit(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
     """w = code * scale / 127 by rows, in bitsandbytes' order of rounding in float32."""
+    # (code * scale) / 127 and not code * (scale / 127): their last bits differ.
     return torch.mul(codes_OI.data, scales_O[:, None]).mul_(1 / 127).to(dtype)
 
 
@@ -340,10 +353,12 @@ def packed_4bit(
     weight_OI: Tensor, blocksize: int, kind: str, double: bool, storage: torch.dtype, module: Any = None
 ) -> Params4bit:
     """What bitsandbytes' `quantize_4bit` gives for any shape; the state is noted in the module as well."""
+    # On a CPU whole, a weight takes ten times its size while it is quantized, in several float32 and int32 tensors.
     pieces = weight_OI.reshape(-1).split(PIECE if weight_OI.device.type == "cpu" else weight_OI.numel())
     packed, maxima = zip(*(_packed_piece(piece, blocksize, kind, storage) for piece in pieces), strict=True)
     absmax, nested = torch.cat(maxima), {}
     if double:
+        # The mean of all block maxima, and so after the last piece.
         offset = absmax.mean()
         absmax, state2 = quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
         nested = {"offset": offset, "state2": state2}
@@ -363,9 +378,11 @@ def _packed_piece(piece: Tensor, blocksize: int, kind: str, storage: torch.dtype
         blocks = piece.to(torch.float32, copy=True).view(-1, blocksize)
         absmax = torch.maximum(blocks.amax(-1), -blocks.amin(-1)).abs()
         if absmax.isfinite().all():
+            # In bitsandbytes' order of rounding: times the reciprocal, not divided by the maximum.
             scaled = blocks.mul_((1.0 / absmax.clamp(min=_LEAST)).unsqueeze(-1)).clamp_(-1, 1).view(-1)
             codes = _nearest(scaled, get_4bit_type(kind, piece.device))
             return ((codes[::2] << 4) | codes[1::2]).view(storage).unsqueeze(1), absmax
+    # What is left: GPUs, an incomplete last block, and infinities, whose codes are then bitsandbytes' own.
     return torch.ops.bitsandbytes.quantize_4bit.default(piece, blocksize, kind, storage)
 
 
@@ -375,6 +392,7 @@ def _nearest(scaled: Tensor, codebook: Tensor) -> Tensor:
     midpoints = (codebook[order[:-1]] + codebook[order[1:]]) / 2
     # Up to the code of a value from that of the one below, which in FP4 may be larger: bytes count round.
     steps = order.diff() % 256
+    # Each midpoint below a number moves its code up by one place: 15 passes of bytes, which a CPU does many at a time.
     codes = torch.full(scaled.shape, int(order[0]), dtype=torch.uint8)
     above = torch.empty(scaled.shape, dtype=torch.bool)
     for midpoint, step in zip(midpoints.tolist(), steps.tolist(), strict=True):
@@ -384,6 +402,7 @@ def _nearest(scaled: Tensor, codebook: Tensor) -> Tensor:
 
 def packed_8bit(weight_OI: Tensor) -> Int8Params:
     """What bitsandbytes' `Int8Params` makes of a weight: codes by way of float16, and a scale a row."""
+    # Whole rows: an int8 scale is that of a row.
     rows = max(1, PIECE // weight_OI.shape[1]) if weight_OI.device.type == "cpu" else weight_OI.shape[0]
     pieces = [int8_vectorwise_quant(piece.contiguous().half())[:2] for piece in weight_OI.split(rows)]
     codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))

@@ -67,6 +67,7 @@ class Opaque(Base):
 
 def is_frozen(weight: Any) -> bool:
     """Whether a weight is plain numbers that need no gradient."""
+    # A subclass of a tensor may mean something else by a product, as a sharded or a quantized one does.
     return type(weight) in PLAIN_TENSORS and weight.is_floating_point() and not weight.requires_grad
 
 

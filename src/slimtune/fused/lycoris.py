@@ -1,7 +1,6 @@
 """LoHa and LoKr on a frozen linear layer, in the base's precision: y = x W^T + b + x (s dW)^T.
 
-Saved are the input and the factors of the update, of which all else is made again in the backward pass. In 32 bits LoHa
-needs one product, by W + s dW; in 16 bits that would be rounded to W, so that there the products stay two.
+Saved are the input and the factors of the update, of which all else is made again in the backward pass.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ def load_quantized(
     """
     if device == "mps":
         raise ConfigError("bitsandbytes can't quantize for mps; pass device='cpu'")
+    # Quantized as they are read: the peak is the model in few bits and one layer in 16, not the model in 16.
     with _read_not_mapped():
         model = chosen.from_pretrained(
             source, quantization_config=Request(settings), device_map={"": device}, **options
@@ -82,6 +83,7 @@ class Request(QuantizationConfigMixin):
     def __init__(self, settings: Quantization | BitsAndBytesConfig) -> None:
         is_own = isinstance(settings, Quantization)
         self.keep: Sequence[str] = settings.keep if is_own else ()
+        # Whoever lists the modules to skip in bitsandbytes' own config has decided about heads.
         self.keeps_heads = is_own or settings.llm_int8_skip_modules is None
         self.blocksize = settings.blocksize if is_own else 64
         # Unset, it would be float32 in bitsandbytes; ours is the dtype of the model, which isn't known yet.
@@ -120,6 +122,7 @@ class _Quantizer(HfQuantizer):
             self.quantization_config.bnb_4bit_compute_dtype = model.dtype
         linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
         self._check_kept(linear, model)
+        # By the order in which the model makes its parts.
         last = list(model.named_parameters())[-1][0].rpartition(".")[0]
         # transformers keeps the last module, but misses one with a bias, as most classifiers' heads have.
         self._keep(model, {*self.request.keep, *({last} & set(linear) if self.request.keeps_heads else ())})
@@ -155,6 +158,7 @@ class _Quantizer(HfQuantizer):
             # It wasn't in the file: a head to be trained, of numbers that were just drawn.
             module: Any = model.get_submodule(name)
             base: Any = base_of(module)
+            # It was made for codes before anyone knew that the file has none.
             base.make_plain(module, module.weight.data)
         self._keep(model, new)
         return model
@@ -184,6 +188,7 @@ class _Quantize(ConversionOps):
             # GPT-2's linear layers are stored as (in, out).
             weight_OI = weight.T if issubclass(module.source_cls, Conv1D) else weight
             done[name] = self.quantizer.quantized(weight_OI, module)
+            # Or transformers would draw it, after the read, as a weight that was missing.
             module._is_hf_initialized = True
         return done
 
@@ -223,6 +228,7 @@ def _read_not_mapped() -> Iterator[None]:
         return safetensors.safe_open(*arguments, **options | {"backend": "pread"})
 
     library: Any = transformers.modeling_utils
+    # transformers holds the function by its own name; nothing else of the library is touched.
     library.safe_open = reading
     try:
         yield

@@ -81,6 +81,7 @@ class LoraConfig(LayeredConfig):
 
     def _check_parts(self) -> None:
         if self.target_parameters and self.target_modules is None:
+            # None would mean all linear layers, beside the parameters that are asked for.
             self.target_modules = set()
         if self.target_parameters and self.use_dora:
             raise ConfigError("use_dora has no form for target_parameters; give those an adapter of their own")
@@ -159,6 +160,7 @@ class LoraConfig(LayeredConfig):
             return super().stored_fields() | {"init_lora_weights": True, "loftq_config": {}}
         if not self.moves_start:
             return super().stored_fields()
+        # s = alpha / r stays what it is at rank 2r with 2 alpha, and alpha / sqrt(r) with sqrt(2) alpha.
         by = math.sqrt(2) if self.use_rslora else 2
         return super().stored_fields() | {
             "init_lora_weights": True,
@@ -200,6 +202,7 @@ class LoraConfig(LayeredConfig):
         if len({config.use_dora for config in configs}) > 1:
             raise ConfigError("adapters with and without DoRA can't be combined into one; activate them together")
         targets = self.joined_targets(others)
+        # A moved start is B A - B0 A0, of rank 2r.
         ranks = [max([config.r, *config.rank_pattern.values()]) * (1 + config.moves_start) for config in configs]
         rank = sum(ranks) if how == "cat" else (rank or max(ranks))
         # alpha = r and no rsLoRA: the adapters' scales are inside the factors.

@@ -61,6 +61,8 @@ class IncrementalPCA:
         """Take a batch of at least `components` rows in."""
         x_TI = wide(x_TI)
         mean_I, total = x_TI.mean(0), self.count + len(x_TI)
+        # The decomposition of [S V^T so far; new rows, centred; shift of the mean] has the directions of all rows
+        # together: (K + tokens + 1, in) numbers a batch and none of the batches before.
         rows = [x_TI - mean_I]
         self.variation += float(rows[0].double().square().sum())
         if self.count:
@@ -72,6 +74,7 @@ class IncrementalPCA:
         if self.count:
             self.cosines_K = torch.cosine_similarity(directions_KI, self.directions_KI).abs()
         self.mean_I, self.count, self.singular_K, self.directions_KI = mean_I, total, sigma_K, directions_KI
+        # Of all the variation there is, that outside of the K directions included.
         self.shares_K = sigma_K.square() / max(self.variation, 1e-30)
 
     def converged(self, count: int, tau: float) -> bool:
@@ -88,6 +91,8 @@ class IncrementalPCA:
 def _leading(rows_NI: Tensor, components: int) -> tuple[Tensor, Tensor]:
     """The greatest singular values and their right vectors, by random projections that are the same each time."""
     with torch.random.fork_rng(devices=[rows_NI.device] if rows_NI.is_cuda else []):
+        # The same projections each time, so that equal data give equal ranks; the caller's random numbers go on as
+        # before.
         torch.manual_seed(42)
         _, sigma, v = torch.svd_lowrank(rows_NI, q=min(2 * components, *rows_NI.shape), niter=4)
     return sigma[:components], v[:, :components].t()

@@ -73,12 +73,14 @@ class LoraParameters(Delta):
     def adapted(self, name: str, weight: Tensor) -> Tensor:
         """W' in the shape and dtype of W: one new tensor, of which autograd keeps the factors alone."""
         experts, features_out, features_in = self._shape(weight)
+        # Views of the stored layouts: A is (E * r, in), B (out, r * E) with the expert counting fastest.
         a_ERI = self.lora_A[name].view(experts, -1, features_in)
         b_EOR = self.lora_B[name].view(features_out, -1, experts).permute(2, 0, 1)
         left, right = (a_ERI.mT, b_EOR.mT) if self.is_transposed and weight.ndim == 3 else (b_EOR, a_ERI)
         stack = weight.view(-1, *weight.shape[-2:])
         # A stand-in has the dtype of what it stands for, also under autocast.
         with torch.autocast(weight.device.type, enabled=False):
+            # (E, out, in) + s * (E, out, r) (E, r, in) in one kernel and one new tensor.
             changed = torch.baddbmm(stack, left.to(weight.dtype), right.to(weight.dtype), alpha=self.scaling[name])
         return changed.view(weight.shape)
 
@@ -91,6 +93,7 @@ class LoraParameters(Delta):
         factor, _, name = parameter.partition(".")
         if factor not in ("lora_A", "lora_B"):
             return super().disk_name(parameter)
+        # `peft` wraps a module once for each parameter: the wrapper of the first lies inside of all others.
         return "base_layer." * (len(self.names) - 1 - self.names.index(name)) + f"{factor}.weight"
 
     def extra_repr(self) -> str:

@@ -45,10 +45,13 @@ def pissa(weight_OI: Tensor, r: int, scaling: float, power_iterations: int | Non
     Meng et al. 2024, arXiv:2404.02948.
     """
     if power_iterations is None:
+        # All K = min(out, in) directions, of which r are kept: exact, and slow for a wide layer.
         u_OK, sigma_K, vt_KI = torch.linalg.svd(wide(weight_OI), full_matrices=False)
     else:
+        # r directions alone, found by a random projection that each iteration makes sharper.
         u_OK, sigma_K, v_IK = torch.svd_lowrank(wide(weight_OI), r, niter=power_iterations)
         vt_KI = v_IK.t()
+    # Half of each singular value in either factor, and s divided out of both: s B A is U_r S_r V_r^T.
     root_R = (sigma_K[:r] / scaling).sqrt()
     return root_R[:, None] * vt_KI[:r], u_OK[:, :r] * root_R
 
@@ -62,6 +65,7 @@ def olora(weight_OI: Tensor, r: int) -> Factors:
 def orthogonal(weight_OI: Tensor, r: int) -> Factors:
     """Random A and B with B A = 0 though neither is zero: they use the even and the odd rows of one rotation."""
     rows, columns = weight_OI.shape
+    # Even rows of a rotation are orthogonal to odd ones, so that B A = R Q_odd Q_even^T P = 0 for any R and P.
     q_RR, _ = torch.linalg.qr(torch.randn(r, r))
     a_RI = torch.randn(columns, r // 2).mm(q_RR[0::2]).t() / 10
     b_OR = torch.randn(r // 2, rows).t().mm(q_RR[1::2]) / 10

@@ -38,6 +38,7 @@ class LoraDelta(Delta):
         super().__init__()
         self.r, self.scaling, self.lora_dropout = r, scaling, dropout
         weight = site.spec
+        # float32 on a 16-bit base: bfloat16's numbers near 0.01 lie 6e-5 apart, and a smaller step is lost.
         dtype = trainable_dtype(weight.dtype, autocast)
         for name, shape in zip(self.factors, self.shapes(site, r), strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
@@ -68,6 +69,7 @@ class LoraDelta(Delta):
         if config.initialisation == "gaussian":
             nn.init.normal_(a, std=1 / self.r)
         else:
+            # He-uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)): how `nn.Linear` and so `peft` draw A.
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
@@ -76,6 +78,7 @@ class LoraDelta(Delta):
 
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
+        # In the adapter's dtype and rounded once: the plain formula is what the fused products are compared with.
         return (y + self.scaling * self.low_rank(self.dropped(x))).to(y.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -96,6 +99,7 @@ class LoraDelta(Delta):
 
     def product(self) -> Tensor:
         """B A as (out, in, ...) in float32: the update without its scale."""
+        # (out, r) by (r, in, ...) over r.
         a, b = (factor.detach().float() for factor in self.pair)
         return torch.tensordot(b, a, dims=1)
 
@@ -126,8 +130,10 @@ class LoraDelta(Delta):
                 (target.trained[0], a, (slice(a.shape[0]),)),
                 (target.trained[1], b, (slice(None), slice(b.shape[1]))),
             ):
+                # An "svd" of a small matrix gives fewer ranks than the target may have.
                 factor.zero_()
                 factor[ranks].copy_(value.view_as(factor[ranks]))
+        # The scales s_i are inside of the factors. Ranks beyond what was put in stay zero, and add nothing.
         target.scaling = 1.0
 
     def extra_repr(self) -> str:
@@ -166,6 +172,7 @@ class LoraLinear(LoraDelta):
             for parameter, value in zip(self.trained, self._start(config, site), strict=True):
                 parameter.copy_(value)
             if self.moved:
+                # Copies in the adapter's own dtype, so that the difference is exactly zero at the start.
                 self.get_buffer("start_A").copy_(self.trained[0])
                 self.get_buffer("start_B").copy_(self.trained[1])
 
@@ -194,6 +201,7 @@ class LoraLinear(LoraDelta):
     def from_disk(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.moved:
             return super().from_disk(stored)
+        # [A - A0; A0] and [B, B - B0], the rank-2r LoRA of the file, taken apart again (ADR 7).
         (a_change, a_start), (b, b_change) = (
             stored[self.disk_name(name)].split(self.r, dim) for name, dim in (("lora_A", 0), ("lora_B", 1))
         )
@@ -223,6 +231,7 @@ class LoraConv(LoraDelta):
         self.convolve = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
         self.pad: tuple[list[int], str] | None = None
         if conv.padding_mode != "zeros":
+            # `F.conv2d` pads with zeros alone: reflected and circular borders are padded before it.
             self.pad = (conv._reversed_padding_repeated_twice, conv.padding_mode)
             self.strides["padding"] = 0
 
@@ -270,6 +279,7 @@ class LoraEmbedding(LoraDelta):
 
     def initialise(self, config: Start, site: Site) -> None:
         a, b = self.trained
+        # The other way round than in a linear layer, as in `peft`: A is the looked-up table, and starts at zero.
         nn.init.normal_(a) if config.init_lora_weights is False else nn.init.zeros_(a)
         nn.init.normal_(b)
 
@@ -281,11 +291,13 @@ class LoraEmbedding(LoraDelta):
         return super().low_rank(x) * self.embed_scale
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
+        # A^T (rows, r) is looked up as the base's table is; the row of the padding token gets no gradient.
         return F.embedding(x, a.t(), self.padding_idx)
 
 
 def _cat(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Tensor, Tensor]:
     pairs = [delta.pair for delta in deltas]
+    # (sum of r_i, in): the weights and scales go into A, so that B is stacked as it is.
     a = torch.cat([scale * a.detach() for scale, (a, _) in zip(scales, pairs, strict=True)], dim=0)
     return a, torch.cat([b.detach() for _, b in pairs], dim=1)
 
@@ -295,6 +307,8 @@ def _linear(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Te
     ranks = {len(a) for a, _ in pairs}
     if len(ranks) > 1:
         raise ConfigError(f"combination_type 'linear' needs equal ranks, found {sorted(ranks)}; use 'cat' or 'svd'")
+    # sqrt|w s| in each factor and the sign in A. The sum of products is not the product of sums: the terms B_i A_j
+    # between adapters are in it, which is what "linear" is in `peft`, too.
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signs = [math.copysign(1.0, scale) for scale in scales]
     a = sum(sign * root * a for sign, root, (a, _) in zip(signs, roots, pairs, strict=True))
@@ -305,9 +319,11 @@ def _linear(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Te
 def _svd(deltas: list[LoraDelta], scales: list[float], rank: int, svd_clamp: float | None = None,
          ) -> tuple[Tensor, Tensor]:  # fmt: skip
     update = sum(scale * delta.product().flatten(1) for scale, delta in zip(scales, deltas, strict=True))
+    # Of the whole (out, in) update in float32; sigma goes into B, as in `peft`.
     u, sigma, v = torch.linalg.svd(torch.as_tensor(update), full_matrices=False)
     b, a = u[:, :rank] * sigma[:rank], v[:rank]
     if svd_clamp is not None:
+        # One bound for all entries of both factors.
         bound = float(torch.quantile(torch.cat([b.flatten(), a.flatten()]), svd_clamp))
         a, b = a.clamp(-bound, bound), b.clamp(-bound, bound)
     return a, b

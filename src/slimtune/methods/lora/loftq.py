@@ -75,9 +75,11 @@ class Originals:
                 'them; load the model with quantize="nf4", or leave that layer out of target_modules'
             )
         quantized_OI = site.base.weight(site.module).detach()
+        # One layer at a time: the 16-bit model is never in memory beside the quantized one.
         original = self._read(f"{site.name}.weight").to(quantized_OI.device, torch.float32)
         # A Conv1D is stored as (in, out), and a square one doesn't show it.
         losses = [turn - quantized_OI for turn in (original, original.t()) if turn.shape == quantized_OI.shape]
+        # Another checkpoint of the same shapes would start the adapter at the difference of two models.
         losses = [loss_OI for loss_OI in losses if loss_OI.norm() <= _ALIKE * original.norm()]
         if not losses:
             raise ConfigError(
