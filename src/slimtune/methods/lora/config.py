@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.core.config import LayeredConfig, by_pattern, register
 from slimtune.core.delta import Delta, Site, wrong_kind
@@ -23,9 +23,10 @@ from slimtune.errors import ConfigError, TargetError, check_choice, check_number
 from slimtune.methods.lora import dora
 from slimtune.methods.lora.eva import EvaConfig
 from slimtune.methods.lora.experts import LoraParameters, holders
-from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY
+from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY, LoraLinear
 from slimtune.methods.lora.loftq import LoftQConfig, Originals
 from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
+from slimtune.storage.peft_format import key
 
 INITIALISATIONS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal")
 
@@ -78,6 +79,7 @@ class LoraConfig(LayeredConfig):
         self.parameters_of: dict[str, list[str]] = {}
         self.tokens_of: dict[str, list[int]] = {}
         self.originals: Originals | None = None
+        self.quantizes_base = False  # set where the adapter's file was trained by `peft` on a base that LoftQ replaced
 
     def _check_parts(self) -> None:
         if self.target_parameters and self.target_modules is None:
@@ -112,8 +114,6 @@ class LoraConfig(LayeredConfig):
         """Let tied embeddings share their trained rows; note where the weights are that LoftQ starts from."""
         share_tied_rows(drafted)
         if self.initialisation == "loftq":
-            assert isinstance(self.loftq_config, LoftQConfig)
-            self.loftq_config.check()
             self.originals = Originals.of(model)
 
     def _check_numbers(self) -> None:
@@ -155,7 +155,7 @@ class LoraConfig(LayeredConfig):
 
     def stored_fields(self) -> dict[str, Any]:
         """The config as it is stored; a change from a moved start is a plain LoRA of twice the rank."""
-        if self.initialisation == "loftq":
+        if self.initialisation == "loftq" and not self.quantizes_base:
             # Whoever reads it finds the quantized base as it was, not one that the start has changed.
             return super().stored_fields() | {"init_lora_weights": True, "loftq_config": {}}
         if not self.moves_start:
@@ -170,18 +170,40 @@ class LoraConfig(LayeredConfig):
             "alpha_pattern": {name: by * alpha for name, alpha in self.alpha_pattern.items()},
         }
 
-    def check_readable(self) -> None:
-        """See that a stored adapter doesn't need a changed base. Raises: ConfigError."""
-        if self.moves_start:
-            raise ConfigError(
-                f"an adapter stored with init_lora_weights={self.init_lora_weights!r} belongs to a base that was "
-                "changed at its start; convert it with peft's path_initial_model_for_weight_conversion"
-            )
-        if self.initialisation == "loftq":
-            raise ConfigError(
-                "an adapter stored with init_lora_weights='loftq' belongs to a base that was changed at its start; set "
-                "init_lora_weights to true in its adapter_config.json and load it on the base stored with it"
-            )
+    def read(self, tensors: Mapping[str, Tensor], placed: list[tuple[Site, Any]], source: object) -> dict[str, Tensor]:
+        """The tensors as changes of the base at hand, where `peft` has changed the base at the start of training.
+
+        Such a file holds A and B alone. What the base was changed by is computed again, as `peft` does when it loads.
+
+        Raises:
+            ConfigError: the deltas don't start where the stored ones did.
+        """
+        tensors = dict(tensors)
+        for site, delta in placed if self.moves_start or self.initialisation == "loftq" else ():
+            names = key(site.name, "lora_A.weight"), key(site.name, "lora_B.weight")
+            if not isinstance(delta, LoraLinear) or not tensors.keys() >= set(names):
+                continue
+            if self.initialisation == "loftq":
+                assert isinstance(self.loftq_config, LoftQConfig)
+                delta.stand_on_quantized(site, self.loftq_config)
+                self.quantizes_base = True
+            elif not delta.moved:
+                raise ConfigError(
+                    f"'{source}' was trained from init_lora_weights={self.init_lora_weights!r} and the adapter that it "
+                    "is to be put into was not; load it under another name"
+                )
+            elif len(tensors[names[0]]) != delta.r:
+                continue  # 2 r: this library's own, as a Trainer's checkpoint is
+            elif "niter" in self.initialisation:
+                raise ConfigError(
+                    f"'{source}' was trained on a base less a start that {self.init_lora_weights!r} drew at random and "
+                    "that nothing finds again; convert it where it was trained, with peft's "
+                    "path_initial_model_for_weight_conversion"
+                )
+            else:
+                a, b = delta.since_start(self, site, *(tensors[name] for name in names))
+                tensors |= {names[0]: a, names[1]: b}
+        return tensors
 
     def rank_for(self, name: str) -> int:
         """The rank of the module of this path, by `rank_pattern`."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype
 from slimtune.errors import ConfigError, MergeError, did_you_mean
-from slimtune.methods.lora.init import Factors, Start, orthogonal, pissa, principal
+from slimtune.methods.lora.init import Factors, Start, orthogonal, pissa, principal, quantized_by_loftq
+from slimtune.methods.lora.loftq import LoftQConfig, is_4bit
 
 LINEAR_ONLY = ("pissa", "olora", "loftq", "orthogonal")
 """The starts that read the weight of a linear layer."""
@@ -184,11 +185,39 @@ class LoraLinear(LoraDelta):
             )
         if config.initialisation == "loftq":
             assert config.originals is not None
+            assert isinstance(config.loftq_config, LoftQConfig)
+            config.loftq_config.check()
             return pissa(config.originals.lost(site), self.r, self.scaling)
         weight_OI = site.base.weight(site.module).detach()
         if config.initialisation == "orthogonal":
             return orthogonal(weight_OI, self.r)
         return principal(weight_OI, self.r, self.scaling, config.initialisation)
+
+    def since_start(self, config: Start, site: Site, a_RI: Tensor, b_OR: Tensor) -> Factors:
+        """Factors of B A - B0 A0, for A and B that `peft` trained on the base less B0 A0."""
+        a0_RI, b0_OR = self.get_buffer("start_A"), self.get_buffer("start_B")
+        if not a0_RI.any():
+            # Filled and not started: the same decomposition of the same weight gives the same product, whatever the
+            # signs of its directions.
+            self.initialise(config, site)
+        return _difference(a_RI.to(a0_RI), b_OR.to(b0_OR), a0_RI, b0_OR)
+
+    def stand_on_quantized(self, site: Site, config: LoftQConfig) -> None:
+        """Let what LoftQ's quantization leaves of W stand in for W; a base in 4 bits is that already.
+
+        Raises:
+            ConfigError: the base is quantized otherwise.
+        """
+        if is_4bit(site):
+            return
+        if site.base.dequantizer(site.module) is not None:
+            raise ConfigError(
+                f"'{site.name}' is quantized otherwise than LoftQ quantized the base that this adapter was trained on; "
+                'load the base in 16 bits or with quantize="nf4"'
+            )
+        weight_OI = site.base.weight(site.module).detach()
+        quantized = quantized_by_loftq(weight_OI, self.r, config).to(weight_OI.dtype)
+        self.hold_beside("weight", site.base.repack(site.module, {"weight": quantized})["weight"])
 
     def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.moved:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,6 +76,22 @@ class PromptLearningConfig(PeftConfig):
             self.num_transformer_submodules = 2 if model.config.is_encoder_decoder else 1
         if self.task_type is None:
             self.task_type = task_of(model)
+
+    def read(self, tensors: Mapping[str, Tensor], placed: list[tuple[Site, Any]], source: object) -> dict[str, Tensor]:
+        """Without the encoder's tensors, which serve training alone, where it isn't to be trained.
+
+        Raises:
+            ConfigError: it is to be trained, and only what it computed is stored.
+        """
+        trained = next((delta for _, delta in placed if isinstance(delta, VirtualTokens) and delta.encoded), None)
+        rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(ENCODER.removeprefix("/"))}
+        if trained and "prompt_embeddings" in rest and len(rest) == len(tensors):
+            raise ConfigError(
+                f"'{source}' holds the virtual tokens alone, without the network that computed them, which peft does "
+                "not store: it can be used but not trained further; to go on with the tokens themselves, load it with "
+                f"config={trained.direct}(num_virtual_tokens={trained.count}) and is_trainable=True"
+            )
+        return dict(tensors) if trained else rest
 
     def link_deltas(self, model: Any, drafted: Any) -> None:
         """Let heads that are trained whole be called as `peft` does, which wraps the model in no other for a prompt."""
@@ -206,17 +222,6 @@ class VirtualTokens(Delta):
         if not self.encoded:
             return {"prompt_embeddings": stored["/prompt_embeddings"]}
         return {name: stored[ENCODER + name.removeprefix("encoder.")] for name in self.state_dict()}
-
-    def keys_for_training(self, keys: Collection[str], source: object) -> set[str]:
-        """The encoder's. Raises: ConfigError, where it is to be trained and only what it computed is stored."""
-        encoder = {key for key in keys if key.startswith(ENCODER.removeprefix("/"))}
-        if self.encoded and "prompt_embeddings" in keys and not encoder:
-            raise ConfigError(
-                f"'{source}' holds the virtual tokens alone, without the network that computed them, which peft does "
-                "not store: it can be used but not trained further; to go on with the tokens themselves, load it with "
-                f"config={self.direct}(num_virtual_tokens={self.count}) and is_trainable=True"
-            )
-        return set() if self.encoded else encoder
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.count}"
