@@ -39,6 +39,7 @@ MOVED = {
     "pissa-rslora-patterns": case(LLAMA, "pissa", use_rslora=True, **PATTERNS),
     "pissa-dora": case(LLAMA, "pissa", use_dora=True),
     "olora": case(LLAMA, "olora"),
+    "olora-of-more-than-half-the-ranks": case(LLAMA, "olora", rank_pattern={"k_proj": 12}),
     "olora-biased": case(QWEN2, "OLoRA"),
 }
 each_case = pytest.mark.parametrize("case", MOVED.values(), ids=MOVED)
@@ -210,7 +211,11 @@ def test_the_factors_are_the_papers() -> None:
 
 MISTAKES: dict[str, tuple[Specimen, dict[str, Any], str]] = {
     "convolution": (MIXTURE, {"target_modules": ["conv2d"], "init_lora_weights": "pissa", "r": 2}, "linear layers"),
-    "too-large-a-rank": (LLAMA, {"r": 12, "init_lora_weights": "olora", "target_modules": ["k_proj"]}, "choose r <= 8"),
+    "too-large-a-rank": (
+        LLAMA,
+        {"r": 17, "init_lora_weights": "olora", "target_modules": ["k_proj"]},
+        "choose r <= 16",
+    ),
     "odd-rank": (LLAMA, {"r": 3, "init_lora_weights": "orthogonal"}, "even rank"),
     "loftq": (LLAMA, {"init_lora_weights": "loftq"}, "isn.t in them; load the model with quantize"),
     "iterations": (LLAMA, {"init_lora_weights": "pissa_niter_many"}, "pissa_niter_"),

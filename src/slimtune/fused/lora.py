@@ -39,7 +39,7 @@ def lora_linear(delta: LoraLinear, module: Any, base: Frozen, x: Tensor, *args: 
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, delta.lora_dropout if delta.training else 0.0)
     # W and b are arguments of the node and not read inside: b may be a trained copy, which needs its gradient.
-    y_TO: Any = _LoraLinear.apply(x, base.weight, base.bias, *delta.pair, settings)
+    y_TO: Any = _LoraLinear.apply(x, base.weight, delta.biased(base.bias), *delta.pair, settings)
     return settings.output(y_TO)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from slimtune.core.config import LayeredConfig, register
 from slimtune.core.delta import Delta, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole
+from slimtune.methods.lora.config import LoraConfig
 from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraLinear
 
 SVD = ("lora_A", "lora_E", "lora_B")
@@ -58,13 +59,9 @@ class AdaLoraConfig(LayeredConfig):
 
     learning_rate: ClassVar[float] = 1e-3
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
-    inert: ClassVar[Mapping[str, Any]] = {
-        "r": 8, "use_rslora": False, "use_dora": False, "alpha_pattern": {}, "eva_config": None,
-        "target_parameters": None, "trainable_token_indices": None, "megatron_config": None,
-        "megatron_core": "megatron.core", "loftq_config": {}, "corda_config": None, "lora_ga_config": None,
-        "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
-        "monteclora_config": None, "layer_replication": None, "lora_bias": False, "use_bdlora": None,
-        "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+    inert: ClassVar[Mapping[str, Any]] = LoraConfig.inert | {
+        "r": 8, "use_rslora": False, "use_dora": False, "lora_bias": False, "alpha_pattern": {}, "eva_config": None,
+        "loftq_config": {}, "target_parameters": None, "trainable_token_indices": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -39,7 +39,8 @@ class LoraConfig(LayeredConfig):
     `target_modules=None` means all linear layers in the model's repeated blocks. `rank_pattern` and `alpha_pattern`
     map a module's name or an expression to another `r` or `lora_alpha`. `target_parameters` names parameters that are
     tensors of their module rather than layers, such as `experts.gate_up_proj`; with them, `target_modules=None` means
-    no modules besides. `trainable_token_indices` are tokens whose embeddings are trained as well.
+    no modules besides. `trainable_token_indices` are tokens whose embeddings are trained as well. `lora_bias` trains a
+    bias b of B, s (B A x + b).
 
     Raises:
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
@@ -52,6 +53,7 @@ class LoraConfig(LayeredConfig):
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
+    lora_bias: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
@@ -66,7 +68,7 @@ class LoraConfig(LayeredConfig):
         "megatron_config": None, "megatron_core": "megatron.core",
         "corda_config": None, "lora_ga_config": None, "velora_config": None,
         "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
-        "monteclora_config": None, "layer_replication": None, "lora_bias": False,
+        "monteclora_config": None, "layer_replication": None,
         "use_bdlora": None, "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
     }  # fmt: skip
 
@@ -92,6 +94,13 @@ class LoraConfig(LayeredConfig):
                 "target_parameters changes weights, not the inputs of layers: it takes neither lora_dropout nor "
                 f"fan_in_fan_out, found {self.lora_dropout} and {self.fan_in_fan_out}"
             )
+        if self.lora_bias and (self.use_dora or not isinstance(self.init_lora_weights, bool)):
+            raise ConfigError(
+                "lora_bias goes with plain LoRA that starts at zero or at random, found "
+                f"use_dora={self.use_dora} and init_lora_weights={self.init_lora_weights!r}"
+            )
+        if self.lora_bias and self.target_parameters:
+            raise ConfigError("lora_bias has no form for target_parameters, which change weights; leave it out")
         tokens = self.trainable_token_indices
         if tokens is not None:
             for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
@@ -123,6 +132,7 @@ class LoraConfig(LayeredConfig):
             check_number(name, alpha)
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
+        check_choice("lora_bias", self.lora_bias, (True, False))
 
     def _check_initialisation(self) -> None:
         init = self.initialisation
@@ -221,6 +231,8 @@ class LoraConfig(LayeredConfig):
     def combined(self, others: Sequence[LoraConfig], how: str, rank: int | None) -> LoraConfig:
         """The config of a weighted combination. Raises: ConfigError, for targets that can't be joined."""
         configs = [self, *others]
+        if len({config.lora_bias for config in configs}) > 1:
+            raise ConfigError("adapters with and without lora_bias can't be combined into one; activate them together")
         if len({config.use_dora for config in configs}) > 1:
             raise ConfigError("adapters with and without DoRA can't be combined into one; activate them together")
         targets = self.joined_targets(others)
@@ -248,26 +260,28 @@ class LoraConfig(LayeredConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is for linear layers, and '{site.name}' is a "
                 f"{type(site.module).__name__}; leave it out of target_modules"
             )
-        r = self._checked_rank(site, *kinds[site.kind].shapes(site, self.rank_for(site.name)))
+        r = self.rank_for(site.name)
+        self._check_start(site, r, *kinds[site.kind].shapes(site, r))
         delta = kinds[site.kind](site, r, self.scale_for(site.name), self.lora_dropout, autocast_adapter_dtype)
         if self.moves_start:
             delta.keep_start()
+        if self.lora_bias:
+            delta.add_bias(site)
         if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
             delta.hold(site, "bias")
         return delta
 
-    def _checked_rank(self, site: Site, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> int:
-        r, rows, columns = a_shape[0], b_shape[0], math.prod(a_shape[1:])
-        greatest = min(rows, columns) // (1 + self.moves_start)
-        if r > greatest:
-            stored = f", stored as {2 * r}," if self.moves_start else ""
+    def _check_start(self, site: Site, r: int, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
+        """Raises: ConfigError, where the start has no factors of this rank."""
+        rows, columns = b_shape[0], math.prod(a_shape[1:])
+        if self.initialisation.startswith(("pissa", "olora", "eva", "loftq")) and r > min(rows, columns):
             raise ConfigError(
-                f"the rank {r}{stored} is beyond the {rows} x {columns} matrix of '{site.name}'; "
-                f"choose r <= {greatest} or give it a rank of its own in rank_pattern"
+                f"init_lora_weights={self.init_lora_weights!r} has no {r} directions to start from in the "
+                f"{rows} x {columns} matrix of '{site.name}'; choose r <= {min(rows, columns)} or give it a rank of "
+                "its own in rank_pattern"
             )
         if self.initialisation == "orthogonal" and r % 2:
             raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, '{site.name}' has {r}")
-        return r
 
 
 def _settings(kind: type[EvaConfig] | type[LoftQConfig], given: Mapping[str, Any]) -> Any:

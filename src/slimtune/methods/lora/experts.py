@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Dense, Frozen, Site, standing_in, trainable_dtype
 from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
-from slimtune.methods.lora.init import wide
+from slimtune.methods.lora.init import warn_of_rank, wide
 
 
 class LoraParameters(Delta):
@@ -38,7 +38,7 @@ class LoraParameters(Delta):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name, r in ranks.items():
             weight = site.module.get_parameter(name)
-            _check(site, name, weight, r)
+            _check(site, name, weight)
             experts, features_out, features_in = self._shape(weight)
             options: Any = {"device": weight.device, "dtype": trainable_dtype(weight.dtype, autocast)}
             self.lora_A[name] = nn.Parameter(torch.empty(r * experts, features_in, **options))
@@ -59,6 +59,7 @@ class LoraParameters(Delta):
             )
         for name in self.names:
             a, b = self.lora_A[name], self.lora_B[name]
+            warn_of_rank(self.ranks[name], *self._shape(site.module.get_parameter(name))[1:])
             if isinstance(how, str):
                 nn.init.normal_(a, std=1 / self.ranks[name])
             else:
@@ -136,7 +137,7 @@ def _not_found(target: str, modules: Mapping[str, nn.Module]) -> TargetError:
     return TargetError(f"target_parameters names '{target}', which no parameter is called{hint}")
 
 
-def _check(site: Site, name: str, weight: Tensor, r: int) -> None:
+def _check(site: Site, name: str, weight: Tensor) -> None:
     called = f"'{site.name}.{name}'"
     if weight.ndim not in (2, 3):
         raise TargetError(f"{called} has {weight.ndim} dimensions; target_parameters takes those with 2 or 3")
@@ -147,9 +148,4 @@ def _check(site: Site, name: str, weight: Tensor, r: int) -> None:
     if name == "weight" and site.kind != "other" and (site.kind != "linear" or site.base.is_transposed):
         raise TargetError(
             f"{called} is the weight of a {type(site.module).__name__}; name the module in target_modules instead"
-        )
-    if r > min(weight.shape[-2:]):
-        raise ConfigError(
-            f"the rank {r} is beyond the {weight.shape[-2]} x {weight.shape[-1]} matrices of {called}; choose "
-            f"r <= {min(weight.shape[-2:])} or give it a rank of its own in rank_pattern"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,17 @@ class Start(Protocol):
 
     @property
     def initialisation(self) -> str: ...
+
+
+def warn_of_rank(r: int, rows: int, columns: int) -> None:
+    """Say of a new adapter's rank that the matrix can't have it; `peft` takes it, so that files have such ranks."""
+    if r > min(rows, columns):
+        # Without the layer's name: said once for all layers of this shape.
+        warnings.warn(
+            f"the rank {r} is beyond a {rows} x {columns} matrix: whatever it learns has at most rank "
+            f"{min(rows, columns)}; choose a lower r, or give such layers a rank of their own in rank_pattern",
+            stacklevel=2,
+        )
 
 
 def principal(weight_OI: Tensor, r: int, scaling: float, how: str) -> Factors:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype
 from slimtune.errors import ConfigError, MergeError, did_you_mean
-from slimtune.methods.lora.init import Factors, Start, orthogonal, pissa, principal, quantized_by_loftq
+from slimtune.methods.lora.init import Factors, Start, orthogonal, pissa, principal, quantized_by_loftq, warn_of_rank
 from slimtune.methods.lora.loftq import LoftQConfig, is_4bit
 
 LINEAR_ONLY = ("pissa", "olora", "loftq", "orthogonal")
@@ -30,10 +30,17 @@ class LoraDelta(Delta):
         scaling: the factor s.
         r: the rank.
         lora_dropout: the probability with which an input of A is dropped while training.
+        lora_bias: b of s (B A x + b), (out,), where it is trained.
     """
 
     factors: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
-    on_disk = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "whole.bias": "base_layer.bias"}
+    on_disk = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+        "whole.bias": "base_layer.bias",
+    }
+    lora_bias: nn.Parameter | None
 
     def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
         super().__init__()
@@ -43,6 +50,8 @@ class LoraDelta(Delta):
         dtype = trainable_dtype(weight.dtype, autocast)
         for name, shape in zip(self.factors, self.shapes(site, r), strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
+
+        self.register_parameter("lora_bias", None)
 
     @staticmethod
     @abstractmethod
@@ -60,6 +69,16 @@ class LoraDelta(Delta):
         """(A, B), whose product is the change."""
         return self.trained
 
+    def add_bias(self, site: Site) -> None:
+        """Train a bias of B as well, zero at the start."""
+        self.lora_bias = nn.Parameter(self.trained[1].new_zeros(site.base.features(site.module)[1]))
+
+    def biased(self, bias_O: Tensor | None) -> Tensor | None:
+        """The bias of the base and s b: in one product, both are one."""
+        if self.lora_bias is None:
+            return bias_O
+        return self.scaling * self.lora_bias if bias_O is None else bias_O + self.scaling * self.lora_bias
+
     def keep_start(self) -> None:
         """Keep factors to start from. Raises: ConfigError, for kinds that have none."""
         raise ConfigError(f"a {type(self).__name__} starts from no factors of its base")
@@ -67,6 +86,7 @@ class LoraDelta(Delta):
     def initialise(self, config: Start, site: Site) -> None:
         """Set A and B; the update s B A is zero, but for `init_lora_weights=False`, where both are drawn."""
         a, b = self.trained
+        warn_of_rank(self.r, b.shape[0], a[0].numel())
         if config.initialisation == "gaussian":
             nn.init.normal_(a, std=1 / self.r)
         else:
@@ -96,7 +116,7 @@ class LoraDelta(Delta):
         return F.linear(x, a)
 
     def up(self, z: Tensor, b: Tensor) -> Tensor:
-        return F.linear(z, b)
+        return F.linear(z, b, self.lora_bias)
 
     def product(self) -> Tensor:
         """B A as (out, in, ...) in float32: the update without its scale."""
@@ -107,8 +127,15 @@ class LoraDelta(Delta):
     def fold(self, dense: Dense) -> Dense:
         weight = dense["weight"]
         # Added in float32 and rounded once: a 16-bit sum would round the small update before it is there.
-        folded = weight.float().add(self.product(), alpha=self.scaling).to(weight.dtype)
-        return dense | {"weight": folded}
+        folded = {"weight": weight.float().add(self.product(), alpha=self.scaling).to(weight.dtype)}
+        if self.lora_bias is not None:
+            if "bias" not in dense:
+                raise MergeError(
+                    "lora_bias was trained on a layer that has no bias to write it into; keep the adapter apart"
+                )
+            bias = dense["bias"]
+            folded["bias"] = bias.float().add(self.lora_bias.detach(), alpha=self.scaling).to(bias.dtype)
+        return dense | folded
 
     @classmethod
     def combine(
@@ -134,7 +161,10 @@ class LoraDelta(Delta):
                 # An "svd" of a small matrix gives fewer ranks than the target may have.
                 factor.zero_()
                 factor[ranks].copy_(value.view_as(factor[ranks]))
-        # The scales s_i are inside of the factors. Ranks beyond what was put in stay zero, and add nothing.
+            # The scales s_i are inside of the factors. Ranks beyond what was put in stay zero, and add nothing.
+            if target.lora_bias is not None:
+                biases = [scale * delta.lora_bias for scale, delta in zip(scales, deltas, strict=True)]
+                target.lora_bias.copy_(torch.stack(biases).sum(0))
         target.scaling = 1.0
 
     def extra_repr(self) -> str:
@@ -276,7 +306,7 @@ class LoraConv(LoraDelta):
         return self.convolve(x, a, **self.strides)
 
     def up(self, z: Tensor, b: Tensor) -> Tensor:
-        return self.convolve(z, b, groups=self.groups)
+        return self.convolve(z, b, self.lora_bias, groups=self.groups)
 
     def product(self) -> Tensor:
         if self.groups > 1:
@@ -308,9 +338,13 @@ class LoraEmbedding(LoraDelta):
 
     def initialise(self, config: Start, site: Site) -> None:
         a, b = self.trained
+        warn_of_rank(self.r, b.shape[0], a.shape[1])
         # The other way round than in a linear layer, as in `peft`: A is the looked-up table, and starts at zero.
         nn.init.normal_(a) if config.init_lora_weights is False else nn.init.zeros_(a)
         nn.init.normal_(b)
+
+    def add_bias(self, site: Site) -> None:
+        raise ConfigError(f"lora_bias is for layers, and '{site.name}' is an embedding; leave it out of target_modules")
 
     def dropped(self, x: Tensor) -> Tensor:
         """The ids: there is nothing in them to drop."""
