@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import slimtune
 from slimtune.adapters.adapter import attached
-from slimtune.methods.lora.originals import Originals
+from slimtune.methods.lora.loftq import Originals
 from slimtune.storage.source import resolve
 
 MODEL = "smollm2-135m-instruct"

@@ -28,8 +28,8 @@ _HOME = {
     "AutoPeftModelForTokenClassification": "models.auto",
     "PromptEncoderReparameterizationType": "methods.prompt.p_tuning",
     "PromptTuningInit": "methods.prompt.prompt_tuning",
-    "EvaConfig": "methods.lora.init",
-    "LoftQConfig": "methods.lora.init",
+    "EvaConfig": "methods.lora.eva",
+    "LoftQConfig": "methods.lora.loftq",
     "initialize_lora_eva_weights": "adapters.eva",
     "replace_lora_weights_loftq": "adapters.loftq",
     "dequantize": "quantization.dequantize",
@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from slimtune.methods.last_layer import LastLayerConfig as LastLayerConfig
     from slimtune.methods.ln_tuning import LNTuningConfig as LNTuningConfig
     from slimtune.methods.lora.config import LoraConfig as LoraConfig
-    from slimtune.methods.lora.init import EvaConfig as EvaConfig
-    from slimtune.methods.lora.init import LoftQConfig as LoftQConfig
+    from slimtune.methods.lora.eva import EvaConfig as EvaConfig
+    from slimtune.methods.lora.loftq import LoftQConfig as LoftQConfig
     from slimtune.methods.lycoris.loha import LoHaConfig as LoHaConfig
     from slimtune.methods.lycoris.lokr import LoKrConfig as LoKrConfig
     from slimtune.methods.prompt.p_tuning import PromptEncoderConfig as PromptEncoderConfig

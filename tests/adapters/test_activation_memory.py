@@ -19,7 +19,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 import slimtune
 from slimtune.adapters import activation_memory as frugal
 from slimtune.adapters.activation_memory import FrozenNorm, GateActivation
-from slimtune.ops.frozen_linear import made_again, maker_of
+from slimtune.ops.autograd import made_again, maker_of
 from slimtune.ops.frozen_norm import FORMULAS, formula_of, frozen_norm
 from slimtune.ops.gated import LazyActivation
 from slimtune.plan.memory_tracker import MemoryTracker

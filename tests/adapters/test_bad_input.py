@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from slimtune.errors import (
     SlimtuneError,
     TargetError,
 )
-from tensors import predict
+from tensors import assert_near, predict, randomize
 from zoo import BERT, GPT2, LLAMA, MIXTURE, Specimen
 
 
@@ -78,24 +81,42 @@ def test_no_linear_layer_at_all() -> None:
         slimtune.get_peft_model(model, slimtune.LoraConfig())
 
 
-RANKS: dict[str, tuple[Specimen, dict[str, Any], list[str]]] = {
-    "beyond-the-matrix": (LLAMA, {"target_modules": ["q_proj"], "r": 33}, ["33", "q_proj", "32"]),
-    "beyond-the-smallest": (LLAMA, {"target_modules": ["q_proj", "k_proj"], "r": 20}, ["20", "k_proj", "16"]),
-    "by-pattern": (LLAMA, {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 64}}, ["64", "q_proj"]),
-    "in-a-convolution": (MIXTURE, {"target_modules": ["conv2d"], "r": 9}, ["9", "conv2d"]),
-    "against-the-groups": (MIXTURE, {"target_modules": ["grouped"], "r": 6}, ["6", "grouped", "4"]),
+def test_a_rank_that_the_groups_of_a_convolution_do_not_divide() -> None:
+    message = refused(MIXTURE, target_modules=["grouped"], r=6)
+    assert [word for word in ("6", "grouped", "4") if word not in message] == []
+
+
+RANKS: dict[str, tuple[Specimen, dict[str, Any], str]] = {
+    "beyond-the-matrix": (LLAMA, {"target_modules": ["q_proj"], "r": 33}, "rank 33 is beyond a 32 x 32 matrix"),
+    "beyond-the-smallest": (LLAMA, {"target_modules": ["q_proj", "k_proj"], "r": 20}, "rank 20 is beyond a 16 x 32"),
+    "by-pattern": (LLAMA, {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 64}}, "rank 64 is beyond a 32"),
+    "with-dora": (LLAMA, {"target_modules": ["k_proj"], "r": 20, "use_dora": True}, "rank 20 is beyond a 16 x 32"),
+    "in-a-convolution": (MIXTURE, {"target_modules": ["conv2d"], "r": 9}, "rank 9 is beyond a"),
+    "in-an-embedding": (LLAMA, {"target_modules": ["embed_tokens"], "r": 33}, "rank 33 is beyond a"),
 }
 
 
 @pytest.mark.parametrize("case", RANKS)
-def test_a_rank_that_the_model_cannot_have(case: str) -> None:
+def test_a_rank_that_the_matrix_cannot_have_is_said_when_it_is_chosen_and_read_in_silence(
+    case: str, tmp_path: Path
+) -> None:
     specimen, options, words = RANKS[case]
-    message = refused(specimen, **options)
-    assert [word for word in words if word not in message] == []
+    with pytest.warns(UserWarning, match=words):
+        model = slimtune.get_peft_model(specimen.model(), slimtune.LoraConfig(**options))
+    expected = predict(randomize(slimtune, model).eval(), specimen.batch())
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = slimtune.PeftModel.from_pretrained(specimen.model(), tmp_path)
+    assert torch.equal(predict(ours, specimen.batch()), expected)
+    theirs = peft.PeftModel.from_pretrained(specimen.model(), tmp_path)
+    assert_near(predict(theirs, specimen.batch()), expected)
+    assert_near(predict(ours.merge_and_unload(), specimen.batch()), expected, 1e-4)
 
 
-def test_the_greatest_rank_is_allowed() -> None:
+def test_the_greatest_rank_is_chosen_in_silence(recwarn: pytest.WarningsRecorder) -> None:
     model = slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(r=16, target_modules=["k_proj"]))
+    assert [warning for warning in recwarn if "rank" in str(warning.message)] == []
     assert model.get_nb_trainable_parameters()[0] == 2 * (16 * 32 + 16 * 16)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import slimtune
 from slimtune.errors import ConfigError
-from slimtune.methods.lora import init as inits
+from slimtune.methods.lora import eva as inits
 from tensors import adapter_tensors, assert_near, assert_same, loss_of, predict, trainable
 from zoo import BERT, GPT2, LLAMA, T5, VIT, Specimen, token_ids
 

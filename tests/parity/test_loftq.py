@@ -21,10 +21,11 @@ import slimtune
 from slimtune.bases import base_of
 from slimtune.errors import ConfigError, ModelNotFoundError
 from slimtune.storage.source import resolve
-from tensors import assert_near, assert_same, copies
-from zoo import VOCABULARY, gpt2, llama
+from tensors import assert_near, assert_same, copies, predict, randomize
+from zoo import LLAMA, VOCABULARY, gpt2, llama
 
 SMOLLM2 = "smollm2-135m-instruct"
+TOKENS = {"input_ids": torch.arange(3, 19).view(2, 8)}
 LOFTQ = {"r": 4, "lora_alpha": 4, "init_lora_weights": "loftq", "task_type": "CAUSAL_LM"}
 
 
@@ -91,7 +92,7 @@ class OnTheCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
+        return func(*("cpu" if arg in ("cuda", torch.device("cuda")) else arg for arg in args), **kwargs)
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["nf4", "nf4-double"])
@@ -246,13 +247,44 @@ def test_originals_that_are_none(folder: Path, tmp_path: Path) -> None:
         slimtune.replace_lora_weights_loftq(slimtune.get_peft_model(llama(), slimtune.LoraConfig()))
 
 
-def test_a_file_of_peft_for_a_changed_base_is_refused(folder: Path, tmp_path: Path) -> None:
-    slimtune.get_peft_model(in_4_bits(folder), slimtune.LoraConfig(**LOFTQ)).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("bits", "iterations"), [(4, 1), (4, 3), (8, 1)])
+def test_what_peft_trained_on_a_base_that_loftq_replaced_is_read(
+    bits: int, iterations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loftq_utils, "clear_device_cache", lambda: None)
+    start = {"loftq_bits": bits, "loftq_iter": iterations}
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "loftq"}
+    with OnTheCpu():
+        theirs = peft.get_peft_model(LLAMA.model(), peft.LoraConfig(**options, loftq_config=start))
+    expected = predict(randomize(peft, theirs).eval(), TOKENS)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    base = LLAMA.model()
+    before = copies(dict(base.named_parameters()))
+    ours = slimtune.PeftModel.from_pretrained(base, tmp_path / "theirs")
+    assert_near(predict(ours, TOKENS), expected)
+    assert_same({name: ours.get_parameter(name) for name in before}, before)
+    ours.save_pretrained(tmp_path / "ours")
+    fields = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (fields["init_lora_weights"], fields["loftq_config"]) == ("loftq", start)
+    again = slimtune.PeftModel.from_pretrained(LLAMA.model(), tmp_path / "ours")
+    assert_near(predict(again, TOKENS), expected)
+    with OnTheCpu():
+        theirs = peft.PeftModel.from_pretrained(LLAMA.model(), tmp_path / "ours")
+    assert_near(predict(theirs, TOKENS), expected)
+    assert_near(predict(again.merge_and_unload(), TOKENS), expected, 1e-4)
+
+
+def test_on_a_base_in_4_bits_what_loftq_trained_is_the_change_itself(folder: Path, tmp_path: Path) -> None:
+    ours = slimtune.get_peft_model(in_4_bits(folder), slimtune.LoraConfig(**LOFTQ))
+    expected = predict(ours, TOKENS)
+    ours.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    as_peft = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 5}}
+    as_peft = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
     path.write_text(json.dumps(json.loads(path.read_text()) | as_peft))
-    with pytest.raises(ConfigError, match="belongs to a base that was changed"):
-        slimtune.PeftModel.from_pretrained(in_4_bits(folder), tmp_path)
+    again = slimtune.PeftModel.from_pretrained(in_4_bits(folder), tmp_path)
+    assert torch.equal(predict(again, TOKENS), expected)
+    with pytest.raises(ConfigError, match="quantized otherwise than LoftQ"):
+        slimtune.PeftModel.from_pretrained(slimtune.load(str(folder), quantize="int8")[0], tmp_path)
 
 
 LAYERS = range(8)

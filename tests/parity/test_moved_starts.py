@@ -39,6 +39,7 @@ MOVED = {
     "pissa-rslora-patterns": case(LLAMA, "pissa", use_rslora=True, **PATTERNS),
     "pissa-dora": case(LLAMA, "pissa", use_dora=True),
     "olora": case(LLAMA, "olora"),
+    "olora-of-more-than-half-the-ranks": case(LLAMA, "olora", rank_pattern={"k_proj": 12}),
     "olora-biased": case(QWEN2, "OLoRA"),
 }
 each_case = pytest.mark.parametrize("case", MOVED.values(), ids=MOVED)
@@ -210,7 +211,11 @@ def test_the_factors_are_the_papers() -> None:
 
 MISTAKES: dict[str, tuple[Specimen, dict[str, Any], str]] = {
     "convolution": (MIXTURE, {"target_modules": ["conv2d"], "init_lora_weights": "pissa", "r": 2}, "linear layers"),
-    "too-large-a-rank": (LLAMA, {"r": 12, "init_lora_weights": "olora", "target_modules": ["k_proj"]}, "choose r <= 8"),
+    "too-large-a-rank": (
+        LLAMA,
+        {"r": 17, "init_lora_weights": "olora", "target_modules": ["k_proj"]},
+        "choose r <= 16",
+    ),
     "odd-rank": (LLAMA, {"r": 3, "init_lora_weights": "orthogonal"}, "even rank"),
     "loftq": (LLAMA, {"init_lora_weights": "loftq"}, "isn.t in them; load the model with quantize"),
     "iterations": (LLAMA, {"init_lora_weights": "pissa_niter_many"}, "pissa_niter_"),
@@ -230,7 +235,56 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(mistake: str) -> None:
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_a_file_of_peft_for_a_changed_base_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    MOVED["pissa"].model(peft).save_pretrained(tmp_path)
+def trained_by_peft(case: Case, folder: Path) -> Any:
+    """As `peft` writes it by default: the base changed, A and B alone in the file."""
+    model = case.tuned(peft).eval()
+    model.save_pretrained(folder)
+    assert (
+        json.loads((folder / "adapter_config.json").read_text())["init_lora_weights"]
+        == case.options["init_lora_weights"]
+    )
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in MOVED if name != "pissa-iterated"])
+def test_what_peft_trained_on_a_changed_base_is_read_on_the_untouched_one(name: str, tmp_path: Path) -> None:
+    case = MOVED[name]
+    theirs = predict(trained_by_peft(case, tmp_path / "theirs"), case.batch())
+    base = case.specimen.model()
+    before = copies(dict(base.named_parameters()))
+    ours = slimtune.PeftModel.from_pretrained(base, tmp_path / "theirs")
+    expected = predict(ours, case.batch())
+    assert_near(expected, theirs, 1e-4)  # two large factors are subtracted
+    assert_same({name: ours.get_parameter(name) for name in before}, before)
+    ours.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["init_lora_weights"] is True
+    for library in (slimtune, peft):
+        again = library.PeftModel.from_pretrained(case.specimen.model(), tmp_path / "ours")
+        assert_near(predict(again, case.batch()), expected)
+
+
+def test_a_start_that_was_drawn_at_random_is_refused(tmp_path: Path) -> None:
+    """`peft` draws another one when it loads, and answers otherwise than what it saved."""
+    case = MOVED["pissa-iterated"]
+    trained_by_peft(case, tmp_path)
     with pytest.raises(ConfigError, match="path_initial_model_for_weight_conversion"):
-        slimtune.PeftModel.from_pretrained(LLAMA.model(), tmp_path)
+        slimtune.PeftModel.from_pretrained(case.specimen.model(), tmp_path)
+
+
+def test_what_peft_trained_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    case = MOVED["pissa"]
+    theirs = trained_by_peft(case, tmp_path).train()
+    ours = slimtune.PeftModel.from_pretrained(case.specimen.model(), tmp_path, is_trainable=True).train()
+    theirs = peft.PeftModel.from_pretrained(case.specimen.model(), tmp_path, is_trainable=True).train()
+    for model in (ours, theirs):
+        loss_of(model, case.batch()).backward()
+    assert_all_near(gradients_of(ours), gradients_of(theirs), 1e-4)
+
+
+def test_factors_of_a_changed_base_go_into_no_adapter_that_started_elsewhere(tmp_path: Path) -> None:
+    case = MOVED["pissa"]
+    trained_by_peft(case, tmp_path)
+    plain = slimtune.LoraConfig(**{**case.options, "init_lora_weights": True})
+    model = slimtune.get_peft_model(case.specimen.model(), plain)
+    with pytest.raises(ConfigError, match="load it under another name"):
+        model.load_adapter(tmp_path, "default")

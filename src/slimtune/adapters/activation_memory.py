@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimtune.adapters.adopt import AdapterState, Adopted, adopt
 from slimtune.core.roles import has_gate
-from slimtune.ops.frozen_linear import PLAIN_TENSORS, is_traced
+from slimtune.ops.autograd import PLAIN_TENSORS, is_traced
 from slimtune.ops.frozen_norm import formula_of, frozen_norm
 from slimtune.ops.gated import LazyActivation
 

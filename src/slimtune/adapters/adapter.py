@@ -26,7 +26,7 @@ from slimtune.errors import (
     first_line,
     listing,
 )
-from slimtune.storage.peft_format import KEY_PREFIX, check_adapter_name
+from slimtune.storage.peft_format import check_adapter_name, key
 
 _ALWAYS_TAKEN = 1024
 """Tensors as long as this take no memory to speak of."""
@@ -108,7 +108,7 @@ def draft_stored(
         raise
     except RuntimeError as error:
         raise BaseMismatchError(f"'{source}' asks for tensors that can't be had: {first_line(error)}") from error
-    fill(model, drafted.placed, tensors, source)
+    fill(model, drafted.config, drafted.placed, tensors, source)
     return drafted
 
 
@@ -177,31 +177,24 @@ def attached(model: Any, name: str) -> Placed:
     ]
 
 
-def key(site: Site, disk_name: str) -> str:
-    """The key in the file of what a delta calls by this name."""
-    if disk_name.startswith("/"):
-        return disk_name[1:]
-    return f"{KEY_PREFIX}{site.name}.{disk_name}" if site.name else KEY_PREFIX + disk_name
-
-
-def fill(model: Any, placed: Placed, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def fill(model: Any, config: Any, placed: Placed, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Copy stored tensors into an adapter's deltas, each into its own.
 
     Raises:
         BaseMismatchError: a tensor is missing, left over or of another shape; nothing is copied then.
         ConfigError: what is stored serves inference alone.
     """
-    for_training = {key for _, delta in placed for key in delta.keys_for_training(tensors.keys(), source)}
+    tensors = config.read(tensors, placed, source)
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in placed]
-    own = {key(site, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
-    missing, strange = own.keys() - tensors.keys(), _strangers(model, placed, tensors, own.keys() | for_training)
+    own = {key(site.name, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
+    missing, strange = own.keys() - tensors.keys(), _strangers(model, placed, tensors, own.keys())
     if missing or strange:
         what = f"it lacks {listing(missing, 3)}" if missing else f"it holds {listing(strange, 3)} besides"
         raise BaseMismatchError(
             f"'{source}' was made for another base or other targets: {what}; "
             f"{len(own.keys() & tensors.keys())} of {len(own)} tensors match"
         )
-    sites = {key(site, name): site for site, _, names in disk_names for name in names}
+    sites = {key(site.name, name): site for site, _, names in disk_names for name in names}
     for name, tensor in own.items():
         if tensors[name].is_complex() or tensors[name].is_floating_point() != tensor.is_floating_point():
             raise BaseMismatchError(
@@ -215,7 +208,7 @@ def fill(model: Any, placed: Placed, tensors: Mapping[str, Tensor], source: str 
             )
     with torch.no_grad():
         for site, delta, names in disk_names:
-            inside = delta.from_disk({name: tensors[key(site, name)] for name in names})
+            inside = delta.from_disk({name: tensors[key(site.name, name)] for name in names})
             for name, tensor in delta.state_dict().items():
                 tensor.copy_(inside[name])
 
@@ -255,7 +248,7 @@ def adapter_tensors(model: Any, name: str, state_dict: Mapping[str, Tensor] | No
             inside: gathered((state_dict or {}).get(prefix + inside, tensor))
             for inside, tensor in delta.state_dict().items()
         }
-        tensors |= {key(site, stored): tensor for stored, tensor in delta.to_disk(own).items()}
+        tensors |= {key(site.name, stored): tensor for stored, tensor in delta.to_disk(own).items()}
     return tensors
 
 
@@ -289,4 +282,5 @@ def set_peft_model_state_dict(
 ) -> None:
     """Copy tensors, by their names on disk, into an adapter. Raises: AdapterNotFoundError, BaseMismatchError."""
     model.adapter_state.check_known(adapter_name)
-    fill(model, attached(model, adapter_name), peft_model_state_dict, "the state dict")
+    config = model.peft_config[adapter_name]
+    fill(model, config, attached(model, adapter_name), peft_model_state_dict, "the state dict")

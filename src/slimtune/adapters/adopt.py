@@ -22,7 +22,7 @@ from slimtune.bases import base_of_type
 from slimtune.core.delta import Base, Dense, Frozen, call_under, deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, did_you_mean, listing
 from slimtune.fused import fused_for
-from slimtune.ops.frozen_linear import is_traced
+from slimtune.ops.autograd import is_traced
 
 BASE = "__base__"
 """The name under which rows of a mixed batch ask for the untouched base."""

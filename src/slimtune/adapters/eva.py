@@ -20,7 +20,7 @@ from slimtune.adapters.adopt import attach_to
 from slimtune.core.delta import Delta, Site
 from slimtune.errors import ConfigError, did_you_mean
 from slimtune.methods.lora.config import LoraConfig
-from slimtune.methods.lora.init import EvaConfig, IncrementalPCA
+from slimtune.methods.lora.eva import EvaConfig, IncrementalPCA
 from slimtune.methods.lora.layers import LoraDelta, LoraLinear
 
 Sites = dict[str, tuple[Site, LoraLinear]]

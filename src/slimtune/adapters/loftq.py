@@ -13,7 +13,7 @@ from slimtune.adapters.adapter import attached
 from slimtune.errors import ConfigError
 from slimtune.methods.lora.config import LoraConfig
 from slimtune.methods.lora.layers import LoraLinear
-from slimtune.methods.lora.originals import Originals, is_4bit
+from slimtune.methods.lora.loftq import Originals, is_4bit
 
 
 @torch.no_grad()

@@ -76,7 +76,6 @@ def get_peft_model(
 
 def _load(model: Any, name: str, folder: Path, config: PeftConfig | None, is_trainable: bool, autocast: bool) -> None:
     config = config or PeftConfig.from_pretrained(folder)
-    config.check_readable()
     attach_stored(model, name, config, read_adapter(folder), folder, is_trainable, autocast)
 
 
@@ -94,7 +93,7 @@ def attach_stored(
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *resized]
     config.inference_mode = not is_trainable
     if name in getattr(model, "peft_config", {}):
-        fill(model, attached(model, name), tensors, source)
+        fill(model, config, attached(model, name), tensors, source)
     else:
         _add(model, name, config, draft_stored(model, name, config, tensors, source, autocast_adapter_dtype))
     if not is_trainable:
@@ -506,6 +505,7 @@ class PeftModel(Adopted):
         """
         stored = adapter_tensors(self, self.active_adapter) if "prompt_embeddings" in state_dict else {}
         if state_dict and all(name.startswith(KEY_PREFIX) or name in stored for name in state_dict):
-            fill(self, attached(self, self.active_adapter), state_dict, "the state dict")
+            config = self.peft_config[self.active_adapter]
+            fill(self, config, attached(self, self.active_adapter), state_dict, "the state dict")
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)

@@ -20,6 +20,7 @@ _LIBRARIES = ("bitsandbytes", "torchao")
 
 
 def _files() -> tuple[Any, ...]:
+    # A library's file counts once it is imported: what isn't can't have made a module of this model.
     names = (info.name for info in pkgutil.iter_modules(__path__))
     return _imported(tuple(n for n in names if n not in _LIBRARIES or f"{__name__}.{n}" in sys.modules))
 
@@ -27,11 +28,13 @@ def _files() -> tuple[Any, ...]:
 @functools.cache
 def _imported(names: tuple[str, ...]) -> tuple[Any, ...]:
     files = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    # What claims any foreign layer comes last, after those that know their library.
     return tuple(sorted(files, key=lambda file: getattr(file, "GENERIC", False)))
 
 
 def _import_libraries_of(types: Iterable[type]) -> None:
     """Import the file of each library that one of these types, or an ancestor of it, comes from."""
+    # Ancestors as well: a model's own subclass of bitsandbytes' layer comes from the model's module.
     roots = {ancestor.__module__.partition(".")[0] for each in types for ancestor in each.__mro__}
     for library in roots.intersection(_LIBRARIES):
         importlib.import_module(f"{__name__}.{library}")
@@ -47,6 +50,7 @@ def base_of_type(module_type: type[nn.Module]) -> Base:
     """The base for a module type: the one declared for its nearest ancestor."""
     _import_libraries_of([module_type])
     by_type = {declared: base for file in _files() for base in file.BASES for declared in base.module_types}
+    # By the method resolution order, so that the nearest declared ancestor wins; `nn.Module` itself is declared.
     named = [key for ancestor in module_type.__mro__ for key in (ancestor, _full_name(ancestor))]
     return next(by_type[key] for key in named if key in by_type)
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from slimtune.core.delta import Base
-from slimtune.ops.frozen_linear import PLAIN_TENSORS
+from slimtune.ops.autograd import PLAIN_TENSORS
 
 
 class DenseLinear(Base):
@@ -67,6 +67,7 @@ class Opaque(Base):
 
 def is_frozen(weight: Any) -> bool:
     """Whether a weight is plain numbers that need no gradient."""
+    # A subclass of a tensor may mean something else by a product, as a sharded or a quantized one does.
     return type(weight) in PLAIN_TENSORS and weight.is_floating_point() and not weight.requires_grad
 
 

@@ -64,8 +64,11 @@ class ForeignLinear(PackedLinear):
         shape, dtype, device = self.spec(module)
         # A bias can be so much larger than weights that the sum of both would round them away.
         with _without_bias(module):
+            # y(0) is what the forward adds whatever the input, and is taken off; y(I) - y(0) has the columns of W as
+            # rows.
             call = _own_forward(module)
             offset_O = call(torch.zeros(1, shape[1], dtype=dtype, device=device))
+            # Rolled to the right for each piece: never (in, in) numbers at once.
             first_RI = torch.eye(min(_ROWS, shape[1]), shape[1], dtype=dtype, device=device)
             columns = [
                 call(first_RI[: shape[1] - start].roll(start, 1)) - offset_O for start in range(0, shape[1], _ROWS)
@@ -98,9 +101,12 @@ class ForeignLinear(PackedLinear):
     def loses_gradient(self, module: Any) -> bool:
         """Whether the gradient of <e, y(x)> along d isn't |e|^2, for e = d W^T; it is that for any x and d."""
         shape, dtype, device = self.spec(module)
+        # Two rows of inputs x and of directions d, the same ones on every machine.
         drawn = torch.randn(2, 2, shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
         x, d, call = drawn[0].requires_grad_(), drawn[1].detach(), _own_forward(module)
         try:
+            # e = d W^T without the bias. For y = x W^T the gradient of <e, y> is e W, and <e W, d> = <e, d W^T> =
+            # |e|^2.
             e = call(d).detach() - call(torch.zeros_like(d)).detach()
             with torch.enable_grad():
                 y = call(x)
@@ -113,6 +119,7 @@ class ForeignLinear(PackedLinear):
             return True
         if gradient is None:
             return True
+        # By the sum over both rows: rounded inputs move it a little, a lost gradient altogether.
         along, size = (gradient.double() * d.double()).sum(), e.double().square().sum()
         return not bool((along - size).abs() <= _ASTRAY * size)
 
@@ -122,6 +129,7 @@ def is_foreign(module: nn.Module) -> bool:
     if isinstance(module, Packed) or _widths(module) is None:
         return False
     weight = getattr(module, "weight", None)
+    # A block that happens to have widths, as one with several layers inside, is no layer.
     if _is_plain(weight) or any(_widths(part) for part in module.modules() if part is not module):
         return False
     # torch's own quantized layers have no tensors; what is called weight is a method.
@@ -144,6 +152,7 @@ def _widths(module: Any) -> tuple[int, int] | None:
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     own = (*module._parameters.values(), *module._buffers.values())
+    # A mask says nothing about how numbers are stored.
     return (tensor for tensor in own if tensor is not None and tensor.dtype != torch.bool)
 
 

@@ -40,6 +40,7 @@ class PackedLinear(Base):
     def is_packed(self, module: Any) -> bool:
         """Whether the weight is stored as codes now."""
         weight = module.weight
+        # A merge puts a plain weight in the place of the codes, (out, in) in floating point; codes have neither.
         return not (weight.is_floating_point() and tuple(weight.shape) == (module.out_features, module.in_features))
 
     def stored_as(self, module: Any) -> str:
@@ -112,8 +113,10 @@ class Packed:
         product = base.for_few_tokens(module, x)
         if product is not None:
             y = product(x)
+            # Apart: the kernels that read codes take no bias.
             y = y if module.bias is None else y + module.bias.to(y.dtype)
             return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        # Expanded for this product, and once more for its backward; never kept between the two.
         return frozen_linear(x, base.weight(module), module.bias, base.dequantizer(module), base.spec(module).dtype)
 
 

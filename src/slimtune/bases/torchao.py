@@ -41,6 +41,7 @@ def expand(weight: Any) -> Tensor:
     """
     dense_OI = _affine(weight) if type(weight) in _AFFINE else weight.dequantize()
     factor_I = getattr(weight, "act_pre_scale", None)
+    # x * f before the product is W * f by columns.
     return dense_OI if factor_I is None else dense_OI.mul_(factor_I)
 
 
@@ -78,6 +79,7 @@ def pack(weight_OI: Tensor, like: Any) -> Tensor:
     """
     if type(like) not in _AFFINE:
         raise MergeError(f"a {type(like).__name__} of torchao can't be made again from what it is; merge into 16 bits")
+    # A tensor doesn't say how it was mapped; zero points that are all zero are those of a symmetric one.
     mapping = MappingType.ASYMMETRIC if _has_zeros(like) else MappingType.SYMMETRIC
     weight_OI = weight_OI.to(like.dtype)
     if isinstance(like, IntxUnpackedToInt8Tensor):
@@ -87,6 +89,7 @@ def pack(weight_OI: Tensor, like: Any) -> Tensor:
         )
     parts = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
     own = {name: getattr(like, name) for name in parts}
+    # Taken into the weight when it was expanded, so taken out of it here.
     if own["act_pre_scale"] is not None:
         weight_OI = weight_OI / own["act_pre_scale"]
     return Int8Tensor.from_hp(weight_OI, PerBlock(tuple(like.block_size)), mapping, **own)
@@ -98,6 +101,7 @@ def beyond(weight_OI: Tensor, like: Any) -> int:
     if _has_zeros(like):
         codes += _of_blocks(like, like.zero_point)
     kind = getattr(like, "target_dtype", torch.int8)
+    # -128 to 127 of int8, -8 to 7 of int4; half a code beyond is rounded into the range.
     reach = 2 ** (int(str(kind).removeprefix("torch.int")) - 1)
     return int(((codes < -reach - 0.5) | (codes > reach - 0.5)).sum())
 

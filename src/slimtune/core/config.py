@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Site
 from slimtune.core.roles import Role
@@ -114,8 +114,13 @@ class PeftConfig:
         """The fields of an adapter as it is stored, where that isn't how it is trained."""
         return self.to_dict()
 
-    def check_readable(self) -> None:
-        """See that an adapter that is stored with this config can be read. Raises: ConfigError."""
+    def read(self, tensors: Mapping[str, Tensor], placed: list[tuple[Site, Any]], source: object) -> dict[str, Tensor]:
+        """The tensors of a file by their keys as these deltas store them, where `peft` stores them otherwise.
+
+        Raises:
+            ConfigError: what is stored can't be used as this config asks.
+        """
+        return dict(tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, those included that were only passed through."""

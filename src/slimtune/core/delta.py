@@ -7,7 +7,7 @@ trainable change that the config builds for one site: M methods and B kinds of b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -244,6 +244,12 @@ class Delta(nn.Module):
         for name, buffer in statistics(module).items():
             self.running.register_buffer(name, buffer.detach().clone())
 
+    def hold_beside(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor in place of the module's own of that name; it is neither trained nor stored."""
+        self.whole = self.whole if self.holds else nn.ParameterDict()
+        self.running = self.running if "running" in self._modules else BufferDict()
+        self.running.register_buffer(name, tensor.detach(), persistent=False)
+
     def stand_ins(self) -> dict[str, Tensor]:
         """What replaces the module's own parameters and buffers while this delta is active."""
         if not self.holds:
@@ -263,14 +269,6 @@ class Delta(nn.Module):
     def excludes(self, other: Any) -> bool:
         """Whether this delta and another one on the same module can't be active together."""
         return self.holds and other.holds
-
-    def keys_for_training(self, keys: Collection[str], source: object) -> set[str]:
-        """Which keys of a file serve training alone, so that an adapter for inference leaves them aside.
-
-        Raises:
-            ConfigError: the adapter is to be trained, and what that needs wasn't stored.
-        """
-        return set()
 
     def progress(self) -> dict[str, Tensor]:
         """What training goes by besides parameters and buffers, for a checkpoint; most methods have none."""

@@ -39,6 +39,8 @@ def table() -> dict[tuple[type, type], Fused]:
 def fused_for(delta_type: type, base_type: type) -> Fused | None:
     """The fused function for a delta on a base, if there is one for that delta's very equation."""
     for (delta, base), function in table().items():
+        # A subclass with a forward of its own has another equation, which an inherited entry would pass over in
+        # silence.
         same_equation = issubclass(delta_type, delta) and delta_type.forward is delta.forward
         if same_equation and issubclass(base_type, base):
             return function

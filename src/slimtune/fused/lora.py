@@ -24,7 +24,7 @@ from slimtune.bases.packed import PackedLinear
 from slimtune.core.delta import Delta, Frozen
 from slimtune.fused import fuses
 from slimtune.methods.lora.layers import LoraLinear
-from slimtune.ops.frozen_linear import PLAIN_TENSORS, made_again, maker_of, no_autocast
+from slimtune.ops.autograd import PLAIN_TENSORS, made_again, maker_of, no_autocast
 
 MOST_TOKENS = 16
 """Where a node catches up with the plain formula, on two cores."""
@@ -34,10 +34,12 @@ MOST_TOKENS = 16
 @fuses(LoraLinear, DenseLinear)
 def lora_linear(delta: LoraLinear, module: Any, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x) + s * B(A(dropout(x)))`, fused where the base is a plain frozen product."""
+    # The plain formula is the definition: what a node doesn't know runs there, and a test holds the two equal.
     if args or kwargs or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
     settings = this_pass(base, x, delta.scaling, delta.lora_dropout if delta.training else 0.0)
-    y_TO: Any = _LoraLinear.apply(x, base.weight, base.bias, *delta.pair, settings)
+    # W and b are arguments of the node and not read inside: b may be a trained copy, which needs its gradient.
+    y_TO: Any = _LoraLinear.apply(x, base.weight, delta.biased(base.bias), *delta.pair, settings)
     return settings.output(y_TO)
 
 
@@ -68,6 +70,7 @@ class Pass:
 
     def kept(self, weight_OI: Tensor) -> Tensor | None:
         """What is saved of the weight."""
+        # An expanded weight, (out, in) in 16 bits for each layer, would be the unquantized model again until backward.
         return weight_OI if self.dequantizer is None else None
 
     def weight(self, kept_OI: Tensor | None) -> Tensor:
@@ -89,6 +92,7 @@ class Pass:
 def this_pass(base: Frozen, x: Tensor, scaling: float, dropout: float) -> Pass:
     """The settings of a forward that starts now."""
     dequantizer, dtype = base.base.dequantizer(base.module), base.base.spec(base.module).dtype
+    # A dense layer answers in the dtype of its weight, a packed one in that of its input; autocast wins over both.
     y_dtype = dtype if dequantizer is None else x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = y_dtype = torch.get_autocast_dtype(x.device.type)
@@ -124,7 +128,10 @@ def keep_mask(x: Tensor, dropout: float, seed: int) -> tuple[Tensor, float]:
         return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator), 1 - dropout
     # torch draws serially and needs a draw an element; here one of 64 bits serves four, to a resolution of 2^-15.
     words = _random_words(4 * ((x.numel() + 3) // 4), seed, x)
+    # One step at least, or a small probability would be none. The divisor is the rounded probability to stay, so that
+    # the mean of the output is right to the last digit.
     dropped = max(1, round(dropout * 2**15))
+    # 15 uniform bits v become v < dropped ? 0 : 1, in place: a comparison would make a mask of another dtype.
     keep = words.bitwise_and_(2**15 - 1).sub_(dropped - 1).clamp_(0, 1)
     return keep[: x.numel()].view(x.shape), 1 - dropped / 2**15
 
@@ -149,11 +156,15 @@ def products(
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s z B^T and z = dropout(x) A^T."""
     dtype = settings.dtype
+    # (tokens, out) in the base's dtype (ADR 6). The low-rank term goes into this very tensor; the plain formula makes
+    # two more of its size, one for s B z and one for the sum.
     y_TO = F.linear(x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
     keep, probability = settings.mask(x_TI)
+    # (tokens, in), not saved: backward makes it again from x, which is saved anyway, and the seed.
     kept_TI = x_TI if keep is None else apply_mask(x_TI, keep)
     z_TR = kept_TI @ a_RI.to(dtype).t()
     if keep is not None:
+        # 1 / p on the (tokens, r) product: the same as on the (tokens, in) input, for a small part of the work.
         z_TR.div_(probability)
     return y_TO.addmm_(z_TR, b_OR.to(dtype).t(), alpha=settings.scaling), z_TR
 
@@ -166,14 +177,18 @@ def gradients(
     gx_TI = ga_RI = gb_OR = None
     dtype = settings.dtype
     keep, probability = settings.mask(x_TI)
+    # s and 1 / p go into the (tokens, r) gradient once, for A and for x.
     gz_TR = (g_TO @ b_OR.to(dtype)).mul_(settings.scaling / probability)
     if needed[2]:
+        # The sum over tokens runs in the base's dtype, whose products accumulate in float32; the small result is
+        # widened.
         gb_OR = (g_TO.t() @ z_TR).to(b_OR.dtype).mul_(settings.scaling)
     if needed[1]:
         ga_RI = (gz_TR.t() @ (x_TI if keep is None else apply_mask(x_TI, keep))).to(a_RI.dtype)
     if needed[0]:
         gx_TI = g_TO @ settings.weight(weight_OI)
         if keep is None:
+            # In place, as in forward. With a mask the low-rank part is masked by itself: W saw all of x.
             gx_TI.addmm_(gz_TR, a_RI.to(dtype))
         else:
             gx_TI.add_(apply_mask(gz_TR @ a_RI.to(dtype), keep))
@@ -189,6 +204,7 @@ class _LoraLinear(torch.autograd.Function):
         with no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
             y_TO, z_TR = products(x_TI, weight_OI, bias_O, a_RI, b_OR, settings)
+        # x is one tensor for all siblings that read it (query, key and value), so that it is kept once; z is small.
         ctx.save_for_backward(None if settings.maker else x_TI, settings.kept(weight_OI), a_RI, b_OR, z_TR)
         ctx.settings = settings
         return y_TO
@@ -201,6 +217,8 @@ class _LoraLinear(torch.autograd.Function):
         settings: Pass = ctx.settings
         needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         with no_autocast(gradient.device.type):
+            # Where a gate, a norm or a GELU made x, its node makes it again here instead of x being kept since the
+            # forward.
             x_TI = settings.input(x_TI)
             g_TO = gradient.reshape(-1, gradient.shape[-1]).to(settings.dtype)
             needed = needs_x, needs_a, needs_b

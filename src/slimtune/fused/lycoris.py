@@ -1,7 +1,6 @@
 """LoHa and LoKr on a frozen linear layer, in the base's precision: y = x W^T + b + x (s dW)^T.
 
-Saved are the input and the factors of the update, of which all else is made again in the backward pass. In 32 bits LoHa
-needs one product, by W + s dW; in 16 bits that would be rounded to W, so that there the products stay two.
+Saved are the input and the factors of the update, of which all else is made again in the backward pass.
 """
 
 from __future__ import annotations
@@ -27,10 +26,12 @@ def loha_linear(delta: LohaLinear, module: Any, base: Frozen, x: Tensor, *args: 
     """`base(x) + s dW x`, with dW made in its own precision and rounded once."""
     if args or kwargs or _drops(delta) or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
+    # One product with W + s dW. In 16 bits that sum would be rounded to W: there each has a product of its own.
     if is_of_one_dtype(module, base, x):
         return updated_product(delta.update, x, base.weight, module.bias, *delta.factors)
 
     def rounded(*factors: Tensor) -> Tensor:
+        # dW is made of its float32 factors in float32, and rounded once, for a product in the base's dtype (ADR 6).
         return delta.update(*factors).to(x.dtype)
 
     return base(x) + updated_product(rounded, x, None, None, *delta.factors)
@@ -42,6 +43,7 @@ def lokr_linear(delta: LokrLinear, module: Any, base: Frozen, x: Tensor, *args: 
     """`base(x) + s * W1 X W2^T`, in the precision of x."""
     if args or kwargs or _drops(delta) or stays_plain(delta, module, base, x):
         return delta.forward(base, x, *args, **kwargs)
+    # W1 (x) W2 is (out, in) and never made: its small factors are multiplied with x from either side.
     return base(x) + recomputed(delta.multiplied, x, *delta.factors)
 
 

@@ -22,7 +22,7 @@ from slimtune.fused.lora import Pass, gradients, products, stays_plain, this_pas
 from slimtune.fused.lycoris import is_of_one_dtype
 from slimtune.methods.lycoris.base import would_swallow
 from slimtune.methods.vera import VeraLinear
-from slimtune.ops.frozen_linear import no_autocast
+from slimtune.ops.autograd import no_autocast
 
 
 @fuses(VeraLinear, PackedLinear)
@@ -33,6 +33,7 @@ def vera_linear(delta: VeraLinear, module: Any, base: Frozen, x: Tensor, *args: 
         return delta.forward(base, x, *args, **kwargs)
     vectors, dropout = (delta.vera_lambda_d, delta.vera_lambda_b), delta.vera_dropout if delta.training else 0.0
     is_alike = x.dtype == vectors[0].dtype and is_of_one_dtype(module, base, x)
+    # In 16 bits W + M A is rounded to W's digits and loses most of M A; and dropout is for A's input alone.
     may_sum = is_alike and not dropout and not would_swallow(base.weight)
     settings, sums = this_pass(base, x, 1.0, dropout), may_sum and _sum_is_cheaper(delta, x)
     y_TO: Any = _VeraLinear.apply(x, base.weight, base.bias, *delta.corners, *vectors, settings, sums)
@@ -52,10 +53,12 @@ class _VeraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, d_R: Tensor,
         b_O: Tensor, settings: Pass, sums: bool,
     ) -> Tensor:  # fmt: skip
+        # (out, r), as large as B, which all layers share: kept, each layer would have one of its own.
         m_OR = b_OR * d_R * b_O[:, None]
         with no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(settings.dtype)
             if sums:
+                # W + M A is another weight of (out, in) that lives for this line.
                 y_TO = F.linear(x_TI, torch.addmm(weight_OI, m_OR, a_RI), bias_O)
                 kept = None if settings.maker else x_TI
             else:
@@ -84,6 +87,8 @@ class _VeraLinear(torch.autograd.Function):
                 needed = needs_x, False, needs_m
                 gx, _, gm_OR = gradients(g_TO, x_TI, kept, weight_OI, a_RI, m_OR, settings, needed)
             if gm_OR is not None:
+                # M_or = b_o B_or d_r, hence dd_r = sum_o b_o B_or dM_or and db_o = sum_r B_or dM_or d_r: B joins once
+                # for both.
                 gm_OR.mul_(b_OR)
                 gd_R, gb_O = b_O @ gm_OR, gm_OR @ d_R
             gbias_O = g_TO.sum(0) if needs_bias else None

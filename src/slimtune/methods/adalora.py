@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from slimtune.core.config import LayeredConfig, register
 from slimtune.core.delta import Delta, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole
+from slimtune.methods.lora.config import LoraConfig
 from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraLinear
 
 SVD = ("lora_A", "lora_E", "lora_B")
@@ -58,13 +59,9 @@ class AdaLoraConfig(LayeredConfig):
 
     learning_rate: ClassVar[float] = 1e-3
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
-    inert: ClassVar[Mapping[str, Any]] = {
-        "r": 8, "use_rslora": False, "use_dora": False, "alpha_pattern": {}, "eva_config": None,
-        "target_parameters": None, "trainable_token_indices": None, "megatron_config": None,
-        "megatron_core": "megatron.core", "loftq_config": {}, "corda_config": None, "lora_ga_config": None,
-        "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
-        "monteclora_config": None, "layer_replication": None, "lora_bias": False, "use_bdlora": None,
-        "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+    inert: ClassVar[Mapping[str, Any]] = LoraConfig.inert | {
+        "r": 8, "use_rslora": False, "use_dora": False, "lora_bias": False, "alpha_pattern": {}, "eva_config": None,
+        "loftq_config": {}, "target_parameters": None, "trainable_token_indices": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -101,8 +98,10 @@ class AdaLoraConfig(LayeredConfig):
         """The three factors for one site, with the ranks that are left of it. Raises: TargetError, ConfigError."""
         if not site.name:
             return Orthogonality(self.orth_reg_weight)
+        # A file holds the ranks that were left, and its pattern says which of `init_r` they were.
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E")
         r = self.init_r if kept is None else sum(kept)
+        # `peft` divides by the rank that training began with plus 1e-5, so that is what its files mean.
         scaling = (self.lora_alpha if self.lora_alpha > 0 else r) / (self.init_r + 1e-5)
         delta = _kind(site)(site, r, scaling, self.lora_dropout, autocast_adapter_dtype)
         if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
@@ -128,6 +127,7 @@ class AdaLoraConfig(LayeredConfig):
         if step < last:
             for delta in deltas.values():
                 delta.observe(self.beta1, self.beta2)
+        # Between two allocations the masked singular values get gradients and may come back, as in the paper.
         if step == last or (self.tinit < step < last and step % self.deltaT == 0):
             kept = most_important(list(deltas.values()), self.budget(deltas.values(), step))
             self.rank_pattern = dict(zip(deltas, kept, strict=True))
@@ -162,11 +162,13 @@ class SvdDelta(LoraDelta):
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
         a, b = self.trained
+        # E (r, 1) times the rows of A (r, in, ...): LoRA's own product does the rest.
         return a * self.lora_E.view(-1, *[1] * (a.ndim - 1)), b
 
     def initialise(self, config: Any, site: Site) -> None:
         """Draw A and B, and E where `init_lora_weights` is off; it is zero otherwise, and the update with it."""
         for factor in (*self.trained, self.lora_E):
+            # Near orthogonality is learned, by the penalty, and not drawn.
             nn.init.normal_(factor, std=0.02 if config.init_lora_weights else 1.0)
         if config.init_lora_weights:
             nn.init.zeros_(self.lora_E)
@@ -187,6 +189,7 @@ class SvdDelta(LoraDelta):
             now = (factor * factor.grad).abs()
             mean, variation = self.smoothed.get(name) or (torch.zeros_like(now), torch.zeros_like(now))
             mean = beta1 * mean + (1 - beta1) * now
+            # The variation is around the new mean, as in the authors' code.
             self.smoothed[name] = mean, beta2 * variation + (1 - beta2) * (now - mean).abs()
 
     def importance(self) -> Tensor:
@@ -194,6 +197,7 @@ class SvdDelta(LoraDelta):
         if not self.smoothed:
             raise ConfigError("ranks can't be shared out before a step was observed; call it after each step")
         means, variations = zip(*(self.smoothed[name] for name in SVD), strict=True)
+        # A rank is one row of A, one number of E and one column of B.
         a_RI, e_R1, b_OR = ((m * v).flatten(1) for m, v in zip(means, variations, strict=True))
         return e_R1.view(-1) + a_RI.mean(1) + b_OR.mean(0)
 
@@ -257,6 +261,7 @@ def most_important(deltas: list[SvdDelta], budget: int) -> list[list[bool]]:
     """Which ranks of each layer are among the `budget` most important ones of all layers."""
     scores = [delta.importance() for delta in deltas]
     excess = sum(len(score) for score in scores) - budget
+    # One bound for all layers: that is how ranks move from one layer to another.
     bound = torch.cat([score.cpu() for score in scores]).kthvalue(excess).values.item() if excess > 0 else -1.0
     return [(score > bound).tolist() for score in scores]
 
@@ -278,6 +283,7 @@ class Orthogonality(Delta):
 
     def penalty(self, device: torch.device) -> Tensor:
         """What joins the loss."""
+        # A model that is spread over devices has its factors on several.
         distances = [distance.to(device) for delta in self.watched for distance in delta.distances()]
         return self.share * self.weight * torch.stack(distances).mean()
 
@@ -285,6 +291,7 @@ class Orthogonality(Delta):
         outputs = base(*args, **kwargs)
         loss = getattr(outputs, "loss", None)
         if self.training and isinstance(loss, Tensor) and self.watched:
+            # Here and not in a trainer, so that any loop that calls backward on the model's loss learns it.
             outputs.loss = loss + self.penalty(loss.device)
             self.joined = True
         return outputs

@@ -49,6 +49,7 @@ class BitFitConfig(TargetedConfig):
     def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> BitFitDelta:
         """The change of one bias. Raises: TargetError."""
         own = site.module._parameters
+        # A layer made with bias=False keeps an empty place of that name; a Llama's norm has no such place.
         may_be_given = "bias" in own and site.kind in ("linear", "conv")
         if own.get("bias") is None and not (may_be_given and self.add_bias):
             if may_be_given:

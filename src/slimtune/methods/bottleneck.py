@@ -127,6 +127,7 @@ class BottleneckConfig(LayeredConfig):
         if self._is_input(site):
             return FeedForwardInput()
         _, width = site.base.features(site.module)
+        # Relative to the width that it is put at, which may differ between layers.
         size = self.bottleneck_size or int(width // (self.reduction_factor or REDUCTION))
         if size < 1:
             raise ConfigError(
@@ -158,6 +159,7 @@ class BottleneckConfig(LayeredConfig):
             self._check_named(drafted)
             unread = _link(drafted)
             # Of a gate and its twin, which read the same, one is enough.
+            # In place: what is taken out here is attached nowhere.
             drafted[:] = [(site, delta) for site, delta in drafted if delta not in unread]
         elif self.found_by_structure:
             missing = set(PLACEMENTS[self.placement]) - {site.role for site, _ in drafted}
@@ -287,6 +289,7 @@ def _link(drafted: list[tuple[Site, Any]]) -> set[nn.Module]:
     unread: set[nn.Module] = set()
     for name, (site, begin) in begins.items():
         block = _smallest(name, around_ends)
+        # A mixture of experts has several feed-forwards in one block, each with an end of its own.
         inside = [end for end in around_ends.get(block, []) if _smallest(end, around_begins) == block]
         if len(inside) != 1:
             raise TargetError(

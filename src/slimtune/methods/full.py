@@ -75,6 +75,7 @@ class FullConfig(TargetedConfig):
             for name, parameter in site.module.named_parameters(recurse=False):
                 owner, its_name = first.setdefault(id(parameter), (delta, name))
                 if owner is not delta:
+                    # One parameter for both ends: trained twice, the ends of a tie would drift apart.
                     del delta.own[name]
                     delta.tied[name] = (owner, its_name)
 
@@ -101,6 +102,7 @@ class FullDifference(Difference):
     def __init__(self, site: Site, names: Sequence[str], autocast: bool) -> None:
         super().__init__(site, names, autocast)
         self.tied: dict[str, tuple[FullDifference, str]] = {}
+        # A batch norm's running mean is no parameter: it can't be a difference that is learned.
         if statistics(site.module):
             self.hold_statistics(site.module)
 

@@ -64,6 +64,7 @@ class IA3Config(TargetedConfig):
             return site.role == "feed_forward_out"
         if isinstance(names, str):
             return compiled(names).match(site.name, whole=True) is not None
+        # By the end of the path without a dot before it, as `peft` matches these.
         return any(site.name.endswith(name) for name in names)
 
     def delta_for(self, site: Site, autocast_adapter_dtype: bool = True) -> IA3Delta:
@@ -143,6 +144,7 @@ class IA3Delta(Delta):
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         vector = self.ia3_l.view(-1, *self.ia3_l.shape[2:])
         if self.in_front:
+            # l_I x, (tokens, in): in 16 bits kept as it came, or not at all where a gate made it (ops/scaling.py).
             return base(scaled(x, vector), *args, **kwargs)
         return scaled(base(x, *args, **kwargs), vector)
 
@@ -158,6 +160,7 @@ class IA3Delta(Delta):
             return dense | {"weight": (weight * rows.view(*rows.shape, *tail)).to(weight.dtype)}
         folded = {"weight": (weight * vector.view(-1, 1, *tail)).to(weight.dtype)}
         if "bias" in dense:
+            # Behind the module the bias is scaled with everything else.
             folded["bias"] = (dense["bias"] * vector).to(dense["bias"].dtype)
         return dense | folded
 

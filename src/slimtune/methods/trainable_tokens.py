@@ -99,6 +99,7 @@ class TokenRows(Delta):
         self.prefix, self.kind = prefix, site.kind
         self.tied_to: tuple[TokenRows, ...] = ()
         self.register_buffer("token_indices", torch.tensor(tokens, device=weight_VD.device), persistent=False)
+        # Sorted once, so that a forward looks each id up by bisection.
         ordered, order = self.token_indices.sort()
         self.register_buffer("sorted_indices", ordered, persistent=False)
         self.register_buffer("order", order, persistent=False)
@@ -133,12 +134,14 @@ class TokenRows(Delta):
         return self._looked_up(base, x, y) if self.kind == "embedding" else self._projected(base, x, y)
 
     def _looked_up(self, base: Frozen, ids: Tensor, y: Tensor) -> Tensor:
+        # For any id the place where it would stand among the N trained ones; it is one of them if it stands there.
         place = torch.searchsorted(self.sorted_indices, ids).clamp_(max=len(self.sorted_indices) - 1)
         trained = (self.sorted_indices[place] == ids).unsqueeze(-1)
         looked_up = F.embedding(self.order[place], self.rows, self.padding_row).to(y.dtype)
         # Gemma's embedding multiplies what it looks up.
         scale = getattr(base.module, "embed_scale", 1.0)
         scale = scale.to(y.dtype) if isinstance(scale, Tensor) else scale
+        # (rows, tokens, dim): N trained rows instead of a copy of the (vocabulary, dim) table with its gradient.
         return torch.where(trained, looked_up * scale, y)
 
     def _projected(self, base: Frozen, x: Tensor, y: Tensor) -> Tensor:
@@ -148,6 +151,7 @@ class TokenRows(Delta):
 
     def read_as(self, module: Any) -> dict[str, Tensor]:
         weight_VD = module.weight
+        # Who reads the whole weight gets a copy of it: (vocabulary, dim), for as long as that product lives.
         return {"weight": weight_VD.index_copy(0, self.token_indices, self.rows.to(weight_VD.dtype))}
 
     def fold(self, dense: Dense) -> Dense:

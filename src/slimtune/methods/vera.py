@@ -65,6 +65,7 @@ class VeraConfig(LayeredConfig):
     def link_deltas(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
         """Draw the shared matrices, large enough for the largest layer, and link all layers to them."""
         deltas = [delta for _, delta in drafted if isinstance(delta, VeraLinear)]
+        # One pair for all layers, as large as the largest needs; the others read its corner.
         features_in = max(delta.features_in for delta in deltas)
         features_out = max(delta.vera_lambda_b.numel() for delta in deltas)
         projection = Projection(self, features_in, features_out)
@@ -138,6 +139,7 @@ class VeraLinear(Delta):
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
         a_RI, b_OR = self.corners
+        # Plain, in the adapter's dtype; `fused/vera.py` computes the same in the base's.
         x_TI = F.dropout(x.to(a_RI.dtype), self.vera_dropout, self.training)
         z_TR = self.vera_lambda_d * F.linear(x_TI, a_RI)
         return torch.addcmul(y, self.vera_lambda_b, F.linear(z_TR, b_OR)).to(y.dtype)

@@ -34,28 +34,35 @@ def chunked_cross_entropy(
         labels_T: (tokens,) class numbers; `ignore_index` marks those that don't count.
         reduction: "mean" or "sum".
     """
+    # Prompts and pads have no label, and no logits are computed for them.
     supervised = labels_T != ignore_index
     count = supervised.sum()
     index = supervised.nonzero().squeeze(-1)
     if index.numel() < labels_T.numel():
         hidden_TD, labels_T = hidden_TD[index], labels_T[index]
     total: Any = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, bias_V, labels_T)
+    # Without any label 0 / 0, as `F.cross_entropy` has it.
     return total / count if reduction == "mean" else total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
+        # (tokens, features), complete after the forward: the logits that it comes from are there only now. What
+        # backward receives for a sum is one number, which the whole gradient is multiplied by.
         gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        # A chunk of C rows, (C, vocabulary) in the weight's dtype.
         chunk = max(FLOAT_SHARE, HELD.get(hidden_TD.device.type, HELD["cuda"]) // weight_VD.shape[0])
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits_CV = F.linear(hidden_TD[rows].to(weight_VD.dtype), weight_VD, bias_V)
+            # The softmax is in float32, twice the size of 16-bit logits: over an eighth of the chunk at a time.
             parts = zip(logits_CV.split(chunk // FLOAT_SHARE), labels_T[rows].split(chunk // FLOAT_SHARE), strict=True)
             for part_PV, labels_P in parts:
                 total += _loss_and_gradient(part_PV, labels_P.unsqueeze(-1))
             if gradient_TD is not None:
+                # The logits have become softmax - one-hot by now.
                 gradient_TD[rows] = logits_CV @ weight_VD
         ctx.save_for_backward(gradient_TD)
         return total

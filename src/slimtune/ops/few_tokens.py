@@ -17,7 +17,7 @@ from bitsandbytes.autograd._functions import matmul_4bit
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, gemv_4bit, has_avx512bf16
 from torch import Tensor, nn
 
-from slimtune.ops.frozen_linear import is_traced
+from slimtune.ops.autograd import is_traced
 
 Product = Callable[[Tensor], Tensor]
 
@@ -49,10 +49,12 @@ _COPIES: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
 def few_tokens_4bit(module: Any, state: Any, x: Tensor, dtype: torch.dtype) -> Product | None:
     """y = x W^T on 4-bit codes, x (..., in) in bfloat16, or None where expanding is quicker or has to be."""
     if torch.is_grad_enabled():
+        # Learning reads the codes as they are: a second copy of them would double the base for as long as it learns.
         _COPIES.pop(module, None)
     if not _applies(x, dtype):
         return None
     if x.device.type != "cpu":
+        # On other devices bitsandbytes' kernels read the codes in the order in which they are stored.
         return lambda x: matmul_4bit(x.to(dtype), module.weight.t(), quant_state=state)
     outputs, inputs = state.shape
     # What was made in inference mode can change without a trace.
@@ -68,6 +70,7 @@ def few_tokens_8bit(codes_OI: Tensor, scales_O: Tensor, x: Tensor, dtype: torch.
     has_lanes = not any(size % _LANES for size in codes_OI.shape)
     if not _applies(x, dtype) or x.device.type != "cpu" or not has_lanes:
         return None
+    # w = code * scale / 127, which the kernel wants as one factor a row in the dtype of x.
     scales = (scales_O / 127).to(dtype)
 
     def product(x: Tensor) -> Tensor:
@@ -86,6 +89,7 @@ def _applies(x: Tensor, dtype: torch.dtype) -> bool:
         and dtype == torch.bfloat16
         and not torch.is_grad_enabled()
         and not is_traced()
+        # No subclass: a tensor that is planned or sharded has no memory that a kernel could read.
         and type(x) is Tensor
     )
 
@@ -95,6 +99,8 @@ def _reordered(module: Any, state: Any) -> tuple[Tensor, Any]:
     weight, absmax = module.weight, state.absmax
     known = _COPIES.get(module)
     if known is None or not known.is_of(weight, absmax):
+        # Of a copy of the state: the conversion writes rounded block maxima into what it is given, and the exact ones
+        # are what training expands by.
         codes, reordered = _convert_weight_packed_for_cpu(weight.data, copy.copy(state))
         versions = weight._version, absmax._version
         known = _COPIES[module] = _Copy(weight.detach(), absmax, versions, codes, reordered)

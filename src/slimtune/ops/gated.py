@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.ops.frozen_linear import PLAIN_TENSORS
+from slimtune.ops.autograd import PLAIN_TENSORS
 from slimtune.ops.lazy import Lazy
 
 Activation = Callable[[Tensor], Tensor]
@@ -30,7 +30,9 @@ class LazyActivation(Lazy):
         return self._activation(self._gate)
 
     def __mul__(self, up: Any) -> Any:
+        # Another shape would broadcast and another dtype promote, for which the node has no backward.
         is_alike = type(up) in PLAIN_TENSORS and up.shape == self._gate.shape and up.dtype == self._gate.dtype
+        # Once something has looked at it, the real activation is in the graph, and a second way to it saves nothing.
         if self._real is not None or not is_alike:
             return self.tensor() * up
         return _Gated.apply(self._gate, up, self._activation)
@@ -49,6 +51,7 @@ class LazyActivation(Lazy):
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        # Both are there anyway, as outputs of the two projections; a(gate), as large, is what isn't kept (ADR 18).
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.again, ctx.opened = activation, _again, None
         return activation(gate) * up
@@ -62,6 +65,7 @@ class _Gated(torch.autograd.Function):
         leaf, opened = ctx.opened or _opened(ctx, gate)
         ctx.opened = None
         g_up = g * opened.detach() if ctx.needs_input_grad[1] else None
+        # The activation's own backward, by autograd: it may be any function, and none is written out here.
         g_gate = torch.autograd.grad(opened, leaf, g * up)[0] if ctx.needs_input_grad[0] else None
         return g_gate, g_up, None
 

@@ -23,6 +23,7 @@ class Lazy:
         return self._real
 
     def __getattr__(self, name: str) -> Any:
+        # Copying and pickling ask for such names to see what an object can do, and must not make the tensor real.
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.tensor(), name)
@@ -43,6 +44,7 @@ def real(value: Any) -> Any:
 
 
 def _operator(name: str) -> Callable[..., Any]:
+    # Python looks operators up on the class, past `__getattr__`, so that each has to be there by name.
     def apply(self: Lazy, *args: Any) -> Any:
         return getattr(self.tensor(), name)(*(real(arg) for arg in args))
 

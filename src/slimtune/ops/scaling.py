@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.ops.frozen_linear import PLAIN_TENSORS, is_traced, made_again, maker_of
+from slimtune.ops.autograd import PLAIN_TENSORS, is_traced, made_again, maker_of
 
 _norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
@@ -41,6 +41,8 @@ def scale_columns(m_TO: Tensor, factor_O: Tensor, shift_O: Tensor | None = None,
     """
     out = torch.empty_like(m_TO) if out is None else out
     if factor_O.dtype != m_TO.dtype and _suits(m_TO) and _suits(out):
+        # 1024 x 1536 in bfloat16 on one thread: 0.4 ms by the batch norm, 3.3 ms by torch's product of two dtypes (ADR
+        # 6).
         _norm(_columns(m_TO), factor_O, shift_O, _columns(out))
         return out
     if shift_O is None:
@@ -52,6 +54,7 @@ def scale_rows(m_OI: Tensor, factor_O: Tensor, out: Tensor | None = None) -> Ten
     """m_OI * factor_O1 in the dtype of m, rounded once; `out` as in `scale_columns`."""
     out = torch.empty_like(m_OI) if out is None else out
     if factor_O.dtype != m_OI.dtype and _suits(m_OI) and _suits(out):
+        # As (1, out, in): `out` channels of `in` pixels each, one factor a channel.
         _norm(m_OI.unsqueeze(0), factor_O, None, out.unsqueeze(0))
         return out
     return torch.mul(m_OI, factor_O[:, None], out=out)
@@ -61,6 +64,8 @@ def column_dots(g_TO: Tensor, m_TO: Tensor) -> Tensor:
     """sum_T g_TO * m_TO, in float32 at least: the gradient of the factor in `scale_columns`."""
     if not (_suits(g_TO) and _suits(m_TO)):
         return (g_TO * m_TO).sum(0, dtype=_inside(m_TO))
+    # The gradient of a norm's factor is sum g * (m - mean) / deviation, here with mean 0 and deviation 1. In float32
+    # throughout, 0.34 ms; as a product and a sum, which round to bfloat16 between them, 0.88 ms (ADR 6).
     zero_O, one_O = _constants(m_TO.shape[1], _inside(m_TO))
     at_rest, wanted = (one_O, zero_O, one_O, None, None, False, 0.0), (False, True, False)
     return _norm_backward(_columns(g_TO), _columns(m_TO), *at_rest, wanted)[1]
@@ -78,6 +83,7 @@ def _inside(m: Tensor) -> torch.dtype:
 def _columns(m_TO: Tensor) -> Tensor:
     """As an image of T x 1 pixels with O channels, the channels last."""
     tokens, features = m_TO.shape
+    # A row-major (T, O) matrix is channels-last as it lies: no copy.
     return m_TO.as_strided((1, features, tokens, 1), (m_TO.numel(), 1, features, 1))
 
 
@@ -89,6 +95,7 @@ def _norm(image: Tensor, factor: Tensor, shift: Tensor | None, out: Tensor) -> N
     factor = factor.to(_inside(image))
     shift = None if shift is None else shift.to(factor.dtype)
     unused = factor.new_empty(0)
+    # Mean 0, variance 1, not training, no momentum, eps 0: (m - 0) / sqrt(1 + 0) * factor + shift.
     at_rest = *_constants(len(factor), factor.dtype), False, 0.0, 0.0
     torch.native_batch_norm(image, factor, shift, *at_rest, out=(out, unused, unused))
 

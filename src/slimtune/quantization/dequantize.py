@@ -39,6 +39,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         raise ConfigError(f"dtype must be a floating-point type such as torch.bfloat16, found {dtype}")
     claim(model)
     own = plain_dtype(model)
+    # All weights are expanded before anything is changed, so that a failure leaves the model as it was.
     make_plain(model, expanded(model, dtype or own))
     if dtype is not None:
         for parameter in model.parameters():
@@ -97,6 +98,7 @@ def plain_dtype(model: Any) -> torch.dtype | None:
     for _, module in walk(model):
         if id(module) not in packed:
             for parameter in module.parameters(recurse=False):
+                # By numbers and not by tensors: a few norms in float32 don't make a float32 model.
                 sizes[parameter.dtype] += parameter.numel() if parameter.is_floating_point() else 0
     return sizes.most_common(1)[0][0] if +sizes else None
 
@@ -119,6 +121,7 @@ def untie_if_changed(model: Any) -> None:
     still = {end: source for end, source in tied.items() if look_up and look_up(end) is look_up(source)}
     if len(still) == len(tied):
         return
+    # transformers asks both: a save leaves out what it takes for tied, and a load ties it again.
     model.all_tied_weights_keys = still
     model.__dict__["_tied_weights_keys"] = still or None
     if not still:

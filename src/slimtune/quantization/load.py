@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import safetensors
 import torch
 import transformers.modeling_utils
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
@@ -28,10 +29,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimtune.bases import base_of, claim
-from slimtune.bases.bitsandbytes import check_files, packed_4bit, packed_8bit
-from slimtune.errors import ConfigError, did_you_mean, listing
+from slimtune.bases.bitsandbytes import packed_4bit, packed_8bit
+from slimtune.errors import ConfigError, DamagedBaseError, did_you_mean, listing
 from slimtune.quantization.config import Quantization
 from slimtune.storage.quantization_metadata import mend_saving
+
+_STATE = ".quant_state.bitsandbytes__"
+_ALWAYS = ("absmax", "quant_map")
+_NESTED = ("nested_absmax", "nested_quant_map")
 
 
 def load_quantized(
@@ -44,6 +49,7 @@ def load_quantized(
     """
     if device == "mps":
         raise ConfigError("bitsandbytes can't quantize for mps; pass device='cpu'")
+    # Quantized as they are read: the peak is the model in few bits and one layer in 16, not the model in 16.
     with _read_not_mapped():
         model = chosen.from_pretrained(
             source, quantization_config=Request(settings), device_map={"": device}, **options
@@ -58,7 +64,7 @@ def load_as_stored(chosen: Any, source: str, device: str, **options: Any) -> Any
     Raises:
         DamagedBaseError: what is stored of a weight doesn't fit together.
     """
-    check_files(Path(source))
+    _check_files(Path(source))
     model = chosen.from_pretrained(source, device_map={"": device}, **options)
     claim(model)
     mend_saving(model)
@@ -77,6 +83,7 @@ class Request(QuantizationConfigMixin):
     def __init__(self, settings: Quantization | BitsAndBytesConfig) -> None:
         is_own = isinstance(settings, Quantization)
         self.keep: Sequence[str] = settings.keep if is_own else ()
+        # Whoever lists the modules to skip in bitsandbytes' own config has decided about heads.
         self.keeps_heads = is_own or settings.llm_int8_skip_modules is None
         self.blocksize = settings.blocksize if is_own else 64
         # Unset, it would be float32 in bitsandbytes; ours is the dtype of the model, which isn't known yet.
@@ -115,6 +122,7 @@ class _Quantizer(HfQuantizer):
             self.quantization_config.bnb_4bit_compute_dtype = model.dtype
         linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
         self._check_kept(linear, model)
+        # By the order in which the model makes its parts.
         last = list(model.named_parameters())[-1][0].rpartition(".")[0]
         # transformers keeps the last module, but misses one with a bias, as most classifiers' heads have.
         self._keep(model, {*self.request.keep, *({last} & set(linear) if self.request.keeps_heads else ())})
@@ -150,6 +158,7 @@ class _Quantizer(HfQuantizer):
             # It wasn't in the file: a head to be trained, of numbers that were just drawn.
             module: Any = model.get_submodule(name)
             base: Any = base_of(module)
+            # It was made for codes before anyone knew that the file has none.
             base.make_plain(module, module.weight.data)
         self._keep(model, new)
         return model
@@ -179,6 +188,7 @@ class _Quantize(ConversionOps):
             # GPT-2's linear layers are stored as (in, out).
             weight_OI = weight.T if issubclass(module.source_cls, Conv1D) else weight
             done[name] = self.quantizer.quantized(weight_OI, module)
+            # Or transformers would draw it, after the read, as a weight that was missing.
             module._is_hf_initialized = True
         return done
 
@@ -218,8 +228,49 @@ def _read_not_mapped() -> Iterator[None]:
         return safetensors.safe_open(*arguments, **options | {"backend": "pread"})
 
     library: Any = transformers.modeling_utils
+    # transformers holds the function by its own name; nothing else of the library is touched.
     library.safe_open = reading
     try:
         yield
     finally:
         library.safe_open = safetensors.safe_open
+
+
+def _check_files(folder: Path) -> None:
+    """See that each 4-bit weight of a folder has what it is expanded with; only names and states are read.
+
+    Raises:
+        DamagedBaseError: something is missing, or a state can't be read.
+    """
+    names: set[str] = set()
+    states: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+                names.add(name)
+                if _STATE in name:
+                    states[name.partition(_STATE)[0]] = stored.get_tensor(name)
+    marked = {name.removesuffix(f".{part}") for name in names for part in _ALWAYS if name.endswith(f".{part}")}
+    for weight in sorted(marked | states.keys()):
+        _check_parts(weight, states, names)
+
+
+def _check_parts(weight: str, states: Mapping[str, Any], names: set[str]) -> None:
+    wanted = {weight, *(f"{weight}.{part}" for part in _ALWAYS)}
+    if weight not in states:
+        raise _damaged(weight, "its state (quant_state) is missing")
+    try:
+        state = unpack_tensor_to_dict(states[weight])
+        unsaid = {"quant_type", "blocksize", "dtype", "shape"} - state.keys()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _damaged(weight, f"its state (quant_state) can't be read: {error}") from error
+    if unsaid:
+        raise _damaged(weight, f"its state (quant_state) doesn't say {', '.join(sorted(unsaid))}")
+    if "nested_blocksize" in state:
+        wanted |= {f"{weight}.{part}" for part in _NESTED}
+    if wanted - names:
+        raise _damaged(weight, f"{', '.join(sorted(wanted - names))} is missing")
+
+
+def _damaged(weight: str, what: str) -> DamagedBaseError:
+    return DamagedBaseError(f"the quantized weight '{weight}' is damaged: {what}; fetch the model again")

@@ -63,6 +63,7 @@ def parts(model: nn.Module) -> Parts:
     """Which modules of a base are stored as which numbers, and how many bytes they take; `print` it."""
     rows: dict[str, Part] = {}
     counted: set[int] = set()
+    # A module under two paths is stored once.
     for module in {id(module): module for _, module in walk(model)}.values():
         base = base_of(module)
         held = base.held(module)

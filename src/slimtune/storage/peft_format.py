@@ -85,6 +85,17 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def key(path: str, disk_name: str) -> str:
+    """The key in the file of what the delta at a module calls by this name; one that starts with a slash stands alone.
+
+    Args:
+        path: of the module; empty for the model itself.
+    """
+    if disk_name.startswith("/"):
+        return disk_name[1:]
+    return f"{KEY_PREFIX}{path}.{disk_name}" if path else KEY_PREFIX + disk_name
+
+
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter by their names on disk.
 

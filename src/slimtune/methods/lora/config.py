@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.core.config import LayeredConfig, register
 from slimtune.core.delta import Delta, Site, wrong_kind
 from slimtune.core.patterns import by_pattern
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.methods.lora import dora
+from slimtune.methods.lora.eva import EvaConfig
 from slimtune.methods.lora.experts import LoraParameters, holders
-from slimtune.methods.lora.init import EvaConfig, LoftQConfig, settings
-from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY
-from slimtune.methods.lora.originals import Originals
+from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY, LoraLinear
+from slimtune.methods.lora.loftq import LoftQConfig, Originals
 from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
+from slimtune.storage.peft_format import key
 
 INITIALISATIONS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal")
 
@@ -39,7 +40,8 @@ class LoraConfig(LayeredConfig):
     `target_modules=None` means all linear layers in the model's repeated blocks. `rank_pattern` and `alpha_pattern`
     map a module's name or an expression to another `r` or `lora_alpha`. `target_parameters` names parameters that are
     tensors of their module rather than layers, such as `experts.gate_up_proj`; with them, `target_modules=None` means
-    no modules besides. `trainable_token_indices` are tokens whose embeddings are trained as well.
+    no modules besides. `trainable_token_indices` are tokens whose embeddings are trained as well. `lora_bias` trains a
+    bias b of B, s (B A x + b).
 
     Raises:
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
@@ -52,6 +54,7 @@ class LoraConfig(LayeredConfig):
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
+    lora_bias: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
@@ -66,7 +69,7 @@ class LoraConfig(LayeredConfig):
         "megatron_config": None, "megatron_core": "megatron.core",
         "corda_config": None, "lora_ga_config": None, "velora_config": None,
         "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
-        "monteclora_config": None, "layer_replication": None, "lora_bias": False,
+        "monteclora_config": None, "layer_replication": None,
         "use_bdlora": None, "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
     }  # fmt: skip
 
@@ -79,9 +82,11 @@ class LoraConfig(LayeredConfig):
         self.parameters_of: dict[str, list[str]] = {}
         self.tokens_of: dict[str, list[int]] = {}
         self.originals: Originals | None = None
+        self.quantizes_base = False  # set where the adapter's file was trained by `peft` on a base that LoftQ replaced
 
     def _check_parts(self) -> None:
         if self.target_parameters and self.target_modules is None:
+            # None would mean all linear layers, beside the parameters that are asked for.
             self.target_modules = set()
         if self.target_parameters and self.use_dora:
             raise ConfigError("use_dora has no form for target_parameters; give those an adapter of their own")
@@ -90,6 +95,13 @@ class LoraConfig(LayeredConfig):
                 "target_parameters changes weights, not the inputs of layers: it takes neither lora_dropout nor "
                 f"fan_in_fan_out, found {self.lora_dropout} and {self.fan_in_fan_out}"
             )
+        if self.lora_bias and (self.use_dora or not isinstance(self.init_lora_weights, bool)):
+            raise ConfigError(
+                "lora_bias goes with plain LoRA that starts at zero or at random, found "
+                f"use_dora={self.use_dora} and init_lora_weights={self.init_lora_weights!r}"
+            )
+        if self.lora_bias and self.target_parameters:
+            raise ConfigError("lora_bias has no form for target_parameters, which change weights; leave it out")
         tokens = self.trainable_token_indices
         if tokens is not None:
             for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
@@ -112,8 +124,6 @@ class LoraConfig(LayeredConfig):
         """Let tied embeddings share their trained rows; note where the weights are that LoftQ starts from."""
         share_tied_rows(drafted)
         if self.initialisation == "loftq":
-            assert isinstance(self.loftq_config, LoftQConfig)
-            self.loftq_config.check()
             self.originals = Originals.of(model)
 
     def _check_numbers(self) -> None:
@@ -123,6 +133,7 @@ class LoraConfig(LayeredConfig):
             check_number(name, alpha)
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
+        check_choice("lora_bias", self.lora_bias, (True, False))
 
     def _check_initialisation(self) -> None:
         init = self.initialisation
@@ -133,9 +144,9 @@ class LoraConfig(LayeredConfig):
                 f"'loftq' or 'orthogonal', found {self.init_lora_weights!r}{did_you_mean(init, INITIALISATIONS)}"
             )
         if isinstance(self.eva_config, dict):
-            self.eva_config = settings(EvaConfig, self.eva_config)
+            self.eva_config = _settings(EvaConfig, self.eva_config)
         if init == "loftq" and not isinstance(self.loftq_config, LoftQConfig):
-            self.loftq_config = settings(LoftQConfig, self.loftq_config or {})
+            self.loftq_config = _settings(LoftQConfig, self.loftq_config or {})
         elif init != "loftq" and self.loftq_config:
             raise ConfigError(f"loftq_config needs init_lora_weights='loftq', found {self.init_lora_weights!r}")
         if init == "eva":
@@ -155,11 +166,12 @@ class LoraConfig(LayeredConfig):
 
     def stored_fields(self) -> dict[str, Any]:
         """The config as it is stored; a change from a moved start is a plain LoRA of twice the rank."""
-        if self.initialisation == "loftq":
+        if self.initialisation == "loftq" and not self.quantizes_base:
             # Whoever reads it finds the quantized base as it was, not one that the start has changed.
             return super().stored_fields() | {"init_lora_weights": True, "loftq_config": {}}
         if not self.moves_start:
             return super().stored_fields()
+        # s = alpha / r stays what it is at rank 2r with 2 alpha, and alpha / sqrt(r) with sqrt(2) alpha.
         by = math.sqrt(2) if self.use_rslora else 2
         return super().stored_fields() | {
             "init_lora_weights": True,
@@ -169,18 +181,40 @@ class LoraConfig(LayeredConfig):
             "alpha_pattern": {name: by * alpha for name, alpha in self.alpha_pattern.items()},
         }
 
-    def check_readable(self) -> None:
-        """See that a stored adapter doesn't need a changed base. Raises: ConfigError."""
-        if self.moves_start:
-            raise ConfigError(
-                f"an adapter stored with init_lora_weights={self.init_lora_weights!r} belongs to a base that was "
-                "changed at its start; convert it with peft's path_initial_model_for_weight_conversion"
-            )
-        if self.initialisation == "loftq":
-            raise ConfigError(
-                "an adapter stored with init_lora_weights='loftq' belongs to a base that was changed at its start; set "
-                "init_lora_weights to true in its adapter_config.json and load it on the base stored with it"
-            )
+    def read(self, tensors: Mapping[str, Tensor], placed: list[tuple[Site, Any]], source: object) -> dict[str, Tensor]:
+        """The tensors as changes of the base at hand, where `peft` has changed the base at the start of training.
+
+        Such a file holds A and B alone. What the base was changed by is computed again, as `peft` does when it loads.
+
+        Raises:
+            ConfigError: the deltas don't start where the stored ones did.
+        """
+        tensors = dict(tensors)
+        for site, delta in placed if self.moves_start or self.initialisation == "loftq" else ():
+            names = key(site.name, "lora_A.weight"), key(site.name, "lora_B.weight")
+            if not isinstance(delta, LoraLinear) or not tensors.keys() >= set(names):
+                continue
+            if self.initialisation == "loftq":
+                assert isinstance(self.loftq_config, LoftQConfig)
+                delta.stand_on_quantized(site, self.loftq_config)
+                self.quantizes_base = True
+            elif not delta.moved:
+                raise ConfigError(
+                    f"'{source}' was trained from init_lora_weights={self.init_lora_weights!r} and the adapter that it "
+                    "is to be put into was not; load it under another name"
+                )
+            elif len(tensors[names[0]]) != delta.r:
+                continue  # 2 r: this library's own, as a Trainer's checkpoint is
+            elif "niter" in self.initialisation:
+                raise ConfigError(
+                    f"'{source}' was trained on a base less a start that {self.init_lora_weights!r} drew at random and "
+                    "that nothing finds again; convert it where it was trained, with peft's "
+                    "path_initial_model_for_weight_conversion"
+                )
+            else:
+                a, b = delta.since_start(self, site, *(tensors[name] for name in names))
+                tensors |= {names[0]: a, names[1]: b}
+        return tensors
 
     def rank_for(self, name: str) -> int:
         """The rank of the module of this path, by `rank_pattern`."""
@@ -198,9 +232,12 @@ class LoraConfig(LayeredConfig):
     def combined(self, others: Sequence[LoraConfig], how: str, rank: int | None) -> LoraConfig:
         """The config of a weighted combination. Raises: ConfigError, for targets that can't be joined."""
         configs = [self, *others]
+        if len({config.lora_bias for config in configs}) > 1:
+            raise ConfigError("adapters with and without lora_bias can't be combined into one; activate them together")
         if len({config.use_dora for config in configs}) > 1:
             raise ConfigError("adapters with and without DoRA can't be combined into one; activate them together")
         targets = self.joined_targets(others)
+        # A moved start is B A - B0 A0, of rank 2r.
         ranks = [max([config.r, *config.rank_pattern.values()]) * (1 + config.moves_start) for config in configs]
         rank = sum(ranks) if how == "cat" else (rank or max(ranks))
         # alpha = r and no rsLoRA: the adapters' scales are inside the factors.
@@ -224,23 +261,35 @@ class LoraConfig(LayeredConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is for linear layers, and '{site.name}' is a "
                 f"{type(site.module).__name__}; leave it out of target_modules"
             )
-        r = self._checked_rank(site, *kinds[site.kind].shapes(site, self.rank_for(site.name)))
+        r = self.rank_for(site.name)
+        self._check_start(site, r, *kinds[site.kind].shapes(site, r))
         delta = kinds[site.kind](site, r, self.scale_for(site.name), self.lora_dropout, autocast_adapter_dtype)
         if self.moves_start:
             delta.keep_start()
+        if self.lora_bias:
+            delta.add_bias(site)
         if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
             delta.hold(site, "bias")
         return delta
 
-    def _checked_rank(self, site: Site, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> int:
-        r, rows, columns = a_shape[0], b_shape[0], math.prod(a_shape[1:])
-        greatest = min(rows, columns) // (1 + self.moves_start)
-        if r > greatest:
-            stored = f", stored as {2 * r}," if self.moves_start else ""
+    def _check_start(self, site: Site, r: int, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
+        """Raises: ConfigError, where the start has no factors of this rank."""
+        rows, columns = b_shape[0], math.prod(a_shape[1:])
+        if self.initialisation.startswith(("pissa", "olora", "eva", "loftq")) and r > min(rows, columns):
             raise ConfigError(
-                f"the rank {r}{stored} is beyond the {rows} x {columns} matrix of '{site.name}'; "
-                f"choose r <= {greatest} or give it a rank of its own in rank_pattern"
+                f"init_lora_weights={self.init_lora_weights!r} has no {r} directions to start from in the "
+                f"{rows} x {columns} matrix of '{site.name}'; choose r <= {min(rows, columns)} or give it a rank of "
+                "its own in rank_pattern"
             )
         if self.initialisation == "orthogonal" and r % 2:
             raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, '{site.name}' has {r}")
-        return r
+
+
+def _settings(kind: type[EvaConfig] | type[LoftQConfig], given: Mapping[str, Any]) -> Any:
+    """A start's own settings from a mapping. Raises: ConfigError, for a field that doesn't exist."""
+    known = [f.name for f in fields(kind)]
+    for name in given:
+        if name not in known:
+            near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+            raise ConfigError(f"{kind.__name__} has no field '{name}'{near}")
+    return kind(**given)

@@ -21,7 +21,7 @@ from slimtune.core.delta import Dense, Frozen, Site
 from slimtune.errors import ConfigError
 from slimtune.methods.lora.init import Start
 from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraEmbedding, LoraLinear
-from slimtune.ops.frozen_linear import is_traced, no_autocast
+from slimtune.ops.autograd import is_traced, no_autocast
 
 
 class DoraDelta(LoraDelta):
@@ -46,6 +46,7 @@ class DoraDelta(LoraDelta):
         super().initialise(config, site)
         weight = _weight_at(site)
         squares_O = _squares(weight)
+        # B is zero in most starts: then n = ||W||, without a product with the (out, in) weight.
         norms = self.norms(weight, squares_O) if self.pair[1].any() else squares_O.sqrt()
         with torch.no_grad():
             self.lora_magnitude_vector.copy_(norms.view_as(self.lora_magnitude_vector))
@@ -55,7 +56,9 @@ class DoraDelta(LoraDelta):
         kept = self.dropped(x)
         dropping = self.training and self.lora_dropout and x.is_floating_point()
         if bias is None and not dropping:
+            # One product with c where nothing tells the base's two parts apart.
             return (ratio * (y + self.scaling * self.low_rank(kept))).to(y.dtype)
+        # `peft` has it so: m scales what the base makes of dropout(x), the same input that A reads.
         straight = base(kept.to(x.dtype), *args, **kwargs) if dropping else y
         if bias is not None:
             straight = straight - bias.view_as(ratio)
@@ -104,6 +107,7 @@ class DoraDelta(LoraDelta):
         weight = base.weight.detach()
         if not self.learns:
             return self.norms(weight, _squares(weight)).to(self.lora_magnitude_vector.dtype)
+        # Training changes the factors at every step: what was kept of the last answer is stale.
         self._ratio.forget()
         squares_O = self._squares.get(_weights(base), None, lambda: _squares(weight))
         return self.norms(weight, squares_O).to(self.lora_magnitude_vector.dtype)
@@ -117,9 +121,12 @@ class DoraDelta(LoraDelta):
         with no_autocast(weight.device.type):
             a_RI, b_OR = (factor.flatten(1).to(squares_O.dtype) for factor in self.pair)
             a_IR = a_RI.t()
+            # (out, in) by (in, r) in the base's dtype: W in float32 would be a copy of twice its size, each step.
+            # `peft` forms B A, (out, in), and the norm of the sum.
             cross_OR = (weight.flatten(1) @ a_IR.to(weight.dtype)).to(squares_O.dtype)
             change_OR = torch.addmm(cross_OR, b_OR, a_RI @ a_IR, beta=2, alpha=self.scaling)
             change_O = torch.linalg.vecdot(change_OR, b_OR)
+        # Three terms that nearly cancel, where W + s B A is near zero, can come out below it.
         return torch.add(squares_O, change_O, alpha=self.scaling).clamp_min_(0).sqrt_()
 
     @classmethod
@@ -131,6 +138,7 @@ class DoraDelta(LoraDelta):
         with torch.no_grad():
             magnitude = target.lora_magnitude_vector
             start = _squares(_weight_at(site)).sqrt().view_as(magnitude)
+            # m starts as ||W||: what an adapter learned of it is its difference to that, and differences add up.
             changes = [w * (delta.lora_magnitude_vector - start) for w, delta in zip(weights, deltas, strict=True)]
             magnitude.copy_(start + torch.stack(changes).sum(0))
 
@@ -140,6 +148,8 @@ class DoraDelta(LoraDelta):
     def fold_beside(self, dense: Dense, frozen: Dense) -> Dense:
         """c (W + s B A); the norm is that of the frozen weight, as in the forward."""
         own = frozen["weight"]
+        # c is of the base alone: other adapters may be in `dense` by now, and the forward's norm doesn't see them
+        # either.
         norms = self.norms(own, _squares(own))
         magnitude = self.lora_magnitude_vector.detach().flatten().to(norms.dtype)
         ratio = quotient(magnitude, norms).view(-1, *[1] * (own.ndim - 1))
@@ -164,14 +174,17 @@ class Remembered:
         # What was made in inference mode changes without a trace; the compiler can't trace what is asked after it.
         if not sources or is_traced() or any(source.is_inference() for source in sources):
             return compute()
+        # The version counts writes in place; the storage tells of `t.data = other`, which leaves the version as it was.
         state = setting, [(t._version, t.untyped_storage()._cdata, t.device, t.dtype) for t in sources]
         is_same = state == self._state and all(kept() is t for kept, t in zip(self._sources, sources, strict=True))
         if self._value is None or not is_same:
+            # Weakly: a weight that is taken out of the model must not live on here.
             self._sources, self._state = tuple(weakref.ref(source) for source in sources), state
             self._value = compute()
         return self._value
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a module starts with nothing: what was remembered is about the tensors of the other one.
         return Remembered, ()
 
 
@@ -198,6 +211,7 @@ def quotient(magnitude_O: Tensor, norms_O: Tensor) -> Tensor:
 def _squares(weight: Tensor) -> Tensor:
     """||W||^2 by rows, in float32 at least."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
+    # By `dtype=`, which converts while it reads, without a float32 copy of W. In 16 bits the sum would stop growing.
     return torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=dtype).square_()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype
 from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
+from slimtune.methods.lora.init import warn_of_rank, wide
 
 
 class LoraParameters(Delta):
@@ -37,7 +38,7 @@ class LoraParameters(Delta):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name, r in ranks.items():
             weight = site.module.get_parameter(name)
-            _check(site, name, weight, r)
+            _check(site, name, weight)
             experts, features_out, features_in = self._shape(weight)
             options: Any = {"device": weight.device, "dtype": trainable_dtype(weight.dtype, autocast)}
             self.lora_A[name] = nn.Parameter(torch.empty(r * experts, features_in, **options))
@@ -58,6 +59,7 @@ class LoraParameters(Delta):
             )
         for name in self.names:
             a, b = self.lora_A[name], self.lora_B[name]
+            warn_of_rank(self.ranks[name], *self._shape(site.module.get_parameter(name))[1:])
             if isinstance(how, str):
                 nn.init.normal_(a, std=1 / self.ranks[name])
             else:
@@ -71,24 +73,27 @@ class LoraParameters(Delta):
     def adapted(self, name: str, weight: Tensor) -> Tensor:
         """W' in the shape and dtype of W: one new tensor, of which autograd keeps the factors alone."""
         experts, features_out, features_in = self._shape(weight)
+        # Views of the stored layouts: A is (E * r, in), B (out, r * E) with the expert counting fastest.
         a_ERI = self.lora_A[name].view(experts, -1, features_in)
         b_EOR = self.lora_B[name].view(features_out, -1, experts).permute(2, 0, 1)
         left, right = (a_ERI.mT, b_EOR.mT) if self.is_transposed and weight.ndim == 3 else (b_EOR, a_ERI)
         stack = weight.view(-1, *weight.shape[-2:])
         # A stand-in has the dtype of what it stands for, also under autocast.
         with torch.autocast(weight.device.type, enabled=False):
+            # (E, out, in) + s * (E, out, r) (E, r, in) in one kernel and one new tensor.
             changed = torch.baddbmm(stack, left.to(weight.dtype), right.to(weight.dtype), alpha=self.scaling[name])
         return changed.view(weight.shape)
 
     def fold(self, dense: Dense) -> Dense:
         with torch.no_grad():
-            return dense | {n: self.adapted(n, _wide(dense[n])).to(dense[n].dtype) for n in self.names}
+            return dense | {n: self.adapted(n, wide(dense[n])).to(dense[n].dtype) for n in self.names}
 
     def disk_name(self, parameter: str) -> str:
         """As `peft` nests its wrappers: the last parameter outermost."""
         factor, _, name = parameter.partition(".")
         if factor not in ("lora_A", "lora_B"):
             return super().disk_name(parameter)
+        # `peft` wraps a module once for each parameter: the wrapper of the first lies inside of all others.
         return "base_layer." * (len(self.names) - 1 - self.names.index(name)) + f"{factor}.weight"
 
     def extra_repr(self) -> str:
@@ -131,7 +136,7 @@ def _not_found(target: str, modules: Mapping[str, nn.Module]) -> TargetError:
     return TargetError(f"target_parameters names '{target}', which no parameter is called{hint}")
 
 
-def _check(site: Site, name: str, weight: Tensor, r: int) -> None:
+def _check(site: Site, name: str, weight: Tensor) -> None:
     called = f"'{site.name}.{name}'"
     if weight.ndim not in (2, 3):
         raise TargetError(f"{called} has {weight.ndim} dimensions; target_parameters takes those with 2 or 3")
@@ -143,12 +148,3 @@ def _check(site: Site, name: str, weight: Tensor, r: int) -> None:
         raise TargetError(
             f"{called} is the weight of a {type(site.module).__name__}; name the module in target_modules instead"
         )
-    if r > min(weight.shape[-2:]):
-        raise ConfigError(
-            f"the rank {r} is beyond the {weight.shape[-2]} x {weight.shape[-1]} matrices of {called}; choose "
-            f"r <= {min(weight.shape[-2:])} or give it a rank of its own in rank_pattern"
-        )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

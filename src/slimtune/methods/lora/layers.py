@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype
 from slimtune.errors import ConfigError, MergeError, did_you_mean
-from slimtune.methods.lora.init import Factors, Start, orthogonal, pissa, principal
+from slimtune.methods.lora.init import Factors, Start, orthogonal, pissa, principal, quantized_by_loftq, warn_of_rank
+from slimtune.methods.lora.loftq import LoftQConfig, is_4bit
 
 LINEAR_ONLY = ("pissa", "olora", "loftq", "orthogonal")
 """The starts that read the weight of a linear layer."""
@@ -29,18 +30,28 @@ class LoraDelta(Delta):
         scaling: the factor s.
         r: the rank.
         lora_dropout: the probability with which an input of A is dropped while training.
+        lora_bias: b of s (B A x + b), (out,), where it is trained.
     """
 
     factors: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
-    on_disk = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "whole.bias": "base_layer.bias"}
+    on_disk = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+        "whole.bias": "base_layer.bias",
+    }
+    lora_bias: nn.Parameter | None
 
     def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
         super().__init__()
         self.r, self.scaling, self.lora_dropout = r, scaling, dropout
         weight = site.spec
+        # float32 on a 16-bit base: bfloat16's numbers near 0.01 lie 6e-5 apart, and a smaller step is lost.
         dtype = trainable_dtype(weight.dtype, autocast)
         for name, shape in zip(self.factors, self.shapes(site, r), strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
+
+        self.register_parameter("lora_bias", None)
 
     @staticmethod
     @abstractmethod
@@ -58,6 +69,16 @@ class LoraDelta(Delta):
         """(A, B), whose product is the change."""
         return self.trained
 
+    def add_bias(self, site: Site) -> None:
+        """Train a bias of B as well, zero at the start."""
+        self.lora_bias = nn.Parameter(self.trained[1].new_zeros(site.base.features(site.module)[1]))
+
+    def biased(self, bias_O: Tensor | None) -> Tensor | None:
+        """The bias of the base and s b: in one product, both are one."""
+        if self.lora_bias is None:
+            return bias_O
+        return self.scaling * self.lora_bias if bias_O is None else bias_O + self.scaling * self.lora_bias
+
     def keep_start(self) -> None:
         """Keep factors to start from. Raises: ConfigError, for kinds that have none."""
         raise ConfigError(f"a {type(self).__name__} starts from no factors of its base")
@@ -65,9 +86,11 @@ class LoraDelta(Delta):
     def initialise(self, config: Start, site: Site) -> None:
         """Set A and B; the update s B A is zero, but for `init_lora_weights=False`, where both are drawn."""
         a, b = self.trained
+        warn_of_rank(self.r, b.shape[0], a[0].numel())
         if config.initialisation == "gaussian":
             nn.init.normal_(a, std=1 / self.r)
         else:
+            # He-uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)): how `nn.Linear` and so `peft` draw A.
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
@@ -76,6 +99,7 @@ class LoraDelta(Delta):
 
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
+        # In the adapter's dtype and rounded once: the plain formula is what the fused products are compared with.
         return (y + self.scaling * self.low_rank(self.dropped(x))).to(y.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -92,18 +116,26 @@ class LoraDelta(Delta):
         return F.linear(x, a)
 
     def up(self, z: Tensor, b: Tensor) -> Tensor:
-        return F.linear(z, b)
+        return F.linear(z, b, self.lora_bias)
 
     def product(self) -> Tensor:
         """B A as (out, in, ...) in float32: the update without its scale."""
+        # (out, r) by (r, in, ...) over r.
         a, b = (factor.detach().float() for factor in self.pair)
         return torch.tensordot(b, a, dims=1)
 
     def fold(self, dense: Dense) -> Dense:
         weight = dense["weight"]
         # Added in float32 and rounded once: a 16-bit sum would round the small update before it is there.
-        folded = weight.float().add(self.product(), alpha=self.scaling).to(weight.dtype)
-        return dense | {"weight": folded}
+        folded = {"weight": weight.float().add(self.product(), alpha=self.scaling).to(weight.dtype)}
+        if self.lora_bias is not None:
+            if "bias" not in dense:
+                raise MergeError(
+                    "lora_bias was trained on a layer that has no bias to write it into; keep the adapter apart"
+                )
+            bias = dense["bias"]
+            folded["bias"] = bias.float().add(self.lora_bias.detach(), alpha=self.scaling).to(bias.dtype)
+        return dense | folded
 
     @classmethod
     def combine(
@@ -126,8 +158,13 @@ class LoraDelta(Delta):
                 (target.trained[0], a, (slice(a.shape[0]),)),
                 (target.trained[1], b, (slice(None), slice(b.shape[1]))),
             ):
+                # An "svd" of a small matrix gives fewer ranks than the target may have.
                 factor.zero_()
                 factor[ranks].copy_(value.view_as(factor[ranks]))
+            # The scales s_i are inside of the factors. Ranks beyond what was put in stay zero, and add nothing.
+            if target.lora_bias is not None:
+                biases = [scale * delta.lora_bias for scale, delta in zip(scales, deltas, strict=True)]
+                target.lora_bias.copy_(torch.stack(biases).sum(0))
         target.scaling = 1.0
 
     def extra_repr(self) -> str:
@@ -166,6 +203,7 @@ class LoraLinear(LoraDelta):
             for parameter, value in zip(self.trained, self._start(config, site), strict=True):
                 parameter.copy_(value)
             if self.moved:
+                # Copies in the adapter's own dtype, so that the difference is exactly zero at the start.
                 self.get_buffer("start_A").copy_(self.trained[0])
                 self.get_buffer("start_B").copy_(self.trained[1])
 
@@ -177,11 +215,39 @@ class LoraLinear(LoraDelta):
             )
         if config.initialisation == "loftq":
             assert config.originals is not None
+            assert isinstance(config.loftq_config, LoftQConfig)
+            config.loftq_config.check()
             return pissa(config.originals.lost(site), self.r, self.scaling)
         weight_OI = site.base.weight(site.module).detach()
         if config.initialisation == "orthogonal":
             return orthogonal(weight_OI, self.r)
         return principal(weight_OI, self.r, self.scaling, config.initialisation)
+
+    def since_start(self, config: Start, site: Site, a_RI: Tensor, b_OR: Tensor) -> Factors:
+        """Factors of B A - B0 A0, for A and B that `peft` trained on the base less B0 A0."""
+        a0_RI, b0_OR = self.get_buffer("start_A"), self.get_buffer("start_B")
+        if not a0_RI.any():
+            # Filled and not started: the same decomposition of the same weight gives the same product, whatever the
+            # signs of its directions.
+            self.initialise(config, site)
+        return _difference(a_RI.to(a0_RI), b_OR.to(b0_OR), a0_RI, b0_OR)
+
+    def stand_on_quantized(self, site: Site, config: LoftQConfig) -> None:
+        """Let what LoftQ's quantization leaves of W stand in for W; a base in 4 bits is that already.
+
+        Raises:
+            ConfigError: the base is quantized otherwise.
+        """
+        if is_4bit(site):
+            return
+        if site.base.dequantizer(site.module) is not None:
+            raise ConfigError(
+                f"'{site.name}' is quantized otherwise than LoftQ quantized the base that this adapter was trained on; "
+                'load the base in 16 bits or with quantize="nf4"'
+            )
+        weight_OI = site.base.weight(site.module).detach()
+        quantized = quantized_by_loftq(weight_OI, self.r, config).to(weight_OI.dtype)
+        self.hold_beside("weight", site.base.repack(site.module, {"weight": quantized})["weight"])
 
     def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.moved:
@@ -194,6 +260,7 @@ class LoraLinear(LoraDelta):
     def from_disk(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.moved:
             return super().from_disk(stored)
+        # [A - A0; A0] and [B, B - B0], the rank-2r LoRA of the file, taken apart again (ADR 7).
         (a_change, a_start), (b, b_change) = (
             stored[self.disk_name(name)].split(self.r, dim) for name, dim in (("lora_A", 0), ("lora_B", 1))
         )
@@ -223,6 +290,7 @@ class LoraConv(LoraDelta):
         self.convolve = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
         self.pad: tuple[list[int], str] | None = None
         if conv.padding_mode != "zeros":
+            # `F.conv2d` pads with zeros alone: reflected and circular borders are padded before it.
             self.pad = (conv._reversed_padding_repeated_twice, conv.padding_mode)
             self.strides["padding"] = 0
 
@@ -238,7 +306,7 @@ class LoraConv(LoraDelta):
         return self.convolve(x, a, **self.strides)
 
     def up(self, z: Tensor, b: Tensor) -> Tensor:
-        return self.convolve(z, b, groups=self.groups)
+        return self.convolve(z, b, self.lora_bias, groups=self.groups)
 
     def product(self) -> Tensor:
         if self.groups > 1:
@@ -270,8 +338,13 @@ class LoraEmbedding(LoraDelta):
 
     def initialise(self, config: Start, site: Site) -> None:
         a, b = self.trained
+        warn_of_rank(self.r, b.shape[0], a.shape[1])
+        # The other way round than in a linear layer, as in `peft`: A is the looked-up table, and starts at zero.
         nn.init.normal_(a) if config.init_lora_weights is False else nn.init.zeros_(a)
         nn.init.normal_(b)
+
+    def add_bias(self, site: Site) -> None:
+        raise ConfigError(f"lora_bias is for layers, and '{site.name}' is an embedding; leave it out of target_modules")
 
     def dropped(self, x: Tensor) -> Tensor:
         """The ids: there is nothing in them to drop."""
@@ -281,11 +354,13 @@ class LoraEmbedding(LoraDelta):
         return super().low_rank(x) * self.embed_scale
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
+        # A^T (rows, r) is looked up as the base's table is; the row of the padding token gets no gradient.
         return F.embedding(x, a.t(), self.padding_idx)
 
 
 def _cat(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Tensor, Tensor]:
     pairs = [delta.pair for delta in deltas]
+    # (sum of r_i, in): the weights and scales go into A, so that B is stacked as it is.
     a = torch.cat([scale * a.detach() for scale, (a, _) in zip(scales, pairs, strict=True)], dim=0)
     return a, torch.cat([b.detach() for _, b in pairs], dim=1)
 
@@ -295,6 +370,8 @@ def _linear(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Te
     ranks = {len(a) for a, _ in pairs}
     if len(ranks) > 1:
         raise ConfigError(f"combination_type 'linear' needs equal ranks, found {sorted(ranks)}; use 'cat' or 'svd'")
+    # sqrt|w s| in each factor and the sign in A. The sum of products is not the product of sums: the terms B_i A_j
+    # between adapters are in it, which is what "linear" is in `peft`, too.
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signs = [math.copysign(1.0, scale) for scale in scales]
     a = sum(sign * root * a for sign, root, (a, _) in zip(signs, roots, pairs, strict=True))
@@ -305,9 +382,11 @@ def _linear(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Te
 def _svd(deltas: list[LoraDelta], scales: list[float], rank: int, svd_clamp: float | None = None,
          ) -> tuple[Tensor, Tensor]:  # fmt: skip
     update = sum(scale * delta.product().flatten(1) for scale, delta in zip(scales, deltas, strict=True))
+    # Of the whole (out, in) update in float32; sigma goes into B, as in `peft`.
     u, sigma, v = torch.linalg.svd(torch.as_tensor(update), full_matrices=False)
     b, a = u[:, :rank] * sigma[:rank], v[:rank]
     if svd_clamp is not None:
+        # One bound for all entries of both factors.
         bound = float(torch.quantile(torch.cat([b.flatten(), a.flatten()]), svd_clamp))
         a, b = a.clamp(-bound, bound), b.clamp(-bound, bound)
     return a, b

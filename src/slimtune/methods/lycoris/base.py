@@ -20,7 +20,7 @@ from slimtune.core.config import LayeredConfig
 from slimtune.core.delta import Delta, Dense, Frozen, Site, added, trainable_dtype
 from slimtune.core.patterns import by_pattern
 from slimtune.errors import check_choice, check_number, check_whole
-from slimtune.ops.frozen_linear import is_traced
+from slimtune.ops.autograd import is_traced
 
 
 @dataclass
@@ -121,11 +121,14 @@ class LycorisDelta(Delta):
 
     def skips(self) -> bool:
         """Whether module dropout leaves the layer's update out this time."""
+        # One number a layer and call, from the CPU's generator: no device is waited for.
         return bool(self.training and self.module_dropout and torch.rand(1).item() <= self.module_dropout)
 
     def kept_rows(self) -> Tensor:
         """One for each output that rank dropout keeps, enlarged by what it drops, and zero for the others."""
+        # (out,): an output's whole update is kept or dropped, for all tokens of the call.
         kept_O = (torch.rand(self.shape[0]) > self.rank_dropout).float()
+        # By the part that was really kept, not by its expectation, as in `peft`; if none is, zeros stay zeros.
         return kept_O / kept_O.mean().clamp_min(1 / len(kept_O)) if self.rescales_kept else kept_O
 
     def fold(self, dense: Dense) -> Dense:
@@ -148,6 +151,7 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     if is_traced() or not torch.is_grad_enabled():
         return function(*tensors)
+    # A product of small factors is as large as W: without this, autograd would keep one for each layer.
     return _Recomputed.apply(function, *tensors)  # type: ignore[return-value]
 
 
@@ -172,11 +176,14 @@ class _UpdatedProduct(torch.autograd.Function):
         ctx: Any, update: Any, x_TI: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, *factors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI, *factors)
+        # The backward pass makes the update again, and under the same autocast, or it would be another one.
         ctx.update, ctx.autocast = update, _autocast(x_TI.device.type)
         if weight_OI is not None and would_swallow(weight_OI):
             y_TO = F.linear(x_TI, weight_OI, bias_O)
+            # 16 bits: two products into one tensor. dW is made in float32 and rounded once (ADR 6).
             return y_TO.addmm_(x_TI, update(*factors).to(x_TI.dtype).t())
         update_OI = update(*factors)
+        # 32 bits: W + s dW in the memory of the update, and one product.
         update_OI = update_OI if weight_OI is None else update_OI.to(weight_OI.dtype).add_(weight_OI)
         return F.linear(x_TI.to(update_OI.dtype), update_OI, bias_O)
 
@@ -192,10 +199,13 @@ class _UpdatedProduct(torch.autograd.Function):
         of_factors: Any = [None] * len(factors)
         with torch.autocast(device, enabled=False):
             if any(needed):
+                # The gradient of dW, (out, in); autograd takes it on to the factors through the update that was made
+                # again.
                 of_update_OI = (g_TO.t() @ x_TI.to(g_TO.dtype)).to(update_OI.dtype)
                 of_factors = torch.autograd.grad(update_OI, leaves, of_update_OI)
             gx_TI, update_OI = None, update_OI.detach()
             if needs_x and weight_OI is not None and would_swallow(weight_OI):
+                # As in forward: in 16 bits W and dW each have a product.
                 gx_TI = (g_TO @ weight_OI).addmm_(g_TO, update_OI.to(g_TO.dtype))
             elif needs_x:
                 sum_OI = update_OI if weight_OI is None else update_OI.to(weight_OI.dtype).add_(weight_OI)
@@ -225,6 +235,7 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needed = ctx.needs_input_grad[1:]
+        # New leaves: the graph that is built here ends at them and is gone after this call.
         leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad(), torch.autocast(ctx.device, *ctx.autocast):
             result = ctx.function(*leaves)

@@ -60,6 +60,7 @@ class LohaDelta(LycorisDelta):
 
     def update(self, *factors: Tensor) -> Tensor:
         half = len(factors) // 2
+        # s times an (out, r) factor, and not times the (out, in) product.
         factors = (factors[0] * self.scaling, *factors[1:])
         one, two = (_product(*factors[i : i + half]) for i in (0, half))
         return (one * two).view(self.shape)
@@ -80,5 +81,6 @@ class LohaConv(LohaDelta):
     """The convolution of the base with s * dW in place of its weight."""
 
     def change(self, module: Any, x: Tensor) -> Tensor:
+        # A convolution has no cheaper form: dW is made whole, and again in backward.
         weight = recomputed(self.update, *self.factors)
         return module._conv_forward(x.to(weight.dtype), weight, None)

@@ -62,6 +62,7 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor
     greatest = math.isqrt(dimension) if factor == -1 else min(factor, math.isqrt(dimension))
+    # The largest divisor up to the root: for a prime width that is 1, and W2 is the whole matrix.
     m = next(m for m in range(greatest, 0, -1) if dimension % m == 0)
     return m, dimension // m
 
@@ -81,6 +82,7 @@ class LokrDelta(LycorisDelta):
         r = self.r
         whole_1 = not config.decompose_both or r >= max(a, c) / 2
         shapes = {"w1": (a, c)} if whole_1 else {"w1_a": (a, r), "w1_b": (r, c)}
+        # Two factors of rank r would hold as many numbers as the matrix, or more; the bound is `peft`'s.
         if r >= max(b, d) / 2:
             shapes |= {"w2": self.large_shape}
         elif self.has_core:
@@ -120,6 +122,7 @@ class LokrDelta(LycorisDelta):
 
     def update(self, *factors: Tensor) -> Tensor:
         w1, w2 = self.pair(*factors)
+        # W1 has no kernel: ones for its axes, so that `kron` multiplies channels by channels.
         aligned = w1 if self.is_misaligned else w1.view(*w1.shape, *[1] * (w2.ndim - 2))
         return torch.kron(aligned, w2.contiguous()).reshape(self.shape)
 
@@ -137,6 +140,7 @@ class LokrLinear(LokrDelta):
         """s * W1 X W2^T in the precision of x."""
         w1_AC, w2_BD = (matrix.to(x.dtype) for matrix in self.pair(*factors))
         (a, c), (b, d) = w1_AC.shape, w2_BD.shape
+        # x_I read as X_CD: (W1 (x) W2) x is W1 X W2^T, of the shape (A, B), flattened.
         x_TCD, shape = x.reshape(-1, c, d), (*x.shape[:-1], a * b)
         # Both orders give the same; the one with fewer multiplications.
         if c * b * (d + a) <= d * a * (c + b):
@@ -160,6 +164,7 @@ class LokrConv(LokrDelta):
         w1_AC, w2 = self.pair(*factors)
         (a, c), (b, d, *kernel) = w1_AC.shape, w2.shape
         batch, size = x.shape[: -len(kernel) - 1], x.shape[-len(kernel) :]
+        # C becomes part of the batch: (N, C * D, ...) as (N * C, D, ...), each through the convolution with W2.
         z = module._conv_forward(x.reshape(-1, d, *size), w2, None)
         y_NAS = w1_AC @ z.reshape(-1, c, b * math.prod(z.shape[2:]))
         return y_NAS.reshape(*batch, a * b, *z.shape[2:])

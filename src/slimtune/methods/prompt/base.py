@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,6 +59,7 @@ class PromptLearningConfig(PeftConfig):
         """Note what was found in the model. Raises: ConfigError, BaseMismatchError, for a prompt that doesn't fit."""
         config = model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        # One position at least has to be left for a token.
         if limit and self.num_virtual_tokens > limit - 1:
             raise ConfigError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no room for text in the {limit} positions of "
@@ -75,6 +76,22 @@ class PromptLearningConfig(PeftConfig):
             self.num_transformer_submodules = 2 if model.config.is_encoder_decoder else 1
         if self.task_type is None:
             self.task_type = task_of(model)
+
+    def read(self, tensors: Mapping[str, Tensor], placed: list[tuple[Site, Any]], source: object) -> dict[str, Tensor]:
+        """Without the encoder's tensors, which serve training alone, where it isn't to be trained.
+
+        Raises:
+            ConfigError: it is to be trained, and only what it computed is stored.
+        """
+        trained = next((delta for _, delta in placed if isinstance(delta, VirtualTokens) and delta.encoded), None)
+        rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(ENCODER.removeprefix("/"))}
+        if trained and "prompt_embeddings" in rest and len(rest) == len(tensors):
+            raise ConfigError(
+                f"'{source}' holds the virtual tokens alone, without the network that computed them, which peft does "
+                "not store: it can be used but not trained further; to go on with the tokens themselves, load it with "
+                f"config={trained.direct}(num_virtual_tokens={trained.count}) and is_trainable=True"
+            )
+        return dict(tensors) if trained else rest
 
     def link_deltas(self, model: Any, drafted: Any) -> None:
         """Let heads that are trained whole be called as `peft` does, which wraps the model in no other for a prompt."""
@@ -144,6 +161,7 @@ def token_ids(text: str, tokenizer: str, options: Mapping[str, Any] | None, coun
 
     from slimtune.storage.source import PACKAGED, resolve
 
+    # Of the packaged names alone: any other is a folder or a Hub id, which transformers finds.
     source = resolve(tokenizer) if tokenizer in PACKAGED else tokenizer
     try:
         found = AutoTokenizer.from_pretrained(source, **dict(options or {}))
@@ -175,6 +193,7 @@ class VirtualTokens(Delta):
         if encoder is None:
             self.prompt_embeddings = nn.Parameter(torch.empty(rows, dim, device=like.device, dtype=dtype))
         else:
+            # No table beside it: what an encoder computes is what is used and stored.
             self.encoder = encoder.to(like.device, dtype)
 
     @property
@@ -193,6 +212,7 @@ class VirtualTokens(Delta):
             return {"/prompt_embeddings": own["prompt_embeddings"]}
         inside = {name.removeprefix("encoder."): tensor for name, tensor in own.items()}
         # A copy: the tensors may be gathered ones, and dropout must not draw.
+        # `own` is what is to be stored, which under FSDP isn't what the module holds.
         encoder = copy.deepcopy(self.encoder).eval()
         encoder.load_state_dict(inside)
         with torch.no_grad():
@@ -202,17 +222,6 @@ class VirtualTokens(Delta):
         if not self.encoded:
             return {"prompt_embeddings": stored["/prompt_embeddings"]}
         return {name: stored[ENCODER + name.removeprefix("encoder.")] for name in self.state_dict()}
-
-    def keys_for_training(self, keys: Collection[str], source: object) -> set[str]:
-        """The encoder's. Raises: ConfigError, where it is to be trained and only what it computed is stored."""
-        encoder = {key for key in keys if key.startswith(ENCODER.removeprefix("/"))}
-        if self.encoded and "prompt_embeddings" in keys and not encoder:
-            raise ConfigError(
-                f"'{source}' holds the virtual tokens alone, without the network that computed them, which peft does "
-                "not store: it can be used but not trained further; to go on with the tokens themselves, load it with "
-                f"config={self.direct}(num_virtual_tokens={self.count}) and is_trainable=True"
-            )
-        return set() if self.encoded else encoder
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.count}"
@@ -254,6 +263,7 @@ class Call(dict[str, Any]):
         tensor = self.get(name)
         if tensor is None:
             return
+        # A mask of four dimensions holds a number for each query and key, in which virtual tokens have no known place.
         if not isinstance(tensor, Tensor) or tensor.ndim != 2:
             raise ConfigError(f"virtual tokens take {name} as (rows, tokens); found {_shape(tensor)}")
         self[name] = torch.cat([tensor.new_full((len(tensor), count), value), tensor], dim=1)
@@ -283,14 +293,19 @@ class Call(dict[str, Any]):
         mask_BS = self.get("attention_mask")
         if mask_BS is None:
             return
+        # S = n + T: room for the n virtual tokens was made in front of the T columns of text.
         text_BT = mask_BS[:, count:]
+        # Up to the first token of a row the running count is zero: those columns are the pads on its left.
         stays_BT = text_BT.bool() if also_behind else text_BT.cumsum(1) > 0
         stays_BS = torch.cat([stays_BT.new_ones(len(stays_BT), count), stays_BT], dim=1)
+        # Zeros first and otherwise as it was: [pads, virtual tokens, text] in each row. A window that counts back from
+        # a token then meets its text and its virtual tokens before any pad, as in the row alone.
         order_BS = stays_BS.int().argsort(dim=1, stable=True)
         self["attention_mask"] = mask_BS.gather(1, order_BS)
         if begins:
             for name in ("token_type_ids", "position_ids"):
                 if self.get(name) is not None:
+                    # Positions may have axes in front, as M-RoPE's (3, rows, S); rows may be one for all.
                     shape = (*self[name].shape[:-2], *order_BS.shape)
                     self[name] = self[name].expand(shape).gather(-1, order_BS.expand(shape))
             embeds_BSD = self["inputs_embeds"]
@@ -312,6 +327,9 @@ class Call(dict[str, Any]):
             front = torch.arange(count, device=given.device, dtype=given.dtype).expand(*given.shape[:-1], count)
             self["position_ids"] = torch.cat([front, given + count], dim=-1) if also_in_front else given + count
         elif causal and mask is not None and "position_ids" in self.accepted:
+            # Of the mask with the n ones in front: text begins at n however many pads stand before it, and a pad
+            # repeats the position before it, never below n - 1. transformers' own count would begin at the first column
+            # (ADR 8).
             self["position_ids"] = (mask.long().cumsum(-1) - 1)[:, -self.tokens().shape[1] :]
 
 

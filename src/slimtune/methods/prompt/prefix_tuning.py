@@ -110,6 +110,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.prefix_projection:
             self.encoder_hidden_size = self.encoder_hidden_size or heads * head_dim
             if not self.inference_mode:
+                # For inference the file's n vectors are enough; the network that made them serves training.
                 encoder = PrefixMlp(self.num_virtual_tokens, heads * head_dim, self.encoder_hidden_size, width)
         like = next(model.parameters())
         dtype = trainable_dtype(like.dtype, autocast_adapter_dtype)
@@ -155,6 +156,7 @@ def _shape_of_keys(model: Any, config: Any) -> tuple[int, int, int]:
 
 def _window_of(model: Any) -> int | None:
     """How many tokens a layer sees at most, where some layer sees only the latest."""
+    # A cache of the caller's own is written as ever; for a step that keeps none, this one hands the prefix over.
     cache = _empty_cache(model)
     layers = getattr(cache, "self_attention_cache", cache).layers
     return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
@@ -222,12 +224,15 @@ class Prefix(VirtualTokens):
         else:
             ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (self.count,))
         ids_1N = ids.to(self.prompt_embeddings.device)[None]
+        # Whole: a layer with a window would keep the last words alone, and the prefix would be shorter there.
         cache = _empty_cache(model, whole=True)
         training = model.training
         with model.disable_adapter() if hasattr(model, "adapter_state") else contextlib.nullcontext():
+            # What the base computes for words alone, without dropout and without other adapters.
             model.eval()(input_ids=ids_1N, past_key_values=cache)
             model.train(training)
         pairs = [tensor[0] for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        # 2 * layers times (heads, n, head_dim) as (n, 2 * layers, heads, head_dim), whose rows are those of P.
         words_NCHD = torch.stack(pairs).permute(2, 0, 1, 3)
         self.prompt_embeddings.copy_(words_NCHD.reshape(self.count, -1))
 
@@ -239,6 +244,7 @@ class Prefix(VirtualTokens):
         if begins:
             call.check_not_packed(self.causal)
         if not self.causal and call.get("attention_mask") is None:
+            # An encoder without a mask makes one as long as its tokens, in which the prefix has no place.
             call["attention_mask"] = call.tokens().new_ones(call.tokens().shape[:2], dtype=torch.long)
         call.put_before(f"{of}attention_mask", 1, self.count)
         call.shift_positions(self.count, also_in_front=False, causal=self.causal)
@@ -259,6 +265,7 @@ class Prefix(VirtualTokens):
     def _begin(self, base: Frozen, call: Call, of: str) -> Any:
         """The first call of a sequence, after which the prefix is in the cache like any other keys and values."""
         model, cache = base.module, call.cache
+        # A checkpointed layer runs twice in a step: written to, a cache would hold each token's keys twice then.
         is_again = model.training and torch.is_grad_enabled() and recomputes(model)
         kept = not is_again and (cache is not None or self._keeps_cache(call, model))
         if cache is None or is_again:
@@ -269,6 +276,7 @@ class Prefix(VirtualTokens):
         call["past_key_values"] = cache
         with _cache_in_checkpoints(model, self.encoded) if is_again else contextlib.nullcontext():
             outputs = base(**call)
+        # Some models drop a cache in training without a word, and would then train a prefix that nothing reads.
         if not (reader.used if reader else own.get_seq_length() > self.count):
             raise ConfigError(
                 f"the layers of this {type(model).__name__} didn't read the prefix; switch gradient checkpointing off "
@@ -286,12 +294,15 @@ class Prefix(VirtualTokens):
         """Let the prefix be what is cached for each row."""
         device = next(self.parameters()).device.type
         if torch.is_autocast_enabled(device):
+            # The layers' own keys come in autocast's dtype, and both are concatenated.
             dtype = torch.get_autocast_dtype(device)
         prompt_NP = self.prompt().to(dtype)
+        # (n, 2 * layers * heads * head_dim), as `peft` stores it, to (2 * layers, heads, n, head_dim).
         pairs_CHND = prompt_NP.view(self.count, 2 * self.layers, self.heads, -1).permute(1, 2, 0, 3)
         for i in range(self.layers):
             pair = 2 * self.stride * i % (2 * self.layers)
             keys_HND, values_HND = pairs_CHND[pair], pairs_CHND[pair + 1]
+            # Expanded to (rows, heads, n, head_dim): one prefix for all rows of the batch, whose gradients add up.
             cache.update(keys_HND.expand(rows, -1, -1, -1), values_HND.expand(rows, -1, -1, -1), i)
 
 
@@ -328,6 +339,8 @@ class _Reader:
 
     def __call__(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self.used = True
+        # `update` puts longer tensors into the record of a layer; into a copy of it, so that the layer's own stay as
+        # long.
         return copy.copy(self.layers[layer_idx]).update(keys, values, *args, **kwargs)
 
 
@@ -343,6 +356,8 @@ def _make_read_only(cache: Any) -> _Reader:
     own = getattr(cache, "self_attention_cache", cache)
     own.update = reader = _Reader(own)
     if own is not cache:
+        # Or a checkpointed layer that is computed again would take its cross-attention's keys from the first time,
+        # which belong to another graph.
         cache.is_updated = _Forgetful()
         cache.cross_attention_cache.update = lambda keys, values, *args, **kwargs: (keys, values)
     return reader

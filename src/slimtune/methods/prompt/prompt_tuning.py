@@ -64,6 +64,7 @@ class EmbeddedPromptConfig(PromptLearningConfig):
                 "embedding; use a method that changes modules, such as LoRA"
             )
         self.observe(site.module, embedding.embedding_dim, config.num_attention_heads, config.num_hidden_layers)
+        # `peft` stores n rows for each half of an encoder-decoder, and reads the first n alone; so does `_embed`.
         rows = self.num_virtual_tokens * (self.num_transformer_submodules or 1)
         dtype = trainable_dtype(embedding.weight.dtype, autocast_adapter_dtype)
         encoder = None if self.inference_mode else self.encoder(rows)
@@ -120,8 +121,10 @@ class PromptTuningConfig(EmbeddedPromptConfig):
         """The embeddings (rows, dim) that the virtual tokens start from. Raises: ConfigError."""
         device = embedding.weight.device
         if self.prompt_tuning_init == PromptTuningInit.RANDOM:
+            # With deviation 1, as `nn.Embedding` draws: `peft`'s start.
             return torch.randn(rows, embedding.embedding_dim, device=device)
         if self.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
+            # Drawn on the CPU, so that one seed gives one start on every device.
             return embedding(torch.randint(0, embedding.num_embeddings, (rows,)).to(device))
         text, tokenizer = str(self.prompt_tuning_init_text), str(self.tokenizer_name_or_path)
         ids = token_ids(text, tokenizer, self.tokenizer_kwargs, rows)
@@ -154,6 +157,7 @@ class SoftPrompt(VirtualTokens):
     def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
         call = Call(base.module, args, kwargs)
         begins = call.begins
+        # Later steps of `generate` find the virtual tokens in the cache, and need room in mask and positions alone.
         if begins:
             call.check_not_packed(self.causal)
             self._embed(call, base.module)
@@ -170,7 +174,9 @@ class SoftPrompt(VirtualTokens):
         call["inputs_embeds"] = input_embeddings(model)(ids) if embeds is None else embeds
         tokens_BTD = call["inputs_embeds"]
         prompt_ND = self.prompt()[: self.count].to(tokens_BTD.dtype)
+        # (rows, n + T, dim), in the dtype of the embeddings: P is trained in float32 and read in 16 bits.
         call["inputs_embeds"] = torch.cat([prompt_ND.expand(len(tokens_BTD), -1, -1), tokens_BTD], dim=1)
+        # A virtual token belongs to the first segment, and is no label.
         call.put_before("token_type_ids", 0, self.count)
         labels = call.get("labels")
         # Labels of tokens, not those of several classes.
@@ -203,5 +209,6 @@ class CrossAttentionRoom(Delta):
             inputs: Mapping[str, Any] = {name: call[name] for name in names if name in call}
             given = {name: call.pop(name) for name in ("input_ids", "inputs_embeds") if name in call}
             call["encoder_outputs"] = base.module.get_encoder()(**given, **inputs, return_dict=True)
+        # The encoder's states are n longer than the mask that came with the call.
         call.put_before("attention_mask", 1, self.prompt.count)
         return base(**call)

@@ -1,8 +1,9 @@
-"""What quantization took from the weights of a model, by the safetensors files that it was quantized from."""
+"""What LoftQ starts from: its settings, and what quantization took from the weights, by the files that it read."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,31 @@ _ALIKE = 0.5
 """The largest ||W - Q|| / ||W|| with which Q may have been made of W; 4 bits lose about a tenth."""
 
 _WAY_OUT = "pass the folder with the weights of 16 bits to replace_lora_weights_loftq(model, model_path=...)"
+
+
+@dataclass
+class LoftQConfig:
+    """How LoftQ quantizes; names and defaults are those of `peft.LoftQConfig`.
+
+    The base is quantized already and stays as it is, so that both fields have but one value here.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+    def check(self) -> None:
+        """Raises: ConfigError, for what would need another base."""
+        if self.loftq_bits != 4:
+            raise ConfigError(
+                f"loftq_bits must be 4, found {self.loftq_bits!r}; the bits are those that the base is loaded in, and "
+                "LoftQ is for 4"
+            )
+        if self.loftq_iter != 1:
+            raise ConfigError(
+                f"loftq_iter must be 1, found {self.loftq_iter!r}; a second iteration quantizes the base anew, and the "
+                "base is frozen here and shared by all adapters; leave loftq_iter out, and choose a higher r to start "
+                "nearer to the weights from before quantization"
+            )
 
 
 class Originals:
@@ -49,9 +75,11 @@ class Originals:
                 'them; load the model with quantize="nf4", or leave that layer out of target_modules'
             )
         quantized_OI = site.base.weight(site.module).detach()
+        # One layer at a time: the 16-bit model is never in memory beside the quantized one.
         original = self._read(f"{site.name}.weight").to(quantized_OI.device, torch.float32)
         # A Conv1D is stored as (in, out), and a square one doesn't show it.
         losses = [turn - quantized_OI for turn in (original, original.t()) if turn.shape == quantized_OI.shape]
+        # Another checkpoint of the same shapes would start the adapter at the difference of two models.
         losses = [loss_OI for loss_OI in losses if loss_OI.norm() <= _ALIKE * original.norm()]
         if not losses:
             raise ConfigError(
