@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimtune.data.batches import PadRight
-from slimtune.data.encode import IGNORED, Encoded, encode, encode_row, pieces
+from slimtune.data.batches import IGNORED, Encoded, PadRight, pieces
+from slimtune.data.encode import encode, encode_row
 from slimtune.data.reading import read_rows
 from slimtune.data.rows import Conversation, Pair
 from slimtune.errors import DataError

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from slimtune import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from slimtune.data.batches import Objective, PackRows, PadRight
-from slimtune.data.encode import IGNORED, Encoded, encode
+from slimtune.data.batches import IGNORED, Encoded, Objective, PackRows, PadRight
+from slimtune.data.encode import encode
 from slimtune.data.packing import best_fit, check_packs, pack
 from slimtune.data.rows import Conversation
 from slimtune.errors import ConfigError

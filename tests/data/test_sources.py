@@ -10,8 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from slimtune.data.mixing import drawn, exact_shares
-from slimtune.data.reading import Part, read_parts, read_rows, read_texts
+from slimtune.data.reading import SourceRows, drawn, exact_shares, read_rows, read_splits, read_texts
 from slimtune.data.rows import Document, Pair
 from slimtune.data.settings import DataSettings, Source
 from slimtune.data.sources import records
@@ -63,7 +62,7 @@ def test_a_folder_is_its_files_by_split(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("about")
     assert [value for value, _ in records(Source(str(tmp_path)))] == ROWS[:4]
     assert [value for value, _ in records(Source(str(tmp_path), split="test"))] == ROWS[4:]
-    parts = read_parts(DataSettings(tmp_path, {"path": str(tmp_path), "split": "test"}))
+    parts = read_splits(DataSettings(tmp_path, {"path": str(tmp_path), "split": "test"}))
     assert parts.train[0].name == f"{tmp_path} (train-1.jsonl, train-2.jsonl)"
     assert len(parts.held_out[0].rows) == 1
     with pytest.raises(DataError, match="no split 'dev'; its files are of test, train"):
@@ -94,18 +93,18 @@ def test_fields_that_only_other_rows_have_are_not_there(tmp_path: Path) -> None:
 def test_columns_are_renamed(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", {"question": "q", "answer": "a", "prompt": "not this"})
     source = Source(str(path), fields={"prompt": "question", "completion": "answer"})
-    (part,) = read_parts(DataSettings(source)).train
+    (part,) = read_splits(DataSettings(source)).train
     assert part.rows == [Pair(prompt="q", completion="a")]
     with pytest.raises(DataError, match=r"line 1 has no column 'qestion'.*did you mean 'question'"):
-        read_parts(DataSettings(Source(str(path), fields={"prompt": "qestion"})))
+        read_splits(DataSettings(Source(str(path), fields={"prompt": "qestion"})))
 
 
 def test_a_format_of_ones_own_choice(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", {"text": "a", "label": "b"})
-    assert read_parts(DataSettings(path)).task == "classification"
-    assert read_parts(DataSettings(path, format="text")).train[0].rows == [Document(text="a")]
-    assert read_parts(DataSettings({"path": str(path), "format": "text"})).task == "text"
-    assert read_parts(DataSettings(path), task="text").train[0].format == "text"
+    assert read_splits(DataSettings(path)).task == "classification"
+    assert read_splits(DataSettings(path, format="text")).train[0].rows == [Document(text="a")]
+    assert read_splits(DataSettings({"path": str(path), "format": "text"})).task == "text"
+    assert read_splits(DataSettings(path), task="text").train[0].format == "text"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_places_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no data file"):
         read_rows(tmp_path / "empty")
     with pytest.raises(DataError, match="a file has no split"):
-        read_parts(DataSettings({"path": str(tmp_path / "train.jsonl"), "split": "test"}))
+        read_splits(DataSettings({"path": str(tmp_path / "train.jsonl"), "split": "test"}))
 
 
 def test_texts_to_judge_need_no_label(tmp_path: Path) -> None:
@@ -159,31 +158,31 @@ def test_texts_to_judge_need_no_label(tmp_path: Path) -> None:
 def test_a_share_of_each_source_is_held_out(tmp_path: Path) -> None:
     paths = [write_lines(tmp_path / f"{name}.jsonl", *(r | {"prompt": f"{name}{i}"} for i, r in enumerate(ROWS * 4)))
              for name in "ab"]  # fmt: skip
-    parts = read_parts(DataSettings(paths, 0.25), seed=3)
+    parts = read_splits(DataSettings(paths, 0.25), seed=3)
     for name, train, held_out in zip("ab", parts.train, parts.held_out, strict=True):
         prompts = [row.prompt for row in (*train.rows, *held_out.rows)]
         assert (len(train.rows), len(held_out.rows)) == (15, 5)
         assert sorted(prompts) == sorted(f"{name}{i}" for i in range(20))
         line = train.rows[0].prompt.removeprefix(name)
         assert train.places[0].endswith(f"line {int(line) + 1}")
-    assert read_parts(DataSettings(paths, 0.25), seed=3) == parts
-    assert read_parts(DataSettings(paths, 0.25), seed=4) != parts
+    assert read_splits(DataSettings(paths, 0.25), seed=3) == parts
+    assert read_splits(DataSettings(paths, 0.25), seed=4) != parts
     for share, said in ((0.01, "nothing is held out of the 20 examples"), (0.99, "nothing is left to learn from")):
         with pytest.raises(DataError, match=said):
-            read_parts(DataSettings(paths, share))
+            read_splits(DataSettings(paths, share))
 
 
 def test_sources_of_different_tasks(tmp_path: Path) -> None:
     one = write_lines(tmp_path / "a.jsonl", {"text": "a", "label": "b"})
     other = write_lines(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(DataError, match=r"a\.jsonl is data for task classification; .*b\.jsonl is data for task text"):
-        read_parts(DataSettings([one, other]))
+        read_splits(DataSettings([one, other]))
     with pytest.raises(ConfigError, match="no task 'txt'"):
-        read_parts(DataSettings(one), task="txt")
+        read_splits(DataSettings(one), task="txt")
 
 
-def parts(*sources: tuple[int, float | None]) -> list[Part]:
-    return [Part(f"{number}", "text", list(range(count)), weight=w) for number, (count, w) in enumerate(sources)]
+def parts(*sources: tuple[int, float | None]) -> list[SourceRows]:
+    return [SourceRows(f"{number}", "text", list(range(count)), weight=w) for number, (count, w) in enumerate(sources)]
 
 
 def test_weights_are_exact_shares_of_an_epoch() -> None:

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.data.batches import PackRows, count_packed
-from slimtune.data.encode import Encoded, encode
+from slimtune.data.batches import Encoded, PackRows, count_packed
+from slimtune.data.encode import encode
 from slimtune.data.reading import read_rows
 from slimtune.data.settings import DataSettings
 from slimtune.data.streaming import as_examples

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slimtune.data.encode import IGNORED
+from slimtune.data.batches import IGNORED
 from slimtune.data.tasks.word_alignment import align, tags_of
 from slimtune.errors import DataError
 from small_encoder import encoder_tokenizer

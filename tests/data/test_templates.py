@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import trl
 
+from slimtune.data.batches import IGNORED, Encoded, pieces
 from slimtune.data.chat_template import named_templates, render, use_template
-from slimtune.data.encode import IGNORED, Encoded, encode, encode_row, pieces
+from slimtune.data.encode import encode, encode_row
 from slimtune.data.rows import Conversation
 from slimtune.errors import ConfigError, DataError
 from small_text_model import CHATML, tiny_tokenizer

@@ -59,14 +59,13 @@ def test_the_python_prints_what_is_shown(at_work: Path, capsys: pytest.CaptureFi
 
 
 def test_the_recipe_is_one_and_its_sources_are_mixed_as_is_said(at_work: Path) -> None:
-    from slimtune.data.mixing import exact_shares
-    from slimtune.data.reading import read_parts
+    from slimtune.data.reading import exact_shares, read_splits
 
     (at_work / "recipe.yaml").write_text(blocks("yaml")[0])
     invoke("demo-data", "--output", "orders", "--train", "20", "--held-out", "4")
     with (at_work / "faq.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("question", "answer"), *((f"q{n}", f"a{n}") for n in range(4))])
-    parts = read_parts(Recipe.read(at_work / "recipe.yaml").data)
+    parts = read_splits(Recipe.read(at_work / "recipe.yaml").data)
     assert exact_shares(parts.train) == [18, 6]
     assert [part.format for part in parts.train] == ["messages", "prompt-completion"]
 

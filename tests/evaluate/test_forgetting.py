@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import slimtune
-from slimtune.data.encode import Encoded
+from slimtune.data.batches import Encoded
 from slimtune.data.rows import Pair
 from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.domain_texts import DOMAINS, read_texts, texts

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from slimtune import LoraConfig, PromptTuningConfig, get_peft_model
-from slimtune.data.encode import IGNORED, encode_row
+from slimtune.data.batches import IGNORED
+from slimtune.data.encode import encode_row
 from slimtune.data.rows import Conversation, Pair
 from slimtune.evaluate.likelihood import Answered, answer_losses, answered_ids
 from slimtune.evaluate.tasks import answered, read_task

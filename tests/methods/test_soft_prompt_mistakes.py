@@ -14,8 +14,7 @@ import transformers
 from transformers import DataCollatorWithFlattening
 
 import slimtune
-from slimtune.data.batches import PackRows
-from slimtune.data.encode import Encoded
+from slimtune.data.batches import Encoded, PackRows
 from slimtune.errors import BaseMismatchError, ConfigError, SlimtuneError, TargetError
 from tensors import assert_near, loss_of, predict, trainable
 from zoo import (

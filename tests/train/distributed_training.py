@@ -18,8 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
 import slimtune
-from slimtune.data.batches import Objective, PadRight
-from slimtune.data.encode import Encoded
+from slimtune.data.batches import Encoded, Objective, PadRight
 from slimtune.errors import ConfigError
 from slimtune.train.checks import LastGood
 from slimtune.train.trainer import supervised

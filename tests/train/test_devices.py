@@ -11,8 +11,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.data.batches import Objective, PadRight
-from slimtune.data.encode import Encoded
+from slimtune.data.batches import Encoded, Objective, PadRight
 from slimtune.errors import ConfigError
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.arguments import check_device, use_one_gpu

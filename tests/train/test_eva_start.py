@@ -12,8 +12,7 @@ from torch.utils.data import IterableDataset
 
 from slimtune import LoraConfig, get_peft_model, initialize_lora_eva_weights
 from slimtune.adapters.adapter import attached
-from slimtune.data.batches import PadRight
-from slimtune.data.encode import Encoded
+from slimtune.data.batches import Encoded, PadRight
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.base import EncodedDataset
 from slimtune.data.tasks.registry import read

@@ -18,6 +18,7 @@ from slimtune.data.batches import Objective, PadRight
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.base import EncodedDataset
 from slimtune.data.tasks.registry import read
+from slimtune.models.load import LoadOptions, load_model
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.checks import LastGood
 from slimtune.train.loop import fine_tune
@@ -65,7 +66,8 @@ def lesson_of(case: Case, folder: Path) -> tuple[EncodedDataset, Any, Any]:
     path = write_lines(folder / "rows.jsonl", *case.rows)
     settings = DataSettings(path, held_out=[path], **dict.fromkeys(case.settings, True))
     data = read(settings, case.task)
-    model, tokenizer = data.load(str(case.base(folder / "base")), "float32", "cpu", False)
+    base, options = str(case.base(folder / "base")), LoadOptions("float32", "cpu", False)
+    model, tokenizer = load_model(base, data.model_task, options, data.names)
     config = LoraConfig(r=4, task_type=data.task_type, lora_dropout=0.1)
     return data.encode(model, tokenizer), get_peft_model(model, config), tokenizer
 

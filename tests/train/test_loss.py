@@ -14,8 +14,7 @@ import transformers
 from rich.console import Console
 
 from slimtune import AdaLoraConfig, LoraConfig, get_peft_model
-from slimtune.data.batches import PadRight, classification
-from slimtune.data.encode import Encoded
+from slimtune.data.batches import Encoded, PadRight, classification
 from slimtune.methods.adalora import SvdDelta
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.checks import trainable

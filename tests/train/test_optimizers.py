@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import slimtune
 from quantizers import QUANTIZERS, Quantizer
 from slimtune.cli import app
-from slimtune.data.batches import PadRight
-from slimtune.data.encode import Encoded, encode
+from slimtune.data.batches import Encoded, PadRight
+from slimtune.data.encode import encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import MissingDependencyError, TrainingError
 from slimtune.recipe import optimizers

@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.data.encode import Encoded, encode
+from slimtune.data.batches import Encoded
+from slimtune.data.encode import encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import TrainingError
 from slimtune.recipe.training import TrainSettings

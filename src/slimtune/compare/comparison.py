@@ -18,7 +18,7 @@ from slimtune.compare.results import read_questions
 from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
 from slimtune.compare.summary import summarize
 from slimtune.compare.task import Task, check_candidates, check_unchanged, refuse_changes
-from slimtune.data.reading import peek_parts, task_of
+from slimtune.data.reading import peek_splits, task_of
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
 from slimtune.recipe.candidates import Run, runs_of
 from slimtune.recipe.compare import CompareSettings
@@ -143,7 +143,7 @@ def _facts(
 
 def _kind(base: Recipe, written: Path) -> str:
     """The task that the data is for, by its first row; raises ConfigError, DataError."""
-    return task_of(written) if written.is_file() else peek_parts(base.data, base.task).task
+    return task_of(written) if written.is_file() else peek_splits(base.data, base.task).task
 
 
 def _writes_text(model: ModelSettings) -> bool:

@@ -11,7 +11,7 @@ from slimtune.errors import ConfigError, DataError
 from slimtune.storage.atomic import staged
 
 if TYPE_CHECKING:
-    from slimtune.data.reading import Part, Parts
+    from slimtune.data.reading import SourceRows, Splits
     from slimtune.data.settings import DataSettings
 
 TRAIN, QUESTIONS = "train.jsonl", "questions.jsonl"
@@ -26,15 +26,15 @@ def write_dataset(settings: DataSettings, task: str, seed: int, limit: int | Non
         ConfigError: nothing is held out, or the data can't be the same for all runs.
         DataError: rows that can't be read, or that have no answer.
     """
-    from slimtune.data.reading import read_parts
+    from slimtune.data.reading import read_splits
 
     _refuse_what_differs(settings)
-    parts = read_parts(settings, task, seed)
-    asked = _asked(parts)[:limit]
+    splits = read_splits(settings, task, seed)
+    asked = _asked(splits)[:limit]
     with staged(folder, overwrite=True) as scratch:
-        _write(scratch / TRAIN, (row for part in parts.train for row in part.rows))
+        _write(scratch / TRAIN, (row for source in splits.train for row in source.rows))
         _write(scratch / QUESTIONS, asked)
-    return _names(parts.train)
+    return _names(splits.train)
 
 
 def _refuse_what_differs(settings: DataSettings) -> None:
@@ -52,13 +52,13 @@ def _refuse_what_differs(settings: DataSettings) -> None:
         )
 
 
-def _asked(parts: Parts) -> Sequence[Any]:
-    if parts.task not in ANSWERED:
-        raise ConfigError(f"compare judges answers and labels, and this is data for task {parts.task}")
-    rows = [row for part in parts.held_out for row in part.rows]
-    if parts.task == "text" and not all(_is_answered(row) for row in rows):
+def _asked(splits: Splits) -> Sequence[Any]:
+    if splits.task not in ANSWERED:
+        raise ConfigError(f"compare judges answers and labels, and this is data for task {splits.task}")
+    rows = [row for source in splits.held_out for row in source.rows]
+    if splits.task == "text" and not all(_is_answered(row) for row in rows):
         raise DataError(
-            f"some held-out rows of {_names(parts.held_out)} end in no answer; compare has nothing to judge"
+            f"some held-out rows of {_names(splits.held_out)} end in no answer; compare has nothing to judge"
         )
     if len(rows) < 2:
         raise DataError(f"compare needs at least 2 held-out questions, found {len(rows)}; hold out more")
@@ -70,9 +70,9 @@ def _is_answered(row: Any) -> bool:
     return bool(turns) and turns[-1]["role"] == "assistant"
 
 
-def _names(parts: Sequence[Part]) -> str:
+def _names(sources: Sequence[SourceRows]) -> str:
     # With its folder, for half of all data is called train.jsonl; not with the whole path, which is this machine's.
-    return ", ".join("/".join(Path(part.name).parts[-2:]) for part in parts)
+    return ", ".join("/".join(Path(source.name).parts[-2:]) for source in sources)
 
 
 def _write(path: Path, rows: Iterable[Any]) -> None:

@@ -1,15 +1,73 @@
-"""How encoded examples become a batch, and a batch a loss."""
+"""Encoded examples, how they become a batch, and how a batch becomes a loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from slimtune.data.encode import IGNORED, Encoded
+from slimtune.errors import DataError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as ids, and the labels in which everything but the answers is ignored."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def learned(self) -> int:
+        """How many tokens are learned."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+def pieces(example: Encoded) -> Iterator[tuple[bool, list[int]]]:
+    """The example cut into runs of ids that are all learned or all not."""
+    marked = zip(example.labels, example.input_ids, strict=True)
+    for learned, run in groupby(marked, key=lambda pair: pair[0] != IGNORED):
+        yield learned, [token for _, token in run]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long an example may be, in tokens, and what becomes of longer ones.
+
+    Attributes:
+        max_length: what was asked for.
+        too_long: error, drop, truncate, or split for texts.
+        positions: what the model has, if that is known.
+    """
+
+    max_length: int
+    too_long: str = "error"
+    positions: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The longest that an example may be."""
+        return self.max_length if self.positions is None else min(self.max_length, self.positions)
+
+    def refuse(self, lengths: Sequence[int], of: int, what: str = "examples") -> None:
+        """Raises: DataError, if some are longer and that is an error."""
+        over = [length for length in lengths if length > self.tokens]
+        if not over or self.too_long != "error":
+            return
+        longest = max(over)
+        advice = f"pass --max-length {longest}, or choose with data.too_long=drop or data.too_long=truncate"
+        if self.positions is not None and longest > self.positions:
+            advice = (
+                f"the model has {self.positions} positions; choose with data.too_long=drop or data.too_long=truncate"
+            )
+        raise DataError(
+            f"{len(over)} of {of} {what} are longer than {self.tokens} tokens (the longest has {longest}); {advice}"
+        )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def assistant_spans(
 
     Raises:
         RewritesError: the template rewrites earlier turns, so that it can't be told what was said.
-        DataError: it refuses the conversation, or the conversation begins with the assistant.
+        DataError: it refuses the conversation, such as one that begins with the assistant.
     """
     whole = render(tokenizer, messages, tools=tools)
     spans: list[tuple[int, int]] = []
@@ -67,11 +67,13 @@ def assistant_spans(
             _require_said(message, index, whole)
         if message["role"] != "assistant" or not (learned is None or learned[index]):
             continue
-        if index == 0:
-            raise DataError("the conversation begins with the assistant; put the user's turn in front of it")
         # Templates carry no marks around what is generated, so each turn is found by rendering up to it.
         through = render(tokenizer, messages[: index + 1], tools=tools)
-        start, end = _start(tokenizer, messages[:index], through, tools), _end(tokenizer, through, whole)
+        if index == 0:
+            start = _start_of_first(tokenizer, message, through, tools)
+        else:
+            start = _start(tokenizer, messages[:index], through, tools)
+        end = _end(tokenizer, through, whole)
         if start is None or end is None:
             raise RewritesError(
                 f"the tokenizer's chat template renders turn {index + 1} of {len(messages)} differently once later "
@@ -106,12 +108,24 @@ def _require_said(message: Message, index: int, rendered: str) -> None:
 
 def _start(tokenizer: Any, before: Sequence[Message], through: str, tools: Sequence[Any] | None) -> int | None:
     """Where the turn behind `before` begins in the text through it."""
-    asked = render(tokenizer, before, for_answer=True, tools=tools)
-    if through.startswith(asked):
-        return len(asked)
+    opened = render(tokenizer, before, for_answer=True, tools=tools)
+    if through.startswith(opened):
+        return len(opened)
     # Some open the answer with what only a reasoning model writes: the turn begins where both part.
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, through, strict=False)))
+    shared = _shared(opened, through)
     return shared if shared > len(render(tokenizer, before, tools=tools).rstrip()) else None
+
+
+def _start_of_first(tokenizer: Any, message: Message, through: str, tools: Sequence[Any] | None) -> int:
+    """Where the content of a conversation's first turn begins: where it parts from that of another content."""
+    # Nothing stands before it that could be rendered with an open answer, as `_start` does it.
+    other = "b" if str(message.get("content")).startswith("a") else "a"
+    return _shared(through, render(tokenizer, [{"role": message["role"], "content": other}], tools=tools))
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 @cache

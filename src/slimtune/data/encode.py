@@ -4,32 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
+from slimtune.data.batches import IGNORED, Encoded, Limit
 from slimtune.data.chat_template import RewritesError, assistant_spans, has_template
 from slimtune.data.rows import Conversation, Document, Row
 from slimtune.errors import ConfigError, DataError
 
-IGNORED = -100
-
 
 @dataclass(frozen=True)
-class Encoded:
-    """One example as ids, and the labels in which everything but the answers is ignored."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def learned(self) -> int:
-        """How many tokens are learned."""
-        return sum(label != IGNORED for label in self.labels)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Encoded examples and what happened to those that were too long.
+class EncodedRows:
+    """The examples that rows became, and what happened to those that were too long.
 
     Attributes:
         given: the rows that there were.
@@ -60,41 +45,6 @@ class Prepared:
         return max(len(example.input_ids) for example in self.examples)
 
 
-@dataclass(frozen=True)
-class Limit:
-    """How long an example may be, in tokens, and what becomes of longer ones.
-
-    Attributes:
-        max_length: what was asked for.
-        too_long: error, drop, truncate, or split for texts.
-        positions: what the model has, if that is known.
-    """
-
-    max_length: int
-    too_long: str = "error"
-    positions: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """The longest that an example may be."""
-        return self.max_length if self.positions is None else min(self.max_length, self.positions)
-
-    def refuse(self, lengths: Sequence[int], of: int, what: str = "examples") -> None:
-        """Raises: DataError, if some are longer and that is an error."""
-        over = [length for length in lengths if length > self.tokens]
-        if not over or self.too_long != "error":
-            return
-        longest = max(over)
-        advice = f"pass --max-length {longest}, or choose with data.too_long=drop or data.too_long=truncate"
-        if self.positions is not None and longest > self.positions:
-            advice = (
-                f"the model has {self.positions} positions; choose with data.too_long=drop or data.too_long=truncate"
-            )
-        raise DataError(
-            f"{len(over)} of {of} {what} are longer than {self.tokens} tokens (the longest has {longest}); {advice}"
-        )
-
-
 def encode(
     rows: Sequence[Row],
     tokenizer: Any,
@@ -102,7 +52,7 @@ def encode(
     too_long: str = "error",
     places: Sequence[str] = (),
     positions: int | None = None,
-) -> Prepared:
+) -> EncodedRows:
     """Encode rows for training; raises DataError if some are too long, or if nothing would be learned.
 
     Args:
@@ -126,7 +76,7 @@ def encode(
     over = sum(len(example.input_ids) > limit.tokens for example in everything)
     dropped = sum(not any(piece.learned for piece in fit(example, limit)) for example in everything)
     cut = over if too_long in ("truncate", "split") else 0
-    return Prepared(examples, dropped, cut, len(rows), len(everything) - len(rows))
+    return EncodedRows(examples, dropped, cut, len(rows), len(everything) - len(rows))
 
 
 def encode_answers(row: Row, tokenizer: Any, where: str) -> list[Encoded]:
@@ -177,13 +127,6 @@ def fit(example: Encoded, limit: Limit) -> list[Encoded]:
         cuts = range(0, len(ids) - 1, size - 1)
         return [_unlearnable_first(ids[cut : cut + size], labels[cut : cut + size]) for cut in cuts]
     return []
-
-
-def pieces(example: Encoded) -> Iterator[tuple[bool, list[int]]]:
-    """The example cut into runs of ids that are all learned or all not."""
-    marked = zip(example.labels, example.input_ids, strict=True)
-    for learned, run in groupby(marked, key=lambda pair: pair[0] != IGNORED):
-        yield learned, [token for _, token in run]
 
 
 def require_offsets(tokenizer: Any) -> None:

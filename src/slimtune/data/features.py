@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slimtune.data.rows import Text
-from slimtune.data.tasks.classification import longest_input, tokenize
+from slimtune.data.texts import longest_input, tokenize
 from slimtune.errors import (
     AdapterFileError,
     ConfigError,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 from slimtune.data.rows import (
+    ONLY_TEXT,
     Conversation,
     Document,
     Instruction,
@@ -17,12 +18,31 @@ from slimtune.data.rows import (
     Preference,
     Prompt,
     Tagged,
+    Turn,
     checked,
 )
 from slimtune.errors import ConfigError, DataError, did_you_mean, listing
-from slimtune.storage.text_files import parse_json
 
 Value = dict[str, Any]
+
+MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), ONLY_TEXT)
+WEIGHTS = dict.fromkeys(("weight", "sample_weight", "train"), "every row counts the same; drop the rows instead")
+"""Columns that would weight a row or leave it out."""
+MASKS = dict.fromkeys(
+    ("train_on_input", "train_on_inputs", "train_on_prompt", "train_on_eos", "roles_to_train", "mask_history"),
+    "the answers are learned, whole; mark turns with weight 0 to leave them out",
+)
+ANSWERS = {
+    **dict.fromkeys(("label", "kto_tag"), "good and bad answers would both be learned; choose task=kto"),
+    **dict.fromkeys(("functions", "chat_template_kwargs", "documents"), "the chat template would need it"),
+    **MASKS,
+}
+"""Columns beside an answer that would change what is learned of it."""
+PROMPTS = dict.fromkeys(
+    ("instruction", "input", "context", "question", "query", "history", "system", "tools"),
+    "it would be part of the prompt; write it into the prompt",
+)
+"""Columns beside a prompt that is a text of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,48 +50,90 @@ class Format:
     """One way to write a row.
 
     Attributes:
-        columns: what a row must have; each set of them is a way to write it.
+        columns: what a row must have; each tuple of them is one way to write it.
         read: makes a row of its columns, or raises DataError with where it stands.
-        task: what a model learns from such rows if nothing else was asked for.
+        task: what a model learns from such rows where no task is given.
+        optional: other columns that are read.
+        refused: columns that would change what is learned and aren't read, each with what to do.
+        has_free_columns: whether all other columns are read, too, as a reward reads them.
     """
 
     name: str
     columns: tuple[tuple[str, ...], ...]
     read: Callable[[Value, str], Any]
     task: str
+    optional: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=lambda: MEDIA | WEIGHTS)
+    has_free_columns: bool = False
 
     def fits(self, value: Mapping[str, Any]) -> bool:
         """Whether a row has the columns."""
         return any(set(columns) <= value.keys() for columns in self.columns)
 
+    def uses(self, column: str) -> bool:
+        """Whether a column is read."""
+        return self.has_free_columns or self.names(column)
+
+    def names(self, column: str) -> bool:
+        """Whether a column is one of the format's own."""
+        return column in self.optional or any(column in columns for columns in self.columns)
+
     @property
     def needs(self) -> str:
-        """The columns, for people."""
+        """The columns, for error messages."""
         return ", or ".join(" and ".join(columns) for columns in self.columns)
 
 
 def format_of(value: Value, where: str, task: str = "auto") -> Format:
     """The format of a row, among those of a task; raises DataError if there is none."""
     for known in formats_of(task):
-        _refuse_a_slip(known, value, where)
+        _refuse_misspelt(known, value, where)
         if known.fits(value):
             return known
     fields = f"has the fields {listing(value)}" if value else "has no fields"
+    if advice := _renaming(value, task):
+        raise DataError(f"{where} {fields}, which is no format of task {task}; {advice}")
     names = {column for known in formats_of(task) for columns in known.columns for column in columns}
     near = next(filter(None, (did_you_mean(key, names) for key in value if key not in names)), "")
     known = "; ".join(f"{known.name} needs {known.needs}" for known in formats_of(task))
     raise DataError(f"{where} {fields}, which is no format of task {task} ({known}){near or '; rename the columns'}")
 
 
-def _refuse_a_slip(known: Format, value: Value, where: str) -> None:
-    """Raises: DataError, if all but a misspelt column is there: a simpler format must not take the row."""
-    for columns in known.columns:
-        missing = set(columns) - value.keys()
-        if len(missing) == 1 < len(columns):
-            for key in value.keys() - set(columns):
-                if near := did_you_mean(key, missing):
-                    fields = listing(value)
-                    raise DataError(f"{where} has the fields {fields}; format {known.name} needs {known.needs}{near}")
+def _refuse_misspelt(known: Format, value: Value, where: str) -> None:
+    """Raises: DataError, if a row has all columns but one that is misspelt: a simpler format must not take it."""
+    columns = known.columns[0]
+    missing = set(columns) - value.keys()
+    if len(missing) == 1 < len(columns):
+        for key in value.keys() - set(columns):
+            if near := did_you_mean(key, missing):
+                fields = listing(value)
+                raise DataError(f"{where} has the fields {fields}; format {known.name} needs {known.needs}{near}")
+
+
+OTHER_NAMES = {
+    "prompt": ("question", "query", "instruction", "problem"),
+    "completion": ("response", "answer", "output", "solution"),
+    "output": ("response", "answer", "completion"),
+    "conversations": ("conversation", "dialogue", "dialog"),
+    "messages": ("chat", "turns"),
+    "chosen": ("accepted", "preferred"),
+}
+"""Columns as they are called elsewhere."""
+
+
+def _renaming(value: Value, task: str) -> str:
+    """The format that a row would have with other names for its columns, and how to say so; empty if there is none."""
+    nearest, advice = (0, 0), ""
+    for known in formats_of(task):
+        for columns in known.columns:
+            missing = [column for column in columns if column not in value]
+            names = [next((name for name in OTHER_NAMES.get(column, ()) if name in value), "") for column in missing]
+            score = (len(columns), len(columns) - len(missing))
+            if all(names) and len(set(names)) == len(names) and score > nearest:
+                renamed = ", ".join(f"{column}: {name}" for column, name in zip(missing, names, strict=True))
+                nearest = score
+                advice = f"it is nearest to {known.name}: give the data source fields: {{{renamed}}}"
+    return advice
 
 
 def formats_of(task: str) -> list[Format]:
@@ -97,117 +159,152 @@ def read_as(known: Format, value: Value, where: str) -> Any:
     if not known.fits(value):
         fields = f"has the fields {listing(value)}" if value else "has no fields"
         raise DataError(f"{where} {fields}, but format {known.name} needs {known.needs}; correct the row")
+    for column, advice in known.refused.items():
+        if column in value and not known.names(column) and not _is_neutral(column, value[column]):
+            raise DataError(
+                f"{where} has a column {column}, which format {known.name} doesn't read and which would change what "
+                f"is learned: {advice}, or remove the column"
+            )
     try:
         return known.read(value, where)
     except DataError as error:
         raise error if where in str(error) else DataError(f"{where}: {error}") from error
 
 
-def _conversation(value: Value, where: str) -> Conversation:
-    return ordered(checked(Conversation, value, where), where)
+def _is_neutral(column: str, content: Any) -> bool:
+    """Whether a column says nothing that isn't so here."""
+    if column in WEIGHTS:
+        return content in (None, 1, "train")
+    if column in ("label", "kto_tag"):
+        return content is None
+    return content in (None, False, "", [], {}, ["assistant"], ["gpt", "assistant"])
 
 
-def ordered(row: Conversation, where: str) -> Conversation:
-    """The conversation, if its roles follow one another as they can; raises DataError."""
+def _conversation(value: Value, where: str, column: str = "messages") -> Conversation:
+    row = _all_turns(value, where, column)
     roles = [turn.role for turn in row.messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if "system" in spoken:
-        number = len(roles) - len(spoken) + spoken.index("system") + 1
-        raise DataError(f"{where}: turn {number} is a system message; put it first, there is one for a conversation")
-    if spoken and spoken[0] == "assistant":
-        raise DataError(f"{where}: the conversation begins with the assistant; put the user's turn in front of it")
     for number, (before, role) in enumerate(zip(["none", *roles], roles, strict=False), 1):
         if role == "tool" and before not in ("assistant", "tool"):
             raise DataError(f"{where}: turn {number} is a tool's, but no assistant turn that calls it stands before it")
     if "assistant" not in roles:
         raise DataError(f"{where} has no assistant turn, so nothing would be learned from it; add the answer")
+    if "user" not in roles and roles[0] == "assistant":
+        raise DataError(
+            f"{where}: the conversation begins with the assistant, and nobody else speaks; add the question"
+        )
     if not any(row.learned()):
-        raise DataError(f"{where}: all assistant turns have weight 0, so nothing would be learned; drop the row")
+        marks = "weight 0, or are marked as not trained"
+        raise DataError(f"{where}: all assistant turns have {marks}, so nothing would be learned; drop the row")
     return row
 
 
-ROLES = {
-    "system": "system",
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-}
+def _all_turns(value: Value, where: str, column: str) -> Conversation:
+    """The turns of a column behind the row's own system message, with its tools."""
+    row = checked(Conversation, {"messages": value[column], "tools": value.get("tools")}, where)
+    system = value.get("system")
+    if not system:
+        return row
+    opening = checked(Turn, {"role": "system", "content": system}, f"{where}, column system")
+    if row.messages[0].role != "system":
+        return row.model_copy(update={"messages": [opening, *row.messages]})
+    if row.messages[0].content != opening.content:
+        raise DataError(f"{where} has two system messages that differ, one as a column and one as a turn; keep one")
+    return row
 
 
 def _share_gpt(value: Value, where: str) -> Conversation:
     turns = value["conversations"]
-    if not isinstance(turns, list):
+    if not isinstance(turns, list) and not (isinstance(turns, str) and turns.lstrip().startswith("[")):
         raise DataError(f"{where}: conversations is a {type(turns).__name__}, not a list of turns; correct the row")
-    messages = [_share_gpt_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns, 1)]
-    opening = [{"role": "system", "content": value["system"]}] if value.get("system") else []
-    return _conversation({"messages": opening + messages, "tools": value.get("tools")}, where)
+    return _conversation(value, where, "conversations")
 
 
-def _share_gpt_turn(turn: Any, where: str) -> Value:
-    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-        found = f"has the fields {listing(turn)}" if isinstance(turn, dict) else f"is a {type(turn).__name__}"
-        raise DataError(f"{where} {found}, but a turn of format sharegpt has from and value")
-    said = turn["from"]
-    if said not in ROLES:
-        near = did_you_mean(str(said), ROLES)
-        raise DataError(f"{where} is from '{said}', but a turn is from one of {listing(ROLES, 12)}{near}")
-    extras = {"weight": turn["weight"]} if "weight" in turn else {}
-    if said != "function_call":
-        return {"role": ROLES[said], "content": turn["value"], **extras}
-    try:
-        calls = parse_json(turn["value"])
-    except ValueError as error:
-        raise DataError(f"{where} is a function_call that is not JSON ({error}); correct the row") from error
-    calls = calls if isinstance(calls, list) else [calls]
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls], **extras}
-
-
-# Worded as in Taori et al. 2023 (Stanford Alpaca), where models without a chat template learn from such rows.
+# The wording of Taori et al. 2023 (Stanford Alpaca), for models without a chat template.
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
 
 
-def _alpaca(value: Value, where: str) -> Instruction:
+def _alpaca(value: Value, where: str) -> Instruction | Conversation:
     pair = checked(Pair, {"prompt": value["instruction"], "completion": value["output"]}, where)
-    context = value.get("input") or ""
+    context, system = value.get("input") or "", value.get("system") or ""
+    prompt = f"{pair.prompt}\n\n{context}" if context else pair.prompt
+    if value.get("history"):
+        return _with_history(value["history"], system, pair.model_copy(update={"prompt": prompt}), where)
     about = f"\n\n### Input:\n{context}" if context else ""
     opening = ALPACA.format(", paired with an input that provides further context" if context else "")
-    return checked(
-        Instruction,
-        {
-            "prompt": f"{pair.prompt}\n\n{context}" if context else pair.prompt,
-            "completion": pair.completion,
-            "plain_prompt": f"{opening}### Instruction:\n{pair.prompt}{about}\n\n### Response:\n",
-            "system": value.get("system") or "",
-        },
-        where,
-    )
+    opening += f"{system}\n\n" if system else ""
+    plain = f"{opening}### Instruction:\n{pair.prompt}{about}\n\n### Response:\n"
+    fields = {"prompt": prompt, "completion": pair.completion, "plain_prompt": plain, "system": system}
+    return checked(Instruction, fields, where)
+
+
+def _with_history(history: Any, system: str, pair: Pair, where: str) -> Conversation:
+    """Earlier questions and answers in front of a pair; as in LLaMA-Factory these answers are learned, too."""
+    if not isinstance(history, list) or not all(isinstance(said, list) and len(said) == 2 for said in history):
+        raise DataError(f"{where}: history must be a list of pairs of question and answer; correct the row")
+    turns = [
+        {"role": role, "content": text}
+        for said in history
+        for role, text in zip(("user", "assistant"), said, strict=True)
+    ]
+    return _conversation({"messages": [*turns, *pair.turns()], "system": system}, where)
 
 
 def _pair(value: Value, where: str) -> Pair | Conversation:
     if not (isinstance(value["prompt"], list) and isinstance(value["completion"], list)):
-        return checked(Pair, value, where)
+        pair, system = checked(Pair, value, where), value.get("system") or ""
+        if not system:
+            return pair
+        plain = f"{system}\n\n{pair.prompt}"
+        return checked(Instruction, pair.model_dump() | {"plain_prompt": plain, "system": system}, where)
     # Of a conversation in two parts the second is learned.
-    shown = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in value["prompt"]]
-    return _conversation({"messages": [*shown, *value["completion"]], "tools": value.get("tools")}, where)
+    shown = checked(Conversation, {"messages": value["prompt"]}, where).messages
+    unlearned = [turn.model_copy(update={"weight": 0}) for turn in shown]
+    return _conversation(value | {"messages": [*unlearned, *value["completion"]]}, where)
 
 
 def _preference(value: Value, where: str) -> Preference:
-    prompt, chosen, rejected = value.get("prompt"), value["chosen"], value["rejected"]
+    chosen, rejected = ([said] if isinstance(said, dict) else said for said in (value["chosen"], value["rejected"]))
     if type(chosen) is not type(rejected):
         raise DataError(f"{where}: chosen and rejected must both be texts, or both lists of messages; correct the row")
+    prompt = _prompt_of_answers(value, where)
+    # A row may have the prompt at the beginning of both answers: what they share is taken for it.
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     if isinstance(prompt, str) and isinstance(chosen, list):
         prompt = None if shared else [{"role": "user", "content": prompt}]
     if prompt is None:
-        # Both answers then carry what stands before them.
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt or not chosen or not rejected:
         raise DataError(f"{where}: prompt, chosen or rejected is empty; give a prompt and two answers that differ")
     if chosen == rejected:
         raise DataError(f"{where}: chosen and rejected are the same, so nothing tells which is better; drop the row")
     return checked(Preference, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, where)
+
+
+def _prompt_of_answers(value: Value, where: str) -> str | list[Turn] | None:
+    """The prompt in front of two answers: a column of its own, the turns of a conversation, alpaca's; or None."""
+    if "prompt" in value:
+        return value["prompt"]
+    column = next((name for name in ("conversations", "messages") if value.get(name)), None)
+    if column is None and "instruction" not in value:
+        return None
+    if column is None:
+        return "\n\n".join(str(value[name]) for name in ("instruction", "input") if value.get(name))
+    turns = _all_turns(value, where, column).messages
+    # Rows in the layout of UltraFeedback repeat the prompt with the chosen answer as `messages`.
+    return None if turns[-1].role == "assistant" else turns
+
+
+def _judged(value: Value, where: str) -> Judged:
+    label = value.get("label", value.get("kto_tag"))
+    column = next((name for name in ("messages", "conversations") if name in value), None)
+    if column is None or "prompt" in value:
+        return checked(Judged, value | {"label": label}, where)
+    *before, answer = _all_turns(value, where, column).messages
+    if answer.role != "assistant" or not before:
+        raise DataError(f"{where} has a label, and its conversation ends in no answer that it judges; correct the row")
+    return checked(Judged, {"prompt": before, "completion": [answer], "label": label}, where)
 
 
 def _tagged(value: Value, where: str) -> Tagged:
@@ -232,24 +329,36 @@ def _prompt(value: Value, where: str) -> Prompt:
     return checked(Prompt, {**{k: v for k, v in value.items() if k != "messages"}, "prompt": turns}, where)
 
 
+def _rows_of(model: Any) -> Callable[[Value, str], Any]:
+    return lambda value, where: checked(model, value, where)
+
+
+TURNS = ("messages", "conversations")
+JUDGED = (("prompt", "completion"), ("messages",), ("conversations",))
+_REFUSED = MEDIA | WEIGHTS
+_BESIDE_PROMPT = _REFUSED | ANSWERS | PROMPTS
+
 FORMATS = {
     known.name: known
     for known in (
-        Format("messages", (("messages",),), _conversation, "text"),
-        Format("sharegpt", (("conversations",),), _share_gpt, "text"),
-        Format("alpaca", (("instruction", "output"),), _alpaca, "text"),
-        Format("preference", (("chosen", "rejected"),), _preference, "dpo"),
-        Format("unpaired-preference", (("prompt", "completion", "label"),), lambda v, w: checked(Judged, v, w), "kto"),
-        Format("prompt-completion", (("prompt", "completion"),), _pair, "text"),
-        Format("text-label", (("text", "label"),), lambda v, w: checked(Labelled, v, w), "classification"),
+        Format("preference", (("chosen", "rejected"),), _preference, "dpo",
+               ("prompt", *TURNS, "system", "instruction", "input"), _REFUSED | PROMPTS | MASKS),
+        Format("unpaired-preference", tuple((*said, label) for label in ("label", "kto_tag") for said in JUDGED),
+               _judged, "kto", ("system",), _BESIDE_PROMPT),
+        Format("messages", (("messages",),), _conversation, "text", ("system", "tools"), _REFUSED | ANSWERS),
+        Format("sharegpt", (("conversations",),), _share_gpt, "text", ("system", "tools"), _REFUSED | ANSWERS),
+        Format("alpaca", (("instruction", "output"),), _alpaca, "text", ("input", "system", "history"), _BESIDE_PROMPT),
+        Format("prompt-completion", (("prompt", "completion"),), _pair, "text", ("system",), _BESIDE_PROMPT),
+        Format("text-label", (("text", "label"),), _rows_of(Labelled), "classification", ("text_pair",)),
         Format("tokens-tags", (("tokens", "tags"),), _tagged, "token-classification"),
-        Format("text", (("text",),), lambda v, w: checked(Document, v, w), "text"),
-        Format("prompt-only", (("prompt",), ("messages",)), _prompt, "grpo"),
+        Format("text", (("text",),), _rows_of(Document), "text"),
+        Format("prompt-only", (("prompt",), ("messages",)), _prompt, "grpo", refused=MEDIA,
+               has_free_columns=True),
     )
-}
+}  # fmt: skip
 """The more demanding come first, where a row could be read as either."""
 
-TASKS = {
+TASKS: Mapping[str, Sequence[str]] = {
     "text": ("messages", "sharegpt", "alpaca", "prompt-completion", "text"),
     "classification": ("text-label",),
     "token-classification": ("tokens-tags",),

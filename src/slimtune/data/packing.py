@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from slimtune.data.batches import PackRows
-from slimtune.data.encode import IGNORED, Encoded
+from slimtune.data.batches import IGNORED, Encoded, PackRows
 from slimtune.errors import ConfigError
 
 PROBED_TOKENS = 6

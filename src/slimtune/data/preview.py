@@ -1,4 +1,4 @@
-"""Data looked at before training: its format, examples with what is learned of them, and how long they are."""
+"""Training data before training: its format and columns, examples with what is learned of them, and their lengths."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from slimtune.data.batches import pieces
 from slimtune.data.chat_template import use_template
-from slimtune.data.encode import Encoded, pieces
+from slimtune.data.encode import EncodedRows
 from slimtune.data.lengths import PERCENTILES, Lengths, sorted_lengths
-from slimtune.data.mixing import exact_shares, mixed, prepare
-from slimtune.data.reading import Part, read_parts
+from slimtune.data.reading import SourceRows, Splits, exact_shares, read_splits
 from slimtune.data.rows import Conversation, Document, Instruction, Labelled, Tagged, Turn
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.classification import tokenize
+from slimtune.data.tasks.base import Report, splits_report
+from slimtune.data.tasks.causal_lm import encode_sources, mixed
 from slimtune.data.tasks.preference import lengths_of
 from slimtune.data.tasks.seq2seq import encode_pair, refuse_conversations
 from slimtune.data.tasks.word_alignment import align
+from slimtune.data.texts import tokenize
 from slimtune.errors import ConfigError
 
 Piece = tuple[bool, str]
-"""A part of an example, and whether it is learned."""
+"""A piece of an example's text, and whether it is learned."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What there is to see of data.
+    """Data as `slimtune data preview` shows it.
 
     Attributes:
         shares: how many examples an epoch takes of each source.
-        apart: examples that there are beside one for each row, because the template rewrites earlier turns.
-        unit: what lengths are counted in: tokens, or characters without a tokenizer.
-        samples: the first examples in pieces.
-        labels: how often each occurs, of texts with labels.
+        lengths: of the examples of one epoch, in `unit`.
+        unit: tokens, or characters without a tokenizer.
+        samples: the first examples, in pieces.
+        apart: examples beyond one for each row, because the chat template rewrites earlier turns.
+        labels: how often each label occurs, for texts with labels.
     """
 
-    task: str
-    parts: list[Part]
+    splits: Splits
     shares: list[int]
     lengths: Lengths
     unit: str
@@ -47,15 +49,31 @@ class Preview:
     apart: int = 0
     labels: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def sources(self) -> list[SourceRows]:
+        """The rows of each source."""
+        return self.splits.train
+
+    @property
+    def report(self) -> Report:
+        """What to know about the rows before they are learned."""
+        return splits_report(self.splits)
+
     def to_dict(self, max_length: int, batch_size: int) -> dict[str, Any]:
-        """All of it for machines."""
+        """All of it in JSON's types."""
         lengths = self.lengths
         return {
-            "task": self.task,
+            "task": self.splits.task,
             "sources": [
-                {"name": part.name, "format": part.format, "rows": len(part.rows), "examples_of_an_epoch": share}
-                for part, share in zip(self.parts, self.shares, strict=True)
+                {"name": source.name, "format": source.format, "rows": len(source.rows), "examples_of_an_epoch": share}
+                for source, share in zip(self.sources, self.shares, strict=True)
             ],
+            "columns": [
+                {"source": source.name, "name": name, "rows": count, "used": name not in source.ignored}
+                for source in self.sources
+                for name, count in source.columns.items()
+            ],
+            "repeated_rows": self.splits.repeated,
             "examples": lengths.examples,
             "examples_of_answers_apart": self.apart,
             "unit": self.unit,
@@ -84,80 +102,48 @@ def preview(settings: DataSettings, tokenizer: Any = None, task: str = "auto", s
     """Read, encode and measure data; raises DataError, ConfigError.
 
     Args:
-        tokenizer: of the model that is to learn; without it rows are shown as they are read, in characters.
+        tokenizer: of the model to train; without it rows are shown as they are read, and measured in characters.
+        samples: how many examples are shown.
     """
-    parts = read_parts(replace(settings, held_out=0.0), task)
-    if settings.packing and parts.task != "text":
-        raise ConfigError(f"packing is for models that write text, and not for task {parts.task}; leave it out")
-    rows = [row for part in parts.train for row in part.rows]
+    splits = read_splits(replace(settings, held_out=0.0), task)
+    if settings.packing and splits.task != "text":
+        raise ConfigError(f"packing is for models that write text, and not for task {splits.task}; leave it out")
+    if tokenizer is not None and settings.chat_template is not None:
+        use_template(tokenizer, settings.chat_template)
+    if tokenizer is not None and splits.task == "text":
+        return _encoded(splits, settings, tokenizer, samples)
+    rows = [row for source in splits.train for row in source.rows]
     labels = dict(Counter(row.label for row in rows if isinstance(row, Labelled)).most_common())
     if tokenizer is None:
-        shown = [pieces_of(row) for row in rows]
-        lengths = sorted_lengths([_characters(example) for example in shown], sum(map(_learned, shown)), list(labels))
-        shares = exact_shares(parts.train)
-        return Preview(parts.task, parts.train, shares, lengths, "characters", shown[:samples], labels=labels)
-    if settings.chat_template is not None:
-        use_template(tokenizer, settings.chat_template)
-    if parts.task != "text":
-        lengths = sorted_lengths(*measured(parts.task, rows, tokenizer), list(labels))
-        shown, shares = [pieces_of(row) for row in rows[:samples]], exact_shares(parts.train)
-        return Preview(parts.task, parts.train, shares, lengths, "tokens", shown, labels=labels)
-    prepared = prepare(parts.train, replace(settings, max_length=sys.maxsize, too_long="error"), tokenizer)
-    examples = mixed(parts.train, prepared, seed=0)
+        texts = [pieces_of(row) for row in rows]
+        characters = [sum(len(text) for _, text in example) for example in texts]
+        learned = sum(len(text) for example in texts for is_learned, text in example if is_learned)
+        lengths, unit = sorted_lengths(characters, learned, list(labels)), "characters"
+    else:
+        lengths, unit = sorted_lengths(*_measured(splits.task, rows, tokenizer), list(labels)), "tokens"
+    shown = [pieces_of(row) for row in rows[:samples]]
+    return Preview(splits, exact_shares(splits.train), lengths, unit, shown, labels=labels)
+
+
+def _encoded(splits: Splits, settings: DataSettings, tokenizer: Any, samples: int) -> Preview:
+    """The preview of what a model that writes text learns from, as training encodes it but at full length."""
+    encoded = encode_sources(splits.train, replace(settings, max_length=sys.maxsize, too_long="error"), tokenizer)
+    examples = mixed(splits.train, encoded, seed=0)
     lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))
-    shown = [[(learned, tokenizer.decode(ids)) for learned, ids in pieces(e)] for e in _first(prepared, samples)]
-    shares = exact_shares(parts.train, [len(found.examples) for found in prepared])
-    return Preview(
-        parts.task, parts.train, shares, lengths, "tokens", shown, apart=sum(found.apart for found in prepared)
-    )
+    shares = exact_shares(splits.train, [len(rows.examples) for rows in encoded])
+    shown = _first(encoded, tokenizer, samples)
+    return Preview(splits, shares, lengths, "tokens", shown, apart=sum(rows.apart for rows in encoded))
 
 
-def _first(prepared: Sequence[Any], samples: int) -> list[Encoded]:
-    """Examples of all sources in turn, so that each is seen."""
-    longest = max(len(found.examples) for found in prepared)
-    turns = (found.examples[i] for i in range(longest) for found in prepared if i < len(found.examples))
-    return [example for example, _ in zip(turns, range(samples), strict=False)]
+def _first(encoded: Sequence[EncodedRows], tokenizer: Any, samples: int) -> list[list[Piece]]:
+    """The first examples, taken from all sources in turn, as text."""
+    longest = max(len(rows.examples) for rows in encoded)
+    turns = [rows.examples[i] for i in range(min(longest, samples)) for rows in encoded if i < len(rows.examples)]
+    return [[(learned, tokenizer.decode(ids)) for learned, ids in pieces(example)] for example in turns[:samples]]
 
 
-def pieces_of(row: Any) -> list[Piece]:
-    """A row as it was read, in pieces: who or what, and what is said."""
-    if isinstance(row, Conversation):
-        said = zip(row.messages, row.learned(), strict=True)
-        return [piece for turn, learned in said for piece in _turn(turn, learned)]
-    if isinstance(row, Document):
-        return [(True, row.text)]
-    if isinstance(row, Tagged):
-        words = zip(row.tokens, row.tags, strict=False)
-        return [piece for word, tag in words for piece in ((False, f"{word}/"), (True, tag), (False, " "))]
-    fields = {name: getattr(row, name) for name in type(row).model_fields if name != "plain_prompt"}
-    if isinstance(row, Instruction) and not row.system:
-        fields.pop("system")
-    return [piece for name, value in fields.items() if value is not None for piece in _field(name, value)]
-
-
-def _field(name: str, value: Any) -> list[Piece]:
-    learned = name in ("completion", "chosen", "label")
-    if not isinstance(value, list):
-        return [(False, f"{name}: "), (learned, str(value)), (False, "\n")]
-    return [(False, f"{name}:\n"), *(piece for turn in value for piece in _turn(turn, learned))]
-
-
-def _turn(turn: Turn, learned: bool) -> list[Piece]:
-    calls = turn.message().get("tool_calls")
-    said = turn.content + (json.dumps(calls, ensure_ascii=False) if calls else "")
-    return [(False, f"{turn.role}: "), (learned, said), (False, "\n")]
-
-
-def _characters(example: list[Piece]) -> int:
-    return sum(len(text) for _, text in example)
-
-
-def _learned(example: list[Piece]) -> int:
-    return sum(len(text) for learned, text in example if learned)
-
-
-def measured(task: str, rows: Sequence[Any], tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens of each row that have to fit at once, and how many of all of them are learned; raises DataError.
+def _measured(task: str, rows: Sequence[Any], tokenizer: Any) -> tuple[list[int], int]:
+    """The tokens of each row that have to fit at once, and how many of all tokens are learned; raises DataError.
 
     Of prompt and completion the longer one counts, of a pair of answers the longer one with its prompt.
     """
@@ -171,5 +157,34 @@ def measured(task: str, rows: Sequence[Any], tokenizer: Any) -> tuple[list[int],
         refuse_conversations(rows, "the data")
         pairs = [encode_pair(row, tokenizer) for row in rows]
         return [pair.longer for pair in pairs], sum(len(pair.labels) for pair in pairs)
-    found = [lengths_of(row, tokenizer) for row in rows]
-    return [max(each) for each in found], sum(max(each) - each[0] for each in found)
+    lengths = [lengths_of(row, tokenizer) for row in rows]
+    return [max(each) for each in lengths], sum(max(each) - each[0] for each in lengths)
+
+
+def pieces_of(row: Any) -> list[Piece]:
+    """A row as it was read, in pieces: the names of roles or columns, and the texts."""
+    if isinstance(row, Conversation):
+        turns = zip(row.messages, row.learned(), strict=True)
+        return [piece for turn, learned in turns for piece in _of_turn(turn, learned)]
+    if isinstance(row, Document):
+        return [(True, row.text)]
+    if isinstance(row, Tagged):
+        words = zip(row.tokens, row.tags, strict=False)
+        return [piece for word, tag in words for piece in ((False, f"{word}/"), (True, tag), (False, " "))]
+    fields = {name: getattr(row, name) for name in type(row).model_fields if name != "plain_prompt"}
+    if isinstance(row, Instruction) and not row.system:
+        fields.pop("system")
+    return [piece for name, value in fields.items() if value is not None for piece in _of_field(name, value)]
+
+
+def _of_field(name: str, value: Any) -> list[Piece]:
+    learned = name in ("completion", "chosen", "label")
+    if not isinstance(value, list):
+        return [(False, f"{name}: "), (learned, str(value)), (False, "\n")]
+    return [(False, f"{name}:\n"), *(piece for turn in value for piece in _of_turn(turn, learned))]
+
+
+def _of_turn(turn: Turn, learned: bool) -> list[Piece]:
+    calls = turn.message().get("tool_calls")
+    text = turn.content + (json.dumps(calls, ensure_ascii=False) if calls else "")
+    return [(False, f"{turn.role}: "), (learned, text), (False, "\n")]

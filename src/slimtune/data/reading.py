@@ -1,13 +1,14 @@
-"""Sources read into rows of one format each, with a part of them held out."""
+"""Sources read into rows of one format each: the rows to train on, those held out, and what to know about them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slimtune.data.chat_template import Message
 from slimtune.data.formats import Format, find_format, format_of, formats_of, read_as
@@ -16,17 +17,19 @@ from slimtune.data.settings import DataSettings, Source
 from slimtune.data.sources import name_of, records
 from slimtune.errors import DataError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Part:
+class SourceRows:
     """Rows of one source.
 
     Attributes:
-        name: of the source, for people.
-        format: of its rows.
-        rows: what there is of it.
-        places: where each of the rows stands, for complaints.
-        weight: the share of an epoch that is drawn from here, if not everything is taken.
+        name: of the source, for messages.
+        format: the name of the format of its rows.
+        places: where each row stands, for error messages.
+        weight: the share of an epoch that is drawn from here; None takes all rows.
+        columns: the columns, each with the number of rows that have it.
     """
 
     name: str
@@ -34,50 +37,134 @@ class Part:
     rows: Sequence[Any]
     places: Sequence[str] = ()
     weight: float | None = None
+    columns: Mapping[str, int] = field(default_factory=dict)
 
-    def taken(self, indices: Sequence[int]) -> Part:
-        """Only these rows, in this order."""
+    def at(self, indices: Sequence[int]) -> SourceRows:
+        """The rows with these indices, in this order."""
         return replace(self, rows=[self.rows[i] for i in indices], places=[self.places[i] for i in indices])
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """The columns that aren't read, each with the number of rows that have it."""
+        known = find_format(self.format)
+        return {name: count for name, count in self.columns.items() if not known.uses(name)}
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What is learned from and what is held out, by source, and the task that such rows are for."""
+class Splits:
+    """The rows to train on and those held out, by source, and the task that they are for."""
 
     task: str
-    train: list[Part]
-    held_out: list[Part] = field(default_factory=list)
+    train: list[SourceRows]
+    held_out: list[SourceRows] = field(default_factory=list)
+
+    @property
+    def repeated(self) -> int:
+        """How many rows to train on equal an earlier one."""
+        rows = [_key(row) for source in self.train for row in source.rows]
+        return len(rows) - len(set(rows))
+
+    @property
+    def held_out_in_train(self) -> int:
+        """How many held-out rows also stand among the rows to train on."""
+        held_out = [_key(row) for source in self.held_out for row in source.rows]
+        learned = {_key(row) for source in self.train for row in source.rows} if held_out else set()
+        return sum(row in learned for row in held_out)
 
 
-def read_parts(settings: DataSettings, task: str = "auto", seed: int = 0) -> Parts:
-    """All rows of a task, and of each source the share that is held out; raises DataError, ConfigError."""
+def _key(row: Any) -> Any:
+    return row.model_dump_json() if hasattr(row, "model_dump_json") else row
+
+
+def read_splits(settings: DataSettings, task: str = "auto", seed: int = 0) -> Splits:
+    """Read all rows for a task, and hold out a share of each source; raises DataError, ConfigError."""
     formats_of(task)
-    found = [_part(source, settings.format, task) for source in settings.train]
-    task = _task(found, task)
-    parts = [part for part, _ in found]
+    read = [_read(source, settings.format, task) for source in settings.train]
+    task = _task(read, task)
+    train = [rows for rows, _ in read]
     if settings.held_out_sources:
-        return Parts(task, parts, [_part(source, settings.format, task)[0] for source in settings.held_out_sources])
+        return Splits(task, train, [_read(source, settings.format, task)[0] for source in settings.held_out_sources])
     if not settings.held_out_share:
-        return Parts(task, parts)
-    halves = [_halves(part, settings.held_out_share, seed) for part in parts]
-    return Parts(task, [rest for rest, _ in halves], [out for _, out in halves])
+        return Splits(task, train)
+    halves = [_split(rows, settings.held_out_share, seed) for rows in train]
+    return Splits(task, [rest for rest, _ in halves], [held_out for _, held_out in halves])
 
 
-def peek_parts(settings: DataSettings, task: str = "auto") -> Parts:
-    """The first row alone of each source, for its format; raises DataError, ConfigError."""
+def peek_splits(settings: DataSettings, task: str = "auto") -> Splits:
+    """Read the first row of each source, to find its format; raises DataError, ConfigError."""
     formats_of(task)
-    found = [_part(source, settings.format, task, first=True) for source in settings.train]
-    return Parts(_task(found, task), [part for part, _ in found])
+    read = [_read(source, settings.format, task, first=True) for source in settings.train]
+    return Splits(_task(read, task), [rows for rows, _ in read])
 
 
-def sources_of(parts: Sequence[Part]) -> str:
+def names_of(sources: Sequence[SourceRows]) -> str:
     """The names of sources, without their folders."""
-    return ", ".join(Path(part.name).name for part in parts)
+    return ", ".join(Path(source.name).name for source in sources)
+
+
+def _read(source: Source, fallback: str, task: str, first: bool = False) -> tuple[SourceRows, Format]:
+    values = list(islice(records(source, streaming=first), 1 if first else None))
+    name = source.format if source.format != "auto" else fallback
+    known = find_format(name, task) if name != "auto" else format_of(*values[0], task)
+    rows = [read_as(known, value, where) for value, where in values]
+    columns = Counter(name for value, _ in values for name, content in value.items() if content is not None)
+    return SourceRows(name_of(source), known.name, rows, [where for _, where in values], source.weight, columns), known
+
+
+def _task(read: Sequence[tuple[SourceRows, Format]], task: str) -> str:
+    """The given task, or the one that all sources are for; raises DataError if they differ."""
+    if task != "auto":
+        return task
+    tasks = {known.task: rows.name for rows, known in read}
+    if len(tasks) > 1:
+        kinds = "; ".join(f"{name} is data for task {kind}" for kind, name in sorted(tasks.items()))
+        raise DataError(f"these sources can't be learned from together: {kinds}; train on one of them")
+    return next(iter(tasks))
+
+
+def _split(source: SourceRows, share: float, seed: int) -> tuple[SourceRows, SourceRows]:
+    """The rows to train on, and a share of them drawn to be held out; raises DataError if either is empty."""
+    order = list(range(len(source.rows)))
+    random.Random(seed).shuffle(order)
+    count = round(len(order) * share)
+    if not 0 < count < len(order):
+        less = "nothing is held out of" if not count else "nothing is left to learn from of"
+        raise DataError(
+            f"{less} the {len(order)} examples of {source.name} with a share of {share:g}; "
+            f"{'raise' if not count else 'lower'} the share, or name a file of what is held out"
+        )
+    return source.at(order[count:]), source.at(order[:count])
+
+
+def exact_shares(sources: Sequence[SourceRows], counts: Sequence[int] | None = None) -> list[int]:
+    """How many examples an epoch takes of each source: all without weights, else by weight as many as there are in all.
+
+    Numbers are rounded so that they add up, the largest remainders first.
+
+    Args:
+        counts: examples that each source has, if not as many as rows.
+    """
+    available = [len(source.rows) for source in sources] if counts is None else list(counts)
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return available
+    exact = [sum(available) * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
+    for index in by_remainder[: sum(available) - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def drawn(examples: Sequence[T], count: int, seed: int) -> list[T]:
+    """Draw `count` examples: all of them, in their order, as often as they go into it, and the rest by seed."""
+    times, rest = divmod(count, len(examples))
+    return [*list(examples) * times, *random.Random(seed).sample(list(examples), rest)]
 
 
 def read_rows(path: str | Path, task: str = "text") -> list[Any]:
     """The rows of one source that a task can learn from; raises DataError with the line at fault."""
-    return list(_part(Source.of(path), "auto", task)[0].rows)
+    return list(_read(Source.of(path), "auto", task)[0].rows)
 
 
 def read_labelled(path: str | Path) -> list[Labelled]:
@@ -86,22 +173,24 @@ def read_labelled(path: str | Path) -> list[Labelled]:
 
 
 def read_texts(path: str | Path) -> list[Unlabelled]:
-    """The texts to judge, with their labels where they have one; raises DataError with the line at fault."""
-    found = records(Source.of(path))
-    return [checked(Labelled if "label" in value else Unlabelled, value, where) for value, where in found]
+    """The texts to classify, with their labels where they have one; raises DataError with the line at fault."""
+    values = records(Source.of(path))
+    return [checked(Labelled if "label" in value else Unlabelled, value, where) for value, where in values]
 
 
 def read_words(path: str | Path) -> list[Words]:
     """The texts to tag, as words, with their tags where they have some; raises DataError with the line at fault."""
-    return [_words(value, where) for value, where in records(Source.of(path))]
+    return list(_words(records(Source.of(path))))
 
 
-def _words(value: dict[str, Any], where: str) -> Words:
-    if "tags" in value:
-        return read_as(find_format("tokens-tags"), value, where)
-    if "tokens" not in value and isinstance(value.get("text"), str):
-        return checked(Words, {"tokens": value["text"].split()}, where)
-    return checked(Words, value, where)
+def _words(values: Iterator[tuple[dict[str, Any], str]]) -> Iterator[Words]:
+    for value, where in values:
+        if "tags" in value:
+            yield read_as(find_format("tokens-tags"), value, where)
+        elif "tokens" not in value and isinstance(value.get("text"), str):
+            yield checked(Words, {"tokens": value["text"].split()}, where)
+        else:
+            yield checked(Words, value, where)
 
 
 def read_questions(path: str | Path) -> list[list[Message]]:
@@ -113,35 +202,3 @@ def task_of(path: str | Path) -> str:
     """What a model would learn from a source, by its first row; raises DataError."""
     value, where = next(records(Source.of(path)))
     return format_of(value, where).task
-
-
-def _task(found: Sequence[tuple[Part, Format]], task: str) -> str:
-    """The task that was asked for, or the one that all sources are for; raises DataError if they differ."""
-    if task != "auto":
-        return task
-    tasks = {known.task: part.name for part, known in found}
-    if len(tasks) > 1:
-        kinds = "; ".join(f"{name} is data for task {kind}" for kind, name in sorted(tasks.items()))
-        raise DataError(f"these sources can't be learned from together: {kinds}; train on one of them")
-    return next(iter(tasks))
-
-
-def _part(source: Source, fallback: str, task: str, first: bool = False) -> tuple[Part, Format]:
-    found = list(islice(records(source, streaming=first), 1 if first else None))
-    name = source.format if source.format != "auto" else fallback
-    known = find_format(name, task) if name != "auto" else format_of(*found[0], task)
-    rows = [read_as(known, value, where) for value, where in found]
-    return Part(name_of(source), known.name, rows, [where for _, where in found], source.weight), known
-
-
-def _halves(part: Part, share: float, seed: int) -> tuple[Part, Part]:
-    order = list(range(len(part.rows)))
-    random.Random(seed).shuffle(order)
-    count = round(len(order) * share)
-    if not 0 < count < len(order):
-        less = "nothing is held out of" if not count else "nothing is left to learn from of"
-        raise DataError(
-            f"{less} the {len(order)} examples of {part.name} with a share of {share:g}; "
-            f"{'raise' if not count else 'lower'} the share, or name a file of what is held out"
-        )
-    return part.taken(order[count:]), part.taken(order[:count])

@@ -1,4 +1,4 @@
-"""What a row of data is once its format is known: conversations, pairs, texts, preferences, prompts."""
+"""Rows of training data as types: conversations, pairs, texts, preferences, prompts, and how each is validated."""
 
 from __future__ import annotations
 
@@ -7,18 +7,34 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimtune.data.chat_template import Message
-from slimtune.errors import DataError
+from slimtune.errors import DataError, did_you_mean, listing
 from slimtune.storage.text_files import parse_json
 
 Text = str | tuple[str, str]
-"""One text, or two that are judged together."""
+"""One text, or two that are classified together."""
+ONLY_TEXT = "only text is learned from rows; models of images and sound are trained in Python"
+
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
+}
+"""The roles that people write, with those that chat templates know."""
+CALLS = ("function_call", "tool_call")
+"""Roles of a turn whose content is a call as JSON."""
+MARKS = ("weight", "train", "training", "loss")
+"""Names of the mark that says whether a turn is learned: OpenAI's, two of Axolotl's and ms-swift's."""
+PARTIAL_MARKS = ("train_detail", "training_detail", "mask")
+"""Marks on parts of a turn, which has one label for all of its tokens here."""
 
 
 class Turn(BaseModel):
-    """One message of a conversation; what else it carries (tool calls, a name, reasoning) goes to the template.
+    """One message of a conversation. Other fields (tool calls, a name, reasoning) are handed to the chat template.
 
     Attributes:
-        weight: 0 for an assistant turn that is shown and not learned, as in OpenAI's format.
+        weight: 0 for an assistant turn that is part of the context and not learned.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -27,51 +43,111 @@ class Turn(BaseModel):
     content: str = ""
     weight: Literal[0, 1] = Field(1, exclude=True)
 
-    @field_validator("role", mode="before")
-    @classmethod
-    def _as_templates_call_it(cls, value: Any) -> Any:
-        return "system" if value == "developer" else value
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        if value is None:
-            return ""
-        if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-            parts = [part.get("text") for part in value]
-            return "".join(parts) if all(isinstance(part, str) for part in parts) else value
-        return value
-
     @model_validator(mode="before")
     @classmethod
-    def _says_something(cls, value: Any) -> Any:
-        is_silent = isinstance(value, dict) and value.get("content") is None
-        if is_silent and not any(value[name] for name in value.keys() - {"role", "content", "weight", "name"}):
-            raise ValueError("a turn needs content, or calls of tools")
-        return value
-
-    @field_validator("weight", mode="before")
-    @classmethod
-    def _one_if_unsaid(cls, value: Any) -> Any:
-        return 1 if value is None else value
+    def _as_chat_templates_write_it(cls, value: Any) -> Any:
+        return _canonical_turn(value) if isinstance(value, dict) else value
 
     def message(self) -> Message:
-        """The turn as templates want it: arguments of tool calls as objects, nothing that is not set."""
-        said = self.model_dump(exclude_none=True)
-        if said.get("tool_calls"):
-            said["tool_calls"] = [_with_object(call) for call in said["tool_calls"]]
-        return said
+        """The turn as a dictionary for the chat template, without fields that are None."""
+        return self.model_dump(exclude_none=True)
+
+
+def _canonical_turn(given: dict[str, Any]) -> dict[str, Any]:
+    """A turn with `role`, `content`, `weight` and `tool_calls`, whatever its tool calls them; raises ValueError."""
+    # Tables give every row the columns of all rows.
+    turn = {name: value for name, value in given.items() if value is not None}
+    if "role" not in turn and "from" in turn:
+        turn["role"] = turn.pop("from")
+    if "content" not in turn and "value" in turn:
+        turn["content"] = turn.pop("value")
+    if "role" in turn:
+        role = str(turn["role"]).lower().replace("-", "_")
+        if role not in ROLES:
+            near = did_you_mean(role, ROLES)
+            raise ValueError(f"a turn is from '{turn['role']}', but its role is one of {listing(ROLES, 20)}{near}")
+        turn["role"] = ROLES[role]
+        if role in CALLS and isinstance(turn.get("content"), str):
+            turn["tool_calls"] = _calls_from_json(turn.pop("content"))
+    if isinstance(turn.get("tool_calls"), str):
+        turn["tool_calls"] = _calls_from_json(turn["tool_calls"])
+    if "function_call" in turn:
+        turn["tool_calls"] = [{"type": "function", "function": turn.pop("function_call")}]
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = [_with_object(call) for call in turn["tool_calls"]]
+    return _with_text(_with_weight(turn))
+
+
+def _with_weight(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with the one mark `weight`; raises ValueError for marks that can't be obeyed."""
+    if partial := [name for name in PARTIAL_MARKS if turn.get(name)]:
+        raise ValueError(f"{partial[0]} marks parts of a turn, and a turn is learned as a whole or not at all")
+    marks = {name: turn.pop(name) for name in MARKS if name in turn}
+    for name, mark in marks.items():
+        if name != "weight" and mark not in (0, 1):
+            raise ValueError(f"{name} must be true or false, found {mark!r}")
+        if name != "weight" and mark and turn.get("role") in ("system", "user", "tool"):
+            raise ValueError(f"{name} marks a turn of the {turn['role']} as learned, and only the assistant's are")
+    if len({bool(mark) for mark in marks.values()}) > 1:
+        raise ValueError(f"{' and '.join(marks)} contradict each other")
+    for name, mark in marks.items():
+        turn["weight"] = mark if name == "weight" else int(mark)
+    return turn
+
+
+def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with its content as one text; raises ValueError for images, and for a turn without content."""
+    content = turn.get("content")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        for part in parts:
+            kind = next((word for word in ("image", "video", "audio") if word in str(part.get("type"))), None)
+            if kind:
+                raise ValueError(f"its content holds {'a' if kind == 'video' else 'an'} {kind}: {ONLY_TEXT}")
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+            turn["content"] = "".join(str(text) for text in texts)
+    if content is None and not any(turn[name] for name in turn.keys() - {"role", "weight", "name"}):
+        raise ValueError("a turn needs content, or calls of tools")
+    return turn
+
+
+def _calls_from_json(text: str) -> list[dict[str, Any]]:
+    """Tool calls from a JSON text with one or several; raises ValueError."""
+    try:
+        calls = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"a call of a tool is not JSON ({error})") from error
+    several = calls if isinstance(calls, list) else [calls]
+    return [call if "function" in call else {"type": "function", "function": call} for call in several]
+
+
+def _with_object(call: Any) -> Any:
+    """A tool call whose arguments are an object: as text they would be quoted twice by the template."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        function = function | {"arguments": parse_json(function["arguments"])}
+    except ValueError as error:
+        raise ValueError(f"the arguments of the call of {function.get('name')} are not JSON ({error})") from error
+    return call | {"function": function} if "function" in call else function
 
 
 class Conversation(BaseModel):
-    """Messages, and the tools that may be called; every assistant turn is learned but those of weight 0."""
+    """Messages, and the tools that may be called. Every assistant turn is learned, except those of weight 0."""
 
     messages: list[Turn] = Field(min_length=1)
     tools: list[Any] | None = None
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        return parse_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+
     @field_validator("tools", mode="before")
     @classmethod
-    def _from_text(cls, value: Any) -> Any:
+    def _tools_from_json(cls, value: Any) -> Any:
         return (parse_json(value) if isinstance(value, str) and value.strip() else value) or None
 
     def turns(self) -> list[Message]:
@@ -209,17 +285,6 @@ def checked(model: type[M], value: dict[str, Any], where: str) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{where}: {name}: {said[0].lower()}{said[1:]}; correct the row") from error
-
-
-def _with_object(call: Any) -> Any:
-    """A tool call whose arguments are an object: as text they would be quoted twice by the template."""
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    if not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        function = function | {"arguments": parse_json(function["arguments"])}
-    except ValueError as error:
-        raise DataError(f"the arguments of the call of {function.get('name')} are not JSON ({error})") from error
-    return call | {"function": function} if "function" in call else function
+        fault = first["msg"].removeprefix("Value error, ")
+        advice = "" if fault.endswith("?") else "; correct the row"
+        raise DataError(f"{where}: {name}: {fault[0].lower()}{fault[1:]}{advice}") from error

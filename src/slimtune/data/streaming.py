@@ -9,18 +9,16 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from slimtune.data.batches import Objective, PackRows, PadRight, pad_id_of
-from slimtune.data.chat_template import use_template
-from slimtune.data.encode import Encoded, Limit, encode_answers, fit, refuse_split, require_offsets
+from slimtune.data.batches import Encoded, Limit, Objective, PackRows, PadRight, pad_id_of
+from slimtune.data.encode import encode_answers, fit, refuse_split, require_offsets
 from slimtune.data.formats import find_format, read_as
-from slimtune.data.mixing import prepare
-from slimtune.data.packing import check_packs, pack
-from slimtune.data.reading import Parts, peek_parts, read_parts, sources_of
+from slimtune.data.packing import pack
+from slimtune.data.reading import Splits, names_of, peek_splits, read_splits
 from slimtune.data.settings import DataSettings, Source
 from slimtune.data.sources import load_datasets, records
 from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of
-from slimtune.data.tasks.causal_lm import Conversations
-from slimtune.data.tasks.classification import positions_of
+from slimtune.data.tasks.causal_lm import Conversations, encode_sources
+from slimtune.data.texts import positions_of
 from slimtune.errors import ConfigError, DataError
 
 BUFFERED = 1000
@@ -95,33 +93,30 @@ class Streamed(Conversations):
                 f"a share of {settings.held_out_share:g} can't be held out of a stream, whose length isn't known; "
                 f"name a source of what is held out"
             )
-        parts = peek_parts(settings, task)
-        if parts.task != "text":
-            raise ConfigError(f"streaming is for models that write text, and not for task {parts.task}; leave it out")
-        refuse_split([row for part in parts.train for row in part.rows], settings.too_long)
+        splits = peek_splits(settings, task)
+        if splits.task != "text":
+            raise ConfigError(f"streaming is for models that write text, and not for task {splits.task}; leave it out")
+        refuse_split([row for source in splits.train for row in source.rows], settings.too_long)
         if settings.held_out_sources:
             whole = replace(settings, train=settings.held_out_sources, held_out=0.0)
-            parts = Parts(parts.task, parts.train, read_parts(whole, "text").train)
-        return cls(parts, settings, seed)
+            splits = Splits(splits.task, splits.train, read_splits(whole, "text").train)
+        return cls(splits, settings, seed)
 
     def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
         """A stream of ids, of which the first is read for the report; raises DataError, ConfigError."""
         settings = self.settings
-        if settings.chat_template is not None:
-            use_template(tokenizer, settings.chat_template)
-        if settings.packing:
-            check_packs(model)
+        self.prepare(model, tokenizer)
         require_offsets(tokenizer)
         limit = Limit(settings.max_length, settings.too_long, positions_of(model))
         readers = self._readers(tokenizer, limit)
-        found = prepare(self.parts.held_out, settings, tokenizer, limit.positions)
-        held_out = [example for part in found for example in part.examples]
+        held_out_rows = encode_sources(self.splits.held_out, settings, tokenizer, limit.positions)
+        held_out = [example for rows in held_out_rows for example in rows.examples]
         stream = self._mixed(readers)
         first = sample_of(Encoded(**next(iter(Endless(stream)))), tokenizer)
         for reader in readers:
             reader.counted.read = reader.counted.dropped = reader.counted.truncated = 0
         facts = {
-            "source": sources_of(self.parts.train),
+            "source": names_of(self.splits.train),
             "examples": "streamed",
             "held out": len(held_out),
             "maximum length": settings.max_length,
@@ -135,8 +130,8 @@ class Streamed(Conversations):
         return EncodedDataset(Endless(stream), held_out, facts, report, objective, after=lambda: _counts(readers))
 
     def _readers(self, tokenizer: Any, limit: Limit) -> list[Reader]:
-        pairs = zip(self.settings.train, self.parts.train, strict=True)
-        return [Reader(source, part.format, tokenizer, limit) for source, part in pairs]
+        pairs = zip(self.settings.train, self.splits.train, strict=True)
+        return [Reader(source, rows.format, tokenizer, limit) for source, rows in pairs]
 
     def _mixed(self, readers: Sequence[Reader]) -> Any:
         """One stream of all sources: by their weights, else in turn; in another order than theirs."""
@@ -156,9 +151,9 @@ class Streamed(Conversations):
 
     def _report(self, held_out: int) -> Report:
         report: Report = []
-        for part in self.parts.train:
-            share = "" if part.weight is None else f", drawn by weight {part.weight:g}"
-            report.append(Remark(f"{part.name}: format {part.format}, streamed{share}"))
+        for source in self.splits.train:
+            share = "" if source.weight is None else f", drawn by weight {source.weight:g}"
+            report.append(Remark(f"{source.name}: format {source.format}, streamed{share}"))
         what = {"error": "stop the training", "drop": "are dropped", "split": "are split"}
         rest = (
             f"data: streamed, so that neither examples nor tokens are counted beforehand; examples longer than "

@@ -35,7 +35,7 @@ def label_texts(
 
     if is_feature_classifier(source):
         return _by_features(source, texts, batch_size, too_long, quantize, options)
-    from slimtune.data.tasks.classification import longest_input, tokenize
+    from slimtune.data.texts import longest_input, tokenize
     from slimtune.metrics.classification import classify
     from slimtune.models.load import LoadOptions, load_model
 

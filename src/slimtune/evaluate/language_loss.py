@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from slimtune.data.batches import IGNORED, Encoded
 from slimtune.data.chat_template import has_template
-from slimtune.data.encode import IGNORED, Encoded, encode_row
+from slimtune.data.encode import encode_row
 from slimtune.data.rows import Conversation, Pair
 from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.likelihood import LOGITS, summed_losses

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimtune.data.batches import pad_id_of
+from slimtune.data.batches import IGNORED, Encoded, pad_id_of
 from slimtune.data.chat_template import has_template
-from slimtune.data.encode import IGNORED, Encoded
 from slimtune.errors import ConfigError
 from slimtune.evaluate.generation import kept_logits, read_shared_prefix, repeated
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimtune.data.chat_template import has_template, prompt_ids
-from slimtune.data.tasks.classification import longest_input
+from slimtune.data.texts import longest_input
 from slimtune.errors import DataError
 from slimtune.evaluate.generation import Reply, generate_replies
 from slimtune.evaluate.likelihood import Answered, answer_losses, answered_ids

@@ -14,8 +14,8 @@ import torch
 from slimtune.console.progress import Watch
 from slimtune.data.reading import read_rows
 from slimtune.data.rows import Tagged
-from slimtune.data.tasks.classification import longest_input
 from slimtune.data.tasks.word_alignment import Aligned, align, tag, tags_from, word_logits
+from slimtune.data.texts import longest_input
 from slimtune.errors import DataError, listing
 from slimtune.evaluate.answers import AnswerFile
 from slimtune.evaluate.likelihood import refuse_no_number

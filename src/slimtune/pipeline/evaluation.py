@@ -33,7 +33,9 @@ def held_out_questions(settings: EvaluationSettings | None, data: Any) -> Prepar
             f"evaluation asks models that write text, and this data is for {data.task_type}; its held-out rows are "
             "scored in any case, so leave evaluation out"
         )
-    rows = [(row, place) for part in data.parts.held_out for row, place in zip(part.rows, part.places, strict=True)]
+    rows = [
+        (row, place) for source in data.splits.held_out for row, place in zip(source.rows, source.places, strict=True)
+    ]
     if not rows:
         return None
     return prepare(task_of_rows(rows, "held-out rows"), settings)

@@ -79,11 +79,14 @@ def _coloured(screen: Console, shown: Sequence[tuple[bool, str]]) -> Text:
 def show_preview(screen: Console, preview: Preview, max_length: int, batch_size: int, packing: bool) -> None:
     """Show the sources of data, its first examples and how long all of them are."""
     lengths, unit = preview.lengths, preview.unit
-    for part, share in zip(preview.parts, preview.shares, strict=True):
-        taken = f", of which an epoch takes {share:,}" if part.weight is not None else ""
-        screen.print(f"{part.name}: format {part.format}, {len(part.rows):,} rows{taken}", markup=False)
+    for source, share in zip(preview.sources, preview.shares, strict=True):
+        taken = f", of which an epoch takes {share:,}" if source.weight is not None else ""
+        screen.print(f"{source.name}: format {source.format}, {len(source.rows):,} rows{taken}", markup=False)
+        used = ", ".join(name for name in source.columns if name not in source.ignored)
+        screen.print(f"  columns used: {used}", markup=False)
+    show_report(screen, preview.report)
     screen.print(
-        f"task {preview.task}: {lengths.examples:,} examples, {lengths.total:,} {unit}"
+        f"task {preview.splits.task}: {lengths.examples:,} examples, {lengths.total:,} {unit}"
         + ("" if preview.labels else f", of which {lengths.learned / lengths.total:.0%} are learned")
         + (f"; {preview.apart:,} more examples than rows, one for each answer" if preview.apart else "")
     )

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.adapters.model import get_peft_model
 from slimtune.core.delta import dtypes_of
-from slimtune.data.tasks.base import EncodedDataset
+from slimtune.data.tasks.base import EncodedDataset, splits_report
 from slimtune.data.tasks.registry import Data, read
 from slimtune.errors import ConfigError
 from slimtune.evaluate.result import Evaluation
 from slimtune.metrics.classification import shown
 from slimtune.models.device import native_dtype, pick_device
+from slimtune.models.load import LoadOptions, load_model
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions, measure_forgetting
 from slimtune.pipeline.memory_check import check_memory
 from slimtune.pipeline.show_data import show_report
@@ -59,6 +60,7 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
         raise ConfigError("--resume would change nothing with the method features, which takes no steps; leave it out")
     check_start(output, recipe.to_dict(), overwrite, resume)
     data = read(recipe.data, recipe.task, recipe.training.seed)
+    show_report(screen, splits_report(data.splits))
     check_preferences(recipe, data.task)
     held_out_questions(recipe.evaluation, data)
     refuse_adapter(recipe.model.source)
@@ -151,10 +153,11 @@ def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, 
     set_seed(seed)
     if method.name != FULL:
         how = (model.dtype, model.device, model.trust_remote_code, model.quantize)
-        loaded, tokenizer = data.load(model.source, *how)
+        loaded, tokenizer = load_model(model.source, data.model_task, LoadOptions(*how), data.names)
         return adopt(loaded, method.config(), seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
-    loaded, tokenizer = data.load(model.source, "float32", model.device, model.trust_remote_code)
+    options = LoadOptions("float32", model.device, model.trust_remote_code)
+    loaded, tokenizer = load_model(model.source, data.model_task, options, data.names)
     loaded.requires_grad_(True)
     return loaded, tokenizer, (native_dtype() if model.dtype == "auto" else model.dtype) == "bfloat16"
 

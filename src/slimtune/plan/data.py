@@ -10,14 +10,15 @@ from typing import Any
 
 from slimtune.data.chat_template import use_template
 from slimtune.data.lengths import Lengths, sorted_lengths
-from slimtune.data.mixing import mixed, prepare
-from slimtune.data.reading import Parts, read_parts
+from slimtune.data.reading import Splits, read_splits
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.classification import labels_of, tokenize
+from slimtune.data.tasks.causal_lm import encode_sources, mixed
+from slimtune.data.tasks.classification import labels_of
 from slimtune.data.tasks.preference import Preferred, lengths_of
 from slimtune.data.tasks.seq2seq import Completions, encode_pair
 from slimtune.data.tasks.token_classification import Tags
 from slimtune.data.tasks.word_alignment import align
+from slimtune.data.texts import tokenize
 from slimtune.errors import check_whole
 
 ASSUMED_EXAMPLES = 1000
@@ -50,8 +51,8 @@ def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto")
     if settings.chat_template is not None:
         use_template(tokenizer, settings.chat_template)
     whole = replace(settings, max_length=sys.maxsize, too_long="error")
-    parts = read_parts(whole, task)
-    measured = _MEASURES.get(parts.task, _preferred)(parts, whole, tokenizer)
+    splits = read_splits(whole, task)
+    measured = _MEASURES.get(splits.task, _preferred)(splits, whole, tokenizer)
     if not settings.packing:
         return measured
     return replace(measured, lengths=uniform(settings.max_length, measured.lengths.packed_rows(settings.max_length)))
@@ -64,40 +65,40 @@ def uniform(length: int, examples: int) -> Lengths:
     return Lengths((length,) * examples, length * examples)
 
 
-def _texts(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    examples = mixed(parts.train, prepare(parts.train, settings, tokenizer), seed=0)
+def _texts(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
+    examples = mixed(splits.train, encode_sources(splits.train, settings, tokenizer), seed=0)
     return MeasuredData("text", sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples)))
 
 
-def _classes(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    rows = [row for part in parts.train for row in part.rows]
+def _classes(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
+    rows = [row for source in splits.train for row in source.rows]
     encoded = tokenize([row.texts for row in rows], tokenizer, sys.maxsize)
     lengths = [len(row["input_ids"]) for row in encoded.rows]
     return MeasuredData("classification", sorted_lengths(lengths, len(rows), labels_of(rows)))
 
 
-def _tags(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    tags = Tags.of(parts, settings)
+def _tags(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
+    tags = Tags.of(splits, settings)
     texts = align([row.tokens for row in tags.rows], tokenizer, sys.maxsize).texts
     lengths = [len(text.input["input_ids"]) for text in texts]
     return MeasuredData(tags.task, sorted_lengths(lengths, sum(len(text.firsts) for text in texts), tags.tags))
 
 
-def _completions(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    pairs = [encode_pair(row, tokenizer) for row in Completions.of(parts, settings).rows]
+def _completions(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
+    pairs = [encode_pair(row, tokenizer) for row in Completions.of(splits, settings).rows]
     written = [len(pair.labels) for pair in pairs]
     return MeasuredData("seq2seq", sorted_lengths([len(pair.input_ids) for pair in pairs], sum(written)), max(written))
 
 
-def _preferred(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    lengths_of_rows = [lengths_of(row, tokenizer) for row in Preferred.of(parts, settings).rows]
+def _preferred(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
+    lengths_of_rows = [lengths_of(row, tokenizer) for row in Preferred.of(splits, settings).rows]
     learned = sum(length - prompt for prompt, *answers in lengths_of_rows for length in answers)
     # TRL's orpo puts a beginning and an end where a text has none of its own.
-    more = 2 if parts.task == "orpo" else 0
-    return MeasuredData(parts.task, sorted_lengths([max(lengths) + more for lengths in lengths_of_rows], learned))
+    more = 2 if splits.task == "orpo" else 0
+    return MeasuredData(splits.task, sorted_lengths([max(lengths) + more for lengths in lengths_of_rows], learned))
 
 
-_MEASURES: dict[str, Callable[[Parts, DataSettings, Any], MeasuredData]] = {
+_MEASURES: dict[str, Callable[[Splits, DataSettings, Any], MeasuredData]] = {
     "text": _texts,
     "classification": _classes,
     "token-classification": _tags,

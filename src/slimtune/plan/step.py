@@ -21,8 +21,7 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from slimtune.data.batches import classification, token_loss
-from slimtune.data.encode import IGNORED
+from slimtune.data.batches import IGNORED, classification, token_loss
 from slimtune.errors import MissingDependencyError, PlanError
 from slimtune.plan.build import positions_of
 from slimtune.plan.memory import MemoryBreakdown, Setting, Snapshot, Work

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.data.features import FeatureClassifier, extract
 from slimtune.data.rows import Labelled
-from slimtune.data.tasks.classification import Classes, longest_input, tokenize
+from slimtune.data.tasks.classification import Classes
 from slimtune.data.tasks.registry import Data
+from slimtune.data.texts import longest_input, tokenize
 from slimtune.errors import ConfigError
 from slimtune.metrics.classification import scores, shown
 from slimtune.models.load import LoadOptions, load_model
@@ -40,19 +41,19 @@ def train_on_features(
     began = time.monotonic()
     options = LoadOptions(base.dtype, base.device, base.trust_remote_code)
     model, tokenizer = load_model(base.source, "features", options)
-    limit = longest_input(model, tokenizer, data.max_length)
+    limit = longest_input(model, tokenizer, data.settings.max_length)
     cache = cache_dir().with_name("features")
     tokens = 0
 
     def features_of(rows: list[Labelled]) -> tuple[Any, list[str]]:
         nonlocal tokens
-        tokenized = tokenize([row.texts for row in rows], tokenizer, limit, data.too_long)
+        tokenized = tokenize([row.texts for row in rows], tokenizer, limit, data.settings.too_long)
         tokens += tokenized.tokens
         if len(tokenized.kept) < len(rows):
             dropped = len(rows) - len(tokenized.kept)
             screen.print(f"[yellow]{dropped:,} texts dropped[/]: longer than {limit:,} tokens")
         texts = [rows[i].texts for i in tokenized.kept]
-        too_long = "truncate" if data.too_long == "truncate" else "error"
+        too_long = "truncate" if data.settings.too_long == "truncate" else "error"
         features_ND = extract(model, tokenizer, texts, method.pooling, batch_size, cache, limit, too_long)
         return features_ND, [rows[i].label for i in tokenized.kept]
 

@@ -15,8 +15,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from slimtune.console.progress import Counting
-from slimtune.data.batches import pad_id_of
-from slimtune.data.encode import IGNORED
+from slimtune.data.batches import IGNORED, pad_id_of
 from slimtune.errors import ConfigError
 from slimtune.evaluate.generation import sampling
 

@@ -22,8 +22,7 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from slimtune.adapters.model import PeftModel
 from slimtune.core.delta import deltas_of
-from slimtune.data.batches import Objective, count_packed
-from slimtune.data.encode import IGNORED
+from slimtune.data.batches import IGNORED, Objective, count_packed
 from slimtune.methods.adalora import AdaLoraConfig, Orthogonality
 from slimtune.storage.tensor_tree import read_tree
 from slimtune.train.checkpointing import TRAINING, WEIGHTS, Checkpointer

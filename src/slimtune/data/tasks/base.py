@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from slimtune.data.batches import Objective
-from slimtune.data.encode import Encoded, pieces
-from slimtune.data.mixing import drawn, exact_shares
-from slimtune.data.reading import Parts, sources_of
+from slimtune.data.batches import Encoded, Objective, pieces
+from slimtune.data.reading import Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, DataError, listing
 
@@ -18,11 +16,11 @@ SAMPLED_TOKENS = 400
 
 @dataclass(frozen=True)
 class Remark:
-    """A sentence about the data, for people.
+    """A sentence about the data for the user.
 
     Attributes:
         text: the sentence, or the rest of it behind `warning`.
-        warning: how it begins if something was lost, such as "3 texts dropped".
+        warning: its beginning, where something was lost, such as "3 texts dropped".
     """
 
     text: str
@@ -41,7 +39,7 @@ class Sample:
 
 
 Report = list[Remark | Sample]
-"""What there is to tell of a dataset, in the order in which it is read."""
+"""Remarks and samples of a dataset, in the order in which they are shown."""
 
 
 def sample_of(example: Encoded, tokenizer: Any) -> Sample:
@@ -49,6 +47,38 @@ def sample_of(example: Encoded, tokenizer: Any) -> Sample:
     shortened = Encoded(example.input_ids[:SAMPLED_TOKENS], example.labels[:SAMPLED_TOKENS])
     decoded = [(learned, tokenizer.decode(ids)) for learned, ids in pieces(shortened)]
     return Sample(decoded + [(False, " ...")] * (len(example.input_ids) > SAMPLED_TOKENS))
+
+
+def splits_report(splits: Splits) -> Report:
+    """What to know about rows before they are learned: ignored columns, repeated rows, held-out rows in training."""
+    report: Report = []
+    for source in splits.train:
+        if ignored := source.ignored:
+            columns = listing(f"{name} ({count:,} rows)" for name, count in ignored.items())
+            report.append(Remark(f"{source.name}: format {source.format} ignores the columns {columns}"))
+    if repeated := splits.repeated:
+        total = sum(len(source.rows) for source in splits.train)
+        report.append(Remark(f" of {total:,} equal an earlier row and are learned again", f"{repeated:,} rows"))
+    if leaked := splits.held_out_in_train:
+        total = sum(len(source.rows) for source in splits.held_out)
+        rest = f" of {total:,} also stand in the training data: their loss tells nothing of new rows; remove them"
+        report.append(Remark(rest, f"{leaked:,} held-out rows"))
+    return report
+
+
+def lost(unit: str, limit: int, dropped: int, cut: int) -> Report:
+    """How many examples were dropped or cut because they are longer than `limit` tokens; nothing where none was."""
+    report: Report = []
+    if dropped:
+        report.append(Remark(f": longer than {limit:,} tokens", f"{dropped:,} {unit} dropped"))
+    if cut:
+        report.append(Remark(f" at {limit:,} tokens", f"{cut:,} {unit} cut"))
+    return report
+
+
+def held_out_note(count: int, what: str) -> str:
+    """The end of a sentence that counts the held-out examples, if there are any."""
+    return f"; {count:,} {what}held out" if count else ""
 
 
 @dataclass(frozen=True)
@@ -72,56 +102,58 @@ class EncodedDataset:
     after: Callable[[], dict[str, Any]] = dict
 
 
-def epoch_of(
-    parts: Parts,
-    settings: DataSettings,
-    seed: int,
-    of_texts: Sequence[str] = ("packing", "streaming", "chat_template"),
-) -> tuple[list[Any], list[Any]]:
-    """The rows of one epoch of all sources, and those held out; raises ConfigError for settings `of_texts` alone."""
-    for name in of_texts:
-        if getattr(settings, name):
-            raise ConfigError(f"{name} is for models that write text, and not for task {parts.task}; leave it out")
-    if settings.too_long == "split":
-        raise ConfigError(
-            f"too_long: split is for texts to go on with, and not for task {parts.task}; drop or truncate"
-        )
-    shares = zip(parts.train, exact_shares(parts.train), strict=True)
-    rows = [row for part, count in shares for row in drawn(part.rows, count, seed)]
-    return rows, [row for part in parts.held_out for row in part.rows]
-
-
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of one epoch of all sources and those held out, and how long one may be.
+    """The rows of one epoch of all sources, and those held out.
 
-    A task's data is a subclass with two methods: `load`, which takes what `slimtune.models.load.load` does, and
-    `encode(model, tokenizer)`, which returns an `EncodedDataset`.
+    The data of a task is a subclass with a method `encode(model, tokenizer)` that returns an `EncodedDataset`, and
+    `of` where rows need a check of their own.
 
     Attributes:
-        source: what the sources are called.
+        names: of the labels or tags that a model's head gives, if the task has some.
+        task_type: as PEFT configs name it.
+        model_task: as `slimtune.models.load.load_model` names the model that learns from these rows.
     """
 
-    source: str
+    splits: Splits
+    settings: DataSettings
     rows: list[Any]
     held_out: list[Any]
-    max_length: int
-    too_long: str
+    names: list[str] | None = None
+
+    task_type: ClassVar[str]
+    model_task: ClassVar[Any]
+    supports: ClassVar[tuple[str, ...]] = ()
+    """Which of the settings for models that write text it takes."""
+
+    @classmethod
+    def of(cls, splits: Splits, settings: DataSettings, seed: int = 0) -> Self:
+        """The rows of one epoch of all sources; raises ConfigError for settings that the task doesn't take."""
+        for name in ("packing", "streaming", "chat_template"):
+            if getattr(settings, name) and name not in cls.supports:
+                raise ConfigError(f"{name} is for models that write text, and not for task {splits.task}; leave it out")
+        if settings.too_long == "split":
+            raise ConfigError(
+                f"too_long: split is for texts to go on with, and not for task {splits.task}; drop or truncate"
+            )
+        shares = zip(splits.train, exact_shares(splits.train), strict=True)
+        rows = [row for source, count in shares for row in drawn(source.rows, count, seed)]
+        return cls(splits, settings, rows, [row for source in splits.held_out for row in source.rows])
+
+    @property
+    def task(self) -> str:
+        """The task, as a recipe names it."""
+        return self.splits.task
 
     def facts(self, examples: int, held_out: int, tokens: int, limit: int, **more: Any) -> dict[str, Any]:
         """What a model card says of the data."""
-        counted = {"source": self.source, "examples": examples, "held out": held_out, "tokens": f"{tokens:,}"}
-        return counted | more | {"maximum length": limit}
+        counts = {"source": names_of(self.splits.train), "examples": examples, "held out": held_out}
+        return counts | {"tokens": f"{tokens:,}"} | more | {"maximum length": limit}
 
 
-def refuse_unlearned(parts: Parts, what: str, learned: Collection[str], held_out: Iterable[str]) -> None:
-    """Raises: DataError, where held-out rows have labels (or tags: `what`) that no row to learn from has."""
+def refuse_unlearned(splits: Splits, what: str, learned: Collection[str], held_out: Iterable[str]) -> None:
+    """Raises: DataError, where held-out rows have labels (or tags: `what`) that no row to train on has."""
     unknown = set(held_out) - set(learned)
     if unknown:
-        there, here = sources_of(parts.held_out), sources_of(parts.train)
+        there, here = names_of(splits.held_out), names_of(splits.train)
         raise DataError(f"{there} has {what} that {here} hasn't: {listing(unknown)}; correct them")
-
-
-def held_out_note(count: int, what: str) -> str:
-    """The end of a sentence that tells how many are held out, if any are."""
-    return f"; {count:,} {what}held out" if count else ""

@@ -6,54 +6,67 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimtune.data.batches import Objective, PackRows, pad_id_of
+from slimtune.data.batches import Encoded, Objective, PackRows, pad_id_of
 from slimtune.data.chat_template import use_template
-from slimtune.data.encode import Prepared
-from slimtune.data.mixing import exact_shares, mixed, prepare
+from slimtune.data.encode import EncodedRows, encode
 from slimtune.data.packing import check_packs, pack
-from slimtune.data.reading import Part, Parts, sources_of
+from slimtune.data.reading import SourceRows, Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of
-from slimtune.data.tasks.classification import positions_of
+from slimtune.data.texts import positions_of
 from slimtune.errors import ConfigError
-from slimtune.models.load import LoadOptions, load_model
+
+
+def encode_sources(
+    sources: Sequence[SourceRows], settings: DataSettings, tokenizer: Any, positions: int | None = None
+) -> list[EncodedRows]:
+    """Encode the rows of each source; `positions` is how many the model has. Raises: DataError."""
+    limit, too_long = settings.max_length, settings.too_long
+    return [encode(source.rows, tokenizer, limit, too_long, source.places, positions) for source in sources]
+
+
+def mixed(sources: Sequence[SourceRows], encoded: Sequence[EncodedRows], seed: int) -> list[Encoded]:
+    """The examples of one epoch, drawn from the sources by their weights."""
+    shares = exact_shares(sources, [len(rows.examples) for rows in encoded])
+    pairs = zip(encoded, shares, strict=True)
+    return [example for rows, share in pairs for example in drawn(rows.examples, share, seed)]
 
 
 @dataclass(frozen=True)
 class Conversations:
     """Conversations whose answers are learned, and texts that are learned whole."""
 
-    parts: Parts
+    splits: Splits
     settings: DataSettings
     seed: int = 0
 
     task = "text"
     task_type = "CAUSAL_LM"
+    model_task = "text"
+    names = None
 
-    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
-        """A model that writes text, and its tokenizer."""
-        model, tokenizer = load_model(source, "text", LoadOptions(*how, **options))
+    def prepare(self, model: Any, tokenizer: Any) -> None:
+        """Set the chat template; raises ConfigError for a model with an encoder, or one that can't pack."""
         if model.config.is_encoder_decoder:
-            raise ConfigError(f"{source} has an encoder, which reads prompts on its own: train it with task=seq2seq")
-        return model, tokenizer
-
-    def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
-        """The ids with what is learned of them; raises DataError, ConfigError if the model can't pack."""
+            raise ConfigError(
+                f"{model.name_or_path} has an encoder, which reads prompts on its own: train it with task=seq2seq"
+            )
         if self.settings.chat_template is not None:
             use_template(tokenizer, self.settings.chat_template)
         if self.settings.packing:
             check_packs(model)
+
+    def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
+        """The ids with what is learned of them; raises DataError, ConfigError if the model can't pack."""
+        self.prepare(model, tokenizer)
         positions = positions_of(model)
-        prepared = prepare(self.parts.train, self.settings, tokenizer, positions)
-        held_out = [
-            example
-            for found in prepare(self.parts.held_out, self.settings, tokenizer, positions)
-            for example in found.examples
-        ]
-        examples = mixed(self.parts.train, prepared, self.seed)
+        encoded = encode_sources(self.splits.train, self.settings, tokenizer, positions)
+        held_out_rows = encode_sources(self.splits.held_out, self.settings, tokenizer, positions)
+        held_out = [example for rows in held_out_rows for example in rows.examples]
+        examples = mixed(self.splits.train, encoded, self.seed)
         tokens, learned = sum(len(e.input_ids) for e in examples), sum(e.learned for e in examples)
         report: Report = [
-            *_sources_report(self.parts.train, prepared, self.settings),
+            *_sources_report(self.splits.train, encoded, self.settings),
             Remark(
                 f"data: {len(examples):,} examples, {tokens:,} tokens of which {learned / tokens:.0%} are learned; "
                 f"the longest has {max(len(e.input_ids) for e in examples):,}"
@@ -62,7 +75,7 @@ class Conversations:
             sample_of(examples[0], tokenizer),
         ]
         facts = {
-            "source": sources_of(self.parts.train),
+            "source": names_of(self.splits.train),
             "examples": len(examples),
             "held out": len(held_out),
             "tokens": f"{tokens:,}",
@@ -78,23 +91,25 @@ class Conversations:
         return EncodedDataset(rows, held_out, facts | {"packed rows": len(rows)}, report, objective)
 
 
-def _sources_report(parts: Sequence[Part], prepared: Sequence[Prepared], settings: DataSettings) -> list[Remark]:
+def _sources_report(
+    sources: Sequence[SourceRows], encoded: Sequence[EncodedRows], settings: DataSettings
+) -> list[Remark]:
     """What each source holds, how many of it an epoch takes, and what became of long examples."""
     report, limit = [], settings.max_length
-    shares = exact_shares(parts, [len(encoded.examples) for encoded in prepared])
-    for part, encoded, share in zip(parts, prepared, shares, strict=True):
+    shares = exact_shares(sources, [len(rows.examples) for rows in encoded])
+    for source, rows, share in zip(sources, encoded, shares, strict=True):
         weighted = ""
-        if part.weight is not None:
-            weighted = f"; of its {len(encoded.examples):,} examples an epoch takes {share:,} (weight {part.weight:g})"
-        report.append(Remark(f"{part.name}: format {part.format}, {len(part.rows):,} rows{weighted}"))
-        if encoded.apart:
+        if source.weight is not None:
+            weighted = f"; of its {len(rows.examples):,} examples an epoch takes {share:,} (weight {source.weight:g})"
+        report.append(Remark(f"{source.name}: format {source.format}, {len(source.rows):,} rows{weighted}"))
+        if rows.apart:
             why = (
                 ": the chat template rewrites earlier turns, so each answer is learned in an example that ends with it"
             )
-            report.append(Remark(why, f"{encoded.apart:,} examples more than rows"))
-        if encoded.dropped:
-            report.append(Remark(f": no answer within {limit:,} tokens", f"{encoded.dropped:,} examples dropped"))
-        if encoded.truncated:
+            report.append(Remark(why, f"{rows.apart:,} examples more than rows"))
+        if rows.dropped:
+            report.append(Remark(f": no answer within {limit:,} tokens", f"{rows.dropped:,} examples dropped"))
+        if rows.truncated:
             verb = "split" if settings.too_long == "split" else "cut"
-            report.append(Remark(f" at {limit:,} tokens", f"{encoded.truncated:,} examples {verb}"))
+            report.append(Remark(f" at {limit:,} tokens", f"{rows.truncated:,} examples {verb}"))
     return report

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+from slimtune.data.batches import IGNORED, Limit
 from slimtune.data.chat_template import Message, has_template, prompt_ids, render, use_template
-from slimtune.data.encode import IGNORED, Limit, encode_row
-from slimtune.data.reading import Parts, sources_of
+from slimtune.data.encode import encode_row
+from slimtune.data.reading import Splits, names_of
 from slimtune.data.rows import Conversation, Judged, Pair, Preference, Prompt, Turn
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note, sample_of
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, held_out_note, lost, sample_of
 from slimtune.errors import ConfigError, DataError, MissingDependencyError
-from slimtune.models.load import LoadOptions, load_model
 
 Said = str | list[Turn]
 
@@ -49,72 +49,70 @@ def as_conversation(prompt: Said, answer: Said) -> Conversation | Pair:
     return Conversation(messages=[*(turn.model_copy(update={"weight": 0}) for turn in shown), *said])
 
 
-def unpaired(row: Preference) -> list[Judged]:
-    """Both answers of a pair, each judged alone."""
-    return [
-        Judged(prompt=row.prompt, completion=row.chosen, label=True),
-        Judged(prompt=row.prompt, completion=row.rejected, label=False),
-    ]
+def _unpaired(rows: Sequence[Preference | Judged]) -> list[Judged]:
+    """Judged answers; of a pair, both answers, each judged by itself."""
+    judged: list[Judged] = []
+    for row in rows:
+        if isinstance(row, Preference):
+            judged.append(Judged(prompt=row.prompt, completion=row.chosen, label=True))
+            judged.append(Judged(prompt=row.prompt, completion=row.rejected, label=False))
+        else:
+            judged.append(row)
+    return judged
 
 
 @dataclass(frozen=True)
 class Preferred(TaskData):
     """What preference tuning and reinforcement by a reward learn from."""
 
-    task: str
-    chat_template: str | None = None
-
     task_type = "CAUSAL_LM"
+    model_task = "text"
+    supports = ("chat_template",)
 
     @classmethod
-    def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Preferred:
+    def of(cls, splits: Splits, settings: DataSettings, seed: int = 0) -> Self:
         """The rows of all sources; raises ConfigError for packing, and DataError if kto has one kind of answer only."""
-        rows, held_out = epoch_of(parts, settings, seed, ("packing", "streaming"))
-        if parts.task == "grpo" and settings.too_long == "truncate":
-            raise ConfigError("too_long: truncate would ask half of a question; drop, or raise max_length")
-        if parts.task == "kto":
-            rows, held_out = _each_alone(rows), _each_alone(held_out)
-            if len({row.label for row in rows}) < 2:
-                raise DataError(
-                    f"all answers of {sources_of(parts.train)} have the label {rows[0].label}, so that nothing tells "
-                    "good from bad; add the others"
-                )
-        how = (settings.max_length, settings.too_long, parts.task, settings.chat_template)
-        return cls(sources_of(parts.train), rows, held_out, *how)
-
-    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
-        """A model that writes text, and its tokenizer."""
-        return load_model(source, "text", LoadOptions(*how, **options))
+        data = super().of(splits, settings, seed)
+        if splits.task == "grpo" and settings.too_long == "truncate":
+            raise ConfigError("too_long: truncate would leave half of a question; drop, or raise max_length")
+        if splits.task != "kto":
+            return data
+        rows = _unpaired(data.rows)
+        if len({row.label for row in rows}) < 2:
+            raise DataError(
+                f"all answers of {names_of(splits.train)} have the label {rows[0].label}, so that nothing tells "
+                "good from bad; add the others"
+            )
+        return replace(data, rows=rows, held_out=_unpaired(data.held_out))
 
     def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
         """A `datasets.Dataset` in TRL's columns; raises DataError, MissingDependencyError."""
-        if self.chat_template is not None:
-            use_template(tokenizer, self.chat_template)
+        if self.settings.chat_template is not None:
+            use_template(tokenizer, self.settings.chat_template)
         report: Report = []
         learned, tokens = self._within(report, self.rows, tokenizer)
         held_out = self._within(report, self.held_out, tokenizer)[0] if self.held_out else []
         kind = {"kto": "judged answers", "grpo": "prompts"}.get(self.task, "pairs of answers")
         report.append(Remark(f"data: {len(learned):,} {kind}, {tokens:,} tokens" + held_out_note(len(held_out), "")))
         report += _samples(learned[0], tokenizer)
-        facts = self.facts(len(learned), len(held_out), tokens, self.max_length)
+        facts = self.facts(len(learned), len(held_out), tokens, self.settings.max_length)
         there = _dataset(held_out, tokenizer) if held_out else []
         return EncodedDataset(_dataset(learned, tokenizer), there, facts, report)
 
     def _within(self, report: Report, rows: Sequence[Any], tokenizer: Any) -> tuple[list[Any], int]:
         """The rows that are within the limit, or that TRL will cut to it, and their tokens; reports what was lost."""
-        limit, cuts = self.max_length, self.too_long == "truncate"
+        limit, too_long = self.settings.max_length, self.settings.too_long
         lengths = [lengths_of(row, tokenizer) for row in rows]
         over = [max(found) for found in lengths if max(found) > limit]
-        Limit(limit, self.too_long).refuse(over, len(rows), "rows")
+        Limit(limit, too_long).refuse(over, len(rows), "rows")
         # TRL cuts at the end: of a prompt that fills the room no answer would be left.
-        kept = [i for i, found in enumerate(lengths) if max(found) <= limit or (cuts and found[0] < limit)]
+        kept = [
+            i for i, found in enumerate(lengths) if max(found) <= limit or (too_long == "truncate" and found[0] < limit)
+        ]
         if not kept:
             raise DataError(f"none of {len(rows)} rows is within {limit} tokens; raise max_length")
         dropped = len(rows) - len(kept)
-        if len(over) > dropped:
-            report.append(Remark(f" at {limit:,} tokens", f"{len(over) - dropped:,} rows cut"))
-        if dropped:
-            report.append(Remark(f": longer than {limit:,} tokens", f"{dropped:,} rows dropped"))
+        report += lost("rows", limit, dropped, len(over) - dropped)
         return [rows[i] for i in kept], sum(min(length, limit) for i in kept for length in lengths[i][1:])
 
 
@@ -139,10 +137,6 @@ def lengths_of(row: Any, tokenizer: Any) -> list[int]:
     encoded = [encode_row(as_conversation(row.prompt, answer), tokenizer) for answer in _answers(row)]
     before = min(next(i for i, label in enumerate(e.labels) if label != IGNORED) for e in encoded)
     return [before, *(len(e.input_ids) for e in encoded)]
-
-
-def _each_alone(rows: Sequence[Any]) -> list[Judged]:
-    return [each for row in rows for each in (unpaired(row) if isinstance(row, Preference) else [row])]
 
 
 def _dataset(rows: Sequence[Any], tokenizer: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimtune.data.encode import refuse_split
-from slimtune.data.reading import Parts, read_parts
+from slimtune.data.reading import Splits, read_splits
 from slimtune.data.settings import DataSettings
 from slimtune.data.streaming import Streamed
 from slimtune.data.tasks.causal_lm import Conversations
@@ -15,9 +15,9 @@ from slimtune.data.tasks.token_classification import Tags
 Data = Conversations | Classes | Tags | Completions | Preferred
 
 
-def _texts(parts: Parts, settings: DataSettings, seed: int = 0) -> Conversations:
-    refuse_split([row for part in (*parts.train, *parts.held_out) for row in part.rows], settings.too_long)
-    return Conversations(parts, settings, seed)
+def _texts(splits: Splits, settings: DataSettings, seed: int = 0) -> Conversations:
+    refuse_split([row for source in (*splits.train, *splits.held_out) for row in source.rows], settings.too_long)
+    return Conversations(splits, settings, seed)
 
 
 TASK_DATA = {
@@ -34,9 +34,5 @@ def read(settings: DataSettings, task: str = "auto", seed: int = 0) -> Data:
     """The rows of a task, which is found by looking at them unless it is given; raises DataError, ConfigError."""
     if settings.streaming:
         return Streamed.of(settings, task, seed)
-    return data_of(read_parts(settings, task, seed), settings, seed)
-
-
-def data_of(parts: Parts, settings: DataSettings, seed: int = 0) -> Data:
-    """Rows that were read, for a model to learn; raises DataError, ConfigError."""
-    return TASK_DATA[parts.task](parts, settings, seed)
+    splits = read_splits(settings, task, seed)
+    return TASK_DATA[splits.task](splits, settings, seed)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from slimtune.data.batches import Objective, token_loss
+from slimtune.data.batches import IGNORED, Encoded, Limit, Objective, token_loss
 from slimtune.data.chat_template import has_template, render
-from slimtune.data.encode import IGNORED, Encoded, Limit
-from slimtune.data.reading import Parts, sources_of
+from slimtune.data.reading import Splits, names_of
 from slimtune.data.rows import Conversation, Pair
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, epoch_of, held_out_note, sample_of
-from slimtune.data.tasks.classification import longest_input
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, held_out_note, lost, sample_of
+from slimtune.data.texts import longest_input
 from slimtune.errors import DataError
-from slimtune.models.load import LoadOptions, load_model
 
 
 @dataclass(frozen=True)
@@ -65,25 +63,21 @@ def refuse_conversations(rows: Sequence[Any], name: str) -> None:
 class Completions(TaskData):
     """Prompts whose completions are learned by a model with an encoder and a decoder."""
 
-    task = "seq2seq"
     task_type = "SEQ_2_SEQ_LM"
+    model_task = "seq2seq"
 
     @classmethod
-    def of(cls, parts: Parts, settings: DataSettings, seed: int = 0) -> Completions:
+    def of(cls, splits: Splits, settings: DataSettings, seed: int = 0) -> Self:
         """The pairs of all sources; raises DataError for conversations of several turns, ConfigError for packing."""
-        rows, held_out = epoch_of(parts, settings, seed)
-        refuse_conversations(rows + held_out, sources_of(parts.train))
-        return cls(sources_of(parts.train), rows, held_out, settings.max_length, settings.too_long)
-
-    def load(self, source: str, *how: Any, **options: Any) -> tuple[Any, Any]:
-        """A model with an encoder and a decoder, and its tokenizer."""
-        return load_model(source, "seq2seq", LoadOptions(*how, **options))
+        data = super().of(splits, settings, seed)
+        refuse_conversations(data.rows + data.held_out, names_of(splits.train))
+        return data
 
     def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
         """The ids of prompts and completions; raises DataError."""
         from transformers import DataCollatorForSeq2Seq
 
-        limit = longest_input(model, tokenizer, self.max_length)
+        limit = longest_input(model, tokenizer, self.settings.max_length)
         report: Report = []
         examples = self._encoded(report, self.rows, tokenizer, limit)
         held_out = self._encoded(report, self.held_out, tokenizer, limit) if self.held_out else []
@@ -106,13 +100,12 @@ class Completions(TaskData):
         """The pairs within the limit, or cut to it; reports what was lost."""
         everything = [encode_pair(row, tokenizer) for row in rows]
         over = [example.longer for example in everything if example.longer > limit]
-        Limit(limit, self.too_long).refuse(over, len(everything), "pairs")
-        if over and self.too_long == "truncate":
+        Limit(limit, self.settings.too_long).refuse(over, len(everything), "pairs")
+        if over and self.settings.too_long == "truncate":
             report.append(Remark(f" at {limit:,} tokens of prompt or completion", f"{len(over):,} pairs cut"))
             return [example.cut(limit) for example in everything]
         kept = [example for example in everything if example.longer <= limit]
         if not kept:
             raise DataError(f"none of {len(everything)} pairs is within {limit} tokens; raise max_length")
-        if over:
-            report.append(Remark(f": longer than {limit:,} tokens", f"{len(over):,} pairs dropped"))
+        report += lost("pairs", limit, len(over), 0)
         return kept

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.data.encode import IGNORED
+from slimtune.data.batches import IGNORED
 from slimtune.errors import ConfigError, DataError, check_choice
 
 OUTSIDE = "O"
