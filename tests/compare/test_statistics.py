@@ -9,7 +9,16 @@ import pytest
 from scipy import stats
 
 from slimtune.compare import statistics
-from slimtune.compare.statistics import Scores, compare_all, detectable, difference, holm, interval, paired_p, spread
+from slimtune.compare.statistics import (
+    SeedScores,
+    compare_all,
+    detectable,
+    difference,
+    holm,
+    interval,
+    paired_p,
+    spread,
+)
 from slimtune.errors import DataError
 
 
@@ -126,16 +135,16 @@ def test_five_questions_are_too_few_to_be_detected() -> None:
 
 
 def test_sides_are_paired_by_seed_and_a_side_without_seeds_with_all() -> None:
-    seeded = Scores({0: [1, 1], 2: [0, 1]})
-    np.testing.assert_array_equal(difference(seeded, Scores({2: [1, 1], 3: [0, 0]})), [[-1, 0]])
-    np.testing.assert_array_equal(difference(Scores({0: [1, 0]}, is_seeded=False), seeded), [[0, -1], [1, -1]])
-    np.testing.assert_array_equal(difference(seeded, Scores({0: [1, 0]}, is_seeded=False)), [[0, 1], [-1, 1]])
+    seeded = SeedScores({0: [1, 1], 2: [0, 1]})
+    np.testing.assert_array_equal(difference(seeded, SeedScores({2: [1, 1], 3: [0, 0]})), [[-1, 0]])
+    np.testing.assert_array_equal(difference(SeedScores({0: [1, 0]}, is_seeded=False), seeded), [[0, -1], [1, -1]])
+    np.testing.assert_array_equal(difference(seeded, SeedScores({0: [1, 0]}, is_seeded=False)), [[0, 1], [-1, 1]])
 
 
-@pytest.mark.parametrize("other", [Scores({5: [1, 1]}), Scores({0: [1, 1, 1]})])
-def test_what_has_nothing_in_common_is_refused(other: Scores) -> None:
+@pytest.mark.parametrize("other", [SeedScores({5: [1, 1]}), SeedScores({0: [1, 1, 1]})])
+def test_what_has_nothing_in_common_is_refused(other: SeedScores) -> None:
     with pytest.raises(DataError, match="in common"):
-        difference(Scores({0: [1, 1]}), other)
+        difference(SeedScores({0: [1, 1]}), other)
 
 
 def test_a_single_question_has_no_interval() -> None:
@@ -145,7 +154,7 @@ def test_a_single_question_has_no_interval() -> None:
 
 def test_pairs_are_corrected_for_all_that_were_asked() -> None:
     rng = np.random.default_rng(4)
-    scores = {name: Scores({s: rng.random(30).tolist() for s in range(3)}) for name in "abc"}
+    scores = {name: SeedScores({s: rng.random(30).tolist() for s in range(3)}) for name in "abc"}
     pairs = compare_all(scores)
     assert [(pair.first, pair.second) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert [pair.adjusted for pair in pairs] == holm([pair.p_value for pair in pairs])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,10 @@ from slimtune.cli.options import (
     Quantize,
     Temperature,
     TrustRemoteCode,
-)
+    attach,
+    parse,
+)  # fmt: skip
+from slimtune.console.screen import print_json, say
 from slimtune.errors import DataError
 
 
@@ -48,7 +50,6 @@ def generate(
     conversations = _conversations(prompt, input_file, system)
     from transformers import set_seed
 
-    from slimtune.cli.options import attach, parse
     from slimtune.data.chat_template import render
     from slimtune.evaluate.generation import generate_batch
     from slimtune.models.load import LoadOptions, load_model
@@ -60,7 +61,7 @@ def generate(
     prompts = [render(tokenizer, conversation, for_answer=True) for conversation in conversations]
     answers = generate_batch(loaded, tokenizer, prompts, max_new_tokens, temperature, batch_size)
     for conversation, answer in zip(conversations, answers, strict=True):
-        print(json.dumps({"messages": conversation, "answer": answer}) if as_json else answer)
+        print_json({"messages": conversation, "answer": answer}) if as_json else say(answer)
 
 
 def _conversations(prompt: str | None, file: Path | None, system: str | None) -> list[list[dict[str, str]]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, TrustRemoteCode, console
+from slimtune.cli.options import Json, TrustRemoteCode
+from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError, did_you_mean
 
 NOTHING_FITS = 3
@@ -125,7 +125,7 @@ def plan(
     from slimtune.cli.plan_view import show
     from slimtune.plan.plan import plan as ask
 
-    screen = console(as_json)
+    screen = open_screen(as_json)
     with screen.status("simulating..."):
         report = ask(
             model, data, device, goal, method or None, base or None,  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def plan(
         bars = [Bar(f"{choice.label}, batch {choice.setting.batch}", choice.parts) for choice in report.choices]
         plot_bars(bars, plot, f"{model} on {report.request.device.name}", report.request.device.room_bytes)
     if as_json:
-        print(json.dumps(report.to_dict()))
+        print_json(report.to_dict())
     else:
         show(screen, report)
     if report.best is None:
@@ -166,13 +166,13 @@ def _calibrate(as_json: bool, is_all: bool) -> None:
     from slimtune.plan.devices import this_device
     from slimtune.plan.time import calibrate, calibration_file
 
-    screen = console(as_json)
+    screen = open_screen(as_json)
     device = this_device()
     screen.print(f"measuring {device.name} ({device.source})", markup=False)
     rates = calibrate(device, lambda line: screen.print(line, markup=False))
     screen.print(f"kept in {calibration_file()}", markup=False)
     if as_json and is_all:
-        print(json.dumps({"device": device.name, **asdict(rates)}))
+        print_json({"device": device.name, **asdict(rates)})
 
 
 def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool) -> None:
@@ -180,7 +180,7 @@ def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: 
     from slimtune.plan.plan import read_config, simulation
     from slimtune.plan.table import SIZES, classic_bars, classic_table, plot_bars
 
-    screen = console(as_json)
+    screen = open_screen(as_json)
     with screen.status("simulating..."):
         cells = classic_table(
             lambda name, setting: simulation(read_config(name))(setting),
@@ -201,6 +201,6 @@ def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: 
             }
             for cell in cells
         ]
-        print(json.dumps({"batch_size": batch, "max_length": sequence, "rank": rank, "cells": rows}))
+        print_json({"batch_size": batch, "max_length": sequence, "rank": rank, "cells": rows})
     else:
         show_classic(screen, cells)

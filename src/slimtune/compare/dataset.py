@@ -30,10 +30,10 @@ def write_dataset(settings: DataSettings, task: str, seed: int, limit: int | Non
 
     _refuse_what_differs(settings)
     parts = read_parts(settings, task, seed)
-    asked = _asked(parts)[:limit]
+    questions = _asked(parts)[:limit]
     with staged(folder, overwrite=True) as scratch:
         _write(scratch / TRAIN, (row for part in parts.train for row in part.rows))
-        _write(scratch / QUESTIONS, asked)
+        _write(scratch / QUESTIONS, questions)
     return _names(parts.train)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from slimtune.compare.comparison import Comparison
 from slimtune.compare.runner import unfinished
 from slimtune.compare.stages import stages_of
-from slimtune.compare.task import Task, model_of, recipe_of
+from slimtune.compare.task import ComparisonSetup, model_of, recipe_of
 from slimtune.errors import SlimtuneError
 from slimtune.recipe.candidates import Candidate
 
@@ -26,7 +26,7 @@ TEXTS_TOKENS = 12_000
 
 
 @dataclass(frozen=True)
-class Line:
+class CandidateEstimate:
     """One candidate: its runs, those still to be done, and about how many seconds each takes, None if nobody knows."""
 
     candidate: Candidate
@@ -48,7 +48,7 @@ class Line:
 class Estimate:
     """All candidates, and where the figures come from."""
 
-    lines: list[Line]
+    lines: list[CandidateEstimate]
     why: str
 
     @property
@@ -87,13 +87,13 @@ def estimate(comparison: Comparison) -> Estimate:
     for candidate in candidates:
         own = [run for run in runs if run.candidate == candidate]
         mean = sum(_seconds(task, run, planned) for run in own) / len(own) if planned else None
-        lines.append(Line(candidate, len(own), sum(run in todo for run in own), mean))
+        lines.append(CandidateEstimate(candidate, len(own), sum(run in todo for run in own), mean))
     return Estimate(lines, why)
 
 
-def _seconds(task: Task, run: Any, planned: Planned) -> float:
+def _seconds(task: ComparisonSetup, run: Any, planned: Planned) -> float:
     candidate = run.candidate
-    asked = sum(1 for _ in task.questions.open(encoding="utf-8"))
+    questions = sum(1 for _ in task.questions.open(encoding="utf-8"))
     tokens = planned.tokens_a_step / _batch(task, run)
     seconds = START_SECONDS
     for stage in stages_of(task, run):
@@ -102,11 +102,11 @@ def _seconds(task: Task, run: Any, planned: Planned) -> float:
             known = planned.steps.get((candidate.method or "", _base(task, candidate)))
             seconds += _steps(task, run) * (known or max(planned.steps.values()))
         elif stage.name == "evaluate" and task.kind == "classification" and candidate.is_trained:
-            seconds += asked * tokens * planned.read_seconds
+            seconds += questions * tokens * planned.read_seconds
         elif stage.name == "evaluate":
             # What all prompts begin with is read once, so that examples cost little more than a longer cache.
-            seconds += asked * (tokens * 2) * planned.read_seconds + candidate.shots * tokens * planned.read_seconds
-            seconds += math.ceil(asked / ASKED_AT_ONCE) * ANSWER_TOKENS * planned.write_seconds
+            seconds += questions * (tokens * 2) * planned.read_seconds + candidate.shots * tokens * planned.read_seconds
+            seconds += math.ceil(questions / ASKED_AT_ONCE) * ANSWER_TOKENS * planned.write_seconds
         elif stage.name == "forgetting":
             share = 1.0 if task.settings.texts is None else min(1.0, task.settings.texts / 20)
             seconds += 2 * share * TEXTS_TOKENS * planned.read_seconds
@@ -115,22 +115,22 @@ def _seconds(task: Task, run: Any, planned: Planned) -> float:
     return seconds
 
 
-def _training(task: Task, run: Any) -> dict[str, Any]:
+def _training(task: ComparisonSetup, run: Any) -> dict[str, Any]:
     return recipe_of(task, run)["training"]
 
 
-def _batch(task: Task, run: Any) -> int:
+def _batch(task: ComparisonSetup, run: Any) -> int:
     settings = _training(task, run) if run.candidate.is_trained else task.recipe.get("training") or {}
     return settings.get("batch_size", 8) * settings.get("gradient_accumulation", 1)
 
 
-def _steps(task: Task, run: Any) -> int:
+def _steps(task: ComparisonSetup, run: Any) -> int:
     settings = _training(task, run)
     rows = sum(1 for _ in task.train.open(encoding="utf-8"))
     return settings.get("max_steps") or math.ceil(rows / _batch(task, run) * settings.get("epochs", 3.0))
 
 
-def _plan(task: Task, candidates: Sequence[Candidate]) -> tuple[Planned | None, str]:
+def _plan(task: ComparisonSetup, candidates: Sequence[Candidate]) -> tuple[Planned | None, str]:
     """What the planner says, and where it knows it from."""
     from slimtune.plan.plan import plan
     from slimtune.recipe.recipe import Recipe
@@ -138,7 +138,7 @@ def _plan(task: Task, candidates: Sequence[Candidate]) -> tuple[Planned | None, 
     recipe = Recipe.of(task.recipe)
     training = recipe.training
     try:
-        found = plan(
+        report = plan(
             recipe.model.source, task.train,
             methods=sorted({candidate.method or "" for candidate in candidates}) or ["lora"],
             bases=sorted({_base(task, candidate) for candidate in candidates}) or None, batch_size=training.batch_size,
@@ -149,9 +149,9 @@ def _plan(task: Task, candidates: Sequence[Candidate]) -> tuple[Planned | None, 
         )  # fmt: skip
     except SlimtuneError as error:
         return None, f"how long it takes could not be planned: {error}"
-    first, rates = found.choices[0], found.rates
+    first, rates = report.choices[0], report.rates
     planned = Planned(
-        steps={(choice.method, choice.base): choice.duration.step_seconds for choice in found.choices},
+        steps={(choice.method, choice.base): choice.duration.step_seconds for choice in report.choices},
         tokens_a_step=first.duration.tokens / first.duration.steps,
         weight_bytes=first.parts.weights,
         bandwidth=rates.bandwidth,
@@ -160,6 +160,6 @@ def _plan(task: Task, candidates: Sequence[Candidate]) -> tuple[Planned | None, 
     return planned, f"the steps were simulated; the speed of this machine is {how}"
 
 
-def _base(task: Task, candidate: Candidate) -> Any:
+def _base(task: ComparisonSetup, candidate: Candidate) -> Any:
     """As what the weights are held that the candidate's method stands on."""
     return model_of(task, candidate).get("quantize") or "dense"

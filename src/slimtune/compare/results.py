@@ -19,7 +19,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-class Score(_Strict):
+class RunScore(_Strict):
     """How the answers to the questions were judged."""
 
     name: str
@@ -31,7 +31,7 @@ class Score(_Strict):
     higher_is_better: bool = True
 
     @model_validator(mode="after")
-    def _one_answer_each(self) -> Score:
+    def _one_answer_each(self) -> RunScore:
         if len(self.answers) != len(self.per_question):
             raise ValueError(f"{len(self.answers)} answers to {len(self.per_question)} scored questions")
         return self
@@ -61,7 +61,7 @@ class Training(_Strict):
     """None where it was no number."""
 
 
-class Domain(_Strict):
+class DomainLosses(_Strict):
     """Loss per token on text outside of the task, before and after."""
 
     name: str
@@ -74,7 +74,7 @@ class Domain(_Strict):
         return self.after - self.before
 
 
-class Spectrum(_Strict):
+class RunSpectrum(_Strict):
     """What the singular vectors of the updated weights say (Shuttleworth et al. 2024)."""
 
     intruders: int
@@ -95,10 +95,10 @@ class Result(_Strict):
     seed: int
     status: Literal["done", "failed"]
     reason: str = ""
-    score: Score | None = None
+    score: RunScore | None = None
     training: Training | None = None
-    forgetting: list[Domain] | None = None
-    spectrum: Spectrum | None = None
+    forgetting: list[DomainLosses] | None = None
+    spectrum: RunSpectrum | None = None
     notes: list[str] = []
     """What is missing and why, in sentences."""
 
@@ -114,7 +114,7 @@ class Result(_Strict):
             scratch.write_text(self.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
 
 
-class Question(_Strict):
+class ShownQuestion(_Strict):
     """What was asked, and the answer that would have been right."""
 
     text: str
@@ -130,18 +130,18 @@ def read_result(path: Path) -> Result:
         raise DataError(f"{path} is no result of a run ({what}); delete it, and the run is done again") from error
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[ShownQuestion]:
     """The questions of a comparison, one a line; raises DataError with the number of a broken line."""
-    found = []
+    questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(Question.model_validate_json(line))
+            questions.append(ShownQuestion.model_validate_json(line))
         except ValidationError as error:
             raise DataError(f"{path}, line {number}: {error.errors()[0]['msg']}; start with a new --output") from error
-    return found
+    return questions
 
 
-def write_questions(path: Path, questions: Sequence[Question]) -> None:
+def write_questions(path: Path, questions: Sequence[ShownQuestion]) -> None:
     """One a line."""
     with staged_file(path) as scratch:
         lines = (json.dumps(question.model_dump(), ensure_ascii=False) + "\n" for question in questions)

@@ -9,7 +9,7 @@ from typing import Protocol
 from slimtune.compare import process
 from slimtune.compare.results import RESULT, Result, read_result, write_questions
 from slimtune.compare.stages import ANSWERS, Stage, questions_of, result_of, stages_of
-from slimtune.compare.task import Task, write_recipe
+from slimtune.compare.task import ComparisonSetup, write_recipe
 from slimtune.errors import DataError, TrainingError
 from slimtune.recipe.candidates import Run
 
@@ -28,19 +28,19 @@ class Watcher(process.Listener, Protocol):
         ...
 
 
-def results_of(task: Task, runs: Sequence[Run]) -> list[Result]:
+def results_of(task: ComparisonSetup, runs: Sequence[Run]) -> list[Result]:
     """What is there already; raises DataError for a damaged file."""
     paths = [task.place(run) / RESULT for run in runs]
     return [read_result(path) for path in paths if path.is_file()]
 
 
-def unfinished(task: Task, runs: Sequence[Run]) -> list[Run]:
+def unfinished(task: ComparisonSetup, runs: Sequence[Run]) -> list[Run]:
     """The runs that are still to be done, those that failed among them: their cause may be gone."""
     done = {(result.candidate, result.seed) for result in results_of(task, runs) if result.status == "done"}
     return [run for run in runs if (run.candidate.name, run.seed) not in done]
 
 
-def run_all(task: Task, runs: Sequence[Run], watcher: Watcher, on_result: Callable[[], object]) -> None:
+def run_all(task: ComparisonSetup, runs: Sequence[Run], watcher: Watcher, on_result: Callable[[], object]) -> None:
     """Do what is unfinished; a run that fails is kept as such and stops no other. `on_result` is called after each."""
     for run in unfinished(task, runs):
         watcher.begin(run)
@@ -50,7 +50,7 @@ def run_all(task: Task, runs: Sequence[Run], watcher: Watcher, on_result: Callab
         on_result()
 
 
-def _done_or_failed(task: Task, run: Run, watcher: Watcher) -> Result:
+def _done_or_failed(task: ComparisonSetup, run: Run, watcher: Watcher) -> Result:
     place = task.place(run)
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -61,17 +61,17 @@ def _done_or_failed(task: Task, run: Run, watcher: Watcher) -> Result:
         )
 
 
-def _do(task: Task, run: Run, watcher: Watcher) -> Result:
+def _do(task: ComparisonSetup, run: Run, watcher: Watcher) -> Result:
     place = task.place(run)
     if run.candidate.is_trained:
         write_recipe(task, run)
     stages = stages_of(task, run)
     notes = _run_stages(stages, place, watcher)
-    asked = task.folder / ASKED
-    if not asked.exists():
-        write_questions(asked, questions_of(place / ANSWERS))
-    found = {stage.name: stage.read(place) for stage in stages if stage.kept(place).is_file()}
-    return result_of(task, run, found, notes)
+    questions = task.folder / ASKED
+    if not questions.exists():
+        write_questions(questions, questions_of(place / ANSWERS))
+    results = {stage.name: stage.read(place) for stage in stages if stage.kept(place).is_file()}
+    return result_of(task, run, results, notes)
 
 
 def _run_stages(stages: Sequence[Stage], place: Path, watcher: Watcher) -> list[str]:

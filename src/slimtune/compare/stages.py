@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slimtune.compare.results import RESULT, Domain, Question, Result, Score, Spectrum, Training
-from slimtune.compare.task import RECIPE, TUNED, Task, model_of
+from slimtune.compare.results import RESULT, DomainLosses, Result, RunScore, RunSpectrum, ShownQuestion, Training
+from slimtune.compare.task import RECIPE, TUNED, ComparisonSetup, model_of
+from slimtune.console.screen import open_screen
 from slimtune.errors import DataError, TrainingError
 from slimtune.evaluate.model import EvaluatedModel
+from slimtune.models.load import LoadOptions
 from slimtune.recipe.candidates import Run
 from slimtune.storage.hub import at_revision
 
@@ -49,7 +51,7 @@ class Stage:
             raise DataError(f"{path} is damaged; delete its folder, and the run is done again") from error
 
 
-def stages_of(task: Task, run: Run) -> list[Stage]:
+def stages_of(task: ComparisonSetup, run: Run) -> list[Stage]:
     """The stages of a run in their order. The training comes first, so that the peak of memory is its own."""
     place, settings = task.place(run), task.settings
     if not run.candidate.is_trained:
@@ -76,14 +78,14 @@ def _can_resume(place: Path) -> bool:
     return not (place / RESULT).is_file() and broken_off.is_dir() and last_whole(broken_off) is not None
 
 
-def _source(task: Task, run: Run, name: str) -> EvaluatedModel:
+def _source(task: ComparisonSetup, run: Run, name: str) -> EvaluatedModel:
     """The model of this name, loaded as it was while it was tuned."""
-    how = {"dtype": "auto", "device": "auto", "trust_remote_code": False, "quantize": None}
-    how |= {key: value for key, value in model_of(task, run.candidate).items() if key in how and value}
-    return EvaluatedModel(name, how["quantize"], (how["dtype"], how["device"], how["trust_remote_code"]))
+    fields = ("dtype", "device", "trust_remote_code", "quantize")
+    given = {key: value for key, value in model_of(task, run.candidate).items() if key in fields and value}
+    return EvaluatedModel(name, LoadOptions(**given))
 
 
-def _evaluation(task: Task, run: Run, model: str) -> Stage:
+def _evaluation(task: ComparisonSetup, run: Run, model: str) -> Stage:
     settings, candidate = task.settings, run.candidate
     work = partial(
         evaluate,
@@ -109,7 +111,7 @@ def train(recipe: Path, resume: bool) -> dict[str, Any]:
     from slimtune.train.results import RESULTS
 
     settings = Recipe.of(read_mapping(recipe))
-    run(settings, _console(), overwrite=not resume, resume=resume)
+    run(settings, open_screen(as_json=True), overwrite=not resume, resume=resume)
     return {"output": settings.output, **json.loads((Path(settings.output) / RESULTS).read_text(encoding="utf-8"))}
 
 
@@ -130,14 +132,14 @@ def evaluate(
     from slimtune.console.progress import Counting
     from slimtune.evaluate.in_context import Shots
     from slimtune.evaluate.run import prepare
-    from slimtune.evaluate.settings import EvaluationSettings
+    from slimtune.evaluate.scorers import EvaluationSettings
     from slimtune.evaluate.tasks import open_task
 
     file = source.answer_file(answers, overwrite=True)
     former = None if examples is None else open_task(str(examples))
     settings = EvaluationSettings(scorer, max_new_tokens)
     prepared = prepare(open_task(str(questions)), settings, Shots(**shots), former)
-    with Counting(_console()) as counting:
+    with Counting(open_screen(as_json=True)) as counting:
         scored = source.evaluate(prepared, counting, file)
     return {"model": source.name, "task": str(questions), **scored.to_dict()}
 
@@ -149,7 +151,7 @@ def forgetting(tuned: EvaluatedModel, texts: int | None) -> dict[str, Any]:
     from slimtune.evaluate.forgetting import measure
 
     model = _tuned(tuned)
-    with Counting(_console()) as counting:
+    with Counting(open_screen(as_json=True)) as counting:
         measured = measure(model, shipped(limit=texts), worst=0, watch=counting.watch)
     return {"tuned": tuned.name, "base": model.base, **measured.to_dict()}
 
@@ -161,7 +163,7 @@ def spectra(tuned: EvaluatedModel) -> dict[str, Any]:
 
     model = _tuned(tuned)
     updates = updates_of(model)
-    with Counting(_console()) as counting:
+    with Counting(open_screen(as_json=True)) as counting:
         counting.start("decomposing matrices", len(updates.matrices))
         measured = measure(updates, on_matrix=counting.advance)
     return {"tuned": tuned.name, "base": model.base, **measured.to_dict()}
@@ -170,79 +172,76 @@ def spectra(tuned: EvaluatedModel) -> dict[str, Any]:
 def _tuned(source: EvaluatedModel) -> Any:
     from slimtune.evaluate.tuned import Tuned
 
-    dtype, device, trusted = source.options
-    return Tuned.find(source.name, dtype=dtype, device=device, trust_remote_code=trusted, quantize=source.quantize)
+    return Tuned.find(source.name, **vars(source.options))
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def result_of(task: Task, run: Run, found: dict[str, dict[str, Any]], notes: list[str]) -> Result:
+def result_of(task: ComparisonSetup, run: Run, kept: dict[str, dict[str, Any]], notes: list[str]) -> Result:
     """What the commands of a run came to."""
     place = task.place(run)
     return Result(
         candidate=run.candidate.name,
         seed=run.seed,
         status="done",
-        score=_score(found["evaluate"], place / ANSWERS),
-        training=_training(found["train"], place) if run.candidate.is_trained else None,
-        forgetting=_domains(found.get("forgetting")),
-        spectrum=_spectrum(found.get("spectra")),
+        score=_score(kept["evaluate"], place / ANSWERS),
+        training=_training(kept["train"], place) if run.candidate.is_trained else None,
+        forgetting=_domains(kept.get("forgetting")),
+        spectrum=_spectrum(kept.get("spectra")),
         notes=notes,
     )
 
 
-def questions_of(answers: Path) -> list[Question]:
+def questions_of(answers: Path) -> list[ShownQuestion]:
     """What was asked, as it stands in a file of answers."""
-    return [Question(text=_asked(line["question"]), answer=line["expected"]) for line in _lines(answers)]
+    return [ShownQuestion(text=_asked(line["question"]), answer=line["expected"]) for line in _lines(answers)]
 
 
-def _score(found: dict[str, Any], answers: Path) -> Score:
+def _score(evaluation: dict[str, Any], answers: Path) -> RunScore:
     lines = _lines(answers)
-    if len(lines) != found["count"]:
-        raise DataError(f"{answers} has {len(lines)} answers of {found['count']}; delete its folder to run it again")
-    return Score(
-        name=found["metric"].replace("_", " "),
+    if len(lines) != evaluation["count"]:
+        raise DataError(
+            f"{answers} has {len(lines)} answers of {evaluation['count']}; delete its folder to run it again"
+        )
+    return RunScore(
+        name=evaluation["metric"].replace("_", " "),
         per_question=[line["score"] for line in lines],
         answers=[line["answer"] for line in lines],
-        seconds=found["seconds"],
+        seconds=evaluation["seconds"],
     )
 
 
-def _training(found: dict[str, Any], place: Path) -> Training:
+def _training(results: dict[str, Any], place: Path) -> Training:
     from slimtune.storage.text_files import read_mapping
 
     settings = read_mapping(place / TUNED / RECIPE)["training"]
-    if found.get("interrupted"):
-        raise TrainingError(f"stopped after {found['steps']} steps")
-    gpu = found.get("peak_cuda_bytes")
+    if results.get("interrupted"):
+        raise TrainingError(f"stopped after {results['steps']} steps")
+    gpu = results.get("peak_cuda_bytes")
     return Training(
-        steps=found["steps"],
+        steps=results["steps"],
         batch=settings["batch_size"] * settings["gradient_accumulation"],
-        tokens=found["tokens"],
-        seconds=found["seconds"],
-        peak_bytes=gpu or found["peak_rss_bytes"],
+        tokens=results["tokens"],
+        seconds=results["seconds"],
+        peak_bytes=gpu or results["peak_rss_bytes"],
         memory_of="gpu" if gpu else "process",
-        trainable_parameters=found["trainable_parameters"],
+        trainable_parameters=results["trainable_parameters"],
         size_bytes=sum(path.stat().st_size for path in (place / TUNED).glob("*.safetensors")),
         learning_rate=settings["learning_rate"],
-        final_loss=found["final_loss"],
+        final_loss=results["final_loss"],
     )
 
 
-def _domains(found: dict[str, Any] | None) -> list[Domain] | None:
-    if found is None:
+def _domains(forgetting: dict[str, Any] | None) -> list[DomainLosses] | None:
+    if forgetting is None:
         return None
-    return [Domain(name=name, before=d["before"], after=d["after"]) for name, d in found["domains"].items()]
+    return [DomainLosses(name=name, before=d["before"], after=d["after"]) for name, d in forgetting["domains"].items()]
 
 
-def _spectrum(found: dict[str, Any] | None) -> Spectrum | None:
-    if found is None:
+def _spectrum(spectra: dict[str, Any] | None) -> RunSpectrum | None:
+    if spectra is None:
         return None
-    return Spectrum(intruders=found["intruders"], matrices=found["count"], effective_rank=found["effective_rank"])
+    return RunSpectrum(
+        intruders=spectra["intruders"], matrices=spectra["count"], effective_rank=spectra["effective_rank"]
+    )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ DATA_KEPT = ("max_length", "too_long", "packing")
 
 
 @dataclass(frozen=True)
-class Task:
+class ComparisonSetup:
     """What all runs share.
 
     Attributes:
@@ -45,7 +45,7 @@ class Task:
         return self.folder / "runs" / run.slug
 
 
-def recipe_of(task: Task, run: Run) -> dict[str, Any]:
+def recipe_of(task: ComparisonSetup, run: Run) -> dict[str, Any]:
     """The recipe of one run: the same for all but the method, its learning rate, its base and the seed."""
     candidate, sections = run.candidate, task.recipe
     fields = {name: _value(text) for name, text in candidate.fields if name != LEARNING_RATE}
@@ -65,12 +65,12 @@ def recipe_of(task: Task, run: Run) -> dict[str, Any]:
     }
 
 
-def model_of(task: Task, candidate: Candidate) -> dict[str, Any]:
+def model_of(task: ComparisonSetup, candidate: Candidate) -> dict[str, Any]:
     """The model section for a candidate."""
     return task.recipe["model"] | ({"quantize": candidate.quantize} if candidate.quantize else {})
 
 
-def write_recipe(task: Task, run: Run) -> None:
+def write_recipe(task: ComparisonSetup, run: Run) -> None:
     """Write the recipe of a run into its folder; what came of another one is deleted."""
     from slimtune.storage.text_files import dump, read_mapping
 
@@ -84,7 +84,7 @@ def write_recipe(task: Task, run: Run) -> None:
         scratch.write_text(dump(recipe), encoding="utf-8")
 
 
-def check_candidates(task: Task) -> None:
+def check_candidates(task: ComparisonSetup) -> None:
     """Raises: ConfigError, for a method or a field that is none, before anything is run."""
     from slimtune.recipe.method import methods
     from slimtune.recipe.recipe import Recipe
@@ -101,7 +101,7 @@ def check_candidates(task: Task) -> None:
                 raise ConfigError(f"{candidate.name}: {error}") from error
 
 
-def check_unchanged(task: Task, runs: Sequence[Run]) -> None:
+def check_unchanged(task: ComparisonSetup, runs: Sequence[Run]) -> None:
     """Raises: OutputExistsError, for a run with other settings than it was begun with; what failed may change."""
     from slimtune.storage.text_files import read_mapping
 
@@ -124,12 +124,12 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], what: str)
 def _differences(before: Any, now: Any, place: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         names = list(dict.fromkeys([*before, *now]))
-        found = (_differences(before.get(name), now.get(name), f"{place}.{name}".lstrip(".")) for name in names)
-        return [difference for differences in found for difference in differences]
+        nested = (_differences(before.get(name), now.get(name), f"{place}.{name}".lstrip(".")) for name in names)
+        return [difference for differences in nested for difference in differences]
     return [] if before == now else [(place, before, now)]
 
 
-def _learning_rate(task: Task, candidate: Candidate) -> float | None:
+def _learning_rate(task: ComparisonSetup, candidate: Candidate) -> float | None:
     """The variant's own, else that of the compare section, else the recipe's; None is the method's own.
 
     The recipe's is for the kind of method that it names: what suits LoRA is ten times too much for full tuning.

@@ -46,6 +46,6 @@ def bootstrap(score: Callable[[np.ndarray], float], count: int, seed: int = 0) -
         score: of the questions of these numbers, an array of `count` whole numbers in which some recur.
     """
     draw = np.random.default_rng(seed)
-    found = [score(draw.integers(count, size=count)) for _ in range(RESAMPLES)]
-    low, high = np.quantile(found, [0.025, 0.975])
+    values = [score(draw.integers(count, size=count)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

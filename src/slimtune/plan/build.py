@@ -155,10 +155,10 @@ def _cuda_head() -> Iterator[None]:
 def _cuda_attention(*args: Any, **kwargs: Any) -> Tensor:
     """`scaled_dot_product_attention` by the kernels that torch picks on CUDA: flash, or the efficient one."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    if given["query"].dtype == torch.float32 and given.get("attn_mask") is None:
-        return _efficient(**given)
-    return _flash(**given) if given.get("attn_mask") is None else _efficient(**given)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    if arguments["query"].dtype == torch.float32 and arguments.get("attn_mask") is None:
+        return _efficient(**arguments)
+    return _flash(**arguments) if arguments.get("attn_mask") is None else _efficient(**arguments)
 
 
 def _flash(

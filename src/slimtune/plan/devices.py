@@ -208,12 +208,12 @@ def _apple_name() -> str:
 def _memory_sources() -> list[int]:
     """What the system says is available, and the limits that a container sets."""
     memory = ram()
-    found = [memory.available] if memory else []
+    limits = [memory.available] if memory else []
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(name).read_text().strip() if Path(name).is_file() else ""
         if limit.isdecimal():
-            found.append(int(limit))
-    return found
+            limits.append(int(limit))
+    return limits
 
 
 def _read(entry: dict[str, Any], shared: dict[str, Any]) -> Device:

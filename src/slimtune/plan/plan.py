@@ -40,7 +40,7 @@ TASKS = ("text", "classification", "token-classification", "seq2seq", *PREFERENC
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     """The answer: choices in the order in which to consider them, those that fit first.
 
     Attributes:
@@ -175,7 +175,7 @@ def plan(
     attention: str | None = None,
     evaluation: bool = False,
     merge: bool = False,
-) -> Report:
+) -> PlanReport:
     """What tuning a model takes on a device, by method, and which to choose. No weights are read and no GPU is needed.
 
     Args:
@@ -241,7 +241,7 @@ def plan(
     case, choices = recommend(request, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
     named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
     log = data.train[0].path if isinstance(data, DataSettings) else None if data is None else str(data)
-    return Report(named, log, request, case, tuple(choices), rates, lengths.over(limit), stored)
+    return PlanReport(named, log, request, case, tuple(choices), rates, lengths.over(limit), stored)
 
 
 def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:

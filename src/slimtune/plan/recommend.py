@@ -168,8 +168,8 @@ def _order(request: PlanRequest) -> list[tuple[str, Precision]]:
     """Methods and bases of the request, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
     if request.methods is not None:
         bases: Sequence[Precision] = request.bases or BASES
-        given: list[tuple[str, Precision]] = [(method, base) for method in request.methods for base in bases]
-        return given
+        combinations: list[tuple[str, Precision]] = [(method, base) for method in request.methods for base in bases]
+        return combinations
     goal: tuple[tuple[str, Precision], ...] = ORDER[request.goal]
     if request.task in PREFERENCE_TASKS:
         # TRL reads a model's layers past what is put around the whole model.
