@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.compare.task import ComparisonSetup, check_candidates, check_unchanged, recipe_of, write_recipe
+from slimtune.compare.setup import ComparisonSetup, check_candidates, check_unchanged, recipe_of, write_recipe
 from slimtune.errors import ConfigError, OutputExistsError
 from slimtune.recipe.candidates import candidates_of, prompted, runs_of, trained
 from slimtune.recipe.compare import CompareSettings

@@ -11,8 +11,8 @@ from compare.constructed import LORA, done, failed, run, summary
 from slimtune.compare.record import ComparisonRecord, ConstantAnswer
 from slimtune.compare.remarks import constant_of, environment_changes, not_above_constant, remarks
 from slimtune.compare.results import RESULT
+from slimtune.compare.setup import RECIPE, ComparisonSetup, check_unchanged, write_recipe
 from slimtune.compare.stages import stages_of
-from slimtune.compare.task import RECIPE, ComparisonSetup, check_unchanged, write_recipe
 from slimtune.errors import OutputExistsError
 from slimtune.recipe.candidates import Run
 from slimtune.recipe.compare import CompareSettings

@@ -80,6 +80,10 @@ class ChatSession:
         import torch
         from transformers import TextStreamer
 
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                say(text, end="\n" if stream_end else "")
+
         from slimtune.data.batches import pad_id_of
         from slimtune.data.chat_template import prompt_ids, render
         from slimtune.evaluate.generation import sampling
@@ -96,7 +100,7 @@ class ChatSession:
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=pad_id_of(self.tokenizer),
-                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **sampling(self.temperature),
             )
         answer = self.tokenizer.decode(produced[0, 0 if has_encoder else len(ids) :], skip_special_tokens=True)

@@ -129,7 +129,7 @@ def _run(screen: Console, comparison: Comparison) -> ComparisonReport:
 
     for remark in comparison.facts.remarks:
         screen.print(remark, markup=False)
-    todo = unfinished(comparison.task, comparison.runs)
+    todo = unfinished(comparison.setup, comparison.runs)
     if len(todo) < len(comparison.runs):
         screen.print(f"{len(comparison.runs) - len(todo)} of {len(comparison.runs)} runs are there already")
     try:
@@ -147,7 +147,7 @@ def _foresee(screen: Console, comparison: Comparison, as_json: bool) -> None:
     from slimtune.compare.estimate import estimate
 
     with screen.status("simulating the steps..."):
-        estimated = estimate(comparison)
+        estimated = estimate(comparison.setup, comparison.runs)
     if as_json:
         lines, remarks = [line.to_dict() for line in estimated.lines], comparison.facts.remarks
         print_json({"runs": lines, "seconds": estimated.seconds, "why": estimated.why, "remarks": remarks})

@@ -46,12 +46,11 @@ def init(
     Example: slimtune recipe init recipe.yaml --for classification
     """
     from slimtune.recipe.shipped import commented
-    from slimtune.storage.atomic import staged_file
+    from slimtune.storage.atomic import write_file
 
     _refuse_file(path, overwrite)
     text = commented(purpose)
-    with staged_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    write_file(path, text)
     open_screen().print(
         f"written to {path}; set model and data in it, then:  slimtune recipe check {path}", markup=False
     )
@@ -125,12 +124,11 @@ def import_(
     Example: slimtune recipe import llama3_lora_sft.yaml --output recipe.yaml
     """
     from slimtune.recipe.convert import import_recipe, text_of
-    from slimtune.storage.atomic import staged_file
+    from slimtune.storage.atomic import write_file
 
     _refuse_file(output, overwrite)
     imported = import_recipe(theirs)
-    with staged_file(output) as scratch:
-        scratch.write_text(text_of(imported, theirs.name), encoding="utf-8")
+    write_file(output, text_of(imported, theirs.name))
     if as_json:
         print_json({"recipe": str(output), **asdict(imported)})
     _show_imported(open_screen(as_json), output, imported)

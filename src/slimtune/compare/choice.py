@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from slimtune.compare import format as figures
-from slimtune.compare.statistics import MeanInterval
 from slimtune.compare.summary import CandidateRow, Summary
+from slimtune.metrics.seeds import MeanInterval
 
 ENOUGH_SEEDS = 3
 ALIKE = 1.05

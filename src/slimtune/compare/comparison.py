@@ -16,8 +16,8 @@ from slimtune.compare.remarks import constant_of, environment_changes, remarks
 from slimtune.compare.report import ComparisonReport, report, write_report
 from slimtune.compare.results import read_questions
 from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
+from slimtune.compare.setup import ComparisonSetup, check_candidates, check_unchanged, refuse_changes
 from slimtune.compare.summary import summarize
-from slimtune.compare.task import ComparisonSetup, check_candidates, check_unchanged, refuse_changes
 from slimtune.data.reading import peek_parts, task_of
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
 from slimtune.recipe.candidates import Run, runs_of
@@ -35,13 +35,13 @@ BUDGET = ("questions", "scorer", "max_new_tokens", "texts")
 class Comparison:
     """What is run and what is known of it."""
 
-    task: ComparisonSetup
+    setup: ComparisonSetup
     facts: ComparisonRecord
 
     @property
     def runs(self) -> list[Run]:
         """All of them, in their order."""
-        return runs_of(self.task.settings.candidates, self.task.settings.seeds)
+        return runs_of(self.setup.settings.candidates, self.setup.settings.seeds)
 
     def run(self, watcher: Watcher) -> ComparisonReport:
         """Do what is unfinished, with the page written anew after each run.
@@ -50,10 +50,10 @@ class Comparison:
         """
         from filelock import FileLock, Timeout
 
-        folder = self.task.folder
+        folder = self.setup.folder
         try:
             with FileLock(folder / ".lock", timeout=0):
-                run_all(self.task, self.runs, watcher, self._write)
+                run_all(self.setup, self.runs, watcher, self._write)
                 return self._write()
         except Timeout as error:
             raise OutputExistsError(
@@ -62,14 +62,14 @@ class Comparison:
 
     def report(self) -> ComparisonReport:
         """What follows from the runs that are there."""
-        questions = self.task.folder / ASKED
-        settings = self.task.settings
-        summary = summarize(settings.candidates, results_of(self.task, self.runs), settings.seeds)
+        questions = self.setup.folder / ASKED
+        settings = self.setup.settings
+        summary = summarize(settings.candidates, results_of(self.setup, self.runs), settings.seeds)
         return report(summary, self.facts, read_questions(questions) if questions.is_file() else [])
 
     def _write(self) -> ComparisonReport:
         report = self.report()
-        write_report(self.task.folder, report)
+        write_report(self.setup.folder, report)
         return report
 
 
@@ -100,23 +100,23 @@ def prepare(
     settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
     base = Recipe.of(values)
     data = output / DATA if scratch is None else scratch
-    task = ComparisonSetup(output, values, settings, data / TRAIN, data / QUESTIONS)
-    check_candidates(task)
+    setup = ComparisonSetup(output, values, settings, data / TRAIN, data / QUESTIONS)
+    check_candidates(setup)
     same = {"recipe": base.to_dict() | {"output": ""}, **{name: getattr(settings, name) for name in BUDGET}}
     before = _same_as_before(output, same)
-    check_unchanged(task, runs_of(settings.candidates, settings.seeds))
+    check_unchanged(setup, runs_of(settings.candidates, settings.seeds))
     priced = _priced(price)
-    kind, is_prompted = _kind(base, task.train), _writes_text(base.model)
-    task = replace(task, kind=kind, settings=settings.for_task(kind, is_prompted))
+    kind, is_prompted = _kind(base, setup.train), _writes_text(base.model)
+    setup = replace(setup, kind=kind, settings=settings.for_task(kind, is_prompted))
     name = _written(base, settings, data, before if scratch is None else None)
-    facts = _facts(task, name, same, before, priced, is_prompted)
+    facts = _facts(setup, name, same, before, priced, is_prompted)
     if scratch is None:
         facts.write(output)
-    return Comparison(task, facts)
+    return Comparison(setup, facts)
 
 
 def _facts(
-    task: ComparisonSetup,
+    setup: ComparisonSetup,
     data: str,
     same: dict[str, Any],
     before: ComparisonRecord | None,
@@ -126,21 +126,21 @@ def _facts(
     from slimtune.storage.text_files import dump
     from slimtune.train.results import versions
 
-    settings, constant = task.settings, constant_of(task)
+    settings, constant = setup.settings, constant_of(setup)
     now = {"machine": machine(), "versions": versions()}
     return ComparisonRecord(
-        model=task.recipe["model"]["name"],
+        model=setup.recipe["model"]["name"],
         data=data,
         command=shlex.join(["slimtune", *sys.argv[1:]]),
         date=today(),
-        recipe=dump(task.recipe | {SECTION: _listed(settings)}),
+        recipe=dump(setup.recipe | {SECTION: _listed(settings)}),
         candidates=[candidate.name for candidate in settings.candidates],
         seeds=settings.seeds,
         same=same,
         price_per_hour=priced[0],
         price_of=priced[1],
         constant=constant,
-        remarks=remarks(task, prompted, constant),
+        remarks=remarks(setup, prompted, constant),
         moved=[] if before is None else environment_changes(before, **now),
         **now,
     )

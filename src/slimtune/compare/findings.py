@@ -8,8 +8,8 @@ from typing import Literal
 
 from slimtune.compare import format as figures
 from slimtune.compare.choice import ENOUGH_SEEDS
-from slimtune.compare.statistics import PairedTest
 from slimtune.compare.summary import CandidateRow, Summary
+from slimtune.metrics.seeds import PairedTest
 
 Verdict = Literal["seen here", "not seen here", "can't be told"]
 

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from slimtune.errors import DataError
+from slimtune.compare.results import reading
 from slimtune.models.device import ram
-from slimtune.storage.atomic import staged_file
+from slimtune.storage.atomic import write_file
 
 FACTS = "comparison.json"
 
@@ -58,8 +58,7 @@ class ComparisonRecord(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write it whole or not at all."""
-        with staged_file(folder / FACTS) as scratch:
-            scratch.write_text(self.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
+        write_file(folder / FACTS, self.model_dump_json(indent=1, by_alias=True) + "\n")
 
 
 def read_record(folder: Path) -> ComparisonRecord | None:
@@ -67,10 +66,8 @@ def read_record(folder: Path) -> ComparisonRecord | None:
     path = folder / FACTS
     if not path.is_file():
         return None
-    try:
-        return ComparisonRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is damaged; choose another --output") from error
+    with reading(path, "choose another --output"):
+        return ComparisonRecord.model_validate_json(path.read_bytes())
 
 
 def today() -> str:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from slimtune.compare import format as figures
 from slimtune.compare.record import ComparisonRecord, ConstantAnswer
 from slimtune.compare.results import Training
+from slimtune.compare.setup import ComparisonSetup
 from slimtune.compare.summary import Summary
-from slimtune.compare.task import ComparisonSetup
 from slimtune.data.reading import read_labelled
 
 NO_BASE = (
@@ -19,7 +19,7 @@ NO_BASE = (
 NO_FORGETTING = "Forgetting has no measure here: a classifier predicts no next token, so it has no loss on other text."
 
 
-def remarks(task: ComparisonSetup, writes_text: bool, constant: ConstantAnswer | None) -> list[str]:
+def remarks(setup: ComparisonSetup, writes_text: bool, constant: ConstantAnswer | None) -> list[str]:
     """Of a comparison on labels: what one answer to everything would score, and what is left out and why."""
     if constant is None:
         return []
@@ -30,12 +30,12 @@ def remarks(task: ComparisonSetup, writes_text: bool, constant: ConstantAnswer |
     return [sentence, *([] if writes_text else [NO_BASE]), NO_FORGETTING]
 
 
-def constant_of(task: ComparisonSetup) -> ConstantAnswer | None:
+def constant_of(setup: ComparisonSetup) -> ConstantAnswer | None:
     """What the most frequent label to learn from would score; None where there are no labels."""
-    if task.kind != "classification":
+    if setup.kind != "classification":
         return None
-    label, _ = Counter(row.label for row in read_labelled(task.train)).most_common(1)[0]
-    labels = [row.label for row in read_labelled(task.questions)]
+    label, _ = Counter(row.label for row in read_labelled(setup.train)).most_common(1)[0]
+    labels = [row.label for row in read_labelled(setup.questions)]
     return ConstantAnswer(label=label, share=labels.count(label) / len(labels))
 
 

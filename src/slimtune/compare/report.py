@@ -18,7 +18,7 @@ from slimtune.compare.remarks import equal_and_different, not_above_constant
 from slimtune.compare.results import RunScore, ShownQuestion
 from slimtune.compare.summary import CandidateRow, Summary
 from slimtune.errors import MissingDependencyError
-from slimtune.storage.atomic import staged_file
+from slimtune.storage.atomic import write_file
 
 PAGE, TABLE, FIGURES = "report.html", "report.md", "report.json"
 
@@ -103,8 +103,7 @@ def write_report(folder: Path, report: ComparisonReport) -> Path:
     """`report.html`, `report.md`, `report.json` and the pictures, each whole or not at all; the page's path."""
     numbers = json.dumps(report.to_dict(), indent=1) + "\n"
     for name, text in ((PAGE, html(report)), (TABLE, markdown(report)), (FIGURES, numbers)):
-        with staged_file(folder / name) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+        write_file(folder / name, text)
     if report.summary.scored:
         plot.write_pictures(report.summary, folder)
     return folder / PAGE

@@ -7,14 +7,23 @@ within them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slimtune.compare.results import RESULT, DomainLosses, Result, RunScore, RunSpectrum, ShownQuestion, Training
-from slimtune.compare.task import RECIPE, TUNED, ComparisonSetup, model_of
+from slimtune.compare.results import (
+    RESULT,
+    DomainLosses,
+    Result,
+    RunScore,
+    RunSpectrum,
+    ShownQuestion,
+    Stage,
+    Training,
+    reading,
+)  # fmt: skip
+from slimtune.compare.setup import RECIPE, TUNED, ComparisonSetup, model_of
 from slimtune.console.screen import open_screen
 from slimtune.errors import DataError, TrainingError
 from slimtune.evaluate.model import EvaluatedModel
@@ -25,44 +34,18 @@ from slimtune.storage.hub import at_revision
 ANSWERS = "answers.jsonl"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run.
-
-    Attributes:
-        work: a partial of a function of this module; it is pickled to the process that calls it.
-        is_needed: whether the run fails without it; else the page says that it is missing, and why.
-    """
-
-    name: str
-    work: Callable[[], dict[str, Any]]
-    is_needed: bool = True
-
-    def kept(self, place: Path) -> Path:
-        """Where its result is kept in the folder of the run, once it is done."""
-        return place / f"{self.name}.json"
-
-    def read(self, place: Path) -> dict[str, Any]:
-        """The result. Raises: DataError, for one that is damaged."""
-        path = self.kept(place)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path} is damaged; delete its folder, and the run is done again") from error
-
-
-def stages_of(task: ComparisonSetup, run: Run) -> list[Stage]:
+def stages_of(setup: ComparisonSetup, run: Run) -> list[Stage]:
     """The stages of a run in their order. The training comes first, so that the peak of memory is its own."""
-    place, settings = task.place(run), task.settings
+    place, settings = setup.place(run), setup.settings
     if not run.candidate.is_trained:
-        model = task.recipe["model"]
-        return [_evaluation(task, run, at_revision(model["name"], model.get("revision")))]
-    tuned = _source(task, run, str(place / TUNED))
+        model = setup.recipe["model"]
+        return [_evaluation(setup, run, at_revision(model["name"], model.get("revision")))]
+    tuned = _source(setup, run, str(place / TUNED))
     stages = [
         Stage("train", partial(train, recipe=place / RECIPE, resume=_can_resume(place))),
-        _evaluation(task, run, tuned.name),
+        _evaluation(setup, run, tuned.name),
     ]
-    if task.has_language_loss and settings.texts != 0:
+    if setup.has_language_loss and settings.texts != 0:
         stages.append(Stage("forgetting", partial(forgetting, tuned=tuned, texts=settings.texts), is_needed=False))
     if settings.spectra == "all" or (settings.spectra == "first" and run.seed == 0):
         stages.append(Stage("spectra", partial(spectra, tuned=tuned), is_needed=False))
@@ -78,23 +61,23 @@ def _can_resume(place: Path) -> bool:
     return not (place / RESULT).is_file() and broken_off.is_dir() and last_whole(broken_off) is not None
 
 
-def _source(task: ComparisonSetup, run: Run, name: str) -> EvaluatedModel:
+def _source(setup: ComparisonSetup, run: Run, name: str) -> EvaluatedModel:
     """The model of this name, loaded as it was while it was tuned."""
     fields = ("dtype", "device", "trust_remote_code", "quantize")
-    given = {key: value for key, value in model_of(task, run.candidate).items() if key in fields and value}
+    given = {key: value for key, value in model_of(setup, run.candidate).items() if key in fields and value}
     return EvaluatedModel(name, LoadOptions(**given))
 
 
-def _evaluation(task: ComparisonSetup, run: Run, model: str) -> Stage:
-    settings, candidate = task.settings, run.candidate
+def _evaluation(setup: ComparisonSetup, run: Run, model: str) -> Stage:
+    settings, candidate = setup.settings, run.candidate
     work = partial(
         evaluate,
-        source=_source(task, run, model),
-        questions=task.questions,
-        answers=task.place(run) / ANSWERS,
+        source=_source(setup, run, model),
+        questions=setup.questions,
+        answers=setup.place(run) / ANSWERS,
         scorer=settings.scorer,
         max_new_tokens=settings.max_new_tokens,
-        examples=task.train if candidate.shots else None,
+        examples=setup.train if candidate.shots else None,
         # Without examples nothing is drawn, and the answers say so by the seed 0.
         shots={"count": candidate.shots, "seed": run.seed, "random_labels": candidate.random_labels}
         if candidate.shots
@@ -175,83 +158,86 @@ def _tuned(source: EvaluatedModel) -> Any:
     return Tuned.find(source.name, **vars(source.options))
 
 
-def result_of(task: ComparisonSetup, run: Run, kept: dict[str, dict[str, Any]], notes: list[str]) -> Result:
-    """What the commands of a run came to."""
-    place = task.place(run)
+def result_of(setup: ComparisonSetup, run: Run, stages: Sequence[Stage], notes: list[str]) -> Result:
+    """The result of a run, from what its stages have kept. Raises: DataError, for a file that is damaged."""
+    place = setup.place(run)
+    kept = {stage.name: stage.kept(place) for stage in stages if stage.kept(place).is_file()}
     return Result(
         candidate=run.candidate.name,
         seed=run.seed,
         status="done",
         score=_score(kept["evaluate"], place / ANSWERS),
         training=_training(kept["train"], place) if run.candidate.is_trained else None,
-        forgetting=_domains(kept.get("forgetting")),
-        spectrum=_spectrum(kept.get("spectra")),
+        forgetting=_domains(kept["forgetting"]) if "forgetting" in kept else None,
+        spectrum=_spectrum(kept["spectra"]) if "spectra" in kept else None,
         notes=notes,
     )
 
 
-def questions_of(answers: Path) -> list[ShownQuestion]:
-    """What was asked, as it stands in a file of answers."""
-    return [ShownQuestion(text=_asked(line["question"]), answer=line["expected"]) for line in _lines(answers)]
-
-
-def _score(evaluation: dict[str, Any], answers: Path) -> RunScore:
-    lines = _lines(answers)
-    if len(lines) != evaluation["count"]:
-        raise DataError(
-            f"{answers} has {len(lines)} answers of {evaluation['count']}; delete its folder to run it again"
+def _score(path: Path, answers: Path) -> RunScore:
+    lines = _answer_lines(answers)
+    with reading(path):
+        evaluation = json.loads(path.read_bytes())
+        if len(lines) != evaluation["count"]:
+            raise DataError(
+                f"{answers} has {len(lines)} answers of {evaluation['count']}; delete its folder to run it again"
+            )
+        return RunScore(
+            name=evaluation["metric"].replace("_", " "),
+            per_question=[line["score"] for line in lines],
+            answers=[line["answer"] for line in lines],
+            seconds=evaluation["seconds"],
         )
-    return RunScore(
-        name=evaluation["metric"].replace("_", " "),
-        per_question=[line["score"] for line in lines],
-        answers=[line["answer"] for line in lines],
-        seconds=evaluation["seconds"],
-    )
 
 
-def _training(results: dict[str, Any], place: Path) -> Training:
+def _training(path: Path, place: Path) -> Training:
     from slimtune.storage.text_files import read_mapping
 
-    settings = read_mapping(place / TUNED / RECIPE)["training"]
-    if results.get("interrupted"):
-        raise TrainingError(f"stopped after {results['steps']} steps")
-    gpu = results.get("peak_cuda_bytes")
-    return Training(
-        steps=results["steps"],
-        batch=settings["batch_size"] * settings["gradient_accumulation"],
-        tokens=results["tokens"],
-        seconds=results["seconds"],
-        peak_bytes=gpu or results["peak_rss_bytes"],
-        memory_of="gpu" if gpu else "process",
-        trainable_parameters=results["trainable_parameters"],
-        size_bytes=sum(path.stat().st_size for path in (place / TUNED).glob("*.safetensors")),
-        learning_rate=settings["learning_rate"],
-        final_loss=results["final_loss"],
-    )
+    with reading(path):
+        results = json.loads(path.read_bytes())
+        if results.get("interrupted"):
+            raise TrainingError(f"stopped after {results['steps']} steps")
+        settings = read_mapping(place / TUNED / RECIPE)["training"]
+        gpu = results.get("peak_cuda_bytes")
+        return Training(
+            batch=settings["batch_size"] * settings["gradient_accumulation"],
+            peak_bytes=gpu or results["peak_rss_bytes"],
+            memory_of="gpu" if gpu else "process",
+            size_bytes=sum(file.stat().st_size for file in (place / TUNED).glob("*.safetensors")),
+            learning_rate=settings["learning_rate"],
+            **{name: results[name] for name in ("steps", "tokens", "seconds", "trainable_parameters", "final_loss")},
+        )
 
 
-def _domains(forgetting: dict[str, Any] | None) -> list[DomainLosses] | None:
-    if forgetting is None:
-        return None
-    return [DomainLosses(name=name, before=d["before"], after=d["after"]) for name, d in forgetting["domains"].items()]
+def _domains(path: Path) -> list[DomainLosses]:
+    with reading(path):
+        domains = json.loads(path.read_bytes())["domains"]
+        return [DomainLosses(name=name, before=d["before"], after=d["after"]) for name, d in domains.items()]
 
 
-def _spectrum(spectra: dict[str, Any] | None) -> RunSpectrum | None:
-    if spectra is None:
-        return None
-    return RunSpectrum(
-        intruders=spectra["intruders"], matrices=spectra["count"], effective_rank=spectra["effective_rank"]
-    )
+def _spectrum(path: Path) -> RunSpectrum:
+    with reading(path):
+        spectra = json.loads(path.read_bytes())
+        return RunSpectrum(
+            intruders=spectra["intruders"], matrices=spectra["count"], effective_rank=spectra["effective_rank"]
+        )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
+def questions_of(answers: Path) -> list[ShownQuestion]:
+    """The questions, as they stand in a file of answers."""
+    with reading(answers):
+        return [
+            ShownQuestion(text=_question_text(line["question"]), answer=line["expected"])
+            for line in _answer_lines(answers)
+        ]
+
+
+def _answer_lines(path: Path) -> list[dict[str, Any]]:
+    with reading(path):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise DataError(f"{path} is damaged; delete its folder, and the run is done again") from error
 
 
-def _asked(question: Any) -> str:
+def _question_text(question: Any) -> str:
     """What a person would read of a question: the turns of a conversation without the system's."""
     if isinstance(question, str):
         return question

@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from slimtune.compare.results import DomainLosses, Result, RunScore, Training
-from slimtune.compare.statistics import MeanInterval, PairedTest, SeedScores, compare_all, interval
 from slimtune.errors import DataError
+from slimtune.metrics.seeds import MeanInterval, PairedTest, SeedScores, compare_all, interval
 from slimtune.recipe.candidates import BASE, Candidate
 
 

@@ -69,7 +69,7 @@ def _console_class() -> type[Console]:
 
 def say(text: object = "", to_errors: bool = False, end: str = "\n") -> None:
     """Print plain text: to standard output what was wanted, to standard error what is said beside it."""
-    print(printable(str(text)), file=sys.stderr if to_errors else sys.stdout, end=end, flush=to_errors)
+    print(printable(str(text)), file=sys.stderr if to_errors else sys.stdout, end=end, flush=to_errors or not end)
 
 
 def print_json(value: Any) -> None:

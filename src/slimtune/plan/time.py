@@ -34,7 +34,7 @@ from slimtune.models.device import pick_device
 from slimtune.plan.devices import HALF_PRECISIONS, Device
 from slimtune.plan.memory import STEP, MemoryPlan, Setting, Work
 from slimtune.plan.memory_tracker import MemoryTracker
-from slimtune.storage.atomic import staged_file
+from slimtune.storage.atomic import write_file
 from slimtune.storage.source import cache_dir
 
 USUAL_EFFICIENCY = 0.6
@@ -195,8 +195,7 @@ def _key(device: Device) -> str:
 def _store(device: Device, rates: Rates) -> None:
     path = calibration_file()
     everything = _read() | {_key(device): asdict(rates)}
-    with staged_file(path) as scratch:
-        scratch.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(everything, indent=2) + "\n")
 
 
 def _read() -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from slimtune.compare import statistics
-from slimtune.compare.statistics import (
+from slimtune.errors import DataError
+from slimtune.metrics.seeds import (
     SeedScores,
     compare_all,
     detectable,
@@ -19,7 +20,6 @@ from slimtune.compare.statistics import (
     paired_p,
     spread,
 )
-from slimtune.errors import DataError
 
 
 def table(seeds: int, questions: int, of_seeds: float, of_questions: float, rest: float, rng: object) -> np.ndarray:
