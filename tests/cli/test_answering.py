@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune import PeftModel
+from slimtune.console.screen import printable
 from small_text_model import orders, write_lines
 
 SHORT = ["--max-new-tokens", 12]
@@ -31,8 +32,8 @@ def test_one_prompt_is_answered_as_transformers_answers_it(run: Any, base: Path,
     question = [{"role": "user", "content": "two large lattes for maria"}]
     plain = run("generate", base, question[0]["content"], *SHORT)
     adapted = run("generate", base, question[0]["content"], "--adapter", tuned, *SHORT)
-    assert plain.stdout.strip() == reference(base, question)
-    assert adapted.stdout.strip() == reference(base, question, tuned)
+    assert plain.stdout.strip() == printable(reference(base, question))
+    assert adapted.stdout.strip() == printable(reference(base, question, tuned))
     assert plain.stdout != adapted.stdout
 
 

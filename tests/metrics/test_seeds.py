@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slimtune.compare import statistics
+from slimtune.metrics import seeds
 from slimtune.errors import DataError
 from slimtune.metrics.seeds import (
     SeedScores,
@@ -76,7 +76,7 @@ def test_how_often_no_difference_is_called_one(
     seeds: int, at_least: float, at_most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """About one time of twenty; one seed alone, which knows nothing of others, one time of four."""
-    monkeypatch.setattr(statistics, "PERMUTATIONS", 500)
+    monkeypatch.setattr(seeds, "PERMUTATIONS", 500)
     rng, wrong = np.random.default_rng(2), 0
     for _ in range(600):
         easy = rng.normal(0, 1.5, 60)
@@ -121,7 +121,7 @@ def test_holm_by_hand() -> None:
 
 
 def test_what_is_detectable_is_seen_four_times_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "PERMUTATIONS", 500)
+    monkeypatch.setattr(seeds, "PERMUTATIONS", 500)
     rng = np.random.default_rng(3)
     least = np.median([detectable(table(3, 60, 0.05, 0.3, 0.3, rng)) for _ in range(200)])
     seen = [paired_p(table(3, 60, 0.05, 0.3, 0.3, rng) + least)[0] < 0.05 for _ in range(200)]
