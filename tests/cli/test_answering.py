@@ -79,7 +79,7 @@ def test_chat_switches_between_adapters_and_the_base(run: Any, base: Path, tuned
     result = run("chat", base, "--adapter", f"mine={tuned}", "--adapter", f"other={tuned}", *SHORT, stdin=script)
     assert result.exit_code == 0, result.output
     question = [{"role": "user", "content": "hi"}]
-    adapted, plain = reference(base, question, tuned), reference(base, question)
+    adapted, plain = printable(reference(base, question, tuned)), printable(reference(base, question))
     assert result.stdout.split("\n") == [adapted, plain, adapted, "mine", "other", ""] or (
         "".join(result.stdout.split()) == "".join(f"{adapted}{plain}{adapted}mineother".split())
     )
@@ -92,7 +92,7 @@ def test_chat_remembers_what_was_said(run: Any, base: Path) -> None:
     said = reference(base, first)
     second = reference(base, [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "and?"}])
     result = run("chat", base, *SHORT, stdin="hi\nand?\n")
-    assert "".join(result.stdout.split()) == "".join(f"{said}{second}".split())
+    assert "".join(result.stdout.split()) == "".join(printable(f"{said}{second}").split())
 
 
 @pytest.mark.parametrize("line", ["/use nobody", "/nothing", "/help"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slimtune.metrics import seeds
 from slimtune.errors import DataError
+from slimtune.metrics import seeds
 from slimtune.metrics.seeds import (
     SeedScores,
     compare_all,

@@ -19,8 +19,7 @@ from slimtune.cli.options import (
     Quantize,
     Temperature,
     TrustRemoteCode,
-    attach,
-    parse,
+    load_text_model,
 )  # fmt: skip
 from slimtune.console.screen import say
 from slimtune.errors import ConfigError, SlimtuneError, did_you_mean
@@ -48,12 +47,12 @@ def chat(
 
     Example: slimtune chat smollm2-135m-instruct --adapter orders=tuned --adapter other=elsewhere
     """
-    from slimtune.models.load import LoadOptions, load_model
+    from slimtune.models.load import LoadOptions
 
-    named = parse(adapter)
-    loaded, tokenizer = load_model(model, "text", LoadOptions(dtype, device, trust_remote_code, quantize))
+    options = LoadOptions(dtype, device, trust_remote_code, quantize)
+    loaded, tokenizer = load_text_model(model, adapter, options)
     opening = [{"role": "system", "content": system}] if system else []
-    session = ChatSession(attach(loaded, named), tokenizer, max_new_tokens, temperature, opening)
+    session = ChatSession(loaded, tokenizer, max_new_tokens, temperature, opening)
     say("/help lists what can be done besides talking.", to_errors=True)
     for line in _lines():
         if line.startswith("/"):

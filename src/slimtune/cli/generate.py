@@ -18,8 +18,7 @@ from slimtune.cli.options import (
     Quantize,
     Temperature,
     TrustRemoteCode,
-    attach,
-    parse,
+    load_text_model,
 )  # fmt: skip
 from slimtune.console.screen import print_json, say
 from slimtune.errors import DataError
@@ -52,11 +51,10 @@ def generate(
 
     from slimtune.data.chat_template import render
     from slimtune.evaluate.generation import generate_batch
-    from slimtune.models.load import LoadOptions, load_model
+    from slimtune.models.load import LoadOptions
 
-    named = parse(adapter)
-    loaded, tokenizer = load_model(model, "text", LoadOptions(dtype, device, trust_remote_code, quantize))
-    loaded = attach(loaded, named)
+    options = LoadOptions(dtype, device, trust_remote_code, quantize)
+    loaded, tokenizer = load_text_model(model, adapter, options)
     set_seed(seed)
     prompts = [render(tokenizer, conversation, for_answer=True) for conversation in conversations]
     answers = generate_batch(loaded, tokenizer, prompts, max_new_tokens, temperature, batch_size)

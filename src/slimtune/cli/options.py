@@ -6,12 +6,15 @@ import difflib
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from slimtune.errors import AdapterExistsError, AdapterFileError, ConfigError, listing
+
+if TYPE_CHECKING:
+    from slimtune.models.load import LoadOptions
 
 Model = Annotated[
     str,
@@ -128,6 +131,16 @@ def parse(values: Sequence[str]) -> dict[str, str]:
             )
         folders[name] = folder
     return folders
+
+
+def load_text_model(model: str, adapters: Sequence[str], options: LoadOptions) -> tuple[Any, Any]:
+    """A model that writes text with the adapters of `--adapter` attached, and its tokenizer."""
+    from slimtune.models.load import load_model
+
+    # All names come first: a mistake in one must not cost loading a model.
+    named = parse(adapters)
+    loaded, tokenizer = load_model(model, "text", options)
+    return attach(loaded, named), tokenizer
 
 
 def attach(model: Any, adapters: dict[str, str]) -> Any:

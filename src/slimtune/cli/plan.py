@@ -13,7 +13,7 @@ from slimtune.errors import ConfigError, did_you_mean
 
 NOTHING_FITS = 3
 KEYS = (
-    "task", "model.dtype", "training.epochs", "training.optim", "training.gradient_accumulation",
+    "task", "model.dtype", "data.held_out", "training.epochs", "training.optim", "training.gradient_accumulation",
     "training.gradient_checkpointing", "preferences.generations", "preferences.max_new_tokens",
 )  # fmt: skip
 """What of a recipe a plan depends on, beside its options."""
@@ -70,10 +70,6 @@ def plan(
         str | None,
         typer.Option(help="sdpa or eager, where the model isn't to choose.", rich_help_panel=HOW),
     ] = None,
-    evaluation: Annotated[
-        bool,
-        typer.Option("--evaluation", help="Count an evaluation step too, with as many examples.", rich_help_panel=HOW),
-    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Say what merging the adapter takes too.", rich_help_panel=HOW)
     ] = False,
@@ -94,7 +90,7 @@ def plan(
 
     What a recipe has a key for is written as section.key=value: task=dpo, model.dtype=float16, training.epochs=1,
     training.optim=adamw_8bit, training.gradient_accumulation=4, training.gradient_checkpointing=true,
-    preferences.generations=4, preferences.max_new_tokens=256.
+    preferences.generations=4, preferences.max_new_tokens=256; with data.held_out=0.1 an evaluation step counts, too.
 
     Examples: slimtune plan llama-2-7b --device "RTX 4090"
 
@@ -131,7 +127,7 @@ def plan(
             model, data, device, goal, method or None, base or None,  # type: ignore[arg-type]
             rank=rank, batch_size=batch_size, max_length=max_length, devices=devices, served_on=serve_on,
             memory_gb=memory, price_per_hour=price, trust_remote_code=trust_remote_code, attention=attention,
-            evaluation=evaluation, merge=merge, **settings,
+            evaluation=bool(settings.pop("held_out", 0)), merge=merge, **settings,
         )  # fmt: skip
     if plot is not None:
         from slimtune.plan.table import Bar, plot_bars
@@ -178,7 +174,7 @@ def _calibrate(as_json: bool, is_all: bool) -> None:
 def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool) -> None:
     from slimtune.cli.plan_view import show_classic
     from slimtune.plan.plan import read_config, simulation
-    from slimtune.plan.table import SIZES, classic_bars, classic_table, plot_bars
+    from slimtune.plan.table import classic_bars, classic_table, plot_bars
 
     screen = open_screen(as_json)
     with screen.status("simulating..."):
@@ -189,18 +185,8 @@ def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: 
     if plot is not None:
         plot_bars(classic_bars(cells), plot, f"tuning, batch {batch} x {sequence} tokens")
     if as_json:
-        rows = [
-            {
-                "method": cell.row.name,
-                "size": cell.size,
-                "model": SIZES[cell.size],
-                "peak_bytes": cell.plan.peak_bytes,
-                "parts": cell.plan.peak.parts.named(),
-                "rule_of_thumb_gb": cell.rule_of_thumb_gb,
-                "holds": cell.row.holds,
-            }
-            for cell in cells
-        ]
-        print_json({"batch_size": batch, "max_length": sequence, "rank": rank, "cells": rows})
+        print_json(
+            {"batch_size": batch, "max_length": sequence, "rank": rank, "cells": [cell.to_dict() for cell in cells]}
+        )
     else:
         show_classic(screen, cells)

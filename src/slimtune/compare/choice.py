@@ -241,11 +241,7 @@ def _warnings(summary: Summary, best: CandidateRow | None) -> Iterator[str]:
         return
     if summary.is_all_wrong:
         yield f"No answer of any candidate was right; look at some: the scorer ({summary.scorer}) may not fit the task."
-    seeds = (
-        min(row.score.seeds for row in summary.scored if row.score and row.candidate.is_seeded)
-        if _seeded(summary)
-        else 0
-    )
+    seeds = min((row.score.seeds for row in summary.scored if row.score and row.candidate.is_seeded), default=0)
     if 0 < seeds < ENOUGH_SEEDS:
         yield (
             f"Fewer than {ENOUGH_SEEDS} seeds ({seeds}): {_SEEDS[seeds]}; repeat with {ENOUGH_SEEDS} or more "
@@ -269,10 +265,6 @@ _SEEDS = {
     1: "the intervals know nothing of how much another seed would change, and the tests call too much a difference",
     2: "how much seeds matter is hardly known from two",
 }
-
-
-def _seeded(summary: Summary) -> bool:
-    return any(row.candidate.is_seeded for row in summary.scored)
 
 
 def _with_interval(score: MeanInterval, is_seeded: bool) -> str:

@@ -20,11 +20,13 @@ def classify(
     """p_NL of each label of the model for tokenized texts, in their order; `on_batch` is told how many were read."""
     was_training = model.training
     model.eval()
+    # Texts of similar length share a batch, so that little of it is padding.
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     by_index: dict[int, Tensor] = {}
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
         batch = tokenizer.pad([rows[index] for index in chosen], return_tensors="pt").to(model.device)
+        # Softmax in float32: in bfloat16 it loses the third digit, and losses of unlikely labels with it.
         by_index |= dict(zip(chosen, model(**batch).logits.float().softmax(-1).cpu(), strict=True))
         on_batch(len(chosen))
     model.train(was_training)

@@ -101,10 +101,14 @@ def spread(scores_SQ: Table) -> MeanVariance:
     seeds, questions = scores_SQ.shape
     if questions < 2:
         raise DataError(f"an interval needs at least 2 questions, found {questions}")
+    # Mean squares of the table x_SQ without replication. Rows and columns: MS_questions = S * var(column means),
+    # MS_seeds = Q * var(row means), each with its degrees of freedom, Q - 1 and S - 1.
     of_questions = seeds * np.var(scores_SQ.mean(0), ddof=1)
     if seeds == 1:
         return MeanVariance(float(of_questions / questions), questions - 1)
     of_seeds = questions * np.var(scores_SQ.mean(1), ddof=1)
+    # Residuals e_SQ = x_SQ - row mean - column mean + grand mean, with (S - 1)(Q - 1) degrees of freedom: the
+    # interaction of seed and question, which both mean squares contain once and the sum of them twice.
     rest = scores_SQ - scores_SQ.mean(0) - scores_SQ.mean(1, keepdims=True) + scores_SQ.mean()
     of_rest = (rest**2).sum() / ((seeds - 1) * (questions - 1))
     both = of_seeds + of_questions - of_rest
@@ -112,8 +116,11 @@ def spread(scores_SQ: Table) -> MeanVariance:
     if both <= max(of_seeds, of_questions):
         both, freedom = max((of_seeds, seeds - 1), (of_questions, questions - 1))
     else:
+        # Satterthwaite (1946): the freedom of sum_i a_i MS_i is (sum_i a_i MS_i)^2 / sum_i (a_i MS_i)^2 / f_i; the
+        # third mean square enters with a = -1, whose square is as large as the others.
         parts = of_seeds**2 / (seeds - 1) + of_questions**2 / (questions - 1)
         freedom = both**2 / (parts + of_rest**2 / ((seeds - 1) * (questions - 1)))
+    # A mean square is S Q times the part of the grand mean's variance that it stands for.
     return MeanVariance(float(both / scores_SQ.size), float(freedom))
 
 
@@ -176,9 +183,11 @@ def paired_p(differences_SQ: Table) -> tuple[float, str]:
     """
     from scipy import stats
 
+    # d_Q: the questions are what is exchangeable under the null hypothesis; seeds of one question are not independent.
     by_question = differences_SQ.mean(0)
     if differences_SQ.shape[0] == 1 and set(by_question.tolist()) <= {-1.0, 0.0, 1.0}:
         wins, losses = int((by_question > 0).sum()), int((by_question < 0).sum())
+        # Questions on which both are right or both are wrong say nothing of the difference (McNemar 1947).
         p = 1.0 if wins + losses == 0 else float(stats.binomtest(wins, wins + losses).pvalue)
         return p, "McNemar, exact"
     flipped = _permutation(by_question)
@@ -196,6 +205,7 @@ def paired_p(differences_SQ: Table) -> tuple[float, str]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values after Holm (1979), in their order."""
     adjusted, largest = [1.0] * len(p_values), 0.0
+    # The smallest of m is multiplied by m, the next by m - 1, ...; the running maximum keeps the order of the p-values.
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
@@ -210,6 +220,8 @@ def detectable(differences_SQ: Table) -> float:
     from scipy import stats
 
     spread_of_mean = spread(differences_SQ)
+    # A true difference of this size lies t_0.975 standard errors from 0 on its own account, and t_0.8 more so that four
+    # out of five draws around it are beyond the critical value.
     factor = float(stats.t.ppf(1 - LEVEL / 2, spread_of_mean.freedom) + stats.t.ppf(POWER, spread_of_mean.freedom))
     floor = 6 / differences_SQ.shape[1] if is_share(abs(differences_SQ)) else 0.0
     return max(floor, factor * math.sqrt(spread_of_mean.variance))
@@ -227,8 +239,10 @@ def _share_interval(mean: float, spread_of_mean: MeanVariance, questions: int) -
     if spread_of_mean.variance > 0 and 0 < mean < 1:
         # Fewer degrees of freedom than questions widen the interval as they widen t.
         wider = stats.t.ppf(1 - LEVEL / 2, spread_of_mean.freedom) / stats.t.ppf(1 - LEVEL / 2, questions - 1)
+        # The effective number of questions: p (1 - p) / n is the variance of a share of n, solved for n.
         size = mean * (1 - mean) / (spread_of_mean.variance * float(wider) ** 2)
     right, wrong = mean * size, (1 - mean) * size
+    # Clopper and Pearson (1934) by quantiles of the beta distribution, which take a number of trials that is not whole.
     low = float(stats.beta.ppf(LEVEL / 2, right, wrong + 1)) if right > 0 else 0.0
     high = float(stats.beta.ppf(1 - LEVEL / 2, right + 1, wrong)) if wrong > 0 else 1.0
     return low, high
@@ -241,8 +255,10 @@ def _permutation(by_question: Table) -> float:
     moved = by_question[by_question != 0]
     if not moved.size:
         return 1.0
+    # In floating point the same sum in another order may come out smaller by an ulp, and must count as equal.
     observed = abs(moved.sum()) * (1 - 1e-12)
     if moved.size <= 14:
+        # 2^14 = 16,384 patterns of signs (P, Q): all of them cost less than the drawn ones, and give the exact p-value.
         signs = np.array(list(itertools.product((-1, 1), repeat=moved.size)))
         return float((abs(signs @ moved) >= observed).mean())
     signs = np.random.default_rng(0).choice(np.array((-1.0, 1.0)), size=(PERMUTATIONS, moved.size))

@@ -50,6 +50,7 @@ class TagCounts:
         if entities is None:
             return cls(tags, None, [])
         kinds = sorted({one.kind for both in entities for own in both for one in own})
+        # Counts by text, not sums: the bootstrap draws texts again, and all its scores follow from sums over axis 0.
         counts = np.zeros((len(words), len(kinds), 3), dtype=np.int64)
         for text, (ours, theirs) in enumerate(entities):
             for place, chosen in enumerate((ours & theirs, ours, theirs)):
@@ -109,6 +110,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
             goes_on = False
             continue
         prefix, kind = _parts(written)
+        # As conlleval: I-X behind B-X or I-X of the same kind goes on; behind anything else it begins an entity (IOB1).
         if goes_on and prefix in ("I", "E") and spelled[-1].kind == kind:
             spelled[-1] = spelled[-1]._replace(end=position + 1)
         else:

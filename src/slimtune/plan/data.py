@@ -49,6 +49,7 @@ def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto")
         return MeasuredData("text", uniform(settings.max_length, ASSUMED_EXAMPLES))
     if settings.chat_template is not None:
         use_template(tokenizer, settings.chat_template)
+    # Nothing is cut while measuring: the plan says how many examples are longer than it reads.
     whole = replace(settings, max_length=sys.maxsize, too_long="error")
     parts = read_parts(whole, task)
     measured = _MEASURES.get(parts.task, _preferred)(parts, whole, tokenizer)
@@ -91,6 +92,7 @@ def _completions(parts: Parts, settings: DataSettings, tokenizer: Any) -> Measur
 
 def _preferred(parts: Parts, settings: DataSettings, tokenizer: Any) -> MeasuredData:
     lengths_of_rows = [lengths_of(row, tokenizer) for row in Preferred.of(parts, settings).rows]
+    # Tokens of both answers are learned from; the prompt in front of each is masked.
     learned = sum(length - prompt for prompt, *answers in lengths_of_rows for length in answers)
     # TRL's orpo puts a beginning and an end where a text has none of its own.
     more = 2 if parts.task == "orpo" else 0

@@ -202,6 +202,7 @@ def plan(
     """
     _check(rank, batch_size, gradient_accumulation, max_length, epochs, devices)
     chosen = _device(device).changed(memory_gb, price_per_hour)
+    # Asked first: a device without a link is a mistake that needs no simulation to tell.
     if devices > 1:
         chosen.link()
     config = read_config(model, trust_remote_code)
@@ -276,6 +277,7 @@ def count(config: Any, task_type: str | None) -> tuple[int, int]:
     from slimtune.methods.lora.config import LoraConfig
 
     parameters, trained = 0, []
+    # rank 2 less rank 1 is what one rank costs: sum of (in + out) over all linear layers.
     for rank in (1, 2):
         with torch.device("meta"):
             model = build(copy.deepcopy(config), Setting(), task_type)
