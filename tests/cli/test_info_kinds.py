@@ -14,7 +14,7 @@ import slimtune
 from compare.constructed import failed, score
 from denoisers import flux
 from killed import kill_when, start
-from slimtune.compare.record import Facts
+from slimtune.compare.record import ComparisonRecord
 from slimtune.compare.results import Result
 from slimtune.recipe.candidates import Run, trained
 from small_encoder import reviews, save_encoder
@@ -82,7 +82,7 @@ def test_a_run_that_was_killed_and_its_checkpoint(run: Any, base: Path, data: Pa
 def test_a_comparison_and_its_runs(run: Any, tmp_path: Path) -> None:
     candidate = trained("lora")
     nothing: dict[str, Any] = {"same": {}, "machine": {}, "versions": {}, "recipe": "", "date": "", "command": ""}
-    Facts(model="base", data="orders", candidates=["lora"], seeds=2, **nothing).write(tmp_path)
+    ComparisonRecord(model="base", data="orders", candidates=["lora"], seeds=2, **nothing).write(tmp_path)
     done = Result(candidate=candidate.name, seed=0, status="done", score=score(0.75))
     for result in (done, failed(candidate, 1, "no memory")):
         place = tmp_path / "runs" / Run(candidate, result.seed).slug

@@ -5,21 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from slimtune.compare.results import Domain, Question, Result, Score, Spectrum, Training
+from slimtune.compare.results import DomainLosses, Result, RunScore, RunSpectrum, ShownQuestion, Training
 from slimtune.compare.summary import Summary, summarize
 from slimtune.recipe.candidates import Candidate, Run, prompted, trained
 
 QUESTIONS = 100
 
 
-def score(share: float, seed: int = 0, noise: int = 7, questions: int = QUESTIONS) -> Score:
+def score(share: float, seed: int = 0, noise: int = 7, questions: int = QUESTIONS) -> RunScore:
     """Exactly this share is right: the same easy questions for all, and which of the middling ones by the noise."""
     right = round(share * questions)
     jitter = random.Random(f"{noise}-{seed}")
     ranks = sorted(range(questions), key=lambda question: question + jitter.uniform(0, 15))
     correct = set(ranks[:right])
     values = [float(question in correct) for question in range(questions)]
-    return Score(
+    return RunScore(
         name="exact match",
         per_question=values,
         answers=[f"answer {question}" if value else "wrong" for question, value in enumerate(values)],
@@ -61,10 +61,10 @@ def done(
             forgetting=None
             if rise is None
             else [
-                Domain(name="encyclopedia", before=3.0, after=3.0 + rise + 0.01),
-                Domain(name="code", before=1.5, after=1.5 + rise - 0.01),
+                DomainLosses(name="encyclopedia", before=3.0, after=3.0 + rise + 0.01),
+                DomainLosses(name="code", before=1.5, after=1.5 + rise - 0.01),
             ],
-            spectrum=None if intruders is None else Spectrum(intruders=intruders, matrices=210, effective_rank=9.5),
+            spectrum=None if intruders is None else RunSpectrum(intruders=intruders, matrices=210, effective_rank=9.5),
         )
         for seed, share in enumerate(shares)
     ]
@@ -102,8 +102,8 @@ def everything() -> tuple[list[Candidate], list[Result]]:
     return candidates, results
 
 
-def questions(count: int = QUESTIONS) -> list[Question]:
-    return [Question(text=f"question {number}", answer=f"answer {number}") for number in range(count)]
+def questions(count: int = QUESTIONS) -> list[ShownQuestion]:
+    return [ShownQuestion(text=f"question {number}", answer=f"answer {number}") for number in range(count)]
 
 
 def run(candidate: Candidate, seed: int = 0) -> Run:

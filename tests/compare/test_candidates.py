@@ -6,20 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.compare.task import Task, check_candidates, check_unchanged, recipe_of, write_recipe
+from slimtune.compare.setup import ComparisonSetup, check_candidates, check_unchanged, recipe_of, write_recipe
 from slimtune.errors import ConfigError, OutputExistsError
 from slimtune.recipe.candidates import candidates_of, prompted, runs_of, trained
 from slimtune.recipe.compare import CompareSettings
 
 
-def task(folder: Path, **settings: object) -> Task:
+def task(folder: Path, **settings: object) -> ComparisonSetup:
     sections = {
         "model": {"name": "smollm2-135m-instruct", "dtype": "float32"},
         "data": {"train": "rows.jsonl", "held_out": 0.2, "max_length": 256},
         "method": {"name": "lora", "r": 4},
         "training": {"batch_size": 4, "epochs": 2},
     }
-    return Task(folder, sections, CompareSettings(**settings), folder / "train.jsonl", folder / "questions.jsonl")  # type: ignore[arg-type]
+    return ComparisonSetup(
+        folder, sections, CompareSettings(**settings), folder / "train.jsonl", folder / "questions.jsonl"
+    )  # type: ignore[arg-type]
 
 
 def test_qlora_is_lora_on_nf4() -> None:
@@ -133,6 +135,6 @@ def test_a_run_that_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_untuned_model_is_named_by_what_it_is() -> None:
-    assert prompted(0).summary == "the model as it comes, asked outright"
+    assert prompted(0).summary == "the model as it comes, without examples"
     assert prompted(1).summary == "the model as it comes, 1 example in the prompt"
     assert prompted(4, True).summary.endswith("dealt at random")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from compare.constructed import LORA, done, failed, run, summary
-from slimtune.compare.findings import beside_constant, constant_of, moved, remarks
-from slimtune.compare.record import Constant, Facts
+from slimtune.compare.record import ComparisonRecord, ConstantAnswer
+from slimtune.compare.remarks import constant_of, environment_changes, not_above_constant, remarks
 from slimtune.compare.results import RESULT
+from slimtune.compare.setup import RECIPE, ComparisonSetup, check_unchanged, write_recipe
 from slimtune.compare.stages import stages_of
-from slimtune.compare.task import RECIPE, Task, check_unchanged, write_recipe
 from slimtune.errors import OutputExistsError
 from slimtune.recipe.candidates import Run
 from slimtune.recipe.compare import CompareSettings
@@ -20,11 +20,11 @@ from slimtune.storage.text_files import read_mapping
 from small_text_model import write_lines
 
 
-def task(folder: Path, rate: float = 1e-3, kind: str = "text") -> Task:
+def task(folder: Path, rate: float = 1e-3, kind: str = "text") -> ComparisonSetup:
     """A comparison of lora, whose learning rate is this."""
     recipe: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": "x"}, "training": {"max_steps": 2}}
     settings = CompareSettings(methods=("lora",), shots=(), seeds=2, learning_rates={"lora": rate})
-    return Task(folder, recipe, settings, folder / "train.jsonl", folder / "questions.jsonl", kind)
+    return ComparisonSetup(folder, recipe, settings, folder / "train.jsonl", folder / "questions.jsonl", kind)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_what_one_answer_to_everything_would_score(tmp_path: Path) -> None:
     write_lines(labels.train, *({"text": "x", "label": label} for label in ("ham", "ham", "spam")))
     write_lines(labels.questions, *({"text": "x", "label": label} for label in ("ham", "ham", "ham", "spam")))
     constant = constant_of(labels)
-    assert constant == Constant(label="ham", share=0.75)
+    assert constant == ConstantAnswer(label="ham", share=0.75)
     assert "Always answering 'ham'" in remarks(labels, True, constant)[0]
     assert not any("can't be prompted" in remark for remark in remarks(labels, True, constant))
     assert any("can't be prompted" in remark for remark in remarks(labels, False, constant))
@@ -86,20 +86,20 @@ def test_what_one_answer_to_everything_would_score(tmp_path: Path) -> None:
 
 def test_that_nothing_was_learned_is_a_warning() -> None:
     of = summary([(LORA, done(LORA, [0.78, 0.8, 0.79]))])
-    (said,) = beside_constant(of, Constant(label="ham", share=0.75))
+    (said,) = not_above_constant(of, ConstantAnswer(label="ham", share=0.75))
     assert "Nothing is shown to have been learned" in said
     assert "always answering 'ham' would score (0.750)" in said
-    assert beside_constant(of, Constant(label="ham", share=0.5)) == []
-    assert beside_constant(of, None) == []
+    assert not_above_constant(of, ConstantAnswer(label="ham", share=0.5)) == []
+    assert not_above_constant(of, None) == []
 
 
 def test_another_machine_is_told_once() -> None:
     machine, versions = {"processor": "fast", "cores": "8"}, {"torch": "2.13"}
-    before = Facts(
+    before = ComparisonRecord(
         model="m", data="d", command="c", date="yesterday", recipe="", candidates=[], seeds=1, same={},
         machine={"processor": "slow", "cores": "8"}, versions={"torch": "2.12"},
     )  # fmt: skip
-    (said,) = moved(before, machine, versions)
+    (said,) = environment_changes(before, machine, versions)
     assert said.startswith("Until yesterday it was run with processor slow and torch 2.12: memory and time")
     after = before.model_copy(update={"machine": machine, "versions": versions, "moved": [said]})
-    assert moved(after, machine, versions) == [said]
+    assert environment_changes(after, machine, versions) == [said]

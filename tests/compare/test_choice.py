@@ -22,12 +22,12 @@ from compare.constructed import (
     training,
 )
 from slimtune.compare import format as figures
-from slimtune.compare.choice import Choice, choose
+from slimtune.compare.choice import Recommendation, choose
 from slimtune.compare.results import Result
 from slimtune.compare.summary import Summary, summarize
 
 
-def advice(*parts: tuple, seeds: int = 3) -> Choice:
+def advice(*parts: tuple, seeds: int = 3) -> Recommendation:
     return choose(summary(parts, seeds))
 
 

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from slimtune.compare import process
-from slimtune.compare.stages import Stage
+from slimtune.compare.results import Stage
 from slimtune.console import progress
 from slimtune.errors import ConfigError
 
@@ -66,7 +66,7 @@ def counts() -> dict[str, Any]:
     """As a training does, a thousand steps a second."""
     with progress.Counting(Console(stderr=True)) as counting:
         counting.start("training, step", 2000)
-        counting.reach(1, told="loss 0.5")
+        counting.reach(1, beside="loss 0.5")
         for _ in range(1000):
             counting.advance()
         counting.reach(2000)
@@ -139,7 +139,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from compare.test_process import Told, endless, run
-from slimtune.compare.stages import Stage
+from slimtune.compare.results import Stage
 if __name__ == "__main__":
     # Whoever runs the tests in the background has it ignored, which a process inherits.
     signal.signal(signal.SIGINT, signal.default_int_handler)

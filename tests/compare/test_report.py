@@ -10,17 +10,17 @@ import pytest
 
 from compare.browser import DESK, PHONE, browser, look
 from compare.constructed import BASE, LORA, done, everything, failed, questions, summary
-from slimtune.compare.record import Facts
+from slimtune.compare.record import ComparisonRecord
 from slimtune.compare.report import html, report, write_report
-from slimtune.compare.results import Question
+from slimtune.compare.results import ShownQuestion
 from slimtune.compare.summary import Summary, summarize
 
 NASTY = """<script>alert("1")</script><img src=x onerror=alert(2)> | </div> & "quoted" {{ 7 * 7 }}"""
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
-def facts() -> Facts:
-    return Facts(
+def facts() -> ComparisonRecord:
+    return ComparisonRecord(
         model="a model",
         data="orders.jsonl",
         command=f"slimtune compare recipe.yaml '{NASTY}'",
@@ -36,7 +36,7 @@ def facts() -> Facts:
     )
 
 
-def nasty() -> tuple[Summary, list[Question]]:
+def nasty() -> tuple[Summary, list[ShownQuestion]]:
     """Everything at once, with answers and questions that are HTML."""
     candidates, results = everything()
     poisoned = [
@@ -45,7 +45,7 @@ def nasty() -> tuple[Summary, list[Question]]:
         else result
         for result in results
     ]
-    return summarize(candidates, poisoned, 3), [Question(text=NASTY, answer=NASTY), *questions()[1:]]
+    return summarize(candidates, poisoned, 3), [ShownQuestion(text=NASTY, answer=NASTY), *questions()[1:]]
 
 
 @pytest.fixture(scope="module")

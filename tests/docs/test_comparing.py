@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.compare.statistics import interval
+from slimtune.metrics.seeds import interval
 from slimtune.recipe.candidates import trained
 from slimtune.recipe.compare import CompareSettings
 from slimtune.recipe.recipe import Recipe

@@ -10,9 +10,9 @@ import pytest
 
 from slimtune.data.demo_orders import few_shot
 from slimtune.errors import ConfigError, DataError
-from slimtune.evaluate.in_context import Shots, contexts
+from slimtune.evaluate.in_context import Shots, draw_shots
 from slimtune.evaluate.run import evaluate, prepare
-from slimtune.evaluate.settings import EvaluationSettings
+from slimtune.evaluate.scorers import EvaluationSettings
 from slimtune.evaluate.tasks import Question, Task, answered, conversation, prompt, read_task, with_labels
 from small_text_model import CHATML, orders, tiny_model, tiny_tokenizer, write_lines
 
@@ -66,15 +66,15 @@ def test_tools_are_shown_to_the_model(tmp_path: Path) -> None:
 
 
 def test_random_examples_are_balanced_and_the_same_for_all_questions() -> None:
-    found = contexts(TASK, TASK.questions, POOL, Shots(6, seed=1))
+    found = draw_shots(TASK, TASK.questions, POOL, Shots(6, seed=1))
     assert Counter(shot.expected for shot in found.shots[0]) == {"good": 3, "bad": 3}
-    assert found.shots[0] == found.shots[1] == contexts(TASK, TASK.questions, POOL, Shots(6, seed=1)).shots[0]
-    assert found.shots[0] != contexts(TASK, TASK.questions, POOL, Shots(6, seed=2)).shots[0]
+    assert found.shots[0] == found.shots[1] == draw_shots(TASK, TASK.questions, POOL, Shots(6, seed=1)).shots[0]
+    assert found.shots[0] != draw_shots(TASK, TASK.questions, POOL, Shots(6, seed=2)).shots[0]
     assert (
-        abs(Counter(s.expected for s in contexts(TASK, TASK.questions, POOL, Shots(5)).shots[0])["good"] - 2.5) == 0.5
+        abs(Counter(s.expected for s in draw_shots(TASK, TASK.questions, POOL, Shots(5)).shots[0])["good"] - 2.5) == 0.5
     )
     # Of the rare label there are eight.
-    assert Counter(s.expected for s in contexts(TASK, TASK.questions, POOL, Shots(20)).shots[0])["good"] == 8
+    assert Counter(s.expected for s in draw_shots(TASK, TASK.questions, POOL, Shots(20)).shots[0])["good"] == 8
 
 
 @pytest.mark.parametrize("encoder_is_there", [True, False])
@@ -87,9 +87,9 @@ def test_similar_examples_are_the_most_alike_with_the_nearest_last(
     pool = Task(
         "pool", [said(t, t) for t in ("weather in oslo", "one large pizza", "a poem on the sea", "raining cats")]
     )
-    found = contexts(task, task.questions, pool, Shots(2, "similar"))
-    assert found.shots[0][-1].asked == "one large pizza"
-    assert {shot.asked for shot in found.shots[1]} == {"weather in oslo", "raining cats"}
+    found = draw_shots(task, task.questions, pool, Shots(2, "similar"))
+    assert found.shots[0][-1].user_text == "one large pizza"
+    assert {shot.user_text for shot in found.shots[1]} == {"weather in oslo", "raining cats"}
     assert ("TF-IDF" in found.by) is not encoder_is_there
 
 
@@ -101,30 +101,30 @@ def _not_installed(name: str) -> Any:
 
 def test_the_question_is_never_among_its_examples() -> None:
     pool = labelled(
-        *((q.asked, q.expected) for q in POOL.questions), ("a fine film", "good"), (" the plot is thin ", "bad")
+        *((q.user_text, q.expected) for q in POOL.questions), ("a fine film", "good"), (" the plot is thin ", "bad")
     )
     for pick in ("random", "similar"):
-        found = contexts(TASK, TASK.questions[:1], pool, Shots(40, pick))
+        found = draw_shots(TASK, TASK.questions[:1], pool, Shots(40, pick))
         assert found.leaked == 2
-        assert not {shot.asked for shot in found.shots[0]} & {question.asked for question in TASK.questions}
+        assert not {shot.user_text for shot in found.shots[0]} & {question.user_text for question in TASK.questions}
 
 
 def test_random_labels_are_drawn_without_regard_to_the_text() -> None:
-    plain = contexts(TASK, TASK.questions, POOL, Shots(40))
-    mixed = contexts(TASK, TASK.questions, POOL, Shots(40, random_labels=True))
-    true = {shot.asked: shot.expected for shot in plain.shots[0]}
-    kept = sum(shot.expected == true[shot.asked] for shot in mixed.shots[0])
-    assert {shot.asked for shot in mixed.shots[0]} == set(true)
+    plain = draw_shots(TASK, TASK.questions, POOL, Shots(40))
+    mixed = draw_shots(TASK, TASK.questions, POOL, Shots(40, random_labels=True))
+    true = {shot.user_text: shot.expected for shot in plain.shots[0]}
+    kept = sum(shot.expected == true[shot.user_text] for shot in mixed.shots[0])
+    assert {shot.user_text for shot in mixed.shots[0]} == set(true)
     assert 10 <= kept <= 30
-    assert mixed.shots == contexts(TASK, TASK.questions, POOL, Shots(40, random_labels=True)).shots
+    assert mixed.shots == draw_shots(TASK, TASK.questions, POOL, Shots(40, random_labels=True)).shots
 
 
 def test_random_answers_are_those_of_other_examples() -> None:
     task = Task("task", [said("q", "x")])
     pool = Task("pool", [said(f"q{n}", f"a{n}") for n in range(9)])
-    (shots,) = contexts(task, task.questions, pool, Shots(9, random_labels=True)).shots
+    (shots,) = draw_shots(task, task.questions, pool, Shots(9, random_labels=True)).shots
     assert sorted(shot.expected for shot in shots) == [f"a{n}" for n in range(9)]
-    assert all(shot.asked[1:] != shot.expected[1:] for shot in shots)
+    assert all(shot.user_text[1:] != shot.expected[1:] for shot in shots)
 
 
 def test_what_does_not_fit_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_examples_that_are_not_there(shots: Shots, pool: Any, said: str) -> None
         else Task("task", [Question([{"role": "user", "content": "q"}], "x", "")])
     )
     with pytest.raises((DataError, ConfigError), match=said):
-        contexts(task, task.questions, pool, shots)
+        draw_shots(task, task.questions, pool, shots)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from slimtune import LoraConfig, PromptTuningConfig, get_peft_model
 from slimtune.data.batches import IGNORED
 from slimtune.data.encode import encode_row
 from slimtune.data.rows import Conversation, Pair
-from slimtune.evaluate.likelihood import Answered, answer_losses, answered_ids
+from slimtune.evaluate.likelihood import PromptWithAnswer, answer_losses, answered_ids
 from slimtune.evaluate.tasks import answered, read_task
 from small_text_model import orders, tiny_model, tiny_tokenizer, write_lines
 
@@ -35,7 +35,7 @@ def prompted() -> Any:
     return get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
 
 
-def by_hand(model: Any, row: Answered) -> float:
+def by_hand(model: Any, row: PromptWithAnswer) -> float:
     ids = torch.tensor([[*row.prompt, *row.answer]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, -ids.shape[1] :]
@@ -59,7 +59,7 @@ def test_an_encoder_decoder() -> None:
         vocab_size=512, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
     )
     model: Any = T5ForConditionalGeneration(config).eval()
-    rows = [Answered([5, 6, 7, 2], [8, 9, 2]), Answered([5, 2], [9, 9, 9, 9, 2])]
+    rows = [PromptWithAnswer([5, 6, 7, 2], [8, 9, 2]), PromptWithAnswer([5, 2], [9, 9, 9, 9, 2])]
     with torch.no_grad():
         alone = [
             model(input_ids=torch.tensor([r.prompt]), labels=torch.tensor([r.answer])).loss.item() * len(r.answer)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from slimtune.errors import ConfigError
-from slimtune.evaluate.scorers import find_scorers
-from slimtune.evaluate.settings import EvaluationSettings
+from slimtune.evaluate.scorers import EvaluationSettings, find_scorers
 from slimtune.evaluate.tasks import Question, Task, open_task
 
 ORDER = '{"name": "Bo", "quantity": 1}'

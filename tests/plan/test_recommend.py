@@ -17,7 +17,7 @@ import slimtune
 from slimtune.errors import ConfigError
 from slimtune.plan.devices import Device, find
 from slimtune.plan.memory import PRECISIONS
-from slimtune.plan.plan import Report, count, plan
+from slimtune.plan.plan import PlanReport, count, plan
 from slimtune.recipe.preference import PREFERENCE_TASKS
 
 CONFIG = LlamaConfig(
@@ -33,15 +33,15 @@ def device(memory_bytes: int) -> Device:
 
 
 @cache
-def asked(memory_bytes: int = 10**12, **options: Any) -> Report:
+def asked(memory_bytes: int = 10**12, **options: Any) -> PlanReport:
     return plan(CONFIG, device=device(memory_bytes), max_length=16, **options)
 
 
-def labels(report: Report) -> list[str]:
+def labels(report: PlanReport) -> list[str]:
     return [choice.label for choice in report.choices]
 
 
-def rules(report: Report) -> set[str]:
+def rules(report: PlanReport) -> set[str]:
     assert report.best is not None
     return {rule.name for rule in report.best.reasons}
 
@@ -203,7 +203,7 @@ def test_a_card_without_bf16_gets_float16() -> None:
 
 def test_python_gives_the_same_objects() -> None:
     report = slimtune.plan(CONFIG, device=device(10**12), methods=["ia3"], bases=["dense"], max_length=8)
-    assert isinstance(report, Report)
+    assert isinstance(report, PlanReport)
     assert labels(report) == ["ia3"]
 
 
@@ -240,6 +240,6 @@ def test_python_gives_the_same_objects() -> None:
     ids=str,
 )
 def test_settings_that_cannot_be(wrong: dict[str, Any], said: str) -> None:
-    asking: Callable[..., Report] = plan
+    asking: Callable[..., PlanReport] = plan
     with pytest.raises(ConfigError, match=said):
         asking(CONFIG, **{"device": "T4"} | wrong)

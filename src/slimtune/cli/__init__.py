@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +25,7 @@ from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.console.noise import leave_out_noise
+from slimtune.console.screen import say
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
 
 REFUSED, MISTAKE = 1, 2
@@ -69,7 +69,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from slimtune import __version__
 
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -119,5 +119,5 @@ def main() -> None:
 
 def _fail(sentence: str, code: int) -> None:
     # Plain, because rich would read brackets in a name as markup and break the line.
-    print(f"slimtune: {sentence}", file=sys.stderr)
+    say(f"slimtune: {sentence}", to_errors=True)
     raise typer.Exit(code)

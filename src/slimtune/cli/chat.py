@@ -10,7 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Adapters, Device, Dtype, MaxNewTokens, Model, Quantize, Temperature, TrustRemoteCode
+from slimtune.cli.options import (
+    Adapters,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Quantize,
+    Temperature,
+    TrustRemoteCode,
+    load_text_model,
+)  # fmt: skip
+from slimtune.console.screen import say
 from slimtune.errors import ConfigError, SlimtuneError, did_you_mean
 
 HELP = """/use NAME   answer with this adapter
@@ -36,24 +47,23 @@ def chat(
 
     Example: slimtune chat smollm2-135m-instruct --adapter orders=tuned --adapter other=elsewhere
     """
-    from slimtune.cli.options import attach, parse
-    from slimtune.models.load import LoadOptions, load_model
+    from slimtune.models.load import LoadOptions
 
-    named = parse(adapter)
-    loaded, tokenizer = load_model(model, "text", LoadOptions(dtype, device, trust_remote_code, quantize))
+    options = LoadOptions(dtype, device, trust_remote_code, quantize)
+    loaded, tokenizer = load_text_model(model, adapter, options)
     opening = [{"role": "system", "content": system}] if system else []
-    talk = Talk(attach(loaded, named), tokenizer, max_new_tokens, temperature, opening)
-    print("/help lists what can be done besides talking.", file=sys.stderr)
+    session = ChatSession(loaded, tokenizer, max_new_tokens, temperature, opening)
+    say("/help lists what can be done besides talking.", to_errors=True)
     for line in _lines():
         if line.startswith("/"):
-            if not _command(talk, line):
+            if not _command(session, line):
                 return
         elif line:
-            _answer(talk, line)
+            _answer(session, line)
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """A conversation and who answers."""
 
     model: Any
@@ -69,12 +79,16 @@ class Talk:
         import torch
         from transformers import TextStreamer
 
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                say(text, end="\n" if stream_end else "")
+
         from slimtune.data.batches import pad_id_of
         from slimtune.data.chat_template import prompt_ids, render
         from slimtune.evaluate.generation import sampling
 
-        asked = [*self.turns, {"role": "user", "content": question}]
-        text = render(self.tokenizer, self.opening + asked, for_answer=True)
+        turns = [*self.turns, {"role": "user", "content": question}]
+        text = render(self.tokenizer, self.opening + turns, for_answer=True)
         has_encoder = self.model.config.is_encoder_decoder
         # As in `generate_replies`: an encoder learned from no line break at the end.
         ids = prompt_ids(self.tokenizer, text.removesuffix("\n") if has_encoder else text)
@@ -85,11 +99,11 @@ class Talk:
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=pad_id_of(self.tokenizer),
-                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **sampling(self.temperature),
             )
-        said = self.tokenizer.decode(produced[0, 0 if has_encoder else len(ids) :], skip_special_tokens=True)
-        self.turns = [*asked, {"role": "assistant", "content": said.strip()}]
+        answer = self.tokenizer.decode(produced[0, 0 if has_encoder else len(ids) :], skip_special_tokens=True)
+        self.turns = [*turns, {"role": "assistant", "content": answer.strip()}]
 
     def adapters(self) -> list[str]:
         """The names of all adapters."""
@@ -100,27 +114,27 @@ class Talk:
         return "base" if self.is_base or not self.adapters() else "+".join(self.model.active_adapters)
 
 
-def _answer(talk: Talk, question: str) -> None:
+def _answer(session: ChatSession, question: str) -> None:
     try:
-        talk.answer(question)
+        session.answer(question)
     except KeyboardInterrupt:
         # At a terminal it ends the answer, not the conversation.
         if not sys.stdin.isatty():
             raise
-        print("\nstopped; the question is forgotten, too", file=sys.stderr)
+        say("\nstopped; the question is forgotten, too", to_errors=True)
 
 
-def _command(talk: Talk, line: str) -> bool:
+def _command(session: ChatSession, line: str) -> bool:
     """Carry out a slash command; False ends the conversation."""
     word, _, argument = line.partition(" ")
     if word in ("/exit", "/quit"):
         return False
     commands: dict[str, Callable[[], None]] = {
-        "/use": lambda: _use(talk, argument.strip()),
-        "/base": lambda: _base(talk),
-        "/adapters": lambda: print("\n".join(talk.adapters()) or "none"),
-        "/reset": talk.turns.clear,
-        "/help": lambda: print(HELP),
+        "/use": lambda: _use(session, argument.strip()),
+        "/base": lambda: _base(session),
+        "/adapters": lambda: say("\n".join(session.adapters()) or "none"),
+        "/reset": session.turns.clear,
+        "/help": lambda: say(HELP),
     }
     try:
         if word not in commands:
@@ -128,22 +142,22 @@ def _command(talk: Talk, line: str) -> bool:
         commands[word]()
     except SlimtuneError as error:
         # A slip of the pen ends a command, not the conversation.
-        print(error, file=sys.stderr)
+        say(error, to_errors=True)
     return True
 
 
-def _use(talk: Talk, name: str) -> None:
-    if not talk.adapters():
-        print("no adapter is attached; start with --adapter DIR", file=sys.stderr)
+def _use(session: ChatSession, name: str) -> None:
+    if not session.adapters():
+        say("no adapter is attached; start with --adapter DIR", to_errors=True)
         return
-    talk.model.set_adapter(name)
-    talk.is_base = False
-    print(f"now answering: {talk.speaker()}", file=sys.stderr)
+    session.model.set_adapter(name)
+    session.is_base = False
+    say(f"now answering: {session.speaker()}", to_errors=True)
 
 
-def _base(talk: Talk) -> None:
-    talk.is_base = bool(talk.adapters())
-    print("now answering: base", file=sys.stderr)
+def _base(session: ChatSession) -> None:
+    session.is_base = bool(session.adapters())
+    say("now answering: base", to_errors=True)
 
 
 def _lines() -> Iterator[str]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, console
+from slimtune.cli.options import Json
+from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from slimtune.compare.comparison import Comparison
-    from slimtune.compare.report import Report
+    from slimtune.compare.report import ComparisonReport
 
 WHAT, BUDGET, OUT = "What is compared", "Budget, the same for all", "What comes out"
 
@@ -107,29 +107,29 @@ def compare(
         "texts": texts,
         "spectra": spectra,
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    screen = console(as_json)
+    settings = {name: value for name, value in options.items() if value is not None}
+    screen = open_screen(as_json)
     if dry_run:
         with TemporaryDirectory() as scratch:
-            _foresee(screen, prepare(recipe, overrides, given, output, price, Path(scratch)), as_json)
+            _foresee(screen, prepare(recipe, overrides, settings, output, price, Path(scratch)), as_json)
         return
-    told = _run(screen, prepare(recipe, overrides, given, output, price))
+    outcome = _run(screen, prepare(recipe, overrides, settings, output, price))
     if as_json:
-        print(json.dumps({"output": str(output), "report": str(output / PAGE), **told.to_dict()}))
+        print_json({"output": str(output), "report": str(output / PAGE), **outcome.to_dict()})
     else:
-        _show(screen, told)
+        _show(screen, outcome)
     screen.print(f"the report: {output / PAGE}", markup=False)
-    if any(row.failed for row in told.summary.rows):
+    if any(row.failed for row in outcome.summary.rows):
         raise typer.Exit(1)
 
 
-def _run(screen: Console, comparison: Comparison) -> Report:
+def _run(screen: Console, comparison: Comparison) -> ComparisonReport:
     from slimtune.compare.progress import ShownRuns
     from slimtune.compare.runner import unfinished
 
     for remark in comparison.facts.remarks:
         screen.print(remark, markup=False)
-    todo = unfinished(comparison.task, comparison.runs)
+    todo = unfinished(comparison.setup, comparison.runs)
     if len(todo) < len(comparison.runs):
         screen.print(f"{len(comparison.runs) - len(todo)} of {len(comparison.runs)} runs are there already")
     try:
@@ -147,35 +147,35 @@ def _foresee(screen: Console, comparison: Comparison, as_json: bool) -> None:
     from slimtune.compare.estimate import estimate
 
     with screen.status("simulating the steps..."):
-        found = estimate(comparison)
+        estimated = estimate(comparison.setup, comparison.runs)
     if as_json:
-        lines, remarks = [line.to_dict() for line in found.lines], comparison.facts.remarks
-        print(json.dumps({"runs": lines, "seconds": found.seconds, "why": found.why, "remarks": remarks}))
+        lines, remarks = [line.to_dict() for line in estimated.lines], comparison.facts.remarks
+        print_json({"runs": lines, "seconds": estimated.seconds, "why": estimated.why, "remarks": remarks})
         return
-    table = Table("arm", "what", "runs", "to do", "a run", "in all", box=None, padding=(0, 2, 0, 0))
-    for line in found.lines:
+    table = Table("candidate", "what", "runs", "to do", "a run", "in all", box=None, padding=(0, 2, 0, 0))
+    for line in estimated.lines:
         costs = figures.duration(line.seconds), figures.duration(line.seconds_left)
         table.add_row(line.candidate.name, line.candidate.summary, str(line.runs), str(line.todo), *costs)
     screen.print(table, soft_wrap=False)
-    total = f"about {figures.duration(found.seconds)} in all; " if found.seconds is not None else ""
-    screen.print(f"{total}{found.why}", markup=False)
+    total = f"about {figures.duration(estimated.seconds)} in all; " if estimated.seconds is not None else ""
+    screen.print(f"{total}{estimated.why}", markup=False)
     for remark in comparison.facts.remarks:
         screen.print(remark, markup=False)
 
 
-def _show(screen: Console, told: Report) -> None:
+def _show(screen: Console, outcome: ComparisonReport) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     columns = ("score", "95% interval", "against the best", "forgotten", "memory", "time", "runs")
-    shown = [name for name in columns if told.lines and name in told.lines[0].cells]
+    shown = [name for name in columns if outcome.rows and name in outcome.rows[0].cells]
     table = Table("", *shown, box=None, padding=(0, 2, 0, 0))
-    for line in told.lines:
+    for line in outcome.rows:
         table.add_row(escape(line.row.name), *(escape(line.cells[name]) for name in shown))
     screen.print(table, soft_wrap=False)
-    screen.print(f"\n[bold]{escape(told.choice.headline)}[/]")
-    screen.print(" ".join(told.choice.sentences), markup=False)
-    for warning in told.choice.warnings:
+    screen.print(f"\n[bold]{escape(outcome.choice.headline)}[/]")
+    screen.print(" ".join(outcome.choice.sentences), markup=False)
+    for warning in outcome.choice.warnings:
         screen.print(f"[yellow]warning:[/] {escape(warning)}")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from slimtune.cli.options import Json, TrustRemoteCode, console
+from slimtune.cli.options import Json, TrustRemoteCode
+from slimtune.console.screen import open_screen, print_json
 
 data = typer.Typer(
     no_args_is_help=True,
@@ -56,11 +56,11 @@ def preview(
         raise ConfigError("packing and chat templates are a matter of tokens; pass --model")
     train = [Source(source, format=format, split=split, subset=subset) for source in sources]
     settings = DataSettings(train, max_length=max_length, packing=packing, chat_template=chat_template)
-    screen = console(as_json)
+    screen = open_screen(as_json)
     with screen.status("reading..."):
         tokenizer = None if model is None else tokenizer_of(model, trust_remote_code)
         looked = look(settings, tokenizer, task, examples)
     if as_json:
-        print(json.dumps(looked.to_dict(max_length, batch_size)))
+        print_json(looked.to_dict(max_length, batch_size))
     else:
         show_preview(screen, looked, max_length, batch_size, packing)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Output, Overwrite, console
+from slimtune.cli.options import Output, Overwrite
+from slimtune.console.screen import open_screen, say
 from slimtune.errors import TrainingError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from slimtune.data.demo_orders import Example
-    from slimtune.evaluate.exact_match import Score
+    from slimtune.evaluate.exact_match import ExactMatch
 
 BASE = "smollm2-135m-instruct"
 MAX_NEW_TOKENS = 40
@@ -47,7 +48,7 @@ def demo(
     refuse_existing(output, overwrite)
     if quick:
         steps, held_out = min(steps, 12), min(held_out, 24)
-    if not Demo(console(), output, steps, held_out, seed, is_quick=quick).run():
+    if not Demo(open_screen(), output, steps, held_out, seed, is_quick=quick).run():
         raise typer.Exit(1)
 
 
@@ -85,19 +86,21 @@ class Demo:
             self.screen.print(f"{model.num_parameters():,} parameters in {model.dtype}, on {model.device}")
         return model, tokenizer
 
-    def _score_base(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example]) -> Score:
+    def _score_base(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example]) -> ExactMatch:
         from slimtune.data.demo_orders import few_shot
 
         with self._step(f"Score the untuned model on {len(held_out)} held-out orders"):
             zero = self._ask(model, tokenizer, held_out)
-            self._tell("zero_shot", "asked outright", zero)
+            self._tell("zero_shot", "without examples", zero)
             # Prompting with examples is what one would do without training; it costs its time at every question.
             some = held_out[: max(8, len(held_out) // 4)]
             shots = [few_shot(example, train[:4]) for example in some]
             self._tell("four_shot", "with four examples in the prompt", self._ask(model, tokenizer, some, shots))
         return zero
 
-    def _tune(self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], base: Score) -> Score:
+    def _tune(
+        self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], base: ExactMatch
+    ) -> ExactMatch:
         from slimtune.data.tasks.registry import read
         from slimtune.pipeline.train import adopt, tune
         from slimtune.recipe.recipe import Recipe
@@ -120,7 +123,7 @@ class Demo:
             self.results |= {"train_seconds": outcome.seconds, "tokens_per_second": outcome.tokens_per_second}
         with self._step("Score the tuned model on the same orders"):
             tuned = self._ask(model, tokenizer, held_out)
-            self._tell("tuned", "asked outright", tuned)
+            self._tell("tuned", "without examples", tuned)
             self._show(held_out, base, tuned)
         return tuned
 
@@ -148,7 +151,7 @@ class Demo:
             merged, _ = load_model(self.output / "merged", "text")
             return self._ask(merged, tokenizer, held_out).answers
 
-    def _conclude(self, tuned: Score, reloaded: list[str], merged: list[str], seconds: float) -> bool:
+    def _conclude(self, tuned: ExactMatch, reloaded: list[str], merged: list[str], seconds: float) -> bool:
         from rich.markup import escape
 
         from slimtune.data.demo_orders import INSTRUCTION
@@ -178,17 +181,17 @@ class Demo:
         """Where the adapter is written."""
         return self.output / "adapter"
 
-    def _ask(self, model: Any, tokenizer: Any, examples: list[Example], conversations: Any = None) -> Score:
+    def _ask(self, model: Any, tokenizer: Any, examples: list[Example], conversations: Any = None) -> ExactMatch:
         from slimtune.evaluate.exact_match import exact_match
 
         questions = conversations or [example.question() for example in examples]
         return exact_match(model, tokenizer, examples, questions, MAX_NEW_TOKENS)
 
-    def _tell(self, key: str, how: str, score: Score) -> None:
+    def _tell(self, key: str, how: str, score: ExactMatch) -> None:
         self.results[key] = {"exact_match": score.share, "right": score.right, "of": len(score.answers)}
         self.screen.print(f"{how}: [bold]{score}[/] exactly right")
 
-    def _show(self, held_out: list[Example], base: Score, tuned: Score) -> None:
+    def _show(self, held_out: list[Example], base: ExactMatch, tuned: ExactMatch) -> None:
         from rich.table import Table
 
         table = Table("spoken", "before", "after", "", box=None, padding=(0, 2, 1, 0))
@@ -237,4 +240,4 @@ def demo_data(
         for name, examples in parts.items():
             write_jsonl(folder / name, examples)
     for name, examples in parts.items():
-        print(f"{output / name}: {len(examples)} examples")
+        say(f"{output / name}: {len(examples)} examples")

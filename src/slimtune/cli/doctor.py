@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 from typing import Any
 
-from slimtune.cli.options import Json, console
+from slimtune.cli.options import Json
+from slimtune.console.screen import open_screen, plain_table, print_json
 
 FEATURES = {
     "train": "training",
@@ -34,7 +34,7 @@ def doctor(as_json: Json = False) -> None:
     """
     import typer
 
-    found = {
+    facts = {
         "python": platform.python_version(),
         "packages": {name: _installed(name) for name in _packages()},
         "devices": _devices(),
@@ -43,10 +43,10 @@ def doctor(as_json: Json = False) -> None:
         "conflicts": _conflicts(),
     }
     if as_json:
-        print(json.dumps(found))
+        print_json(facts)
     else:
-        _show(found)
-    if found["conflicts"]:
+        _show(facts)
+    if facts["conflicts"]:
         raise typer.Exit(1)
 
 
@@ -79,7 +79,7 @@ def _devices() -> list[dict[str, Any]]:
 
     from slimtune.models.device import native_dtype
 
-    found: list[dict[str, Any]] = [
+    devices: list[dict[str, Any]] = [
         {
             "name": "cpu",
             "threads": torch.get_num_threads(),
@@ -91,10 +91,10 @@ def _devices() -> list[dict[str, Any]]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        found.append({"name": f"cuda:{index}", "model": name, "free_bytes": free, "total_bytes": total})
+        devices.append({"name": f"cuda:{index}", "model": name, "free_bytes": free, "total_bytes": total})
     if torch.backends.mps.is_available():
-        found.append({"name": "mps"})
-    return found
+        devices.append({"name": "mps"})
+    return devices
 
 
 def _memory() -> dict[str, int]:
@@ -102,11 +102,11 @@ def _memory() -> dict[str, int]:
     from slimtune.storage.source import cache_dir
 
     existing = next(path for path in [cache_dir(), *cache_dir().parents] if path.exists())
-    found = {"cache_disk_free_bytes": shutil.disk_usage(existing).free}
+    memory_facts = {"cache_disk_free_bytes": shutil.disk_usage(existing).free}
     memory = ram()
     if memory is not None:
-        found |= {"ram_total_bytes": memory.total, "ram_free_bytes": memory.free}
-    return found
+        memory_facts |= {"ram_total_bytes": memory.total, "ram_free_bytes": memory.free}
+    return memory_facts
 
 
 def _missing() -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def _conflicts() -> list[str]:
 
     from packaging.requirements import Requirement
 
-    found = []
+    conflicts = []
     for line in requires("slimtune") or []:
         need = Requirement(line)
         present = _installed(need.name)
@@ -134,36 +134,32 @@ def _conflicts() -> list[str]:
             continue
         command = f"run `pip install '{need.name}{need.specifier}'`"
         if present is None:
-            found.append(f"{need.name} is missing: {command}")
+            conflicts.append(f"{need.name} is missing: {command}")
         elif not need.specifier.contains(present, prereleases=True):
-            found.append(f"{need.name} {present} is too old or too new: {command}")
-    return found
+            conflicts.append(f"{need.name} {present} is too old or too new: {command}")
+    return conflicts
 
 
-def _show(found: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    screen = console()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("python", found["python"])
-    for name, installed in found["packages"].items():
-        table.add_row(name, installed or "[dim]not installed[/]")
-    for device in found["devices"]:
+def _show(facts: dict[str, Any]) -> None:
+    screen, rows = open_screen(), [("python", facts["python"])]
+    rows += [(name, installed or "[dim]not installed[/]") for name, installed in facts["packages"].items()]
+    for device in facts["devices"]:
         details = [f"{key.replace('_', ' ')} {_readable(key, value)}" for key, value in device.items() if key != "name"]
-        table.add_row(device["name"], ", ".join(details))
-    for key, value in found["memory"].items():
-        table.add_row(key.removesuffix("_bytes").replace("_", " "), _readable(key, value))
-    screen.print(table, soft_wrap=False)
-    if found["devices"][0]["capability"] != "AVX512":
+        rows.append((device["name"], ", ".join(details)))
+    rows += [
+        (key.removesuffix("_bytes").replace("_", " "), _readable(key, value)) for key, value in facts["memory"].items()
+    ]
+    screen.print(plain_table(rows), soft_wrap=False)
+    if facts["devices"][0]["capability"] != "AVX512":
         screen.print("4-bit bases work on this cpu, but slower than on one with AVX512, which expands them faster")
-    for gap in found["missing"]:
+    for gap in facts["missing"]:
         verb = "is" if len(gap["packages"]) == 1 else "are"
         # Not as markup, which would take the brackets of an extra for a style.
         what = f"for {gap['feature']}: {', '.join(gap['packages'])} {verb} missing, run `{gap['command']}`"
         screen.print(what, markup=False)
-    for conflict in found["conflicts"]:
+    for conflict in facts["conflicts"]:
         screen.print(f"conflict: {conflict}", style="red", markup=False)
-    if not found["missing"] and not found["conflicts"]:
+    if not facts["missing"] and not facts["conflicts"]:
         screen.print("[green]nothing is missing[/]")
 
 

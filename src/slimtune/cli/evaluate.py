@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Model, Quantize, TrustRemoteCode, console
-from slimtune.errors import ConfigError, listing
+from slimtune.cli.options import Device, Dtype, Json, Model, Quantize, TrustRemoteCode, flags, written  # fmt: skip
+from slimtune.console.screen import open_screen, print_json
+from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from slimtune.evaluate.in_context import Shots
     from slimtune.evaluate.model import EvaluatedModel
     from slimtune.evaluate.result import Evaluation
-    from slimtune.evaluate.run import Prepared
-    from slimtune.evaluate.settings import EvaluationSettings
+    from slimtune.evaluate.run import PreparedTask
+    from slimtune.evaluate.scorers import EvaluationSettings
 
 SHOTS, HARNESS = "Examples in the prompt", "lm-evaluation-harness"
 OF_FILES = ("scorer", "system", "max_new_tokens", "too_long", "answers", "overwrite", "examples", "pick")
@@ -53,7 +53,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many questions, from the first on.")] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="The longest answer, in tokens; unless told, twice the longest expected one."),
+        typer.Option(min=1, help="The longest answer, in tokens; by default twice the longest expected one."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 32,
     too_long: Annotated[str, typer.Option(help="error, or drop what doesn't fit into the model.")] = "error",
@@ -99,58 +99,53 @@ def evaluate(
     Example: slimtune evaluate tuned orders/held_out.jsonl --answers answers.jsonl
     """
     from slimtune.evaluate.model import EvaluatedModel
+    from slimtune.models.load import LoadOptions
 
-    screen, given = console(as_json), _given(ctx)
-    _refuse_what_changes_nothing(given, lm_eval, task, shots)
-    source = EvaluatedModel(model, quantize, (dtype, device, trust_remote_code))
+    screen, typed = open_screen(as_json), set(written(ctx))
+    _refuse_what_changes_nothing(typed, lm_eval, task, shots)
+    source = EvaluatedModel(model, LoadOptions(dtype, device, trust_remote_code, quantize))
     if lm_eval is not None:
-        few = shots if "shots" in given else None
-        found = _by_harness(source, lm_eval.split(","), lm_eval_path, batch_size, limit, few, lm_eval_chat)
+        few = shots if "shots" in typed else None
+        evaluation = _by_harness(source, lm_eval.split(","), lm_eval_path, batch_size, limit, few, lm_eval_chat)
     else:
         from slimtune.console.progress import Counting
         from slimtune.evaluate.in_context import Shots
-        from slimtune.evaluate.settings import EvaluationSettings
+        from slimtune.evaluate.scorers import EvaluationSettings
 
         assert task is not None
         settings = EvaluationSettings(scorer, max_new_tokens, batch_size, limit, too_long)
         file = None if answers is None else source.answer_file(answers, overwrite)
         if _has_tags(source.name, task):
-            found = _tagged(screen, source, task, settings, given, file)
+            evaluation = _tagged(screen, source, task, settings, typed, file)
         else:
-            # All that needs no model comes first: a slip of the pen must not cost a download.
+            # All that needs no model comes first: a typing mistake must not cost a download.
             prepared = _prepared(task, settings, Shots(shots, pick, seed, random_labels), examples, system)
             with Counting(screen) as counting:
-                found = source.evaluate(prepared, counting, file)
+                evaluation = source.evaluate(prepared, counting, file)
     if as_json:
-        print(json.dumps({"model": model, "task": lm_eval or task, **found.to_dict()}))
+        print_json({"model": model, "task": lm_eval or task, **evaluation.to_dict()})
     else:
-        _show(screen, found)
+        _show(screen, evaluation)
     if answers is not None:
         screen.print(f"answers written to {answers}", markup=False)
 
 
-def _given(ctx: typer.Context) -> set[str]:
-    """The options that were written, not those at their defaults."""
-    return {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
-
-
-def _refuse_what_changes_nothing(given: set[str], lm_eval: str | None, task: str | None, shots: int) -> None:
+def _refuse_what_changes_nothing(typed: set[str], lm_eval: str | None, task: str | None, shots: int) -> None:
     if (lm_eval is None) == (task is None):
         both = "both TASK and --lm-eval were given" if task else "neither TASK nor --lm-eval was given"
         raise ConfigError(f"{both}; pass one of them")
     if lm_eval is not None:
-        strangers, where = given & {*OF_FILES, "seed", "random_labels"}, "with --lm-eval"
+        strangers, where = typed & {*OF_FILES, "seed", "random_labels"}, "with --lm-eval"
     else:
-        strangers, where = given & {"lm_eval_path", "lm_eval_chat"}, "without --lm-eval"
+        strangers, where = typed & {"lm_eval_path", "lm_eval_chat"}, "without --lm-eval"
         if not shots and not strangers:
-            strangers, where = given & {"examples", "pick"}, "without --shots"
+            strangers, where = typed & {"examples", "pick"}, "without --shots"
     _refuse(strangers, where)
 
 
 def _refuse(strangers: set[str], where: str) -> None:
     if strangers:
-        options = listing("--" + name.replace("_", "-") for name in strangers)
-        raise ConfigError(f"{options} would change nothing {where}; leave it out")
+        raise ConfigError(f"{flags(strangers)} would change nothing {where}; leave it out")
 
 
 def _by_harness(
@@ -165,14 +160,14 @@ def _by_harness(
 
 def _prepared(
     task: str, settings: EvaluationSettings, shots: Shots, examples: str | None, instruction: str
-) -> Prepared:
+) -> PreparedTask:
     from slimtune.evaluate.run import prepare
     from slimtune.evaluate.tasks import open_task
 
-    asked = open_task(task, instruction, settings.limit, shots.seed)
+    questions = open_task(task, instruction, settings.limit, shots.seed)
     # Of a task that is made by seed, the examples must be others than the questions.
     former = None if examples is None else open_task(examples, instruction, None, shots.seed + 1)
-    return prepare(asked, settings, shots, former)
+    return prepare(questions, settings, shots, former)
 
 
 def _has_tags(model: str, task: str) -> bool:
@@ -193,32 +188,32 @@ def _tagged(
     source: EvaluatedModel,
     task: str,
     settings: EvaluationSettings,
-    given: set[str],
+    typed: set[str],
     file: AnswerFile | None,
 ) -> Evaluation:
     from slimtune.console.progress import Counting
     from slimtune.evaluate.tagger import evaluate_tagger, read_tagged
 
-    _refuse(given & set(OF_TEXTS), "where words are tagged")
+    _refuse(typed & set(OF_TEXTS), "where words are tagged")
     rows = read_tagged(task, settings.limit)
     with Counting(screen) as counting:
-        return evaluate_tagger(source.name, rows, settings, source.quantize, source.options, file, counting.watch)
+        return evaluate_tagger(source.name, rows, settings, source.options, file, counting.watch)
 
 
-def _show(screen: Console, found: Evaluation) -> None:
+def _show(screen: Console, evaluation: Evaluation) -> None:
     from rich.table import Table
 
     table = Table("score", "value", "95% interval", box=None, padding=(0, 3, 0, 0))
-    for name, value in found.scores.items():
-        bounds = found.intervals.get(name)
+    for name, value in evaluation.scores.items():
+        bounds = evaluation.intervals.get(name)
         table.add_row(name, f"{value:.3f}", f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "")
     screen.print(table, soft_wrap=False)
-    if found.loss is not None:
-        perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.4g}"
-        screen.print(f"loss {found.loss:.4f} a {found.loss_of}{perplexity}")
-    screen.print(f"{found.count} {found.asked} in {found.seconds:.0f} s")
-    for kind, scores in found.facts.get("by_kind", {}).items():
-        told = ", ".join(f"{name} {scores[name]:.3f}" for name in ("f1", "precision", "recall"))
-        screen.print(f"  {kind}: {told}, {scores['count']} there", markup=False)
-    for line in found.remarks():
+    if evaluation.loss is not None:
+        perplexity = "" if evaluation.perplexity is None else f", perplexity {evaluation.perplexity:.4g}"
+        screen.print(f"loss {evaluation.loss:.4f} a {evaluation.loss_of}{perplexity}")
+    screen.print(f"{evaluation.count} {evaluation.unit} in {evaluation.seconds:.0f} s")
+    for kind, scores in evaluation.facts.get("by_kind", {}).items():
+        listed = ", ".join(f"{name} {scores[name]:.3f}" for name in ("f1", "precision", "recall"))
+        screen.print(f"  {kind}: {listed}, {scores['count']} there", markup=False)
+    for line in evaluation.remarks():
         screen.print(line, markup=False)

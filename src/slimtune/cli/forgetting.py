@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Quantize, TrustRemoteCode, TunedBase, TunedModel, console
+from slimtune.cli.options import Device, Dtype, Json, Quantize, TrustRemoteCode, TunedBase, TunedModel
+from slimtune.console.screen import open_screen, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.evaluate.forgetting import Change, Forgetting
+    from slimtune.evaluate.forgetting import DomainLoss, Forgetting
 
 
 WIDE = 100
@@ -49,26 +49,24 @@ def forgetting(
     Example: slimtune forgetting tuned --data our-docs.txt --plot forgetting.png
     """
     from slimtune.console.figure import check_picture
+    from slimtune.console.progress import Counting
     from slimtune.evaluate.forgetting import measure, plot_forgetting
     from slimtune.evaluate.tuned import Tuned
 
     if plot:
         check_picture(plot)
     chosen = _texts(domains, texts, data)
-    screen = console(as_json)
-    what = Tuned.find(
-        tuned, base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize
-    )  # fmt: skip
-    from slimtune.console.progress import Counting
-
+    screen = open_screen(as_json)
+    loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
+    model = Tuned.find(tuned, base, **loading)
     with Counting(screen) as counting:
-        found = measure(what, chosen, max_length, worst, watch=counting.watch)
+        changes = measure(model, chosen, max_length, worst, watch=counting.watch)
     if plot:
-        plot_forgetting(found, plot, f"{Path(tuned).name} on texts of other domains")
+        plot_forgetting(changes, plot, f"{Path(tuned).name} on texts of other domains")
     if as_json:
-        print(json.dumps({"tuned": tuned, "base": what.base, **found.to_dict()}))
+        print_json({"tuned": tuned, "base": model.base, **changes.to_dict()})
         return
-    _show(screen, what.base, found)
+    _show(screen, model.base, changes)
     if plot:
         screen.print(f"drawn: {plot}", markup=False)
 
@@ -78,15 +76,15 @@ def _texts(domains: str | None, limit: int | None, data: list[Path]) -> dict[str
     from slimtune.evaluate.domain_texts import read_texts, texts
 
     names = [] if domains == "none" else [name.strip() for name in domains.split(",")] if domains else None
-    found = texts(names, limit)
+    by_domain = texts(names, limit)
     for path in data:
-        if path.stem in found:
+        if path.stem in by_domain:
             raise DataError(f"two domains are called '{path.stem}'; rename {path}, or leave one of them out")
-        found[path.stem] = read_texts(path)
-    return found
+        by_domain[path.stem] = read_texts(path)
+    return by_domain
 
 
-def _show(screen: Console, base: str, found: Forgetting) -> None:
+def _show(screen: Console, base: str, changes: Forgetting) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -96,17 +94,17 @@ def _show(screen: Console, base: str, found: Forgetting) -> None:
     table = Table(title=f"loss in nats per token, against {escape(base)}", title_justify="left")
     for name in ["domain", "texts", "before", "after", "difference", "95% interval"] + ["perplexity"] * wide:
         table.add_column(name, justify="left" if name == "domain" else "right", no_wrap=True)
-    for name, change in found.domains.items():
+    for name, change in changes.domains.items():
         cells = [
             escape(name), f"{change.texts}", f"{change.before:.4f}", f"{change.after:.4f}",
             f"{change.difference:+.4f}", in_words(change.interval),
         ]  # fmt: skip
         table.add_row(*cells, *[f"{_power(change.before)} to {_power(change.after)}"] * wide)
     table.add_section()
-    table.add_row("mean", "", "", "", f"{found.difference:+.4f}", in_words(found.interval), *[""] * wide)
+    table.add_row("mean", "", "", "", f"{changes.difference:+.4f}", in_words(changes.interval), *[""] * wide)
     screen.print(table)
-    screen.print(_verdict(found))
-    for name, change in found.domains.items():
+    screen.print(_verdict(changes))
+    for name, change in changes.domains.items():
         _show_worst(screen, name, change)
 
 
@@ -117,17 +115,17 @@ def _power(nats: float) -> str:
     return "inf" if power is None else f"{power:.4g}"
 
 
-def _verdict(found: Forgetting) -> str:
+def _verdict(changes: Forgetting) -> str:
     """What the intervals show, in words."""
-    risen = [name for name, c in found.domains.items() if c.interval and c.interval[0] > 0]
-    fallen = [name for name, c in found.domains.items() if c.interval and c.interval[1] < 0]
+    risen = [name for name, c in changes.domains.items() if c.interval and c.interval[0] > 0]
+    fallen = [name for name, c in changes.domains.items() if c.interval and c.interval[1] < 0]
     parts = [f"forgotten: {', '.join(risen)}" if risen else "no forgetting is shown"]
     if fallen:
         parts.append(f"better than before: {', '.join(fallen)}")
     return "; ".join(parts)
 
 
-def _show_worst(screen: Console, name: str, change: Change) -> None:
+def _show_worst(screen: Console, name: str, change: DomainLoss) -> None:
     for rise in change.worst:
         head = f"worst of {name}: {rise.before:.3f} to {rise.after:.3f} nats a token ({rise.rise:+.3f})"
         screen.print(f"\n{head}", markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,9 @@ from slimtune.cli.options import (
     Quantize,
     Temperature,
     TrustRemoteCode,
-)
+    load_text_model,
+)  # fmt: skip
+from slimtune.console.screen import print_json, say
 from slimtune.errors import DataError
 
 
@@ -48,19 +49,17 @@ def generate(
     conversations = _conversations(prompt, input_file, system)
     from transformers import set_seed
 
-    from slimtune.cli.options import attach, parse
     from slimtune.data.chat_template import render
     from slimtune.evaluate.generation import generate_batch
-    from slimtune.models.load import LoadOptions, load_model
+    from slimtune.models.load import LoadOptions
 
-    named = parse(adapter)
-    loaded, tokenizer = load_model(model, "text", LoadOptions(dtype, device, trust_remote_code, quantize))
-    loaded = attach(loaded, named)
+    options = LoadOptions(dtype, device, trust_remote_code, quantize)
+    loaded, tokenizer = load_text_model(model, adapter, options)
     set_seed(seed)
     prompts = [render(tokenizer, conversation, for_answer=True) for conversation in conversations]
     answers = generate_batch(loaded, tokenizer, prompts, max_new_tokens, temperature, batch_size)
     for conversation, answer in zip(conversations, answers, strict=True):
-        print(json.dumps({"messages": conversation, "answer": answer}) if as_json else answer)
+        print_json({"messages": conversation, "answer": answer}) if as_json else say(answer)
 
 
 def _conversations(prompt: str | None, file: Path | None, system: str | None) -> list[list[dict[str, str]]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, console
+from slimtune.cli.options import Json
+from slimtune.console.screen import one_line, open_screen, plain_table, print_json
 
 
 def info(
@@ -29,22 +29,19 @@ def info(
 
     facts, engines = contents(folder)
     if as_json:
-        print(json.dumps({"folder": folder, **facts, "engines": [asdict(verdict) for verdict in engines]}))
+        print_json({"folder": folder, **facts, "engines": [asdict(verdict) for verdict in engines]})
         return
     _show(facts, engines)
 
 
 def _show(facts: dict[str, Any], engines: list[Any]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), Text(_readable(name, value)))
+    rows = [(name.replace("_", " "), Text(_readable(name, value))) for name, value in facts.items()]
     for verdict in engines:
         mark = "[green]takes it[/]" if verdict.takes else "[red]refuses it[/]"
-        table.add_row(verdict.engine, Text.from_markup(f"{mark}  ").append(_printable(verdict.note)))
-    console().print(table, soft_wrap=False)
+        rows.append((verdict.engine, Text.from_markup(f"{mark}  ").append(one_line(verdict.note))))
+    open_screen().print(plain_table(rows), soft_wrap=False)
 
 
 def _readable(name: str, value: Any) -> str:
@@ -60,9 +57,4 @@ def _readable(name: str, value: Any) -> str:
         return ", ".join(_readable("", item) for item in value) or "none"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and value > 9999 else _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """Without what would steer the terminal: the names in a folder are anybody's."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return f"{value:,}" if isinstance(value, int) and value > 9999 else one_line(str(value))

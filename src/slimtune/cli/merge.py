@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, console
+from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, attach
+from slimtune.console.screen import open_screen, print_json
+from slimtune.errors import AdapterFileError, ConfigError
 
 
 def merge(
@@ -40,10 +41,6 @@ def merge(
     original 16-bit base it is another model; where it was measured, a worse one. A merge back into codes (--requantize)
     rounds a small update away: for a model in few bits merge into the original base and quantize what that gives.
     """
-    from pathlib import Path
-
-    from slimtune.cli.options import attach
-    from slimtune.errors import AdapterFileError, ConfigError
     from slimtune.models.export import merge_to_folder
     from slimtune.models.load import LoadOptions, load_base
     from slimtune.storage.atomic import refuse_existing
@@ -59,10 +56,10 @@ def merge(
     model = attach(model, {"default": adapter})
     report = merge_to_folder(model, tokenizer, output, max_kl, overwrite, requantize)
     if as_json:
-        print(json.dumps({"output": str(output), "base": source, **report.to_dict()}))
+        print_json({"output": str(output), "base": source, **report.to_dict()})
         return
-    size = sum(path.stat().st_size for path in Path(output).iterdir())
-    screen = console()
+    size = sum(path.stat().st_size for path in output.iterdir())
+    screen = open_screen()
     screen.print(f"what the adapter changes      {report.adapter}")
     screen.print(f"what merging lost             {report.merged}")
     screen.print(f"written, read again           {report.reloaded}")

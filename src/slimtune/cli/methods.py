@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, console
+from slimtune.cli.options import Json
+from slimtune.console.screen import open_screen, plain_table, print_json
 
 if TYPE_CHECKING:
     from slimtune.recipe.method import Method
@@ -26,8 +26,8 @@ def methods(
 
     chosen = [find(name)] if name else list(known().values())
     if as_json:
-        found = [_facts(method) for method in chosen]
-        print(json.dumps(found[0] if name else found))
+        facts = [_facts(method) for method in chosen]
+        print_json(facts[0] if name else facts)
     elif name:
         _show_fields(chosen[0])
     else:
@@ -45,19 +45,15 @@ def _facts(method: Method) -> dict[str, Any]:
 
 
 def _show_fields(method: Method) -> None:
-    console().print(method.summary, markup=False)
+    open_screen().print(method.summary, markup=False)
     if method.config.learning_rate is not None:
-        console().print(f"learning rate: {method.config.learning_rate:g} by default")
+        open_screen().print(f"learning rate: {method.config.learning_rate:g} by default")
     if method.is_adapter:
-        console().print(f"its files are {'read by peft too' if method.in_peft else 'unknown to peft'}")
+        open_screen().print(f"its files are {'read by peft too' if method.in_peft else 'unknown to peft'}")
     _show({field: str(value) for field, value in method.fields.items()})
 
 
 def _show(rows: dict[str, str]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/]", Text(value))
-    console().print(table, soft_wrap=False)
+    open_screen().print(plain_table((f"[bold]{name}[/]", Text(value)) for name, value in rows.items()), soft_wrap=False)

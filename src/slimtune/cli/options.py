@@ -1,4 +1,4 @@
-"""Options that several commands share, and where they print."""
+"""Options that several commands share, and what is made of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from slimtune.errors import AdapterExistsError, AdapterFileError, ConfigError
+from slimtune.errors import AdapterExistsError, AdapterFileError, ConfigError, listing
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from slimtune.models.load import LoadOptions
 
 Model = Annotated[
     str,
@@ -101,29 +101,46 @@ def _as_key(option: str, arguments: list[str], options: Iterable[str]) -> str:
     return "; write " + shlex.quote(f"{place}={value}")
 
 
-def console(as_json: bool = False) -> Console:
-    """Where people read: standard output, unless JSON goes there."""
-    from rich.console import Console
+def written(ctx: Any) -> dict[str, Any]:
+    """The options and arguments that were typed, with their values; not those at their defaults."""
+    # The source by its name, for typer carries a copy of click whose place changes.
+    return {
+        name: value
+        for name, value in ctx.params.items()
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
 
-    # Soft: a sentence or a path that is piped on must not be broken at 80 columns.
-    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+def flags(names: Iterable[str]) -> str:
+    """`--a, --b and 3 more`: parameters as they are typed, for an error message."""
+    return listing("--" + name.replace("_", "-") for name in names)
 
 
 def parse(values: Sequence[str]) -> dict[str, str]:
     """`NAME=DIR` or `DIR`, or ids of the Hub, as name to place; raises AdapterExistsError for two of one name."""
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for value in values:
         # A folder may have an equals sign in its own name.
         name, equals, folder = ("", "", value) if Path(value).is_dir() else value.partition("=")
         if not equals:
             name, folder = Path(value).resolve().name.partition("@")[0], value
-        if name in found:
+        if name in folders:
             raise AdapterExistsError(
-                f"two adapters are called '{name}' ({found[name]} and {folder}); "
+                f"two adapters are called '{name}' ({folders[name]} and {folder}); "
                 f"name them, as in --adapter other={folder}"
             )
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
+
+
+def load_text_model(model: str, adapters: Sequence[str], options: LoadOptions) -> tuple[Any, Any]:
+    """A model that writes text with the adapters of `--adapter` attached, and its tokenizer."""
+    from slimtune.models.load import load_model
+
+    # All names come first: a mistake in one must not cost loading a model.
+    named = parse(adapters)
+    loaded, tokenizer = load_model(model, "text", options)
+    return attach(loaded, named), tokenizer
 
 
 def attach(model: Any, adapters: dict[str, str]) -> Any:

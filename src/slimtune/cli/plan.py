@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, TrustRemoteCode, console
+from slimtune.cli.options import Json, TrustRemoteCode
+from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError, did_you_mean
 
 NOTHING_FITS = 3
 KEYS = (
-    "task", "model.dtype", "training.epochs", "training.optim", "training.gradient_accumulation",
+    "task", "model.dtype", "data.held_out", "training.epochs", "training.optim", "training.gradient_accumulation",
     "training.gradient_checkpointing", "preferences.generations", "preferences.max_new_tokens",
 )  # fmt: skip
 """What of a recipe a plan depends on, beside its options."""
@@ -70,10 +70,6 @@ def plan(
         str | None,
         typer.Option(help="sdpa or eager, where the model isn't to choose.", rich_help_panel=HOW),
     ] = None,
-    evaluation: Annotated[
-        bool,
-        typer.Option("--evaluation", help="Count an evaluation step too, with as many examples.", rich_help_panel=HOW),
-    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Say what merging the adapter takes too.", rich_help_panel=HOW)
     ] = False,
@@ -94,7 +90,7 @@ def plan(
 
     What a recipe has a key for is written as section.key=value: task=dpo, model.dtype=float16, training.epochs=1,
     training.optim=adamw_8bit, training.gradient_accumulation=4, training.gradient_checkpointing=true,
-    preferences.generations=4, preferences.max_new_tokens=256.
+    preferences.generations=4, preferences.max_new_tokens=256; with data.held_out=0.1 an evaluation step counts, too.
 
     Examples: slimtune plan llama-2-7b --device "RTX 4090"
 
@@ -125,13 +121,13 @@ def plan(
     from slimtune.cli.plan_view import show
     from slimtune.plan.plan import plan as ask
 
-    screen = console(as_json)
+    screen = open_screen(as_json)
     with screen.status("simulating..."):
         report = ask(
             model, data, device, goal, method or None, base or None,  # type: ignore[arg-type]
             rank=rank, batch_size=batch_size, max_length=max_length, devices=devices, served_on=serve_on,
             memory_gb=memory, price_per_hour=price, trust_remote_code=trust_remote_code, attention=attention,
-            evaluation=evaluation, merge=merge, **settings,
+            evaluation=bool(settings.pop("held_out", 0)), merge=merge, **settings,
         )  # fmt: skip
     if plot is not None:
         from slimtune.plan.table import Bar, plot_bars
@@ -139,7 +135,7 @@ def plan(
         bars = [Bar(f"{choice.label}, batch {choice.setting.batch}", choice.parts) for choice in report.choices]
         plot_bars(bars, plot, f"{model} on {report.request.device.name}", report.request.device.room_bytes)
     if as_json:
-        print(json.dumps(report.to_dict()))
+        print_json(report.to_dict())
     else:
         show(screen, report)
     if report.best is None:
@@ -166,21 +162,21 @@ def _calibrate(as_json: bool, is_all: bool) -> None:
     from slimtune.plan.devices import this_device
     from slimtune.plan.time import calibrate, calibration_file
 
-    screen = console(as_json)
+    screen = open_screen(as_json)
     device = this_device()
     screen.print(f"measuring {device.name} ({device.source})", markup=False)
     rates = calibrate(device, lambda line: screen.print(line, markup=False))
     screen.print(f"kept in {calibration_file()}", markup=False)
     if as_json and is_all:
-        print(json.dumps({"device": device.name, **asdict(rates)}))
+        print_json({"device": device.name, **asdict(rates)})
 
 
 def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool) -> None:
     from slimtune.cli.plan_view import show_classic
     from slimtune.plan.plan import read_config, simulation
-    from slimtune.plan.table import SIZES, classic_bars, classic_table, plot_bars
+    from slimtune.plan.table import classic_bars, classic_table, plot_bars
 
-    screen = console(as_json)
+    screen = open_screen(as_json)
     with screen.status("simulating..."):
         cells = classic_table(
             lambda name, setting: simulation(read_config(name))(setting),
@@ -189,18 +185,8 @@ def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: 
     if plot is not None:
         plot_bars(classic_bars(cells), plot, f"tuning, batch {batch} x {sequence} tokens")
     if as_json:
-        rows = [
-            {
-                "method": cell.row.name,
-                "size": cell.size,
-                "model": SIZES[cell.size],
-                "peak_bytes": cell.plan.peak_bytes,
-                "parts": cell.plan.peak.parts.named(),
-                "rule_of_thumb_gb": cell.rule_of_thumb_gb,
-                "holds": cell.row.holds,
-            }
-            for cell in cells
-        ]
-        print(json.dumps({"batch_size": batch, "max_length": sequence, "rank": rank, "cells": rows}))
+        print_json(
+            {"batch_size": batch, "max_length": sequence, "rank": rank, "cells": [cell.to_dict() for cell in cells]}
+        )
     else:
         show_classic(screen, cells)

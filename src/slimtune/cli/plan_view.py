@@ -9,7 +9,7 @@ from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
 from slimtune.plan.memory import MemoryBreakdown
-from slimtune.plan.plan import Report
+from slimtune.plan.plan import PlanReport
 from slimtune.plan.recommend import Choice
 from slimtune.plan.rules import GOALS
 from slimtune.plan.table import COLOURS, ROWS, SIZES, TableCell
@@ -30,7 +30,7 @@ LETTERS = {
 """Of each part, where there are no colours."""
 
 
-def show(screen: Console, report: Report) -> None:
+def show(screen: Console, report: PlanReport) -> None:
     """All of a report."""
     _show_question(screen, report)
     _show_choices(screen, report)
@@ -54,7 +54,7 @@ def show(screen: Console, report: Report) -> None:
     screen.print(f"  {report.command(best)}", markup=False)
 
 
-def _notes(choice: Choice, report: Report) -> list[str]:
+def _notes(choice: Choice, report: PlanReport) -> list[str]:
     notes, duration, devices = list(choice.plan.notes), choice.duration, report.request.devices
     if choice.merge_bytes is not None:
         notes.append(f"merging takes {_bytes(choice.merge_bytes)} of live tensors")
@@ -78,8 +78,8 @@ def show_classic(screen: Console, cells: Sequence[TableCell]) -> None:
     for size in sizes:
         table.add_column(f"{size}\n{SIZES[size]}", justify="right", no_wrap=True)
     for row in ROWS:
-        found = [cell for cell in cells if cell.row is row]
-        table.add_row(row.name, *(f"{_short(cell.gigabytes)} ({cell.rule_of_thumb_gb})" for cell in found))
+        own = [cell for cell in cells if cell.row is row]
+        table.add_row(row.name, *(f"{_short(cell.gigabytes)} ({cell.rule_of_thumb_gb})" for cell in own))
     screen.print(table, soft_wrap=False)
     setting = cells[0].plan.setting
     screen.print(
@@ -93,7 +93,7 @@ def show_classic(screen: Console, cells: Sequence[TableCell]) -> None:
         screen.print(f"  {row.name}: {row.holds} Here {min(ratios):.2f} to {max(ratios):.2f} times that.", markup=False)
 
 
-def _show_question(screen: Console, report: Report) -> None:
+def _show_question(screen: Console, report: PlanReport) -> None:
     request, device, lengths = report.request, report.request.device, report.request.lengths
     several = f"{request.devices} x " if request.devices > 1 else ""
     screen.print(
@@ -127,7 +127,7 @@ def _show_question(screen: Console, report: Report) -> None:
     )
 
 
-def _learned(report: Report) -> str:
+def _learned(report: PlanReport) -> str:
     lengths, task = report.request.lengths, report.request.task
     if lengths.labels or task == "grpo":
         return ""
@@ -138,7 +138,7 @@ def _learned(report: Report) -> str:
     return f" of which {lengths.learned / lengths.total:.0%} are learned"
 
 
-def _show_choices(screen: Console, report: Report) -> None:
+def _show_choices(screen: Console, report: PlanReport) -> None:
     from rich.table import Table
 
     scale = max(report.request.device.room_bytes, 1)
@@ -176,7 +176,7 @@ def _show_choices(screen: Console, report: Report) -> None:
     screen.print(f"times: {how}{cost}")
 
 
-def _show_refusal(screen: Console, report: Report) -> None:
+def _show_refusal(screen: Console, report: PlanReport) -> None:
     nearest = min(report.choices, key=lambda choice: choice.needed_bytes)
     screen.print(
         f"\n[bold red]nothing fits[/]: the least is {nearest.label} with {_bytes(nearest.needed_bytes)}, at batch "
@@ -199,7 +199,7 @@ def bar(parts: MemoryBreakdown, scale: int, has_colour: bool = True, width: int 
     return text
 
 
-def _described(choice: Choice, report: Report) -> str:
+def _described(choice: Choice, report: PlanReport) -> str:
     setting, words = choice.setting, [choice.label]
     if choice.rank:
         words.append(f"rank {choice.rank}, alpha {2 * choice.rank}, all linear layers")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimtune.cli.options import Json, Overwrite, console
+from slimtune.cli.options import Json, Overwrite
+from slimtune.console.screen import open_screen, plain_table, print_json, say
 from slimtune.errors import OutputExistsError, SlimtuneError
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ def init(
     Example: slimtune recipe init recipe.yaml --for classification
     """
     from slimtune.recipe.shipped import commented
-    from slimtune.storage.atomic import staged_file
+    from slimtune.storage.atomic import write_file
 
     _refuse_file(path, overwrite)
     text = commented(purpose)
-    with staged_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
-    console().print(f"written to {path}; set model and data in it, then:  slimtune recipe check {path}", markup=False)
+    write_file(path, text)
+    open_screen().print(
+        f"written to {path}; set model and data in it, then:  slimtune recipe check {path}", markup=False
+    )
 
 
 @recipe.command("check")
@@ -67,15 +68,15 @@ def check(path: Path_, overrides: Overrides = [], as_json: Json = False) -> None
     from slimtune.pipeline.dry_run import DryRun, dry_run
     from slimtune.recipe.recipe import Recipe
 
-    screen = console(as_json)
+    screen = open_screen(as_json)
     try:
-        found = dry_run(Recipe.read(path, overrides), screen)
+        result = dry_run(Recipe.read(path, overrides), screen)
     except SlimtuneError as error:
-        found = DryRun(problems=[str(error)])
+        result = DryRun(problems=[str(error)])
     if as_json:
-        print(json.dumps({"recipe": str(path), "ok": not found.problems, **asdict(found)}))
-    _show(screen, path, found)
-    if found.problems:
+        print_json({"recipe": str(path), "ok": not result.problems, **asdict(result)})
+    _show(screen, path, result)
+    if result.problems:
         raise typer.Exit(1)
 
 
@@ -89,14 +90,9 @@ def list_(as_json: Json = False) -> None:
 
     known = shipped()
     if as_json:
-        print(json.dumps(known))
+        print_json(known)
         return
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, summary in known.items():
-        table.add_row(f"[bold]{name}[/]", summary)
-    console().print(table, soft_wrap=False)
+    open_screen().print(plain_table((f"[bold]{name}[/]", text) for name, text in known.items()), soft_wrap=False)
 
 
 @recipe.command("show")
@@ -110,7 +106,7 @@ def show(
     """
     from slimtune.recipe.shipped import commented, text_of
 
-    print(commented(name) if as_full else text_of(name), end="")
+    say(commented(name) if as_full else text_of(name), end="")
 
 
 @recipe.command("import")
@@ -128,40 +124,39 @@ def import_(
     Example: slimtune recipe import llama3_lora_sft.yaml --output recipe.yaml
     """
     from slimtune.recipe.convert import import_recipe, text_of
-    from slimtune.storage.atomic import staged_file
+    from slimtune.storage.atomic import write_file
 
     _refuse_file(output, overwrite)
-    found = import_recipe(theirs)
-    with staged_file(output) as scratch:
-        scratch.write_text(text_of(found, theirs.name), encoding="utf-8")
+    imported = import_recipe(theirs)
+    write_file(output, text_of(imported, theirs.name))
     if as_json:
-        print(json.dumps({"recipe": str(output), **asdict(found)}))
-    _show_imported(console(as_json), output, found)
+        print_json({"recipe": str(output), **asdict(imported)})
+    _show_imported(open_screen(as_json), output, imported)
 
 
-def _show_imported(screen: Console, output: Path, found: Imported) -> None:
-    from rich.table import Table
+def _show_imported(screen: Console, output: Path, imported: Imported) -> None:
     from rich.text import Text
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, place in sorted(found.translated.items()):
-        table.add_row(Text(key), Text(place))
-    for key, why in sorted(found.without_effect.items()):
-        table.add_row(Text(key), Text(f"no effect: {why}", style="dim"))
-    screen.print(f"{found.tool}:", table, soft_wrap=False)
-    for key, what in found.different.items():
+    rows = [(Text(key), Text(place)) for key, place in sorted(imported.translated.items())]
+    rows += [
+        (Text(key), Text(f"no effect: {why}", style="dim")) for key, why in sorted(imported.without_effect.items())
+    ]
+    screen.print(f"{imported.tool}:", plain_table(rows), soft_wrap=False)
+    for key, what in imported.different.items():
         screen.print(f"not quite the same: {key}: {what}", markup=False)
     screen.print(f"written to {output}; see whether it fits:  slimtune recipe check {output}", markup=False)
 
 
-def _show(screen: Console, path: Path, found: DryRun) -> None:
-    if found.needed_bytes is not None and found.memory_bytes is not None:
-        screen.print(f"planned: {found.needed_bytes / 1e9:.1f} GB of {found.memory_bytes / 1e9:.1f} on {found.device}")
-    for note in found.notes:
+def _show(screen: Console, path: Path, result: DryRun) -> None:
+    if result.needed_bytes is not None and result.memory_bytes is not None:
+        screen.print(
+            f"planned: {result.needed_bytes / 1e9:.1f} GB of {result.memory_bytes / 1e9:.1f} on {result.device}"
+        )
+    for note in result.notes:
         screen.print(f"note: {note}", markup=False)
-    for problem in found.problems:
+    for problem in result.problems:
         screen.print(f"problem: {problem}", markup=False)
-    if not found.problems:
+    if not result.problems:
         screen.print(f"{path} can be trained:  slimtune train {path}", markup=False)
 
 

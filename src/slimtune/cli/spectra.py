@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import (
-    Device,
-    Dtype,
-    Json,
-    Overwrite,
-    Quantize,
-    TrustRemoteCode,
-    TunedBase,
-    TunedModel,
-    console,
-)
+from slimtune.cli.options import Device, Dtype, Json, Overwrite, Quantize, TrustRemoteCode, TunedBase, TunedModel
+from slimtune.console.figure import check_picture
+from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from slimtune.evaluate.intruders.spectra import Spectra, Spectrum
-    from slimtune.evaluate.intruders.trade_off import Trade
+    from slimtune.evaluate.intruders.trade_off import LossTradeOff, Yardsticks
     from slimtune.evaluate.intruders.updates import TunedMatrix, Updates
-    from slimtune.evaluate.intruders.write import Mitigated
-    from slimtune.evaluate.tuned import Tuned
+    from slimtune.evaluate.intruders.write import MitigationReport
 
 SCALING = "Scaling intruders down"
 
@@ -85,12 +75,13 @@ def spectra(
 
     Example: slimtune spectra tuned --against other --plot spectra.png
     """
+    from slimtune.console.progress import Counting
     from slimtune.evaluate.tuned import Tuned
 
-    how: dict[str, Any] = {
+    loading: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize
     }  # fmt: skip
-    what = Tuned.find(tuned, base, **how)
+    model, screen = Tuned.find(tuned, base, **loading), open_screen(as_json)
     if scale_intruders is not None:
         if output is None:
             raise ConfigError("--scale-intruders writes a changed model; say where with --output")
@@ -98,90 +89,101 @@ def spectra(
             raise ConfigError(
                 "--scale-intruders takes neither --against nor --plot; run slimtune spectra on its output"
             )
-        scale(what, scale_intruders, output, top, epsilon, embeddings, data, task, as_model, overwrite, as_json)
+        from slimtune.evaluate.intruders.write import mitigate
+
+        yardsticks = _yardsticks(data, task)
+        with Counting(screen) as counting:
+            report = mitigate(
+                model,
+                scale_intruders,
+                output,
+                yardsticks,
+                top,
+                epsilon,
+                as_model,
+                embeddings,
+                overwrite,
+                counting.watch,
+            )
+        if as_json:
+            print_json({"tuned": model.source, "base": model.base, **report.to_dict()})
+        else:
+            _show_mitigation(screen, report)
         return
     if output or data or task or as_model:
         raise ConfigError("--output, --data, --task and --as-model belong to --scale-intruders; pass that too")
-    other = Tuned.find(against, base, **how) if against else None
-    found = _measured(what, other, top, epsilon, embeddings, plot, matrix, as_json)
-    if as_json:
-        print(json.dumps({"tuned": tuned, "base": what.base, "against": against, **found.to_dict()}))
-
-
-def _measured(
-    what: Tuned,
-    other: Tuned | None,
-    top: int,
-    epsilon: float,
-    embeddings: bool,
-    plot: Path | None,
-    matrix: str | None,
-    as_json: bool,
-) -> Spectra:
-    from slimtune.console.figure import check_picture
-    from slimtune.console.progress import Counting
-    from slimtune.evaluate.intruders.spectra import measure, updates_of
-
     if plot:
         check_picture(plot)
     elif matrix:
         raise ConfigError(f"--matrix says what to draw; say where with --plot, or leave '{matrix}' out")
-    screen = console(as_json)
-    updates = updates_of(what, embeddings)
-    chosen = updates.named(matrix) if matrix else None
-    against = updates_of(other, embeddings) if other else None
+    from slimtune.evaluate.intruders.spectra import measure, updates_of
+
+    updates = updates_of(model, embeddings)
+    drawn = updates.named(matrix) if matrix else None
+    others = updates_of(Tuned.find(against, base, **loading), embeddings) if against else None
     with Counting(screen) as counting:
         counting.start("decomposing matrices", len(updates.matrices))
-        found = measure(updates, top, epsilon, against, counting.advance)
-    if not as_json:
-        show(screen, what.base, found)
+        measured = measure(updates, top, epsilon, others, counting.advance)
+    if as_json:
+        print_json({"tuned": tuned, "base": model.base, "against": against, **measured.to_dict()})
+    else:
+        _show(screen, model.base, measured)
     if plot:
-        _draw(updates, found, chosen, plot, Path(what.source).name)
+        _draw(updates, measured, drawn, plot, Path(tuned).name)
         screen.print(f"drawn: {plot}", markup=False)
-    return found
 
 
-def _draw(updates: Updates, found: Spectra, chosen: TunedMatrix | None, plot: Path, title: str) -> None:
+def _yardsticks(data: Path | None, questions: str | None) -> Yardsticks:
+    from slimtune.evaluate.domain_texts import read_texts, texts
+    from slimtune.evaluate.intruders.trade_off import Yardsticks
+    from slimtune.evaluate.run import prepare
+    from slimtune.evaluate.tasks import open_task
+
+    own = {data.stem: read_texts(data)} if data else {}
+    return Yardsticks(texts(), own, prepare(open_task(questions)) if questions else None)
+
+
+def _draw(updates: Updates, result: Spectra, chosen: TunedMatrix | None, plot: Path, title: str) -> None:
     from slimtune.evaluate.intruders.plot import DIRECTIONS, most_telling, plot_spectra
     from slimtune.evaluate.intruders.spectra import similarity
 
-    matrix = chosen or updates.named(most_telling(found).name)
-    shown = next(one for one in found.matrices if one.name == matrix.name)
-    plot_spectra(found, shown, similarity(matrix, DIRECTIONS), plot, title)
+    matrix = chosen or updates.named(most_telling(result).name)
+    shown = next(one for one in result.matrices if one.name == matrix.name)
+    plot_spectra(result, shown, similarity(matrix, DIRECTIONS), plot, title)
 
 
 SHOWN = 5
 """Of the matrices with intruders."""
 
 
-def show(screen: Console, base: str, found: Spectra) -> None:
-    """A row for each kind of matrix, and the intruders in words."""
+def _show(screen: Console, base: str, result: Spectra) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"medians over the matrices, against {escape(base)}", title_justify="left")
-    overlaps = any(one.overlap for one in found.matrices)
+    overlaps = any(one.overlap for one in result.matrices)
     names = ["matrices", "count", "eff. rank", "stable rank", "change", "intruders"]
     for name in names + ["overlap", "chance"] * overlaps:
         table.add_column(name, justify="left" if name == "matrices" else "right", no_wrap=name == "matrices")
-    for kind in dict.fromkeys(one.kind for one in found.matrices):
-        table.add_row(*_row(escape(kind), [one for one in found.matrices if one.kind == kind], overlaps))
+    for kind in dict.fromkeys(one.kind for one in result.matrices):
+        table.add_row(*_row(escape(kind), [one for one in result.matrices if one.kind == kind], overlaps))
     table.add_section()
-    table.add_row(*_row("all", found.matrices, overlaps))
+    table.add_row(*_row("all", result.matrices, overlaps))
     screen.print(table)
-    _show_intruders(screen, found)
-    if found.left_out:
-        named = ", ".join(found.left_out)
+    _show_intruders(screen, result)
+    if result.left_out:
+        named = ", ".join(result.left_out)
         screen.print(f"tuned and left out: {named}; --embeddings takes in those that the base has too", markup=False)
-    if found.only_here:
-        screen.print(f"{len(found.only_here)} matrices are tuned here alone and have no overlap")
+    if result.only_here:
+        screen.print(f"{len(result.only_here)} matrices are tuned here alone and have no overlap")
 
 
-def _show_intruders(screen: Console, found: Spectra) -> None:
-    with_some = [one for one in found.matrices if one.intruders]
+def _show_intruders(screen: Console, result: Spectra) -> None:
+    with_some = [one for one in result.matrices if one.intruders]
     screen.print(
-        f"{found.intruders} intruder dimensions in {len(with_some)} of {len(found.matrices)} matrices: among the first "
-        f"{found.top} singular vectors of each, those with no cosine of {found.epsilon:g} or more with an old one"
+        f"{result.intruders} intruder dimensions in {len(with_some)} of {len(result.matrices)} matrices: among the "
+        f"first {result.top} singular vectors of each, those with no cosine of {result.epsilon:g} or more with an "
+        "old one"
     )
     for one in sorted(with_some, key=lambda one: -len(one.intruders))[:SHOWN]:
         first = one.intruders[0]
@@ -208,39 +210,7 @@ def _row(name: str, own: list[Spectrum], overlaps: bool) -> list[str]:
     return [*cells, f"{median(o.left for o in shared):.2f}", f"{median(o.left_by_chance for o in shared):.2f}"]
 
 
-def scale(
-    what: Tuned,
-    factor: float,
-    output: Path,
-    top: int,
-    epsilon: float,
-    embeddings: bool,
-    data: Path | None,
-    questions: str | None,
-    as_model: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Scale, write, measure and show."""
-    from slimtune.console.progress import Counting
-    from slimtune.evaluate.domain_texts import read_texts, texts
-    from slimtune.evaluate.intruders.trade_off import Yardsticks
-    from slimtune.evaluate.intruders.write import mitigate
-    from slimtune.evaluate.run import prepare
-    from slimtune.evaluate.tasks import open_task
-
-    screen = console(as_json)
-    task = {data.stem: read_texts(data)} if data else {}
-    yardsticks = Yardsticks(texts(), task, prepare(open_task(questions)) if questions else None)
-    with Counting(screen) as counting:
-        done = mitigate(what, factor, output, yardsticks, top, epsilon, as_model, embeddings, overwrite, counting.watch)
-    if as_json:
-        print(json.dumps({"tuned": what.source, "base": what.base, **done.to_dict()}))
-        return
-    _show(screen, done)
-
-
-def _show(screen: Console, done: Mitigated) -> None:
+def _show_mitigation(screen: Console, done: MitigationReport) -> None:
     from slimtune.evaluate.forgetting import in_words
 
     screen.print(
@@ -262,7 +232,7 @@ def _show(screen: Console, done: Mitigated) -> None:
                  markup=False)  # fmt: skip
 
 
-def _show_losses(screen: Console, outside: Trade, task: Trade | None) -> None:
+def _show_losses(screen: Console, outside: LossTradeOff, task: LossTradeOff | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -285,7 +255,7 @@ def _show_losses(screen: Console, outside: Trade, task: Trade | None) -> None:
     screen.print(table)
 
 
-def _trade_row(name: str, trade: Trade, domain: str) -> list[str]:
+def _trade_row(name: str, trade: LossTradeOff, domain: str) -> list[str]:
     from slimtune.evaluate.forgetting import in_words
 
     tuned, scaled, change = (one.domains[domain] for one in (trade.tuned, trade.scaled, trade.change))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, Overwrite, Quantize, TrustRemoteCode, console
-from slimtune.errors import ConfigError, listing
+from slimtune.cli.options import Json, Overwrite, Quantize, TrustRemoteCode, flags, written
+from slimtune.console.screen import open_screen, print_json
+from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,28 +88,23 @@ def train(
     if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output)
-    run(recipe, console(as_json), overwrite, plans, resume)
-    written = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
-    _say_how_to_use(console(as_json), recipe, written["task_type"])
+    run(recipe, open_screen(as_json), overwrite, plans, resume)
+    results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
+    _say_how_to_use(open_screen(as_json), recipe, results["task_type"])
     if as_json:
-        print(json.dumps({"output": recipe.output, **written}))
+        print_json({"output": recipe.output, **results})
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
     from slimtune.recipe.recipe import Recipe, overridden
     from slimtune.storage.text_files import is_yaml, read_mapping
 
-    # The source by its name, for typer carries a copy of click whose place changes.
-    given = {
-        name: value
-        for name, value in ctx.params.items()
-        if name not in WITH_A_RECIPE and getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
+    typed = {name: value for name, value in written(ctx).items() if name not in WITH_A_RECIPE}
     target = {} if output is None else {"output": str(output)}
     if is_yaml(source):
-        if given:
+        if typed:
             raise ConfigError(
-                f"{_flags(given)} does not go with a recipe; write settings as section.key=value behind it, for "
+                f"{flags(typed)} does not go with a recipe; write settings as section.key=value behind it, for "
                 "example training.learning_rate=1e-4"
             )
         return Recipe.of(overridden(read_mapping(Path(source)), rest) | target)
@@ -117,18 +113,18 @@ def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | Non
     if output is None:
         raise ConfigError("no folder was named to write; pass --output DIR")
     sections = {"model": {"name": source}, "data": {"train": rest[0]}, **target}
-    return Recipe.of(_with_options(sections, given, rest[1:]))
+    return Recipe.of(_with_options(sections, typed, rest[1:]))
 
 
-def _with_options(sections: dict[str, Any], given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def _with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The sections with the options that were given, then with `section.key=value`; raises ConfigError."""
     from slimtune.recipe.method import FEATURES, field_of, find
     from slimtune.recipe.recipe import USED_BY_FEATURES, overridden, place_of
 
-    method = find(given.pop("method", "lora"))
+    method = find(typed.pop("method", "lora"))
     sections["method"] = {"name": method.name}
     twice, strangers = set(), []
-    for name, value in given.items():
+    for name, value in typed.items():
         place = f"method.{field_of(method, name)}" if name in ("rank", "alpha") else place_of(name)
         section, _, key = place.partition(".")
         is_idle = method.name == FEATURES and section == "training" and key not in USED_BY_FEATURES
@@ -138,7 +134,7 @@ def _with_options(sections: dict[str, Any], given: dict[str, Any], overrides: li
         twice.add(place)
     if strangers:
         raise ConfigError(
-            f"{_flags(strangers)} would change nothing with --method {method.name}; leave it out, or choose a method "
+            f"{flags(strangers)} would change nothing with --method {method.name}; leave it out, or choose a method "
             "that has it (slimtune methods lists them)"
         )
     for place, _, text in (override.partition("=") for override in overrides):
@@ -148,10 +144,6 @@ def _with_options(sections: dict[str, Any], given: dict[str, Any], overrides: li
             )
         twice.add(place)
     return overridden(sections, overrides)
-
-
-def _flags(names: Any) -> str:
-    return listing("--" + name.replace("_", "-") for name in names)
 
 
 def _say_how_to_use(screen: Console, recipe: Recipe, task_type: str) -> None:

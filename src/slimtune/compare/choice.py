@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from slimtune.compare import format as figures
-from slimtune.compare.statistics import Interval
-from slimtune.compare.summary import Row, Summary
+from slimtune.compare.summary import CandidateRow, Summary
+from slimtune.metrics.seeds import MeanInterval
 
 ENOUGH_SEEDS = 3
 ALIKE = 1.05
@@ -15,7 +15,7 @@ ALIKE = 1.05
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """The candidate to choose, None if nothing can be said, and why, sentence by sentence."""
 
     candidate: str | None
@@ -29,11 +29,11 @@ class Choice:
         return " ".join((*self.sentences, *self.warnings))
 
 
-def choose(summary: Summary) -> Choice:
+def choose(summary: Summary) -> Recommendation:
     """The best by score; of those not shown to differ from it the cheapest, and no training where none is needed."""
     ranked = summary.scored
     if not ranked:
-        return Choice(None, "Nothing can be chosen", ("No run gave a score.",), tuple(_warnings(summary, None)))
+        return Recommendation(None, "Nothing can be chosen", ("No run gave a score.",), tuple(_warnings(summary, None)))
     best = ranked[0]
     near = [row for row in ranked[1:] if not summary.is_shown(best, row)]
     # What is as good as the best as far as was seen, but worse than a third, is no candidate.
@@ -49,10 +49,10 @@ def choose(summary: Summary) -> Choice:
         *_forgetting(summary, chosen),
     ]
     headline = _headline(chosen, best, peers, summary)
-    return Choice(chosen.name, headline, tuple(sentences), tuple(_warnings(summary, best)))
+    return Recommendation(chosen.name, headline, tuple(sentences), tuple(_warnings(summary, best)))
 
 
-def _headline(chosen: Row, best: Row, peers: list[Row], summary: Summary) -> str:
+def _headline(chosen: CandidateRow, best: CandidateRow, peers: list[CandidateRow], summary: Summary) -> str:
     name = "the model as it comes" if chosen is summary.base else chosen.name
     if len(summary.scored) == 1:
         return f"Only {name} has a score"
@@ -66,15 +66,15 @@ def _headline(chosen: Row, best: Row, peers: list[Row], summary: Summary) -> str
     return f"Choose {name}: not shown to be worse than the best, {best.name}, and {why}"
 
 
-def _others(rows: list[Row], best: Row) -> str:
+def _others(rows: list[CandidateRow], best: CandidateRow) -> str:
     return figures.names([row.name for row in rows if row is not best])
 
 
-def _be(peers: list[Row]) -> str:
+def _be(peers: list[CandidateRow]) -> str:
     return "is" if len(peers) == 2 else "are"
 
 
-def _best(summary: Summary, best: Row, near: list[Row]) -> str:
+def _best(summary: Summary, best: CandidateRow, near: list[CandidateRow]) -> str:
     assert best.score
     scored = f"{summary.scorer} {_with_interval(best.score, best.candidate.is_seeded)}"
     begin = f"{_name(best)} scores best: {scored}"
@@ -96,14 +96,14 @@ def _best(summary: Summary, best: Row, near: list[Row]) -> str:
     )
 
 
-def _beaten(summary: Summary, near: list[Row]) -> Iterator[str]:
+def _beaten(summary: Summary, near: list[CandidateRow]) -> Iterator[str]:
     for row in near:
         better = summary.beaten_by(row)
         if better is not None:
             yield f"{row.name} is shown to be worse than {better.name}."
 
 
-def _cheapest(best: Row, peers: list[Row]) -> tuple[Row, str]:
+def _cheapest(best: CandidateRow, peers: list[CandidateRow]) -> tuple[CandidateRow, str]:
     """No training before training; then the least memory, time and size, each where it tells them apart."""
     untrained = sorted((row for row in peers if not row.candidate.is_trained), key=lambda row: row.candidate.shots)
     if untrained:
@@ -126,7 +126,7 @@ def _cheapest(best: Row, peers: list[Row]) -> tuple[Row, str]:
     return best, f"Their costs hardly differ, so the score decides: {best.name} took {_costs(best)}."
 
 
-COSTS: dict[str, Callable[[Row], float | None]] = {
+COSTS: dict[str, Callable[[CandidateRow], float | None]] = {
     "memory to train": lambda row: row.peak_bytes,
     "time to train": lambda row: row.train_seconds,
     "room on disk": lambda row: row.size_bytes,
@@ -139,12 +139,12 @@ SHOWN: dict[str, Callable[[float | None], str]] = {
 }
 
 
-def _costs(row: Row) -> str:
+def _costs(row: CandidateRow) -> str:
     known = [SHOWN[what](value) for what, cost in COSTS.items() if (value := cost(row)) is not None]
     return " / ".join(known) + " (memory, time, disk)" if len(known) == len(COSTS) else " / ".join(known) or "no time"
 
 
-def _against_base(summary: Summary, chosen: Row) -> Iterator[str]:
+def _against_base(summary: Summary, chosen: CandidateRow) -> Iterator[str]:
     base = summary.base
     if base is None or base is chosen:
         return
@@ -164,7 +164,7 @@ def _against_base(summary: Summary, chosen: Row) -> Iterator[str]:
         )
 
 
-def _in_context(summary: Summary, chosen: Row, peers: list[Row]) -> Iterator[str]:
+def _in_context(summary: Summary, chosen: CandidateRow, peers: list[CandidateRow]) -> Iterator[str]:
     prompts = [row for row in summary.scored if not row.candidate.is_trained and row.candidate.shots > 0]
     methods = [row for row in summary.scored if row.candidate.is_trained]
     if not prompts or not methods:
@@ -191,7 +191,7 @@ def _in_context(summary: Summary, chosen: Row, peers: list[Row]) -> Iterator[str
         )
 
 
-def _price_of_asking(prompt: Row, method: Row) -> str:
+def _price_of_asking(prompt: CandidateRow, method: CandidateRow) -> str:
     longer, shorter = prompt.answer_seconds, method.answer_seconds
     if not longer or not shorter or longer <= ALIKE * shorter:
         return ""
@@ -213,7 +213,7 @@ def _control(summary: Summary) -> Iterator[str]:
         yield f"That the examples of the {twin.name} prompt teach more than the format is not shown: {scores} ({p})."
 
 
-def _forgetting(summary: Summary, chosen: Row) -> Iterator[str]:
+def _forgetting(summary: Summary, chosen: CandidateRow) -> Iterator[str]:
     rise = chosen.forgotten
     if rise is None:
         return
@@ -232,7 +232,7 @@ def _forgetting(summary: Summary, chosen: Row) -> Iterator[str]:
     yield text + "."
 
 
-def _warnings(summary: Summary, best: Row | None) -> Iterator[str]:
+def _warnings(summary: Summary, best: CandidateRow | None) -> Iterator[str]:
     if summary.missing:
         runs = "1 run is" if summary.missing == 1 else f"{summary.missing} runs are"
         yield f"This is unfinished: {runs} still to be done."
@@ -240,12 +240,8 @@ def _warnings(summary: Summary, best: Row | None) -> Iterator[str]:
     if best is None:
         return
     if summary.is_all_wrong:
-        yield f"No answer of any arm was right: look at some, for the scorer ({summary.scorer}) may not fit the task."
-    seeds = (
-        min(row.score.seeds for row in summary.scored if row.score and row.candidate.is_seeded)
-        if _seeded(summary)
-        else 0
-    )
+        yield f"No answer of any candidate was right; look at some: the scorer ({summary.scorer}) may not fit the task."
+    seeds = min((row.score.seeds for row in summary.scored if row.score and row.candidate.is_seeded), default=0)
     if 0 < seeds < ENOUGH_SEEDS:
         yield (
             f"Fewer than {ENOUGH_SEEDS} seeds ({seeds}): {_SEEDS[seeds]}; repeat with {ENOUGH_SEEDS} or more "
@@ -259,10 +255,10 @@ def _failures(summary: Summary) -> Iterator[str]:
         reasons = dict.fromkeys(result.reason.rstrip(".") for result in row.failed)
         for reason in reasons:
             seeds = [str(result.seed) for result in row.failed if result.reason.rstrip(".") == reason]
-            told = (
+            with_seeds = (
                 f" with seed{'s' if len(seeds) > 1 else ''} {figures.names(seeds)}" if row.candidate.is_seeded else ""
             )
-            yield f"{row.name} failed{told}: {reason}."
+            yield f"{row.name} failed{with_seeds}: {reason}."
 
 
 _SEEDS = {
@@ -271,11 +267,7 @@ _SEEDS = {
 }
 
 
-def _seeded(summary: Summary) -> bool:
-    return any(row.candidate.is_seeded for row in summary.scored)
-
-
-def _with_interval(score: Interval, is_seeded: bool) -> str:
+def _with_interval(score: MeanInterval, is_seeded: bool) -> str:
     seeds = ("1 seed, " if score.seeds == 1 else f"{score.seeds} seeds, ") if is_seeded else ""
     return (
         f"{figures.score(score.mean)} (95% interval {figures.score(score.low)} to {figures.score(score.high)}, "
@@ -283,5 +275,5 @@ def _with_interval(score: Interval, is_seeded: bool) -> str:
     )
 
 
-def _name(row: Row) -> str:
+def _name(row: CandidateRow) -> str:
     return "The model as it comes" if row.name == "base" else row.name

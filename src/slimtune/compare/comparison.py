@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from slimtune.compare.dataset import QUESTIONS, TRAIN, write_dataset
-from slimtune.compare.findings import constant_of, moved, remarks
-from slimtune.compare.record import FACTS, Facts, machine, read_facts, today
-from slimtune.compare.report import Report, report, write_report
+from slimtune.compare.record import FACTS, ComparisonRecord, machine, read_record, today
+from slimtune.compare.remarks import constant_of, environment_changes, remarks
+from slimtune.compare.report import ComparisonReport, report, write_report
 from slimtune.compare.results import read_questions
 from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
+from slimtune.compare.setup import ComparisonSetup, check_candidates, check_unchanged, refuse_changes
 from slimtune.compare.summary import summarize
-from slimtune.compare.task import Task, check_candidates, check_unchanged, refuse_changes
 from slimtune.data.reading import peek_splits, task_of
 from slimtune.errors import ConfigError, OutputExistsError, SlimtuneError
 from slimtune.recipe.candidates import Run, runs_of
@@ -35,42 +35,42 @@ BUDGET = ("questions", "scorer", "max_new_tokens", "texts")
 class Comparison:
     """What is run and what is known of it."""
 
-    task: Task
-    facts: Facts
+    setup: ComparisonSetup
+    facts: ComparisonRecord
 
     @property
     def runs(self) -> list[Run]:
         """All of them, in their order."""
-        return runs_of(self.task.settings.candidates, self.task.settings.seeds)
+        return runs_of(self.setup.settings.candidates, self.setup.settings.seeds)
 
-    def run(self, watcher: Watcher) -> Report:
+    def run(self, watcher: Watcher) -> ComparisonReport:
         """Do what is unfinished, with the page written anew after each run.
 
         Raises: OutputExistsError, while another process does so in the same folder.
         """
         from filelock import FileLock, Timeout
 
-        folder = self.task.folder
+        folder = self.setup.folder
         try:
             with FileLock(folder / ".lock", timeout=0):
-                run_all(self.task, self.runs, watcher, self._write)
+                run_all(self.setup, self.runs, watcher, self._write)
                 return self._write()
         except Timeout as error:
             raise OutputExistsError(
                 f"another comparison runs in {folder}; wait for it, or choose another --output"
             ) from error
 
-    def report(self) -> Report:
+    def report(self) -> ComparisonReport:
         """What follows from the runs that are there."""
-        asked = self.task.folder / ASKED
-        settings = self.task.settings
-        summary = summarize(settings.candidates, results_of(self.task, self.runs), settings.seeds)
-        return report(summary, self.facts, read_questions(asked) if asked.is_file() else [])
+        questions = self.setup.folder / ASKED
+        settings = self.setup.settings
+        summary = summarize(settings.candidates, results_of(self.setup, self.runs), settings.seeds)
+        return report(summary, self.facts, read_questions(questions) if questions.is_file() else [])
 
-    def _write(self) -> Report:
-        told = self.report()
-        write_report(self.task.folder, told)
-        return told
+    def _write(self) -> ComparisonReport:
+        report = self.report()
+        write_report(self.setup.folder, report)
+        return report
 
 
 def prepare(
@@ -100,43 +100,48 @@ def prepare(
     settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
     base = Recipe.of(values)
     data = output / DATA if scratch is None else scratch
-    task = Task(output, values, settings, data / TRAIN, data / QUESTIONS)
-    check_candidates(task)
+    setup = ComparisonSetup(output, values, settings, data / TRAIN, data / QUESTIONS)
+    check_candidates(setup)
     same = {"recipe": base.to_dict() | {"output": ""}, **{name: getattr(settings, name) for name in BUDGET}}
     before = _same_as_before(output, same)
-    check_unchanged(task, runs_of(settings.candidates, settings.seeds))
+    check_unchanged(setup, runs_of(settings.candidates, settings.seeds))
     priced = _priced(price)
-    kind, is_prompted = _kind(base, task.train), _writes_text(base.model)
-    task = replace(task, kind=kind, settings=settings.for_task(kind, is_prompted))
+    kind, is_prompted = _kind(base, setup.train), _writes_text(base.model)
+    setup = replace(setup, kind=kind, settings=settings.for_task(kind, is_prompted))
     name = _written(base, settings, data, before if scratch is None else None)
-    facts = _facts(task, name, same, before, priced, is_prompted)
+    facts = _facts(setup, name, same, before, priced, is_prompted)
     if scratch is None:
         facts.write(output)
-    return Comparison(task, facts)
+    return Comparison(setup, facts)
 
 
 def _facts(
-    task: Task, data: str, same: dict[str, Any], before: Facts | None, priced: tuple[float | None, str], prompted: bool
-) -> Facts:
+    setup: ComparisonSetup,
+    data: str,
+    same: dict[str, Any],
+    before: ComparisonRecord | None,
+    priced: tuple[float | None, str],
+    prompted: bool,
+) -> ComparisonRecord:
     from slimtune.storage.text_files import dump
     from slimtune.train.results import versions
 
-    settings, constant = task.settings, constant_of(task)
+    settings, constant = setup.settings, constant_of(setup)
     now = {"machine": machine(), "versions": versions()}
-    return Facts(
-        model=task.recipe["model"]["name"],
+    return ComparisonRecord(
+        model=setup.recipe["model"]["name"],
         data=data,
         command=shlex.join(["slimtune", *sys.argv[1:]]),
         date=today(),
-        recipe=dump(task.recipe | {SECTION: _listed(settings)}),
+        recipe=dump(setup.recipe | {SECTION: _listed(settings)}),
         candidates=[candidate.name for candidate in settings.candidates],
         seeds=settings.seeds,
         same=same,
         price_per_hour=priced[0],
         price_of=priced[1],
         constant=constant,
-        remarks=remarks(task, prompted, constant),
-        moved=[] if before is None else moved(before, **now),
+        remarks=remarks(setup, prompted, constant),
+        moved=[] if before is None else environment_changes(before, **now),
         **now,
     )
 
@@ -156,7 +161,7 @@ def _writes_text(model: ModelSettings) -> bool:
     return all(getattr(transformers, name).can_generate() for name in named if hasattr(transformers, name))
 
 
-def _written(base: Recipe, settings: CompareSettings, data: Path, before: Facts | None) -> str:
+def _written(base: Recipe, settings: CompareSettings, data: Path, before: ComparisonRecord | None) -> str:
     """What the data is called, once it is written down.
 
     Raises: OutputExistsError, where it has changed since the comparison was begun.
@@ -183,9 +188,9 @@ def _written(base: Recipe, settings: CompareSettings, data: Path, before: Facts 
     return before.data
 
 
-def _same_as_before(output: Path, same: Mapping[str, Any]) -> Facts | None:
+def _same_as_before(output: Path, same: Mapping[str, Any]) -> ComparisonRecord | None:
     """The facts of a comparison that goes on; raises OutputExistsError for another one."""
-    before = read_facts(output)
+    before = read_record(output)
     if before is None:
         # A folder that was begun holds data at most; anything else isn't ours.
         strangers = [entry.name for entry in output.iterdir() if entry.name != DATA] if output.is_dir() else []

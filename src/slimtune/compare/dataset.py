@@ -30,10 +30,10 @@ def write_dataset(settings: DataSettings, task: str, seed: int, limit: int | Non
 
     _refuse_what_differs(settings)
     splits = read_splits(settings, task, seed)
-    asked = _asked(splits)[:limit]
+    questions = _asked(splits)[:limit]
     with staged(folder, overwrite=True) as scratch:
         _write(scratch / TRAIN, (row for source in splits.train for row in source.rows))
-        _write(scratch / QUESTIONS, asked)
+        _write(scratch / QUESTIONS, questions)
     return _names(splits.train)
 
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimtune.compare.comparison import Comparison
 from slimtune.compare.runner import unfinished
+from slimtune.compare.setup import ComparisonSetup, model_of, recipe_of
 from slimtune.compare.stages import stages_of
-from slimtune.compare.task import Task, model_of, recipe_of
 from slimtune.errors import SlimtuneError
-from slimtune.recipe.candidates import Candidate
+from slimtune.recipe.candidates import Candidate, Run
 
 START_SECONDS, LOAD_SECONDS = 8.0, 1.0
 """Of each process for its libraries, and of each of its commands for the weights, on two cores."""
@@ -26,7 +25,7 @@ TEXTS_TOKENS = 12_000
 
 
 @dataclass(frozen=True)
-class Line:
+class CandidateEstimate:
     """One candidate: its runs, those still to be done, and about how many seconds each takes, None if nobody knows."""
 
     candidate: Candidate
@@ -48,7 +47,7 @@ class Line:
 class Estimate:
     """All candidates, and where the figures come from."""
 
-    lines: list[Line]
+    lines: list[CandidateEstimate]
     why: str
 
     @property
@@ -78,80 +77,79 @@ class Planned:
         return 2 * self.weight_bytes / self.bandwidth
 
 
-def estimate(comparison: Comparison) -> Estimate:
+def estimate(setup: ComparisonSetup, runs: Sequence[Run]) -> Estimate:
     """From the planner's simulated steps; coarse, for it knows the machine only if it was calibrated."""
-    task, runs = comparison.task, comparison.runs
-    candidates, todo = task.settings.candidates, unfinished(task, runs)
-    planned, why = _plan(task, [candidate for candidate in candidates if candidate.is_trained])
+    candidates, todo = setup.settings.candidates, unfinished(setup, runs)
+    planned, why = _plan(setup, [candidate for candidate in candidates if candidate.is_trained])
     lines = []
     for candidate in candidates:
         own = [run for run in runs if run.candidate == candidate]
-        mean = sum(_seconds(task, run, planned) for run in own) / len(own) if planned else None
-        lines.append(Line(candidate, len(own), sum(run in todo for run in own), mean))
+        mean = sum(_seconds(setup, run, planned) for run in own) / len(own) if planned else None
+        lines.append(CandidateEstimate(candidate, len(own), sum(run in todo for run in own), mean))
     return Estimate(lines, why)
 
 
-def _seconds(task: Task, run: Any, planned: Planned) -> float:
+def _seconds(setup: ComparisonSetup, run: Any, planned: Planned) -> float:
     candidate = run.candidate
-    asked = sum(1 for _ in task.questions.open(encoding="utf-8"))
-    tokens = planned.tokens_a_step / _batch(task, run)
+    questions = sum(1 for _ in setup.questions.open(encoding="utf-8"))
+    tokens = planned.tokens_a_step / _batch(setup, run)
     seconds = START_SECONDS
-    for stage in stages_of(task, run):
+    for stage in stages_of(setup, run):
         seconds += LOAD_SECONDS
         if stage.name == "train":
-            known = planned.steps.get((candidate.method or "", _base(task, candidate)))
-            seconds += _steps(task, run) * (known or max(planned.steps.values()))
-        elif stage.name == "evaluate" and task.kind == "classification" and candidate.is_trained:
-            seconds += asked * tokens * planned.read_seconds
+            known = planned.steps.get((candidate.method or "", _base(setup, candidate)))
+            seconds += _steps(setup, run) * (known or max(planned.steps.values()))
+        elif stage.name == "evaluate" and setup.kind == "classification" and candidate.is_trained:
+            seconds += questions * tokens * planned.read_seconds
         elif stage.name == "evaluate":
             # What all prompts begin with is read once, so that examples cost little more than a longer cache.
-            seconds += asked * (tokens * 2) * planned.read_seconds + candidate.shots * tokens * planned.read_seconds
-            seconds += math.ceil(asked / ASKED_AT_ONCE) * ANSWER_TOKENS * planned.write_seconds
+            seconds += questions * (tokens * 2) * planned.read_seconds + candidate.shots * tokens * planned.read_seconds
+            seconds += math.ceil(questions / ASKED_AT_ONCE) * ANSWER_TOKENS * planned.write_seconds
         elif stage.name == "forgetting":
-            share = 1.0 if task.settings.texts is None else min(1.0, task.settings.texts / 20)
+            share = 1.0 if setup.settings.texts is None else min(1.0, setup.settings.texts / 20)
             seconds += 2 * share * TEXTS_TOKENS * planned.read_seconds
         else:
             seconds += SPECTRA_SECONDS
     return seconds
 
 
-def _training(task: Task, run: Any) -> dict[str, Any]:
-    return recipe_of(task, run)["training"]
+def _training(setup: ComparisonSetup, run: Any) -> dict[str, Any]:
+    return recipe_of(setup, run)["training"]
 
 
-def _batch(task: Task, run: Any) -> int:
-    settings = _training(task, run) if run.candidate.is_trained else task.recipe.get("training") or {}
+def _batch(setup: ComparisonSetup, run: Any) -> int:
+    settings = _training(setup, run) if run.candidate.is_trained else setup.recipe.get("training") or {}
     return settings.get("batch_size", 8) * settings.get("gradient_accumulation", 1)
 
 
-def _steps(task: Task, run: Any) -> int:
-    settings = _training(task, run)
-    rows = sum(1 for _ in task.train.open(encoding="utf-8"))
-    return settings.get("max_steps") or math.ceil(rows / _batch(task, run) * settings.get("epochs", 3.0))
+def _steps(setup: ComparisonSetup, run: Any) -> int:
+    settings = _training(setup, run)
+    rows = sum(1 for _ in setup.train.open(encoding="utf-8"))
+    return settings.get("max_steps") or math.ceil(rows / _batch(setup, run) * settings.get("epochs", 3.0))
 
 
-def _plan(task: Task, candidates: Sequence[Candidate]) -> tuple[Planned | None, str]:
+def _plan(setup: ComparisonSetup, candidates: Sequence[Candidate]) -> tuple[Planned | None, str]:
     """What the planner says, and where it knows it from."""
     from slimtune.plan.plan import plan
     from slimtune.recipe.recipe import Recipe
 
-    recipe = Recipe.of(task.recipe)
+    recipe = Recipe.of(setup.recipe)
     training = recipe.training
     try:
-        found = plan(
-            recipe.model.source, task.train,
+        report = plan(
+            recipe.model.source, setup.train,
             methods=sorted({candidate.method or "" for candidate in candidates}) or ["lora"],
-            bases=sorted({_base(task, candidate) for candidate in candidates}) or None, batch_size=training.batch_size,
+            bases=sorted({_base(setup, candidate) for candidate in candidates}) or None, batch_size=training.batch_size,
             gradient_accumulation=training.gradient_accumulation,
             gradient_checkpointing=training.gradient_checkpointing, epochs=1,
-            max_length=(task.recipe.get("data") or {}).get("max_length"),
+            max_length=(setup.recipe.get("data") or {}).get("max_length"),
             trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
     except SlimtuneError as error:
         return None, f"how long it takes could not be planned: {error}"
-    first, rates = found.choices[0], found.rates
+    first, rates = report.choices[0], report.rates
     planned = Planned(
-        steps={(choice.method, choice.base): choice.duration.step_seconds for choice in found.choices},
+        steps={(choice.method, choice.base): choice.duration.step_seconds for choice in report.choices},
         tokens_a_step=first.duration.tokens / first.duration.steps,
         weight_bytes=first.parts.weights,
         bandwidth=rates.bandwidth,
@@ -160,6 +158,6 @@ def _plan(task: Task, candidates: Sequence[Candidate]) -> tuple[Planned | None, 
     return planned, f"the steps were simulated; the speed of this machine is {how}"
 
 
-def _base(task: Task, candidate: Candidate) -> Any:
+def _base(setup: ComparisonSetup, candidate: Candidate) -> Any:
     """As what the weights are held that the candidate's method stands on."""
-    return model_of(task, candidate).get("quantize") or "dense"
+    return model_of(setup, candidate).get("quantize") or "dense"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.compare.summary import Row, Summary
+from slimtune.compare.summary import CandidateRow, Summary
 from slimtune.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def _cost_panel(axes: Axes, summary: Summary, label: str, cost: Callable[[Row], float], ink: str) -> None:
+def _cost_panel(axes: Axes, summary: Summary, label: str, cost: Callable[[CandidateRow], float], ink: str) -> None:
     trained = _trained(summary)
     points = [(cost(row), summary.sign * row.mean) for row in trained]
     edge = front(points)
@@ -129,7 +129,7 @@ def _untrained(axes: Axes, summary: Summary, ink: str) -> None:
                       color=ink, alpha=0.8)  # fmt: skip
 
 
-def _trained(summary: Summary) -> list[Row]:
+def _trained(summary: Summary) -> list[CandidateRow]:
     return [row for row in summary.scored if row.candidate.is_trained and row.peak_bytes is not None]
 
 
@@ -137,7 +137,7 @@ def _score_label(summary: Summary) -> str:
     return summary.scorer + ("" if summary.higher_is_better else " (less is better)")
 
 
-def _colour(summary: Summary, row: Row) -> str:
+def _colour(summary: Summary, row: CandidateRow) -> str:
     return COLOURS[[other.name for other in summary.rows].index(row.name) % len(COLOURS)]
 
 

@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from slimtune.compare.stages import Stage
+from slimtune.compare.results import Stage
 from slimtune.console.noise import leave_out_noise
 from slimtune.console.progress import Counting
 from slimtune.errors import SlimtuneError
-from slimtune.storage.atomic import staged_file
+from slimtune.storage.atomic import write_file
 
 PATIENCE_SECONDS = 60
 """After which a process that was asked to end is killed; until then it may write a checkpoint."""
@@ -42,26 +42,15 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True)
-class Begin:
-    """A message of the process: a stage begins."""
-
-    stage: str
-
-
-@dataclass(frozen=True)
-class Advance:
-    """A message of the process: the stage is so far."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Failure:
     """The stage that ended a process, and why, in a sentence."""
 
     stage: str
     reason: str
+
+
+Message = str | tuple[int, int] | Failure
+"""Of the process: the name of a stage that begins, how many units of it are done and of how many, or its failure."""
 
 
 def run(stages: Sequence[Stage], folder: Path, log: Path, listener: Listener) -> Failure | None:
@@ -99,16 +88,16 @@ def _listen(receiver: Connection, process: Any, stage: str, listener: Listener) 
     # Waiting for the process too: what it has started may hold the pipe open beyond its end.
     while receiver in wait([receiver, process.sentinel]):
         try:
-            message = receiver.recv()
+            message: Message = receiver.recv()
         except (EOFError, OSError):  # the end, or killed in the middle of a message
             break
         if isinstance(message, Failure):
             return stage, message
-        if isinstance(message, Begin):
-            stage = message.stage
+        if isinstance(message, str):
+            stage = message
             listener.stage(stage)
         else:
-            listener.advance(message.done, message.total)
+            listener.advance(*message)
     return stage, None
 
 
@@ -128,11 +117,10 @@ def _work(stages: Sequence[Stage], folder: Path, log: Path, sender: Connection) 
     for stage in stages:
         keywords = getattr(stage.work, "keywords", {})
         print(f"== {stage.name}", *(f"{name}={value}" for name, value in keywords.items()), file=sys.stderr)
-        sender.send(Begin(stage.name))
+        sender.send(stage.name)
         try:
             result = json.dumps(stage.work(), indent=1)
-            with staged_file(stage.kept(folder)) as scratch:
-                scratch.write_text(result + "\n", encoding="utf-8")
+            write_file(stage.kept(folder), result + "\n")
         except Exception as error:
             sentence = _sentence(error)
             print(f"slimtune: {sentence}", file=sys.stderr)
@@ -166,7 +154,7 @@ class _Reporter:
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if done >= total or now - self.last > REPORT_SECONDS:
-            self.sender.send(Advance(done, total))
+            self.sender.send((done, total))
             self.last = now
 
 

@@ -9,16 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from slimtune.errors import DataError
+from slimtune.compare.results import reading
 from slimtune.models.device import ram
-from slimtune.storage.atomic import staged_file
+from slimtune.storage.atomic import write_file
 
 FACTS = "comparison.json"
 
 
-class Constant(BaseModel):
+class ConstantAnswer(BaseModel):
     """One label for every question, and the share of them that it is right on."""
 
     model_config = ConfigDict(extra="forbid")
@@ -27,7 +27,7 @@ class Constant(BaseModel):
     share: float
 
 
-class Facts(BaseModel):
+class ComparisonRecord(BaseModel):
     """The settings, the machine and the versions.
 
     Attributes:
@@ -52,25 +52,22 @@ class Facts(BaseModel):
     versions: dict[str, str]
     price_per_hour: float | None = None
     price_of: str = ""
-    constant: Constant | None = None
+    constant: ConstantAnswer | None = None
     remarks: list[str] = []
     moved: list[str] = []
 
     def write(self, folder: Path) -> None:
         """Write it whole or not at all."""
-        with staged_file(folder / FACTS) as scratch:
-            scratch.write_text(self.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
+        write_file(folder / FACTS, self.model_dump_json(indent=1, by_alias=True) + "\n")
 
 
-def read_facts(folder: Path) -> Facts | None:
+def read_record(folder: Path) -> ComparisonRecord | None:
     """The facts of the comparison that lies in a folder, if there is one; raises DataError if they are damaged."""
     path = folder / FACTS
     if not path.is_file():
         return None
-    try:
-        return Facts.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is damaged; choose another --output") from error
+    with reading(path, "choose another --output"):
+        return ComparisonRecord.model_validate_json(path.read_bytes())
 
 
 def today() -> str:
@@ -81,11 +78,11 @@ def today() -> str:
 def machine() -> dict[str, str]:
     """The processor, its cores, the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = {"processor": _processor(), "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
+    facts = {"processor": _processor(), "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
     memory = ram()
     if memory is not None:
-        found["memory"] = f"{memory.total / 1e9:.1f} GB"
-    return found
+        facts["memory"] = f"{memory.total / 1e9:.1f} GB"
+    return facts
 
 
 def _processor() -> str:

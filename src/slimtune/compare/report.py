@@ -11,25 +11,26 @@ from typing import Any
 
 from slimtune.compare import format as figures
 from slimtune.compare import plot
-from slimtune.compare.choice import Choice, choose
-from slimtune.compare.findings import Finding, beside_constant, equal_and_not, findings
-from slimtune.compare.record import Facts
-from slimtune.compare.results import Question, Score
-from slimtune.compare.summary import Row, Summary
+from slimtune.compare.choice import Recommendation, choose
+from slimtune.compare.findings import Finding, findings
+from slimtune.compare.record import ComparisonRecord
+from slimtune.compare.remarks import equal_and_different, not_above_constant
+from slimtune.compare.results import RunScore, ShownQuestion
+from slimtune.compare.summary import CandidateRow, Summary
 from slimtune.errors import MissingDependencyError
-from slimtune.storage.atomic import staged_file
+from slimtune.storage.atomic import write_file
 
 PAGE, TABLE, FIGURES = "report.html", "report.md", "report.json"
 
 
 @dataclass(frozen=True)
-class Report:
+class ComparisonReport:
     """All that the page tells."""
 
     summary: Summary
-    facts: Facts
-    choice: Choice
-    lines: list[Line]
+    facts: ComparisonRecord
+    choice: Recommendation
+    rows: list[ReportRow]
     findings: list[Finding]
     samples: list[Sample]
     same: list[str]
@@ -58,17 +59,17 @@ class Report:
         }
 
 
-def report(summary: Summary, facts: Facts, questions: Sequence[Question]) -> Report:
+def report(summary: Summary, facts: ComparisonRecord, questions: Sequence[ShownQuestion]) -> ComparisonReport:
     """What follows from the results."""
-    same, different = equal_and_not(summary)
+    same, different = equal_and_different(summary)
     choice = choose(summary)
-    choice = replace(choice, warnings=(*choice.warnings, *beside_constant(summary, facts.constant)))
+    choice = replace(choice, warnings=(*choice.warnings, *not_above_constant(summary, facts.constant)))
     notes = [f"{row.name}: {note}" for row in summary.rows for result in row.done for note in result.notes]
-    return Report(
+    return ComparisonReport(
         summary,
         facts,
         choice,
-        lines(summary, facts.price_per_hour),
+        table_rows(summary, facts.price_per_hour),
         findings(summary),
         samples(summary, questions),
         same,
@@ -77,7 +78,7 @@ def report(summary: Summary, facts: Facts, questions: Sequence[Question]) -> Rep
     )
 
 
-def html(told: Report) -> str:
+def html(report: ComparisonReport) -> str:
     """The page; whatever models answered or files are called is escaped."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -90,49 +91,50 @@ def html(told: Report) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     pictures = {"scores": "", "costs": ""}
-    if told.summary.scored:
+    if report.summary.scored:
         # Drawn by matplotlib, which escapes what it writes; the names of candidates are all that comes from outside.
-        pictures = {"scores": Markup(plot.scores_svg(told.summary)), "costs": Markup(plot.costs_svg(told.summary))}
-    domains = {row.name: row.domains for row in told.summary.rows if row.domains}
-    values: dict[str, Any] = {"told": told, "pictures": pictures, "domains": domains, "figures": figures}
+        pictures = {"scores": Markup(plot.scores_svg(report.summary)), "costs": Markup(plot.costs_svg(report.summary))}
+    domains = {row.name: row.domains for row in report.summary.rows if row.domains}
+    values: dict[str, Any] = {"report": report, "pictures": pictures, "domains": domains, "figures": figures}
     return environment.get_template("report.html.j2").render(**values, meaning=MEANING)
 
 
-def write_report(folder: Path, told: Report) -> Path:
+def write_report(folder: Path, report: ComparisonReport) -> Path:
     """`report.html`, `report.md`, `report.json` and the pictures, each whole or not at all; the page's path."""
-    numbers = json.dumps(told.to_dict(), indent=1) + "\n"
-    for name, text in ((PAGE, html(told)), (TABLE, markdown(told)), (FIGURES, numbers)):
-        with staged_file(folder / name) as scratch:
-            scratch.write_text(text, encoding="utf-8")
-    if told.summary.scored:
-        plot.write_pictures(told.summary, folder)
+    numbers = json.dumps(report.to_dict(), indent=1) + "\n"
+    for name, text in ((PAGE, html(report)), (TABLE, markdown(report)), (FIGURES, numbers)):
+        write_file(folder / name, text)
+    if report.summary.scored:
+        plot.write_pictures(report.summary, folder)
     return folder / PAGE
 
 
-def markdown(told: Report) -> str:
+def markdown(report: ComparisonReport) -> str:
     """The choice, the table, what is known, what was equal and with what it was run."""
-    facts = told.facts
-    head = list(told.lines[0].cells) if told.lines else []
-    rows = [[line.row.name, *line.cells.values()] for line in told.lines]
+    facts = report.facts
+    head = list(report.rows[0].cells) if report.rows else []
+    rows = [[line.row.name, *line.cells.values()] for line in report.rows]
     sections = [
         f"# {facts.model} on {facts.data}",
-        f"**{_plain(told.choice.headline)}.** {_plain(' '.join(told.choice.sentences))}",
-        _bullets([*told.choice.warnings, *told.remarks]),
+        f"**{_plain(report.choice.headline)}.** {_plain(' '.join(report.choice.sentences))}",
+        _bullets([*report.choice.warnings, *report.remarks]),
         _table(["", *head], rows),
-        "![scores](scores.png)" if told.summary.scored else "",
+        "![scores](scores.png)" if report.summary.scored else "",
         "## Known findings\n\n"
-        + _bullets(f"{f.claim} ({f.source}): **{f.verdict}**. {f.evidence}" for f in told.findings)
-        if told.findings
+        + _bullets(f"{f.claim} ({f.source}): **{f.verdict}**. {f.evidence}" for f in report.findings)
+        if report.findings
         else "",
-        "## What was equal\n\n" + _bullets(told.same),
-        "## What was not\n\n" + _bullets([*told.different, *told.notes]) if told.different or told.notes else "",
-        "## How it was run\n\n" + _bullets(_how(told)),
+        "## What was equal\n\n" + _bullets(report.same),
+        "## What was not\n\n" + _bullets([*report.different, *report.notes])
+        if report.different or report.notes
+        else "",
+        "## How it was run\n\n" + _bullets(_how(report)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _how(told: Report) -> list[str]:
-    facts = told.facts
+def _how(report: ComparisonReport) -> list[str]:
+    facts = report.facts
     machine = ", ".join(f"{name} {value}" for name, value in facts.machine.items())
     versions = ", ".join(f"{name} {value}" for name, value in facts.versions.items())
     return [f"`{facts.command}`", facts.date, machine, versions]
@@ -160,7 +162,7 @@ FIRST, DIVIDED = 3, 3
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampleAnswer:
     """What one candidate or several said alike, and its score."""
 
     candidates: tuple[str, ...]
@@ -173,12 +175,12 @@ class Sample:
     """A question with the answers of all candidates."""
 
     number: int
-    question: Question
-    answers: tuple[Answer, ...]
+    question: ShownQuestion
+    answers: tuple[SampleAnswer, ...]
     why: str
 
 
-def samples(summary: Summary, questions: Sequence[Question]) -> list[Sample]:
+def samples(summary: Summary, questions: Sequence[ShownQuestion]) -> list[Sample]:
     """The first questions, so that nobody chose them, and those on which the candidates differ most."""
     scored = [(row.name, score) for row in summary.rows if row.done and (score := row.done[0].score)]
     if not scored:
@@ -186,17 +188,17 @@ def samples(summary: Summary, questions: Sequence[Question]) -> list[Sample]:
     count = min(len(questions), len(scored[0][1].per_question))
     first = list(range(min(FIRST, count)))
     divided = sorted(range(len(first), count), key=lambda index: -_apart(summary, index))[:DIVIDED]
-    told = [(index, "from the start") for index in first]
-    told += [(index, "the arms differ") for index in divided if _apart(summary, index) > 0]
-    return [Sample(index + 1, questions[index], _answers(scored, index), why) for index, why in told]
+    chosen = [(index, "from the start") for index in first]
+    chosen += [(index, "the candidates differ") for index in divided if _apart(summary, index) > 0]
+    return [Sample(index + 1, questions[index], _answers(scored, index), why) for index, why in chosen]
 
 
-def _answers(scored: Sequence[tuple[str, Score]], index: int) -> tuple[Answer, ...]:
+def _answers(scored: Sequence[tuple[str, RunScore]], index: int) -> tuple[SampleAnswer, ...]:
     """Candidates that said the same stand together, in the order of the first of them."""
-    said: dict[tuple[str, float], list[str]] = {}
+    candidates_of: dict[tuple[str, float], list[str]] = {}
     for name, score in scored:
-        said.setdefault((score.answers[index], score.per_question[index]), []).append(name)
-    return tuple(Answer(tuple(names), text, score) for (text, score), names in said.items())
+        candidates_of.setdefault((score.answers[index], score.per_question[index]), []).append(name)
+    return tuple(SampleAnswer(tuple(names), text, score) for (text, score), names in candidates_of.items())
 
 
 def _apart(summary: Summary, index: int) -> float:
@@ -205,10 +207,10 @@ def _apart(summary: Summary, index: int) -> float:
 
 
 @dataclass(frozen=True)
-class Line:
+class ReportRow:
     """One candidate: its name, and a cell for each column that says something here."""
 
-    row: Row
+    row: CandidateRow
     cells: dict[str, str]
 
 
@@ -216,17 +218,17 @@ SCORE = "score"
 INTERVAL = "95% interval"
 
 
-def lines(summary: Summary, price_per_hour: float | None = None) -> list[Line]:
+def table_rows(summary: Summary, price_per_hour: float | None = None) -> list[ReportRow]:
     """The best first, the control and what failed last; a column that is empty in every line is left out."""
     ranked = summary.scored
     rest = [row for row in summary.rows if row not in ranked]
     every = [_cells(summary, row, price_per_hour) for row in (*ranked, *rest)]
     empty = {name for name in every[0] if all(cells[name] in (figures.NONE, "") for cells in every)}
     kept = [{name: value for name, value in cells.items() if name not in empty} for cells in every]
-    return [Line(row, cells) for row, cells in zip((*ranked, *rest), kept, strict=True)]
+    return [ReportRow(row, cells) for row, cells in zip((*ranked, *rest), kept, strict=True)]
 
 
-def _cells(summary: Summary, row: Row, price_per_hour: float | None) -> dict[str, str]:
+def _cells(summary: Summary, row: CandidateRow, price_per_hour: float | None) -> dict[str, str]:
     interval = f"{figures.score(row.score.low)} to {figures.score(row.score.high)}" if row.score else figures.NONE
     seconds = row.train_seconds
     return {
@@ -262,7 +264,7 @@ MEANING = {
 """What each column says."""
 
 
-def _against_best(summary: Summary, row: Row) -> str:
+def _against_best(summary: Summary, row: CandidateRow) -> str:
     ranked = summary.scored
     if not ranked or row.score is None:
         return figures.NONE
@@ -274,6 +276,6 @@ def _against_best(summary: Summary, row: Row) -> str:
     return f"p {figures.p_value(pair.adjusted)}" + ("" if pair.is_shown else ", not shown")
 
 
-def _runs(row: Row) -> str:
+def _runs(row: CandidateRow) -> str:
     failed = f", {len(row.failed)} failed" if row.failed else ""
     return f"{len(row.done)} of {row.wanted}{failed}"

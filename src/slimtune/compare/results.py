@@ -1,16 +1,18 @@
-"""What a run came to, one JSON file each: all that the page tells is computed from these."""
+"""The results of runs and of their stages, one JSON file each: everything on the page is computed from these."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from slimtune.errors import DataError
-from slimtune.storage.atomic import staged_file
+from slimtune.errors import DataError, SlimtuneError, first_line
+from slimtune.storage.atomic import write_file
 
 RESULT = "result.json"
 
@@ -19,7 +21,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-class Score(_Strict):
+class RunScore(_Strict):
     """How the answers to the questions were judged."""
 
     name: str
@@ -31,7 +33,7 @@ class Score(_Strict):
     higher_is_better: bool = True
 
     @model_validator(mode="after")
-    def _one_answer_each(self) -> Score:
+    def _one_answer_each(self) -> RunScore:
         if len(self.answers) != len(self.per_question):
             raise ValueError(f"{len(self.answers)} answers to {len(self.per_question)} scored questions")
         return self
@@ -61,7 +63,7 @@ class Training(_Strict):
     """None where it was no number."""
 
 
-class Domain(_Strict):
+class DomainLosses(_Strict):
     """Loss per token on text outside of the task, before and after."""
 
     name: str
@@ -74,7 +76,7 @@ class Domain(_Strict):
         return self.after - self.before
 
 
-class Spectrum(_Strict):
+class RunSpectrum(_Strict):
     """What the singular vectors of the updated weights say (Shuttleworth et al. 2024)."""
 
     intruders: int
@@ -95,10 +97,10 @@ class Result(_Strict):
     seed: int
     status: Literal["done", "failed"]
     reason: str = ""
-    score: Score | None = None
+    score: RunScore | None = None
     training: Training | None = None
-    forgetting: list[Domain] | None = None
-    spectrum: Spectrum | None = None
+    forgetting: list[DomainLosses] | None = None
+    spectrum: RunSpectrum | None = None
     notes: list[str] = []
     """What is missing and why, in sentences."""
 
@@ -110,39 +112,66 @@ class Result(_Strict):
 
     def write(self, path: Path) -> None:
         """Write it whole or not at all."""
-        with staged_file(path) as scratch:
-            scratch.write_text(self.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
+        write_file(path, self.model_dump_json(indent=1, by_alias=True) + "\n")
 
 
-class Question(_Strict):
+class ShownQuestion(_Strict):
     """What was asked, and the answer that would have been right."""
 
     text: str
     answer: str
 
 
-def read_result(path: Path) -> Result:
-    """Raises: DataError, for a file that is damaged or of another kind."""
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        work: a partial of a function of `stages`; it is pickled to the process that calls it.
+        is_needed: whether the run fails without it; else the page says that it is missing, and why.
+    """
+
+    name: str
+    work: Callable[[], dict[str, Any]]
+    is_needed: bool = True
+
+    def kept(self, place: Path) -> Path:
+        """Where its result is kept in the folder of the run, once it is done."""
+        return place / f"{self.name}.json"
+
+
+@contextmanager
+def reading(path: Path, advice: str = "delete its folder, and the run is done again") -> Iterator[None]:
+    """A block that reads a file and takes it apart. Raises: DataError, naming the file, for whatever is wrong with it.
+
+    The file is anybody's: of what it may lack or hold instead there is no list, so that every failure is its damage.
+    """
     try:
-        return Result.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not UTF-8"
-        raise DataError(f"{path} is no result of a run ({what}); delete it, and the run is done again") from error
+        yield
+    except SlimtuneError:
+        raise
+    except Exception as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
+        raise DataError(f"{path} is damaged ({problem}); {advice}") from error
 
 
-def read_questions(path: Path) -> list[Question]:
-    """The questions of a comparison, one a line; raises DataError with the number of a broken line."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found.append(Question.model_validate_json(line))
-        except ValidationError as error:
-            raise DataError(f"{path}, line {number}: {error.errors()[0]['msg']}; start with a new --output") from error
-    return found
+def read_result(path: Path) -> Result:
+    """The result of a run. Raises: DataError, for a file that is damaged or of another kind."""
+    with reading(path, "delete it, and the run is done again"):
+        return Result.model_validate_json(path.read_bytes())
 
 
-def write_questions(path: Path, questions: Sequence[Question]) -> None:
+def read_questions(path: Path) -> list[ShownQuestion]:
+    """The questions of a comparison, one a line. Raises: DataError, with the number of a broken line."""
+    questions = []
+    with reading(path, "start with a new --output"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            with reading(Path(f"{path}, line {number}"), "start with a new --output"):
+                questions.append(ShownQuestion.model_validate_json(line))
+    return questions
+
+
+def write_questions(path: Path, questions: Sequence[ShownQuestion]) -> None:
     """One a line."""
-    with staged_file(path) as scratch:
-        lines = (json.dumps(question.model_dump(), ensure_ascii=False) + "\n" for question in questions)
-        scratch.write_text("".join(lines), encoding="utf-8")
+    lines = (json.dumps(question.model_dump(), ensure_ascii=False) + "\n" for question in questions)
+    write_file(path, "".join(lines))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from slimtune.compare import process
-from slimtune.compare.results import RESULT, Result, read_result, write_questions
-from slimtune.compare.stages import ANSWERS, Stage, questions_of, result_of, stages_of
-from slimtune.compare.task import Task, write_recipe
+from slimtune.compare.results import RESULT, Result, Stage, read_result, write_questions
+from slimtune.compare.setup import ComparisonSetup, write_recipe
+from slimtune.compare.stages import ANSWERS, questions_of, result_of, stages_of
 from slimtune.errors import DataError, TrainingError
 from slimtune.recipe.candidates import Run
 
@@ -28,50 +28,49 @@ class Watcher(process.Listener, Protocol):
         ...
 
 
-def results_of(task: Task, runs: Sequence[Run]) -> list[Result]:
+def results_of(setup: ComparisonSetup, runs: Sequence[Run]) -> list[Result]:
     """What is there already; raises DataError for a damaged file."""
-    paths = [task.place(run) / RESULT for run in runs]
+    paths = [setup.place(run) / RESULT for run in runs]
     return [read_result(path) for path in paths if path.is_file()]
 
 
-def unfinished(task: Task, runs: Sequence[Run]) -> list[Run]:
+def unfinished(setup: ComparisonSetup, runs: Sequence[Run]) -> list[Run]:
     """The runs that are still to be done, those that failed among them: their cause may be gone."""
-    done = {(result.candidate, result.seed) for result in results_of(task, runs) if result.status == "done"}
+    done = {(result.candidate, result.seed) for result in results_of(setup, runs) if result.status == "done"}
     return [run for run in runs if (run.candidate.name, run.seed) not in done]
 
 
-def run_all(task: Task, runs: Sequence[Run], watcher: Watcher, on_result: Callable[[], object]) -> None:
+def run_all(setup: ComparisonSetup, runs: Sequence[Run], watcher: Watcher, on_result: Callable[[], object]) -> None:
     """Do what is unfinished; a run that fails is kept as such and stops no other. `on_result` is called after each."""
-    for run in unfinished(task, runs):
+    for run in unfinished(setup, runs):
         watcher.begin(run)
-        result = _done_or_failed(task, run, watcher)
-        result.write(task.place(run) / RESULT)
+        result = _done_or_failed(setup, run, watcher)
+        result.write(setup.place(run) / RESULT)
         watcher.end(run, result)
         on_result()
 
 
-def _done_or_failed(task: Task, run: Run, watcher: Watcher) -> Result:
-    place = task.place(run)
+def _done_or_failed(setup: ComparisonSetup, run: Run, watcher: Watcher) -> Result:
+    place = setup.place(run)
     place.mkdir(parents=True, exist_ok=True)
     try:
-        return _do(task, run, watcher)
+        return _do(setup, run, watcher)
     except (TrainingError, DataError) as error:
         return Result(
             candidate=run.candidate.name, seed=run.seed, status="failed", reason=str(error) or type(error).__name__
         )
 
 
-def _do(task: Task, run: Run, watcher: Watcher) -> Result:
-    place = task.place(run)
+def _do(setup: ComparisonSetup, run: Run, watcher: Watcher) -> Result:
+    place = setup.place(run)
     if run.candidate.is_trained:
-        write_recipe(task, run)
-    stages = stages_of(task, run)
+        write_recipe(setup, run)
+    stages = stages_of(setup, run)
     notes = _run_stages(stages, place, watcher)
-    asked = task.folder / ASKED
-    if not asked.exists():
-        write_questions(asked, questions_of(place / ANSWERS))
-    found = {stage.name: stage.read(place) for stage in stages if stage.kept(place).is_file()}
-    return result_of(task, run, found, notes)
+    questions = setup.folder / ASKED
+    if not questions.exists():
+        write_questions(questions, questions_of(place / ANSWERS))
+    return result_of(setup, run, stages, notes)
 
 
 def _run_stages(stages: Sequence[Stage], place: Path, watcher: Watcher) -> list[str]:

@@ -7,60 +7,45 @@ within them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slimtune.compare.results import RESULT, Domain, Question, Result, Score, Spectrum, Training
-from slimtune.compare.task import RECIPE, TUNED, Task, model_of
+from slimtune.compare.results import (
+    RESULT,
+    DomainLosses,
+    Result,
+    RunScore,
+    RunSpectrum,
+    ShownQuestion,
+    Stage,
+    Training,
+    reading,
+)  # fmt: skip
+from slimtune.compare.setup import RECIPE, TUNED, ComparisonSetup, model_of
+from slimtune.console.screen import open_screen
 from slimtune.errors import DataError, TrainingError
 from slimtune.evaluate.model import EvaluatedModel
+from slimtune.models.load import LoadOptions
 from slimtune.recipe.candidates import Run
 from slimtune.storage.hub import at_revision
 
 ANSWERS = "answers.jsonl"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run.
-
-    Attributes:
-        work: a partial of a function of this module; it is pickled to the process that calls it.
-        is_needed: whether the run fails without it; else the page says that it is missing, and why.
-    """
-
-    name: str
-    work: Callable[[], dict[str, Any]]
-    is_needed: bool = True
-
-    def kept(self, place: Path) -> Path:
-        """Where its result is kept in the folder of the run, once it is done."""
-        return place / f"{self.name}.json"
-
-    def read(self, place: Path) -> dict[str, Any]:
-        """The result. Raises: DataError, for one that is damaged."""
-        path = self.kept(place)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path} is damaged; delete its folder, and the run is done again") from error
-
-
-def stages_of(task: Task, run: Run) -> list[Stage]:
+def stages_of(setup: ComparisonSetup, run: Run) -> list[Stage]:
     """The stages of a run in their order. The training comes first, so that the peak of memory is its own."""
-    place, settings = task.place(run), task.settings
+    place, settings = setup.place(run), setup.settings
     if not run.candidate.is_trained:
-        model = task.recipe["model"]
-        return [_evaluation(task, run, at_revision(model["name"], model.get("revision")))]
-    tuned = _source(task, run, str(place / TUNED))
+        model = setup.recipe["model"]
+        return [_evaluation(setup, run, at_revision(model["name"], model.get("revision")))]
+    tuned = _source(setup, run, str(place / TUNED))
     stages = [
         Stage("train", partial(train, recipe=place / RECIPE, resume=_can_resume(place))),
-        _evaluation(task, run, tuned.name),
+        _evaluation(setup, run, tuned.name),
     ]
-    if task.has_language_loss and settings.texts != 0:
+    if setup.has_language_loss and settings.texts != 0:
         stages.append(Stage("forgetting", partial(forgetting, tuned=tuned, texts=settings.texts), is_needed=False))
     if settings.spectra == "all" or (settings.spectra == "first" and run.seed == 0):
         stages.append(Stage("spectra", partial(spectra, tuned=tuned), is_needed=False))
@@ -76,23 +61,23 @@ def _can_resume(place: Path) -> bool:
     return not (place / RESULT).is_file() and broken_off.is_dir() and last_whole(broken_off) is not None
 
 
-def _source(task: Task, run: Run, name: str) -> EvaluatedModel:
+def _source(setup: ComparisonSetup, run: Run, name: str) -> EvaluatedModel:
     """The model of this name, loaded as it was while it was tuned."""
-    how = {"dtype": "auto", "device": "auto", "trust_remote_code": False, "quantize": None}
-    how |= {key: value for key, value in model_of(task, run.candidate).items() if key in how and value}
-    return EvaluatedModel(name, how["quantize"], (how["dtype"], how["device"], how["trust_remote_code"]))
+    fields = ("dtype", "device", "trust_remote_code", "quantize")
+    given = {key: value for key, value in model_of(setup, run.candidate).items() if key in fields and value}
+    return EvaluatedModel(name, LoadOptions(**given))
 
 
-def _evaluation(task: Task, run: Run, model: str) -> Stage:
-    settings, candidate = task.settings, run.candidate
+def _evaluation(setup: ComparisonSetup, run: Run, model: str) -> Stage:
+    settings, candidate = setup.settings, run.candidate
     work = partial(
         evaluate,
-        source=_source(task, run, model),
-        questions=task.questions,
-        answers=task.place(run) / ANSWERS,
+        source=_source(setup, run, model),
+        questions=setup.questions,
+        answers=setup.place(run) / ANSWERS,
         scorer=settings.scorer,
         max_new_tokens=settings.max_new_tokens,
-        examples=task.train if candidate.shots else None,
+        examples=setup.train if candidate.shots else None,
         # Without examples nothing is drawn, and the answers say so by the seed 0.
         shots={"count": candidate.shots, "seed": run.seed, "random_labels": candidate.random_labels}
         if candidate.shots
@@ -109,7 +94,7 @@ def train(recipe: Path, resume: bool) -> dict[str, Any]:
     from slimtune.train.results import RESULTS
 
     settings = Recipe.of(read_mapping(recipe))
-    run(settings, _console(), overwrite=not resume, resume=resume)
+    run(settings, open_screen(as_json=True), overwrite=not resume, resume=resume)
     return {"output": settings.output, **json.loads((Path(settings.output) / RESULTS).read_text(encoding="utf-8"))}
 
 
@@ -130,14 +115,14 @@ def evaluate(
     from slimtune.console.progress import Counting
     from slimtune.evaluate.in_context import Shots
     from slimtune.evaluate.run import prepare
-    from slimtune.evaluate.settings import EvaluationSettings
+    from slimtune.evaluate.scorers import EvaluationSettings
     from slimtune.evaluate.tasks import open_task
 
     file = source.answer_file(answers, overwrite=True)
     former = None if examples is None else open_task(str(examples))
     settings = EvaluationSettings(scorer, max_new_tokens)
     prepared = prepare(open_task(str(questions)), settings, Shots(**shots), former)
-    with Counting(_console()) as counting:
+    with Counting(open_screen(as_json=True)) as counting:
         scored = source.evaluate(prepared, counting, file)
     return {"model": source.name, "task": str(questions), **scored.to_dict()}
 
@@ -149,7 +134,7 @@ def forgetting(tuned: EvaluatedModel, texts: int | None) -> dict[str, Any]:
     from slimtune.evaluate.forgetting import measure
 
     model = _tuned(tuned)
-    with Counting(_console()) as counting:
+    with Counting(open_screen(as_json=True)) as counting:
         measured = measure(model, shipped(limit=texts), worst=0, watch=counting.watch)
     return {"tuned": tuned.name, "base": model.base, **measured.to_dict()}
 
@@ -161,7 +146,7 @@ def spectra(tuned: EvaluatedModel) -> dict[str, Any]:
 
     model = _tuned(tuned)
     updates = updates_of(model)
-    with Counting(_console()) as counting:
+    with Counting(open_screen(as_json=True)) as counting:
         counting.start("decomposing matrices", len(updates.matrices))
         measured = measure(updates, on_matrix=counting.advance)
     return {"tuned": tuned.name, "base": model.base, **measured.to_dict()}
@@ -170,89 +155,89 @@ def spectra(tuned: EvaluatedModel) -> dict[str, Any]:
 def _tuned(source: EvaluatedModel) -> Any:
     from slimtune.evaluate.tuned import Tuned
 
-    dtype, device, trusted = source.options
-    return Tuned.find(source.name, dtype=dtype, device=device, trust_remote_code=trusted, quantize=source.quantize)
+    return Tuned.find(source.name, **vars(source.options))
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def result_of(task: Task, run: Run, found: dict[str, dict[str, Any]], notes: list[str]) -> Result:
-    """What the commands of a run came to."""
-    place = task.place(run)
+def result_of(setup: ComparisonSetup, run: Run, stages: Sequence[Stage], notes: list[str]) -> Result:
+    """The result of a run, from what its stages have kept. Raises: DataError, for a file that is damaged."""
+    place = setup.place(run)
+    kept = {stage.name: stage.kept(place) for stage in stages if stage.kept(place).is_file()}
     return Result(
         candidate=run.candidate.name,
         seed=run.seed,
         status="done",
-        score=_score(found["evaluate"], place / ANSWERS),
-        training=_training(found["train"], place) if run.candidate.is_trained else None,
-        forgetting=_domains(found.get("forgetting")),
-        spectrum=_spectrum(found.get("spectra")),
+        score=_score(kept["evaluate"], place / ANSWERS),
+        training=_training(kept["train"], place) if run.candidate.is_trained else None,
+        forgetting=_domains(kept["forgetting"]) if "forgetting" in kept else None,
+        spectrum=_spectrum(kept["spectra"]) if "spectra" in kept else None,
         notes=notes,
     )
 
 
-def questions_of(answers: Path) -> list[Question]:
-    """What was asked, as it stands in a file of answers."""
-    return [Question(text=_asked(line["question"]), answer=line["expected"]) for line in _lines(answers)]
+def _score(path: Path, answers: Path) -> RunScore:
+    lines = _answer_lines(answers)
+    with reading(path):
+        evaluation = json.loads(path.read_bytes())
+        if len(lines) != evaluation["count"]:
+            raise DataError(
+                f"{answers} has {len(lines)} answers of {evaluation['count']}; delete its folder to run it again"
+            )
+        return RunScore(
+            name=evaluation["metric"].replace("_", " "),
+            per_question=[line["score"] for line in lines],
+            answers=[line["answer"] for line in lines],
+            seconds=evaluation["seconds"],
+        )
 
 
-def _score(found: dict[str, Any], answers: Path) -> Score:
-    lines = _lines(answers)
-    if len(lines) != found["count"]:
-        raise DataError(f"{answers} has {len(lines)} answers of {found['count']}; delete its folder to run it again")
-    return Score(
-        name=found["metric"].replace("_", " "),
-        per_question=[line["score"] for line in lines],
-        answers=[line["answer"] for line in lines],
-        seconds=found["seconds"],
-    )
-
-
-def _training(found: dict[str, Any], place: Path) -> Training:
+def _training(path: Path, place: Path) -> Training:
     from slimtune.storage.text_files import read_mapping
 
-    settings = read_mapping(place / TUNED / RECIPE)["training"]
-    if found.get("interrupted"):
-        raise TrainingError(f"stopped after {found['steps']} steps")
-    gpu = found.get("peak_cuda_bytes")
-    return Training(
-        steps=found["steps"],
-        batch=settings["batch_size"] * settings["gradient_accumulation"],
-        tokens=found["tokens"],
-        seconds=found["seconds"],
-        peak_bytes=gpu or found["peak_rss_bytes"],
-        memory_of="gpu" if gpu else "process",
-        trainable_parameters=found["trainable_parameters"],
-        size_bytes=sum(path.stat().st_size for path in (place / TUNED).glob("*.safetensors")),
-        learning_rate=settings["learning_rate"],
-        final_loss=found["final_loss"],
-    )
+    with reading(path):
+        results = json.loads(path.read_bytes())
+        if results.get("interrupted"):
+            raise TrainingError(f"stopped after {results['steps']} steps")
+        settings = read_mapping(place / TUNED / RECIPE)["training"]
+        gpu = results.get("peak_cuda_bytes")
+        return Training(
+            batch=settings["batch_size"] * settings["gradient_accumulation"],
+            peak_bytes=gpu or results["peak_rss_bytes"],
+            memory_of="gpu" if gpu else "process",
+            size_bytes=sum(file.stat().st_size for file in (place / TUNED).glob("*.safetensors")),
+            learning_rate=settings["learning_rate"],
+            **{name: results[name] for name in ("steps", "tokens", "seconds", "trainable_parameters", "final_loss")},
+        )
 
 
-def _domains(found: dict[str, Any] | None) -> list[Domain] | None:
-    if found is None:
-        return None
-    return [Domain(name=name, before=d["before"], after=d["after"]) for name, d in found["domains"].items()]
+def _domains(path: Path) -> list[DomainLosses]:
+    with reading(path):
+        domains = json.loads(path.read_bytes())["domains"]
+        return [DomainLosses(name=name, before=d["before"], after=d["after"]) for name, d in domains.items()]
 
 
-def _spectrum(found: dict[str, Any] | None) -> Spectrum | None:
-    if found is None:
-        return None
-    return Spectrum(intruders=found["intruders"], matrices=found["count"], effective_rank=found["effective_rank"])
+def _spectrum(path: Path) -> RunSpectrum:
+    with reading(path):
+        spectra = json.loads(path.read_bytes())
+        return RunSpectrum(
+            intruders=spectra["intruders"], matrices=spectra["count"], effective_rank=spectra["effective_rank"]
+        )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
+def questions_of(answers: Path) -> list[ShownQuestion]:
+    """The questions, as they stand in a file of answers."""
+    with reading(answers):
+        return [
+            ShownQuestion(text=_question_text(line["question"]), answer=line["expected"])
+            for line in _answer_lines(answers)
+        ]
+
+
+def _answer_lines(path: Path) -> list[dict[str, Any]]:
+    with reading(path):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise DataError(f"{path} is damaged; delete its folder, and the run is done again") from error
 
 
-def _asked(question: Any) -> str:
+def _question_text(question: Any) -> str:
     """What a person would read of a question: the turns of a conversation without the system's."""
     if isinstance(question, str):
         return question

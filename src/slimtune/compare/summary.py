@@ -9,14 +9,14 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from slimtune.compare.results import Domain, Result, Score, Training
-from slimtune.compare.statistics import Interval, Pair, Scores, compare_all, interval
+from slimtune.compare.results import DomainLosses, Result, RunScore, Training
 from slimtune.errors import DataError
+from slimtune.metrics.seeds import MeanInterval, PairedTest, SeedScores, compare_all, interval
 from slimtune.recipe.candidates import BASE, Candidate
 
 
 @dataclass(frozen=True)
-class Row:
+class CandidateRow:
     """A candidate over its seeds; means over the runs that were done, None where nothing was measured."""
 
     candidate: Candidate
@@ -24,7 +24,7 @@ class Row:
     """Runs that were asked for."""
     done: tuple[Result, ...]
     failed: tuple[Result, ...]
-    score: Interval | None
+    score: MeanInterval | None
 
     @property
     def name(self) -> str:
@@ -66,7 +66,7 @@ class Row:
         return _mean([r.score.seconds / len(r.score.per_question) for r in self.done if r.score])
 
     @property
-    def domains(self) -> list[Domain]:
+    def domains(self) -> list[DomainLosses]:
         """Loss on other text before and after, means over the seeds."""
         measured = [result.forgetting for result in self.done if result.forgetting]
         names = [domain.name for domain in measured[0]] if measured else []
@@ -104,24 +104,24 @@ class Row:
 class Summary:
     """All rows, and all pairs of them."""
 
-    rows: tuple[Row, ...]
-    pairs: tuple[Pair, ...]
+    rows: tuple[CandidateRow, ...]
+    pairs: tuple[PairedTest, ...]
     scorer: str
     higher_is_better: bool
 
     @property
-    def scored(self) -> list[Row]:
+    def scored(self) -> list[CandidateRow]:
         """Rows with a score, the best first; controls are no candidates and stand apart."""
         rows = [row for row in self.rows if row.score and not row.candidate.random_labels]
         return sorted(rows, key=lambda row: self.sign * row.mean, reverse=True)
 
     @property
-    def control(self) -> Row | None:
+    def control(self) -> CandidateRow | None:
         """The prompt whose answers were dealt at random."""
         return next((row for row in self.rows if row.score and row.candidate.random_labels), None)
 
     @property
-    def twin(self) -> Row | None:
+    def twin(self) -> CandidateRow | None:
         """The prompt that the control repeats with random answers."""
         control = self.control
         return next((row for row in self.scored if control and row.candidate.is_same_prompt(control.candidate)), None)
@@ -136,30 +136,30 @@ class Summary:
         """Whether nobody gave a right answer, which says more of the scorer than of the candidates."""
         return bool(self.scored) and self.higher_is_better and all(row.mean == 0 for row in self.scored)
 
-    def row(self, name: str) -> Row | None:
+    def row(self, name: str) -> CandidateRow | None:
         """The row of a candidate that has a score."""
         return next((row for row in self.rows if row.name == name and row.score), None)
 
     @property
-    def base(self) -> Row | None:
+    def base(self) -> CandidateRow | None:
         """The model as it comes."""
         return self.row(BASE)
 
-    def pair(self, first: Row, second: Row) -> Pair | None:
+    def pair(self, first: CandidateRow, second: CandidateRow) -> PairedTest | None:
         """Their test, whichever came first; None where no seed was done by both."""
         names = {first.name, second.name}
         return next((pair for pair in self.pairs if {pair.first, pair.second} == names), None)
 
-    def is_shown(self, first: Row, second: Row) -> bool:
+    def is_shown(self, first: CandidateRow, second: CandidateRow) -> bool:
         """Whether a difference between two candidates was shown."""
         pair = self.pair(first, second)
         return pair is not None and pair.is_shown
 
-    def beaten_by(self, row: Row) -> Row | None:
+    def beaten_by(self, row: CandidateRow) -> CandidateRow | None:
         """The best of the candidates that are shown to be better than this one."""
         return next((other for other in self.scored if other is not row and self.is_better(other, row)), None)
 
-    def is_better(self, first: Row, second: Row) -> bool:
+    def is_better(self, first: CandidateRow, second: CandidateRow) -> bool:
         """Whether the first is shown to be better than the second."""
         pair = self.pair(first, second)
         if pair is None or not pair.is_shown:
@@ -185,17 +185,17 @@ def summarize(candidates: Sequence[Candidate], results: Sequence[Result], seeds:
     return Summary(tuple(rows), tuple(compare_all(tables, pairs)), name, higher)
 
 
-def _scorer(scores: Sequence[Score]) -> tuple[str, bool]:
+def _scorer(scores: Sequence[RunScore]) -> tuple[str, bool]:
     """What all scores are and whether more is better; raises DataError if they differ."""
     kinds = {(score.name, score.higher_is_better, len(score.per_question)) for score in scores}
     if len(kinds) > 1:
-        told = ", ".join(f"{name} on {count} questions" for name, _, count in sorted(kinds))
-        raise DataError(f"the runs were judged differently ({told}); start with a new --output")
+        listed = ", ".join(f"{name} on {count} questions" for name, _, count in sorted(kinds))
+        raise DataError(f"the runs were judged differently ({listed}); start with a new --output")
     name, higher, _ = next(iter(kinds), ("score", True, 0))
     return name, higher
 
 
-def _pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _pairs(rows: Sequence[CandidateRow]) -> list[tuple[str, str]]:
     """All pairs of candidates, and the control with its twin: a test that nobody asks for costs the others power."""
     candidates = [row for row in rows if row.score and not row.candidate.random_labels]
     pairs = [(first.name, second.name) for first, second in combinations(candidates, 2)]
@@ -204,20 +204,20 @@ def _pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _row(candidate: Candidate, results: Sequence[Result], seeds: int) -> Row:
+def _row(candidate: Candidate, results: Sequence[Result], seeds: int) -> CandidateRow:
     wanted = seeds if candidate.is_seeded else 1
     inside = sorted((result for result in results if result.seed < wanted), key=lambda result: result.seed)
     done = tuple(result for result in inside if result.status == "done")
     failed = tuple(result for result in inside if result.status == "failed")
-    row = Row(candidate, wanted, done, failed, None)
-    return Row(candidate, wanted, done, failed, interval(_scores(row).table)) if done else row
+    row = CandidateRow(candidate, wanted, done, failed, None)
+    return CandidateRow(candidate, wanted, done, failed, interval(_scores(row).table)) if done else row
 
 
-def _scores(row: Row) -> Scores:
-    return Scores({r.seed: r.score.per_question for r in row.done if r.score}, row.candidate.is_seeded)
+def _scores(row: CandidateRow) -> SeedScores:
+    return SeedScores({r.seed: r.score.per_question for r in row.done if r.score}, row.candidate.is_seeded)
 
 
-def _have_common_seed(first: Scores, second: Scores) -> bool:
+def _have_common_seed(first: SeedScores, second: SeedScores) -> bool:
     return not (first.is_seeded and second.is_seeded) or bool(set(first.by_seed) & set(second.by_seed))
 
 
@@ -225,6 +225,6 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def _mean_domain(name: str, measured: Sequence[Sequence[Domain]]) -> Domain:
+def _mean_domain(name: str, measured: Sequence[Sequence[DomainLosses]]) -> DomainLosses:
     same: list[Any] = [domain for domains in measured for domain in domains if domain.name == name]
-    return Domain(name=name, before=fmean(d.before for d in same), after=fmean(d.after for d in same))
+    return DomainLosses(name=name, before=fmean(d.before for d in same), after=fmean(d.after for d in same))

@@ -76,14 +76,14 @@ class Counting:
         """Begin a stage, of which `done` units were there before and count for no speed."""
         self.what, self.total, self.done, self.first = what, total, done, done
         self.began = self.last_line = time.monotonic()
-        self.task = self.bar.add_task(what, total=total, completed=done, told="")
+        self.task = self.bar.add_task(what, total=total, completed=done, beside="")
         self.bar.start()
 
     def advance(self, count: int = 1) -> None:
         """So many units more are done."""
         self.reach(self.done + count)
 
-    def reach(self, done: int, total: int | None = None, told: str = "") -> None:
+    def reach(self, done: int, total: int | None = None, beside: str = "") -> None:
         """So many units are done.
 
         Args:
@@ -95,9 +95,9 @@ class Counting:
             Counting.report(done, self.total)
         now = time.monotonic()
         rate = (done - self.first) / max(now - self.began, 1e-9)
-        told = told or f"{rate:,.{0 if rate >= 10 else 1}f}/s"
-        self.bar.update(self.task, completed=done, total=self.total, told=told)
+        beside = beside or f"{rate:,.{0 if rate >= 10 else 1}f}/s"
+        self.bar.update(self.task, completed=done, total=self.total, beside=beside)
         if not self.screen.is_terminal and (done >= self.total or now - self.last_line > LINE_SECONDS):
             left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
-            self.screen.print(f"  {self.what} {done:,}/{self.total:,}  {told}  {left} left", markup=False)
+            self.screen.print(f"  {self.what} {done:,}/{self.total:,}  {beside}  {left} left", markup=False)
             self.last_line = now

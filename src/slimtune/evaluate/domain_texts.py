@@ -58,10 +58,10 @@ def read_texts(path: Path) -> list[Text]:
 
 def paragraphs(text: str, where: str) -> list[Text]:
     """What blank lines part; raises DataError where there is nothing."""
-    found = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
-    if not any(found):
+    parts = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
+    if not any(parts):
         raise DataError(f"{where} holds no text; write paragraphs, with blank lines between them")
-    return [part for part in found if part]
+    return [part for part in parts if part]
 
 
 def _shipped(name: str) -> str:
@@ -105,19 +105,19 @@ _PROBLEM_KINDS: tuple[Callable[[int, int], tuple[str, str]], ...] = (
 
 def _code() -> list[Text]:
     """The first two functions of each module that are neither trivial nor long."""
-    found: list[Text] = []
+    functions_found: list[Text] = []
     try:
         for name in MODULES:
             source = inspect.getsource(importlib.import_module(name))
             lines = source.splitlines()
             functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
             code = [lines[function.lineno - 1 : function.end_lineno] for function in functions]
-            found += ["\n".join(own) for own in code if len(own) in FUNCTION_LINES][:2]
+            functions_found += ["\n".join(own) for own in code if len(own) in FUNCTION_LINES][:2]
     except (OSError, TypeError) as error:
         raise DataError(
             f"the source of Python's standard library isn't installed here ({error}); leave the domain 'code' out"
         ) from error
-    return found
+    return functions_found
 
 
 DOMAINS: dict[str, Callable[[], list[Text]]] = {

@@ -19,7 +19,7 @@ class Checkable(Protocol):
 
 
 @dataclass(frozen=True)
-class Score:
+class ExactMatch:
     """How many answers were exactly right, and the answers."""
 
     right: int
@@ -40,13 +40,13 @@ def exact_match(
     examples: Sequence[Checkable],
     conversations: Sequence[Sequence[Message]],
     max_new_tokens: int = 64,
-) -> Score:
+) -> ExactMatch:
     """Ask each conversation greedily and count the examples that are answered exactly."""
     prompts = [render(tokenizer, conversation, for_answer=True) for conversation in conversations]
     return judged(examples, generate_batch(model, tokenizer, prompts, max_new_tokens))
 
 
-def judged(examples: Sequence[Checkable], answers: list[str]) -> Score:
+def judged(examples: Sequence[Checkable], answers: list[str]) -> ExactMatch:
     """The score of answers that are there already."""
     right = sum(example.is_answered_by(answer) for example, answer in zip(examples, answers, strict=True))
-    return Score(right, answers)
+    return ExactMatch(right, answers)

@@ -30,12 +30,12 @@ DRAWS = 2000
 CONFIDENCE = 0.95
 MAX_LENGTH = 512
 
-Interval = tuple[float, float] | None
+Bounds = tuple[float, float] | None
 """Of which a single text has none."""
 
 
 @dataclass(frozen=True)
-class Rise:
+class TextLoss:
     """What became of one text; losses in nats per token."""
 
     text: str
@@ -49,15 +49,15 @@ class Rise:
 
 
 @dataclass(frozen=True)
-class Change:
+class DomainLoss:
     """What became of one domain; losses in nats per token."""
 
     texts: int
     tokens: int
     before: float
     after: float
-    interval: Interval
-    worst: list[Rise]
+    interval: Bounds
+    worst: list[TextLoss]
 
     @property
     def difference(self) -> float:
@@ -85,9 +85,9 @@ class Forgetting:
         interval: of that mean.
     """
 
-    domains: dict[str, Change]
+    domains: dict[str, DomainLoss]
     difference: float
-    interval: Interval
+    interval: Bounds
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def compare(
 ) -> Forgetting:
     """The changes from the summed losses of each passage, in nats."""
     tokens = np.array([passage.tokens for passage in read], dtype=np.float64)
-    found: dict[str, Change] = {}
+    changes: dict[str, DomainLoss] = {}
     draws = []
     rng = np.random.default_rng(0)
     for name in dict.fromkeys(passage.domain for passage in read):
@@ -159,13 +159,13 @@ def compare(
         drawn = _drawn_differences(a - b, n, rng)
         draws.append(drawn)
         order = np.argsort(-(a - b) / n, kind="stable")[:worst]
-        rises = [Rise(read[int(own[i])].shown, int(n[i]), float(b[i] / n[i]), float(a[i] / n[i])) for i in order]
-        found[name] = Change(
+        rises = [TextLoss(read[int(own[i])].shown, int(n[i]), float(b[i] / n[i]), float(a[i] / n[i])) for i in order]
+        changes[name] = DomainLoss(
             len(own), int(n.sum()), float(b.sum() / n.sum()), float(a.sum() / n.sum()), _interval(drawn, len(own)),
             [rise for rise in rises if rise.rise > 0],
         )  # fmt: skip
-    mean = float(np.mean([change.difference for change in found.values()]))
-    return Forgetting(found, mean, _interval(np.mean(draws, axis=0), len(read)), seconds)
+    mean = float(np.mean([change.difference for change in changes.values()]))
+    return Forgetting(changes, mean, _interval(np.mean(draws, axis=0), len(read)), seconds)
 
 
 def _drawn_differences(rises: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -174,7 +174,7 @@ def _drawn_differences(rises: np.ndarray, tokens: np.ndarray, rng: np.random.Gen
     return rises[chosen].sum(1) / tokens[chosen].sum(1)
 
 
-def _interval(drawn: np.ndarray, texts: int) -> Interval:
+def _interval(drawn: np.ndarray, texts: int) -> Bounds:
     if texts < 2:
         return None
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -186,20 +186,20 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < 700 else None
 
 
-def in_words(interval: Interval) -> str:
+def in_words(interval: Bounds) -> str:
     """`+0.0123 to +0.0456`."""
     return "one text" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
 
 
-def plot_forgetting(found: Forgetting, picture: Path, title: str) -> None:
+def plot_forgetting(forgetting: Forgetting, picture: Path, title: str) -> None:
     """Draw the difference of each domain as a point on its interval, and the mean below.
 
     Raises:
         ConfigError: another format than PNG or SVG.
         MissingDependencyError: matplotlib is not installed.
     """
-    rows = [(name, change.difference, change.interval) for name, change in found.domains.items()]
-    rows.append(("mean", found.difference, found.interval))
+    rows = [(name, change.difference, change.interval) for name, change in forgetting.domains.items()]
+    rows.append(("mean", forgetting.difference, forgetting.interval))
     figure = new_figure(7, 1.4 + 0.42 * len(rows))
     axes = figure.add_subplot(xlabel="loss after - before, nats per token (above 0: forgotten)", title=title)
     for place, (name, difference, interval) in enumerate(rows):
@@ -215,5 +215,5 @@ def plot_forgetting(found: Forgetting, picture: Path, title: str) -> None:
     write(figure, picture)
 
 
-def _rose(interval: Interval) -> bool:
+def _rose(interval: Bounds) -> bool:
     return interval is not None and interval[0] > 0

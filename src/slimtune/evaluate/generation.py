@@ -84,8 +84,8 @@ def generate_replies(
             **options,
         )
         answers = produced[:, 1:] if model.config.is_encoder_decoder else produced[:, ids.shape[1] :]
-        found = _replies(model, tokenizer, answers, max_new_tokens, stop)
-        batch = dict(zip(chosen, found, strict=True))
+        answered = _replies(model, tokenizer, answers, max_new_tokens, stop)
+        batch = dict(zip(chosen, answered, strict=True))
         replies |= batch
         if on_batch:
             on_batch(batch)
@@ -101,7 +101,10 @@ def _replies(model: Any, tokenizer: Any, produced: torch.Tensor, most: int, stop
     texts = tokenizer.batch_decode(produced, skip_special_tokens=True)
     # White space in front is no end: the answer hasn't begun.
     cut = [text.lstrip().partition(stop) if stop else (text, "", "") for text in texts]
-    return [Reply(text.strip(), ended or bool(found)) for (text, found, _), ended in zip(cut, has_end, strict=True)]
+    return [
+        Reply(text.strip(), ended or bool(stop_found))
+        for (text, stop_found, _), ended in zip(cut, has_end, strict=True)
+    ]
 
 
 def read_shared_prefix(model: Any, rows: Sequence[list[int]]) -> tuple[list[int], Any]:

@@ -44,18 +44,18 @@ def evaluate_by_harness(
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        found = harness.simple_evaluate(
+        results_by_task = harness.simple_evaluate(
             wrapped, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False,
             bootstrap_iters=1000, apply_chat_template=chat_template,
         )  # fmt: skip
     except OSError as error:
         raise DataError(f"the data of {', '.join(tasks)} can't be loaded: {str(error).splitlines()[0]}") from error
-    return _evaluation(found, time.monotonic() - began, {"shots": found["n-shot"]})
+    return _evaluation(results_by_task, time.monotonic() - began, {"shots": results_by_task["n-shot"]})
 
 
-def _evaluation(found: dict[str, Any], seconds: float, facts: dict[str, Any]) -> Evaluation:
+def _evaluation(results_by_task: dict[str, Any], seconds: float, facts: dict[str, Any]) -> Evaluation:
     scores, intervals = {}, {}
-    for task, results in found["results"].items():
+    for task, results in results_by_task["results"].items():
         for key, value in results.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -63,10 +63,10 @@ def _evaluation(found: dict[str, Any], seconds: float, facts: dict[str, Any]) ->
             # A filter other than the plain one reads the answers in another way, and is another score.
             name = f"{task}/{metric}" if kind == "none" else f"{task}/{metric} ({kind})"
             scores[name] = float(value)
-            bounds = _interval(value, results.get(f"{metric}_stderr,{kind}"), found["n-samples"].get(task))
+            bounds = _interval(value, results.get(f"{metric}_stderr,{kind}"), results_by_task["n-samples"].get(task))
             if bounds is not None:
                 intervals[name] = bounds
-    count = sum(samples["effective"] for samples in found["n-samples"].values())
+    count = sum(samples["effective"] for samples in results_by_task["n-samples"].values())
     return Evaluation(next(iter(scores)), scores, intervals, None, None, [], seconds, facts | {"count": count})
 
 

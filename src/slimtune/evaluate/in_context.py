@@ -20,7 +20,7 @@ class Shots:
     """Which examples stand in front of each question; raises ConfigError for values that can't be.
 
     Attributes:
-        count: how many, 0 asking outright.
+        count: how many, 0 for none.
         pick: "random" draws the same examples for all questions, each label as often as the others where there are
             labels; "similar" takes those whose question is most alike (Liu et al. 2022, arXiv:2101.06804), the nearest
             one last.
@@ -44,7 +44,7 @@ class Shots:
 
 
 @dataclass(frozen=True)
-class Contexts:
+class DrawnShots:
     """The examples in front of each question.
 
     Attributes:
@@ -57,14 +57,14 @@ class Contexts:
     by: str
 
 
-def contexts(task: Task, questions: Sequence[Question], examples: Task | None, shots: Shots) -> Contexts:
+def draw_shots(task: Task, questions: Sequence[Question], examples: Task | None, shots: Shots) -> DrawnShots:
     """The examples in front of each of the questions; raises DataError, ConfigError if there are too few."""
     if not shots.count:
-        return Contexts([[] for _ in questions], 0, "asked outright")
+        return DrawnShots([[] for _ in questions], 0, "without examples")
     if examples is None:
         raise ConfigError(f"{shots.count} shots were asked for, but no examples were given; pass a file of examples")
-    held_out = {question.asked for question in task.questions}
-    pool = [example for example in examples.questions if example.asked not in held_out]
+    held_out = {question.user_text for question in task.questions}
+    pool = [example for example in examples.questions if example.user_text not in held_out]
     leaked = len(examples.questions) - len(pool)
     if shots.count > len(pool):
         left = f", of which {leaked} are left out as questions of the task itself" if leaked else ""
@@ -76,9 +76,9 @@ def contexts(task: Task, questions: Sequence[Question], examples: Task | None, s
         pool = _mislabelled(pool, task.labels, random.Random(shots.seed), examples.source)
     if shots.pick == "random":
         drawn = _draw(pool, shots.count, bool(task.labels), random.Random(shots.seed))
-        return Contexts([drawn for _ in questions], leaked, f"drawn with seed {shots.seed}")
-    ranked, by = nearest([q.asked for q in questions], [e.asked for e in pool], shots.count)
-    return Contexts([[pool[index] for index in reversed(row)] for row in ranked], leaked, by)
+        return DrawnShots([drawn for _ in questions], leaked, f"drawn with seed {shots.seed}")
+    ranked, by = nearest([q.user_text for q in questions], [e.user_text for e in pool], shots.count)
+    return DrawnShots([[pool[index] for index in reversed(row)] for row in ranked], leaked, by)
 
 
 def _draw(pool: Sequence[Question], count: int, has_labels: bool, rng: random.Random) -> list[Question]:
@@ -109,8 +109,8 @@ def _mislabelled(pool: list[Question], labels: Sequence[str], rng: random.Random
         return [replace(example, expected=rng.choice(labels)) for example in pool]
     # In a circle of random order, nobody keeps an answer.
     circle = rng.sample(range(len(pool)), len(pool))
-    given = {index: pool[circle[place - 1]].expected for place, index in enumerate(circle)}
-    return [replace(example, expected=given[index]) for index, example in enumerate(pool)]
+    answer_of = {index: pool[circle[place - 1]].expected for place, index in enumerate(circle)}
+    return [replace(example, expected=answer_of[index]) for index, example in enumerate(pool)]
 
 
 ENCODER = "minilm-l6-v2"

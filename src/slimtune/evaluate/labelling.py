@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slimtune.console.progress import Watch
 from slimtune.errors import ConfigError, DataError, listing
 from slimtune.evaluate.likelihood import refuse_no_number
-from slimtune.evaluate.result import Evaluation, Scored, summarised
+from slimtune.evaluate.result import Evaluation, ScoredAnswer, summarised
 from slimtune.evaluate.scorers import CHOICE
+from slimtune.models.load import LoadOptions, load_model
 from slimtune.storage.source import folder_of, is_adapter
 
 if TYPE_CHECKING:
@@ -17,40 +18,41 @@ if TYPE_CHECKING:
 
     from slimtune.data.rows import Text
     from slimtune.evaluate.answers import AnswerFile
-    from slimtune.evaluate.run import Prepared
+    from slimtune.evaluate.run import PreparedTask
 
 
 def label_texts(
-    source: str, texts: list[Text], batch_size: int = 32, too_long: str = "error", quantize: str | None = None,
-    options: tuple[Any, ...] = (), watch: Watch = Watch(),  # noqa: B008 - it has no state
-) -> tuple[list[str], list[int], Tensor]:  # fmt: skip
-    """The labels of a classifier, which texts it judged, and p_NL of each label for each of these.
+    source: str,
+    texts: list[Text],
+    options: LoadOptions,
+    batch_size: int = 32,
+    too_long: str = "error",
+    watch: Watch = Watch(),  # noqa: B008 - it has no state
+) -> tuple[list[str], list[int], Tensor]:
+    """The L labels of a classifier, the numbers of the N texts that it classified, and their p_NL.
 
     Args:
         source: a folder that was trained on texts with labels: an adapter, a model, or a classifier on features.
         too_long: "error", "drop" or "truncate".
-        options: dtype, device and trust_remote_code, as `load` takes them.
     """
     from slimtune.data.features import is_feature_classifier
 
     if is_feature_classifier(source):
-        return _by_features(source, texts, batch_size, too_long, quantize, options)
+        return _by_features(source, texts, options, batch_size, too_long)
     from slimtune.data.texts import longest_input, tokenize
     from slimtune.metrics.classification import classify
-    from slimtune.models.load import LoadOptions, load_model
 
-    model, tokenizer = load_model(source, "classification", LoadOptions(*options, quantize=quantize))
-    found = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
-    watch.start("judging texts", len(found.rows))
-    p_NL = classify(model, tokenizer, found.rows, batch_size, watch.step)
-    return list(model.config.id2label.values()), found.kept, p_NL
+    model, tokenizer = load_model(source, "classification", options)
+    tokenized = tokenize(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
+    watch.start("judging texts", len(tokenized.rows))
+    p_NL = classify(model, tokenizer, tokenized.rows, batch_size, watch.step)
+    return list(model.config.id2label.values()), tokenized.kept, p_NL
 
 
 def evaluate_classifier(
     source: str,
-    prepared: Prepared,
-    quantize: str | None = None,
-    options: tuple[Any, ...] = (),
+    prepared: PreparedTask,
+    options: LoadOptions,
     answers: AnswerFile | None = None,
     watch: Watch = Watch(),  # noqa: B008 - it has no state
 ) -> Evaluation:
@@ -64,7 +66,7 @@ def evaluate_classifier(
     _check_classes(source, prepared)
     texts = [question.text for question in questions if question.text is not None]
     settings = prepared.settings
-    labels, kept, p_NL = label_texts(source, texts, settings.batch_size, settings.too_long, quantize, options, watch)
+    labels, kept, p_NL = label_texts(source, texts, options, settings.batch_size, settings.too_long, watch)
     unknown = {question.expected for question in questions} - set(labels)
     if unknown:
         raise DataError(
@@ -76,15 +78,15 @@ def evaluate_classifier(
     for row, index in enumerate(kept):
         question, answer = questions[index], labels[int(p_NL[row].argmax())]
         loss = float(losses_NL[row, labels.index(question.expected)])
-        scored.append(Scored(question, answer, dict(prepared.scorers[0].score(answer, question)), loss, 1))
+        scored.append(ScoredAnswer(question, answer, dict(prepared.scorers[0].score(answer, question)), loss, 1))
     facts = {"dropped": len(questions) - len(kept), "shots": 0}
-    found = summarised(scored, time.monotonic() - began, facts, of_tokens=False)
+    evaluation = summarised(scored, time.monotonic() - began, facts, of_tokens=False)
     if answers:
-        answers.finish(found.answers)
-    return found
+        answers.finish(evaluation.answers)
+    return evaluation
 
 
-def _check_classes(source: str, prepared: Prepared) -> None:
+def _check_classes(source: str, prepared: PreparedTask) -> None:
     if any(question.text is None for question in prepared.questions):
         raise DataError(f"{source} gives texts labels, but {prepared.task.source} has none; pass rows with text, label")
     if not prepared.chooses:
@@ -94,19 +96,20 @@ def _check_classes(source: str, prepared: Prepared) -> None:
 
 
 def _by_features(
-    source: str, texts: list[Text], batch_size: int, too_long: str, quantize: str | None, options: tuple[Any, ...]
+    source: str, texts: list[Text], options: LoadOptions, batch_size: int, too_long: str
 ) -> tuple[list[str], list[int], Tensor]:
     from slimtune.data.features import FeatureClassifier, extract
-    from slimtune.models.load import LoadOptions, load_model
 
-    if quantize is not None:
+    if options.quantize is not None:
         raise ConfigError(f"{source} was trained on features of the base as it is; leave --quantize out")
     if too_long == "drop":
         raise ConfigError(f"{source} judges all texts; leave --too-long out, or train an adapter")
-    found = FeatureClassifier.load(source)
-    model, tokenizer = load_model(found.base, "features", LoadOptions(*options))
-    features_ND = extract(model, tokenizer, texts, found.pooling, batch_size, None, found.max_length, too_long)
-    return found.labels, list(range(len(texts))), found.probabilities(features_ND)
+    classifier = FeatureClassifier.load(source)
+    model, tokenizer = load_model(classifier.base, "features", options)
+    features_ND = extract(
+        model, tokenizer, texts, classifier.pooling, batch_size, None, classifier.max_length, too_long
+    )
+    return classifier.labels, list(range(len(texts))), classifier.probabilities(features_ND)
 
 
 def is_classifier(source: str) -> bool:
@@ -132,6 +135,6 @@ def _has_head(source: str, task_type: str, architecture: str) -> bool:
     try:
         named = AutoConfig.from_pretrained(folder_of(source, weights=False)).architectures or []
     except (OSError, ValueError):
-        # What can't be read is told when the model is loaded.
+        # Loading the model reports what can't be read.
         return False
     return any(name.endswith(architecture) for name in named)

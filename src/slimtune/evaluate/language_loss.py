@@ -39,7 +39,7 @@ def passages(domain: str, texts: Sequence[Text], tokenizer: Any, max_length: int
     Raises:
         DataError: a conversation is longer, or nothing is left to predict in a text.
     """
-    found: list[Passage] = []
+    read: list[Passage] = []
     for number, text in enumerate(texts, 1):
         encoded = _encoded(text, tokenizer)
         if not isinstance(text, str) and len(encoded.input_ids) > max_length:
@@ -51,8 +51,8 @@ def passages(domain: str, texts: Sequence[Text], tokenizer: Any, max_length: int
         scored = [piece for piece in pieces if piece.tokens]
         if not scored:
             raise DataError(f"text {number} of '{domain}' has no token to predict ({_opening(text)}); remove it")
-        found += scored
-    return found
+        read += scored
+    return read
 
 
 def _encoded(text: Text, tokenizer: Any) -> Encoded:
@@ -118,10 +118,10 @@ def losses(
     _check_ids(model, read)
     rows = [passage.encoded for passage in read]
 
-    def told(chosen: list[int]) -> None:
+    def count_tokens(chosen: list[int]) -> None:
         on_batch(sum(len(rows[index].input_ids) for index in chosen))
 
-    return summed_losses(model, tokenizer, rows, logits=batch_tokens, on_batch=told)
+    return summed_losses(model, tokenizer, rows, logits=batch_tokens, on_batch=count_tokens)
 
 
 def _check_ids(model: Any, read: Sequence[Passage]) -> None:

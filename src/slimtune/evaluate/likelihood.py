@@ -21,7 +21,7 @@ LOGITS = 1024
 
 
 @dataclass(frozen=True)
-class Answered:
+class PromptWithAnswer:
     """A prompt and an answer as ids."""
 
     prompt: list[int]
@@ -36,10 +36,10 @@ class Answered:
         return Encoded([*self.prompt, *self.answer], [IGNORED] * len(self.prompt) + self.answer)
 
 
-def answered_ids(model: Any, tokenizer: Any, text: str, begin: int) -> Answered:
+def answered_ids(model: Any, tokenizer: Any, text: str, begin: int) -> PromptWithAnswer:
     """The ids of a prompt with its answer, which begins at a character, the end of turn among the answer's."""
     if model.config.is_encoder_decoder:
-        return Answered(tokenizer(text[:begin])["input_ids"], tokenizer(text_target=text[begin:])["input_ids"])
+        return PromptWithAnswer(tokenizer(text[:begin])["input_ids"], tokenizer(text_target=text[begin:])["input_ids"])
     # A template writes the special tokens itself; the tokenizer would add a second beginning of sequence.
     tokens = tokenizer(text, add_special_tokens=not has_template(tokenizer), return_offsets_mapping=True)
     ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
@@ -48,11 +48,11 @@ def answered_ids(model: Any, tokenizer: Any, text: str, begin: int) -> Answered:
     if ids[-1] not in _special(tokenizer) and tokenizer.eos_token_id is not None:
         # As in training: an answer is over once the model says so.
         ids.append(tokenizer.eos_token_id)
-    return Answered(ids[:start], ids[start:])
+    return PromptWithAnswer(ids[:start], ids[start:])
 
 
 @torch.inference_mode()
-def answer_losses(model: Any, tokenizer: Any, rows: Sequence[Answered], batch_size: int = 32) -> list[float]:
+def answer_losses(model: Any, tokenizer: Any, rows: Sequence[PromptWithAnswer], batch_size: int = 32) -> list[float]:
     """The loss of each answer, -sum log p(token | what is before it) in nats, in the order of the rows.
 
     Raises: ConfigError, for a loss that is no number.
@@ -94,9 +94,9 @@ def summed_losses(
 
     def read(chosen: list[int]) -> Tensor:
         batch, own = [rows[index] for index in chosen], repeated(cache, len(chosen))
-        found = _decoder(model, batch, pad_id_of(tokenizer), min(starts[index] for index in chosen), len(prefix), own)
+        summed = _decoder(model, batch, pad_id_of(tokenizer), min(starts[index] for index in chosen), len(prefix), own)
         on_batch(chosen)
-        return found
+        return summed
 
     return _by_batches(model, lengths, batch_size or len(rows), logits, read)
 
@@ -112,8 +112,8 @@ def refuse_no_number(losses: Sequence[float]) -> None:
 
 def _first_label(row: Encoded) -> int:
     """Where the first token stands that counts; nothing predicts the very first one."""
-    found = (index for index, label in enumerate(row.labels) if label != IGNORED and index)
-    return next(found, len(row.labels))
+    places = (index for index, label in enumerate(row.labels) if label != IGNORED and index)
+    return next(places, len(row.labels))
 
 
 def _by_batches(
@@ -161,7 +161,7 @@ def _decoder(model: Any, batch: Sequence[Encoded], pad_id: int, first: int, cach
     return _summed(logits_BTV[:, -kept:-1], labels_BT[:, 1 - kept :])
 
 
-def _encoder_decoder(model: Any, batch: Sequence[Answered], pad_id: int) -> Tensor:
+def _encoder_decoder(model: Any, batch: Sequence[PromptWithAnswer], pad_id: int) -> Tensor:
     ids_BT = _padded([row.prompt for row in batch], pad_id, model.device)
     mask_BT = _padded([[1] * len(row.prompt) for row in batch], 0, model.device)
     labels_BT = _padded([row.answer for row in batch], IGNORED, model.device)

@@ -31,7 +31,7 @@ class Answer(Protocol):
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredAnswer:
     """An answer and its scores.
 
     Attributes:
@@ -52,10 +52,10 @@ class Scored:
 
     def to_dict(self) -> dict[str, Any]:
         """One line of the answers' file."""
-        asked = self.question.turns if self.question.text is None else self.question.text
+        question = self.question.turns if self.question.text is None else self.question.text
         main = next(iter(self.scores.values()))
-        found = {"question": asked, "answer": self.answer, "expected": self.question.expected, "score": main}
-        return found | {"scores": self.scores, "loss": self.loss, "tokens": self.tokens, "ended": self.ended}
+        line = {"question": question, "answer": self.answer, "expected": self.question.expected, "score": main}
+        return line | {"scores": self.scores, "loss": self.loss, "tokens": self.tokens, "ended": self.ended}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Evaluation:
         loss: in nats, over all that `loss_of` names; None where it wasn't told.
         perplexity: exp(loss), where the loss is of tokens.
         facts: what else there is to know: how many were dropped, cut off, left out.
-        asked: what was counted: questions, texts.
+        unit: what was counted: questions, texts.
         loss_of: what the loss is the mean over: tokens of the expected answers, or what has one label.
     """
 
@@ -82,7 +82,7 @@ class Evaluation:
     answers: Sequence[Answer]
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
-    asked: str = "questions"
+    unit: str = "questions"
     loss_of: str = "token of the expected answers"
 
     @property
@@ -110,26 +110,30 @@ class Evaluation:
 
     def remarks(self) -> list[str]:
         """What a reader must know besides the scores, a sentence each."""
-        facts, found = self.facts, []
+        facts, remarks = self.facts, []
         if facts.get("known"):
-            found.append(f"{facts['known']} of the answers were there from a run that broke off")
+            remarks.append(f"{facts['known']} of the answers were there from a run that broke off")
         if facts.get("dropped"):
-            found.append(f"{facts['dropped']} {self.asked} were dropped, because they don't fit into the model")
+            remarks.append(f"{facts['dropped']} {self.unit} were dropped, because they don't fit into the model")
         if facts.get("without_token"):
-            found.append(f"{facts['without_token']} words count as {OUTSIDE}, for the tokenizer makes nothing of them")
+            remarks.append(
+                f"{facts['without_token']} words count as {OUTSIDE}, for the tokenizer makes nothing of them"
+            )
         if facts.get("unfinished"):
             most = facts["max_new_tokens"]
-            found.append(f"{facts['unfinished']} answers were cut off after {most} tokens (--max-new-tokens)")
+            remarks.append(f"{facts['unfinished']} answers were cut off after {most} tokens (--max-new-tokens)")
         if examples := facts.get("examples"):
-            found.append(f"{facts['shots']} examples in front of each question, {examples['by']}")
+            remarks.append(f"{facts['shots']} examples in front of each question, {examples['by']}")
             if examples["leaked"]:
-                found.append(f"{examples['leaked']} examples were left out, because they are questions of the task")
+                remarks.append(f"{examples['leaked']} examples were left out, because they are questions of the task")
             if examples["shortened"]:
-                found.append(f"{examples['shortened']} questions stand behind fewer examples, to fit into the model")
-        return found
+                remarks.append(f"{examples['shortened']} questions stand behind fewer examples, to fit into the model")
+        return remarks
 
 
-def summarised(answers: Sequence[Scored], seconds: float, facts: dict[str, Any], of_tokens: bool = True) -> Evaluation:
+def summarised(
+    answers: Sequence[ScoredAnswer], seconds: float, facts: dict[str, Any], of_tokens: bool = True
+) -> Evaluation:
     """Scores over all answers, which all have the same names."""
     names = list(answers[0].scores)
     by_name = {name: [answer.scores[name] for answer in answers] for name in names}
@@ -140,11 +144,11 @@ def summarised(answers: Sequence[Scored], seconds: float, facts: dict[str, Any],
     count = sum(answer.tokens for answer in answers) if of_tokens else len(answers)
     loss = math.fsum(answer.loss for answer in answers) / count
     perplexity = _exp(loss) if of_tokens else None
-    found = Evaluation(names[0], means, intervals, loss, perplexity, list(answers), seconds, facts)
-    return found if of_tokens else replace(found, loss_of="text")
+    evaluation = Evaluation(names[0], means, intervals, loss, perplexity, list(answers), seconds, facts)
+    return evaluation if of_tokens else replace(evaluation, loss_of="text")
 
 
-def _macro_f1(answers: Sequence[Scored]) -> tuple[float, tuple[float, float]]:
+def _macro_f1(answers: Sequence[ScoredAnswer]) -> tuple[float, tuple[float, float]]:
     pairs = [(answer.answer, answer.question.expected) for answer in answers]
 
     def of(chosen: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The score of a model on a task: ask, score, summarise."""
+"""The score of a model on a task: prompt, score, summarise."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from typing import Any
 from slimtune.errors import ConfigError, DataError
 from slimtune.evaluate.answers import AnswerFile
 from slimtune.evaluate.generation import Reply
-from slimtune.evaluate.in_context import Contexts, Shots, contexts
-from slimtune.evaluate.prompting import Asked, Asking, Fitted
-from slimtune.evaluate.result import Evaluation, Scored, summarised
-from slimtune.evaluate.scorers import CHOICE, Scorer, find_scorers
-from slimtune.evaluate.settings import EvaluationSettings
+from slimtune.evaluate.in_context import DrawnShots, Shots, draw_shots
+from slimtune.evaluate.prompting import FittedQuestions, Prompter, ShotQuestion
+from slimtune.evaluate.result import Evaluation, ScoredAnswer, summarised
+from slimtune.evaluate.scorers import CHOICE, EvaluationSettings, Scorer, find_scorers
 from slimtune.evaluate.tasks import Question, Task, with_labels
 
 Progress = Callable[[int, int], None]
-"""Is told how many questions are answered, and how many there are."""
+"""Called with the number of questions answered so far, and of all questions."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTask:
     """All of an evaluation that needs no model: the questions, the examples in front of each, the scorers."""
 
     task: Task
     questions: list[Question]
     settings: EvaluationSettings
     shots: Shots
-    drawn: Contexts
+    drawn: DrawnShots
     scorers: list[Scorer]
 
     @property
@@ -43,7 +42,7 @@ def prepare(
     settings: EvaluationSettings | None = None,
     shots: Shots | None = None,
     examples: Task | None = None,
-) -> Prepared:
+) -> PreparedTask:
     """Find scorers and examples.
 
     Args:
@@ -60,13 +59,13 @@ def prepare(
         raise ConfigError("max_new_tokens would change nothing where the likeliest label is taken; leave it out")
     task = _with_all_labels(task, examples, chooses)
     questions = task.questions[: settings.limit]
-    return Prepared(task, questions, settings, shots, contexts(task, questions, examples, shots), scorers)
+    return PreparedTask(task, questions, settings, shots, draw_shots(task, questions, examples, shots), scorers)
 
 
 def evaluate(
     model: Any,
     tokenizer: Any,
-    prepared: Prepared | Task,
+    prepared: PreparedTask | Task,
     progress: Progress | None = None,
     answers: AnswerFile | None = None,
 ) -> Evaluation:
@@ -77,7 +76,7 @@ def evaluate(
     of different length need no other normalisation.
 
     Args:
-        prepared: what `prepare` made, or a task that is asked outright.
+        prepared: what `prepare` made, or a task, asked without examples.
         answers: a file for the answers, with which an evaluation that broke off goes on.
 
     Raises:
@@ -88,30 +87,30 @@ def evaluate(
     if isinstance(prepared, Task):
         prepared = prepare(prepared)
     settings, chooses = prepared.settings, prepared.chooses
-    asking = Asking(model, tokenizer, prepared.task, settings.batch_size)
-    most = settings.max_new_tokens or longest_answer(asking, prepared.questions, chooses)
-    fitted = asking.fit(prepared.questions, prepared.drawn.shots, most, drop=settings.too_long == "drop")
-    known = answers.begin([asking.prompt(one) for one in fitted.asked], most) if answers and not chooses else {}
-    heard = _Heard(len(fitted.asked), len(known), progress, None if chooses else answers)
+    prompter = Prompter(model, tokenizer, prepared.task, settings.batch_size)
+    most = settings.max_new_tokens or longest_answer(prompter, prepared.questions, chooses)
+    fitted = prompter.fit(prepared.questions, prepared.drawn.shots, most, drop=settings.too_long == "drop")
+    known = answers.begin([prompter.prompt(one) for one in fitted.questions], most) if answers and not chooses else {}
+    relay = _ProgressRelay(len(fitted.questions), len(known), progress, None if chooses else answers)
     if chooses:
-        replies, losses = asking.choose(fitted.asked, heard)
+        replies, losses = prompter.classify(fitted.questions, relay)
     else:
-        replies = asking.write(fitted.asked, most, known, heard)
-        losses = asking.losses(fitted.asked)
-    triples = zip(fitted.asked, replies, losses, strict=True)
+        replies = prompter.generate(fitted.questions, most, known, relay)
+        losses = prompter.losses(fitted.questions)
+    triples = zip(fitted.questions, replies, losses, strict=True)
     scored = [_scored(one, reply, loss, prepared.scorers) for one, reply, loss in triples]
     facts = _facts(prepared, fitted) | {
         "max_new_tokens": most,
         "unfinished": sum(not reply.ended for reply in replies),
         "known": len(known),
     }
-    found = summarised(scored, time.monotonic() - began, facts)
+    evaluation = summarised(scored, time.monotonic() - began, facts)
     if answers:
-        answers.finish(found.answers)
-    return found
+        answers.finish(evaluation.answers)
+    return evaluation
 
 
-def _facts(prepared: Prepared, fitted: Fitted) -> dict[str, Any]:
+def _facts(prepared: PreparedTask, fitted: FittedQuestions) -> dict[str, Any]:
     shots, drawn = prepared.shots, prepared.drawn
     examples = {"by": drawn.by, "leaked": drawn.leaked, "shortened": fitted.shortened} | {
         name: getattr(shots, name) for name in ("pick", "seed", "random_labels")
@@ -119,15 +118,15 @@ def _facts(prepared: Prepared, fitted: Fitted) -> dict[str, Any]:
     return {"dropped": fitted.dropped, "shots": shots.count, "examples": examples if shots.count else None}
 
 
-def longest_answer(asking: Asking, questions: Sequence[Question], chooses: bool = False) -> int:
-    """The tokens that an answer may have unless told: twice those of the longest expected one, 16 at least."""
+def longest_answer(prompter: Prompter, questions: Sequence[Question], chooses: bool = False) -> int:
+    """The default limit of an answer in tokens: twice the longest expected one, 16 at least."""
     if chooses:
-        return max(map(asking.tokens, asking.task.labels))
-    return max(16, 2 * max(asking.tokens(question.expected) for question in questions))
+        return max(map(prompter.tokens, prompter.task.labels))
+    return max(16, 2 * max(prompter.tokens(question.expected) for question in questions))
 
 
-class _Heard:
-    """Passes the answers of each batch on, to the file and to whoever watches."""
+class _ProgressRelay:
+    """Passes the answers of each batch on to the file and to the progress callback."""
 
     def __init__(self, count: int, known: int, progress: Progress | None, answers: AnswerFile | None) -> None:
         self.count, self.done, self.progress, self.answers = count, known, progress, answers
@@ -140,11 +139,11 @@ class _Heard:
             self.progress(self.done, self.count)
 
 
-def _scored(asked: Asked, reply: Reply, loss: tuple[float, int], scorers: Sequence[Scorer]) -> Scored:
+def _scored(one: ShotQuestion, reply: Reply, loss: tuple[float, int], scorers: Sequence[Scorer]) -> ScoredAnswer:
     scores: dict[str, float] = {}
     for scorer in scorers:
-        scores |= scorer.score(reply.text, asked.question)
-    return Scored(asked.question, reply.text, scores, *loss, reply.ended, len(asked.shots))
+        scores |= scorer.score(reply.text, one.question)
+    return ScoredAnswer(one.question, reply.text, scores, *loss, reply.ended, len(one.shots))
 
 
 def _with_all_labels(task: Task, examples: Task | None, chooses: bool) -> Task:

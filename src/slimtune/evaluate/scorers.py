@@ -1,4 +1,7 @@
-"""Scores of answers: exact, as JSON, as numbers, by overlap of text, or by a function of the user's own."""
+"""Scores of answers: exact, as JSON, as numbers, by overlap of text, or by a function of the user's own.
+
+`EvaluationSettings` names the scorers, and says how the answers that they score are produced.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,42 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from slimtune.errors import ConfigError, MissingDependencyError, did_you_mean
+from slimtune.errors import ConfigError, MissingDependencyError, check_choice, check_whole, did_you_mean
 from slimtune.evaluate.tasks import Question, Task
 
 AUTO, CHOICE = "auto", "accuracy"
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+TOO_LONG = ("error", "drop")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is prompted and its answers are scored; raises ConfigError for values that can't be.
+
+    Attributes:
+        scorer: "auto" (by the kind of task), names as `evaluate.scorers` lists them, with commas between, the first one
+            being the main score, or a function of the user's own as `path.py:function`.
+        max_new_tokens: the longest answer in tokens; None allows twice what the longest expected answer has.
+        batch_size: how many questions are answered at once.
+        limit: how many questions are asked, from the first on; None asks all.
+        too_long: "error", or "drop" for questions that don't fit into the model's positions together with an answer.
+    """
+
+    scorer: str = "auto"
+    max_new_tokens: int | None = None
+    batch_size: int = 32
+    limit: int | None = None
+    too_long: str = "error"
+
+    def __post_init__(self) -> None:
+        check_scorer(self.scorer)
+        check_whole("batch_size", self.batch_size)
+        for name in ("max_new_tokens", "limit"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        check_choice("too_long", self.too_long, TOO_LONG)
 
 
 @dataclass(frozen=True)
@@ -85,8 +119,8 @@ def _json_match() -> Callable[[str, Question], dict[str, float]]:
             raise ConfigError(
                 f"the scorer 'json' needs expected answers that are JSON, found {question.expected!r}; choose another"
             )
-        found = _parsed(answer)
-        return {"json_match": float(_alike(found, expected)), "json_valid": float(found is not _BROKEN)}
+        parsed = _parsed(answer)
+        return {"json_match": float(_alike(parsed, expected)), "json_valid": float(parsed is not _BROKEN)}
 
     return score
 
@@ -113,8 +147,8 @@ def _rouge() -> Callable[[str, Question], dict[str, float]]:
     scorer = RougeScorer(kinds)
 
     def score(answer: str, question: Question) -> dict[str, float]:
-        found = scorer.score(question.expected, answer)
-        return {kind: found[kind].fmeasure for kind in kinds}
+        measured = scorer.score(question.expected, answer)
+        return {kind: measured[kind].fmeasure for kind in kinds}
 
     return score
 
@@ -160,15 +194,15 @@ def _parsed(text: str) -> Any:
         return _BROKEN
 
 
-def _alike(found: Any, expected: Any) -> bool:
+def _alike(parsed: Any, expected: Any) -> bool:
     """Whether two values of JSON are the same; in Python, true equals 1."""
-    return found is not _BROKEN and json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+    return parsed is not _BROKEN and json.dumps(parsed, sort_keys=True) == json.dumps(expected, sort_keys=True)
 
 
 def _last_number(text: str) -> Decimal | None:
     """The last number in a text, where an answer that reasons first ends."""
-    found = _NUMBER.findall(text)
-    return _as_number(found[-1]) if found else None
+    numbers = _NUMBER.findall(text)
+    return _as_number(numbers[-1]) if numbers else None
 
 
 def _as_number(text: str) -> Decimal | None:

@@ -20,7 +20,7 @@ from slimtune.errors import DataError, listing
 from slimtune.evaluate.answers import AnswerFile
 from slimtune.evaluate.likelihood import refuse_no_number
 from slimtune.evaluate.result import Evaluation
-from slimtune.evaluate.settings import EvaluationSettings
+from slimtune.evaluate.scorers import EvaluationSettings
 from slimtune.metrics.intervals import interval_of_share
 from slimtune.metrics.tagging import ENTITY_F1, entities, has_entities, tag_counts
 from slimtune.models.load import LoadOptions, load_model
@@ -47,17 +47,17 @@ class TaggedText:
 
     def to_dict(self) -> dict[str, Any]:
         """One line of the answers' file; where entities are wrong, which were missed and which are too many."""
-        found = {"question": self.tokens, "answer": self.tags, "expected": self.expected}
-        found |= {"score": self.scores["accuracy"], "scores": self.scores, "loss": self.loss}
+        line = {"question": self.tokens, "answer": self.tags, "expected": self.expected}
+        line |= {"score": self.scores["accuracy"], "scores": self.scores, "loss": self.loss}
         if not self.with_entities:
-            return found
+            return line
         ours, theirs = entities(self.tags), entities(self.expected)
-        return found | {
-            "missed": [self._told(one) for one in theirs if one not in ours],
-            "wrong": [self._told(one) for one in ours if one not in theirs],
+        return line | {
+            "missed": [self._spelled(one) for one in theirs if one not in ours],
+            "wrong": [self._spelled(one) for one in ours if one not in theirs],
         }
 
-    def _told(self, entity: Any) -> dict[str, Any]:
+    def _spelled(self, entity: Any) -> dict[str, Any]:
         return entity._asdict() | {"text": " ".join(self.tokens[entity.start : entity.end])}
 
 
@@ -70,8 +70,7 @@ def evaluate_tagger(
     source: str,
     rows: Sequence[Tagged],
     settings: EvaluationSettings,
-    quantize: str | None = None,
-    options: tuple[Any, ...] = (),
+    options: LoadOptions,
     answers: AnswerFile | None = None,
     watch: Watch = Watch(),  # noqa: B008 - it has no state
 ) -> Evaluation:
@@ -79,15 +78,12 @@ def evaluate_tagger(
 
     Tags that spell no entities have accuracy and macro F1 over words.
 
-    Args:
-        options: dtype, device and trust_remote_code, as `load` takes them.
-
     Raises:
         ConfigError: the model gives no tags.
         DataError: tags that the model doesn't know, or texts that are too long for it.
     """
     began = time.monotonic()
-    model, tokenizer = load_model(source, "token-classification", LoadOptions(*options, quantize=quantize))
+    model, tokenizer = load_model(source, TASK, options)
     _check_tags(source, rows, list(model.config.id2label.values()))
     limit = longest_input(model, tokenizer, None)
     aligned = align([row.tokens for row in rows], tokenizer, limit, settings.too_long)
@@ -98,13 +94,13 @@ def evaluate_tagger(
     losses = [_loss(model, row, text, own) for row, text, own in zip(kept, aligned.texts, logits, strict=True)]
     refuse_no_number(losses)
     spells = has_entities(list(model.config.id2label.values()))
-    scored = [_scored(row, said, loss, spells) for row, said, loss in zip(kept, tags, losses, strict=True)]
+    scored = [_scored(row, predicted, loss, spells) for row, predicted, loss in zip(kept, tags, losses, strict=True)]
     facts = {"dropped": len(rows) - len(kept), "without_token": aligned.without_token}
     read = sum(len(text.firsts) for text in aligned.texts)
-    found = _summarised(scored, spells, read, time.monotonic() - began, facts)
+    evaluation = _summarised(scored, spells, read, time.monotonic() - began, facts)
     if answers:
-        answers.finish(found.answers)
-    return found
+        answers.finish(evaluation.answers)
+    return evaluation
 
 
 def _summarised(
@@ -120,7 +116,7 @@ def _summarised(
     }
     loss = sum(text.loss for text in scored) / max(1, words)
     facts |= {"by_kind": counts.by_kind()}
-    return Evaluation(metric, scores, intervals, loss, None, scored, seconds, facts, asked="texts", loss_of="word")
+    return Evaluation(metric, scores, intervals, loss, None, scored, seconds, facts, unit="texts", loss_of="word")
 
 
 def _check_tags(source: str, rows: Sequence[Tagged], known: list[str]) -> None:
@@ -141,15 +137,17 @@ def _scored(row: Tagged, tags: list[str], loss: float, spells: bool) -> TaggedTe
 
 
 def tag_words(
-    source: str, texts: Sequence[Sequence[str]], batch_size: int = 32, too_long: str = "error",
-    quantize: str | None = None, options: tuple[Any, ...] = (),
-) -> list[list[str]]:  # fmt: skip
-    """The tags of the words of texts by a folder that was trained on such.
+    source: str,
+    texts: Sequence[Sequence[str]],
+    options: LoadOptions,
+    batch_size: int = 32,
+    too_long: str = "error",
+) -> list[list[str]]:
+    """The tags of each word of texts, by a model that was trained on texts with tags.
 
     Args:
         too_long: "error", or "truncate", where words behind the cut are tagged `O`.
-        options: dtype, device and trust_remote_code, as `load` takes them.
     """
-    model, tokenizer = load_model(source, "token-classification", LoadOptions(*options, quantize=quantize))
+    model, tokenizer = load_model(source, TASK, options)
     aligned = align(texts, tokenizer, longest_input(model, tokenizer, None), too_long)
     return tag(model, tokenizer, aligned.texts, batch_size)

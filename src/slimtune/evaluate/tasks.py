@@ -41,7 +41,7 @@ class Question:
     entry: Any = None
 
     @property
-    def asked(self) -> str:
+    def user_text(self) -> str:
         """The question without a system message, by which two of them are known as the same."""
         return "\n".join(turn["content"] for turn in self.turns if turn["role"] != "system").strip()
 
@@ -111,10 +111,10 @@ def answered(
 ) -> tuple[str, int]:
     """The prompt with an answer and its end of turn, and where in this text the answer begins; raises DataError."""
     if not has_template(tokenizer):
-        before = prompt(tokenizer, question, shots, instruction)
-        return f"{before}{question.gap}{answer}", len(before)
-    asked = _turns(tokenizer, question, shots, instruction)
-    turns = [*asked, {"role": "assistant", "content": answer}]
+        shown = prompt(tokenizer, question, shots, instruction)
+        return f"{shown}{question.gap}{answer}", len(shown)
+    opening = _turns(tokenizer, question, shots, instruction)
+    turns = [*opening, {"role": "assistant", "content": answer}]
     is_last = [turn is turns[-1] for turn in turns]
     whole, ((begin, end),) = assistant_spans(tokenizer, turns, is_last, question.tools)
     return whole[:end], begin
@@ -148,13 +148,13 @@ def _question(row: Row, where: str) -> Question:
     turns = row.turns()
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
         raise DataError(f"{where} has no expected answer; end it with an assistant turn that says something")
-    *asked, answer = turns
-    if not any(turn["role"] == "user" and turn["content"].strip() for turn in asked):
+    *turns_before, answer = turns
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in turns_before):
         raise DataError(f"{where} asks nothing: no user turn with text stands before the answer; add the question")
     if isinstance(row, Pair):
-        return Question(asked, answer["content"], plain=row.plain()[0])
-    text = "\n".join(turn["content"] for turn in asked) + "\n"
-    return Question(asked, answer["content"], text, tools=row.tools)
+        return Question(turns_before, answer["content"], plain=row.plain()[0])
+    text = "\n".join(turn["content"] for turn in turns_before) + "\n"
+    return Question(turns_before, answer["content"], text, tools=row.tools)
 
 
 def _labelled(source: str, rows: list[Labelled], instruction: str) -> Task:
@@ -169,8 +169,8 @@ def _labelled(source: str, rows: list[Labelled], instruction: str) -> Task:
 
 def with_labels(task: Task, labels: Sequence[str]) -> Task:
     """The task with these labels to choose from, named in its instruction unless it has another one."""
-    said = _label_instruction(task.labels)
-    instruction = _label_instruction(labels) if task.instruction in ("", said) else task.instruction
+    own = _label_instruction(task.labels)
+    instruction = _label_instruction(labels) if task.instruction in ("", own) else task.instruction
     return replace(task, labels=list(labels), instruction=instruction)
 
 

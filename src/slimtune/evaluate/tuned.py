@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimtune.errors import ConfigError, ModelNotFoundError
 from slimtune.models.load import LoadOptions, load_base, load_model
 from slimtune.storage.hub import at_revision
 from slimtune.storage.source import base_of, folder_of, is_adapter
-
-if TYPE_CHECKING:
-    from slimtune.quantization.config import Quantize
 
 
 @dataclass(frozen=True)
@@ -23,42 +20,42 @@ class Tuned:
     Attributes:
         source: the folder of an adapter, or a model as `slimtune.load` takes it.
         base: the model that it was tuned from.
-        quantize: as what the base is quantized while it is loaded.
     """
 
     source: str
     base: str
     is_adapter: bool
-    dtype: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    quantize: Quantize | None = None
+    options: LoadOptions
 
     @classmethod
     def find(cls, source: str, base: str | None = None, **loading: Any) -> Tuned:
         """The tuned model with the base that is given, or else the one that its folder names.
 
+        Args:
+            loading: fields of `LoadOptions`.
+
         Raises:
             ModelNotFoundError: there is no such folder or packaged model.
             ConfigError: a fully tuned model that doesn't say what it was tuned from.
         """
+        options = LoadOptions(**loading)
         if is_adapter(source):
-            return cls(source, base or base_of(source), True, **loading)
+            return cls(source, base or base_of(source), True, options)
         named = base or _named_base(Path(source))
         if named is None:
             raise ConfigError(
                 f"{source} is a whole model and doesn't say which one it was tuned from; name that one with --base"
             )
-        return cls(source, named, False, **loading)
+        return cls(source, named, False, options)
 
     def load(self, adapter_name: str = "default") -> tuple[Any, Any]:
         """The tuned model, its adapter active under this name, and its tokenizer. Raises: as `slimtune.load`."""
         if not self.is_adapter:
-            model, tokenizer = load_model(self.source, options=self._options)
+            model, tokenizer = load_model(self.source, options=self.options)
         else:
             from slimtune.adapters.model import PeftModel
 
-            model, tokenizer = load_base(self.source, self.base, self._options)
+            model, tokenizer = load_base(self.source, self.base, self.options)
             model = PeftModel.from_pretrained(model, folder_of(self.source), adapter_name)
         if tokenizer is None:
             raise ModelNotFoundError(f"{self.source} has no tokenizer; save the tokenizer into the folder of the model")
@@ -66,11 +63,7 @@ class Tuned:
 
     def load_base(self) -> Any:
         """The base of a whole model. Raises: as `slimtune.load`."""
-        return load_model(self.base, options=self._options)[0].eval()
-
-    @property
-    def _options(self) -> LoadOptions:
-        return LoadOptions(self.dtype, self.device, self.trust_remote_code, self.quantize)
+        return load_model(self.base, options=self.options)[0].eval()
 
 
 def _named_base(folder: Path) -> str | None:
@@ -89,6 +82,6 @@ def _named_base(folder: Path) -> str | None:
             raise ConfigError(f"{recipe} doesn't name the model that was tuned; pass --base")
         return at_revision(named, section.get("revision"))
     if card.is_file():
-        found = re.search(r"^base_model: (\S+)$|full fine-tune of `([^`]+)`", card.read_text("utf-8"), re.MULTILINE)
-        return (found[1] or found[2]) if found else None
+        match = re.search(r"^base_model: (\S+)$|full fine-tune of `([^`]+)`", card.read_text("utf-8"), re.MULTILINE)
+        return (match[1] or match[2]) if match else None
     return None

@@ -33,11 +33,11 @@ def load_scorer(spec: str) -> Callable[[str, Question], dict[str, float]]:
         except Exception as error:
             raise ConfigError(
                 f"the scorer {spec} raised {type(error).__name__}: {error} for the answer {answer!r} to "
-                f"{question.asked!r}; mend it"
+                f"{question.user_text!r}; mend it"
             ) from error
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(
-                f"the scorer {spec} returned {value!r} for the answer {answer!r} to {question.asked!r}, "
+                f"the scorer {spec} returned {value!r} for the answer {answer!r} to {question.user_text!r}, "
                 f"which is no finite number; return a number, or true or false"
             )
         return {name: float(value)}
@@ -68,8 +68,8 @@ def function_of(path: Path, name: str, role: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        found = f"found {', '.join(functions)}" if functions else "found none"
-        raise ConfigError(f"{path} has no function '{name}', {found}{did_you_mean(name, functions)}")
+        there = f"found {', '.join(functions)}" if functions else "found none"
+        raise ConfigError(f"{path} has no function '{name}', {there}{did_you_mean(name, functions)}")
     return function
 
 

@@ -20,15 +20,17 @@ def classify(
     """p_NL of each label of the model for tokenized texts, in their order; `on_batch` is told how many were read."""
     was_training = model.training
     model.eval()
+    # Texts of similar length share a batch, so that little of it is padding.
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-    found: dict[int, Tensor] = {}
+    by_index: dict[int, Tensor] = {}
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
         batch = tokenizer.pad([rows[index] for index in chosen], return_tensors="pt").to(model.device)
-        found |= dict(zip(chosen, model(**batch).logits.float().softmax(-1).cpu(), strict=True))
+        # Softmax in float32: in bfloat16 it loses the third digit, and losses of unlikely labels with it.
+        by_index |= dict(zip(chosen, model(**batch).logits.float().softmax(-1).cpu(), strict=True))
         on_batch(len(chosen))
     model.train(was_training)
-    return torch.stack([found[index] for index in range(len(rows))])
+    return torch.stack([by_index[index] for index in range(len(rows))])
 
 
 def scores(predicted: Sequence[str], true: Sequence[str]) -> dict[str, float]:
@@ -42,6 +44,6 @@ def scores(predicted: Sequence[str], true: Sequence[str]) -> dict[str, float]:
     return {"accuracy": sum(p == t for p, t in pairs) / len(pairs), "macro_f1": sum(f1) / len(f1)}
 
 
-def shown(found: dict[str, float]) -> str:
+def shown(values: dict[str, float]) -> str:
     """`accuracy 0.912, macro F1 0.903`."""
-    return ", ".join(f"{name.replace('_f1', ' F1')} {value:.3f}" for name, value in found.items())
+    return ", ".join(f"{name.replace('_f1', ' F1')} {value:.3f}" for name, value in values.items())

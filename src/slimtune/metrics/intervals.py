@@ -16,12 +16,15 @@ def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of the mean of one score a question: Wilson's for 0 and 1, else by bootstrap."""
     if all(value in (0, 1) for value in values):
         return wilson(int(sum(values)), len(values))
+    # Not normal theory: scores such as ROUGE pile up at 0 and 1, where mean +- 1.96 SE would leave [0, 1].
     scores_N = np.asarray(values, dtype=float)
     return bootstrap(lambda chosen: float(scores_N[chosen].mean()), len(values))
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
     """The 95% score interval of a share (Wilson 1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
+    # Wilson solves |p - share| = z sqrt(share (1 - share) / n) for the share, so that 0 of n has an upper bound above
+    # 0.
     p, spread = right / count, Z**2 / count
     half = Z * math.sqrt(p * (1 - p) / count + spread / (4 * count))
     low, high = ((p + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
@@ -45,7 +48,8 @@ def bootstrap(score: Callable[[np.ndarray], float], count: int, seed: int = 0) -
     Args:
         score: of the questions of these numbers, an array of `count` whole numbers in which some recur.
     """
+    # A fixed seed: the same answers always have the same interval. Percentiles need no assumption on symmetry.
     draw = np.random.default_rng(seed)
-    found = [score(draw.integers(count, size=count)) for _ in range(RESAMPLES)]
-    low, high = np.quantile(found, [0.025, 0.975])
+    values = [score(draw.integers(count, size=count)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

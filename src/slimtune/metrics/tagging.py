@@ -40,22 +40,23 @@ class TagCounts:
     @classmethod
     def of(cls, words: Sequence[Words], entities: Sequence[Entities] | None) -> TagCounts:
         """From the tags that the model gave each text and the true ones, and from the entities that they spell."""
-        named = sorted({tag for said, expected in words for tag in (*said, *expected)})
+        named = sorted({tag for predicted, expected in words for tag in (*predicted, *expected)})
         tags = np.zeros((len(words), len(named), 3), dtype=np.int64)
-        for text, (said, expected) in enumerate(words):
-            for ours, theirs in zip(said, expected, strict=True):
+        for text, (predicted, expected) in enumerate(words):
+            for ours, theirs in zip(predicted, expected, strict=True):
                 tags[text, named.index(theirs), 0] += ours == theirs
                 tags[text, named.index(ours), 1] += 1
                 tags[text, named.index(theirs), 2] += 1
         if entities is None:
             return cls(tags, None, [])
         kinds = sorted({one.kind for both in entities for own in both for one in own})
-        found = np.zeros((len(words), len(kinds), 3), dtype=np.int64)
+        # Counts by text, not sums: the bootstrap draws texts again, and all its scores follow from sums over axis 0.
+        counts = np.zeros((len(words), len(kinds), 3), dtype=np.int64)
         for text, (ours, theirs) in enumerate(entities):
             for place, chosen in enumerate((ours & theirs, ours, theirs)):
                 for entity in chosen:
-                    found[text, kinds.index(entity.kind), place] += 1
-        return cls(tags, found, kinds)
+                    counts[text, kinds.index(entity.kind), place] += 1
+        return cls(tags, counts, kinds)
 
     def scores(self, chosen: Any = slice(None)) -> dict[str, float]:
         """Of all texts, or of those of these numbers, in which some may recur."""
@@ -102,19 +103,20 @@ def entities(tags: Sequence[str]) -> list[Entity]:
 
     One begins at B or S, and at I or E where no entity of that kind goes on.
     """
-    found: list[Entity] = []
+    spelled: list[Entity] = []
     goes_on = False
     for position, written in enumerate(tags):
         if written == OUTSIDE:
             goes_on = False
             continue
         prefix, kind = _parts(written)
-        if goes_on and prefix in ("I", "E") and found[-1].kind == kind:
-            found[-1] = found[-1]._replace(end=position + 1)
+        # As conlleval: I-X behind B-X or I-X of the same kind goes on; behind anything else it begins an entity (IOB1).
+        if goes_on and prefix in ("I", "E") and spelled[-1].kind == kind:
+            spelled[-1] = spelled[-1]._replace(end=position + 1)
         else:
-            found.append(Entity(kind, position, position + 1))
+            spelled.append(Entity(kind, position, position + 1))
         goes_on = prefix in ("B", "I")
-    return found
+    return spelled
 
 
 def tag_scores(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -129,10 +131,10 @@ def tag_scores(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]
 
 def tag_counts(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]], spells: bool) -> TagCounts:
     """What there is to count in each text, from which all scores follow; `spells` says whether tags spell entities."""
-    words = [(list(said), list(expected)) for said, expected in zip(predicted, true, strict=True)]
+    words = [(list(tags), list(expected)) for tags, expected in zip(predicted, true, strict=True)]
     if not spells:
         return TagCounts.of(words, None)
-    return TagCounts.of(words, [(set(entities(said)), set(entities(expected))) for said, expected in words])
+    return TagCounts.of(words, [(set(entities(tags)), set(entities(expected))) for tags, expected in words])
 
 
 def _parts(tag: str) -> tuple[str, str]:

@@ -12,19 +12,19 @@ from slimtune.console.progress import Counting
 from slimtune.data.tasks.causal_lm import Conversations
 from slimtune.errors import ConfigError, SlimtuneError
 from slimtune.evaluate.result import Evaluation
-from slimtune.evaluate.run import Prepared, evaluate, prepare
+from slimtune.evaluate.run import PreparedTask, evaluate, prepare
 from slimtune.evaluate.tasks import task_of_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.evaluate.settings import EvaluationSettings
+    from slimtune.evaluate.scorers import EvaluationSettings
     from slimtune.recipe.recipe import ModelSettings
 
 FORGETTING = "forgetting.json"
 
 
-def held_out_questions(settings: EvaluationSettings | None, data: Any) -> Prepared | None:
+def held_out_questions(settings: EvaluationSettings | None, data: Any) -> PreparedTask | None:
     """The held-out rows as questions; None without settings or rows. Raises: ConfigError, DataError."""
     if settings is None:
         return None
@@ -41,7 +41,7 @@ def held_out_questions(settings: EvaluationSettings | None, data: Any) -> Prepar
     return prepare(task_of_rows(rows, "held-out rows"), settings)
 
 
-def evaluate_answers(screen: Console, model: Any, tokenizer: Any, questions: Prepared | None) -> Evaluation | None:
+def evaluate_answers(screen: Console, model: Any, tokenizer: Any, questions: PreparedTask | None) -> Evaluation | None:
     """Score the model's answers. A mistake is printed and not raised: what was learned must still be written."""
     if questions is None:
         return None
@@ -67,8 +67,8 @@ def measure_forgetting(screen: Console, base: ModelSettings, tuned: Path) -> Non
     from slimtune.evaluate.forgetting import in_words, measure
     from slimtune.evaluate.tuned import Tuned
 
-    how = {"device": base.device, "trust_remote_code": base.trust_remote_code, "quantize": base.quantize}
-    forgetting = measure(Tuned.find(str(tuned), base.source, dtype=base.dtype, **how), texts())
+    loading = {name: getattr(base, name) for name in ("dtype", "device", "trust_remote_code", "quantize")}
+    forgetting = measure(Tuned.find(str(tuned), base.source, **loading), texts())
     (tuned / FORGETTING).write_text(json.dumps(forgetting.to_dict(), indent=2) + "\n", encoding="utf-8")
     screen.print(
         f"forgetting: the loss on other texts changed by {forgetting.difference:+.4f} "

@@ -10,11 +10,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimtune.plan.plan import Report
+    from slimtune.plan.plan import PlanReport
 
 
 class _Plan(ModuleType):
-    def __call__(self, *args: Any, **options: Any) -> Report:
+    def __call__(self, *args: Any, **options: Any) -> PlanReport:
         """`slimtune.plan.plan.plan`."""
         from slimtune.plan.plan import plan
 

@@ -122,6 +122,7 @@ def kernels_of(setting: Setting, is_fake: bool) -> Iterator[None]:
     if setting.device == "cpu" or not is_fake:
         yield
         return
+    # Fake tensors say they are on the CPU: what is dispatched by device has to be told which device is meant.
     held, attention = cross_entropy.HELD["cpu"], F.scaled_dot_product_attention
     cross_entropy.HELD["cpu"] = cross_entropy.HELD[setting.device]
     # Not a mode of torch's: inside of a backward pass, which computes checkpoints again, none would be entered.
@@ -155,10 +156,10 @@ def _cuda_head() -> Iterator[None]:
 def _cuda_attention(*args: Any, **kwargs: Any) -> Tensor:
     """`scaled_dot_product_attention` by the kernels that torch picks on CUDA: flash, or the efficient one."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    if given["query"].dtype == torch.float32 and given.get("attn_mask") is None:
-        return _efficient(**given)
-    return _flash(**given) if given.get("attn_mask") is None else _efficient(**given)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    if arguments["query"].dtype == torch.float32 and arguments.get("attn_mask") is None:
+        return _efficient(**arguments)
+    return _flash(**arguments) if arguments.get("attn_mask") is None else _efficient(**arguments)
 
 
 def _flash(
@@ -172,6 +173,7 @@ def _efficient(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
+    # (B, heads, T, width): the efficient kernel has no groups of heads, and torch copies the keys for it.
     if enable_gqa:
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
@@ -179,6 +181,7 @@ def _efficient(
         if attn_mask.dtype == torch.bool:
             zero, least = (torch.full((), number, dtype=query.dtype) for number in (0.0, float("-inf")))
             attn_mask = torch.where(attn_mask, zero, least)
+        # (B, heads, Tq, Tk), expanded and not copied.
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale

@@ -50,6 +50,7 @@ def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto")
         return MeasuredData("text", uniform(settings.max_length, ASSUMED_EXAMPLES))
     if settings.chat_template is not None:
         use_template(tokenizer, settings.chat_template)
+    # Nothing is cut while measuring: the plan says how many examples are longer than it reads.
     whole = replace(settings, max_length=sys.maxsize, too_long="error")
     splits = read_splits(whole, task)
     measured = _MEASURES.get(splits.task, _preferred)(splits, whole, tokenizer)
@@ -92,6 +93,7 @@ def _completions(splits: Splits, settings: DataSettings, tokenizer: Any) -> Meas
 
 def _preferred(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
     lengths_of_rows = [lengths_of(row, tokenizer) for row in Preferred.of(splits, settings).rows]
+    # Tokens of both answers are learned from; the prompt in front of each is masked.
     learned = sum(length - prompt for prompt, *answers in lengths_of_rows for length in answers)
     # TRL's orpo puts a beginning and an end where a text has none of its own.
     more = 2 if splits.task == "orpo" else 0

@@ -62,6 +62,7 @@ class Device:
     @property
     def room_bytes(self) -> int:
         """The largest peak of live tensors that goes in: the memory less the context and what fragmentation takes."""
+        # The caching allocator keeps blocks that fit no request: a share of what is live is lost to gaps.
         return int((self.memory_bytes - self.context_bytes) * (1 - self.fragmentation))
 
     @property
@@ -172,6 +173,7 @@ def _this_gpu() -> Device:
     import torch
 
     facts = torch.cuda.get_device_properties(0)
+    # One name, several sizes (A100 40 and 80 GB): the row whose memory is nearest.
     sizes = {abs(device.memory_bytes - facts.total_memory): device for device in _named_like(facts.name)}
     if not sizes:
         raise PlanError(
@@ -208,12 +210,12 @@ def _apple_name() -> str:
 def _memory_sources() -> list[int]:
     """What the system says is available, and the limits that a container sets."""
     memory = ram()
-    found = [memory.available] if memory else []
+    limits = [memory.available] if memory else []
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(name).read_text().strip() if Path(name).is_file() else ""
         if limit.isdecimal():
-            found.append(int(limit))
-    return found
+            limits.append(int(limit))
+    return limits
 
 
 def _read(entry: dict[str, Any], shared: dict[str, Any]) -> Device:

@@ -64,6 +64,7 @@ class Blocks:
     @property
     def margin(self) -> int:
         """How many blocks at either end are looked at one by one."""
+        # Whole periods of at least two blocks: the first and last block are special (embedding and head beside them).
         return self.period * -(-2 // self.period)
 
     @property
@@ -118,6 +119,7 @@ def find_repeating_blocks(config: Any, build: Callable[[Any], Any], method: Peft
     by_pattern = any(getattr(method, name, None) for name in ("rank_pattern", "alpha_pattern"))
     if not isinstance(count, int) or getattr(config, "is_encoder_decoder", False) or by_pattern:
         return None
+    # On `meta` a model of 400 GB takes no memory and a second; shapes and types are all that is compared.
     with torch.device("meta"):
         model = build(config)
     named = block_list(model)
@@ -127,6 +129,8 @@ def find_repeating_blocks(config: Any, build: Callable[[Any], Any], method: Peft
     targets = resolve(model, method) if method is not None else None
     sites = [] if targets is None else [site.name for site in (*targets.sites, *targets.whole, *targets.biases)]
     fingerprints = [_fingerprint(f"{path}.{i}", m, sites, _per_layer(config, i)) for i, m in enumerate(modules)]
+    # The shortest period first: 1 for most models, 2 for alternating attention (Gemma 2), up to 8 (Jamba); up to three
+    # leading blocks of another kind (DeepSeek's dense ones).
     for leading, period in ((lead, p) for p in range(1, 9) for lead in range(4)):
         blocks = Blocks(path, count, leading, period)
         repeats = all(fingerprints[i] == fingerprints[i + period] for i in range(leading, count - period))
@@ -166,6 +170,7 @@ def extrapolate(small: TraceSummary, large: TraceSummary, blocks: Blocks) -> Tra
         return None
     steps = blocks.steps
 
+    # Linear in depth: f(n) = f(d0) + (f(d1) - f(d0)) / period * (n - d0), with d1 = d0 + period, in whole bytes.
     def on(before: int, after: int) -> int:
         return before + (after - before) * steps
 

@@ -90,6 +90,7 @@ class Setting:
 
 Phase = Literal["load", "attach", "generation", "forward", "backward", "update", "evaluation", "merge"]
 
+# One optimizer step in the order in which it happens; `generation` is there for grpo alone.
 STEP: tuple[Phase, ...] = ("generation", "forward", "backward", "update")
 TRAINING: tuple[Phase, ...] = ("load", "attach", *STEP, "evaluation")
 
@@ -192,6 +193,7 @@ class MemoryPlan:
     @property
     def adapter_bytes(self) -> int:
         """What the method adds, without the copy that training keeps of what it trains."""
+        # The part `adapter` holds trained factors and the copy of them that training goes back to: as many bytes again.
         return self.peak.parts.adapter - (self.trainable_bytes if self.setting.method is not None else 0)
 
     def sharded(self, devices: int) -> MemoryBreakdown:
@@ -206,9 +208,13 @@ class MemoryPlan:
         return max((self._share(m.parts, devices) for m in self.snapshots if m.phase in TRAINING), key=_total)
 
     def _share(self, parts: MemoryBreakdown, devices: int) -> MemoryBreakdown:
+        # FSDP2 gathers the parameters of block i + 1 while block i computes: two blocks, and one block of gradients on
+        # its way to be reduced and scattered.
         whole = 2 * self.block_bytes + self.trainable_block_bytes
         shares = {
-            name: -(-getattr(parts, name) // devices) for name in ("weights", "adapter", "gradients", "optimizer")
+            # Rounded up: shards are padded to equal sizes.
+            name: -(-getattr(parts, name) // devices)
+            for name in ("weights", "adapter", "gradients", "optimizer")
         }
         return replace(parts, **shares, workspace=parts.workspace + whole)
 
@@ -220,6 +226,8 @@ class MemoryPlan:
         arXiv:1910.02054, section 7.
         """
         parts = self.peak.parts
+        # All-gather twice (forward, and again in backward after the parameters were freed) and reduce-scatter once; in
+        # a ring each device sends (N - 1) / N of all bytes per collective.
         gathered = parts.weights + (self.trainable_bytes if self.setting.method is not None else 0)
         return (2 * gathered + self.trainable_bytes) * (devices - 1) // devices
 

@@ -183,6 +183,8 @@ class MemoryTracker(TorchDispatchMode):
     def _measure(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, outputs: list[Tensor], new: bool
     ) -> None:
+        # Work in flops (2 for a multiply-add) and bytes: every argument read once, every result written once, no
+        # caches.
         flops = flops_of(func, args, kwargs, result)
         # A view moves nothing, and an operation in place allocates nothing but writes.
         moves = new or func._schema.is_mutable
@@ -192,12 +194,14 @@ class MemoryTracker(TorchDispatchMode):
 
     def track(self, tensor: Tensor) -> Storage | None:
         """Count a tensor's storage from now on; gives back None for one that is counted already."""
+        # The address of the storage object, not of its data: fake storages have none, and views share it.
         storage = tensor.untyped_storage()
         key = storage._cdata
         # What is on `meta` has a size and no memory.
         if key in self._known or tensor.is_meta or not (nbytes := storage.nbytes()):
             return None
         entry = Storage(self.rounded(nbytes), self.time)
+        # Time counts operations, not seconds: `born` and `died` are indexes into the columns of the timeline.
         self.storages.append(entry)
 
         def freed(_: Any) -> None:
@@ -210,6 +214,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def peak_since(self, first: int) -> int:
         """The most bytes that were live at once of all storages but the first so many."""
+        # Storages that died before their first operation ended were never live at one.
         made = [storage for storage in self.storages[first:] if storage.died >= storage.born]
         changes = [(s.born, s.nbytes) for s in made] + [(s.died + 1, -s.nbytes) for s in made]
         return max(accumulate((change for _, change in sorted(changes)), initial=0))
@@ -288,6 +293,7 @@ def _overwrite(target: Any, source: Any) -> None:
 
 def _by_position(indices: list[Any]) -> list[Any]:
     """Indices with real masks as the positions that they leave, which tell how many there are."""
+    # x[mask] has a shape that depends on data; x[positions] has one that is known.
     positions: list[Any] = []
     for index in indices:
         is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
@@ -308,6 +314,7 @@ def _really(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _answer(func: Any, args: tuple[Any, ...]) -> Any:
     if func is _aten.equal.default:
         return False
+    # .item() of a fake number: True for flags and 1 for others let checks pass, NaN shows where a complex one is used.
     value: Tensor = args[0]
     return {torch.bool: True}.get(
         value.dtype, math.nan if value.is_complex() else 1.0 if value.is_floating_point() else 1
@@ -340,6 +347,7 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
 
 def _spread(one: Any, query: Any) -> Any:
     """The shape of keys or values, a head for each head of the queries: torch 2.11 counts no groups of heads."""
+    # (B, heads, T, width): with grouped queries keys have fewer heads, and the kernel computes for all heads of q.
     return torch.Size((*one.shape[:1], *query.shape[1:2], *one.shape[2:]))
 
 

@@ -40,7 +40,7 @@ TASKS = ("text", "classification", "token-classification", "seq2seq", *PREFERENC
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     """The answer: choices in the order in which to consider them, those that fit first.
 
     Attributes:
@@ -175,7 +175,7 @@ def plan(
     attention: str | None = None,
     evaluation: bool = False,
     merge: bool = False,
-) -> Report:
+) -> PlanReport:
     """What tuning a model takes on a device, by method, and which to choose. No weights are read and no GPU is needed.
 
     Args:
@@ -202,6 +202,7 @@ def plan(
     """
     _check(rank, batch_size, gradient_accumulation, max_length, epochs, devices)
     chosen = _device(device).changed(memory_gb, price_per_hour)
+    # Asked first: a device without a link is a mistake that needs no simulation to tell.
     if devices > 1:
         chosen.link()
     config = read_config(model, trust_remote_code)
@@ -241,7 +242,7 @@ def plan(
     case, choices = recommend(request, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
     named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
     log = data.train[0].path if isinstance(data, DataSettings) else None if data is None else str(data)
-    return Report(named, log, request, case, tuple(choices), rates, lengths.over(limit), stored)
+    return PlanReport(named, log, request, case, tuple(choices), rates, lengths.over(limit), stored)
 
 
 def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:
@@ -276,6 +277,7 @@ def count(config: Any, task_type: str | None) -> tuple[int, int]:
     from slimtune.methods.lora.config import LoraConfig
 
     parameters, trained = 0, []
+    # rank 2 less rank 1 is what one rank costs: sum of (in + out) over all linear layers.
     for rank in (1, 2):
         with torch.device("meta"):
             model = build(copy.deepcopy(config), Setting(), task_type)

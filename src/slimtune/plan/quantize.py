@@ -43,6 +43,7 @@ def _beyond_all(model: nn.Module, beyond: dict[str, int]) -> int:
     Args:
         beyond: what each layer takes beyond what it keeps, while it is quantized.
     """
+    # A running sum over layers: peak = max over i of (layers 0..i, quantized) + (dense form and scratch of layer i).
     there, fullest, seen = 0, 0, set()
     aliases = getattr(model, "all_tied_weights_keys", {})
     for name, module in sorted(model.named_modules(), key=lambda pair: dot_natural_key(f"{pair[0]}.weight")):
@@ -74,6 +75,8 @@ def _by_torchao(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]
                     "of all linear layers; choose int8-torchao or nf4"
                 ) from error
             kept = sum(tensor.nbytes for tensor in unwrapped([module.weight]))
+            # While a layer is quantized its dense form and the scratch of the quantizer stand beside the codes that
+            # stay.
             beyond[name] = dense + max(0, tracker.peak_since(before) - kept)
     return beyond
 

@@ -168,8 +168,8 @@ def _order(request: PlanRequest) -> list[tuple[str, Precision]]:
     """Methods and bases of the request, or what the goal suggests within it; on a base that no goal suggests, LoRA."""
     if request.methods is not None:
         bases: Sequence[Precision] = request.bases or BASES
-        given: list[tuple[str, Precision]] = [(method, base) for method in request.methods for base in bases]
-        return given
+        combinations: list[tuple[str, Precision]] = [(method, base) for method in request.methods for base in bases]
+        return combinations
     goal: tuple[tuple[str, Precision], ...] = ORDER[request.goal]
     if request.task in PREFERENCE_TASKS:
         # TRL reads a model's layers past what is put around the whole model.
@@ -265,6 +265,7 @@ def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate
 
     options = (False, True) if request.checkpointing is None else (request.checkpointing,)
     for checkpointing in options:
+        # Halving: powers of two are what batches are, and each simulation costs seconds.
         batch = 0 if _is_hopeless(first, request) else request.batch or effective
         while batch:
             plan = planned(batch, checkpointing)
@@ -284,10 +285,12 @@ def _accumulation(batch: int, effective: int, setting: Setting) -> int:
 
 def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
     """Whether the parameters alone are too many, so that no batch has to be tried."""
+    # Bytes a parameter: 4 or 2 dense, 0.5 for 4-bit codes without their scales, 1 for int8: a lower bound of all.
     dense = 4 if setting.dtype == "float32" else 2
     stored = {"dense": dense, "nf4": 0.5, "fp4": 0.5}.get(setting.base, 1)
     if setting.method is None:
         # The gradients, and Adam's two moments; the state of other optimizers may be smaller, or lie elsewhere.
+        # Weights, gradients and Adam's two moments of the same type: four times the weights.
         stored *= 4 if setting.optimizer == DEFAULT else 2
     return request.parameters * stored > request.device.room_bytes * request.devices
 
@@ -295,6 +298,7 @@ def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
 def _smaller(plan: MemoryPlan, request: PlanRequest) -> int:
     """The largest half of a half of a plan's micro-batch that may fit; 0 if not even a single example can."""
     parts = plan.sharded(request.devices)
+    # Activations are linear in the micro-batch, all else does not depend on it.
     lasting = parts.weights + parts.adapter + parts.gradients + parts.optimizer
     batch = plan.setting.batch // 2
     while batch and lasting + parts.activations * batch / plan.setting.batch > request.device.room_bytes:

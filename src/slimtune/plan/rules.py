@@ -149,6 +149,7 @@ def learning_rate(case: Case) -> float:
 def rank(case: Case) -> int:
     """The smallest usual rank whose capacity holds the data, no less than 16, or 64 for a domain."""
     least = DOMAIN_RANK if case.goal == "domain" else RANKS[0] if case.goal == "tiny" else USUAL_RANK
+    # Capacity in bits = 2 * parameters, parameters = rank * (those of rank 1): rank >= tokens / (2 * those of rank 1).
     bits = BITS_PER_PARAMETER * case.numbers_per_rank
     fitting = [size for size in RANKS if size >= least and size * bits >= (case.learned or 0)]
     return fitting[0] if fitting else RANKS[-1]
@@ -161,6 +162,7 @@ def rank(case: Case) -> int:
 def effective_batch(case: Case) -> int:
     """16, and less where the data would give fewer than 50 steps."""
     size = LARGEST_BATCH
+    # Steps = examples * epochs / batch: with fewer than 50 the schedule of the rate has hardly a middle.
     while case.lengths is not None and size > 4 and case.lengths.examples * case.epochs / size < FEWEST_STEPS:
         size //= 2
     return size

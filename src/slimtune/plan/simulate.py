@@ -58,6 +58,7 @@ def simulate(
             None if whole else find_repeating_blocks(config, lambda short: build(short, resolved, task_type), method)
         )
         if blocks is not None:
+            # The two depths that `extrapolate` draws its line through.
             small, large = (
                 trace(cut(config, depth), resolved, task_type, blocks=blocks, **options) for depth in blocks.depths
             )
@@ -114,6 +115,7 @@ def plan_of(summary: TraceSummary, setting: Setting, notes: tuple[str, ...] = ()
 
 def _work(summary: TraceSummary, setting: Setting) -> dict[Phase, Work]:
     """The work of a step: of an accumulation two micro-batches at most were run."""
+    # Forward and backward are the same for each micro-batch; the update comes once a step.
     ran = min(setting.accumulation, 2)
 
     def all_of(phase: Phase, done: int) -> int:

@@ -85,10 +85,12 @@ def batch_for(model: Any, setting: Setting) -> Batch:
         return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
     if main != "input_ids":
         raise PlanError(f"a {kind} reads {main}, of which no batch can be planned; it takes texts or images")
+    # (B, T) ids, mask and labels: a real batch, for code that looks at ids and masks takes its usual way.
     check_length(config, tokens)
     ids = torch.ones(rows, tokens, dtype=torch.long)
     mask = torch.ones_like(ids)
     if setting.padded and rows > 1:
+        # One padded token is enough for attention to need a mask, which selects another kernel with other memory.
         mask[0, -1] = 0
     batch: Batch = {"input_ids": ids, "attention_mask": mask}
     if "ForQuestionAnswering" in kind:
@@ -136,6 +138,7 @@ def preference_step(model: Any, setting: Setting, last_good: LastGood) -> Step:
         ConfigError: a model or method that TRL can't train so.
         MissingDependencyError: TRL isn't installed.
     """
+    # grpo scores prompt and answer in one sequence: both need positions.
     longest = setting.sequence + (setting.drawn_tokens if setting.task == "grpo" else 0)
     check_length(model.config, longest)
     trainer = _trainer(model, setting, last_good, longest)
@@ -196,6 +199,8 @@ def _preference_batch(trainer: Any, setting: Setting) -> Batch:
 
 def _preference_row(setting: Setting, number: int) -> dict[str, Any]:
     """A row in the columns that TRL's collators read, half of it the prompt; the first is a token shorter."""
+    # How a row is divided into prompt and answer changes no shape: both are read as one sequence. Ids are any in the
+    # vocabulary.
     prompt = [1] * (setting.sequence // 2)
     answer = [1] * (setting.sequence - len(prompt) - (setting.padded and setting.batch > 1 and not number))
     if setting.task == "dpo":
@@ -215,6 +220,7 @@ def _preference_row(setting: Setting, number: int) -> dict[str, Any]:
 
 def _grpo_batch(setting: Setting) -> Batch:
     """Answers that were drawn, with their advantages, as TRL's GRPO hands them to its loss."""
+    # prompt_ids (B, sequence) and completion_ids (B, drawn), advantages (B,); TRL concatenates them along the tokens.
     rows, answers = setting.batch, setting.drawn_tokens
     prompt, answer = (torch.ones(rows, length, dtype=torch.long) for length in (setting.sequence, answers))
     batch: Batch = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": answer,
@@ -225,6 +231,7 @@ def _grpo_batch(setting: Setting) -> Batch:
 
 LEARNING_RATE = 1e-4
 """Any will do: memory doesn't depend on it."""
+# bitsandbytes.optim.optimizer.Optimizer8bit.get_state_buffer has the same bound.
 _PAGED_FROM = 100_000
 """bitsandbytes pages the state of parameters of at least so many numbers."""
 _TORCH: dict[str, Any] = {
@@ -317,6 +324,7 @@ def last_token(persistent: MemoryBreakdown, cache: Any, prompt: int, answer: int
     layers = [sum(tensor.nbytes for tensor in layer) for layer in layers_of(cache)]
     rows = layers_of(cache)[0][0].shape[0]
 
+    # Keys and values (B, heads, T, width) are linear in T: bytes of the prompts times (prompt + answer) / prompt.
     def grown(nbytes: int) -> int:
         return nbytes * (prompt + answer) // prompt
 
@@ -332,6 +340,8 @@ def generation_work(
     """Work of prompts and answers: a token computes as one of the prompt does, and reads all weights and the cache."""
     layers = layers_of(cache)
     held = sum(tensor.nbytes for layer in layers for tensor in layer)
+    # The head: 2 B V D for each drawn token, where the prompts need logits of their last token alone.
     flops = prompts.flops * (prompt + answer) // prompt + 2 * layers[0][0].shape[0] * answer * head.numel()
+    # The cache grows from `prompt` to `prompt + answer` tokens: on average it has prompt + answer / 2.
     mean = held * (2 * prompt + answer) // (2 * prompt)
     return Work(flops, prompts.bytes_moved + answer * (persistent.weights + persistent.adapter + mean))

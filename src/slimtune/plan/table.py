@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slimtune.console.figure import check_picture, new_figure, write
 from slimtune.errors import check_choice
@@ -86,6 +87,13 @@ class TableCell:
         """Simulated against the rule of thumb."""
         return self.gigabytes / self.rule_of_thumb_gb
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; bytes, and the rule of thumb in gigabytes."""
+        return {
+            "method": self.row.name, "size": self.size, "model": SIZES[self.size], "peak_bytes": self.plan.peak_bytes,
+            "parts": self.plan.peak.parts.named(), "rule_of_thumb_gb": self.rule_of_thumb_gb, "holds": self.row.holds,
+        }  # fmt: skip
+
 
 def setting(row: TableRow, batch: int = 1, sequence: int = 512, rank: int = 16, checkpointing: bool = True) -> Setting:
     """How a row is simulated: bf16, one example of 512 tokens, checkpointing, LoRA on all linear layers."""
@@ -119,6 +127,7 @@ def classic_table(
     for size in sizes:
         check_choice("size", size, tuple(SIZES))
     cells = []
+    # One simulation a cell: 4 methods by 5 sizes, about a second each.
     for row in ROWS:
         for size, figure in zip(SIZES, row.rule_of_thumb, strict=True):
             if size in sizes:

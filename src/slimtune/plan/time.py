@@ -34,7 +34,7 @@ from slimtune.models.device import pick_device
 from slimtune.plan.devices import HALF_PRECISIONS, Device
 from slimtune.plan.memory import STEP, MemoryPlan, Setting, Work
 from slimtune.plan.memory_tracker import MemoryTracker
-from slimtune.storage.atomic import staged_file
+from slimtune.storage.atomic import write_file
 from slimtune.storage.source import cache_dir
 
 USUAL_EFFICIENCY = 0.6
@@ -63,6 +63,7 @@ class Rates:
 
     def seconds(self, work: Work, is_half: bool) -> float:
         """How long this work takes with products in 16 or 32 bits."""
+        # Seconds = flops / (flops/s) + bytes / (bytes/s): a roofline whose two sides add up instead of max().
         flops = self.flops_16bit if is_half else self.flops_32bit
         return self.slack * (work.flops / flops + work.bytes_moved / self.bandwidth)
 
@@ -128,12 +129,16 @@ def duration(
     check_number("epochs", epochs, 0)
     setting = plan.setting
     drawn, longer = (setting.generations, setting.drawn_tokens) if setting.task == "grpo" else (1, 0)
+    # Micro-batches of `batch` examples on each of `devices`; a last one that is not full counts as one.
     batches = math.ceil(lengths.examples * drawn * epochs / (setting.batch * devices))
     steps = max(1, math.ceil(batches / setting.accumulation))
+    # Rows are padded to the longest of their batch; each drawn answer of grpo is as long as it may be.
     tokens = (lengths.padded(setting.batch) + lengths.examples * longer) * drawn * epochs
+    # Tokens of one simulated step, by which its seconds are scaled to all tokens of the data.
     planned = setting.batch * setting.accumulation * (setting.sequence + longer) * devices
     exchange = batches * _exchange_seconds(plan, device, devices)
     seconds = step_seconds(plan, rates) * tokens / planned + exchange
+    # US dollars: every device is rented for the whole time.
     cost = None if device.price_per_hour is None else devices * seconds / 3600 * device.price_per_hour
     return Duration(steps, seconds / steps, seconds, round(tokens), cost, rates.is_measured, exchange)
 
@@ -143,6 +148,8 @@ def _exchange_seconds(plan: MemoryPlan, device: Device, devices: int) -> float:
     return plan.exchanged_bytes(devices) / (device.link() * USUAL_LINK) if devices > 1 else 0.0
 
 
+# (1024, 2048) @ (2048, 2048), 8.6 GFLOP: large enough to reach the rate of a training, small enough for a CPU. 256 MB
+# copied are more than any cache holds.
 ROWS, WIDTH = 1024, 2048
 COPIED_BYTES = 2**28
 SECONDS_EACH = 5.0
@@ -169,6 +176,7 @@ def calibrate(device: Device, log: Callable[[str], None] = lambda line: None) ->
         f"memory: {rates.bandwidth / 1e9:.3g} GB/s"
     )
     measured, work = _step(device_type, half)
+    # What the step takes beyond products and copies: launches, and the Python around them.
     slack = measured / rates.seconds(work, is_half=half is not torch.float32)
     log(f"a small training step: {measured:.3g} s, {slack:.2f} times what its parts take")
     rates = replace(rates, slack=slack)
@@ -195,8 +203,7 @@ def _key(device: Device) -> str:
 def _store(device: Device, rates: Rates) -> None:
     path = calibration_file()
     everything = _read() | {_key(device): asdict(rates)}
-    with staged_file(path) as scratch:
-        scratch.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(everything, indent=2) + "\n")
 
 
 def _read() -> dict[str, Any]:
@@ -230,12 +237,14 @@ def _synchronise(device_type: str) -> None:
 
 def _product_flops(device_type: str, dtype: torch.dtype) -> float:
     left, right = (torch.randn(size, device=device_type).to(dtype) for size in ((ROWS, WIDTH), (WIDTH, WIDTH)))
+    # A multiplication and its addition count as two operations.
     return 2 * ROWS * WIDTH * WIDTH / _seconds(lambda: left @ right, device_type)
 
 
 def _bandwidth(device_type: str) -> float:
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device_type)
     target = torch.empty_like(source)
+    # Each byte is read once and written once.
     return 2 * COPIED_BYTES / _seconds(lambda: target.copy_(source), device_type)
 
 

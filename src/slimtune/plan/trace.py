@@ -118,6 +118,7 @@ def prepare(
     """The model as the setting stores it, with the adapter attached. Raises: ConfigError, TargetError."""
     from transformers.initialization import no_init_weights
 
+    # Two trackers: what building allocates beside the weights is gone before training, and must not count there.
     builder = FakeMemoryTracker() if fake else MemoryTracker()
     overhead = 0
     with _tracking(builder, "load"), no_init_weights() if fake else contextlib.nullcontext():
@@ -128,6 +129,8 @@ def prepare(
         FakeMemoryTracker(rounded, builder.fake) if isinstance(builder, FakeMemoryTracker) else MemoryTracker(rounded)
     )
     with _tracking(tracker, "attach"):
+        # Claimed before the adapter is attached, so that `adapter` is what appears between here and the end of
+        # attaching.
         weights = tracker.storages_of(_stored_tensors(model, setting))
         if setting.method is not None:
             # A copy: attaching writes the resolved targets into a config.
@@ -141,6 +144,7 @@ def prepare(
         last_good = LastGood(model, has_copy=setting.method is not None)
         step = preference_step(model, setting, last_good) if setting.task else supervised_step(model, setting)
     run = TracedRun(setting, tracker, model, step, last_good, overhead, _counts(model, setting))
+    # The first category that a storage gets is its own: tied weights and views count once.
     run.assign("weights", weights)
     run.assign("adapter", tracker.live())
     return run
@@ -193,6 +197,8 @@ def train(run: TracedRun, steps: int = 1) -> None:
             # A third micro-batch would find what the second one does: gradients to add to.
             for _ in range(min(setting.accumulation, 2)):
                 with _tracking(tracker, "forward"), autocast:
+                    # What is there after the forward pass and was not before it is kept for the backward pass:
+                    # activations and masks.
                     before = {id(storage) for storage in tracker.live()}
                     loss = run.step.loss(batch)
                     saved_for_backward = [storage for storage in tracker.live() if id(storage) not in before]
@@ -200,8 +206,11 @@ def train(run: TracedRun, steps: int = 1) -> None:
                 with _tracking(tracker, "backward"):
                     (loss / setting.accumulation if setting.accumulation > 1 else loss).backward()
                     del loss
+                    # After backward() only leaves have a gradient; those of activations came and went within it
+                    # (workspace).
                     run.assign("gradients", tracker.storages_of(p.grad for p in trained if p.grad is not None))
             with _tracking(tracker, "update"):
+                # The state appears with the first step (Adam: two moments and a counter for each parameter).
                 optimizer.step()
                 for parameter in trained:
                     state = [t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)]
@@ -237,6 +246,7 @@ def _generate(run: TracedRun) -> None:
     setting, tracker, model = run.setting, run.tracker, run.model.eval()
     rows, prompt, answer = setting.batch * setting.accumulation, setting.sequence, setting.drawn_tokens
     head = model.get_output_embeddings().weight
+    # What lasts between steps: weights, adapter, optimizer state; generation has no gradients.
     persistent = _breakdown_of(run, tracker.live())
     with _tracking(tracker, "generation"), tracker.locator.following(), torch.no_grad():  # type: ignore[union-attr]
         cache = prefill(model, rows, prompt)
@@ -260,12 +270,15 @@ def _merge(run: TracedRun) -> None:
 
 def _summary(run: TracedRun, blocks: Blocks | None) -> TraceSummary:
     """The peak of each phase and module, and the totals."""
+    # (categories, operations + 2) int64: for 7 categories and the 100,000 operations of a large step 6 MB.
     live = _timeline(run)
+    # Bytes that are live at each operation; the peak of a phase is the largest of its operations.
     totals = live.sum(0)
     snapshots: dict[Key, Snapshot] = {("load", "", False): _loading_peak(run)}
     for operation in run.tracker.operations:
         location = operation.location
         label = blocks.label(location.module, run.counts.depth) if blocks else location.module
+        # Peaks are kept by phase and module, for `extrapolate` continues each of them on its own.
         key = operation.phase, label or "", location.in_loss
         total = int(totals[operation.time])
         if label is not None and (key not in snapshots or total > snapshots[key].total):
@@ -312,6 +325,7 @@ def _timeline(run: TracedRun) -> np.ndarray:
     for storage in tracker.storages:
         if id(storage) not in run.paged and storage.died >= storage.born:
             row = CATEGORIES.index(_category_of(run, storage))
+            # A difference array: + at birth, - behind death, and the running sum is what is live.
             changes[row, storage.born] += storage.nbytes
             changes[row, min(storage.died, tracker.time) + 1] -= storage.nbytes
     # What appears and goes at each operation, summed up from the first one on.

@@ -20,7 +20,7 @@ class CompareSettings:
 
     Attributes:
         methods: names of `slimtune methods`, `qlora`, and variants such as `lora:r=64`.
-        shots: how many examples stand in the prompt of the model as it comes; 0 asks it outright. None tries 0, 1 and 4
+        shots: how many examples stand in the prompt of the model as it comes; 0 gives none. None tries 0, 1 and 4
             where the model writes text, and none where it doesn't.
         random_labels: whether the longest prompt is tried with answers dealt at random, too.
         learning_rates: of methods by name, in place of their own or the recipe's.

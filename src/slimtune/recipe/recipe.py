@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, check_choice, listing
-from slimtune.evaluate.settings import EvaluationSettings
+from slimtune.evaluate.scorers import EvaluationSettings
 from slimtune.models.device import DTYPES
 from slimtune.quantization.config import settings_of
 from slimtune.recipe.method import FEATURES, FULL, Method, configure, field_of, find, methods, plain_fields

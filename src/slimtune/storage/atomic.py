@@ -55,6 +55,12 @@ def staged_file(output: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with staged_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
 def _replace(scratch: Path, output: Path) -> None:
     if not output.exists() or not any(output.iterdir()):
         os.replace(scratch, output)

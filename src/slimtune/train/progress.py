@@ -50,7 +50,7 @@ class ProgressBar(TrainerCallback):
         if "loss" not in logs:
             return
         speed = f"{(state.num_input_tokens_seen - self.first_tokens) / max(seconds, 1e-9):,.0f} tokens/s"
-        self.counting.reach(step, told=f"loss {logs['loss']:.4f}  {speed}")
+        self.counting.reach(step, beside=f"loss {logs['loss']:.4f}  {speed}")
 
     def close(self) -> None:
         """Give the terminal back, however the training ended."""

@@ -17,12 +17,12 @@ BAND = (10, 90)
 """Percent of the singular values that the band leaves below and above."""
 
 
-def most_telling(found: Spectra) -> Spectrum:
+def most_telling(spectra: Spectra) -> Spectrum:
     """The matrix with the most intruders, or else the largest change."""
-    return max(found.matrices, key=lambda one: (len(one.intruders), one.relative_norm))
+    return max(spectra.matrices, key=lambda one: (len(one.intruders), one.relative_norm))
 
 
-def plot_spectra(found: Spectra, shown: Spectrum, cosines_JI: Tensor, picture: Path, title: str) -> None:
+def plot_spectra(spectra: Spectra, shown: Spectrum, cosines_JI: Tensor, picture: Path, title: str) -> None:
     """Draw all three panels.
 
     Args:
@@ -35,23 +35,23 @@ def plot_spectra(found: Spectra, shown: Spectrum, cosines_JI: Tensor, picture: P
     figure = new_figure(15, 4.6)
     figure.suptitle(title)
     values, matrix, counts = figure.subplots(1, 3)
-    _values(values, found)
-    image = _matrix(matrix, found, shown, cosines_JI)
+    _values(values, spectra)
+    image = _matrix(matrix, spectra, shown, cosines_JI)
     figure.colorbar(image, ax=matrix, label="|cosine|")
-    _counts(counts, found)
+    _counts(counts, spectra)
     write(figure, picture)
 
 
-def _layers(found: Spectra) -> dict[Any, list[Spectrum]]:
+def _layers(spectra: Spectra) -> dict[Any, list[Spectrum]]:
     """The matrices by block; those outside of blocks are one group."""
     groups: dict[Any, list[Spectrum]] = {}
-    for one in found.matrices:
+    for one in spectra.matrices:
         groups.setdefault("other" if one.layer is None else one.layer, []).append(one)
     return groups
 
 
-def _values(axes: Any, found: Spectra) -> None:
-    groups = _layers(found)
+def _values(axes: Any, spectra: Spectra) -> None:
+    groups = _layers(spectra)
     places = range(len(groups))
     pooled = [np.concatenate([np.array(one.values) for one in own]) for own in groups.values()]
     # What is rounding says nothing and would draw the band to zero on a logarithmic axis.
@@ -68,7 +68,7 @@ def _values(axes: Any, found: Spectra) -> None:
     axes.legend(fontsize="small")
 
 
-def _matrix(axes: Any, found: Spectra, shown: Spectrum, cosines_JI: Tensor) -> Any:
+def _matrix(axes: Any, spectra: Spectra, shown: Spectrum, cosines_JI: Tensor) -> Any:
     image = axes.imshow(cosines_JI.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set(xlabel="singular vector before", ylabel="singular vector after", title=shown.name)
     axes.title.set_fontsize("medium")
@@ -80,19 +80,19 @@ def _matrix(axes: Any, found: Spectra, shown: Spectrum, cosines_JI: Tensor) -> A
         )  # fmt: skip
     count = len(shown.intruders)
     what = f"{count} intruders (arrows)" if count else "no intruders"
-    axes.text(0.98, 0.98, f"{what} among the first {found.top}", transform=axes.transAxes, color="white", ha="right",
+    axes.text(0.98, 0.98, f"{what} among the first {spectra.top}", transform=axes.transAxes, color="white", ha="right",
               va="top", fontsize="small")  # fmt: skip
     return image
 
 
-def _counts(axes: Any, found: Spectra) -> None:
-    groups = _layers(found)
+def _counts(axes: Any, spectra: Spectra) -> None:
+    groups = _layers(spectra)
     bottom = np.zeros(len(groups))
-    for kind in dict.fromkeys(one.kind for one in found.matrices):
+    for kind in dict.fromkeys(one.kind for one in spectra.matrices):
         heights = np.array([sum(len(o.intruders) for o in own if o.kind == kind) for own in groups.values()])
         axes.bar(range(len(groups)), heights, bottom=bottom, label=kind)
         bottom += heights
-    title = f"{found.intruders} intruder dimensions (epsilon {found.epsilon:g}, first {found.top})"
+    title = f"{spectra.intruders} intruder dimensions (epsilon {spectra.epsilon:g}, first {spectra.top})"
     axes.set(xlabel="layer", ylabel="intruder dimensions", title=title)
     axes.set_ylim(0, max(1.0, 1.4 * bottom.max()))
     axes.yaxis.get_major_locator().set_params(integer=True)

@@ -48,24 +48,24 @@ class Scaling:
 
 @torch.no_grad()
 def scalings(
-    updates: Updates, found: Spectra, factor: float, on_matrix: Callable[[], None] | None = None
+    updates: Updates, spectra: Spectra, factor: float, on_matrix: Callable[[], None] | None = None
 ) -> list[Scaling]:
     """What scaling the intruders that were found by `factor` adds to each matrix that has some."""
-    chosen = {one.name: [intruder.index for intruder in one.intruders] for one in found.matrices if one.intruders}
+    chosen = {one.name: [intruder.index for intruder in one.intruders] for one in spectra.matrices if one.intruders}
     result = []
     for matrix in updates.matrices:
         if matrix.name in chosen:
-            result.append(_scaling(matrix, chosen[matrix.name], factor, found))
+            result.append(_scaling(matrix, chosen[matrix.name], factor, spectra))
             if on_matrix:
                 on_matrix()
     return result
 
 
-def _scaling(matrix: TunedMatrix, which: list[int], factor: float, found: Spectra) -> Scaling:
+def _scaling(matrix: TunedMatrix, which: list[int], factor: float, spectra: Spectra) -> Scaling:
     update = matrix.read()
     change = scaled_change(decompose(update.after), which, factor)
     again = decompose(update.after + change[0] @ change[1])
-    left = intruders(again, decompose(update.before).left, found.top, found.epsilon)
+    left = intruders(again, decompose(update.before).left, spectra.top, spectra.epsilon)
     return Scaling(matrix, change, len(which), len(left))
 
 

@@ -12,7 +12,7 @@ from slimtune.console.progress import Watch
 from slimtune.evaluate.forgetting import MAX_LENGTH, Forgetting, all_passages, compare
 from slimtune.evaluate.language_loss import Passage, Text, has_language_loss, losses
 from slimtune.evaluate.result import Evaluation
-from slimtune.evaluate.run import Prepared, evaluate
+from slimtune.evaluate.run import PreparedTask, evaluate
 from slimtune.metrics.intervals import bootstrap
 
 
@@ -28,11 +28,11 @@ class Yardsticks:
 
     outside: Mapping[str, Sequence[Text]]
     task: Mapping[str, Sequence[Text]] = field(default_factory=dict)
-    questions: Prepared | None = None
+    questions: PreparedTask | None = None
 
 
 @dataclass(frozen=True)
-class Trade:
+class LossTradeOff:
     """The losses of three models on the same texts, in nats per token.
 
     Attributes:
@@ -46,7 +46,7 @@ class Trade:
     change: Forgetting
 
     @classmethod
-    def of(cls, read: Sequence[Passage], base: np.ndarray, tuned: np.ndarray, scaled: np.ndarray) -> Trade:
+    def of(cls, read: Sequence[Passage], base: np.ndarray, tuned: np.ndarray, scaled: np.ndarray) -> LossTradeOff:
         """From the summed losses of each passage."""
         return cls(*(compare(read, one, two, worst=0) for one, two in ((base, tuned), (base, scaled), (tuned, scaled))))
 
@@ -56,7 +56,7 @@ class Trade:
 
 
 @dataclass(frozen=True)
-class Answered:
+class ScoreChange:
     """The score of a task's questions, of the tuned model and of the scaled one.
 
     Attributes:
@@ -70,7 +70,7 @@ class Answered:
     interval: tuple[float, float]
 
     @classmethod
-    def of(cls, tuned: Evaluation, scaled: Evaluation) -> Answered:
+    def of(cls, tuned: Evaluation, scaled: Evaluation) -> ScoreChange:
         """From two evaluations of the same questions."""
         name = tuned.metric
         pairs = zip(tuned.answers, scaled.answers, strict=True)
@@ -115,17 +115,19 @@ class Measurements:
 
         self.answers[name] = evaluate(model, self.tokenizer, self.questions, progress)
 
-    def on_outside(self) -> Trade | None:
+    def on_outside(self) -> LossTradeOff | None:
         """The losses on texts of other domains."""
         return self._trade(self.outside, slice(0, len(self.outside)))
 
-    def on_task(self) -> Trade | None:
+    def on_task(self) -> LossTradeOff | None:
         """The losses on texts of the task."""
         return self._trade(self.task, slice(len(self.outside), None))
 
-    def _trade(self, read: list[Passage], own: slice) -> Trade | None:
-        return Trade.of(read, *(self.losses[name][own] for name in ("base", "tuned", "scaled"))) if read else None
+    def _trade(self, read: list[Passage], own: slice) -> LossTradeOff | None:
+        return (
+            LossTradeOff.of(read, *(self.losses[name][own] for name in ("base", "tuned", "scaled"))) if read else None
+        )
 
-    def answered(self) -> Answered | None:
+    def answered(self) -> ScoreChange | None:
         """The scores, where questions were asked."""
-        return Answered.of(self.answers["tuned"], self.answers["scaled"]) if self.answers else None
+        return ScoreChange.of(self.answers["tuned"], self.answers["scaled"]) if self.answers else None

@@ -55,8 +55,8 @@ class TunedMatrix:
     @property
     def layer(self) -> int | None:
         """The number of the block that it is in."""
-        found = re.search(r"\.(\d+)\.", f".{self.module}.")
-        return int(found[1]) if found else None
+        block = re.search(r"\.(\d+)\.", f".{self.module}.")
+        return int(block[1]) if block else None
 
     @property
     def kind(self) -> str:
@@ -97,7 +97,7 @@ def adapter_updates(model: Any, name: str, embeddings: bool = False) -> Updates:
             f"the adapter '{name}' changes no weights, so that there is no update to take apart ({min(reasons)}); "
             "compare its losses with slimtune forgetting instead"
         )
-    ends, left_out, found = _ends(model), [], []
+    ends, left_out, tuned = _ends(model), [], []
     for path, module in modules:
         changed = [
             TunedMatrix(path, parameter, expert, _reader(path, module, name, parameter, expert))
@@ -106,8 +106,8 @@ def adapter_updates(model: Any, name: str, embeddings: bool = False) -> Updates:
         if changed and id(module) in ends and not embeddings:
             left_out.append(path)
         else:
-            found += changed
-    return Updates(_some(found, left_out, f"the adapter '{name}'"), left_out)
+            tuned += changed
+    return Updates(_some(tuned, left_out, f"the adapter '{name}'"), left_out)
 
 
 def model_updates(before: Any, after: Any, embeddings: bool = False) -> Updates:
@@ -121,7 +121,7 @@ def model_updates(before: Any, after: Any, embeddings: bool = False) -> Updates:
         ConfigError: no matrix differs.
     """
     bases, new = _counterparts(before, after)
-    ends, left_out, found = _ends(after), new, []
+    ends, left_out, tuned = _ends(after), new, []
     for path, module in after.named_modules():
         changed = []
         for parameter, tensor in ({} if path in new else _dense(module)).items():
@@ -142,8 +142,8 @@ def model_updates(before: Any, after: Any, embeddings: bool = False) -> Updates:
         if matrices and id(module) in ends and not embeddings:
             left_out.append(path)
         else:
-            found += matrices
-    return Updates(_some(found, left_out, "the tuned model"), left_out)
+            tuned += matrices
+    return Updates(_some(tuned, left_out, "the tuned model"), left_out)
 
 
 def _counterparts(before: Any, after: Any) -> tuple[dict[str, nn.Module], list[str]]:
@@ -157,15 +157,15 @@ def _counterparts(before: Any, after: Any) -> tuple[dict[str, nn.Module], list[s
     return bases, [path for path in outside if path and _dense(after.get_submodule(path))]
 
 
-def _some(found: list[TunedMatrix], left_out: list[str], what: str) -> list[TunedMatrix]:
-    if not found and left_out:
+def _some(tuned: list[TunedMatrix], left_out: list[str], what: str) -> list[TunedMatrix]:
+    if not tuned and left_out:
         raise ConfigError(f"{what} changes only embeddings or heads ({listing(left_out)}); pass --embeddings")
-    if not found:
+    if not tuned:
         raise ConfigError(
             f"{what} changes no weight matrix, so that there is no update to take apart; compare the losses with "
             "slimtune forgetting instead"
         )
-    return found
+    return tuned
 
 
 def _ends(model: Any) -> set[int]:

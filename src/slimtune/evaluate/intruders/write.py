@@ -19,7 +19,7 @@ from slimtune.evaluate.intruders.scale import (
 )
 from slimtune.evaluate.intruders.spectra import Spectra, measure
 from slimtune.evaluate.intruders.svd import EPSILON, TOP
-from slimtune.evaluate.intruders.trade_off import Answered, Measurements, Trade, Yardsticks
+from slimtune.evaluate.intruders.trade_off import LossTradeOff, Measurements, ScoreChange, Yardsticks
 from slimtune.evaluate.intruders.updates import Updates, adapter_updates, model_updates
 from slimtune.evaluate.tuned import Tuned
 from slimtune.storage.atomic import staged
@@ -30,7 +30,7 @@ ORIGINAL, SCALED = "tuned", "default"
 
 
 @dataclass(frozen=True)
-class Mitigated:
+class MitigationReport:
     """What was written, and what it is worth.
 
     Attributes:
@@ -50,9 +50,9 @@ class Mitigated:
     count: int
     left: int
     spectra: Spectra
-    outside: Trade | None
-    task: Trade | None
-    answered: Answered | None
+    outside: LossTradeOff | None
+    task: LossTradeOff | None
+    answered: ScoreChange | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def mitigate(
     embeddings: bool = False,
     overwrite: bool = False,
     watch: Watch | None = None,
-) -> Mitigated:
+) -> MitigationReport:
     """Scale the intruders' singular values by `factor`, measure what that does, and write the result.
 
     A LoRA stays one, of a higher rank where an intruder was scaled; anything else becomes a plain model.
@@ -133,16 +133,16 @@ def mitigate(
     began, watch = time.monotonic(), watch or Watch()
     with staged(output, overwrite) as folder:
         models = _Models(tuned, as_model)
-        found, changes = _changes(models.updates(embeddings), tuned.source, factor, top, epsilon, watch)
+        spectra, changes = _changes(models.updates(embeddings), tuned.source, factor, top, epsilon, watch)
         taken = Measurements(models.model, models.tokenizer, yardsticks, watch)
         models.measure_before(taken)
         models.scale(changes)
         taken.read("scaled", models.model)
         taken.ask("scaled", models.model)
         models.save(folder)
-    return Mitigated(
+    return MitigationReport(
         output, "model" if models.why_model else "adapter", models.why_model, factor,
-        sum(one.scaled for one in changes), sum(one.left for one in changes), found,
+        sum(one.scaled for one in changes), sum(one.left for one in changes), spectra,
         taken.on_outside(), taken.on_task(), taken.answered(), time.monotonic() - began,
     )  # fmt: skip
 
@@ -151,11 +151,11 @@ def _changes(
     updates: Updates, source: str, factor: float, top: int, epsilon: float, watch: Watch
 ) -> tuple[Spectra, list[Scaling]]:
     watch.start("decomposing matrices", len(updates.matrices))
-    found = measure(updates, top, epsilon, on_matrix=lambda: watch.step(1))
-    if not found.intruders:
+    spectra = measure(updates, top, epsilon, on_matrix=lambda: watch.step(1))
+    if not spectra.intruders:
         raise ConfigError(
             f"{source} has no intruder dimensions among the first {top} singular vectors of its matrices with epsilon "
             f"{epsilon:g}, so that there is nothing to scale; raise --epsilon or --top"
         )
-    watch.start("scaling matrices", sum(bool(one.intruders) for one in found.matrices))
-    return found, scalings(updates, found, factor, lambda: watch.step(1))
+    watch.start("scaling matrices", sum(bool(one.intruders) for one in spectra.matrices))
+    return spectra, scalings(updates, spectra, factor, lambda: watch.step(1))

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slimtune.compare import statistics
-from slimtune.compare.statistics import Scores, compare_all, detectable, difference, holm, interval, paired_p, spread
 from slimtune.errors import DataError
+from slimtune.metrics import seeds
+from slimtune.metrics.seeds import (
+    SeedScores,
+    compare_all,
+    detectable,
+    difference,
+    holm,
+    interval,
+    paired_p,
+    spread,
+)
 
 
 def table(seeds: int, questions: int, of_seeds: float, of_questions: float, rest: float, rng: object) -> np.ndarray:
@@ -67,7 +76,7 @@ def test_how_often_no_difference_is_called_one(
     seeds: int, at_least: float, at_most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """About one time of twenty; one seed alone, which knows nothing of others, one time of four."""
-    monkeypatch.setattr(statistics, "PERMUTATIONS", 500)
+    monkeypatch.setattr(seeds, "PERMUTATIONS", 500)
     rng, wrong = np.random.default_rng(2), 0
     for _ in range(600):
         easy = rng.normal(0, 1.5, 60)
@@ -112,7 +121,7 @@ def test_holm_by_hand() -> None:
 
 
 def test_what_is_detectable_is_seen_four_times_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "PERMUTATIONS", 500)
+    monkeypatch.setattr(seeds, "PERMUTATIONS", 500)
     rng = np.random.default_rng(3)
     least = np.median([detectable(table(3, 60, 0.05, 0.3, 0.3, rng)) for _ in range(200)])
     seen = [paired_p(table(3, 60, 0.05, 0.3, 0.3, rng) + least)[0] < 0.05 for _ in range(200)]
@@ -126,16 +135,16 @@ def test_five_questions_are_too_few_to_be_detected() -> None:
 
 
 def test_sides_are_paired_by_seed_and_a_side_without_seeds_with_all() -> None:
-    seeded = Scores({0: [1, 1], 2: [0, 1]})
-    np.testing.assert_array_equal(difference(seeded, Scores({2: [1, 1], 3: [0, 0]})), [[-1, 0]])
-    np.testing.assert_array_equal(difference(Scores({0: [1, 0]}, is_seeded=False), seeded), [[0, -1], [1, -1]])
-    np.testing.assert_array_equal(difference(seeded, Scores({0: [1, 0]}, is_seeded=False)), [[0, 1], [-1, 1]])
+    seeded = SeedScores({0: [1, 1], 2: [0, 1]})
+    np.testing.assert_array_equal(difference(seeded, SeedScores({2: [1, 1], 3: [0, 0]})), [[-1, 0]])
+    np.testing.assert_array_equal(difference(SeedScores({0: [1, 0]}, is_seeded=False), seeded), [[0, -1], [1, -1]])
+    np.testing.assert_array_equal(difference(seeded, SeedScores({0: [1, 0]}, is_seeded=False)), [[0, 1], [-1, 1]])
 
 
-@pytest.mark.parametrize("other", [Scores({5: [1, 1]}), Scores({0: [1, 1, 1]})])
-def test_what_has_nothing_in_common_is_refused(other: Scores) -> None:
+@pytest.mark.parametrize("other", [SeedScores({5: [1, 1]}), SeedScores({0: [1, 1, 1]})])
+def test_what_has_nothing_in_common_is_refused(other: SeedScores) -> None:
     with pytest.raises(DataError, match="in common"):
-        difference(Scores({0: [1, 1]}), other)
+        difference(SeedScores({0: [1, 1]}), other)
 
 
 def test_a_single_question_has_no_interval() -> None:
@@ -145,7 +154,7 @@ def test_a_single_question_has_no_interval() -> None:
 
 def test_pairs_are_corrected_for_all_that_were_asked() -> None:
     rng = np.random.default_rng(4)
-    scores = {name: Scores({s: rng.random(30).tolist() for s in range(3)}) for name in "abc"}
+    scores = {name: SeedScores({s: rng.random(30).tolist() for s in range(3)}) for name in "abc"}
     pairs = compare_all(scores)
     assert [(pair.first, pair.second) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert [pair.adjusted for pair in pairs] == holm([pair.p_value for pair in pairs])
