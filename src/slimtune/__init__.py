@@ -19,6 +19,25 @@ _HOME = {
     "get_peft_model": "adapters.model",
     "get_peft_model_state_dict": "adapters.adapter",
     "set_peft_model_state_dict": "adapters.adapter",
+    "PeftMixedModel": "adapters.compat",
+    "PeftModelForCausalLM": "adapters.compat",
+    "PeftModelForSeq2SeqLM": "adapters.compat",
+    "PeftModelForSequenceClassification": "adapters.compat",
+    "PeftModelForTokenClassification": "adapters.compat",
+    "PeftModelForQuestionAnswering": "adapters.compat",
+    "PeftModelForFeatureExtraction": "adapters.compat",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "adapters.compat",
+    "get_peft_config": "adapters.compat",
+    "inject_adapter_in_model": "adapters.compat",
+    "load_peft_weights": "adapters.compat",
+    "get_base_model_state_dict": "adapters.compat",
+    "cast_mixed_precision_params": "adapters.compat",
+    "rescale_adapter_scale": "adapters.compat",
+    "disable_input_dtype_casting": "adapters.compat",
+    "prepare_model_for_compiled_hotswap": "adapters.compat",
+    "hotswap_adapter": "adapters.compat",
+    "get_layer_status": "adapters.model_views",
+    "get_model_status": "adapters.model_views",
     "AutoPeftModel": "models.auto",
     "AutoPeftModelForCausalLM": "models.auto",
     "AutoPeftModelForFeatureExtraction": "models.auto",
@@ -43,14 +62,36 @@ _HOME = {
     "create_loraplus_optimizer": "train.optimizer",
 }
 
+_MADE = {"PeftType": "peft_types", "PEFT_TYPE_TO_CONFIG_MAPPING": "type_to_config"}
+"""What is made from the methods that there are."""
+
 if TYPE_CHECKING:
     # What type checkers and editors see; at run time a method's file alone enrols its config.
     from slimtune.adapters.adapter import get_peft_model_state_dict as get_peft_model_state_dict
     from slimtune.adapters.adapter import set_peft_model_state_dict as set_peft_model_state_dict
+    from slimtune.adapters.compat import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    from slimtune.adapters.compat import PeftMixedModel as PeftMixedModel
+    from slimtune.adapters.compat import PeftModelForCausalLM as PeftModelForCausalLM
+    from slimtune.adapters.compat import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from slimtune.adapters.compat import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from slimtune.adapters.compat import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from slimtune.adapters.compat import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from slimtune.adapters.compat import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from slimtune.adapters.compat import cast_mixed_precision_params as cast_mixed_precision_params
+    from slimtune.adapters.compat import disable_input_dtype_casting as disable_input_dtype_casting
+    from slimtune.adapters.compat import get_base_model_state_dict as get_base_model_state_dict
+    from slimtune.adapters.compat import get_peft_config as get_peft_config
+    from slimtune.adapters.compat import hotswap_adapter as hotswap_adapter
+    from slimtune.adapters.compat import inject_adapter_in_model as inject_adapter_in_model
+    from slimtune.adapters.compat import load_peft_weights as load_peft_weights
+    from slimtune.adapters.compat import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+    from slimtune.adapters.compat import rescale_adapter_scale as rescale_adapter_scale
     from slimtune.adapters.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from slimtune.adapters.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from slimtune.adapters.model import PeftModel as PeftModel
     from slimtune.adapters.model import get_peft_model as get_peft_model
+    from slimtune.adapters.model_views import get_layer_status as get_layer_status
+    from slimtune.adapters.model_views import get_model_status as get_model_status
     from slimtune.core.config import PeftConfig as PeftConfig
     from slimtune.core.config import TaskType as TaskType
     from slimtune.methods.adalora import AdaLoraConfig as AdaLoraConfig
@@ -101,6 +142,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("slimtune.plan")  # a package that is called
     if name in _HOME:
         value = getattr(importlib.import_module(f"slimtune.{_HOME[name]}"), name)
+    elif name in _MADE:
+        value = getattr(importlib.import_module("slimtune.adapters.compat"), _MADE[name])()
     elif name.endswith("Config"):
         # A method is enrolled by its file being there; its config needs no entry here.
         from slimtune.core.config import methods
@@ -117,4 +160,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from slimtune.core.config import methods
 
-    return ["__version__", "plan", *_HOME, *(config.__name__ for config in methods().values())]
+    return ["__version__", "plan", *_HOME, *_MADE, *(config.__name__ for config in methods().values())]

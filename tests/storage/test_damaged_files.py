@@ -179,7 +179,7 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     ),
     "another shape": lambda tensors: tensors.update({max(tensors): torch.ones(3, 3)}),
     "transposed": lambda tensors: tensors.update({max(tensors): tensors[max(tensors)].t().contiguous()}),
-    "another prefix": lambda tensors: [tensors.update({f"module.{key}": tensors.pop(key)}) for key in list(tensors)],
+    "another prefix": lambda tensors: [tensors.update({f"other.{key}": tensors.pop(key)}) for key in list(tensors)],
 }
 
 

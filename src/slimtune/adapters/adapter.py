@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from slimtune.adapters.adopt import Adopted, adopt, attach_to
 from slimtune.adapters.embeddings import base_copies, saved_whole
+from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.targets import resolve, walk
 from slimtune.bases import base_of, claim
 from slimtune.bases.foreign import ForeignLinear
@@ -26,7 +29,7 @@ from slimtune.errors import (
     first_line,
     listing,
 )
-from slimtune.storage.peft_format import check_adapter_name, key
+from slimtune.storage.peft_format import check_adapter_name, key, without_wrappers
 
 _ALWAYS_TAKEN = 1024
 """Tensors as long as this take no memory to speak of."""
@@ -42,13 +45,16 @@ class Draft(NamedTuple):
     placed: Placed
 
 
-def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: bool, strict: bool) -> Draft:
+def draft(
+    model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: bool, strict: bool, replaces: bool = False
+) -> Draft:
     """All deltas of a new adapter, none attached yet: an error leaves the model and the config as they were.
 
     Modules that another library quantized become ours first, on the same storage.
 
     Args:
         strict: every pattern of the config must match; off for a config that was read from a file.
+        replaces: an adapter of that name may be there; it is to give way.
 
     Raises:
         TargetError, ConfigError, AdapterExistsError: as `get_peft_model`.
@@ -56,7 +62,7 @@ def draft(model: Any, name: str, config: PeftConfig, autocast_adapter_dtype: boo
     if not isinstance(model, nn.Module):
         raise ConfigError(f"an adapter attaches to a torch.nn.Module, found a {type(model).__name__}")
     check_adapter_name(name)
-    if name in getattr(model, "peft_config", {}):
+    if name in getattr(model, "peft_config", {}) and not replaces:
         raise AdapterExistsError(
             f"the model already has an adapter '{name}'; choose another name or delete it with delete_adapter"
         )
@@ -89,7 +95,13 @@ def _check_gradients(model: nn.Module, placed: Placed) -> None:
 
 
 def draft_stored(
-    model: Any, name: str, config: Any, tensors: Mapping[str, Tensor], source: str | Path, autocast: bool
+    model: Any,
+    name: str,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    source: str | Path,
+    autocast: bool,
+    ignore_mismatched_sizes: bool = False,
 ) -> Draft:
     """All deltas of an adapter that was stored, with its tensors in them, none attached yet.
 
@@ -103,12 +115,12 @@ def draft_stored(
         if size is not None and not (isinstance(size, int) and size <= longest):
             raise BaseMismatchError(f"'{source}' says {field}={size!r}, and no tensor in it is so long; restore it")
     try:
-        drafted = draft(model, name, config, autocast, strict=False)
+        drafted = draft(model, name, config, autocast, strict=False, replaces=True)
     except SlimtuneError:
         raise
     except RuntimeError as error:
         raise BaseMismatchError(f"'{source}' asks for tensors that can't be had: {first_line(error)}") from error
-    fill(model, drafted.config, drafted.placed, tensors, source)
+    fill(model, drafted.config, drafted.placed, tensors, source, ignore_mismatched_sizes=ignore_mismatched_sizes)
     return drafted
 
 
@@ -168,6 +180,13 @@ def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
     return list(seen.values())
 
 
+def detach(model: Any, name: str) -> None:
+    """Take an adapter's deltas off the modules."""
+    for _, module in adopted_modules(model):
+        if name in deltas_of(module):
+            del module.deltas[name]
+
+
 def attached(model: Any, name: str) -> Placed:
     """The deltas of an adapter that the model has."""
     return [
@@ -177,40 +196,68 @@ def attached(model: Any, name: str) -> Placed:
     ]
 
 
-def fill(model: Any, config: Any, placed: Placed, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy stored tensors into an adapter's deltas, each into its own.
+def fill(
+    model: Any,
+    config: Any,
+    placed: Placed,
+    tensors: Mapping[str, Tensor],
+    source: str | Path,
+    partial: bool = False,
+    ignore_mismatched_sizes: bool = False,
+) -> _IncompatibleKeys:
+    """Copy stored tensors into an adapter's deltas, each into its own; gives back the missing and the unexpected keys.
+
+    Args:
+        partial: take what there is, and warn of tensors that are missing or left over.
+        ignore_mismatched_sizes: leave tensors of another shape alone, and warn of them.
 
     Raises:
-        BaseMismatchError: a tensor is missing, left over or of another shape; nothing is copied then.
+        BaseMismatchError: nothing matches; or, unless it is wanted so, a tensor is missing, left over or of another
+            shape; nothing is copied then.
         ConfigError: what is stored serves inference alone.
     """
-    tensors = config.read(tensors, placed, source)
+    tensors = config.read(on_model(model, tensors), placed, source)
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in placed]
     own = {key(site.name, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
-    missing, strange = own.keys() - tensors.keys(), _strangers(model, placed, tensors, own.keys())
-    if missing or strange:
-        what = f"it lacks {listing(missing, 3)}" if missing else f"it holds {listing(strange, 3)} besides"
+    missing, strange = own.keys() - tensors.keys(), _strangers(model, placed, tensors, {*own})
+    matching = own.keys() & tensors.keys()
+    if (missing or strange) and not (partial and matching):
+        lacks = f"it lacks {listing(missing, 3)}" if missing else ""
+        holds = f"it holds {listing(strange, 3)} besides" if strange else ""
+        what = " and ".join(filter(None, [lacks, holds]))
         raise BaseMismatchError(
             f"'{source}' was made for another base or other targets: {what}; "
-            f"{len(own.keys() & tensors.keys())} of {len(own)} tensors match"
+            f"{len(matching)} of {len(own)} tensors match"
         )
     sites = {key(site.name, name): site for site, _, names in disk_names for name in names}
-    for name, tensor in own.items():
-        if tensors[name].is_complex() or tensors[name].is_floating_point() != tensor.is_floating_point():
-            raise BaseMismatchError(
-                f"'{name}' in '{source}' is of {tensors[name].dtype}, where {tensor.dtype} is trained; save the "
-                "adapter again from the trained model"
-            )
-        if tensor.shape != tensors[name].shape:
-            raise BaseMismatchError(
-                f"'{source}' was made for another base: '{name}' is {tuple(tensors[name].shape)} in the file and "
-                f"{tuple(tensor.shape)} on this model{_way_to_mend(sites[name], tensor, tensors[name])}"
-            )
+    mismatched = {name for name in matching if own[name].shape != tensors[name].shape}
+    for name in matching:
+        _check_fits(sites[name], name, own[name], tensors[name], source, ignore_mismatched_sizes)
+    for names, what in ((missing, "lacks"), (strange, "holds besides"), (mismatched, "has in another shape")):
+        if names:
+            warnings.warn(f"'{source}' {what} {listing(names, 3)}, which stay as they are", stacklevel=3)
+    taken = {name: tensors[name] for name in matching - mismatched}
     with torch.no_grad():
         for site, delta, names in disk_names:
-            inside = delta.from_disk({name: tensors[key(site.name, name)] for name in names})
+            whole = {name: taken.get(key(site.name, name), tensor) for name, tensor in names.items()}
+            inside = delta.from_disk(whole)
             for name, tensor in delta.state_dict().items():
                 tensor.copy_(inside[name])
+    return _IncompatibleKeys(sorted(missing), sorted(strange))
+
+
+def _check_fits(site: Site, name: str, own: Tensor, stored: Tensor, source: str | Path, any_shape: bool) -> None:
+    """See that a stored tensor is of the kind and shape of the delta's own. Raises: BaseMismatchError."""
+    if stored.is_complex() or stored.is_floating_point() != own.is_floating_point():
+        raise BaseMismatchError(
+            f"'{name}' in '{source}' is of {stored.dtype}, where {own.dtype} is trained; save the adapter again from "
+            "the trained model"
+        )
+    if own.shape != stored.shape and not any_shape:
+        raise BaseMismatchError(
+            f"'{source}' was made for another base: '{name}' is {tuple(stored.shape)} in the file and "
+            f"{tuple(own.shape)} on this model{_way_to_mend(site, own, stored)}"
+        )
 
 
 def _way_to_mend(site: Site, own: Tensor, stored: Tensor) -> str:
@@ -242,13 +289,25 @@ def adapter_tensors(model: Any, name: str, state_dict: Mapping[str, Tensor] | No
         state_dict: the model's tensors by name, where its own are not at hand.
     """
     tensors: dict[str, Tensor] = {}
+    given = {without_wrappers(path): tensor for path, tensor in (state_dict or {}).items()}
     for site, delta in attached(model, name):
         prefix = f"{site.name}.deltas.{name}." if site.name else f"deltas.{name}."
-        own = {
-            inside: gathered((state_dict or {}).get(prefix + inside, tensor))
-            for inside, tensor in delta.state_dict().items()
-        }
+        own = {inside: gathered(given.get(prefix + inside, tensor)) for inside, tensor in delta.state_dict().items()}
         tensors |= {key(site.name, stored): tensor for stored, tensor in delta.to_disk(own).items()}
+    return tensors
+
+
+def base_tensors(model: Any) -> dict[str, Tensor]:
+    """The base's own tensors by their names without adapters, from before a merge where one is on."""
+    before = {id(module): tensors for module, tensors in model.adapter_state.replaced}
+    tensors: dict[str, Tensor] = {}
+    for path, module in walk(model):
+        own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+        own |= {
+            n: t for n, t in module._buffers.items() if t is not None and n not in module._non_persistent_buffers_set
+        }
+        own |= before.get(id(module), {})
+        tensors |= {f"{path}.{name}" if path else name: tensor.detach() for name, tensor in own.items()}
     return tensors
 
 
@@ -278,9 +337,25 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: Any, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
-) -> None:
-    """Copy tensors, by their names on disk, into an adapter. Raises: AdapterNotFoundError, BaseMismatchError."""
+    model: Any,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> _IncompatibleKeys:
+    """Copy tensors, by their names on disk, into an adapter; gives back the missing and the unexpected keys.
+
+    Tensors that are missing stay as they are, which is warned of, as is what is left over.
+
+    Args:
+        ignore_mismatched_sizes: leave tensors of another shape alone, and warn of them.
+        low_cpu_mem_usage: taken as in `peft`; tensors are always copied one by one.
+
+    Raises:
+        AdapterNotFoundError: there is no such adapter.
+        BaseMismatchError: no tensor is of this adapter, or one has another shape.
+    """
     model.adapter_state.check_known(adapter_name)
-    config = model.peft_config[adapter_name]
-    fill(model, config, attached(model, adapter_name), peft_model_state_dict, "the state dict")
+    placed, config = attached(model, adapter_name), model.peft_config[adapter_name]
+    source = "the state dict"
+    return fill(model, config, placed, peft_model_state_dict, source, True, ignore_mismatched_sizes)

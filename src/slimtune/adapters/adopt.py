@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from slimtune.adapters.layer_views import layer_views
 from slimtune.adapters.lazy_logits import LazyLogits
 from slimtune.bases import base_of_type
 from slimtune.core.delta import Base, Dense, Frozen, call_under, deltas_of
@@ -302,4 +303,5 @@ def adopted_class(module_type: type[nn.Module], mixin: type[Adopted]) -> type[nn
     """
     members = {name: getattr(module_type, name) for name in ("__module__", "__qualname__", "__doc__")}
     members |= {"adopted_from": module_type, "adopted_by": mixin, "adopted_base": base_of_type(module_type)}
-    return type(module_type.__name__, (mixin, module_type), members | mixin._members_for(module_type))
+    views = {name: view for name, view in layer_views().items() if not hasattr(mixin, name)}
+    return type(module_type.__name__, (mixin, module_type), views | members | mixin._members_for(module_type))

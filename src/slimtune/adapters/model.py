@@ -19,6 +19,7 @@ from slimtune.adapters.adapter import (
     adopted_modules,
     attach,
     attached,
+    detach,
     draft,
     draft_combined,
     draft_stored,
@@ -28,7 +29,10 @@ from slimtune.adapters.adopt import ENCODERS, FAST_PATHS, AdapterState, Adopted,
 from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
 from slimtune.adapters.forward import check_head, is_around, is_from_trl, put_inside, wrapped
 from slimtune.adapters.merge import merge, unmerge
+from slimtune.adapters.model_views import PeftNames
+from slimtune.adapters.read_options import ReadOptions
 from slimtune.adapters.requantize import merge_requantized
+from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig
@@ -37,6 +41,7 @@ from slimtune.errors import ConfigError, MergeError, listing
 from slimtune.methods.adalora import AdaLoraConfig
 from slimtune.quantization.dequantize import expanded, make_plain, plain_dtype, untie_if_changed
 from slimtune.storage.hub import parted
+from slimtune.storage.model_card import write_model_card
 from slimtune.storage.peft_format import (
     KEY_PREFIX,
     adapter_folder,
@@ -54,57 +59,91 @@ _NOT_QUANTIZED = {
 
 
 def get_peft_model(
-    model: Any, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+    model: Any,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> Any:
     """Attach a new adapter to the model, in place, and freeze everything else; gives back the same object.
 
+    On a model that has an adapter of that name, the new one takes its place, which is warned of.
+
     Args:
+        mixed: taken as in `peft`; adapters of several methods go together on any model here.
         autocast_adapter_dtype: keep the adapter in float32 where the base is in 16 bits.
+        revision: of the base on the Hub, to be stored with the adapter.
+        low_cpu_mem_usage: taken as in `peft`, where it leaves weights unset that a file is to fill; here they are set.
 
     Raises:
         TargetError: a pattern matches nothing, or a module can't be adapted.
         ConfigError: a config that doesn't fit the model.
-        AdapterExistsError: the model has an adapter of that name.
     """
-    drafted = draft(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
-    for site, delta in drafted.placed:
-        delta.initialise(drafted.config, site)
-    warn_of_untrained_rows(model, drafted.placed)
-    _add(model, adapter_name, peft_config, drafted)
+    replaces = adapter_name in getattr(model, "peft_config", {})
+    if replaces:
+        warnings.warn(
+            f"the model has an adapter '{adapter_name}' already, which the new one replaces; choose another name to "
+            "keep both, or call unload() first to begin with the base",
+            stacklevel=2,
+        )
+    if revision is not None:
+        peft_config.revision = revision
+    _attach_new(model, peft_config, adapter_name, autocast_adapter_dtype, replaces)
     return model
 
 
-def _load(model: Any, name: str, folder: Path, config: PeftConfig | None, is_trainable: bool, autocast: bool) -> None:
-    config = config or PeftConfig.from_pretrained(folder)
-    attach_stored(model, name, config, read_adapter(folder), folder, is_trainable, autocast)
+def _attach_new(model: Any, config: PeftConfig, name: str, autocast: bool, replaces: bool = False) -> None:
+    drafted = draft(model, name, config, autocast, strict=True, replaces=replaces)
+    for site, delta in drafted.placed:
+        delta.initialise(drafted.config, site)
+    warn_of_untrained_rows(model, drafted.placed)
+    _add(model, name, config, drafted)
 
 
 def attach_stored(
     model: Any, name: str, config: Any, tensors: Mapping[str, Tensor], source: str | Path, is_trainable: bool = False,
-    autocast_adapter_dtype: bool = True,
-) -> None:  # fmt: skip
-    """Attach an adapter with stored tensors; one of that name takes them over.
+    autocast_adapter_dtype: bool = True, options: ReadOptions | None = None,
+) -> _IncompatibleKeys:  # fmt: skip
+    """Attach an adapter with stored tensors, in place of one of that name; gives back missing and unexpected keys.
 
     Raises:
         BaseMismatchError: the tensors, which come from `source`, were made for another base.
     """
+    options = options or ReadOptions()
+    tensors = on_model(model, tensors, options.key_mapping)
     resized = stored_whole(model, config, tensors)
     if resized:
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *resized]
     config.inference_mode = not is_trainable
-    if name in getattr(model, "peft_config", {}):
-        fill(model, config, attached(model, name), tensors, source)
+    any_shape = options.ignore_mismatched_sizes
+    if name in getattr(model, "peft_config", {}) and _means_the_same(model.peft_config[name], config):
+        # In place, so that what was compiled for these tensors still is.
+        fill(model, config, attached(model, name), tensors, source, ignore_mismatched_sizes=any_shape)
     else:
-        _add(model, name, config, draft_stored(model, name, config, tensors, source, autocast_adapter_dtype))
+        drafted = draft_stored(model, name, config, tensors, source, autocast_adapter_dtype, any_shape)
+        _add(model, name, config, drafted)
     if not is_trainable:
         model.eval()
+    return _IncompatibleKeys([], [])
+
+
+def _means_the_same(one: PeftConfig, other: PeftConfig) -> bool:
+    """Whether two configs ask for the same tensors with the same meaning."""
+    neutral = dict.fromkeys(("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"))
+    return type(one) is type(other) and one.to_dict() | neutral == other.to_dict() | neutral
 
 
 def _add(model: Any, name: str, config: Any, drafted: Draft) -> None:
-    """Attach an adapter; the first one makes the model a `PeftModel`, freezes it and is active."""
+    """Attach an adapter, in place of one of that name; the first one makes the model a `PeftModel` and is active."""
     first = not isinstance(model, PeftModel)
     if first:
         _adopt_root(model)
+    elif name in model.peft_config:
+        if name in model.adapter_state.merged:
+            raise MergeError(f"the adapter '{name}' is merged into the weights; call unmerge_adapter() first")
+        detach(model, name)
     attach(model, name, drafted.placed)
     # Nothing can fail any more: the config takes over what it means on this model, as `peft` has it.
     vars(config).update(vars(drafted.config))
@@ -114,8 +153,9 @@ def _add(model: Any, name: str, config: Any, drafted: Draft) -> None:
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(site.kind == "linear" and site.base.is_transposed for site, _ in drafted.placed)
     model.peft_config[name] = config
-    if first:
-        model.set_adapter(name, inference_mode=config.inference_mode)
+    active = model.adapter_state.active
+    if not active or name in active:
+        model.set_adapter(active or name, inference_mode=config.inference_mode)
 
 
 def _adopt_root(model: Any) -> None:
@@ -133,7 +173,7 @@ def _adopt_root(model: Any) -> None:
         adopt(head, state)
 
 
-class PeftModel(Adopted):
+class PeftModel(PeftNames, Adopted):
     """Mixed in front of the class of a model that carries adapters, which stays the model's class beside.
 
     All that it knows of its adapters is in `adapter_state`; their tensors are the deltas at its modules. Its `forward`
@@ -163,12 +203,14 @@ class PeftModel(Adopted):
     def from_pretrained(
         cls, model: Any, model_id: str | Path | None = None, adapter_name: str = "default", is_trainable: bool = False,
         config: PeftConfig | None = None, autocast_adapter_dtype: bool = True, subfolder: str | None = None,
-        low_cpu_mem_usage: bool = False, **hub: Any,
+        **options: Any,
     ) -> Any:  # fmt: skip
         """The base model with an adapter from disk or the Hub attached, for inference unless `is_trainable`.
 
         Args:
-            low_cpu_mem_usage: taken as in `peft`; an adapter is always loaded without being initialised first.
+            options: the Hub's (`revision`, `token`, `cache_dir`, ...), and `peft`'s: `key_mapping`, expressions over
+                the file's keys with what to put in their place; `ignore_mismatched_sizes`, to leave tensors of another
+                shape alone; where the base or its device decides (`device_map`, `dtype`, ...), they have no effect.
 
         Raises:
             AdapterFileError: the files are missing or damaged.
@@ -177,30 +219,44 @@ class PeftModel(Adopted):
         own: Any = getattr(cls, "adopted_from", None)
         if own is not None and not isinstance(model, nn.Module):
             # The model's own class method, reached through the class of an adopted model.
-            return own.from_pretrained(model, **hub)
+            return own.from_pretrained(model, **options)
         if not isinstance(model, nn.Module) or model_id is None:
             raise ConfigError(
                 f"from_pretrained takes the base model and then the adapter, found {type(model).__name__} and "
                 f"{model_id!r}; to load both at once use AutoPeftModelForCausalLM"
             )
-        folder = adapter_folder(model_id, subfolder, **hub)
-        _load(model, adapter_name, folder, config, is_trainable, autocast_adapter_dtype)
+        loading = ReadOptions.of(options)
+        folder = adapter_folder(model_id, subfolder, **loading.hub)
+        config = config or PeftConfig.from_pretrained(folder)
+        attach_stored(
+            model, adapter_name, config, read_adapter(folder), folder, is_trainable, autocast_adapter_dtype, loading
+        )
         return model
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True, subfolder: str | None = None, low_cpu_mem_usage: bool = False, **hub: Any,
-    ) -> None:  # fmt: skip
-        """Attach an adapter from disk or the Hub; one of that name takes the stored weights over.
+        autocast_adapter_dtype: bool = True, subfolder: str | None = None, **options: Any,
+    ) -> _IncompatibleKeys:  # fmt: skip
+        """Attach an adapter from disk or the Hub, in place of one of that name; gives back missing and unexpected keys.
 
-        Arguments and errors are those of `from_pretrained`.
+        Both are empty: a file that lacks a tensor or has others is an error. Arguments are those of `from_pretrained`.
         """
-        folder = adapter_folder(model_id, subfolder, **hub)
-        _load(self, adapter_name, folder, None, is_trainable, autocast_adapter_dtype)
+        loading = ReadOptions.of(options)
+        folder = adapter_folder(model_id, subfolder, **loading.hub)
+        config, tensors = PeftConfig.from_pretrained(folder), read_adapter(folder)
+        return attach_stored(self, adapter_name, config, tensors, folder, is_trainable, autocast_adapter_dtype, loading)
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
-        """Attach another new adapter, not active yet. Raises: as `get_peft_model`."""
-        get_peft_model(self, peft_config, adapter_name, autocast_adapter_dtype)
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:  # fmt: skip
+        """Attach another new adapter, not active yet.
+
+        Raises:
+            AdapterExistsError: the model has an adapter of that name.
+            TargetError, ConfigError: as `get_peft_model`.
+        """
+        _attach_new(self, peft_config, adapter_name, autocast_adapter_dtype)
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
@@ -228,9 +284,7 @@ class PeftModel(Adopted):
         self.adapter_state.check_known(adapter_name)
         if adapter_name in self.adapter_state.merged:
             raise MergeError(f"the adapter '{adapter_name}' is merged into the weights; call unmerge_adapter() first")
-        for _, module in adopted_modules(self):
-            if adapter_name in deltas_of(module):
-                del module.deltas[adapter_name]
+        detach(self, adapter_name)
         del self.peft_config[adapter_name]
         active = tuple(name for name in self.active_adapters if name != adapter_name)
         self.set_adapter(active or tuple(self.peft_config)[:1])
@@ -275,7 +329,9 @@ class PeftModel(Adopted):
 
     @property
     def active_adapter(self) -> str:
-        """The active adapter; the first of several."""
+        """The active adapter; the first of several. Raises: ConfigError, after the last one was deleted."""
+        if not self.adapter_state.active:
+            raise ConfigError("no adapter is active; attach one with add_adapter, or take the base with unload()")
         return self.adapter_state.active[0]
 
     @property
@@ -483,12 +539,20 @@ class PeftModel(Adopted):
             tensors |= saved_whole(self, attached(self, name), save_embedding_layers)
             if is_main_process:
                 save_adapter(Path(save_directory, "" if name == "default" else name), self._stored(name), tensors)
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
         if is_main_process and is_checkpoint(save_directory) and self.active_adapter in names:
             active = self.active_adapter
             offer_to_trainer(save_directory, Path(save_directory, "" if active == "default" else active))
         if push_to_hub:
             model: Any = self
             model.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write the `README.md` that the Hub reads; of one that is there, the text stays."""
+        configs = list(self.peft_config.values())
+        methods = sorted({str(config.peft_type) for config in configs})
+        write_model_card(Path(output_dir), configs[0].base_model_name_or_path, methods, configs[0].task_type)
 
     def _stored(self, name: str) -> dict[str, Any]:
         """The config of an adapter as it is stored."""

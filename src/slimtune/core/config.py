@@ -156,6 +156,13 @@ class PeftConfig:
 
         return cls.from_dict(read_config(model_id, subfolder, **hub))
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+        """The fields in an `adapter_config.json`. Raises: AdapterFileError."""
+        from slimtune.storage.peft_format import read_fields
+
+        return read_fields(Path(path_json_file))
+
     def save_pretrained(self, save_directory: str) -> None:
         """Write `adapter_config.json` into the folder, whole or not at all."""
         from slimtune.storage.peft_format import write_config

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimtune.core.roles import Role, role_of
 from slimtune.errors import ConfigError, MergeError, TargetError
+from slimtune.storage.peft_format import WRAPPERS
 
 Dense = dict[str, Tensor]
 """The parameters of one module by name, `weight` as (out, in, ...): what a change is folded into."""
@@ -447,8 +448,11 @@ def holds_deltas(module: nn.Module, name: str) -> bool:
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules of the base by path, a module that is used in two places under each of its paths."""
+    """All modules of the base by path, a module that is used in two places under each of its paths.
+
+    What torch.compile, FSDP or checkpointing wrapped has the path that it has without the wrapper.
+    """
     yield prefix, model
     for name, child in model._modules.items():
         if child is not None and not holds_deltas(model, name):
-            yield from walk(child, f"{prefix}.{name}" if prefix else name)
+            yield from walk(child, prefix if name in WRAPPERS else f"{prefix}.{name}" if prefix else name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import regex
@@ -35,18 +35,27 @@ class Pattern:
 
     def match(self, text: str, whole: bool = False) -> Any:
         """The match at the beginning of the text, or of the whole of it; else None. Raises: ConfigError."""
+        return self._timed(self._compiled.fullmatch if whole else self._compiled.match, text)
+
+    def sub(self, replacement: str, text: str) -> str:
+        """The text with each match replaced. Raises: ConfigError."""
+        return self._timed(functools.partial(self._compiled.sub, replacement), text)
+
+    def _timed(self, work: Callable[..., Any], text: str) -> Any:
         began = time.monotonic()
         try:
-            found = (self._compiled.fullmatch if whole else self._compiled.match)(text, timeout=max(self._left, 0.01))
+            result = work(text, timeout=max(self._left, 0.01))
         except (TimeoutError, MemoryError) as error:
             raise ConfigError(
                 f"matching {self.expression!r} against names such as {text!r} takes longer than {_SECONDS:.0f} s: it "
                 "has repetitions inside repetitions; write it without, or list names"
             ) from error
+        except (regex.error, IndexError) as error:
+            raise ConfigError(f"{self.expression!r} can't be replaced: {error}") from error
         taken = time.monotonic() - began
         if taken > 0.01:
             self._left -= taken
-        return found
+        return result
 
 
 @functools.lru_cache(maxsize=512)

@@ -10,17 +10,10 @@ from slimtune.models.auto import BY_TASK
 from slimtune.recipe.method import find
 from slimtune.recipe.training import TrainSettings
 from slimtune.storage.hub import at_revision
+from slimtune.storage.model_card import PIPELINES
 from slimtune.storage.source import PACKAGED
 from slimtune.train.loop import Outcome
 from slimtune.train.results import versions
-
-PIPELINES = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-}
-"""What the Hub calls each task."""
 
 
 @dataclass(frozen=True)

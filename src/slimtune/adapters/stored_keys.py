@@ -1,0 +1,96 @@
+"""Keys of adapter files whose names are not those of the model at hand.
+
+Three things come between: wrappers that a training loop put around the model, names that transformers changed since
+the file was written, and a mapping that the caller gives. What stays unknown is left as it is, for the error to name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from slimtune.core.delta import walk
+from slimtune.core.patterns import compiled
+from slimtune.storage.peft_format import KEY_PREFIX, WRAPPERS, without_wrappers
+
+
+def on_model(
+    model: Any, tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file by the keys that they have on this model.
+
+    Args:
+        key_mapping: expressions and what to put in their place, applied first, each to the part behind the prefix.
+    """
+    mapped = {_mapped(name, key_mapping or {}): tensor for name, tensor in tensors.items()}
+    plain = {_unwrapped(name): tensor for name, tensor in mapped.items()}
+    paths = {path for path, _ in walk(model)}
+    if all(_is_at(name, paths) for name in plain):
+        return plain
+    renamings = _renamings(model)
+    return {_renamed(name, paths, renamings): tensor for name, tensor in plain.items()}
+
+
+def _mapped(name: str, key_mapping: Mapping[str, str]) -> str:
+    inside = name.removeprefix(KEY_PREFIX)
+    for expression, replacement in key_mapping.items():
+        inside = compiled(expression).sub(replacement, inside)
+    return KEY_PREFIX + inside if name.startswith(KEY_PREFIX) else inside
+
+
+def _unwrapped(name: str) -> str:
+    """The key without segments that only a wrapper puts there; those of DDP and DataParallel stand in front."""
+    head, prefix, inside = name.partition(KEY_PREFIX)
+    is_wrapped = prefix and all(part in (*WRAPPERS, "module", "") for part in head.split("."))
+    return without_wrappers(prefix + inside if is_wrapped else name)
+
+
+def _path_of(name: str) -> list[str]:
+    return name.removeprefix(KEY_PREFIX).split(".")
+
+
+def _is_at(name: str, paths: set[str]) -> bool:
+    """Whether a key begins with the path of a module; keys of soft prompts stand alone."""
+    parts = _path_of(name)
+    return len(parts) < 2 or not name.startswith(KEY_PREFIX) or _depth(parts, paths) > 0
+
+
+def _depth(parts: list[str], paths: set[str]) -> int:
+    """How many of the segments are the path of a module, beyond what any wrong name would share."""
+    tails = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "base_layer", "weight", "bias", "trainable_tokens", "token_")
+    end = next((i for i, part in enumerate(parts) if part.startswith(tails)), len(parts) - 1)
+    return end if ".".join(parts[:end]) in paths else 0
+
+
+def _renamings(model: Any) -> list[Any]:
+    """transformers' renamings of checkpoints' keys for this model, older layouts to the present one."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # before transformers 5
+        return []
+    if not hasattr(model, "base_model_prefix"):
+        return []
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+
+
+def _renamed(name: str, paths: set[str], renamings: list[Any]) -> str:
+    if _is_at(name, paths):
+        return name
+    for candidate in _candidates(name.removeprefix(KEY_PREFIX), renamings):
+        if _is_at(KEY_PREFIX + candidate, paths):
+            return KEY_PREFIX + candidate
+    return name
+
+
+def _candidates(inside: str, renamings: list[Any]) -> list[str]:
+    """Names that a key may have now, the likeliest first."""
+    renamed = inside
+    for rule in renamings:
+        renamed = rule.rename_source_key(renamed)[0]
+    # A text model inside a multimodal one, and the other way round: the layers are the same.
+    inward = [inside.replace("model.", f"{place}.", 1) for place in ("model.language_model", "language_model.model")]
+    outward = [inside.replace(f"{place}.", "model.", 1) for place in ("model.language_model", "language_model.model")]
+    return [renamed, *inward, *outward]

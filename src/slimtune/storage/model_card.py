@@ -1,0 +1,60 @@
+"""The `README.md` beside an adapter, with the metadata by which the Hub shows it under its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slimtune.storage.atomic import staged_file
+
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+}
+"""What the Hub calls each task."""
+
+_TEXT = """
+# An adapter
+
+The file holds an adapter by {methods} alone; it needs its base model{base}.
+
+```python
+from slimtune import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("the folder or id of this adapter")
+```
+
+`peft` reads the format, too.
+"""
+
+
+def write_model_card(folder: Path, base: str | None, methods: Sequence[str], task_type: str | None) -> None:
+    """Write the card of an adapter; of one that is there the text stays, and what its metadata says.
+
+    Args:
+        base: the Hub id of the base model; a path on this machine is left out.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = folder / "README.md"
+    on_hub = base if base and not Path(base).is_absolute() else None
+    if path.is_file():
+        try:
+            card = ModelCard(path.read_text(encoding="utf-8"))
+        except ValueError:  # metadata that is no YAML is its author's to mend
+            return
+    else:
+        text = _TEXT.format(methods=", ".join(methods), base=f", `{on_hub}`" if on_hub else "")
+        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
+    tags = {method.lower() for method in methods} | {"slimtune"}
+    tags |= {f"base_model:adapter:{on_hub}"} if on_hub else set()
+    card.data.tags = sorted({*(card.data.tags or []), *tags})
+    for name, value in (
+        ("library_name", "peft"), ("base_model", on_hub), ("pipeline_tag", PIPELINES.get(str(task_type))),
+    ):  # fmt: skip
+        if value is not None and getattr(card.data, name, None) is None:
+            setattr(card.data, name, value)
+    with staged_file(path) as pending:
+        pending.write_text(str(card), encoding="utf-8")
