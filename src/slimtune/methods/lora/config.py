@@ -21,6 +21,7 @@ from slimtune.core.config import LayeredConfig, by_pattern, register
 from slimtune.core.delta import Delta, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.methods.lora import dora
+from slimtune.methods.lora.attention import LoraAttention, LoraOutput, check_attention, link_outputs
 from slimtune.methods.lora.eva import EvaConfig
 from slimtune.methods.lora.experts import LoraParameters, holders
 from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY, LoraLinear
@@ -80,6 +81,7 @@ class LoraConfig(LayeredConfig):
         self._check_parts()
         self.parameters_of: dict[str, list[str]] = {}
         self.tokens_of: dict[str, list[int]] = {}
+        self.outputs_of: dict[str, str] = {}
         self.originals: Originals | None = None
         self.quantizes_base = False  # set where the adapter's file was trained by `peft` on a base that LoftQ replaced
 
@@ -107,10 +109,12 @@ class LoraConfig(LayeredConfig):
                 check_tokens("trainable_token_indices", indices)
 
     def further_modules(self, model: Any, modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> list[str]:
-        """The owners of `target_parameters`, and the embeddings of the tokens with what is tied to them."""
+        """The owners of `target_parameters`, the embeddings of the tokens, and the output layers of attentions."""
         self.parameters_of = holders(self.target_parameters or [], modules)
         self.tokens_of = token_modules(self.trainable_token_indices or [], model, modules)
-        further = [*self.parameters_of, *self.tokens_of]
+        attentions = [name for name in chosen if isinstance(modules[name], nn.MultiheadAttention)]
+        self.outputs_of = {f"{name}.out_proj": name for name in attentions}
+        further = [*self.parameters_of, *self.tokens_of, *self.outputs_of]
         for name in further:
             if further.count(name) > 1 or any(modules[name] is modules[other] for other in chosen):
                 raise TargetError(
@@ -122,6 +126,7 @@ class LoraConfig(LayeredConfig):
     def link_deltas(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
         """Let tied embeddings share their trained rows; note where the weights are that LoftQ starts from."""
         share_tied_rows(drafted)
+        link_outputs(drafted)
         if self.initialisation == "loftq":
             self.originals = Originals.of(model)
 
@@ -252,6 +257,8 @@ class LoraConfig(LayeredConfig):
             return LoraParameters(site, ranks, scales, autocast_adapter_dtype)
         if site.name in self.tokens_of:
             return TokenRows(site, self.tokens_of[site.name], autocast_adapter_dtype, prefix="token_adapter.")
+        if isinstance(site.module, nn.MultiheadAttention) or site.name in self.outputs_of:
+            return self._in_attention(site, autocast_adapter_dtype)
         kinds = dora.KINDS if self.use_dora else KINDS
         if site.kind not in kinds:
             raise wrong_kind(site, "LoRA", "linear, convolution and embedding layers")
@@ -270,6 +277,14 @@ class LoraConfig(LayeredConfig):
         if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
             delta.hold(site, "bias")
         return delta
+
+    def _in_attention(self, site: Site, autocast: bool) -> Delta:
+        """The change of an attention, or of its output layer, which has the same rank."""
+        attention = self.outputs_of.get(site.name)
+        if attention is None:
+            check_attention(site, self)
+        kind, name = (LoraAttention, site.name) if attention is None else (LoraOutput, attention)
+        return kind(site, self.rank_for(name), self.scale_for(name), self.lora_dropout, autocast)
 
     def _check_start(self, site: Site, r: int, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
         """Raises: ConfigError, where the start has no factors of this rank."""
