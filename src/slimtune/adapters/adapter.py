@@ -187,7 +187,7 @@ def fill(config: Any, placed: Placed, tensors: Mapping[str, Tensor], source: str
     tensors = config.read(tensors, placed, source)
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in placed]
     own = {key(site.name, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
-    missing, strange = own.keys() - tensors.keys(), _strangers(placed, tensors, own.keys())
+    missing, strange = own.keys() - tensors.keys(), _strangers(placed, tensors, set(own))
     if missing or strange:
         what = f"it lacks {listing(missing, 3)}" if missing else f"it holds {listing(strange, 3)} besides"
         raise BaseMismatchError(

@@ -59,7 +59,8 @@ class AdaLoraConfig(LayeredConfig):
 
     learning_rate: ClassVar[float] = 1e-3
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
-    inert: ClassVar[Mapping[str, Any]] = LoraConfig.inert | {
+    inert: ClassVar[Mapping[str, Any]] = {
+        **LoraConfig.inert,
         "r": 8, "use_rslora": False, "use_dora": False, "lora_bias": False, "alpha_pattern": {}, "eva_config": None,
         "loftq_config": {}, "target_parameters": None, "trainable_token_indices": None,
     }  # fmt: skip
