@@ -26,6 +26,7 @@ from slimtune.methods.lora.eva import EvaConfig
 from slimtune.methods.lora.experts import LoraParameters, holders
 from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY, LoraLinear
 from slimtune.methods.lora.loftq import LoftQConfig, Originals
+from slimtune.methods.lora.tying import TiedCopy, TiedLinear, ends, is_named, share_ends
 from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
 from slimtune.storage.peft_format import key
 
@@ -41,7 +42,7 @@ class LoraConfig(LayeredConfig):
     map a module's name or an expression to another `r` or `lora_alpha`. `target_parameters` names parameters that are
     tensors of their module rather than layers, such as `experts.gate_up_proj`; with them, `target_modules=None` means
     no modules besides. `trainable_token_indices` are tokens whose embeddings are trained as well. `lora_bias` trains a
-    bias b of B, s (B A x + b).
+    bias b of B, s (B A x + b). `ensure_weight_tying` trains with an embedding what is tied to it, as one.
 
     Raises:
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
@@ -64,13 +65,15 @@ class LoraConfig(LayeredConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    layer_replication: list[Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
 
     inert: ClassVar[Mapping[str, Any]] = {
         "megatron_config": None, "megatron_core": "megatron.core",
         "corda_config": None, "lora_ga_config": None, "velora_config": None,
-        "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
-        "monteclora_config": None, "layer_replication": None,
-        "use_bdlora": None, "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+        "use_qalora": False, "qalora_group_size": 16, "monteclora_config": None,
+        "use_bdlora": None, "arrow_config": None, "kasa_config": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -82,6 +85,8 @@ class LoraConfig(LayeredConfig):
         self.parameters_of: dict[str, list[str]] = {}
         self.tokens_of: dict[str, list[int]] = {}
         self.outputs_of: dict[str, str] = {}
+        self.tied_lora: dict[str, str] = {}
+        self.tied_copies: dict[str, str] = {}
         self.originals: Originals | None = None
         self.quantizes_base = False  # set where the adapter's file was trained by `peft` on a base that LoftQ replaced
 
@@ -103,6 +108,11 @@ class LoraConfig(LayeredConfig):
             )
         if self.lora_bias and self.target_parameters:
             raise ConfigError("lora_bias has no form for target_parameters, which change weights; leave it out")
+        if self.alora_invocation_tokens is not None:
+            raise ConfigError(
+                "alora_invocation_tokens has an adapter act on the tokens behind an invocation alone, which differ by "
+                "row and step; here an adapter acts on all tokens of a call; train it without, or run it with peft"
+            )
         tokens = self.trainable_token_indices
         if tokens is not None:
             for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
@@ -112,9 +122,15 @@ class LoraConfig(LayeredConfig):
         """The owners of `target_parameters`, the embeddings of the tokens, and the output layers of attentions."""
         self.parameters_of = holders(self.target_parameters or [], modules)
         self.tokens_of = token_modules(self.trainable_token_indices or [], model, modules)
+        self._check_layers(model)
+        self.tied_lora, self.tied_copies = {}, {}
+        if self.ensure_weight_tying:
+            self.tied_lora, self.tied_copies = ends(model, modules, chosen, self.modules_to_save or [], self)
         attentions = [name for name in chosen if isinstance(modules[name], nn.MultiheadAttention)]
         self.outputs_of = {f"{name}.out_proj": name for name in attentions}
         further = [*self.parameters_of, *self.tokens_of, *self.outputs_of]
+        further += [name for name in self.tied_lora if name not in chosen]
+        further += [name for name in self.tied_copies if not is_named(name, self.modules_to_save or [])]
         for name in further:
             if further.count(name) > 1 or any(modules[name] is modules[other] for other in chosen):
                 raise TargetError(
@@ -123,12 +139,26 @@ class LoraConfig(LayeredConfig):
                 )
         return further
 
-    def link_deltas(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
         """Let tied embeddings share their trained rows; note where the weights are that LoftQ starts from."""
         share_tied_rows(drafted)
         link_outputs(drafted)
+        share_ends(drafted, self.tied_lora, self.tied_copies)
         if self.initialisation == "loftq":
             self.originals = Originals.of(model)
+
+    def _check_layers(self, model: Any) -> None:
+        """Raises: ConfigError, where `layer_replication` means other layers than the model has."""
+        if self.layer_replication is None:
+            return
+        layers = [number for start, end in self.layer_replication for number in range(start, end)]
+        config = getattr(model, "config", None)
+        own = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
+        if layers != list(range(own or 0)):
+            raise ConfigError(
+                f"layer_replication={self.layer_replication} has the model run its layers in another order or twice, "
+                "and an adapter here leaves the model as it is; build that model first, and attach the adapter to it"
+            )
 
     def _check_numbers(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -138,6 +168,7 @@ class LoraConfig(LayeredConfig):
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
         check_choice("lora_bias", self.lora_bias, (True, False))
+        check_choice("ensure_weight_tying", self.ensure_weight_tying, (True, False))
 
     def _check_initialisation(self) -> None:
         init = self.initialisation
@@ -257,6 +288,8 @@ class LoraConfig(LayeredConfig):
             return LoraParameters(site, ranks, scales, autocast_adapter_dtype)
         if site.name in self.tokens_of:
             return TokenRows(site, self.tokens_of[site.name], autocast_adapter_dtype, prefix="token_adapter.")
+        if site.name in self.tied_copies:
+            return TiedCopy(site)
         if isinstance(site.module, nn.MultiheadAttention) or site.name in self.outputs_of:
             return self._in_attention(site, autocast_adapter_dtype)
         kinds = dora.KINDS if self.use_dora else KINDS
@@ -267,9 +300,10 @@ class LoraConfig(LayeredConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is for linear layers, and '{site.name}' is a "
                 f"{type(site.module).__name__}; leave it out of target_modules"
             )
-        r = self.rank_for(site.name)
-        self._check_start(site, r, *kinds[site.kind].shapes(site, r))
-        delta = kinds[site.kind](site, r, self.scale_for(site.name), self.lora_dropout, autocast_adapter_dtype)
+        leader = self.tied_lora.get(site.name, site.name)
+        kind, r = TiedLinear if leader != site.name else kinds[site.kind], self.rank_for(leader)
+        self._check_start(site, r, *kind.shapes(site, r))
+        delta = kind(site, r, self.scale_for(site.name), self.lora_dropout, autocast_adapter_dtype)
         if self.moves_start:
             delta.keep_start()
         if self.lora_bias:
