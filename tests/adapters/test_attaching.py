@@ -194,3 +194,28 @@ def test_the_configs_of_all_adapters_can_be_set_at_once() -> None:
     model.peft_config = configs
     assert model.peft_config is configs
     assert model.active_peft_config is configs["default"]
+
+
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload", "delete_adapter"])
+def test_a_forward_that_was_put_on_a_module_stays_its_own(leave: str) -> None:
+    """As accelerate puts one there; it is the base of the adapter, and back in its place afterwards."""
+    model = LLAMA.model()
+    site = model.model.layers[0].self_attn.q_proj
+    calls: list[str] = []
+    own = site.forward
+
+    def instead(x: torch.Tensor) -> torch.Tensor:
+        calls.append("instead")
+        return 2 * own(x)
+
+    site.forward = instead
+    expected = predict(model, LLAMA.batch())
+    tuned = slimtune.get_peft_model(model, slimtune.LoraConfig(**LLAMA.options()))
+    assert torch.equal(predict(tuned, LLAMA.batch()), expected)
+    tuned.delete_adapter("default") if leave == "delete_adapter" else getattr(tuned, leave)()
+    assert torch.equal(predict(model, LLAMA.batch()), expected)
+    assert calls == ["instead"] * 3
+    if leave != "delete_adapter":
+        assert vars(site)["forward"] is instead
+        assert "instance_forward" not in vars(site)
+        assert type(site) is nn.Linear

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimtune.data.batches import IGNORED, Encoded, PadRight, pieces
+from slimtune.data.batches import IGNORED, Encoded, Limit, PadRight, fit, pieces
 from slimtune.data.encode import encode, encode_row
 from slimtune.data.reading import read_rows
 from slimtune.data.rows import Conversation, Pair
@@ -130,3 +130,15 @@ def test_empty_lines_and_other_fields_are_passed_over(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", {"prompt": "a", "completion": "b", "id": 7})
     path.write_text("\n" + path.read_text() + "\n\n")
     assert read_rows(path) == [Pair(prompt="a", completion="b")]
+
+
+@given(length=st.integers(2, 60), size=st.integers(2, 12))
+def test_the_pieces_of_a_long_text_predict_each_of_its_tokens_once(length: int, size: int) -> None:
+    ids = list(range(100, 100 + length))
+    found = fit(Encoded(ids, list(ids)), Limit(size, "split"))
+    assert all(len(piece.input_ids) <= size for piece in found)
+    predicted = [label for piece in found for label in piece.labels[1:]]
+    assert predicted == ids[1:]
+    # What a piece predicts first, it predicts from the token before, in the text as in the piece.
+    assert all(piece.input_ids[0] + 1 == piece.input_ids[1] for piece in found)
+    assert all(piece.labels[0] == IGNORED for piece in found[1:])

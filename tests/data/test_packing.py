@@ -170,3 +170,23 @@ def test_a_training_step_is_the_same(tmp_path: Path) -> None:
     assert packed_loss == pytest.approx(padded_loss, rel=1e-4)
     for ours, theirs in zip(packed, padded, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(("slope", "is_refused"), [(0.5, True), (1e-4, False)])
+def test_a_place_in_the_row_that_moves_the_answer_is_found_out(slope: float, is_refused: bool) -> None:
+    """No example sees another here, but what an example is depends on where it stands."""
+    moved = tiny_model()
+    forward = moved.forward
+
+    def by_place(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        places = torch.arange(outputs.logits.shape[1], dtype=outputs.logits.dtype)
+        outputs.logits = outputs.logits * (1 + slope * places[:, None])
+        return outputs
+
+    moved.forward = by_place  # type: ignore[method-assign]
+    if is_refused:
+        with pytest.raises(ConfigError, match="an example isn't what it is alone"):
+            check_packs(moved)
+    else:
+        check_packs(moved)

@@ -272,3 +272,35 @@ def test_a_tuned_model_answers_through_generate() -> None:
     tokens = model.generate(input_ids=ids, **settings)
     plain: transformers.PreTrainedModel = model.merge_and_unload()
     assert torch.equal(plain.generate(input_ids=ids, **settings), tokens)
+
+
+class WithBuffers(nn.Module):
+    """A parameter, a statistic that is stored, and a constant that isn't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.register_buffer("running", torch.zeros(4))
+        self.register_buffer("constant", torch.full((4,), 2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.running += x.detach().mean(0)
+        return x * self.gain * self.constant + self.running
+
+
+@pytest.mark.parametrize("store", ["difference", "whole"])
+def test_a_buffer_that_the_model_does_not_store_is_no_part_of_an_adapter(store: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), WithBuffers())
+    tuned = slimtune.get_peft_model(model, slimtune.FullConfig(target_modules=["1"], store=store))
+    tuned.train()(torch.ones(2, 4))
+    names = {name.rpartition(".")[2] for name in adapter_tensors(slimtune, tuned)}
+    assert "running" in names
+    assert "constant" not in names
+    assert not any("constant" in name for name, _ in tuned[1].deltas.named_buffers())
+    # What is written to it later is read: nothing stands in for it.
+    tuned.eval()
+    before = tuned(torch.ones(2, 4)) - tuned[1].deltas["default"].running.running
+    tuned[1].constant.fill_(6.0)
+    assert_near(tuned(torch.ones(2, 4)) - tuned[1].deltas["default"].running.running, 3 * before)
+    assert not tuned[1].running.any()

@@ -209,3 +209,18 @@ def test_merging_some_adapters_agrees() -> None:
         merged = model.merge_and_unload(adapter_names=["two", "three"])
         outputs.append(predict(merged, LLAMA.batch()))
     assert_near(*outputs)
+
+
+@pytest.mark.parametrize("clamp", [0.5, 0.9, 0.99])
+def test_clamped_factors_are_pefts(clamp: float) -> None:
+    found = []
+    for library in (slimtune, peft):
+        model: Any = with_three(library)
+        model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "mixed", "svd", svd_clamp=clamp)
+        found.append(products(library, model, "mixed"))
+    ours, theirs = found
+    whole: Any = with_three(slimtune)
+    whole.add_weighted_adapter(["one", "two"], [1.0, 0.5], "mixed", "svd")
+    assert_all_near(ours, theirs, 1e-4)
+    unclamped = products(slimtune, whole, "mixed")
+    assert all((ours[name] - unclamped[name]).abs().max() > 1e-4 for name in ours)

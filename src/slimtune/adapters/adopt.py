@@ -231,8 +231,8 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
     base = module.adopted_base
     for delta in deltas:
         # The compiler fuses the plain formula itself, and can't trace the look-up in the table; transforms take no node
-        # of ours.
-        may_fuse = call is frozen and not is_traced()
+        # of ours. A forward that was put on the instance is more than the product that a node would compute.
+        may_fuse = call is frozen and not is_traced() and "instance_forward" not in vars(module)
         fused = fused_for(type(delta), type(base)) if may_fuse else None
         call = functools.partial(_around, delta, fused, base, call)
     for delta in deltas:

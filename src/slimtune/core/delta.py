@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -182,6 +183,9 @@ class Delta(nn.Module):
     unmergeable: ClassVar[str] = ""
     """Why a change of this method can't be written into weights, a sentence; empty where it can."""
 
+    tied: Mapping[str, tuple[Any, str]] = MappingProxyType({})
+    """Of parameters that are tied in the base, the delta that trains them and their name there."""
+
     reweighs: ClassVar[bool] = False
     """Whether the formula is a change of parameters, right for whatever the module computes from them."""
 
@@ -256,7 +260,8 @@ class Delta(nn.Module):
         if not self.holds:
             return {}
         running = dict(self.running.named_buffers()) if "running" in self._modules else {}
-        return dict(self.whole.items()) | running
+        tied = {name: owner.whole[its_name] for name, (owner, its_name) in self.tied.items()}
+        return dict(self.whole.items()) | running | tied
 
     def read_as(self, module: Any) -> dict[str, Tensor] | None:
         """What must stand in for the module's parameters where they are read past its forward; None if nothing can."""

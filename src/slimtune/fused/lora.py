@@ -112,8 +112,9 @@ def is_plain(module: Any, x: Any) -> bool:
 def is_decoding(delta: Delta, base: Frozen, x: Tensor) -> bool:
     """Whether so few tokens pass an adapter at rest that a node, and factors cast for it, would be most of the work."""
     at_rest = not (torch.is_grad_enabled() or delta.training) and x.numel() <= MOST_TOKENS * x.shape[-1]
+    own = next(delta.parameters(), None)  # a tied layer has none of its own
     # An expanded weight's product is rounded once, with the low-rank term in it.
-    return at_rest and x.dtype != next(delta.parameters()).dtype and base.base.dequantizer(base.module) is None
+    return at_rest and own is not None and x.dtype != own.dtype and base.base.dequantizer(base.module) is None
 
 
 def _draw_seed() -> int:

@@ -59,9 +59,11 @@ class AdaLoraConfig(LayeredConfig):
 
     learning_rate: ClassVar[float] = 1e-3
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
-    inert: ClassVar[Mapping[str, Any]] = LoraConfig.inert | {
+    inert: ClassVar[Mapping[str, Any]] = {
+        **LoraConfig.inert,
         "r": 8, "use_rslora": False, "use_dora": False, "lora_bias": False, "alpha_pattern": {}, "eva_config": None,
         "loftq_config": {}, "target_parameters": None, "trainable_token_indices": None,
+        "ensure_weight_tying": False, "layer_replication": None, "alora_invocation_tokens": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:

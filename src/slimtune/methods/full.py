@@ -77,7 +77,7 @@ class FullConfig(TargetedConfig):
                 if owner is not delta:
                     # One parameter for both ends: trained twice, the ends of a tie would drift apart.
                     del delta.own[name]
-                    delta.tied[name] = (owner, its_name)
+                    delta.tied = {**delta.tied, name: (owner, its_name)}
 
     def combined(self, others: Sequence[FullConfig], how: str, rank: int | None) -> FullConfig:
         """The config of a weighted sum of differences. Raises: ConfigError."""
@@ -91,17 +91,12 @@ class FullConfig(TargetedConfig):
 
 
 class FullDifference(Difference):
-    """D for every parameter that the module itself owns; running statistics are kept whole.
-
-    Attributes:
-        tied: for a parameter that is tied in the base, the delta that trains it and its name there.
-    """
+    """D for every parameter that the module itself owns; running statistics are kept whole."""
 
     reweighs = True
 
     def __init__(self, site: Site, names: Sequence[str], autocast: bool) -> None:
         super().__init__(site, names, autocast)
-        self.tied: dict[str, tuple[FullDifference, str]] = {}
         # A batch norm's running mean is no parameter: it can't be a difference that is learned.
         if statistics(site.module):
             self.hold_statistics(site.module)
@@ -119,23 +114,15 @@ class FullDifference(Difference):
 
 
 class FullCopy(Delta):
-    """A copy of every parameter and running statistic that the module itself owns.
-
-    Attributes:
-        tied: for a parameter that is tied in the base, the delta that trains it and its name there.
-    """
+    """A copy of every parameter and running statistic that the module itself owns."""
 
     reweighs = True
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.hold_all(site)
-        self.tied: dict[str, tuple[FullCopy, str]] = {}
 
     @property
     def own(self) -> nn.ParameterDict:
         """What this delta trains itself."""
         return self.whole
-
-    def stand_ins(self) -> dict[str, Tensor]:
-        return super().stand_ins() | {name: owner.own[its_name] for name, (owner, its_name) in self.tied.items()}

@@ -22,10 +22,12 @@ from slimtune.core.delta import Delta, Site, wrong_kind
 from slimtune.core.patterns import by_pattern
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.methods.lora import dora
+from slimtune.methods.lora.attention import LoraAttention, LoraOutput, check_attention, link_outputs
 from slimtune.methods.lora.eva import EvaConfig
 from slimtune.methods.lora.experts import LoraParameters, holders
 from slimtune.methods.lora.layers import KINDS, LINEAR_ONLY, LoraLinear
 from slimtune.methods.lora.loftq import LoftQConfig, Originals
+from slimtune.methods.lora.tying import TiedCopy, TiedLinear, ends, is_named, share_ends
 from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
 from slimtune.storage.peft_format import key
 
@@ -41,7 +43,7 @@ class LoraConfig(LayeredConfig):
     map a module's name or an expression to another `r` or `lora_alpha`. `target_parameters` names parameters that are
     tensors of their module rather than layers, such as `experts.gate_up_proj`; with them, `target_modules=None` means
     no modules besides. `trainable_token_indices` are tokens whose embeddings are trained as well. `lora_bias` trains a
-    bias b of B, s (B A x + b).
+    bias b of B, s (B A x + b). `ensure_weight_tying` trains with an embedding what is tied to it, as one.
 
     Raises:
         ConfigError: an unknown field, a value out of range, fields that exclude each other.
@@ -64,13 +66,15 @@ class LoraConfig(LayeredConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    layer_replication: list[Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
 
     inert: ClassVar[Mapping[str, Any]] = {
         "megatron_config": None, "megatron_core": "megatron.core",
         "corda_config": None, "lora_ga_config": None, "velora_config": None,
-        "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
-        "monteclora_config": None, "layer_replication": None,
-        "use_bdlora": None, "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+        "use_qalora": False, "qalora_group_size": 16, "monteclora_config": None,
+        "use_bdlora": None, "arrow_config": None, "kasa_config": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -81,6 +85,9 @@ class LoraConfig(LayeredConfig):
         self._check_parts()
         self.parameters_of: dict[str, list[str]] = {}
         self.tokens_of: dict[str, list[int]] = {}
+        self.outputs_of: dict[str, str] = {}
+        self.tied_lora: dict[str, str] = {}
+        self.tied_copies: dict[str, str] = {}
         self.originals: Originals | None = None
         self.quantizes_base = False  # set where the adapter's file was trained by `peft` on a base that LoftQ replaced
 
@@ -102,16 +109,29 @@ class LoraConfig(LayeredConfig):
             )
         if self.lora_bias and self.target_parameters:
             raise ConfigError("lora_bias has no form for target_parameters, which change weights; leave it out")
+        if self.alora_invocation_tokens is not None:
+            raise ConfigError(
+                "alora_invocation_tokens has an adapter act on the tokens behind an invocation alone, which differ by "
+                "row and step; here an adapter acts on all tokens of a call; train it without, or run it with peft"
+            )
         tokens = self.trainable_token_indices
         if tokens is not None:
             for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
                 check_tokens("trainable_token_indices", indices)
 
     def further_modules(self, model: Any, modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> list[str]:
-        """The owners of `target_parameters`, and the embeddings of the tokens with what is tied to them."""
+        """The owners of `target_parameters`, the embeddings of the tokens, and the output layers of attentions."""
         self.parameters_of = holders(self.target_parameters or [], modules)
         self.tokens_of = token_modules(self.trainable_token_indices or [], model, modules)
-        further = [*self.parameters_of, *self.tokens_of]
+        self._check_layers(model)
+        self.tied_lora, self.tied_copies = {}, {}
+        if self.ensure_weight_tying:
+            self.tied_lora, self.tied_copies = ends(model, modules, chosen, self.modules_to_save or [], self)
+        attentions = [name for name in chosen if isinstance(modules[name], nn.MultiheadAttention)]
+        self.outputs_of = {f"{name}.out_proj": name for name in attentions}
+        further = [*self.parameters_of, *self.tokens_of, *self.outputs_of]
+        further += [name for name in self.tied_lora if name not in chosen]
+        further += [name for name in self.tied_copies if not is_named(name, self.modules_to_save or [])]
         for name in further:
             if further.count(name) > 1 or any(modules[name] is modules[other] for other in chosen):
                 raise TargetError(
@@ -120,11 +140,26 @@ class LoraConfig(LayeredConfig):
                 )
         return further
 
-    def link_deltas(self, model: Any, drafted: Sequence[tuple[Site, Any]]) -> None:
+    def link_deltas(self, model: Any, drafted: list[tuple[Site, Any]]) -> None:
         """Let tied embeddings share their trained rows; note where the weights are that LoftQ starts from."""
         share_tied_rows(drafted)
+        link_outputs(drafted)
+        share_ends(drafted, self.tied_lora, self.tied_copies)
         if self.initialisation == "loftq":
             self.originals = Originals.of(model)
+
+    def _check_layers(self, model: Any) -> None:
+        """Raises: ConfigError, where `layer_replication` means other layers than the model has."""
+        if self.layer_replication is None:
+            return
+        layers = [number for start, end in self.layer_replication for number in range(start, end)]
+        config = getattr(model, "config", None)
+        own = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
+        if layers != list(range(own or 0)):
+            raise ConfigError(
+                f"layer_replication={self.layer_replication} has the model run its layers in another order or twice, "
+                "and an adapter here leaves the model as it is; build that model first, and attach the adapter to it"
+            )
 
     def _check_numbers(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -134,6 +169,7 @@ class LoraConfig(LayeredConfig):
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
         check_choice("lora_bias", self.lora_bias, (True, False))
+        check_choice("ensure_weight_tying", self.ensure_weight_tying, (True, False))
 
     def _check_initialisation(self) -> None:
         init = self.initialisation
@@ -253,6 +289,10 @@ class LoraConfig(LayeredConfig):
             return LoraParameters(site, ranks, scales, autocast_adapter_dtype)
         if site.name in self.tokens_of:
             return TokenRows(site, self.tokens_of[site.name], autocast_adapter_dtype, prefix="token_adapter.")
+        if site.name in self.tied_copies:
+            return TiedCopy(site)
+        if isinstance(site.module, nn.MultiheadAttention) or site.name in self.outputs_of:
+            return self._in_attention(site, autocast_adapter_dtype)
         kinds = dora.KINDS if self.use_dora else KINDS
         if site.kind not in kinds:
             raise wrong_kind(site, "LoRA", "linear, convolution and embedding layers")
@@ -261,9 +301,10 @@ class LoraConfig(LayeredConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is for linear layers, and '{site.name}' is a "
                 f"{type(site.module).__name__}; leave it out of target_modules"
             )
-        r = self.rank_for(site.name)
-        self._check_start(site, r, *kinds[site.kind].shapes(site, r))
-        delta = kinds[site.kind](site, r, self.scale_for(site.name), self.lora_dropout, autocast_adapter_dtype)
+        leader = self.tied_lora.get(site.name, site.name)
+        kind, r = TiedLinear if leader != site.name else kinds[site.kind], self.rank_for(leader)
+        self._check_start(site, r, *kind.shapes(site, r))
+        delta = kind(site, r, self.scale_for(site.name), self.lora_dropout, autocast_adapter_dtype)
         if self.moves_start:
             delta.keep_start()
         if self.lora_bias:
@@ -271,6 +312,14 @@ class LoraConfig(LayeredConfig):
         if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
             delta.hold(site, "bias")
         return delta
+
+    def _in_attention(self, site: Site, autocast: bool) -> Delta:
+        """The change of an attention, or of its output layer, which has the same rank."""
+        attention = self.outputs_of.get(site.name)
+        if attention is None:
+            check_attention(site, self)
+        kind, name = (LoraAttention, site.name) if attention is None else (LoraOutput, attention)
+        return kind(site, self.rank_for(name), self.scale_for(name), self.lora_dropout, autocast)
 
     def _check_start(self, site: Site, r: int, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
         """Raises: ConfigError, where the start has no factors of this rank."""

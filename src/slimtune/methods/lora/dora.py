@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Dense, Frozen, Site
 from slimtune.errors import ConfigError
-from slimtune.methods.lora.init import Start
-from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraEmbedding, LoraLinear
+from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraEmbedding, LoraLinear, Start
 from slimtune.ops.autograd import is_traced, no_autocast
 
 

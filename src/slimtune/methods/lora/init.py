@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from slimtune.errors import ConfigError
-from slimtune.methods.lora.loftq import LoftQConfig, Originals
-
 Factors = tuple[Tensor, Tensor]
 """(A, B)."""
-
-
-class Start(Protocol):
-    """What a layer reads of the `LoraConfig` that it is initialised by."""
-
-    init_lora_weights: bool | str
-    loftq_config: LoftQConfig | dict[str, Any]
-    originals: Originals | None
-
-    @property
-    def initialisation(self) -> str: ...
 
 
 def warn_of_rank(r: int, rows: int, columns: int) -> None:
@@ -84,39 +69,6 @@ def orthogonal(weight_OI: Tensor, r: int) -> Factors:
     a_RI = torch.randn(columns, r // 2).mm(q_RR[0::2]).t() / 10
     b_OR = torch.randn(r // 2, rows).t().mm(q_RR[1::2]) / 10
     return a_RI, b_OR
-
-
-def quantized_by_loftq(weight_OI: Tensor, r: int, config: LoftQConfig) -> Tensor:
-    """Q, what `peft`'s LoftQ replaces the weight by, in float32.
-
-    Q_1 = quantize(W);  Q_i+1 = quantize(W - B_i A_i) with B_i A_i the best approximation of W - Q_i of rank r
-
-    Raises:
-        ConfigError: a number of bits that bitsandbytes doesn't have.
-    """
-    quantize = {4: _through_nf4, 8: _through_int8}.get(config.loftq_bits)
-    if quantize is None:
-        raise ConfigError(f"loftq_bits must be 4 or 8, found {config.loftq_bits!r}")
-    own_OI = wide(weight_OI)
-    quantized_OI = quantize(own_OI)
-    for _ in range(config.loftq_iter - 1):
-        a_RI, b_OR = pissa(own_OI - quantized_OI, r, 1.0)
-        quantized_OI = quantize(own_OI - b_OR @ a_RI)
-    return quantized_OI
-
-
-def _through_nf4(weight_OI: Tensor) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    # Without double quantization and in blocks of 64, whatever the base at hand is quantized by: as `peft` does.
-    return dequantize_4bit(*quantize_4bit(weight_OI.contiguous(), blocksize=64, quant_type="nf4"))
-
-
-def _through_int8(weight_OI: Tensor) -> Tensor:
-    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
-
-    codes_OI, scales_O, _ = int8_vectorwise_quant(weight_OI.half())
-    return int8_vectorwise_dequant(codes_OI, scales_O)
 
 
 def wide(weight: Tensor) -> Tensor:

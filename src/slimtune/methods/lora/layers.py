@@ -8,19 +8,30 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype
+from slimtune.core.delta import Delta, Dense, Frozen, Site, TensorSpec, trainable_dtype
 from slimtune.errors import ConfigError, MergeError, did_you_mean
-from slimtune.methods.lora.init import Factors, Start, orthogonal, pissa, principal, quantized_by_loftq, warn_of_rank
-from slimtune.methods.lora.loftq import LoftQConfig, is_4bit
+from slimtune.methods.lora.init import Factors, orthogonal, pissa, principal, warn_of_rank
+from slimtune.methods.lora.loftq import LoftQConfig, Originals, is_4bit, quantized_by_loftq
 
 LINEAR_ONLY = ("pissa", "olora", "loftq", "orthogonal")
 """The starts that read the weight of a linear layer."""
+
+
+class Start(Protocol):
+    """What a layer reads of the `LoraConfig` that it is initialised by."""
+
+    init_lora_weights: bool | str
+    loftq_config: LoftQConfig | dict[str, Any]
+    originals: Originals | None
+
+    @property
+    def initialisation(self) -> str: ...
 
 
 class LoraDelta(Delta):
@@ -34,6 +45,7 @@ class LoraDelta(Delta):
     """
 
     factors: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    weight_name: ClassVar[str] = "weight"
     on_disk = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
@@ -45,13 +57,18 @@ class LoraDelta(Delta):
     def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
         super().__init__()
         self.r, self.scaling, self.lora_dropout = r, scaling, dropout
-        weight = site.spec
+        weight = self.spec(site)
         # float32 on a 16-bit base: bfloat16's numbers near 0.01 lie 6e-5 apart, and a smaller step is lost.
         dtype = trainable_dtype(weight.dtype, autocast)
         for name, shape in zip(self.factors, self.shapes(site, r), strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
 
         self.register_parameter("lora_bias", None)
+
+    @staticmethod
+    def spec(site: Site) -> TensorSpec:
+        """The shape, dtype and device of the weight that is changed."""
+        return site.spec
 
     @staticmethod
     @abstractmethod
@@ -125,9 +142,9 @@ class LoraDelta(Delta):
         return torch.tensordot(b, a, dims=1)
 
     def fold(self, dense: Dense) -> Dense:
-        weight = dense["weight"]
+        weight = dense[self.weight_name]
         # Added in float32 and rounded once: a 16-bit sum would round the small update before it is there.
-        folded = {"weight": weight.float().add(self.product(), alpha=self.scaling).to(weight.dtype)}
+        folded = {self.weight_name: weight.float().add(self.product(), alpha=self.scaling).to(weight.dtype)}
         if self.lora_bias is not None:
             if "bias" not in dense:
                 raise MergeError(

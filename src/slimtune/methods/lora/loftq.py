@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimtune.core.delta import Site
 from slimtune.errors import ConfigError, SlimtuneError
+from slimtune.methods.lora.init import pissa, wide
 from slimtune.storage.source import INDEX, folder_of, shards_of
 
 _ALIKE = 0.5
@@ -120,6 +121,39 @@ class Originals:
         except OSError:
             return [str(cached_file(source, "model.safetensors"))]
         return [str(cached_file(source, shard)) for shard in shards_of(Path(str(index)))]
+
+
+def quantized_by_loftq(weight_OI: Tensor, r: int, config: LoftQConfig) -> Tensor:
+    """Q, what `peft`'s LoftQ replaces the weight by, in float32.
+
+    Q_1 = quantize(W);  Q_i+1 = quantize(W - B_i A_i) with B_i A_i the best approximation of W - Q_i of rank r
+
+    Raises:
+        ConfigError: a number of bits that bitsandbytes doesn't have.
+    """
+    quantize = {4: _through_nf4, 8: _through_int8}.get(config.loftq_bits)
+    if quantize is None:
+        raise ConfigError(f"loftq_bits must be 4 or 8, found {config.loftq_bits!r}")
+    own_OI = wide(weight_OI)
+    quantized_OI = quantize(own_OI)
+    for _ in range(config.loftq_iter - 1):
+        a_RI, b_OR = pissa(own_OI - quantized_OI, r, 1.0)
+        quantized_OI = quantize(own_OI - b_OR @ a_RI)
+    return quantized_OI
+
+
+def _through_nf4(weight_OI: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    # Without double quantization and in blocks of 64, whatever the base at hand is quantized by: as `peft` does.
+    return dequantize_4bit(*quantize_4bit(weight_OI.contiguous(), blocksize=64, quant_type="nf4"))
+
+
+def _through_int8(weight_OI: Tensor) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+    codes_OI, scales_O, _ = int8_vectorwise_quant(weight_OI.half())
+    return int8_vectorwise_dequant(codes_OI, scales_O)
 
 
 def is_4bit(site: Site) -> bool:
