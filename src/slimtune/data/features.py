@@ -190,13 +190,21 @@ def _logits(features_ND: Tensor, weight_KD: Tensor, bias_K: Tensor) -> Tensor:
     return F.pad(logits, (1, 0)) if len(bias_K) == 1 else logits
 
 
+def check_solver(how: FeatureTuning) -> None:
+    """See that the solver is installed, before hours are spent on features. Raises: MissingDependencyError."""
+    if how.solver == "sklearn":
+        try:
+            import sklearn.linear_model  # noqa: F401 - only whether it can be
+        except ImportError as error:
+            raise MissingDependencyError(
+                "the solver needs scikit-learn: run `pip install 'slimtune[features]'`, or choose solver=torch"
+            ) from error
+
+
 def _by_sklearn(f_ND: Tensor, target_N: Tensor, labels: int, how: FeatureTuning) -> tuple[Tensor, Tensor]:
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the solver needs scikit-learn: run `pip install 'slimtune[features]'`, or choose solver=torch"
-        ) from error
+    check_solver(how)
+    from sklearn.linear_model import LogisticRegression
+
     fitted = LogisticRegression(C=how.strength, max_iter=how.max_iter).fit(f_ND.numpy(), target_N.numpy())
     return torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
 
