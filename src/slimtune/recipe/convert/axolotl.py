@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.rows import MARKS, PARTIAL_MARKS
 from slimtune.errors import ConfigError, listing
-from slimtune.recipe.convert.axolotl_data import held_out_of, sources_of
 from slimtune.recipe.convert.rules import (
     Imported,
     Rule,
@@ -21,8 +21,17 @@ from slimtune.recipe.convert.rules import (
     refused,
     taken,
     to,
+    with_fields,
 )
-from slimtune.recipe.convert.trainer_keys import OPTIMIZER, REVISION, SCHEDULER, SEED, TRAINER_KEYS, keep_best
+from slimtune.recipe.convert.trainer_keys import (
+    OPTIMIZER,
+    REVISION,
+    SCHEDULER,
+    SEED,
+    TRAINER_KEYS,
+    hold_out,
+    keep_best,
+)
 
 NAME, MODEL = "Axolotl", "base_model"
 
@@ -180,9 +189,9 @@ def translate(values: Mapping[str, Any], folder: Path) -> Imported:
     _defaults(found)
     for part in (_task, _method, _model, _schedule, _texts):
         part(found, values)
-    sources_of(found, values)
-    held_out_of(found, values)
-    found.settle(values, RULES)
+    _train_data(found, values)
+    _held_out(found, values)
+    found.apply_rules(values, RULES)
     return found.done()
 
 
@@ -248,8 +257,8 @@ def _targets(found: Imported, values: Mapping[str, Any]) -> None:
 def _model(found: Imported, values: Mapping[str, Any]) -> None:
     for key in given(values, "model_type", "type_of_model"):
         kind = str(values[key])
-        told = found.without_effect if kind.endswith("ForCausalLM") else found.refused
-        told[key] = "models that write text are loaded, as config.json names them"
+        reasons = found.without_effect if kind.endswith("ForCausalLM") else found.refused
+        reasons[key] = "models that write text are loaded, as config.json names them"
     four, eight = taken(values, "load_in_4bit"), taken(values, "load_in_8bit")
     if taken(values, "adapter") is None and (four or eight):
         found.refused["load_in_4bit" if four else "load_in_8bit"] = (
@@ -302,3 +311,117 @@ def _texts(found: Imported, values: Mapping[str, Any]) -> None:
         found.refused["plugins"] = f"{listing(strange)} may change anything"
     elif plugins:
         found.without_effect["plugins"] = _FAST
+
+
+LOADERS = ("json", "csv", "parquet", "text", "arrow")
+"""Of `datasets`: with one of them as the path, data_files are the data."""
+IDLE = ("ds_type", "conversation", "chat_template", "trust_remote_code", "train_on_eot", "preprocess_shards")
+READ = (
+    "path", "name", "type", "split", "revision", "data_files", "field", "field_messages", "message_property_mappings",
+)  # fmt: skip
+AS_HERE = {
+    "roles_to_train": (["assistant"], ["gpt", "assistant"], ["assistant", "gpt"]),
+    "train_on_eos": ("turn",),
+    "message_field_training": MARKS,
+    "message_field_training_detail": PARTIAL_MARKS,
+}
+"""Settings of a data set with the values that change nothing here; rows with marks on parts of a turn are refused."""
+OPENAI = {"role": "role", "content": "content"}
+SHARE_GPT = {"role": "from", "content": "value"}
+
+
+def _train_data(found: Imported, values: Mapping[str, Any]) -> None:
+    """Put the training data into the recipe."""
+    plain = taken(values, "pretraining_dataset")
+    if plain and taken(values, "datasets"):
+        found.refused["pretraining_dataset"] = "give it or datasets, not both"
+    elif plain:
+        several = plain if isinstance(plain, list) else [plain]
+        entries = [_plain(entry) if isinstance(entry, str | Mapping) else entry for entry in several]
+        _put(found, "pretraining_dataset", "data.train", entries)
+        found.put("data.streaming", True, "pretraining_dataset")
+    elif taken(values, "datasets"):
+        _put(found, "datasets", "data.train", values["datasets"])
+    else:
+        found.refused["datasets"] = "no data is named"
+
+
+def _held_out(found: Imported, values: Mapping[str, Any]) -> None:
+    """Put what is held out into the recipe."""
+    if taken(values, "test_datasets"):
+        _put(found, "test_datasets", "data.held_out", values["test_datasets"])
+    hold_out(found, values, "val_set_size")
+
+
+def _put(found: Imported, key: str, place: str, entries: Any) -> None:
+    try:
+        if not all(isinstance(entry, Mapping) for entry in entries):
+            raise ConfigError("data sets are a list of mappings with a path")
+        found.put(place, [source for entry in entries for source in _sources(entry, found)], key)
+    except ConfigError as error:
+        found.refused[key] = str(error)
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    given = {"path": entry} if isinstance(entry, str) else dict(entry)
+    column = given.pop("text_column", None)
+    return given | {"type": "completion"} | ({"field": column} if column else {})
+
+
+def _sources(entry: Mapping[str, Any], found: Imported) -> list[dict[str, Any]]:
+    path = entry.get("path")
+    if not path:
+        raise ConfigError("a data set has no path")
+    for key, value in entry.items():
+        if key in READ or key in IDLE or value in (None, False, "", [], {}):
+            continue
+        if value not in AS_HERE.get(key, ()):
+            raise ConfigError(f"'{key}' of {path} can't be had here; write its rows as messages")
+    files = entry.get("data_files") or []
+    files = [files] if isinstance(files, str) else list(files)
+    if files and path not in LOADERS:
+        raise ConfigError(f"data_files of {path} can't be chosen; name the files as paths of their own")
+    if path in LOADERS and not files:
+        raise ConfigError(f"'{path}' is a reader of files, and data_files names none")
+    shape = _format(entry, path, found)
+    if files:
+        return [{"path": str(file)} | shape for file in files]
+    revision = REVISION.read(entry.get("revision"))
+    place = {"subset": entry.get("name"), "split": entry.get("split"), "revision": revision}
+    place = {key: value for key, value in place.items() if value}
+    return [{"path": path} | place | shape]
+
+
+def _format(entry: Mapping[str, Any], path: str, found: Imported) -> dict[str, Any]:
+    kind = entry.get("type")
+    if isinstance(kind, Mapping):
+        return _described(kind, path)
+    if kind == "completion":
+        return with_fields("text", {"text": entry.get("field") or "text"})
+    if kind == "alpaca":
+        found.different["datasets"] = (
+            "alpaca rows are asked in the tokenizer's chat template where it has one, and in alpaca's words where not"
+        )
+        return {"format": "alpaca"}
+    if kind == "sharegpt":
+        return with_fields("sharegpt", {"conversations": entry.get("field_messages") or "conversations"})
+    if kind == "chat_template":
+        return _turns(entry, path)
+    raise ConfigError(f"rows of type '{kind}' (of {path}) aren't translated; write them as messages")
+
+
+def _turns(entry: Mapping[str, Any], path: str) -> dict[str, Any]:
+    place, properties = entry.get("field_messages"), entry.get("message_property_mappings") or OPENAI
+    if properties == OPENAI:
+        return with_fields("messages", {"messages": place or "messages"})
+    if properties == SHARE_GPT:
+        return with_fields("sharegpt", {"conversations": place or "messages"})
+    raise ConfigError(f"turns of {path} are called {listing(properties.values())}; write them as messages")
+
+
+def _described(kind: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A type of the user's own: columns of preferences can be renamed, prompts can't be worded."""
+    fields = {key.removeprefix("field_"): column for key, column in kind.items() if column}
+    if not {"chosen", "rejected"} <= fields.keys() <= {"prompt", "chosen", "rejected"}:
+        raise ConfigError(f"a type with {listing(kind)} (of {path}) isn't translated; write its rows as messages")
+    return with_fields("preference", fields)
