@@ -133,6 +133,6 @@ def test_a_run_that_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_untuned_model_is_named_by_what_it_is() -> None:
-    assert prompted(0).summary == "the model as it comes, asked outright"
+    assert prompted(0).summary == "the model as it comes, without an example"
     assert prompted(1).summary == "the model as it comes, 1 example in the prompt"
     assert prompted(4, True).summary.endswith("dealt at random")

@@ -125,6 +125,6 @@ def runs_of(candidates: Sequence[Candidate], seeds: int) -> list[Run]:
 
 def _prompted(shots: int, random_labels: bool) -> str:
     if shots == 0:
-        return "the model as it comes, asked outright"
+        return "the model as it comes, without an example"
     examples = "1 example" if shots == 1 else f"{shots} examples"
     return f"the model as it comes, {examples} in the prompt{' with answers dealt at random' if random_labels else ''}"

@@ -148,120 +148,120 @@ def translate(values: Mapping[str, Any], folder: Path) -> Imported:
     Args:
         folder: where the file is, beside which data is looked for as well.
     """
-    found = Imported(NAME)
+    recipe = Imported(NAME)
     check_kinds(values, RULES)
-    _defaults(found)
+    _defaults(recipe)
     for part in (_task, _method, _model, _run):
-        part(found, values)
-    _train_data(found, values, folder)
-    _held_out(found, values, folder)
-    _packing(found, values)
+        part(recipe, values)
+    _train_data(recipe, values, folder)
+    _held_out(recipe, values, folder)
+    _packing(recipe, values)
     if taken(values, "template"):
-        found.different["template"] = "the tokenizer's own chat template is used, which should be the same one"
-        found.without_effect["template"] = "the tokenizer's own is used"
-    found.different["cutoff_len"] = (
+        recipe.different["template"] = "the tokenizer's own chat template is used, which should be the same one"
+        recipe.without_effect["template"] = "the tokenizer's own is used"
+    recipe.different["cutoff_len"] = (
         "long examples are cut at their end; theirs takes tokens from question and answer in proportion"
     )
-    found.apply_rules(values, RULES)
-    return found.done()
+    recipe.apply_rules(values, RULES)
+    return recipe.done()
 
 
-def _defaults(found: Imported) -> None:
+def _defaults(recipe: Imported) -> None:
     """What LLaMA-Factory does where nothing is said."""
-    found.put("data.max_length", 2048)
-    found.put("data.too_long", "truncate")
+    recipe.put("data.max_length", 2048)
+    recipe.put("data.too_long", "truncate")
     run = {
         "learning_rate": 5e-5, "epochs": 3.0, "batch_size": 8, "scheduler": "linear", "warmup": 0.0,
         "gradient_checkpointing": True, "seed": SEED,
     }  # fmt: skip
     for name, value in run.items():
-        found.put(f"training.{name}", value)
+        recipe.put(f"training.{name}", value)
 
 
-def _task(found: Imported, values: Mapping[str, Any]) -> None:
+def _task(recipe: Imported, values: Mapping[str, Any]) -> None:
     stage = taken(values, "stage", "sft")
     if stage not in STAGES:
-        found.refused["stage"] = f"'{stage}' isn't trained here; there are {listing(STAGES)}"
+        recipe.refused["stage"] = f"'{stage}' isn't trained here; there are {listing(STAGES)}"
         return
     task, loss = STAGES[stage], taken(values, "pref_loss", "sigmoid")
     if stage == "dpo" and loss == "orpo":
         task = "orpo"
     elif stage == "dpo" and loss not in LOSSES:
-        found.refused["pref_loss"] = f"there is no loss '{loss}' here; there are {listing([*LOSSES, 'orpo'])}"
+        recipe.refused["pref_loss"] = f"there is no loss '{loss}' here; there are {listing([*LOSSES, 'orpo'])}"
     elif stage == "dpo" and LOSSES[loss]:
-        found.put("preferences.loss_type", LOSSES[loss], "pref_loss")
+        recipe.put("preferences.loss_type", LOSSES[loss], "pref_loss")
     if "pref_loss" in values:
-        found.translated.setdefault("pref_loss", "task")
-    found.put("task", task, *given(values, "stage"))
+        recipe.translated.setdefault("pref_loss", "task")
+    recipe.put("task", task, *given(values, "stage"))
     if stage == "pt":
-        found.put("data.format", "text", "stage")
+        recipe.put("data.format", "text", "stage")
 
 
-def _method(found: Imported, values: Mapping[str, Any]) -> None:
+def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
     kind = taken(values, "finetuning_type", "lora")
     if kind == "full":
-        found.put("method.name", "full", *given(values, "finetuning_type"))
-        found.without_effect |= {key: "all weights are tuned" for key in values if key.startswith("lora_")}
+        recipe.put("method.name", "full", *given(values, "finetuning_type"))
+        recipe.without_effect |= {key: "all weights are tuned" for key in values if key.startswith("lora_")}
         return
     if kind != "lora":
-        found.refused["finetuning_type"] = f"there is no '{kind}' here; lora and full are translated"
+        recipe.refused["finetuning_type"] = f"there is no '{kind}' here; lora and full are translated"
         return
-    found.put("method.name", "dora" if taken(values, "use_dora") else "lora", *given(values, "finetuning_type"))
+    recipe.put("method.name", "dora" if taken(values, "use_dora") else "lora", *given(values, "finetuning_type"))
     if "use_dora" in values:
-        found.translated["use_dora"] = "method.name"
+        recipe.translated["use_dora"] = "method.name"
     rank = taken(values, "lora_rank", 8)
-    found.put("method.r", rank, *given(values, "lora_rank"))
-    found.put("method.lora_alpha", taken(values, "lora_alpha", 2 * rank), *given(values, "lora_alpha"))
+    recipe.put("method.r", rank, *given(values, "lora_rank"))
+    recipe.put("method.lora_alpha", taken(values, "lora_alpha", 2 * rank), *given(values, "lora_alpha"))
     target = taken(values, "lora_target", "all")
     everything = names(target) == ["all"]
-    found.put(
+    recipe.put(
         "method.target_modules",
         "all-linear" if everything else names(target),
         *given(values, "lora_target"),
     )
     steps = taken(values, "pissa_iter", 16)
     start = "pissa" if steps == -1 else f"pissa_niter_{steps}"
-    if found.switch(values, "pissa_init", "method.init_lora_weights", start) and "pissa_iter" in values:
-        found.translated["pissa_iter"] = "method.init_lora_weights"
+    if recipe.switch(values, "pissa_init", "method.init_lora_weights", start) and "pissa_iter" in values:
+        recipe.translated["pissa_iter"] = "method.init_lora_weights"
 
 
-def _model(found: Imported, values: Mapping[str, Any]) -> None:
+def _model(recipe: Imported, values: Mapping[str, Any]) -> None:
     for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        found.switch(values, key, "model.dtype", dtype)
+        recipe.switch(values, key, "model.dtype", dtype)
     bits = taken(values, "quantization_bit")
     keys = given(values, "quantization_bit", "quantization_type", "quantization_method")
     if bits is None:
         idle_keys = [*keys, *given(values, "double_quantization")]
-        found.without_effect |= dict.fromkeys(idle_keys, "nothing is quantized")
+        recipe.without_effect |= dict.fromkeys(idle_keys, "nothing is quantized")
         return
     method = taken(values, "quantization_method", "bnb")
     if method not in ("bnb", "bitsandbytes"):
-        found.refused["quantization_method"] = f"'{method}' isn't quantized with here; bnb is"
+        recipe.refused["quantization_method"] = f"'{method}' isn't quantized with here; bnb is"
     if bits not in (4, 8):
-        found.refused["quantization_bit"] = f"there are 4 and 8 bits here, not {bits}"
+        recipe.refused["quantization_bit"] = f"there are 4 and 8 bits here, not {bits}"
         return
     if bits == 4 and taken(values, "double_quantization", True) is False:
-        found.refused["double_quantization"] = "scales of 4-bit weights are always quantized, too"
+        recipe.refused["double_quantization"] = "scales of 4-bit weights are always quantized, too"
     elif "double_quantization" in values:
-        found.without_effect["double_quantization"] = "scales of 4-bit weights are always quantized, too"
+        recipe.without_effect["double_quantization"] = "scales of 4-bit weights are always quantized, too"
     kind = taken(values, "quantization_type", "nf4")
-    found.put("model.quantize", one_of(("nf4", "fp4"), "type of 4 bits")(kind) if bits == 4 else "int8", *keys)
+    recipe.put("model.quantize", one_of(("nf4", "fp4"), "type of 4 bits")(kind) if bits == 4 else "int8", *keys)
 
 
-def _run(found: Imported, values: Mapping[str, Any]) -> None:
+def _run(recipe: Imported, values: Mapping[str, Any]) -> None:
     steps, share = taken(values, "warmup_steps", 0), taken(values, "warmup_ratio", 0)
-    found.put("training.warmup", steps or share, *given(values, "warmup_steps", "warmup_ratio"))
-    keep_best(found, values)
+    recipe.put("training.warmup", steps or share, *given(values, "warmup_steps", "warmup_ratio"))
+    keep_best(recipe, values)
     if taken(values, "eval_strategy") == "epoch" and "eval_steps" in values:
-        found.without_effect["eval_steps"] = "evaluated after each epoch"
+        recipe.without_effect["eval_steps"] = "evaluated after each epoch"
 
 
-def _packing(found: Imported, values: Mapping[str, Any]) -> None:
+def _packing(recipe: Imported, values: Mapping[str, Any]) -> None:
     packed, neat = taken(values, "packing"), bool(taken(values, "neat_packing"))
     packs = neat or (taken(values, "stage", "sft") == "pt" if packed is None else bool(packed))
-    found.put("data.packing", packs, *given(values, "packing", "neat_packing"))
+    recipe.put("data.packing", packs, *given(values, "packing", "neat_packing"))
     if packs and not neat:
-        found.different["packing"] = (
+        recipe.different["packing"] = (
             "examples that share a row don't see each other here; theirs do without neat_packing"
         )
 
@@ -280,37 +280,37 @@ SHARE_GPT_TAGS = {
 }  # fmt: skip
 
 
-def _train_data(found: Imported, values: Mapping[str, Any], folder: Path) -> None:
+def _train_data(recipe: Imported, values: Mapping[str, Any], folder: Path) -> None:
     """Put the training data into the recipe."""
     if not taken(values, "dataset"):
-        found.refused["dataset"] = "no data is named"
+        recipe.refused["dataset"] = "no data is named"
         return
-    sources = _sources(found, values, "dataset", folder)
+    sources = _sources(recipe, values, "dataset", folder)
     weights = taken(values, "interleave_probs")
     mixes = str(taken(values, "mix_strategy", "concat"))
     if "mix_strategy" in values:
-        found.without_effect["mix_strategy"] = "all rows of all sources, as here"
+        recipe.without_effect["mix_strategy"] = "all rows of all sources, as here"
     if mixes != "concat" and weights is not None:
         shares = [float(weight) for weight in names(weights)]
         if len(shares) != len(sources):
             raise ConfigError(f"interleave_probs has {len(shares)} weights for {len(sources)} data sets")
         for source, weight in zip(sources, shares, strict=True):
             source["weight"] = weight
-        found.translated |= {"mix_strategy": "data.train.weight", "interleave_probs": "data.train.weight"}
-        found.different["mix_strategy"] = "an epoch has as many rows as the sources together, drawn by weight"
+        recipe.translated |= {"mix_strategy": "data.train.weight", "interleave_probs": "data.train.weight"}
+        recipe.different["mix_strategy"] = "an epoch has as many rows as the sources together, drawn by weight"
     elif mixes != "concat":
-        found.refused["mix_strategy"] = "sources are mixed by weights; give interleave_probs"
-    found.put("data.train", sources, "dataset")
+        recipe.refused["mix_strategy"] = "sources are mixed by weights; give interleave_probs"
+    recipe.put("data.train", sources, "dataset")
 
 
-def _held_out(found: Imported, values: Mapping[str, Any], folder: Path) -> None:
+def _held_out(recipe: Imported, values: Mapping[str, Any], folder: Path) -> None:
     """Put what is held out into the recipe."""
     if taken(values, "eval_dataset"):
-        found.put("data.held_out", _sources(found, values, "eval_dataset", folder), "eval_dataset")
-    hold_out(found, values, "val_size")
+        recipe.put("data.held_out", _sources(recipe, values, "eval_dataset", folder), "eval_dataset")
+    hold_out(recipe, values, "val_size")
 
 
-def _sources(found: Imported, values: Mapping[str, Any], key: str, folder: Path) -> list[dict[str, Any]]:
+def _sources(recipe: Imported, values: Mapping[str, Any], key: str, folder: Path) -> list[dict[str, Any]]:
     where = str(taken(values, "dataset_dir", "data"))
     most = taken(values, "max_samples")
     sources = []
@@ -322,8 +322,8 @@ def _sources(found: Imported, values: Mapping[str, Any], key: str, folder: Path)
             entry = {"hf_hub_url": name} if info is None else info[0][name]
             sources.append(_source(entry, name, info[1] if info else folder, most))
     except SlimtuneError as error:
-        found.refused[key] = str(error)
-    found.translated |= dict.fromkeys(given(values, "dataset_dir", "media_dir", "max_samples"), "data.train")
+        recipe.refused[key] = str(error)
+    recipe.translated |= dict.fromkeys(given(values, "dataset_dir", "media_dir", "max_samples"), "data.train")
     return sources
 
 

@@ -125,9 +125,7 @@ class Imported:
         if self.refused:
             why = "; ".join(f"{key}: {reason}" for key, reason in self.refused.items())
             count = f"{len(self.refused)} keys" if len(self.refused) > 1 else "one key"
-            raise ConfigError(
-                f"{count} of this {self.tool} file would change the result and can't be had here: {reasons}"
-            )
+            raise ConfigError(f"{count} of this {self.tool} file would change the result and can't be had here: {why}")
         return self
 
 
