@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import slimtune
 from kinds import NEEDED
@@ -155,3 +156,33 @@ def test_chosen_layers_narrow_the_default() -> None:
     sites = adapted(slimtune.get_peft_model(LLAMA.model(), config))
     assert sites
     assert all(".1." in site for site in sites)
+
+
+def llava() -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, text = CLIPVisionConfig(**sizes, image_size=8, patch_size=4), LlamaConfig(**sizes, vocab_size=64)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=63))
+
+
+@pytest.mark.parametrize("method", ["LORA", "IA3", "LN_TUNING", "BITFIT", "BOTTLENECK"])
+def test_of_a_multimodal_model_the_text_model_alone(method: str) -> None:
+    """The vision tower gets no gradient from text, and text is what is trained on."""
+    options = {"add_bias": True} if method == "BITFIT" else {}
+    model = slimtune.get_peft_model(llava(), methods()[method](**options))
+    trained = {name.partition(".deltas.")[0] for name in trainable(model)}
+    assert trained
+    assert all(name.startswith("model.language_model.") for name in trained)
+    assert "only model.language_model is adapted; name others with target_modules" in str(model.coverage())
+    ids = torch.arange(8).unsqueeze(0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert not without
+
+
+@pytest.mark.parametrize("targets", [["fc1"], "all-linear", r".*vision_tower.*q_proj"])
+def test_of_a_multimodal_model_what_is_named(targets: Any) -> None:
+    model = slimtune.get_peft_model(llava(), slimtune.LoraConfig(r=2, target_modules=targets))
+    assert any("vision_tower" in name for name in trainable(model))
+    assert "only model.language_model" not in str(model.coverage())

@@ -152,6 +152,21 @@ def test_positions_that_go_on_are_found_out() -> None:
         check_packs(absolute)
 
 
+def test_an_example_that_is_not_what_it_is_alone_is_found_out() -> None:
+    """Nothing is seen of the example before, but positions go on from its end."""
+    moved = GPT2LMHeadModel(GPT2Config(vocab_size=90, n_embd=32, n_layer=1, n_head=4, n_positions=32))
+    embed, table = moved.transformer.wpe.forward, moved.transformer.wpe.weight
+    torch.nn.init.normal_(table)
+    moved.transformer.wpe.forward = lambda ids: embed(torch.arange(ids.shape[-1]).expand_as(ids))  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel: in a packed row an example isn't what it is alone"):
+        check_packs(moved)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rounding_to_sixteen_bits_is_no_reason_to_refuse(name: str) -> None:
+    check_packs(model(name, "sdpa").bfloat16())
+
+
 def test_a_training_step_is_the_same(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     rows = [Conversation.model_validate({"messages": order.messages()}) for order in orders(12)]

@@ -34,6 +34,14 @@ INFO = {
     "hub": {"hf_hub_url": "someone/rows", "subset": "en", "split": "test"},
     "pictures": {"file_name": "p.json", "formatting": "sharegpt", "columns": {"images": "images"}},
     "tagged": {"file_name": "t.json", "formatting": "sharegpt", "tags": {"role_tag": "who", "content_tag": "what"}},
+    "talks": {"file_name": "h.json", "columns": {"prompt": "p", "response": "r", "history": "past"}},
+    "ranked": {
+        "file_name": "d.json",
+        "formatting": "sharegpt",
+        "ranking": True,
+        "columns": {"messages": "talk", "chosen": "better", "rejected": "worse"},
+    },
+    "judged": {"file_name": "k.json", "formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "ok"}},
     "modelscope": {"ms_hub_url": "someone/rows"},
 }
 LLAMA_FACTORY: dict[str, Any] = {
@@ -283,6 +291,19 @@ def test_keys_of_axolotl(changes: dict[str, Any], expected: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
+    ("stage", "dataset", "expected"),
+    [
+        ("sft", "talks", ("alpaca", {"instruction": "p", "output": "r", "history": "past"})),
+        ("dpo", "ranked", ("preference", {"conversations": "talk", "chosen": "better", "rejected": "worse"})),
+        ("kto", "judged", ("unpaired-preference", {"conversations": "messages", "label": "ok"})),
+    ],
+)
+def test_layouts_of_llama_factory(stage: str, dataset: str, expected: tuple[str, dict[str, str]]) -> None:
+    source = imported(LLAMA_FACTORY | {"stage": stage, "dataset": dataset})[1].data.train[0]
+    assert (source.format, source.fields) == expected
+
+
+@pytest.mark.parametrize(
     ("entry", "expected"),
     [
         ({"path": "x.jsonl", "type": "chat_template"}, ("x.jsonl", "messages", {})),
@@ -296,6 +317,10 @@ def test_keys_of_axolotl(changes: dict[str, Any], expected: dict[str, Any]) -> N
                 "roles_to_train": ["assistant"], "message_property_mappings": {"role": "from", "content": "value"},
             },
             ("x", "sharegpt", {}),
+        ),
+        (
+            {"path": "x", "type": "chat_template", "message_field_training": "train", "roles_to_train": ["assistant"]},
+            ("x", "messages", {}),
         ),
         ({"path": "x", "type": "completion", "field": "body"}, ("x", "text", {"text": "body"})),
         ({"path": "json", "data_files": "mine.jsonl", "type": "alpaca"}, ("mine.jsonl", "alpaca", {})),

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -96,6 +98,37 @@ def test_a_save_cut_off_between_its_two_renames_is_read_as_the_new_one(missing: 
     expected = 2 if missing == CONFIG else 1
     assert read_config(old)["lora_alpha"] == expected
     assert read_adapter(old)["a"].tolist() == [expected, expected]
+
+
+def test_a_save_finishes_one_that_was_cut_off_before_it_can_fail_itself(tmp_path: Path) -> None:
+    """New weights are in place, their config is still pending; the next save fails as it begins to write."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, number in ((old, 1), (new, 2)):
+        save_adapter(folder, slimtune.LoraConfig(lora_alpha=number).to_dict(), {"a": torch.full((2,), float(number))})
+    (new / WEIGHTS).replace(old / WEIGHTS)
+    (new / CONFIG).replace(old / f"{CONFIG}.new")
+    with room_for_files_of(0), pytest.raises(AdapterFileError, match="not saved"):
+        save_adapter(old, slimtune.LoraConfig(lora_alpha=3).to_dict(), {"a": torch.full((2,), 3.0)})
+    assert read_config(old)["lora_alpha"] == 2
+    assert read_adapter(old)["a"].tolist() == [2, 2]
+    assert {path.name for path in old.iterdir()} == {WEIGHTS, CONFIG}
+
+
+def test_what_reads_back_other_than_it_was_written_is_not_saved(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that flips a bit, which no test can have."""
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    write = safetensors.torch.save_file
+
+    def flipping(tensors: Any, path: Path, **options: Any) -> None:
+        write(tensors, path, **options)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", flipping)
+    with pytest.raises(AdapterFileError, match="read back other than it was written"):
+        save_adapter(adapter, slimtune.LoraConfig().to_dict(), {"a": torch.ones(2)})
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from slimtune.adapters.adapter import attached
+from slimtune.adapters.targets import text_model_of
 from slimtune.core.delta import dtypes_of, walk
 
 
@@ -29,6 +30,7 @@ class Summary:
         total: parameters of the model with its adapters.
         stored_bytes: what the adapter will take on disk.
         unmergeable: why the adapter can't be merged, so that it is run at inference; empty where it can.
+        text_model: of a multimodal model, the path of the text model where that alone is adapted; else empty.
     """
 
     adapter: str
@@ -37,6 +39,7 @@ class Summary:
     total: int
     stored_bytes: int
     unmergeable: str = ""
+    text_model: str = ""
 
     def __str__(self) -> str:
         width = max(map(len, self.rows), default=0)
@@ -46,18 +49,21 @@ class Summary:
         ]
         share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
         size = f"{share}, {self.stored_bytes / 1e6:.1f} MB on disk"
-        return "\n".join([f"adapter '{self.adapter}':", *lines, size, *filter(None, [self.unmergeable])])
+        alone = f"of this multimodal model only {self.text_model} is adapted; name others with target_modules"
+        notes = [alone] * bool(self.text_model) + [self.unmergeable] * bool(self.unmergeable)
+        return "\n".join([f"adapter '{self.adapter}':", *lines, size, *notes])
 
 
 def summary_of(model: Any, adapter_name: str) -> Summary:
     """Which modules an adapter trains, how many of how many, in which dtypes."""
     rows: dict[str, ModuleGroup] = {}
     last_names = [name.rpartition(".")[2] for name, _ in walk(model)]
-    stored_bytes, unmergeable = 0, ""
+    stored_bytes, unmergeable, text_model = 0, "", text_model_of(model) or ""
     for site, delta in attached(model, adapter_name):
         last = site.name.rpartition(".")[2]
         own = list(delta.parameters())
         unmergeable = unmergeable or delta.unmergeable
+        text_model = text_model if site.name.startswith(f"{text_model}.") else ""
         if not own:
             continue
         before = rows[last] if last in rows else ModuleGroup(0, last_names.count(last), 0, "")
@@ -68,7 +74,7 @@ def summary_of(model: Any, adapter_name: str) -> Summary:
         stored_bytes += sum(p.numel() * p.element_size() for p in own)
     trainable = sum(row.parameters for row in rows.values())
     total = sum(parameter_count(p) for p in model.parameters())
-    return Summary(adapter_name, rows, trainable, total, stored_bytes, unmergeable)
+    return Summary(adapter_name, rows, trainable, total, stored_bytes, unmergeable, text_model)
 
 
 def parameter_count(parameter: Any) -> int:

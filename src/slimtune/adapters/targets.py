@@ -26,6 +26,8 @@ _PLACES = {
     "output": "output layers",
 }
 """The words for `Whereabouts` in an error."""
+_ANYWHERE = frozenset({"model", "input", "output", "everything"})
+"""Default targets that don't lie in the blocks of one part of a model."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
     if targets is None or targets == ALL_LINEAR:
         places = ("linear",) if targets else config.default_targets
         matched = _by_place(model, modules, names, places, blocks_only=targets is None)
+        text_model = text_model_of(model)
+        if targets is None and text_model and not _ANYWHERE.intersection(places):
+            matched = [name for name in matched if name.startswith(f"{text_model}.")]
         if not matched:
             available = listing(_last_names(names)) or "numbers alone"
             raise TargetError(
@@ -253,6 +258,20 @@ def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_
     lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     in_blocks = [name for name in linear if any(name.startswith(prefix) for prefix in lists)]
     return in_blocks if blocks_only and in_blocks else linear
+
+
+def text_model_of(model: Any) -> str | None:
+    """The path of the text model in a model that writes text and reads images or sound, too; None for any other model.
+
+    Training on text gives no gradient to the rest of it.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
+        return None
+    if config.get_text_config() is config or not model.can_generate():
+        return None
+    decoder = model.get_decoder()
+    return next((name for name, module in walk(model) if module is decoder and name), None)
 
 
 def _is_bypassed(modules: Modules, name: str) -> bool:

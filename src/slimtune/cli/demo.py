@@ -104,6 +104,7 @@ class Demo:
         from slimtune.data.tasks.registry import read
         from slimtune.pipeline.train import adopt, tune
         from slimtune.recipe.recipe import Recipe
+        from slimtune.train.run_folder import run_folder
 
         rows = self.output / "train.jsonl"
         rows.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,8 @@ class Demo:
         with self._step("Tune with LoRA"):
             adopt(model, recipe.method.config(), self.seed)
             data = read(recipe.data, recipe.task, self.seed)
-            outcome = tune(self.screen, model, tokenizer, data, recipe, overwrite=True)
+            with run_folder(self.adapter, recipe.to_dict(), overwrite=True, resume=False) as folder:
+                outcome = tune(self.screen, model, tokenizer, data, recipe, folder)
             self.results |= {"train_seconds": outcome.seconds, "tokens_per_second": outcome.tokens_per_second}
         with self._step("Score the tuned model on the same orders"):
             tuned = self._ask(model, tokenizer, held_out)

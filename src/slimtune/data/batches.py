@@ -40,9 +40,9 @@ class Limit:
     """How long an example may be, in tokens, and what becomes of longer ones.
 
     Attributes:
-        max_length: what was asked for.
+        max_length: as the settings have it.
         too_long: error, drop, truncate, or split for texts.
-        positions: what the model has, if that is known.
+        positions: how many the model has; None where its config has no number.
     """
 
     max_length: int
@@ -86,6 +86,7 @@ def classification(tokenizer: Any) -> Objective:
         return {**batch, "labels": torch.tensor([example["labels"] for example in examples])}
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        # A sum over the texts of all batches of a step: (N, labels) against (N,), whatever the batches' sizes.
         total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
@@ -94,6 +95,7 @@ def classification(tokenizer: Any) -> Objective:
 
 def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     """Cross-entropy, the mean over all tokens of a step that bear a label, however many batches it has."""
+    # (N, T, tags) against (N, T) as (N * T, tags) against (N * T,); the words' other tokens and padding are ignored.
     total = F.cross_entropy(
         outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -140,6 +142,7 @@ class PackRows:
         packed = [[row] if isinstance(row, Encoded) else list(row) for row in rows]
         if self.is_flat:
             packed = [[example for row in packed for example in row]]
+        # All three tensors are (rows, longest).
         longest = max(sum(len(example.input_ids) for example in row) for row in packed)
         ids, labels, positions = [], [], []
         for row in packed:

@@ -57,7 +57,7 @@ def assistant_spans(
         tools: what the assistant may call, shown to it by the template.
 
     Raises:
-        RewritesError: the template rewrites earlier turns, so that it can't be told what was said.
+        RewritesError: the template rewrites earlier turns, so that the answers can't be found in it.
         DataError: it refuses the conversation, such as one that begins with the assistant.
     """
     whole = render(tokenizer, messages, tools=tools)

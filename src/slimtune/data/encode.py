@@ -65,8 +65,10 @@ def encode(
     for number, row in enumerate(rows):
         where = places[number] if places else f"example {number + 1} of {len(rows)}"
         everything += encode_answers(row, tokenizer, where)
+    # Refused before any is cut, so that the error counts all of them at once.
     limit.refuse([len(example.input_ids) for example in everything], len(everything))
     fitted = [piece for example in everything for piece in fit(example, limit)]
+    # Without a label an example gives a loss of 0 / 0, and would only take its share of the batch.
     examples = [example for example in fitted if example.learned]
     if not examples:
         raise DataError(
@@ -85,6 +87,7 @@ def encode_answers(row: Row, tokenizer: Any, where: str) -> list[Encoded]:
         try:
             return [encode_row(row, tokenizer)]
         except RewritesError as error:
+            # As the model will be asked: each conversation ends with the one answer that it learns.
             try:
                 return [encode_row(part, tokenizer) for part in _answers_apart(row)]
             except RewritesError:
@@ -107,6 +110,7 @@ def encode_row(row: Row, tokenizer: Any) -> Encoded:
         raise DataError(
             f"the text begins with {tokenizer.bos_token} twice; remove it from the data, the template adds its own"
         )
+    # `offsets` are (T, 2) in characters of the text, and so are the spans of the answers.
     labels = [IGNORED] * len(ids)
     for position, (start, end) in enumerate(offsets):
         # A token that begins in the template and ends in the answer is learned: the answer begins with it.
@@ -172,6 +176,7 @@ def _text(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]], bool]:
 def _ended(ids: list[int], labels: list[int], tokenizer: Any) -> Encoded:
     """Make sure that the last answer ends with a token at which generation stops."""
     learned = [position for position, label in enumerate(labels) if label != IGNORED]
+    # Not the end of text alone: chat models stop at tokens such as <|im_end|>, which the template writes.
     special = {
         *tokenizer.all_special_ids,
         *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),

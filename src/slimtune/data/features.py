@@ -80,7 +80,7 @@ def extract(
     """The features of texts as f_ND in float32, in their order, computed once if there is a cache.
 
     Args:
-        model: any transformers model of texts; its heads are not asked.
+        model: any transformers model of texts; its heads are not used.
         pooling: "mean" over the tokens, "cls" for the first token, "last" for the last.
         cache: a folder. What is kept there is found by a SHA-256 of everything that the features follow from: the
             model's config and all of its weights, the tokenizer, the texts, the pooling and the lengths.
@@ -170,13 +170,15 @@ class FeatureClassifier:
         try:
             facts = read_json(folder / CLASSIFIER)
             tensors = load_file(folder / WEIGHTS)
-            found = cls(weight=tensors["weight"], bias=tensors["bias"], **facts)
-            outputs = _logits(torch.zeros(1, found.weight.shape[1]), found.weight, found.bias).shape[1]
+            classifier = cls(weight=tensors["weight"], bias=tensors["bias"], **facts)
+            outputs = _logits(torch.zeros(1, classifier.weight.shape[1]), classifier.weight, classifier.bias).shape[1]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise AdapterFileError(f"the classifier in {folder} can't be read ({error}); train it again") from error
-        if outputs != len(found.labels):
-            raise AdapterFileError(f"the classifier in {folder} has {outputs} outputs for {len(found.labels)} labels")
-        return found
+        if outputs != len(classifier.labels):
+            raise AdapterFileError(
+                f"the classifier in {folder} has {outputs} outputs for {len(classifier.labels)} labels"
+            )
+        return classifier
 
 
 def is_feature_classifier(folder: str | Path) -> bool:
@@ -190,13 +192,21 @@ def _logits(features_ND: Tensor, weight_KD: Tensor, bias_K: Tensor) -> Tensor:
     return F.pad(logits, (1, 0)) if len(bias_K) == 1 else logits
 
 
+def check_solver(how: FeatureTuning) -> None:
+    """See that the solver is installed, before hours are spent on features. Raises: MissingDependencyError."""
+    if how.solver == "sklearn":
+        try:
+            import sklearn.linear_model  # noqa: F401 - only whether it can be
+        except ImportError as error:
+            raise MissingDependencyError(
+                "the solver needs scikit-learn: run `pip install 'slimtune[features]'`, or choose solver=torch"
+            ) from error
+
+
 def _by_sklearn(f_ND: Tensor, target_N: Tensor, labels: int, how: FeatureTuning) -> tuple[Tensor, Tensor]:
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the solver needs scikit-learn: run `pip install 'slimtune[features]'`, or choose solver=torch"
-        ) from error
+    check_solver(how)
+    from sklearn.linear_model import LogisticRegression
+
     fitted = LogisticRegression(C=how.strength, max_iter=how.max_iter).fit(f_ND.numpy(), target_N.numpy())
     return torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
 

@@ -25,20 +25,22 @@ from slimtune.errors import ConfigError, DataError, did_you_mean, listing
 
 Value = dict[str, Any]
 
-MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), ONLY_TEXT)
-WEIGHTS = dict.fromkeys(("weight", "sample_weight", "train"), "every row counts the same; drop the rows instead")
+MEDIA: dict[str, str] = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), ONLY_TEXT)
+WEIGHTS: dict[str, str] = dict.fromkeys(
+    ("weight", "sample_weight", "train"), "every row counts the same; drop the rows instead"
+)
 """Columns that would weight a row or leave it out."""
-MASKS = dict.fromkeys(
+MASKS: dict[str, str] = dict.fromkeys(
     ("train_on_input", "train_on_inputs", "train_on_prompt", "train_on_eos", "roles_to_train", "mask_history"),
     "the answers are learned, whole; mark turns with weight 0 to leave them out",
 )
-ANSWERS = {
+ANSWERS: dict[str, str] = {
     **dict.fromkeys(("label", "kto_tag"), "good and bad answers would both be learned; choose task=kto"),
     **dict.fromkeys(("functions", "chat_template_kwargs", "documents"), "the chat template would need it"),
     **MASKS,
 }
 """Columns beside an answer that would change what is learned of it."""
-PROMPTS = dict.fromkeys(
+PROMPTS: dict[str, str] = dict.fromkeys(
     ("instruction", "input", "context", "question", "query", "history", "system", "tools"),
     "it would be part of the prompt; write it into the prompt",
 )

@@ -54,6 +54,7 @@ class Lengths:
     def within(self, max_length: int) -> Lengths:
         """The lengths after cutting at a maximum; what is learned shrinks by the share of tokens that go."""
         check_whole("max_length", max_length, 2)
+        # The order stays, for cutting is monotonous: the result needs no sorting.
         cut = tuple(min(length, max_length) for length in self.tokens)
         learned = self.learned if self.labels else round(self.learned * sum(cut) / self.total)
         return Lengths(cut, learned, self.labels)
@@ -65,9 +66,11 @@ class Lengths:
         """
         check_whole("batch_size", batch_size)
         size = min(batch_size, self.examples)
+        # From the longest down, each weight from the one before: C(N, B) of thousands of examples overflows a float.
         weight, mean = size / self.examples, 0.0
         for k in range(self.examples, size - 1, -1):
             mean += weight * self.tokens[k - 1]
+            # C(k-2, B-1) / C(k-1, B-1) = (k - B) / (k - 1).
             weight *= (k - size) / (k - 1) if k > 1 else 0.0
         return mean * self.examples
 
@@ -86,6 +89,7 @@ class Lengths:
     def histogram(self, bars: int = 10) -> list[tuple[int, int]]:
         """The greatest length of each of at most `bars` equal ranges, and how many examples are in it."""
         shortest = self.tokens[0]
+        # Whole tokens, rounded up: with a fraction the last bar would hold the longest example alone.
         width = (self.longest - shortest) // bars + 1
         counts = Counter((length - shortest) // width for length in self.tokens)
         return [(min(shortest + (n + 1) * width - 1, self.longest), counts[n]) for n in range(max(counts) + 1)]

@@ -25,6 +25,7 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # `rooms` is sorted by what is left, so the first that suffices is the fullest: O(log rows) for each example.
         place = bisect_left(rooms, (lengths[index], -1))
         left, row = rooms.pop(place) if place < len(rooms) else (room, len(rows))
         if row == len(rows):
@@ -54,10 +55,12 @@ def check_packs(model: Any) -> None:
             )
     drawn = torch.randint(0, model.get_input_embeddings().num_embeddings, (3, PROBED_TOKENS), generator=_generator())
     first, other, second = (Encoded(ids, [IGNORED] * PROBED_TOKENS) for ids in drawn.tolist())
+    # (PROBED_TOKENS, vocabulary) of the same example: behind two different ones, and by itself.
     behind, behind_other = _logits(model, (first, second)), _logits(model, (other, second))
     alone = _logits(model, (second,))
     seen, moved = _distance(behind, behind_other), _distance(behind, alone)
     if seen > LEAK or moved > ROUNDING:
+        # A leak moves the logits with the example before; wrong positions move them whatever stands there.
         why = "an example sees the one before it" if seen > LEAK else "an example isn't what it is alone"
         raise ConfigError(
             f"packing can't go with {type(model).__name__}: in a packed row {why} (its logits differ by "
@@ -72,10 +75,10 @@ def _logits(model: Any, row: tuple[Encoded, ...]) -> torch.Tensor:
     was_training = model.training
     try:
         model.eval()
-        found = model(**{k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+        output = model(**{k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
     finally:
         model.train(was_training)
-    return found.logits[0, -PROBED_TOKENS:].float()
+    return output.logits[0, -PROBED_TOKENS:].float()
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

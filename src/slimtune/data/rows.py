@@ -69,8 +69,8 @@ def _canonical_turn(given: dict[str, Any]) -> dict[str, Any]:
         turn["role"] = ROLES[role]
         if role in CALLS and isinstance(turn.get("content"), str):
             turn["tool_calls"] = _calls_from_json(turn.pop("content"))
-    if isinstance(turn.get("tool_calls"), str):
-        turn["tool_calls"] = _calls_from_json(turn["tool_calls"])
+    if isinstance(calls := turn.get("tool_calls"), str):
+        turn["tool_calls"] = _calls_from_json(calls)
     if "function_call" in turn:
         turn["tool_calls"] = [{"type": "function", "function": turn.pop("function_call")}]
     if turn.get("tool_calls"):

@@ -20,9 +20,9 @@ class Source:
         path: a file, a folder or the id of a data set on the Hub.
         format: a name of `slimtune.data.formats`, or auto: found by looking at the first rows.
         weight: the share of an epoch that is drawn from here; all sources have one, or none has.
-        split: of a folder or a data set; train unless told.
+        split: of a folder or a data set; train by default.
         subset: the configuration of a data set on the Hub.
-        revision: of a data set on the Hub: a branch, a tag or a commit; main unless told.
+        revision: of a data set on the Hub: a branch, a tag or a commit; main by default.
         fields: names of the format's columns, and what they are called here.
     """
 
@@ -115,7 +115,7 @@ class DataSettings:
 
 def _sources(value: Any) -> tuple[Source, ...]:
     several = isinstance(value, Sequence) and not isinstance(value, str)
-    found = tuple(Source.of(item) for item in (value if several else [value]))
-    if not found:
+    sources = tuple(Source.of(item) for item in (value if several else [value]))
+    if not sources:
         raise ConfigError("no data source was given; name a file, a folder or a data set on the Hub")
-    return found
+    return sources

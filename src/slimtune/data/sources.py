@@ -22,12 +22,12 @@ _QUOTE = "put fields with commas or line breaks in them between quotation marks"
 
 
 def records(source: Source, streaming: bool = False) -> Iterator[Record]:
-    """The rows of a source, its columns renamed as it says, read as they are asked for; raises DataError."""
-    found = False
+    """The rows of a source, its columns renamed as it says, read one by one; raises DataError."""
+    is_empty = True
     for value, where in _opened(source, streaming):
-        found = True
+        is_empty = False
         yield _renamed(value, where, source.fields), where
-    if not found:
+    if is_empty:
         raise DataError(f"the data in {source.path} holds no example; write at least one row")
 
 
@@ -176,10 +176,10 @@ def _files_in(folder: Path, split: str | None) -> list[Path]:
     data_files = load_datasets().data_files
     try:
         patterns = data_files.get_data_patterns(str(folder.resolve()))
-        found = data_files.DataFilesDict.from_patterns(patterns, base_path=str(folder.resolve()))
+        by_split = data_files.DataFilesDict.from_patterns(patterns, base_path=str(folder.resolve()))
     except data_files.EmptyDatasetError as error:
         raise DataError(f"the folder {folder} holds no data file; {_known()}") from error
-    splits = {str(name): sorted(map(Path, files)) for name, files in found.items()}
+    splits = {str(name): sorted(map(Path, files)) for name, files in by_split.items()}
     wanted = split or "train"
     if wanted not in splits:
         near = did_you_mean(wanted, splits)
@@ -192,18 +192,18 @@ def _files_in(folder: Path, split: str | None) -> list[Path]:
 
 def _from_disk(source: Source) -> Iterator[Record]:
     def load(datasets: Any) -> Any:
-        found = datasets.load_from_disk(source.path)
-        return _split_of(found, source) if isinstance(found, datasets.DatasetDict) else found
+        data = datasets.load_from_disk(source.path)
+        return _split_of(data, source) if isinstance(data, datasets.DatasetDict) else data
 
     yield from _from_datasets(source.path, load)
 
 
-def _split_of(found: Any, source: Source) -> Any:
+def _split_of(data: Any, source: Source) -> Any:
     wanted = source.split or "train"
-    if wanted not in found:
-        near = did_you_mean(wanted, found)
-        raise DataError(f"the folder {source.path} has no split '{wanted}'; it has {listing(found)}{near}")
-    return found[wanted]
+    if wanted not in data:
+        near = did_you_mean(wanted, data)
+        raise DataError(f"the folder {source.path} has no split '{wanted}'; it has {listing(data)}{near}")
+    return data[wanted]
 
 
 def _from_hub(source: Source, streaming: bool) -> Iterator[Record]:
@@ -235,8 +235,8 @@ def _from_datasets(name: str, load: Callable[[Any], Any]) -> Iterator[Record]:
         ) from error
     except Exception as error:
         # The libraries below raise of their own what they like, for a damaged file as for an unknown split.
-        said = str(error).strip().splitlines()
-        raise DataError(f"{name} can't be read: {said[0] if said else type(error).__name__}") from error
+        text = str(error).strip().splitlines()
+        raise DataError(f"{name} can't be read: {text[0] if text else type(error).__name__}") from error
 
 
 def _label_names(datasets: Any, features: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,17 +355,17 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            found = self.file.read(len(buffer))
+            data = self.file.read(len(buffer))
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{self.path} can't be unpacked ({error}); fetch it again, or pack it with gzip") from error
-        self.seen += len(found)
+        self.seen += len(data)
         if self.seen > self.most:
             raise DataError(
                 f"{self.path} unpacks to more than {self.most / 1e6:,.0f} MB, {MOST_TIMES} times its size or more; "
                 "unpack it yourself if you trust it"
             )
-        buffer[: len(found)] = found
-        return len(found)
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         self.file.close()

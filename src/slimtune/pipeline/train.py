@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.adapters.model import get_peft_model
 from slimtune.core.delta import dtypes_of
+from slimtune.data.features import check_solver
 from slimtune.data.tasks.base import EncodedDataset, splits_report
 from slimtune.data.tasks.registry import Data, read
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, TrainingError, first_line
 from slimtune.evaluate.result import Evaluation
 from slimtune.metrics.classification import shown
 from slimtune.models.device import native_dtype, pick_device
@@ -37,43 +38,43 @@ from slimtune.train.eva_start import start_by_eva
 from slimtune.train.features import train_on_features
 from slimtune.train.loop import Outcome, fine_tune
 from slimtune.train.preferences import check_task, preference
-from slimtune.train.results import Memory, Results, plot_losses, save_model
-from slimtune.train.run_folder import check_start, run_folder
+from slimtune.train.results import Memory, Results, check_dependencies, plot_losses, save_model
+from slimtune.train.run_folder import RunFolder, run_folder
 from slimtune.train.trainer import TrainerSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.recipe.training import TrainSettings
-
 
 def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = True, resume: bool = False) -> Outcome:
-    """From a recipe to a written folder, the one way there is; raises SlimtuneError.
+    """Train as a recipe says, and write the output folder; raises SlimtuneError.
 
     Args:
         plans: refuse what can't fit before anything is loaded.
         resume: go on with the run of this recipe that was broken off.
     """
-    output = Path(recipe.output)
+    output, takes_steps = Path(recipe.output), recipe.method.name != FEATURES
     # All that needs no model comes first: a slip of the pen must not cost a download.
-    if resume and recipe.method.name == FEATURES:
+    if resume and not takes_steps:
         raise ConfigError("--resume would change nothing with the method features, which takes no steps; leave it out")
-    check_start(output, recipe.to_dict(), overwrite, resume)
-    data = read(recipe.data, recipe.task, recipe.training.seed)
-    show_report(screen, splits_report(data.splits))
-    check_preferences(recipe, data.task)
-    held_out_questions(recipe.evaluation, data)
-    refuse_adapter(recipe.model.source)
-    if recipe.method.name == FEATURES:
-        return _train_features(screen, data, recipe, overwrite)
-    check_runs(recipe.training.optim, check_device(pick_device(recipe.model.device)))
-    if plans:
-        check_memory(
-            screen, recipe.model, recipe.method, recipe.data, recipe.training, recipe.preferences, data.task
-        )  # fmt: skip
-    Memory.watch()
-    model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
-    outcome = tune(screen, model, tokenizer, data, recipe, overwrite, autocast, resume)
+    if takes_steps:
+        check_dependencies()
+    with run_folder(output, recipe.to_dict(), overwrite, resume) as folder:
+        data = read(recipe.data, recipe.task, recipe.training.seed)
+        show_report(screen, splits_report(data.splits))
+        check_preferences(recipe, data.task)
+        held_out_questions(recipe.evaluation, data)
+        refuse_adapter(recipe.model.source)
+        if not takes_steps:
+            return _train_features(screen, data, recipe, overwrite)
+        check_runs(recipe.training.optim, check_device(pick_device(recipe.model.device)))
+        if plans:
+            check_memory(
+                screen, recipe.model, recipe.method, recipe.data, recipe.training, recipe.preferences, data.task
+            )  # fmt: skip
+        Memory.watch()
+        model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
+        outcome = tune(screen, model, tokenizer, data, recipe, folder, autocast)
     if recipe.evaluation and recipe.evaluation.forgetting:
         # Two models at once may not fit.
         del model
@@ -87,44 +88,70 @@ def tune(
     tokenizer: Any,
     data: Data,
     recipe: Recipe,
-    overwrite: bool,
+    folder: RunFolder,
     autocast: bool = False,
-    resume: bool = False,
 ) -> Outcome:
     """The second half of a run, on a model that is loaded: train, evaluate, write.
 
     Args:
         autocast: whether the model computes in bf16 over float32 weights.
-        resume: go on with the run that was broken off before it could write its output.
 
     Raises:
         SlimtuneError: what was learned until then is written beside the output, or can be gone on with.
     """
-    output = Path(recipe.output)
     trainable(model)
     show_trained(screen, model)
     dataset = encode(screen, data, model, tokenizer)
-    with run_folder(output, recipe.to_dict(), overwrite, resume) as folder:
-        start_by_eva(model, tokenizer, dataset, recipe.training, folder.path, screen.print)
-        spec = None
-        if recipe.task in PREFERENCE_TASKS:
-            spec = preference(recipe.task, model, tokenizer, recipe.preferences, recipe.data.max_length)
-        outcome = _train(
-            screen, model, tokenizer, dataset, recipe.training, spec, folder.path, output, autocast, resume
-        )
-        evaluation = evaluate_answers(screen, model, tokenizer, held_out_questions(recipe.evaluation, data))
-        answered = evaluation.scores if evaluation else {}
-        outcome = replace(outcome, scores=outcome.scores | dataset.judge(model) | answered)
-        with staged(output, folder.overwrite) as written:
-            folder.hand_over(written)
-            save_model(written, model, tokenizer)
-            plot_losses(written / "loss.jsonl", written / "loss.png")
-            _card(output.name, model, data, dataset, recipe, outcome).write(written)
-            recipe.write(written / "recipe.yaml")
-            _results(model, data, dataset, recipe, outcome, evaluation).write(written)
+    folder.begin()
+    start_by_eva(model, tokenizer, dataset, recipe.training, folder.path, screen.print)
+    spec = None
+    if recipe.task in PREFERENCE_TASKS:
+        spec = preference(recipe.task, model, tokenizer, recipe.preferences, recipe.data.max_length)
+    outcome = _train(screen, model, tokenizer, dataset, recipe, spec, folder, autocast)
+    outcome = _write(screen, model, tokenizer, data, dataset, recipe, folder, outcome)
     for name, value in dataset.after().items():
         screen.print(f"{name}: {value:,}")
     show_outcome(screen, outcome, recipe.training.best_by)
+    return outcome
+
+
+def _write(
+    screen: Console,
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    dataset: EncodedDataset,
+    recipe: Recipe,
+    folder: RunFolder,
+    outcome: Outcome,
+) -> Outcome:
+    """Write the weights, then evaluate them and write the results.
+
+    Raises: TrainingError, where the evaluation or the results fail; the weights are in the output then, too.
+    """
+    output, failure = Path(recipe.output), None
+    with staged(output, folder.overwrite) as written:
+        folder.hand_over(written)
+        save_model(written, model, tokenizer)
+        recipe.write(written / "recipe.yaml")
+        try:
+            evaluation = evaluate_answers(screen, model, tokenizer, held_out_questions(recipe.evaluation, data))
+            answered = evaluation.scores if evaluation else {}
+            outcome = replace(outcome, scores=outcome.scores | dataset.judge(model) | answered)
+            plot_losses(written / "loss.jsonl", written / "loss.png")
+            _card(output.name, model, data, dataset, recipe, outcome).write(written)
+            _results(model, data, dataset, recipe, outcome, evaluation).write(written)
+        except BaseException as error:
+            # Kept until the folder is in its place: hours of training must not go with a plot.
+            failure = error
+    folder.is_done = True
+    if isinstance(failure, Exception):
+        raise TrainingError(
+            f"the weights are written to {output}, but what comes after training failed: "
+            f"{first_line(failure)}; score them with slimtune evaluate"
+        ) from failure
+    if failure is not None:
+        raise failure
     return outcome
 
 
@@ -214,18 +241,17 @@ def _train(
     model: Any,
     tokenizer: Any,
     dataset: EncodedDataset,
-    settings: TrainSettings,
+    recipe: Recipe,
     spec: TrainerSpec | None,
-    folder: Path,
-    output: Path,
+    folder: RunFolder,
     autocast: bool,
-    resume: bool,
 ) -> Outcome:
     """Train in place; of a run that diverged, the last good weights are written beside the output."""
+    output = Path(recipe.output)
     try:
         outcome = fine_tune(
-            model, tokenizer, dataset.examples, settings, folder, screen, dataset.held_out, autocast,
-            dataset.objective, spec, dataset.judge, resume,
+            model, tokenizer, dataset.examples, recipe.training, folder.path, screen, dataset.held_out, autocast,
+            dataset.objective, spec, dataset.judge, folder.resume,
         )  # fmt: skip
     except DivergedError as error:
         if not error.kept_steps:
@@ -275,6 +301,7 @@ def _results(
 
 def _train_features(screen: Console, data: Data, recipe: Recipe, overwrite: bool) -> Outcome:
     """Train a classifier on features of the frozen base, and write it."""
+    check_solver(recipe.method.config())
     Memory.watch()
     classifier, outcome, examples = train_on_features(
         screen, data, recipe.model, recipe.method.config(), recipe.training.batch_size

@@ -26,7 +26,7 @@ class CompareSettings:
         learning_rates: of methods by name, in place of their own or the recipe's.
         seeds: of weights, order and examples, from 0 on.
         max_steps: of every method, in place of the recipe's training.
-        questions: how many of the held-out rows are asked, from the first on; None asks all.
+        questions: how many of the held-out rows are answered, from the first on; None takes all.
         scorer: of the answers, as `slimtune evaluate` has them.
         max_new_tokens: the longest answer; None allows twice the longest expected one.
         texts: how many texts of each shipped set forgetting is measured on; None takes all, 0 leaves it out.

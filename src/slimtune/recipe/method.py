@@ -71,11 +71,11 @@ def methods() -> dict[str, Method]:
     from slimtune.data.features import FeatureTuning
 
     configs = registered()
-    found = [Method(_name(peft_type), _first_line(config), config) for peft_type, config in configs.items()]
-    found.append(Method("dora", "DoRA: LoRA with use_dora=True.", configs["LORA"], {"use_dora": True}))
-    found.append(Method(FULL, str(FullTuning.__doc__), FullTuning))
-    found.append(Method(FEATURES, _first_line(FeatureTuning), FeatureTuning))
-    return {method.name: method for method in sorted(found, key=lambda method: method.name)}
+    known = [Method(_name(peft_type), _first_line(config), config) for peft_type, config in configs.items()]
+    known.append(Method("dora", "DoRA: LoRA with use_dora=True.", configs["LORA"], {"use_dora": True}))
+    known.append(Method(FULL, str(FullTuning.__doc__), FullTuning))
+    known.append(Method(FEATURES, _first_line(FeatureTuning), FeatureTuning))
+    return {method.name: method for method in sorted(known, key=lambda method: method.name)}
 
 
 def find(name: str) -> Method:

@@ -40,7 +40,7 @@ class ModelSettings:
 
     Attributes:
         name: a folder, a Hub id or a packaged name; an id may have its revision behind it, organisation/name@revision.
-        revision: of a Hub id: a branch, a tag or a commit; main unless told.
+        revision: of a Hub id: a branch, a tag or a commit; main by default.
         dtype: auto (as stored), bfloat16, float16 or float32.
         device: auto, cpu, cuda, cuda:1, ...
         quantize: as what weights are held that are read in full: nf4, fp4, int8, int8-torchao or int4-torchao.
@@ -74,13 +74,13 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class PostTrainingEvaluation(EvaluationSettings):
-    """What is asked of the tuned model; raises ConfigError for values that can't be.
+    """How the tuned model is evaluated; raises ConfigError for values that can't be.
 
     Attributes:
         scorer: auto (by the kind of task), names as slimtune evaluate has them, between commas, or path.py:function.
         max_new_tokens: the longest answer; by default twice what the longest expected one has.
         batch_size: how many questions are answered at once.
-        limit: how many held-out questions are asked, from the first on; by default all.
+        limit: how many held-out questions are answered, from the first on; by default all.
         too_long: error, or drop for questions that don't fit into the model together with an answer.
         forgetting: whether what the model lost on texts of other domains is measured.
     """
@@ -120,7 +120,7 @@ class Recipe:
     """All that a run depends on, each default filled in; raises ConfigError for sections that exclude each other.
 
     Attributes:
-        evaluation: how held-out questions are asked and scored after training; None asks nothing.
+        evaluation: how held-out questions are answered and scored after training; None leaves it out.
         output: the folder to write.
     """
 
@@ -161,12 +161,12 @@ class Recipe:
                 raise ConfigError(f"{named} would change nothing with the method features; leave it out")
 
     def _check_evaluation(self) -> None:
-        asks = self.evaluation
-        if asks is None:
+        evaluation = self.evaluation
+        if evaluation is None:
             return
         if self.method.name == FEATURES:
             raise ConfigError("evaluation would change nothing with the method features, which scores its labels")
-        if not asks.forgetting and not self.data.held_out:
+        if not evaluation.forgetting and not self.data.held_out:
             raise ConfigError("evaluation asks held-out rows, and nothing is held out; set data.held_out")
 
     @classmethod
@@ -206,12 +206,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """All sections with all keys, in plain types, from which `of` makes the same recipe."""
-        found = TypeAdapter(Recipe).dump_python(self, mode="json")
+        sections = TypeAdapter(Recipe).dump_python(self, mode="json")
         method = {"name": self.method.name, **self.method.fields}
         if self.task not in PREFERENCE_TASKS:
-            del found["preferences"]
+            del sections["preferences"]
         order = ("task", "model", "data", "method")
-        return {name: found[name] for name in order} | found | {"method": method}
+        return {name: sections[name] for name in order} | sections | {"method": method}
 
     def write(self, path: Path) -> None:
         """Write it in full."""

@@ -129,12 +129,12 @@ def read_trackers(report_to: str | Sequence[str]) -> tuple[str, ...]:
     Raises: ConfigError, for a name that transformers has no integration for.
     """
     named = report_to.split(",") if isinstance(report_to, str) else report_to
-    found = tuple(name.strip() for name in named if name.strip() not in ("", "none"))
-    for name in found:
+    trackers = tuple(name.strip() for name in named if name.strip() not in ("", "none"))
+    for name in trackers:
         if name not in PACKAGES:
             near = did_you_mean(name, PACKAGES) or f"; there are {', '.join(PACKAGES)}, and none"
             raise ConfigError(f"report_to names no tracker '{name}'{near}")
-    return found
+    return trackers
 
 
 def check_installed(trackers: Sequence[str]) -> None:

@@ -43,9 +43,9 @@ def read_as(kind: type[T], value: Any, place: str = "") -> T:
 def read_field(hint: Any, value: Any, place: str) -> Any:
     """A value of this type. Raises: ConfigError, with the place."""
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    found = _read(TypeAdapter(hint, config=config), value, place, hint)
+    read = _read(TypeAdapter(hint, config=config), value, place, hint)
     # Where a number is wanted a whole one will do, and is written down as it was given.
-    return value if type(value) is int and found == value else found
+    return value if type(value) is int and read == value else read
 
 
 def _read(adapter: TypeAdapter[T], value: Any, place: str, hint: Any) -> T:

@@ -1,19 +1,32 @@
-"""An output folder that is there as a whole or not at all."""
+"""Files and folders that are there as a whole or not at all: written under another name, then renamed.
+
+A process holds a lock on what it writes, so that what a kill left behind is told from what is being written.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from slimtune.errors import OutputExistsError
+from slimtune.errors import ConfigError, OutputExistsError
+
+_SUFFIX = ".partial"
+_SECONDS_TO_LOCK = 2
+_LONGER = 24
+"""Bytes by which the name of a file or folder beside an output is longer than the output's own, at most."""
 
 
 def refuse_existing(output: Path, overwrite: bool = False) -> None:
-    """Raise OutputExistsError if `output` holds something already and may not be replaced."""
+    """Raise OutputExistsError if `output` holds something already and may not be replaced; ConfigError for its name."""
+    check_name(output)
     if output.is_dir():
         entries = [entry.name for entry in output.iterdir()]
         if entries and not overwrite:
@@ -25,6 +38,28 @@ def refuse_existing(output: Path, overwrite: bool = False) -> None:
         raise OutputExistsError(f"the output {output} is a file, not a folder; choose another name")
 
 
+def check_name(output: Path) -> None:
+    """Raises: ConfigError, for a name so long that temporary files beside the output could have none."""
+    folder = next((parent for parent in output.absolute().parents if _is_folder(parent)), None)
+    if folder is None or not hasattr(os, "pathconf"):
+        return
+    most = os.pathconf(folder, "PC_NAME_MAX") - _LONGER
+    names = output.absolute().relative_to(folder).parts
+    longest = max((len(os.fsencode(name)) for name in names), default=0)
+    if longest > most:
+        raise ConfigError(
+            f"a name in the output {str(output)[:60]}... has {longest} bytes; choose one of at most {most}"
+        )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        # Its name is too long to be one.
+        return False
+
+
 @contextmanager
 def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """A scratch folder beside `output` that takes its place once the block ends well; raises OutputExistsError."""
@@ -32,11 +67,13 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     # Against its full path, for the working directory may change while the work is done.
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    remove_left_behind(output)
+    scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-", suffix=_SUFFIX))
     try:
-        yield scratch
-        scratch.chmod(0o777 & ~_umask())
-        _replace(scratch, output)
+        with _held(scratch):
+            yield scratch
+            scratch.chmod(0o777 & ~_umask())
+            _replace(scratch, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -45,12 +82,14 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
 def staged_file(output: Path) -> Iterator[Path]:
     """A scratch file beside `output` that takes its place once the block ends well."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+    remove_left_behind(output)
+    descriptor, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-", suffix=_SUFFIX)
     os.close(descriptor)
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, output)
+        with _held(Path(name)):
+            yield Path(name)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, output)
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -59,6 +98,46 @@ def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with staged_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def remove_left_behind(output: Path) -> None:
+    """Remove the scratch files and folders of `output` that no process writes any more, as a kill leaves them."""
+    output = output.absolute()
+    name = re.compile(rf"\.{re.escape(output.name)}-[a-z0-9_]{{8}}{re.escape(_SUFFIX)}")
+    for path in output.parent.glob(f".{glob.escape(output.name)}-*{_SUFFIX}"):
+        # Where the lock can't be had, for whatever reason, the scratch stays.
+        with suppress(OSError), _lock(path):
+            # One that was made this moment may not be locked yet.
+            if not name.fullmatch(path.name) or time.time() - path.stat().st_mtime < _SECONDS_TO_LOCK:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(scratch: Path) -> Iterator[None]:
+    """Hold the lock of a scratch file or folder while it is written."""
+    with ExitStack() as stack:
+        # Some network file systems have no such locks: nothing is told apart there, and nothing removed.
+        with suppress(OSError):
+            stack.enter_context(_lock(scratch))
+        yield
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Lock a file or folder; raises OSError where another process holds the lock, or there are none.
+
+    The lock belongs to the open file, so it goes with its process, whatever ends that, also in another container.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _replace(scratch: Path, output: Path) -> None:

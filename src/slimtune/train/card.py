@@ -30,7 +30,7 @@ class Card:
     quantize: str | None = None
     """How the base was quantized while it was loaded."""
     revision: str | None = None
-    """Of the base on the Hub, where another than main was asked for."""
+    """Of the base on the Hub; None for main."""
 
     def write(self, folder: Path) -> None:
         """Write README.md into `folder`."""

@@ -86,6 +86,7 @@ class BestCheckpoint(TrainerCallback):
             near = did_you_mean(self.by, names)
             raise TrainingError(f"keep_best asks for '{self.by}', and the evaluation gives {listing(names)}{near}")
         value = float(metrics[f"eval_{self.by}"])
+        # Trainer saves after all callbacks of the evaluation, so the checkpoint is of the weights that were scored.
         if self._is_better(value):
             self.step, self.value, self.waited = state.global_step, value, 0
             control.should_save = True
@@ -135,12 +136,14 @@ class Checkpointer(TrainerCallback):
             OutputExistsError: a run was begun here, and `resume` is off.
             ConfigError: the checkpoint is of another run.
         """
+        # Checksums of all files are computed here, once for a run.
         checkpoint = last_whole(self.folder, self.log)
         if checkpoint and not resume:
             raise OutputExistsError(
                 f"{self.folder} holds a run that was broken off, with a checkpoint of step {checkpoint.step}; pass "
                 "--resume to go on with it, or --overwrite to begin anew"
             )
+        # Read before the file is replaced: a resumed run is compared with the losses beyond its checkpoint.
         self.earlier_losses = _read_losses(self.folder / LOSS_LOG)
         for name in LOGS:
             (self.folder / name).unlink(missing_ok=True)
@@ -171,6 +174,7 @@ class Checkpointer(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Request a checkpoint when it is due; at the end, if a kill would lose more than a minute."""
+        # By the clock unless told otherwise: a step may take a millisecond or a minute.
         waited, settings = time.monotonic() - self.saved_at, self.settings
         if settings.save_steps:
             due = state.global_step % settings.save_steps == 0
@@ -185,6 +189,7 @@ class Checkpointer(TrainerCallback):
         facts = {
             "identity": self.identity,
             "environment": environment(),
+            # Summed over sessions: throughput is of the whole run.
             "seconds": self.seconds,
             "finished": state.global_step >= state.max_steps or self.best.is_exhausted,
             "best": self.best.state_dict(),
@@ -200,6 +205,7 @@ class Checkpointer(TrainerCallback):
             (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
             _copy_logs(self.folder, folder)
 
+        # Rotated once the new one is whole, so that there is room for one more than the limit, and never none.
         write_checkpoint(self.folder, state.global_step, fill)
         rotate(self.folder, self.settings.save_total_limit, best_step_of)
         self.saved_at = time.monotonic()
@@ -252,6 +258,7 @@ def _read_losses(path: Path) -> dict[int, float]:
         try:
             entry = json.loads(line)
         except ValueError:
+            # A kill came in the middle of this line.
             continue
         if "loss" in entry:
             losses[entry["step"]] = entry["loss"]
@@ -273,6 +280,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> C
     """
     from safetensors import SafetensorError
 
+    # The name is Trainer's, which reads the step from it.
     path = folder / f"checkpoint-{step}"
     partial = path.with_name(path.name + _PARTIAL)
     try:
@@ -283,6 +291,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> C
         # One of that step may be there already, where it was passed over as broken.
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
+        # The rename is in the folder's own data: without this a power failure may undo it.
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -306,6 +315,7 @@ def last_whole(folder: Path, log: Callable[[str], None] = lambda line: None) -> 
 
 def fault_of(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint, by the checksums in its manifest; None where it is whole."""
+    # Anything may be wrong with a file that a kill or a disk has damaged, and all of it means the same.
     try:
         manifest = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -321,6 +331,7 @@ def fault_of(checkpoint: Checkpoint) -> str | None:
 def rotate(folder: Path, limit: int, needed: Callable[[Checkpoint], Iterable[int]]) -> None:
     """Remove all but the newest `limit` checkpoints and those of the steps that these need, and what kills left."""
     checkpoints = _checkpoints(folder)
+    # The best step's checkpoint may be older than all that are kept.
     needed_steps = {step for checkpoint in checkpoints[:limit] for step in needed(checkpoint)}
     for old in checkpoints[limit:]:
         if old.step not in needed_steps:
@@ -342,6 +353,7 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
 def _seal(folder: Path, step: int) -> None:
     """Sync all files and write the manifest."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
+    # On the disk before the manifest is, or a power failure could leave a manifest of files that never got there.
     for path in files:
         sync(path)
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "sha256": {p.name: _checksum(p) for p in files}}

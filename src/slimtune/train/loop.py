@@ -96,6 +96,7 @@ def fine_tune(
     def log(line: str) -> None:
         console.print(f"[yellow]{escape(line)}[/]")
 
+    # Taken before the first step: a resumed run must begin from the same weights and examples.
     best = BestCheckpoint(settings.best_by, settings.early_stopping_patience)
     identity = run_identity(model, examples, eval_examples, settings, rate, autocast)
     checkpointer = Checkpointer(folder, settings, identity, best, log)
@@ -117,6 +118,7 @@ def fine_tune(
             lora_plus_ratio=settings.lora_plus_ratio,
             optimizer_cls_and_kwargs=(OffloadedAdamW, {"lr": rate}) if settings.optim == OFFLOADED else None,
             callbacks=[
+                # The log before the checkpoints, which copy its file.
                 EachDeltaLearns(model, lambda line: log(f"warning: {line}")),
                 LossLog(folder / LOSS_LOG),
                 ReproducibilityCheck(checkpointer.earlier_losses, 0.0 if device == "cpu" else 1e-3, log),
@@ -127,6 +129,7 @@ def fine_tune(
                 stop,
             ],
         )
+        # It would print each logged line as a dictionary beside the bar.
         trainer.remove_callback(PrinterCallback)
         with stop.listening():
             try:
@@ -149,6 +152,7 @@ def default_learning_rate(model: Any) -> float:
 
 def _train(trainer: AnswerTrainer, checkpointer: Checkpointer, checkpoint: Checkpoint | None) -> None:
     """Train to the end, unless the checkpoint is of the end. Raises: TrainingError."""
+    # A run that was killed after its last step, while it was evaluated or written: Trainer would take a step more.
     if checkpoint is not None and checkpointer.facts["finished"]:
         load_trained_state(trainer.model, checkpointer.weights_at(checkpoint.step))
         trainer.state = TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE))
@@ -156,12 +160,14 @@ def _train(trainer: AnswerTrainer, checkpointer: Checkpointer, checkpoint: Check
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     except DivergedError as error:
+        # A full tuning has no copy of the last good weights, which would double the model: its checkpoint takes over.
         last = None if error.kept_steps else last_whole(checkpointer.folder)
         if last is None:
             raise
         load_trained_state(trainer.model, checkpointer.weights_at(last.step))
         raise DivergedError(str(error), last.step) from error
     except OSError as error:
+        # Of a full disk the user can be helped; any other error of the system is a bug to be seen whole.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise TrainingError(
@@ -171,6 +177,7 @@ def _train(trainer: AnswerTrainer, checkpointer: Checkpointer, checkpoint: Check
 
 def _check_interrupted(trainer: AnswerTrainer, stop: StopOnSignal, checkpointer: Checkpointer) -> None:
     """Raises: InterruptedRunError, where a signal ended the run before its end."""
+    # A signal in the last step has come too late to stop anything.
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if stop.received is not None and step < steps and not checkpointer.best.is_exhausted:
         raise InterruptedRunError(
@@ -185,6 +192,7 @@ def _outcome(trainer: AnswerTrainer, checkpointer: Checkpointer) -> Outcome:
     best, history = checkpointer.best.step, trainer.state.log_history
     if best is not None and best != trainer.state.global_step:
         load_trained_state(trainer.model, checkpointer.weights_at(best))
+    # Of the best step where one was kept: the last evaluation is of weights that are gone.
     evaluated = [entry for entry in history if "eval_loss" in entry and best in (None, entry["step"])]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     last = evaluated[-1] if evaluated else {}

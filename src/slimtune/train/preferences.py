@@ -70,9 +70,11 @@ def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettin
     trainer, arguments = _from_trl(task)
     has_adapter = bool(getattr(model, "peft_config", None))
     check_trl_reaches(model, fused_head=task != "orpo")
+    # GRPO has none: its prompts are within the limit already, and its answers have a limit of their own.
     if task in ("dpo", "kto", "orpo"):
         options["max_length"] = max_length
     if task in ("dpo", "kto") and not has_adapter:
+        # (rows,) log-probabilities of each answer, in place of a frozen copy of all weights.
         options["precompute_ref_log_probs"] = True
     if task == "grpo" and options.get("beta") and not has_adapter:
         raise ConfigError(
@@ -97,11 +99,13 @@ class _Build:
     def __call__(self, model: Any, optimizer_cls_and_kwargs: Any = None, **options: Any) -> AnswerTrainer:
         if self.task == "grpo":
             options["reward_funcs"] = [self.reward]
+            # Where all rewards are equal there is no gradient, and no delta is at fault.
             options["callbacks"] = [
                 RewardsDiffer(callback.warn) if isinstance(callback, EachDeltaLearns) else callback
                 for callback in options["callbacks"]
             ]
         elif self.task != "orpo" and self.has_adapter:
+            # Without it TRL would copy the model, in which it sees no adapter of peft's.
             options["ref_model"] = ReferenceModel(model)
         with _as_config_error(self.task), _no_progress_bars():
             trainer = self.trainer(model=model, processing_class=self.tokenizer, **options)
@@ -120,6 +124,7 @@ def _arguments(task: str, config: Any, options: dict[str, Any]) -> Callable[...,
             "include_num_input_tokens_seen": "no",
         }
         if task == "grpo":
+            # TRL's batch is of answers, of which each prompt has `num_generations`.
             answers = common.setdefault("num_generations", 8)
             drawn = common["per_device_train_batch_size"] * common["gradient_accumulation_steps"]
             if answers < 2 or drawn % answers:
@@ -127,6 +132,7 @@ def _arguments(task: str, config: Any, options: dict[str, Any]) -> Callable[...,
                     f"a step of {drawn} answers can't hold whole groups of {answers} to one prompt; let batch_size x "
                     f"gradient_accumulation be a multiple of generations, which is 2 or more"
                 )
+            # Of one prompt: whole groups always divide, however few held-out prompts there are.
             common["per_device_eval_batch_size"] = answers
         with _as_config_error(task):
             return config(**common)
@@ -138,6 +144,7 @@ def _arguments(task: str, config: Any, options: dict[str, Any]) -> Callable[...,
 def _as_config_error(task: str) -> Iterator[None]:
     try:
         yield
+    # A ConfigError is a ValueError too, and says better what is wrong.
     except SlimtuneError:
         raise
     except ValueError as error:
@@ -201,6 +208,7 @@ class RewardsDiffer(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """See whether some group of answers differs in its rewards."""
+        # TRL logs the share of groups whose rewards are all equal; below 1 some group gives a gradient.
         self.learned |= (logs or {}).get("frac_reward_zero_std", 1) < 1
         if state.global_step == WATCHED_STEPS and not self.learned and logs and "loss" in logs:
             self.warn(
@@ -235,6 +243,7 @@ class ReferenceModel(nn.Module):
 
 @contextmanager
 def _base_alone(model: Any) -> Iterator[Any]:
+    # Dropout would make the reference another one at each step.
     was_training = model.training
     model.eval()
     try:
@@ -265,7 +274,9 @@ def check_trl_reaches(model: Any, fused_head: bool) -> None:
 @contextmanager
 def undo_trl_changes(model: Any) -> Iterator[None]:
     """Undo at the end of the block what TRL changes in a model: its forward, its dropout, its padding id."""
+    # TRL puts a forward of its own on the instance, beside which one of this library may stand.
     forwards = {name: vars(model).get(name) for name in ("forward", "instance_forward")}
+    # `disable_dropout` sets p to 0 for good.
     dropout = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     configs = [model.config.get_text_config(), model.generation_config]
     padding = [config.pad_token_id for config in configs]
@@ -297,6 +308,7 @@ class Reward:
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         """A number for each completion; raises TrainingError for anything else."""
         for internal in ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments"):
+            # TRL's own, of which a user's function knows nothing.
             columns.pop(internal, None)
         texts = [_text(completion) for completion in completions]
         values = self.function(prompts=[_text(prompt) for prompt in prompts], completions=texts, **columns)

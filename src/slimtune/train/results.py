@@ -8,6 +8,7 @@ import platform
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,20 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def check_dependencies() -> None:
+    """Import what a run needs at its end, and its Trainer from the start on. Raises: MissingDependencyError."""
+    for what, module in (("the loss curve", "matplotlib.figure"), ("the Trainer", "accelerate")):
+        try:
+            import_module(module)
+        except ImportError as error:
+            name = module.partition(".")[0]
+            raise MissingDependencyError(f"{what} needs {name}: run `pip install 'slimtune[train]'`") from error
+
+
 def plot_losses(loss_file: Path, picture: Path) -> None:
-    """Draw `loss.jsonl` as PNG; raises MissingDependencyError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("the loss curve needs matplotlib: run `pip install 'slimtune[train]'`") from error
+    """Draw `loss.jsonl` as PNG."""
+    from matplotlib.figure import Figure
+
     entries = [json.loads(line) for line in loss_file.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss per learned token", title="Training")

@@ -1,5 +1,6 @@
 """The folder of a run until its output is whole: `OUTPUT.run` beside the output, which outlives a kill.
 
+OUTPUT.run/lock          held by the process that trains, with its id
 OUTPUT.run/run.json      the recipe that the run was begun with
 OUTPUT.run/checkpoint-N  its checkpoints, with loss.jsonl and samples.jsonl as far as they go
 """
@@ -8,15 +9,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from slimtune.errors import OutputExistsError, TrainingError
-from slimtune.storage.atomic import refuse_existing, staged_file
+from slimtune.storage.atomic import check_name, refuse_existing, remove_left_behind, staged_file
 from slimtune.train.checkpointing import LOGS, MAY_CHANGE, check_same_run, last_whole
 
 SUFFIX = ".run"
@@ -26,16 +28,35 @@ _TRACKED = ("runs",)
 """Where transformers lets TensorBoard write."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run, locked by this process.
 
     Attributes:
         overwrite: whether files of the output may be replaced, as it was allowed when the run was begun.
+        resume: whether the run of an earlier process goes on.
+        is_begun: whether this process has written into it.
+        is_done: whether the weights are in the output, so that nothing here is needed any more.
     """
 
     path: Path
+    recipe: Mapping[str, Any]
     overwrite: bool
+    resume: bool
+    is_begun: bool = False
+    is_done: bool = False
+
+    def begin(self) -> None:
+        """Remove what another run left, unless it goes on, and write down the recipe."""
+        # Not before the model is loaded: a mistake found until then must not cost an older run its checkpoints.
+        if not self.resume:
+            _empty(self.path)
+        self.is_begun = True
+        if not (self.path / _FACTS).is_file():
+            facts = {"overwrite": self.overwrite, "recipe": self.recipe}
+            with staged_file(self.path / _FACTS) as pending:
+                pending.write_text(json.dumps(facts), encoding="utf-8")
+        self.overwrite = self.overwrite or _facts(self.path)["overwrite"]
 
     def hand_over(self, output: Path) -> None:
         """Copy to the output what the run wrote step by step: its logs, and those of trackers that write files."""
@@ -52,21 +73,49 @@ def folder_of(output: Path) -> Path:
     return output.with_name(output.name + SUFFIX)
 
 
-def check_start(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
-    """Check before anything is loaded that a run may begin, or that there is one to resume.
+@contextmanager
+def run_folder(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume: bool) -> Iterator[RunFolder]:
+    """Lock the run's folder, before anything is read or loaded; nothing in it changes before `begin`.
+
+    It is removed at the end of the block, unless a checkpoint in it can be resumed from.
 
     Raises:
-        OutputExistsError: the output is there, or a run was broken off and neither is asked for.
-        TrainingError: nothing to resume.
-        ConfigError: the run that was broken off had another recipe.
+        OutputExistsError: the output exists, or a run was interrupted, and neither option for it is set.
+        TrainingError: another process trains there, it can't be written, or there is nothing to resume.
+        ConfigError: the run to resume had another recipe, or the output's name is too long.
     """
+    output = output.absolute()
     path = folder_of(output)
+    check_name(output)
     if resume:
         _check_resume(output, path)
-        _check_recipe(path, recipe)
+    with _locked(path):
+        remove_left_behind(output)
+        folder = RunFolder(path, recipe, overwrite, resume)
+        try:
+            _check_start(folder, output)
+            yield folder
+        finally:
+            is_empty = not any(entry.name != _LOCK for entry in path.iterdir())
+            if is_empty or folder.is_done or (folder.is_begun and last_whole(path) is None):
+                _remove(path)
+
+
+def _check_start(folder: RunFolder, output: Path) -> None:
+    """See that the run may begin, or that there is one to resume. Raises: as `run_folder`."""
+    if folder.resume:
+        if _is_written(output) and not _facts(folder.path)["overwrite"]:
+            # An earlier process wrote the output, and was killed before it could remove this.
+            folder.is_done = True
+            raise TrainingError(f"the run that wrote {output} has finished: there is nothing to resume")
+        now = json.loads(json.dumps(folder.recipe))
+        then = _facts(folder.path).get("recipe", now)
+        check_same_run(folder.path, _by_key(then), _by_key(now), _MAY_CHANGE)
         return
-    refuse_existing(output, overwrite)
-    checkpoint = None if overwrite or not path.is_dir() else last_whole(path)
+    refuse_existing(output, folder.overwrite)
+    if output.is_dir() and not os.access(output, os.W_OK | os.X_OK):
+        raise TrainingError(f"the output folder {output} can't be written to; choose another output")
+    checkpoint = None if folder.overwrite else last_whole(folder.path)
     if checkpoint:
         raise OutputExistsError(
             f"the run that writes {output} was broken off after step {checkpoint.step}; pass --resume to go on with "
@@ -74,48 +123,17 @@ def check_start(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume
         )
 
 
-@contextmanager
-def run_folder(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume: bool) -> Iterator[RunFolder]:
-    """The run's folder, locked; it is removed when the block ends well, or nothing in it could be gone on from.
-
-    Raises: as `check_start`; TrainingError, where another process trains there.
-    """
-    check_start(output, recipe, overwrite, resume)
-    path = folder_of(output.absolute())
-    if not resume:
-        _remove(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        if not (path / _FACTS).is_file():
-            with staged_file(path / _FACTS) as pending:
-                pending.write_text(json.dumps({"overwrite": overwrite, "recipe": recipe}), encoding="utf-8")
-        allowed = overwrite or _facts(path)["overwrite"]
-        try:
-            yield RunFolder(path, allowed)
-        except BaseException:
-            if last_whole(path) is None:
-                _remove(path)
-            raise
-        _remove(path)
-
-
 def _check_resume(output: Path, path: Path) -> None:
-    written = output.is_dir() and any(output.iterdir())
     if not path.is_dir():
         raise TrainingError(
             f"the run that wrote {output} has finished: there is nothing to resume"
-            if written
+            if _is_written(output)
             else f"there is no run to resume: {path} isn't there; leave --resume out to begin one"
         )
-    if written and not _facts(path)["overwrite"]:
-        # It wrote its output, and was killed before it could remove this.
-        _remove(path)
-        raise TrainingError(f"the run that wrote {output} has finished: there is nothing to resume")
 
 
-def _check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(recipe))
-    check_same_run(path, _by_key(_facts(path).get("recipe", now)), _by_key(now), _MAY_CHANGE)
+def _is_written(output: Path) -> bool:
+    return output.is_dir() and any(output.iterdir())
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -133,15 +151,52 @@ def _by_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _empty(path: Path) -> None:
+    """Remove all of a folder but its lock."""
+    for entry in [entry for entry in path.iterdir() if entry.name != _LOCK]:
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
 def _remove(path: Path) -> None:
+    """Remove a folder, its lock last: until then no other process may begin there."""
+    _empty(path)
     shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with (path / _LOCK).open("w") as file:
+    """Hold the folder's lock, which the system releases when the process ends, however it ends."""
+    with _lock_of(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise TrainingError(f"another process trains in {path}; wait for it, or choose another output") from error
+            file.seek(0)
+            holder = f"process {file.read().strip()}"
+            raise TrainingError(f"{holder} trains in {path}; wait for it, or choose another output") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        if not _is_in_place(file, path):
+            # The process that held the lock removed the folder after this one had opened the file.
+            raise TrainingError(f"the run in {path} has ended this moment; start again")
         yield
+
+
+def _lock_of(path: Path) -> IO[str]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return (path / _LOCK).open("a+")
+    except OSError as error:
+        raise TrainingError(
+            f"the folder of the run, {path}, can't be written: {error.strerror}; choose another output"
+        ) from error
+
+
+def _is_in_place(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), (path / _LOCK).stat())
+    except FileNotFoundError:
+        return False

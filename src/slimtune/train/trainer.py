@@ -46,6 +46,7 @@ class HeldOutMean:
         """Trainer's own; the loss is recorded with the number of its items."""
         inputs = self._without_repeated(inputs)
         items = self.items_of(inputs)
+        # Counted before: Trainer may take the labels out of the inputs.
         output = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if output[0] is not None:
             self._recorded.append((output[0].detach(), items))
@@ -70,13 +71,15 @@ class HeldOutMean:
         counted: Any = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
         if counted is not None:
             return counted / (self.args.world_size if self.args.average_tokens_across_devices else 1)
+        # (N, T); a model that predicts the next token has no use for the first label.
         labels = inputs["labels"]
         shifted = labels[..., 1:] if self._loss_shifts_labels else labels  # type: ignore[attr-defined]
         return (shifted != IGNORED).sum()
 
     def _mean(self) -> float:
+        # Two columns of one number for each batch, in float64: a sum over thousands of batches loses digits in float32.
         losses, items = (torch.stack(column).cpu().double() for column in zip(*self._recorded, strict=True))
-        # The mean over nothing is no number.
+        # A batch without items has a mean of NaN, which would spoil the sum.
         sums = torch.stack([torch.where(items > 0, losses * items, 0.0).sum(), items.sum()])
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
@@ -87,6 +90,7 @@ class HeldOutMean:
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
             return inputs
+        # The rows of a last batch are dealt out by process; those from `remainder` on are repeated.
         first = self.args.process_index * (find_batch_size(inputs) or 0)
         labels = inputs["labels"].clone()
         labels[max(0, state.remainder - first) :] = IGNORED
@@ -107,6 +111,7 @@ class ExactCheckpoints:
     state: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Trainer's method of the same name without its folder of pickles; its callbacks follow as usual.
         self.store_flos()  # type: ignore[attr-defined]
         self.checkpointer.save(self)
 
@@ -115,6 +120,7 @@ class ExactCheckpoints:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            # Called once the optimizer has its parameters, in the order in which they were saved.
             state = read_tree(Path(checkpoint), TRAINING)
             self.optimizer.load_state_dict(state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
@@ -125,6 +131,7 @@ class ExactCheckpoints:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; the first time in a resumed run, the loss that was summed up for the log is put back."""
+        # The first call after Trainer has set both to zero, and the last before the first batch.
         resumed_from, self.checkpointer.resumed_from = self.checkpointer.resumed_from, None
         if resumed_from is not None:
             facts = self.checkpointer.facts
@@ -162,6 +169,7 @@ def with_penalty(model: Any, share: float, compute: Callable[[], Any]) -> Any:
     deltas = [deltas_of(model)[n] for n in model.active_adapters if n in deltas_of(model)] if _schedules(model) else []
     penalties = [delta for delta in deltas if isinstance(delta, Orthogonality) and delta.training and delta.watched]
     for delta in penalties:
+        # `joined` tells afterwards whether the model's own loss took the penalty in.
         delta.share, delta.joined = share, False
     result = compute()
     loss: Tensor = result[0] if isinstance(result, tuple) else result

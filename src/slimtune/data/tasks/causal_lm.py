@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from slimtune.data.batches import Encoded, Objective, PackRows, pad_id_of
 from slimtune.data.chat_template import use_template
@@ -42,8 +42,8 @@ class Conversations:
 
     task = "text"
     task_type = "CAUSAL_LM"
-    model_task = "text"
-    names = None
+    model_task: ClassVar[Any] = "text"
+    names: ClassVar[None] = None
 
     def prepare(self, model: Any, tokenizer: Any) -> None:
         """Set the chat template; raises ConfigError for a model with an encoder, or one that can't pack."""

@@ -18,15 +18,15 @@ from slimtune.errors import ConfigError, DataError, MissingDependencyError
 Said = str | list[Turn]
 
 
-def columns(row: Preference | Judged | Prompt, tokenizer: Any) -> dict[str, Any]:
+def trl_columns(row: Preference | Judged | Prompt, tokenizer: Any) -> dict[str, Any]:
     """A row as TRL wants it: messages for a tokenizer with a chat template, else texts; raises DataError."""
-    found: dict[str, Any] = {"prompt": _said(row.prompt, "user", tokenizer)}
+    columns: dict[str, Any] = {"prompt": _said(row.prompt, "user", tokenizer)}
     if isinstance(row, Prompt):
-        return found | (row.model_extra or {})
+        return columns | (row.model_extra or {})
     for name in ("chosen", "rejected", "completion"):
         if hasattr(row, name):
-            found[name] = _said(getattr(row, name), "assistant", tokenizer)
-    return found | ({"label": row.label} if isinstance(row, Judged) else {})
+            columns[name] = _said(getattr(row, name), "assistant", tokenizer)
+    return columns | ({"label": row.label} if isinstance(row, Judged) else {})
 
 
 def _said(said: Said, role: str, tokenizer: Any) -> str | list[Message]:
@@ -103,12 +103,11 @@ class Preferred(TaskData):
         """The rows that are within the limit, or that TRL will cut to it, and their tokens; reports what was lost."""
         limit, too_long = self.settings.max_length, self.settings.too_long
         lengths = [lengths_of(row, tokenizer) for row in rows]
-        over = [max(found) for found in lengths if max(found) > limit]
+        over = [max(length) for length in lengths if max(length) > limit]
         Limit(limit, too_long).refuse(over, len(rows), "rows")
         # TRL cuts at the end: of a prompt that fills the room no answer would be left.
-        kept = [
-            i for i, found in enumerate(lengths) if max(found) <= limit or (too_long == "truncate" and found[0] < limit)
-        ]
+        cuts = too_long == "truncate"
+        kept = [i for i, length in enumerate(lengths) if max(length) <= limit or (cuts and length[0] < limit)]
         if not kept:
             raise DataError(f"none of {len(rows)} rows is within {limit} tokens; raise max_length")
         dropped = len(rows) - len(kept)
@@ -144,4 +143,4 @@ def _dataset(rows: Sequence[Any], tokenizer: Any) -> Any:
         from datasets import Dataset
     except ImportError as error:
         raise MissingDependencyError("preferences are learned from data sets: pip install slimtune[train]") from error
-    return Dataset.from_list([columns(row, tokenizer) for row in rows])
+    return Dataset.from_list([trl_columns(row, tokenizer) for row in rows])

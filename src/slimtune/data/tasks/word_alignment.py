@@ -59,12 +59,12 @@ class AlignedTexts:
 
 def tags_of(rows: Sequence[Sequence[str]]) -> list[str]:
     """All tags, `O` first and the others by kind; raises DataError if there is one only."""
-    found = {tag for tags in rows for tag in tags}
-    if len(found) < 2:
-        raise DataError(f"all words have the tag {found.pop()!r}, so there is nothing to tell apart; add other rows")
-    if all(tag.isdecimal() for tag in found):
-        return sorted(found, key=int)
-    return sorted(found, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[2], tag))
+    tags = {tag for row in rows for tag in row}
+    if len(tags) < 2:
+        raise DataError(f"all words have the tag {tags.pop()!r}, so there is nothing to tell apart; add other rows")
+    if all(tag.isdecimal() for tag in tags):
+        return sorted(tags, key=int)
+    return sorted(tags, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[2], tag))
 
 
 def align(rows: Sequence[Sequence[str]], tokenizer: Any, max_length: int, too_long: str = "error") -> AlignedTexts:
@@ -130,20 +130,20 @@ def word_logits(
     """Of each text the logits of the tags, for each word that has a token: (words, tags) in float32.
 
     Args:
-        on_batch: told how many texts were read.
+        on_batch: called with the number of texts of each batch.
     """
     was_training = model.training
     model.eval()
-    found: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
     for chosen in _by_length(texts, batch_size):
         batch = tokenizer.pad([texts[index].input for index in chosen], return_tensors="pt").to(model.device)
         with torch.inference_mode():
             logits_NTK = model(**batch).logits.float().cpu()
         for index, logits_TK, mask_T in zip(chosen, logits_NTK, batch["attention_mask"].bool().cpu(), strict=True):
-            found[index] = logits_TK[mask_T][list(texts[index].firsts.values())]
+            logits[index] = logits_TK[mask_T][list(texts[index].firsts.values())]
         on_batch(len(chosen))
     model.train(was_training)
-    return [found[index] for index in range(len(texts))]
+    return [logits[index] for index in range(len(texts))]
 
 
 def _by_length(texts: Sequence[Aligned], batch_size: int) -> Iterator[list[int]]:

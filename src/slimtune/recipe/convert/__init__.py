@@ -21,18 +21,18 @@ def import_recipe(path: str | Path) -> Imported:
     """The recipe that a file of LLaMA-Factory or Axolotl stands for; raises ConfigError with every key at fault."""
     path = Path(path)
     values = read_mapping(path, "file")
-    found = TOOLS[tool_of(values, path)].translate(values, path.parent)
-    Recipe.of(found.sections)
-    return found
+    recipe = TOOLS[tool_of(values, path)].translate(values, path.parent)
+    Recipe.of(recipe.sections)
+    return recipe
 
 
-def text_of(found: Imported, source: str) -> str:
+def text_of(recipe: Imported, source: str) -> str:
     """The recipe as a file that says where it comes from, and what is not quite the same."""
-    said = [f"# From {source} of {found.tool}."]
-    for key, what in found.different.items():
+    said = [f"# From {source} of {recipe.tool}."]
+    for key, what in recipe.different.items():
         said += [f"# {line}" for line in textwrap.wrap(f"Not quite the same: {key}: {what}.", 110)]
     kinds = Recipe.sections()
-    sections = {name: _in_order(found.sections[name], kinds.get(name)) for name in ORDER if name in found.sections}
+    sections = {name: _in_order(recipe.sections[name], kinds.get(name)) for name in ORDER if name in recipe.sections}
     return "\n".join(said) + "\n\n" + dump(sections)
 
 

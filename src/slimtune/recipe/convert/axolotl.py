@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.rows import MARKS, PARTIAL_MARKS
 from slimtune.errors import ConfigError, listing
-from slimtune.recipe.convert.axolotl_data import held_out_of, sources_of
 from slimtune.recipe.convert.rules import (
     Imported,
     Rule,
@@ -21,8 +21,17 @@ from slimtune.recipe.convert.rules import (
     refused,
     taken,
     to,
+    with_fields,
 )
-from slimtune.recipe.convert.trainer_keys import OPTIMIZER, REVISION, SCHEDULER, SEED, TRAINER_KEYS, keep_best
+from slimtune.recipe.convert.trainer_keys import (
+    OPTIMIZER,
+    REVISION,
+    SCHEDULER,
+    SEED,
+    TRAINER_KEYS,
+    hold_out,
+    keep_best,
+)
 
 NAME, MODEL = "Axolotl", "base_model"
 
@@ -175,130 +184,244 @@ RL = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "kto": "kto"}
 
 def translate(values: Mapping[str, Any], folder: Path) -> Imported:
     """The recipe of these keys; raises ConfigError with every key that was refused."""
-    found = Imported(NAME)
+    recipe = Imported(NAME)
     check_kinds(values, RULES)
-    _defaults(found)
+    _defaults(recipe)
     for part in (_task, _method, _model, _schedule, _texts):
-        part(found, values)
-    sources_of(found, values)
-    held_out_of(found, values)
-    found.settle(values, RULES)
-    return found.done()
+        part(recipe, values)
+    _train_data(recipe, values)
+    _held_out(recipe, values)
+    recipe.apply_rules(values, RULES)
+    return recipe.done()
 
 
-def _defaults(found: Imported) -> None:
+def _defaults(recipe: Imported) -> None:
     """What Axolotl does where nothing is said."""
-    found.put("data.max_length", 512)
-    found.put("data.too_long", "drop")
+    recipe.put("data.max_length", 512)
+    recipe.put("data.too_long", "drop")
     run = {"epochs": 1.0, "batch_size": 1, "optim": "adamw_torch_fused", "scheduler": "cosine", "seed": SEED}
     for name, value in run.items():
-        found.put(f"training.{name}", value)
-    found.put("output", "./model-out")
+        recipe.put(f"training.{name}", value)
+    recipe.put("output", "./model-out")
 
 
-def _task(found: Imported, values: Mapping[str, Any]) -> None:
+def _task(recipe: Imported, values: Mapping[str, Any]) -> None:
     kind = taken(values, "rl")
     if not kind:
-        found.put("task", "text")
+        recipe.put("task", "text")
         return
     if kind not in RL:
-        found.refused["rl"] = f"'{kind}' isn't translated; there are {listing(RL)}"
+        recipe.refused["rl"] = f"'{kind}' isn't translated; there are {listing(RL)}"
         return
-    found.put("task", RL[kind], "rl")
+    recipe.put("task", RL[kind], "rl")
     if kind == "ipo":
-        found.put("preferences.loss_type", "ipo", "rl")
+        recipe.put("preferences.loss_type", "ipo", "rl")
 
 
-def _method(found: Imported, values: Mapping[str, Any]) -> None:
+def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
     kind = taken(values, "adapter")
     if kind is None:
-        found.put("method.name", "full", *given(values, "adapter"))
-        found.different["adapter"] = "weights that are all tuned are held in float32, theirs in 16 bits"
+        recipe.put("method.name", "full", *given(values, "adapter"))
+        recipe.different["adapter"] = "weights that are all tuned are held in float32, theirs in 16 bits"
         unused = [key for key in values if key.startswith(("lora_", "peft_"))]
-        found.without_effect |= dict.fromkeys(unused, "all weights are tuned")
+        recipe.without_effect |= dict.fromkeys(unused, "all weights are tuned")
         return
     if kind not in ("lora", "qlora"):
-        found.refused["adapter"] = f"there is no '{kind}' to translate; lora and qlora are"
+        recipe.refused["adapter"] = f"there is no '{kind}' to translate; lora and qlora are"
         return
     dora = bool(taken(values, "peft_use_dora"))
-    found.put("method.name", "dora" if dora else "lora", "adapter", *given(values, "peft_use_dora"))
+    recipe.put("method.name", "dora" if dora else "lora", "adapter", *given(values, "peft_use_dora"))
     if taken(values, "lora_r") is None:
-        found.refused["adapter"] = "lora_r is missing"
-    found.put("method.lora_alpha", 8)
-    _targets(found, values)
+        recipe.refused["adapter"] = "lora_r is missing"
+    recipe.put("method.lora_alpha", 8)
+    _targets(recipe, values)
     inner = taken(values, "peft", {})
     if set(inner) - {"loftq_config"}:
-        found.refused["peft"] = f"of {listing(inner)} only loftq_config is translated"
+        recipe.refused["peft"] = f"of {listing(inner)} only loftq_config is translated"
     elif inner:
-        found.put("method.loftq_config", inner["loftq_config"], "peft")
-        found.put("method.init_lora_weights", "loftq", "peft")
+        recipe.put("method.loftq_config", inner["loftq_config"], "peft")
+        recipe.put("method.init_lora_weights", "loftq", "peft")
 
 
-def _targets(found: Imported, values: Mapping[str, Any]) -> None:
+def _targets(recipe: Imported, values: Mapping[str, Any]) -> None:
     keys = given(values, "lora_target_linear", "lora_target_modules")
     modules = taken(values, "lora_target_modules")
     if taken(values, "lora_target_linear"):
-        found.put("method.target_modules", "all-linear", *keys)
+        recipe.put("method.target_modules", "all-linear", *keys)
     elif modules:
-        found.put("method.target_modules", modules, *keys)
+        recipe.put("method.target_modules", modules, *keys)
     else:
-        found.different["lora_target_modules"] = "without targets all linear layers of the blocks are adapted here"
+        recipe.different["lora_target_modules"] = "without targets all linear layers of the blocks are adapted here"
 
 
-def _model(found: Imported, values: Mapping[str, Any]) -> None:
+def _model(recipe: Imported, values: Mapping[str, Any]) -> None:
     for key in given(values, "model_type", "type_of_model"):
         kind = str(values[key])
-        told = found.without_effect if kind.endswith("ForCausalLM") else found.refused
-        told[key] = "models that write text are loaded, as config.json names them"
+        reasons = recipe.without_effect if kind.endswith("ForCausalLM") else recipe.refused
+        reasons[key] = "models that write text are loaded, as config.json names them"
     four, eight = taken(values, "load_in_4bit"), taken(values, "load_in_8bit")
     if taken(values, "adapter") is None and (four or eight):
-        found.refused["load_in_4bit" if four else "load_in_8bit"] = (
+        recipe.refused["load_in_4bit" if four else "load_in_8bit"] = (
             "quantized weights can't be tuned without an adapter"
         )
     elif four or eight:
-        found.put("model.quantize", "nf4" if four else "int8", "load_in_4bit" if four else "load_in_8bit")
+        recipe.put("model.quantize", "nf4" if four else "int8", "load_in_4bit" if four else "load_in_8bit")
     elif taken(values, "adapter") == "qlora":
-        found.refused["adapter"] = "qlora needs load_in_4bit"
+        recipe.refused["adapter"] = "qlora needs load_in_4bit"
     half = bool(taken(values, "fp16"))
     # Their default is bf16: auto.
-    found.put("model.dtype", "float16" if half else "bfloat16", *given(values, "fp16" if half else "bf16"))
+    recipe.put("model.dtype", "float16" if half else "bfloat16", *given(values, "fp16" if half else "bf16"))
     if values.get("bf16") is False and not half:
-        found.put("model.dtype", "float32", "bf16")
+        recipe.put("model.dtype", "float32", "bf16")
 
 
-def _schedule(found: Imported, values: Mapping[str, Any]) -> None:
+def _schedule(recipe: Imported, values: Mapping[str, Any]) -> None:
     least, name = taken(values, "cosine_min_lr_ratio"), taken(values, "lr_scheduler", "cosine")
     try:
         if least is not None and name == "cosine":
-            found.put("training.scheduler", "cosine_with_min_lr", *given(values, "lr_scheduler"))
-            found.put("training.scheduler_options", {"min_lr_rate": least}, "cosine_min_lr_ratio")
+            recipe.put("training.scheduler", "cosine_with_min_lr", *given(values, "lr_scheduler"))
+            recipe.put("training.scheduler_options", {"min_lr_rate": least}, "cosine_min_lr_ratio")
         else:
-            found.put("training.scheduler", SCHEDULER(name), *given(values, "lr_scheduler"))
+            recipe.put("training.scheduler", SCHEDULER(name), *given(values, "lr_scheduler"))
     except ConfigError as error:
-        found.refused["lr_scheduler"] = str(error)
+        recipe.refused["lr_scheduler"] = str(error)
     steps, share = taken(values, "warmup_steps"), taken(values, "warmup_ratio")
     if steps is None and share is None:
-        found.different["warmup_steps"] = "without a number 3% of the steps warm up; theirs are 100 at most"
+        recipe.different["warmup_steps"] = "without a number 3% of the steps warm up; theirs are 100 at most"
     warmup = steps if steps is not None else 0.03 if share is None else share
-    found.put("training.warmup", warmup, *given(values, "warmup_steps", "warmup_ratio"))
-    keep_best(found, values)
+    recipe.put("training.warmup", warmup, *given(values, "warmup_steps", "warmup_ratio"))
+    keep_best(recipe, values)
 
 
-def _texts(found: Imported, values: Mapping[str, Any]) -> None:
+def _texts(recipe: Imported, values: Mapping[str, Any]) -> None:
     template = taken(values, "chat_template")
     if template and not str(template).startswith("tokenizer_default"):
-        found.different["chat_template"] = f"the tokenizer's own is used, which should be the same as '{template}'"
-    found.without_effect |= dict.fromkeys(given(values, "chat_template"), "the tokenizer's own is used")
+        recipe.different["chat_template"] = f"the tokenizer's own is used, which should be the same as '{template}'"
+    recipe.without_effect |= dict.fromkeys(given(values, "chat_template"), "the tokenizer's own is used")
     special = taken(values, "special_tokens", {})
     if set(special) - {"pad_token", "bos_token", "eos_token", "unk_token"}:
-        found.refused["special_tokens"] = f"of {listing(special)} some would be new to the vocabulary"
+        recipe.refused["special_tokens"] = f"of {listing(special)} some would be new to the vocabulary"
     elif special:
-        found.without_effect["special_tokens"] = "the tokenizer's own are used; padding is never learned"
+        recipe.without_effect["special_tokens"] = "the tokenizer's own are used; padding is never learned"
     if set(special) & {"bos_token", "eos_token", "unk_token"}:
-        found.different["special_tokens"] = "the tokenizer's own are used, which should be the same ones"
+        recipe.different["special_tokens"] = "the tokenizer's own are used, which should be the same ones"
     plugins = [str(name) for name in taken(values, "plugins", [])]
     strange = [name for name in plugins if not any(harmless in name for harmless in HARMLESS_PLUGINS)]
     if strange:
-        found.refused["plugins"] = f"{listing(strange)} may change anything"
+        recipe.refused["plugins"] = f"{listing(strange)} may change anything"
     elif plugins:
-        found.without_effect["plugins"] = _FAST
+        recipe.without_effect["plugins"] = _FAST
+
+
+LOADERS = ("json", "csv", "parquet", "text", "arrow")
+"""Of `datasets`: with one of them as the path, data_files are the data."""
+IDLE = ("ds_type", "conversation", "chat_template", "trust_remote_code", "train_on_eot", "preprocess_shards")
+READ = (
+    "path", "name", "type", "split", "revision", "data_files", "field", "field_messages", "message_property_mappings",
+)  # fmt: skip
+AS_HERE = {
+    "roles_to_train": (["assistant"], ["gpt", "assistant"], ["assistant", "gpt"]),
+    "train_on_eos": ("turn",),
+    "message_field_training": MARKS,
+    "message_field_training_detail": PARTIAL_MARKS,
+}
+"""Settings of a data set with the values that change nothing here; rows with marks on parts of a turn are refused."""
+OPENAI = {"role": "role", "content": "content"}
+SHARE_GPT = {"role": "from", "content": "value"}
+
+
+def _train_data(recipe: Imported, values: Mapping[str, Any]) -> None:
+    """Put the training data into the recipe."""
+    plain = taken(values, "pretraining_dataset")
+    if plain and taken(values, "datasets"):
+        recipe.refused["pretraining_dataset"] = "give it or datasets, not both"
+    elif plain:
+        several = plain if isinstance(plain, list) else [plain]
+        entries = [_plain(entry) if isinstance(entry, str | Mapping) else entry for entry in several]
+        _put(recipe, "pretraining_dataset", "data.train", entries)
+        recipe.put("data.streaming", True, "pretraining_dataset")
+    elif taken(values, "datasets"):
+        _put(recipe, "datasets", "data.train", values["datasets"])
+    else:
+        recipe.refused["datasets"] = "no data is named"
+
+
+def _held_out(recipe: Imported, values: Mapping[str, Any]) -> None:
+    """Put what is held out into the recipe."""
+    if taken(values, "test_datasets"):
+        _put(recipe, "test_datasets", "data.held_out", values["test_datasets"])
+    hold_out(recipe, values, "val_set_size")
+
+
+def _put(recipe: Imported, key: str, place: str, entries: Any) -> None:
+    try:
+        if not all(isinstance(entry, Mapping) for entry in entries):
+            raise ConfigError("data sets are a list of mappings with a path")
+        recipe.put(place, [source for entry in entries for source in _sources(entry, recipe)], key)
+    except ConfigError as error:
+        recipe.refused[key] = str(error)
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    given = {"path": entry} if isinstance(entry, str) else dict(entry)
+    column = given.pop("text_column", None)
+    return given | {"type": "completion"} | ({"field": column} if column else {})
+
+
+def _sources(entry: Mapping[str, Any], recipe: Imported) -> list[dict[str, Any]]:
+    path = entry.get("path")
+    if not path:
+        raise ConfigError("a data set has no path")
+    for key, value in entry.items():
+        if key in READ or key in IDLE or value in (None, False, "", [], {}):
+            continue
+        if value not in AS_HERE.get(key, ()):
+            raise ConfigError(f"'{key}' of {path} can't be had here; write its rows as messages")
+    files = entry.get("data_files") or []
+    files = [files] if isinstance(files, str) else list(files)
+    if files and path not in LOADERS:
+        raise ConfigError(f"data_files of {path} can't be chosen; name the files as paths of their own")
+    if path in LOADERS and not files:
+        raise ConfigError(f"'{path}' is a reader of files, and data_files names none")
+    shape = _format(entry, path, recipe)
+    if files:
+        return [{"path": str(file)} | shape for file in files]
+    revision = REVISION.read(entry.get("revision"))
+    place = {"subset": entry.get("name"), "split": entry.get("split"), "revision": revision}
+    place = {key: value for key, value in place.items() if value}
+    return [{"path": path} | place | shape]
+
+
+def _format(entry: Mapping[str, Any], path: str, recipe: Imported) -> dict[str, Any]:
+    kind = entry.get("type")
+    if isinstance(kind, Mapping):
+        return _described(kind, path)
+    if kind == "completion":
+        return with_fields("text", {"text": entry.get("field") or "text"})
+    if kind == "alpaca":
+        recipe.different["datasets"] = (
+            "alpaca rows are asked in the tokenizer's chat template where it has one, and in alpaca's words where not"
+        )
+        return {"format": "alpaca"}
+    if kind == "sharegpt":
+        return with_fields("sharegpt", {"conversations": entry.get("field_messages") or "conversations"})
+    if kind == "chat_template":
+        return _turns(entry, path)
+    raise ConfigError(f"rows of type '{kind}' (of {path}) aren't translated; write them as messages")
+
+
+def _turns(entry: Mapping[str, Any], path: str) -> dict[str, Any]:
+    place, properties = entry.get("field_messages"), entry.get("message_property_mappings") or OPENAI
+    if properties == OPENAI:
+        return with_fields("messages", {"messages": place or "messages"})
+    if properties == SHARE_GPT:
+        return with_fields("sharegpt", {"conversations": place or "messages"})
+    raise ConfigError(f"turns of {path} are called {listing(properties.values())}; write them as messages")
+
+
+def _described(kind: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A type of the user's own: columns of preferences can be renamed, prompts can't be worded."""
+    fields = {key.removeprefix("field_"): column for key, column in kind.items() if column}
+    if not {"chosen", "rejected"} <= fields.keys() <= {"prompt", "chosen", "rejected"}:
+        raise ConfigError(f"a type with {listing(kind)} (of {path}) isn't translated; write its rows as messages")
+    return with_fields("preference", fields)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import listing
-from slimtune.recipe.convert.llama_factory_data import held_out_of, sources_of
+from slimtune.data.settings import Source
+from slimtune.data.sources import records
+from slimtune.errors import ConfigError, SlimtuneError, did_you_mean, listing
 from slimtune.recipe.convert.rules import (
     OFF,
     Imported,
@@ -22,8 +25,17 @@ from slimtune.recipe.convert.rules import (
     refused,
     taken,
     to,
+    with_fields,
 )
-from slimtune.recipe.convert.trainer_keys import OPTIMIZER, REVISION, SCHEDULER, SEED, TRAINER_KEYS, keep_best
+from slimtune.recipe.convert.trainer_keys import (
+    OPTIMIZER,
+    REVISION,
+    SCHEDULER,
+    SEED,
+    TRAINER_KEYS,
+    hold_out,
+    keep_best,
+)
 
 NAME, MODEL = "LLaMA-Factory", "model_name_or_path"
 
@@ -136,119 +148,244 @@ def translate(values: Mapping[str, Any], folder: Path) -> Imported:
     Args:
         folder: where the file is, beside which data is looked for as well.
     """
-    found = Imported(NAME)
+    recipe = Imported(NAME)
     check_kinds(values, RULES)
-    _defaults(found)
+    _defaults(recipe)
     for part in (_task, _method, _model, _run):
-        part(found, values)
-    sources_of(found, values, folder)
-    held_out_of(found, values, folder)
-    _packing(found, values)
+        part(recipe, values)
+    _train_data(recipe, values, folder)
+    _held_out(recipe, values, folder)
+    _packing(recipe, values)
     if taken(values, "template"):
-        found.different["template"] = "the tokenizer's own chat template is used, which should be the same one"
-        found.without_effect["template"] = "the tokenizer's own is used"
-    found.different["cutoff_len"] = (
+        recipe.different["template"] = "the tokenizer's own chat template is used, which should be the same one"
+        recipe.without_effect["template"] = "the tokenizer's own is used"
+    recipe.different["cutoff_len"] = (
         "long examples are cut at their end; theirs takes tokens from question and answer in proportion"
     )
-    found.settle(values, RULES)
-    return found.done()
+    recipe.apply_rules(values, RULES)
+    return recipe.done()
 
 
-def _defaults(found: Imported) -> None:
+def _defaults(recipe: Imported) -> None:
     """What LLaMA-Factory does where nothing is said."""
-    found.put("data.max_length", 2048)
-    found.put("data.too_long", "truncate")
+    recipe.put("data.max_length", 2048)
+    recipe.put("data.too_long", "truncate")
     run = {
         "learning_rate": 5e-5, "epochs": 3.0, "batch_size": 8, "scheduler": "linear", "warmup": 0.0,
         "gradient_checkpointing": True, "seed": SEED,
     }  # fmt: skip
     for name, value in run.items():
-        found.put(f"training.{name}", value)
+        recipe.put(f"training.{name}", value)
 
 
-def _task(found: Imported, values: Mapping[str, Any]) -> None:
+def _task(recipe: Imported, values: Mapping[str, Any]) -> None:
     stage = taken(values, "stage", "sft")
     if stage not in STAGES:
-        found.refused["stage"] = f"'{stage}' isn't trained here; there are {listing(STAGES)}"
+        recipe.refused["stage"] = f"'{stage}' isn't trained here; there are {listing(STAGES)}"
         return
     task, loss = STAGES[stage], taken(values, "pref_loss", "sigmoid")
     if stage == "dpo" and loss == "orpo":
         task = "orpo"
     elif stage == "dpo" and loss not in LOSSES:
-        found.refused["pref_loss"] = f"there is no loss '{loss}' here; there are {listing([*LOSSES, 'orpo'])}"
+        recipe.refused["pref_loss"] = f"there is no loss '{loss}' here; there are {listing([*LOSSES, 'orpo'])}"
     elif stage == "dpo" and LOSSES[loss]:
-        found.put("preferences.loss_type", LOSSES[loss], "pref_loss")
+        recipe.put("preferences.loss_type", LOSSES[loss], "pref_loss")
     if "pref_loss" in values:
-        found.translated.setdefault("pref_loss", "task")
-    found.put("task", task, *given(values, "stage"))
+        recipe.translated.setdefault("pref_loss", "task")
+    recipe.put("task", task, *given(values, "stage"))
     if stage == "pt":
-        found.put("data.format", "text", "stage")
+        recipe.put("data.format", "text", "stage")
 
 
-def _method(found: Imported, values: Mapping[str, Any]) -> None:
+def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
     kind = taken(values, "finetuning_type", "lora")
     if kind == "full":
-        found.put("method.name", "full", *given(values, "finetuning_type"))
-        found.without_effect |= {key: "all weights are tuned" for key in values if key.startswith("lora_")}
+        recipe.put("method.name", "full", *given(values, "finetuning_type"))
+        recipe.without_effect |= {key: "all weights are tuned" for key in values if key.startswith("lora_")}
         return
     if kind != "lora":
-        found.refused["finetuning_type"] = f"there is no '{kind}' here; lora and full are translated"
+        recipe.refused["finetuning_type"] = f"there is no '{kind}' here; lora and full are translated"
         return
-    found.put("method.name", "dora" if taken(values, "use_dora") else "lora", *given(values, "finetuning_type"))
+    recipe.put("method.name", "dora" if taken(values, "use_dora") else "lora", *given(values, "finetuning_type"))
     if "use_dora" in values:
-        found.translated["use_dora"] = "method.name"
+        recipe.translated["use_dora"] = "method.name"
     rank = taken(values, "lora_rank", 8)
-    found.put("method.r", rank, *given(values, "lora_rank"))
-    found.put("method.lora_alpha", taken(values, "lora_alpha", 2 * rank), *given(values, "lora_alpha"))
+    recipe.put("method.r", rank, *given(values, "lora_rank"))
+    recipe.put("method.lora_alpha", taken(values, "lora_alpha", 2 * rank), *given(values, "lora_alpha"))
     target = taken(values, "lora_target", "all")
     everything = names(target) == ["all"]
-    found.put(
+    recipe.put(
         "method.target_modules",
         "all-linear" if everything else names(target),
         *given(values, "lora_target"),
     )
     steps = taken(values, "pissa_iter", 16)
     start = "pissa" if steps == -1 else f"pissa_niter_{steps}"
-    if found.switch(values, "pissa_init", "method.init_lora_weights", start) and "pissa_iter" in values:
-        found.translated["pissa_iter"] = "method.init_lora_weights"
+    if recipe.switch(values, "pissa_init", "method.init_lora_weights", start) and "pissa_iter" in values:
+        recipe.translated["pissa_iter"] = "method.init_lora_weights"
 
 
-def _model(found: Imported, values: Mapping[str, Any]) -> None:
+def _model(recipe: Imported, values: Mapping[str, Any]) -> None:
     for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        found.switch(values, key, "model.dtype", dtype)
+        recipe.switch(values, key, "model.dtype", dtype)
     bits = taken(values, "quantization_bit")
     keys = given(values, "quantization_bit", "quantization_type", "quantization_method")
     if bits is None:
         idle_keys = [*keys, *given(values, "double_quantization")]
-        found.without_effect |= dict.fromkeys(idle_keys, "nothing is quantized")
+        recipe.without_effect |= dict.fromkeys(idle_keys, "nothing is quantized")
         return
     method = taken(values, "quantization_method", "bnb")
     if method not in ("bnb", "bitsandbytes"):
-        found.refused["quantization_method"] = f"'{method}' isn't quantized with here; bnb is"
+        recipe.refused["quantization_method"] = f"'{method}' isn't quantized with here; bnb is"
     if bits not in (4, 8):
-        found.refused["quantization_bit"] = f"there are 4 and 8 bits here, not {bits}"
+        recipe.refused["quantization_bit"] = f"there are 4 and 8 bits here, not {bits}"
         return
     if bits == 4 and taken(values, "double_quantization", True) is False:
-        found.refused["double_quantization"] = "scales of 4-bit weights are always quantized, too"
+        recipe.refused["double_quantization"] = "scales of 4-bit weights are always quantized, too"
     elif "double_quantization" in values:
-        found.without_effect["double_quantization"] = "scales of 4-bit weights are always quantized, too"
+        recipe.without_effect["double_quantization"] = "scales of 4-bit weights are always quantized, too"
     kind = taken(values, "quantization_type", "nf4")
-    found.put("model.quantize", one_of(("nf4", "fp4"), "type of 4 bits")(kind) if bits == 4 else "int8", *keys)
+    recipe.put("model.quantize", one_of(("nf4", "fp4"), "type of 4 bits")(kind) if bits == 4 else "int8", *keys)
 
 
-def _run(found: Imported, values: Mapping[str, Any]) -> None:
+def _run(recipe: Imported, values: Mapping[str, Any]) -> None:
     steps, share = taken(values, "warmup_steps", 0), taken(values, "warmup_ratio", 0)
-    found.put("training.warmup", steps or share, *given(values, "warmup_steps", "warmup_ratio"))
-    keep_best(found, values)
+    recipe.put("training.warmup", steps or share, *given(values, "warmup_steps", "warmup_ratio"))
+    keep_best(recipe, values)
     if taken(values, "eval_strategy") == "epoch" and "eval_steps" in values:
-        found.without_effect["eval_steps"] = "evaluated after each epoch"
+        recipe.without_effect["eval_steps"] = "evaluated after each epoch"
 
 
-def _packing(found: Imported, values: Mapping[str, Any]) -> None:
+def _packing(recipe: Imported, values: Mapping[str, Any]) -> None:
     packed, neat = taken(values, "packing"), bool(taken(values, "neat_packing"))
     packs = neat or (taken(values, "stage", "sft") == "pt" if packed is None else bool(packed))
-    found.put("data.packing", packs, *given(values, "packing", "neat_packing"))
+    recipe.put("data.packing", packs, *given(values, "packing", "neat_packing"))
     if packs and not neat:
-        found.different["packing"] = (
+        recipe.different["packing"] = (
             "examples that share a row don't see each other here; theirs do without neat_packing"
         )
+
+
+INFO = "dataset_info.json"
+ALPACA = {
+    "prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history",
+}  # fmt: skip
+"""Their names of the columns of alpaca rows, and ours."""
+PREFERENCE = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "system": "system"}
+MEDIA = ("images", "videos", "audios")
+OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+SHARE_GPT_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+
+
+def _train_data(recipe: Imported, values: Mapping[str, Any], folder: Path) -> None:
+    """Put the training data into the recipe."""
+    if not taken(values, "dataset"):
+        recipe.refused["dataset"] = "no data is named"
+        return
+    sources = _sources(recipe, values, "dataset", folder)
+    weights = taken(values, "interleave_probs")
+    mixes = str(taken(values, "mix_strategy", "concat"))
+    if "mix_strategy" in values:
+        recipe.without_effect["mix_strategy"] = "all rows of all sources, as here"
+    if mixes != "concat" and weights is not None:
+        shares = [float(weight) for weight in names(weights)]
+        if len(shares) != len(sources):
+            raise ConfigError(f"interleave_probs has {len(shares)} weights for {len(sources)} data sets")
+        for source, weight in zip(sources, shares, strict=True):
+            source["weight"] = weight
+        recipe.translated |= {"mix_strategy": "data.train.weight", "interleave_probs": "data.train.weight"}
+        recipe.different["mix_strategy"] = "an epoch has as many rows as the sources together, drawn by weight"
+    elif mixes != "concat":
+        recipe.refused["mix_strategy"] = "sources are mixed by weights; give interleave_probs"
+    recipe.put("data.train", sources, "dataset")
+
+
+def _held_out(recipe: Imported, values: Mapping[str, Any], folder: Path) -> None:
+    """Put what is held out into the recipe."""
+    if taken(values, "eval_dataset"):
+        recipe.put("data.held_out", _sources(recipe, values, "eval_dataset", folder), "eval_dataset")
+    hold_out(recipe, values, "val_size")
+
+
+def _sources(recipe: Imported, values: Mapping[str, Any], key: str, folder: Path) -> list[dict[str, Any]]:
+    where = str(taken(values, "dataset_dir", "data"))
+    most = taken(values, "max_samples")
+    sources = []
+    try:
+        info = None if where == "ONLINE" else _info(where, folder)
+        for name in names(values[key]):
+            if info is not None and name not in info[0]:
+                raise ConfigError(f"'{name}' is no entry of {info[1] / INFO}{did_you_mean(name, info[0])}")
+            entry = {"hf_hub_url": name} if info is None else info[0][name]
+            sources.append(_source(entry, name, info[1] if info else folder, most))
+    except SlimtuneError as error:
+        recipe.refused[key] = str(error)
+    recipe.translated |= dict.fromkeys(given(values, "dataset_dir", "media_dir", "max_samples"), "data.train")
+    return sources
+
+
+def _info(where: str, folder: Path) -> tuple[dict[str, Any], Path]:
+    """The entries, and the folder that their files are in: from where one stands, or from where their file is."""
+    for place in (Path(where), folder / where, *(parent / where for parent in folder.absolute().parents)):
+        if (place / INFO).is_file():
+            try:
+                info = json.loads((place / INFO).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"{place / INFO} is not JSON ({error})") from error
+            return info, place
+    raise ConfigError(f"the names of data stand in {Path(where) / INFO}, which isn't here; run where it is")
+
+
+def _source(entry: Mapping[str, Any], name: str, folder: Path, most: int | None) -> dict[str, Any]:
+    local = "file_name" in entry and "hf_hub_url" not in entry
+    if not local and "hf_hub_url" not in entry:
+        raise ConfigError(f"'{name}' is neither a file nor on the Hub, but {', '.join(sorted(entry))}")
+    most = entry.get("num_samples") or most
+    if local and most:
+        _refuse_more_rows(folder / entry["file_name"], most)
+    split = entry.get("split") or ("train" if not local else None)
+    source: dict[str, Any] = {"path": str(folder / entry["file_name"]) if local else entry["hf_hub_url"]}
+    source |= {"split": f"{split}[:{most}]" if most else split} if split and not local else {}
+    source |= {"subset": entry["subset"]} if entry.get("subset") else {}
+    if entry.get("folder"):
+        raise ConfigError(f"'{name}' is a folder of a data set on the Hub, which can't be told apart here")
+    return source | _format(entry, name)
+
+
+def _refuse_more_rows(path: Path, most: int) -> None:
+    """Of a file all rows are learned: fine, if there are no more than what was asked for."""
+    if not path.exists():
+        raise ConfigError(f"{path} isn't here, so whether it has more than {most} rows can't be told; run where it is")
+    if sum(1 for _ in islice(records(Source(str(path))), most + 1)) > most:
+        raise ConfigError(f"{path} has more than {most} rows, and all would be learned; cut it, or drop max_samples")
+
+
+def _format(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    columns, tags = entry.get("columns", {}), entry.get("tags", {})
+    media = [key for key in MEDIA if columns.get(key)]
+    if media:
+        raise ConfigError(f"'{name}' has {', '.join(media)}; models of images, sound and video aren't tuned here")
+    if entry.get("formatting", "alpaca") == "alpaca":
+        ours, kind = (PREFERENCE, "preference") if entry.get("ranking") else (ALPACA, "alpaca")
+        if columns.get("kto_tag"):
+            raise ConfigError(f"'{name}' has judged answers in alpaca's columns; write its rows as messages with label")
+        if kind == "preference" and columns.get("query"):
+            raise ConfigError(f"'{name}' has a query beside its prompt; write both into prompt")
+        return with_fields(kind, {ours[key]: column for key, column in columns.items() if key in ours and column})
+    fields = {key: columns[key] for key in ("system", "tools", "chosen", "rejected") if columns.get(key)}
+    fields |= {"label": columns["kto_tag"]} if columns.get("kto_tag") else {}
+    place = columns.get("messages", "conversations")
+    if {**SHARE_GPT_TAGS, **tags} == SHARE_GPT_TAGS:
+        ours, kind = "conversations", "sharegpt"
+    elif {**OPENAI_TAGS, **{key: tag for key, tag in tags.items() if key in OPENAI_TAGS}} == OPENAI_TAGS:
+        ours, kind = "messages", "messages"
+    else:
+        raise ConfigError(f"'{name}' has tags of its own ({tags}); write its rows as messages")
+    if entry.get("ranking"):
+        kind = "preference"
+    elif "label" in fields:
+        kind = "unpaired-preference"
+    return with_fields(kind, fields | {ours: place})

@@ -93,8 +93,8 @@ class Imported:
             self.without_effect[key] = "it is off"
         return bool(taken(values, key))
 
-    def settle(self, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-        """What becomes of all keys that no other hand has dealt with."""
+    def apply_rules(self, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+        """Apply the rule of each key that isn't dealt with yet."""
         for key, value in values.items():
             if key in self.translated or key in self.without_effect or key in self.refused:
                 continue
@@ -112,8 +112,8 @@ class Imported:
             self.without_effect[key] = rule.without_effect
         elif rule.refused:
             is_neutral = any(value is one or (type(value) is type(one) and value == one) for one in rule.neutral)
-            told = self.without_effect if is_neutral else self.refused
-            told[key] = "as here" if is_neutral else rule.refused
+            reasons = self.without_effect if is_neutral else self.refused
+            reasons[key] = "as here" if is_neutral else rule.refused
         else:
             try:
                 self.put(rule.place, rule.read(value), key)
@@ -121,11 +121,11 @@ class Imported:
                 self.refused[key] = str(error)
 
     def done(self) -> Imported:
-        """Itself; raises ConfigError with every key that was refused."""
+        """Return itself; raises ConfigError with every key that was refused."""
         if self.refused:
-            said = "; ".join(f"{key}: {why}" for key, why in self.refused.items())
+            why = "; ".join(f"{key}: {reason}" for key, reason in self.refused.items())
             count = f"{len(self.refused)} keys" if len(self.refused) > 1 else "one key"
-            raise ConfigError(f"{count} of this {self.tool} file would change the result and can't be had here: {said}")
+            raise ConfigError(f"{count} of this {self.tool} file would change the result and can't be had here: {why}")
         return self
 
 

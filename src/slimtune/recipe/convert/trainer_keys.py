@@ -81,19 +81,19 @@ TRAINER_KEYS: dict[str, Rule] = {
 }  # fmt: skip
 
 
-def keep_best(found: Imported, values: Mapping[str, Any]) -> None:
+def keep_best(recipe: Imported, values: Mapping[str, Any]) -> None:
     """Put into the recipe by what the best weights are kept."""
     best = str(taken(values, "metric_for_best_model", "loss")).removeprefix("eval_")
-    if found.switch(values, "load_best_model_at_end", "training.keep_best", best):
-        found.translated |= dict.fromkeys(given(values, "metric_for_best_model"), "training.keep_best")
+    if recipe.switch(values, "load_best_model_at_end", "training.keep_best", best):
+        recipe.translated |= dict.fromkeys(given(values, "metric_for_best_model"), "training.keep_best")
 
 
-def hold_out(found: Imported, values: Mapping[str, Any], key: str) -> None:
+def hold_out(recipe: Imported, values: Mapping[str, Any], key: str) -> None:
     """Put the share of the rows that is held out into the recipe."""
     share = taken(values, key, 0)
     if share >= 1:
-        found.refused[key] = f"a share of the rows is held out, not a number of them; give {share} divided by all rows"
+        recipe.refused[key] = f"a share of the rows is held out, not a number of them; give {share} divided by all rows"
     elif share:
-        found.put("data.held_out", share, key)
+        recipe.put("data.held_out", share, key)
     elif key in values:
-        found.without_effect[key] = "nothing is held out"
+        recipe.without_effect[key] = "nothing is held out"
