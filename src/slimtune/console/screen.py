@@ -65,7 +65,7 @@ def _console_class() -> type[Console]:
                 yield Segment(text if control else printable(text), style, control)
 
         def on_broken_pipe(self) -> None:
-            raise  # noqa: PLE0704 - it is called where the error is caught, and the command line ends quietly
+            raise
 
     return EscapingConsole
 
