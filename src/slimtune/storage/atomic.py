@@ -9,11 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slimtune.errors import OutputExistsError
+from slimtune.errors import ConfigError, OutputExistsError
+
+_NAME_BYTES = 255
+"""Of a file's name, on nearly every file system."""
+_SCRATCH_ENDING = ".-xxxxxxxx"
+"""What the name of a scratch folder has more than that of the output."""
 
 
 def refuse_existing(output: Path, overwrite: bool = False) -> None:
-    """Raise OutputExistsError if `output` holds something already and may not be replaced."""
+    """Check that a folder may be written.
+
+    Raises:
+        OutputExistsError: it holds something already that may not be replaced, or is a file.
+        ConfigError: its name is too long for the folders that are made beside it on the way.
+    """
+    longest = _NAME_BYTES - len(_SCRATCH_ENDING)
+    if (length := len(os.fsencode(output.name))) > longest:
+        raise ConfigError(
+            f"the name of the output folder '{output.name[:40]}...' has {length} bytes; choose one of at most {longest}"
+        )
     if output.is_dir():
         entries = [entry.name for entry in output.iterdir()]
         if entries and not overwrite:
