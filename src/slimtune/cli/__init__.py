@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import contextlib
+import io
+import os
+import sys
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -24,34 +28,51 @@ from slimtune.cli.predict import predict
 from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
+from slimtune.console.failures import sentence_of
 from slimtune.console.noise import leave_out_noise
 from slimtune.console.screen import say
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
 
-REFUSED, MISTAKE = 1, 2
+REFUSED, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
+"""Exit codes; the last two are 128 and the number of the signal, as shells report SIGINT and SIGPIPE."""
 
 
 class Commands(TyperGroup):
     """Turns what a user can cause into one sentence and an exit code."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command on streams that take any text: what they have no letter for is escaped."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; SlimtuneError becomes a sentence unless `--debug` is given."""
+        """Run the command; errors become a sentence unless `--debug` is given."""
         try:
-            return super().invoke(ctx)
-        except SlimtuneError as error:
-            if ctx.params.get("debug"):
+            result = super().invoke(ctx)
+            # Here and not at the end of the interpreter, which would print what a closed pipe raises.
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            _leave_closed_pipe()
+        except KeyboardInterrupt:
+            _fail("stopped", INTERRUPTED)
+        except Exception as error:
+            sentence = sentence_of(error)
+            if sentence is None or ctx.params.get("debug"):
                 raise
             # The work was right and its result was not: that is no mistake of the user.
-            refused = isinstance(error, MergeError | DoesNotFitError)
-            _fail(str(error), getattr(error, "exit_code", REFUSED if refused else MISTAKE))
-        except OSError as error:
-            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
-                raise
-            _fail(f"{error.filename or 'the file system'}: {error.strerror or error}", REFUSED)
-        except RuntimeError as error:
-            if ctx.params.get("debug") or type(error).__name__ != "OutOfMemoryError":
-                raise
-            _fail("the device has not enough memory; lower --batch-size or --max-length", REFUSED)
+            is_mistake = isinstance(error, SlimtuneError) and not isinstance(error, MergeError | DoesNotFitError)
+            _fail(sentence, getattr(error, "exit_code", MISTAKE if is_mistake else REFUSED))
+
+
+def _leave_closed_pipe() -> NoReturn:
+    """Exit as other programs do whose reader has gone (`| head`): without a word."""
+    with contextlib.suppress(OSError, ValueError):
+        # What is still buffered is written at exit, and must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise typer.Exit(CLOSED_PIPE)
 
 
 app = typer.Typer(
@@ -117,7 +138,7 @@ def main() -> None:
     app()
 
 
-def _fail(sentence: str, code: int) -> None:
+def _fail(sentence: str, code: int) -> NoReturn:
     # Plain, because rich would read brackets in a name as markup and break the line.
     say(f"slimtune: {sentence}", to_errors=True)
     raise typer.Exit(code)

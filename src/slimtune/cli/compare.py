@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json
+from slimtune.cli.options import Json, TrustRemoteCode
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
@@ -80,6 +80,7 @@ def compare(
             metavar="USD|DEVICE", help="Of an hour of this machine, or the device that it has.", rich_help_panel=OUT
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the runs and about how long they take; run nothing.")
     ] = False,
@@ -111,9 +112,11 @@ def compare(
     screen = open_screen(as_json)
     if dry_run:
         with TemporaryDirectory() as scratch:
-            _foresee(screen, prepare(recipe, overrides, settings, output, price, Path(scratch)), as_json)
+            _foresee(
+                screen, prepare(recipe, overrides, settings, output, price, trust_remote_code, Path(scratch)), as_json
+            )
         return
-    outcome = _run(screen, prepare(recipe, overrides, settings, output, price))
+    outcome = _run(screen, prepare(recipe, overrides, settings, output, price, trust_remote_code))
     if as_json:
         print_json({"output": str(output), "report": str(output / PAGE), **outcome.to_dict()})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -117,13 +118,16 @@ def flags(names: Iterable[str]) -> str:
 
 
 def parse(values: Sequence[str]) -> dict[str, str]:
-    """`NAME=DIR` or `DIR`, or ids of the Hub, as name to place; raises AdapterExistsError for two of one name."""
+    """`NAME=DIR` or `DIR`, or ids of the Hub, as name to place; raises AdapterExistsError for two of one name.
+
+    Without a name, that of the folder is taken, with `_` for what an adapter's name can't hold: `v1.0` becomes `v1_0`.
+    """
     folders: dict[str, str] = {}
     for value in values:
         # A folder may have an equals sign in its own name.
         name, equals, folder = ("", "", value) if Path(value).is_dir() else value.partition("=")
         if not equals:
-            name, folder = Path(value).resolve().name.partition("@")[0], value
+            name, folder = re.sub(r"[^\w-]", "_", Path(value).resolve().name.partition("@")[0]), value
         if name in folders:
             raise AdapterExistsError(
                 f"two adapters are called '{name}' ({folders[name]} and {folder}); "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimtune.cli.options import Json, Overwrite
+from slimtune.cli.options import Json, Overwrite, TrustRemoteCode
 from slimtune.console.screen import open_screen, plain_table, print_json, say
 from slimtune.errors import OutputExistsError, SlimtuneError
 
@@ -57,7 +57,12 @@ def init(
 
 
 @recipe.command("check")
-def check(path: Path_, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006 - typer copies it
+def check(
+    path: Path_,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
     """See without training whether a recipe is right, its data can be learned and it fits; exit code 1 if not.
 
     Reads every key, the data with the model's own tokenizer, attaches the method to the model's shape and simulates
@@ -70,7 +75,7 @@ def check(path: Path_, overrides: Overrides = [], as_json: Json = False) -> None
 
     screen = open_screen(as_json)
     try:
-        result = dry_run(Recipe.read(path, overrides), screen)
+        result = dry_run(Recipe.read(path, overrides).trusting(trust_remote_code), screen)
     except SlimtuneError as error:
         result = DryRun(problems=[str(error)])
     if as_json:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from slimtune.recipe.recipe import Recipe
 
-WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "as_json")
+WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "trust_remote_code", "as_json")
 """Parameters that say how a recipe is run, not what it says."""
 
 
@@ -87,7 +87,7 @@ def train(
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
-    recipe = _recipe(ctx, source, rest, output)
+    recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
     run(recipe, open_screen(as_json), overwrite, plans, resume)
     results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
     _say_how_to_use(open_screen(as_json), recipe, results["task_type"])

@@ -79,6 +79,7 @@ def prepare(
     options: Mapping[str, Any],
     output: Path,
     price: str | None = None,
+    trust_remote_code: bool = False,
     scratch: Path | None = None,
 ) -> Comparison:
     """A recipe made ready: read, checked, its data written down; nothing is loaded yet.
@@ -86,6 +87,7 @@ def prepare(
     Args:
         options: settings of the comparison that come before those of the recipe.
         price: of an hour, in US dollars or as the name of a device.
+        trust_remote_code: run Python code that comes with the model; a recipe can't allow that by itself.
         scratch: where the data is written instead, for a comparison that is looked at and not run.
 
     Raises:
@@ -98,7 +100,9 @@ def prepare(
 
     values = overridden(read_mapping(path), overrides)
     settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
-    base = Recipe.of(values)
+    base = Recipe.of(values).trusting(trust_remote_code)
+    if trust_remote_code:
+        values["model"] |= {"trust_remote_code": True}
     data = output / DATA if scratch is None else scratch
     setup = ComparisonSetup(output, values, settings, data / TRAIN, data / QUESTIONS)
     check_candidates(setup)

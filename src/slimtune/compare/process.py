@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from slimtune.compare.results import Stage
+from slimtune.console.failures import sentence_of
 from slimtune.console.noise import leave_out_noise
 from slimtune.console.progress import Counting
 from slimtune.errors import SlimtuneError
@@ -160,14 +161,10 @@ class _Reporter:
 
 def _sentence(error: Exception) -> str:
     """What an error means to a user; the traceback of one that is nobody's mistake goes to the log."""
-    if isinstance(error, SlimtuneError):
-        return str(error) or type(error).__name__
-    if isinstance(error, OSError):
-        return f"{error.filename or 'the file system'}: {error.strerror or error}"
-    traceback.print_exception(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the device has not enough memory; lower training.batch_size or data.max_length"
-    return traceback.format_exception_only(error)[-1].strip()
+    sentence = sentence_of(error)
+    if sentence is None or not isinstance(error, SlimtuneError | OSError):
+        traceback.print_exception(error)
+    return sentence or traceback.format_exception_only(error)[-1].strip()
 
 
 def _free_memory() -> None:

@@ -64,6 +64,9 @@ def _console_class() -> type[Console]:
             for text, style, control in super().render(renderable, options):
                 yield Segment(text if control else printable(text), style, control)
 
+        def on_broken_pipe(self) -> None:
+            raise
+
     return EscapingConsole
 
 

@@ -14,10 +14,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +33,7 @@ from slimtune.errors import (
     check_choice,
     check_number,
     check_whole,
+    first_line,
 )
 from slimtune.storage.atomic import staged_file
 from slimtune.storage.text_files import read_json
@@ -109,6 +111,17 @@ def extract(
     return features
 
 
+class _StoredFacts(BaseModel):
+    """What `features.json` holds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    labels: list[str] = Field(min_length=1)
+    pooling: Literal["mean", "cls", "last"]
+    base: str = Field(min_length=1)
+    max_length: int = Field(ge=1)
+
+
 @dataclass(frozen=True)
 class FeatureClassifier:
     """A linear classifier on the features of a frozen base.
@@ -148,7 +161,12 @@ class FeatureClassifier:
         return cls(list(names), weight_KD.float().contiguous(), bias_K.float(), how.pooling, base, max_length)
 
     def probabilities(self, features_ND: Tensor) -> Tensor:
-        """p_NL of each label."""
+        """p_NL of each label. Raises: AdapterFileError, for features f_ND of another width than the classifier's."""
+        if features_ND.shape[1] != self.weight.shape[1]:
+            raise AdapterFileError(
+                f"the classifier is for features of width {self.weight.shape[1]} and {self.base} gives "
+                f"{features_ND.shape[1]}; train it again on this base"
+            )
         return _logits(features_ND, self.weight, self.bias).softmax(-1)
 
     def predict(self, features_ND: Tensor) -> list[str]:
@@ -168,15 +186,20 @@ class FeatureClassifier:
         """The classifier in a folder; raises AdapterFileError."""
         folder = Path(folder)
         try:
-            facts = read_json(folder / CLASSIFIER)
+            facts = _StoredFacts.model_validate(read_json(folder / CLASSIFIER))
             tensors = load_file(folder / WEIGHTS)
-            classifier = cls(weight=tensors["weight"], bias=tensors["bias"], **facts)
+            classifier = cls(weight=tensors["weight"], bias=tensors["bias"], **facts.model_dump())
             outputs = _logits(torch.zeros(1, classifier.weight.shape[1]), classifier.weight, classifier.bias).shape[1]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise AdapterFileError(f"the classifier in {folder} can't be read ({error}); train it again") from error
+            is_finite = bool(classifier.weight.isfinite().all() and classifier.bias.isfinite().all())
+        except Exception as error:
+            # The files are anybody's: whatever they make the reading fail with is their damage.
+            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
+            raise AdapterFileError(f"the classifier in {folder} can't be read ({what}); train it again") from error
+        if not is_finite:
+            raise AdapterFileError(f"the classifier in {folder} has weights that are no numbers; train it again")
         if outputs != len(classifier.labels):
             raise AdapterFileError(
-                f"the classifier in {folder} has {outputs} outputs for {len(classifier.labels)} labels"
+                f"the classifier in {folder} has {outputs} outputs for {len(classifier.labels)} labels; train it again"
             )
         return classifier
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimtune.console.progress import Watch
@@ -12,6 +13,7 @@ from slimtune.evaluate.result import Evaluation, ScoredAnswer, summarised
 from slimtune.evaluate.scorers import CHOICE
 from slimtune.models.load import LoadOptions, load_model
 from slimtune.storage.source import folder_of, is_adapter
+from slimtune.storage.text_files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,11 +132,11 @@ def _has_head(source: str, task_type: str, architecture: str) -> bool:
         from slimtune.core.config import PeftConfig
 
         return PeftConfig.from_pretrained(folder_of(source)).task_type == task_type
-    from transformers import AutoConfig
-
     try:
-        named = AutoConfig.from_pretrained(folder_of(source, weights=False)).architectures or []
-    except (OSError, ValueError):
+        # The file and not a configuration of transformers, which may run code of the model's to make one.
+        config = read_json(Path(folder_of(source, weights=False)) / "config.json")
+        named = config.get("architectures") or []
+    except (OSError, ValueError, AttributeError):
         # Loading the model reports what can't be read.
         return False
-    return any(name.endswith(architecture) for name in named)
+    return any(str(name).endswith(architecture) for name in named)

@@ -89,6 +89,15 @@ def named_class(config: PeftConfig, auto_class: str | None = None) -> Any:
     return model_class if inspect.isclass(model_class) and hasattr(model_class, "from_pretrained") else None
 
 
+def own_auto_class(config: Any) -> Any:
+    """The automatic class by which a model's folder offers a class of its own, None where it brings no such code."""
+    import transformers
+
+    offered = getattr(config, "auto_map", None) or {}
+    name = next((name for name in offered if name.startswith(("AutoModelFor", "AutoModelWith"))), None)
+    return getattr(transformers, str(name), None)
+
+
 class AutoPeftModelForCausalLM(AutoPeftModel):
     """An adapter together with its base, a decoder that writes text."""
 

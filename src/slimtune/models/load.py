@@ -202,6 +202,8 @@ def _read_model(
     import transformers
     from safetensors import SafetensorError
 
+    from slimtune.models.auto import own_auto_class
+
     dtype, trusts = options.dtype, options.trust_remote_code
     if dtype not in DTYPES:
         raise ConfigError(f"no dtype '{dtype}'; pass one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
@@ -212,7 +214,7 @@ def _read_model(
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusts)
         # A class that was chosen brings a head of its own, which transformers would report as missing.
         with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
-            chosen = model_class or _model_class(config)
+            chosen = model_class or (own_auto_class(config) if trusts else None) or _model_class(config)
             how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
             if settings is not None or stored_by_bitsandbytes(config):
                 return _quantized(chosen, source, config, settings, device, **how)
@@ -222,9 +224,19 @@ def _read_model(
     except SafetensorError as error:
         raise ModelNotFoundError(f"the weights of {source} are damaged ({error}); fetch the model again") from error
     except (OSError, ValueError) as error:
+        refuse_code(source, error)
         raise ModelNotFoundError(
             f"the model '{source}' can't be loaded: {first_line(error)}; pass a model folder, a Hub id that can be "
             f"reached, or a packaged name ({listing(PACKAGED)})"
+        ) from error
+
+
+def refuse_code(source: str, error: Exception) -> None:
+    """Raises: ModelNotFoundError, where an error of transformers says that the model needs code of its own."""
+    if "trust_remote_code" in str(error):
+        raise ModelNotFoundError(
+            f"'{source}' needs Python code that comes with it, which is not run unasked; pass --trust-remote-code (in "
+            "Python trust_remote_code=True) if you trust it"
         ) from error
 
 
@@ -283,4 +295,5 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        refuse_code(source, error)
         raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {first_line(error)}") from error

@@ -92,7 +92,7 @@ def _without_weights(model: ModelSettings, data: Data) -> tuple[Any, Any]:
     config = read_config(model.source, model.trust_remote_code)
     tokenizer = load_tokenizer(model.source, model.trust_remote_code)
     with torch.device("meta"):
-        return build(config, Setting(), data.task_type), tokenizer
+        return build(config, Setting(trust_remote_code=model.trust_remote_code), data.task_type), tokenizer
 
 
 def _plan(recipe: Recipe, task: str, result: DryRun) -> None:

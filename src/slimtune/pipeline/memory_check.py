@@ -141,6 +141,7 @@ def _setting(
         answer=preferences.max_new_tokens,
         generations=preferences.generations or Setting.generations,
         device="cpu" if device == "cpu" else "cuda",
+        trust_remote_code=model.trust_remote_code,
     )
 
 
@@ -151,7 +152,7 @@ def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
     if not all(isinstance(size, int) for size in sizes) or setting.task_type is None:
         return False
     layers, hidden, inner, heads, vocabulary = (int(size) for size in sizes if isinstance(size, int))
-    parameters, _ = count(config, setting.task_type)
+    parameters, _ = count(config, setting.task_type, setting.trust_remote_code)
     rows = {"dpo": 2, "orpo": 2, "grpo": setting.accumulation}.get(setting.task or "", 1) * setting.batch
     tokens = rows * (setting.sequence + (setting.drawn_tokens if setting.task == "grpo" else 0))
     # Float32 throughout, all of it trained (weight, gradient, two moments: 16 bytes), nothing shared, and attention as
@@ -163,7 +164,7 @@ def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
 def _nearest(model: str, method: str, data: DataSettings, setting: Setting, task: str, device: Device) -> Choice | None:
     """The same method with a smaller micro-batch, checkpointing or a quantized base; None if nothing helps."""
     options: dict[str, Any] = {"device": device, "methods": (method,), "max_length": setting.sequence, "task": task}
-    options["optim"] = setting.optimizer
+    options |= {"optim": setting.optimizer, "trust_remote_code": setting.trust_remote_code}
     if setting.task == "grpo":
         options |= {"max_new_tokens": setting.answer, "generations": setting.generations}
     rank = getattr(setting.method, "r", None) if method in ("lora", "dora") else None

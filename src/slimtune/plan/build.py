@@ -17,8 +17,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from slimtune.errors import ConfigError, MissingDependencyError, ModelNotFoundError, PlanError
-from slimtune.models.auto import BY_TASK
+from slimtune.errors import ConfigError, MissingDependencyError, ModelNotFoundError, PlanError, first_line
+from slimtune.models.auto import BY_TASK, own_auto_class
+from slimtune.models.load import refuse_code
 from slimtune.ops import cross_entropy
 from slimtune.plan.memory import Setting
 from slimtune.storage.source import PACKAGED, folder_of, is_adapter
@@ -45,26 +46,25 @@ def config_of(source: Any, trust_remote_code: bool = False) -> Any:
     if is_adapter(source):
         raise ConfigError(f"{source} is an adapter; plan with its base")
     has_config = (Path(source) / "config.json").is_file()
-    folder = source if has_config and source not in PACKAGED else folder_of(source, weights=False)
+    is_folder = has_config and source not in PACKAGED
+    folder = source if is_folder else folder_of(source, weights=False, code=trust_remote_code)
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        if "trust_remote_code" in str(error):
-            raise ModelNotFoundError(
-                f"the configuration of '{source}' needs Python code that comes with it, which is not run unasked; pass "
-                "--trust-remote-code (in Python trust_remote_code=True) if you trust it"
-            ) from error
+        refuse_code(str(source), error)
         raise ModelNotFoundError(
-            f"the configuration of '{source}' can't be read: {first}; pass a folder with config.json, or a Hub id that "
-            "can be reached"
+            f"the configuration of '{source}' can't be read: {first_line(error)}; pass a folder with config.json, or a "
+            "Hub id that can be reached"
         ) from error
 
 
-def model_class(config: Any, task_type: str | None) -> Any:
+def model_class(config: Any, task_type: str | None, trust_remote_code: bool = False) -> Any:
     """The transformers class for a task, or the one that the configuration names. Raises: PlanError."""
     if task_type is not None:
         return getattr(transformers, BY_TASK[str(task_type)])
+    own = own_auto_class(config) if trust_remote_code else None
+    if own is not None:
+        return own
     named = next((getattr(transformers, name, None) for name in config.architectures or []), None)
     if named is not None and not named.__name__.endswith("Model"):
         return named
@@ -74,9 +74,9 @@ def model_class(config: Any, task_type: str | None) -> Any:
     raise PlanError(f"a {type(config).__name__} doesn't say what its model is tuned for; pass task_type")
 
 
-def task_of(config: Any) -> str:
+def task_of(config: Any, trust_remote_code: bool = False) -> str:
     """What a model is for where no data says it; a model that fills gaps is tuned as a classifier of texts."""
-    made = model_class(config, None).__name__
+    made = model_class(config, None, trust_remote_code).__name__
     if "ImageClassification" in made:
         return "images"
     if getattr(config, "is_encoder_decoder", False):
@@ -98,13 +98,15 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
             f"a {type(config).__name__} is for a model that reads pictures or sounds beside texts, whose step can't "
             "be planned; in Python, slimtune.plan(config.get_text_config()) plans its part for texts"
         )
-    made = model_class(config, task_type)
+    made = model_class(config, task_type, setting.trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": setting.attention} if setting.attention else {}
     try:
         if hasattr(made, "_from_config"):
             model: Any = made._from_config(config, dtype=getattr(torch, setting.dtype), **options)
         else:
-            model = made.from_config(config, dtype=getattr(torch, setting.dtype), **options)
+            # Said in any case: where it is left open, transformers asks at the terminal.
+            trusts = {"trust_remote_code": setting.trust_remote_code}
+            model = made.from_config(config, dtype=getattr(torch, setting.dtype), **trusts, **options)
         # Without initialisation, weights aren't tied either.
         model.tie_weights()
         # A model whose weights aren't drawn has its ties left undone.
@@ -112,7 +114,8 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
         if setting.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (ValueError, ImportError) as error:
-        raise PlanError(f"the model can't be built so: {str(error).splitlines()[0]}") from error
+        refuse_code(getattr(config, "name_or_path", "") or type(config).__name__, error)
+        raise PlanError(f"the model can't be built so: {first_line(error)}") from error
     return model.train()
 
 

@@ -46,6 +46,7 @@ class Setting:
             and what grpo draws to a prompt of `sequence` tokens (None: 512). A pair of answers is two examples.
         generations: answers that grpo draws to each prompt.
         device: whose kernels are meant: attention and the loss take other memory on a CPU.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         ConfigError: a value that can't be.
@@ -68,6 +69,7 @@ class Setting:
     answer: int | None = None
     generations: int = 8
     device: Literal["cuda", "cpu"] = "cuda"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         check_choice("base", self.base, PRECISIONS)

@@ -213,7 +213,7 @@ def plan(
     lengths, task_type = measured.lengths, task_type_of(measured.task)
     if lengths.labels:
         config.num_labels = len(lengths.labels)
-    parameters, numbers_per_rank = count(config, task_type)
+    parameters, numbers_per_rank = count(config, task_type, trust_remote_code)
     request = PlanRequest(
         device=chosen,
         lengths=lengths.within(limit),
@@ -237,6 +237,7 @@ def plan(
         devices=devices,
         parameters=parameters,
         served_on=_device(served_on) if served_on else None,
+        trust_remote_code=trust_remote_code,
     )
     rates = rates_of(chosen)
     case, choices = recommend(request, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
@@ -269,7 +270,7 @@ def read_config(model: Any, trust_remote_code: bool = False) -> Any:
     return config_of(model, trust_remote_code)
 
 
-def count(config: Any, task_type: str | None) -> tuple[int, int]:
+def count(config: Any, task_type: str | None, trust_remote_code: bool = False) -> tuple[int, int]:
     """Parameters of the model, and of LoRA of rank 1 on all its linear layers."""
     import torch
 
@@ -280,7 +281,7 @@ def count(config: Any, task_type: str | None) -> tuple[int, int]:
     # rank 2 less rank 1 is what one rank costs: sum of (in + out) over all linear layers.
     for rank in (1, 2):
         with torch.device("meta"):
-            model = build(copy.deepcopy(config), Setting(), task_type)
+            model = build(copy.deepcopy(config), Setting(trust_remote_code=trust_remote_code), task_type)
             parameters = sum(parameter.numel() for parameter in model.parameters())
             get_peft_model(model, LoraConfig(r=rank, task_type=task_type))
         trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -341,7 +342,7 @@ def _measured(
     if data is not None:
         return measure(data, tokenizer_of(model, trusts), task)
     length = min(n for n in (max_length or TRAIN_LENGTH, positions_of(config)) if n is not None)
-    return MeasuredData(task_of(config) if task == "auto" else task, uniform(length, ASSUMED_EXAMPLES))
+    return MeasuredData(task_of(config, trusts) if task == "auto" else task, uniform(length, ASSUMED_EXAMPLES))
 
 
 def _limit(config: Any, measured: MeasuredData, max_length: int | None, max_new_tokens: int | None) -> int:

@@ -75,6 +75,7 @@ class PlanRequest:
     devices: int = 1
     parameters: int = 0
     served_on: Device | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ def _first_setting(method: str, base: Precision, config: Any, request: PlanReque
         answer=request.answer,
         generations=request.generations,
         device="cpu" if request.device.is_cpu else "cuda",
+        trust_remote_code=request.trust_remote_code,
     )
 
 

@@ -47,7 +47,7 @@ def simulate(
         ModelNotFoundError: the configuration can't be read.
         ConfigError, TargetError: a setting that can't be, or that doesn't go with the model.
     """
-    resolved = setting_of(method, setting)
+    resolved = setting_of(method, setting | {"trust_remote_code": trust_remote_code})
     config = config_of(model, trust_remote_code)
     resolved, notes = _as_stored(config, resolved)
     task_type = resolved.task_type or getattr(method, "task_type", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -203,6 +203,18 @@ class Recipe:
             "preferences": PreferenceSettings,
             "evaluation": PostTrainingEvaluation,
         }
+
+    def trusting(self, trust_remote_code: bool) -> Recipe:
+        """The recipe for whoever runs it, who says whether the model's own code is run.
+
+        Raises: ConfigError, where the recipe wants it and they don't: who wrote it may be somebody else.
+        """
+        if self.model.trust_remote_code and not trust_remote_code:
+            raise ConfigError(
+                "the recipe wants Python code to be run that comes with its model (model.trust_remote_code); pass "
+                "--trust-remote-code if you trust it"
+            )
+        return replace(self, model=replace(self.model, trust_remote_code=trust_remote_code))
 
     def to_dict(self) -> dict[str, Any]:
         """All sections with all keys, in plain types, from which `of` makes the same recipe."""

@@ -164,7 +164,7 @@ def token_ids(text: str, tokenizer: str, options: Mapping[str, Any] | None, coun
     # Of the packaged names alone: any other is a folder or a Hub id, which transformers finds.
     source = resolve(tokenizer) if tokenizer in PACKAGED else tokenizer
     try:
-        found = AutoTokenizer.from_pretrained(source, **dict(options or {}))
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **dict(options or {}))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(f"the tokenizer '{tokenizer}' can't be loaded: {reason}") from error
