@@ -5,6 +5,7 @@ A process holds a lock on what it writes, so that what a kill left behind is tol
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import glob
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 from slimtune.errors import ConfigError, OutputExistsError
 
 _SUFFIX = ".partial"
+_CONFIGS = ("adapter_config.json", "config.json")
+"""Without one of these, a folder is no model."""
 _SECONDS_TO_LOCK = 2
 _LONGER = 24
 """Bytes by which the name of a file or folder beside an output is longer than the output's own, at most."""
@@ -64,8 +67,8 @@ def _is_folder(path: Path) -> bool:
 def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """A scratch folder beside `output` that takes its place once the block ends well; raises OutputExistsError."""
     refuse_existing(output, overwrite)
-    # Against its full path, for the working directory may change while the work is done.
-    output = output.absolute()
+    # Against its full path, for the working directory may change while the work is done; a link stays one.
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_left_behind(output)
     scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-", suffix=_SUFFIX))
@@ -141,13 +144,70 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _replace(scratch: Path, output: Path) -> None:
+    """Put the scratch folder in place of the output; what of the output isn't written anew stays."""
     if not output.exists() or not any(output.iterdir()):
         os.replace(scratch, output)
-        return
-    # File by file: a folder to overwrite may be someone's home, and what is not written anew stays.
-    for entry in scratch.iterdir():
+    elif not _exchange_with_rest(scratch, output):
+        _replace_files(scratch, output)
+
+
+def _exchange_with_rest(scratch: Path, output: Path) -> bool:
+    """Exchange the two folders in one step, the rest of the output linked into the new one before.
+
+    False, and nothing is changed, where that can't be: no links or no exchange on this file system, or a process that
+    stands in the folder, as a shell does that passes `--output .`.
+    """
+    if Path.cwd().is_relative_to(output):
+        return False
+    linked: list[Path] = []
+    try:
+        for entry in output.iterdir():
+            target = scratch / entry.name
+            if not os.path.lexists(target):
+                linked.append(target)
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+                else:
+                    _link(entry, target)
+        _exchange(scratch, output)
+    except (OSError, shutil.Error):
+        for target in linked:
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target, ignore_errors=True)
+            else:
+                target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    os.link(source, target, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange two paths in one step, by Linux's or macOS's call; raises OSError where there is none."""
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    paths = os.fsencode(one), os.fsencode(other)
+    if hasattr(libc, "renameat2"):
+        here = -100  # AT_FDCWD
+        failed = libc.renameat2(here, paths[0], here, paths[1], 2)  # RENAME_EXCHANGE
+    elif hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(*paths, 2)  # RENAME_SWAP
+    else:
+        raise OSError("this system can't exchange two folders in one step")
+    if failed:
+        raise OSError(ctypes.get_errno(), "the folders can't be exchanged")
+
+
+def _replace_files(scratch: Path, output: Path) -> None:
+    """File by file, the configs last: a folder that was cut off in the middle has none, and is read by nobody."""
+    configs = [entry for entry in scratch.iterdir() if entry.suffix == ".json"]
+    for name in {*_CONFIGS, *(entry.name for entry in configs)}:
+        if (output / name).is_file() and (name in _CONFIGS or (scratch / name).is_file()):
+            (output / name).unlink()
+    for entry in sorted(scratch.iterdir(), key=lambda entry: entry in configs):
         target = output / entry.name
-        if target.is_dir():
+        if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         os.replace(entry, target)
 
