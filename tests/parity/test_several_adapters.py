@@ -9,9 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils import merge_utils
 from torch import Tensor, nn
 
 import slimtune
+from slimtune.errors import ConfigError
+from slimtune.methods.lora.combine import mixture
 from tensors import activate, adapter_tensors, assert_all_near, assert_near, predict, randomize
 from zoo import BERT, GEMMA3, GPT2, LLAMA, LLAMA_LINEARS, MIXTURE, T5, VIT, Specimen
 
@@ -76,6 +79,17 @@ COMBINATIONS = {
     "svd-of-a-rank": (["one", "three"], [1.0, 0.5], {"combination_type": "svd", "svd_rank": 6}),
     "svd-truncated": (["one", "two", "three"], [1.0, 0.5, 0.2], {"combination_type": "svd", "svd_rank": 3}),
     "default-kind": (["one", "two"], [0.3, 0.6], {}),
+    "ties": (["one", "two"], [0.7, 0.4], {"combination_type": "ties", "density": 0.5}),
+    "ties-by-count": (
+        ["one", "two"],
+        [0.7, -0.4],
+        {"combination_type": "ties", "density": 0.3, "majority_sign_method": "frequency"},
+    ),
+    "ties-svd": (["one", "two", "three"], [0.7, 0.4, 0.3], {"combination_type": "ties_svd", "density": 0.4}),
+    "magnitude-prune": (["one", "two"], [0.7, 0.4], {"combination_type": "magnitude_prune", "density": 0.2}),
+    "magnitude-prune-svd": (["one", "three"], [0.7, 0.4], {"combination_type": "magnitude_prune_svd", "density": 0.2}),
+    "all-kept": (["one", "two"], [0.7, 0.4], {"combination_type": "ties", "density": 1.0}),
+    "svd-options": (["one", "two"], [1.0, 0.5], {"svd_full_matrices": False, "svd_driver": None}),
 }
 
 
@@ -93,6 +107,39 @@ def test_weighted_combinations_are_the_same_change(case: str) -> None:
     assert_all_near(our_products, their_products, 1e-5)
     assert ours.peft_config["mixed"].r == theirs.peft_config["mixed"].r
     assert_near(predict(ours, LLAMA.batch()), predict(theirs, LLAMA.batch()))
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("density", [0.1, 0.6, 1.0])
+def test_tensors_are_thinned_and_joined_by_the_same_draws(name: str, sign: str, density: float) -> None:
+    tensors = [torch.randn(5, 7) for _ in range(3)]
+    weights = [0.5, -1.0, 2.0]
+    torch.manual_seed(3)
+    ours = mixture(name, density, sign)(tensors, weights)
+    torch.manual_seed(3)
+    options = {"majority_sign_method": sign} if name.endswith("ties") else {}
+    theirs = getattr(merge_utils, name)([t.clone() for t in tensors], torch.tensor(weights), density, **options)
+    assert_near(ours, theirs, 1e-6)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "another way": ({"combination_type": "tie"}, "did you mean 'ties'"),
+    "no density": ({"combination_type": "ties"}, r"needs density, a share in \(0, 1\], found None"),
+    "a density of nothing": ({"combination_type": "dare_linear", "density": 0.0}, "needs density"),
+    "a density without use": ({"combination_type": "linear", "density": 0.5}, "takes no density"),
+    "another majority": ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "most"}, "frequency"),
+    "another option": ({"densty": 0.5}, "did you mean 'density'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_in_combining_are_told_and_leave_no_adapter(case: str) -> None:
+    options, words = MISTAKES[case]
+    model: Any = with_three(slimtune)
+    with pytest.raises(ConfigError, match=words):
+        model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "mixed", **options)
+    assert list(model.peft_config) == list(RANKS)
 
 
 @pytest.mark.parametrize("kind", ["cat", "linear"])

@@ -26,6 +26,7 @@ from slimtune.errors import (
     ConfigError,
     SlimtuneError,
     TargetError,
+    did_you_mean,
     first_line,
     listing,
 )
@@ -131,7 +132,7 @@ def draft_combined(
     name: str,
     how: str,
     svd_rank: int | None,
-    svd_clamp: float | None,
+    options: Mapping[str, Any],
 ) -> Draft:
     """The adapter sum_i w_i adapter_i, not attached yet.
 
@@ -145,7 +146,11 @@ def draft_combined(
     if any(type(config) is not type(configs[0]) for config in configs):
         methods = listing(str(config.peft_type) for config in configs)
         raise ConfigError(f"only adapters of one method can be combined, found {methods}")
-    how = "linear" if len(adapters) == 1 else how
+    known = ("svd_clamp", "svd_full_matrices", "svd_driver", "density", "majority_sign_method")
+    for unknown in options.keys() - set(known):
+        raise ConfigError(f"add_weighted_adapter takes no argument {unknown!r}{did_you_mean(unknown, known)}")
+    # Of one adapter there is nothing to join.
+    how, options = ("linear", {}) if len(adapters) == 1 else (how, options)
     config = configs[0].combined(configs[1:], how, svd_rank)
     sources: dict[int, list[tuple[Any, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
@@ -157,7 +162,6 @@ def draft_combined(
         )
     resolved, placed = draft(model, name, config, True, strict=False)
     placed = [(site, target) for site, target in placed if id(site.module) in sources]
-    options = {"svd_clamp": svd_clamp} if how == "svd" else {}
     for site, target in placed:
         deltas, factors = zip(*sources[id(site.module)], strict=True)
         type(deltas[0]).combine(list(deltas), list(factors), how, target, site, **options)

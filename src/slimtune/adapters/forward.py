@@ -55,13 +55,10 @@ def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[st
     if head is not None and "use_cache" in _parameters(model_type):
         # A step that computes its loss reads no cache, which would hold every key and value until it ends.
         kwargs.setdefault("use_cache", False)
-    if adapter_names is not None:
-        adapter_names = tuple(adapter_names)
-        _check_count(adapter_names, model, args, kwargs)
     if head is None:
-        with _rows(model, adapter_names):
+        with _rows(model, adapter_names, args, kwargs):
             return function(*args, **kwargs)
-    with _rows(model, adapter_names), model.adapter_state.using(lazy_head=head):
+    with _rows(model, adapter_names, args, kwargs), model.adapter_state.using(lazy_head=head):
         return without_lazy(function(*args, **kwargs))
 
 
@@ -89,9 +86,7 @@ def _parameters(model_type: Any) -> frozenset[str]:
 def _generate(
     model_type: Any, model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
 ) -> Any:
-    if adapter_names is not None:
-        _check_count(adapter_names, model, args, kwargs)
-    with _rows(model, adapter_names):
+    with _rows(model, adapter_names, args, kwargs):
         return model_type.generate(model, *args, **kwargs)
 
 
@@ -107,12 +102,15 @@ def _check_count(adapter_names: Sequence[str], model: Any, args: Sequence[Any], 
 
 
 @contextmanager
-def _rows(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
+def _rows(
+    model: Any, adapter_names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[None]:
     """Each row of the batch under its own adapter; while adapters are disabled, all under none."""
     if adapter_names is None:
         yield
         return
     model.adapter_state.check_known(*(set(adapter_names) - {BASE}))
+    _check_count(adapter_names, model, args, kwargs)
     if not model.adapter_state.enabled or model.adapter_state.call.applied == ():
         adapter_names = [BASE] * len(adapter_names)
     if model.training or model.adapter_state.merged:

@@ -260,18 +260,24 @@ class PeftModel(PeftNames, Adopted):
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
-        svd_rank: int | None = None, svd_clamp: float | None = None,
+        svd_rank: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        """Attach a weighted combination of adapters as a new one: "linear", "svd" or "cat".
+        """Attach a weighted combination of adapters as a new one.
 
         Vectors, biases and whole differences have one combination, their weighted sum; "linear" and "svd" both mean it.
+
+        Args:
+            combination_type: "linear", "svd", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune", or one of
+                the last four with "_svd" behind it; see `slimtune.methods.lora.combine`.
+            svd_rank: of the result of an "svd"; by default the largest of the adapters'.
+            options: `svd_clamp`, `svd_full_matrices`, `svd_driver`, `density`, `majority_sign_method`, as in `peft`.
 
         Raises:
             AdapterNotFoundError, AdapterExistsError: by the names.
             ConfigError: adapters that can't be combined so.
         """
         self.adapter_state.check_known(*adapters)
-        drafted = draft_combined(self, adapters, weights, adapter_name, combination_type, svd_rank, svd_clamp)
+        drafted = draft_combined(self, adapters, weights, adapter_name, combination_type, svd_rank, options)
         _add(self, adapter_name, drafted.config, drafted)
 
     def delete_adapter(self, adapter_name: str) -> None:

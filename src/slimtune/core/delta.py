@@ -423,20 +423,19 @@ class Difference(Delta):
 
 
 @torch.no_grad()
-def add_up(
-    deltas: list[Any], weights: list[float], how: str, target: nn.Module, svd_clamp: float | None = None
-) -> None:
+def add_up(deltas: list[Any], weights: list[float], how: str, target: nn.Module, **options: Any) -> None:
     """Set the parameters of `target` to the weighted sum of the deltas'.
 
     A sum of full rank is its own best approximation, so that "svd" and "linear" are the same here.
 
     Raises:
-        ConfigError: another way of combining, or deltas of other shapes.
+        ConfigError: another way of combining, options for one, or deltas of other shapes.
     """
-    if how not in ("linear", "svd") or svd_clamp is not None:
+    given = {name: value for name, value in options.items() if value is not None}
+    if how not in ("linear", "svd") or given:
         raise ConfigError(
             f"these adapters are combined by their weighted sum alone; use combination_type='linear', found {how!r}"
-            + ("" if svd_clamp is None else f" with svd_clamp={svd_clamp}")
+            + "".join(f" with {name}={value!r}" for name, value in given.items())
         )
     for name, parameter in target.named_parameters():
         terms = [delta.get_parameter(name) for delta in deltas]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Dense, Frozen, Site, TensorSpec, trainable_dtype
-from slimtune.errors import ConfigError, MergeError, did_you_mean
+from slimtune.errors import ConfigError, MergeError
+from slimtune.methods.lora.combine import combined
 from slimtune.methods.lora.init import Factors, orthogonal, pissa, principal, warn_of_rank
 from slimtune.methods.lora.loftq import LoftQConfig, Originals, is_4bit, quantized_by_loftq
 
@@ -158,18 +159,8 @@ class LoraDelta(Delta):
     def combine(
         cls, deltas: list[Any], weights: list[float], how: str, target: Any, site: Site, **options: Any
     ) -> None:
-        """Set `target` to sum_i w_i s_i B_i A_i, exactly by "cat", in a lower rank by "svd", factor-wise by "linear".
-
-        Args:
-            options: for "svd" also `svd_clamp`, the quantile at which the factors' entries are clamped.
-        """
-        if how not in _COMBINATIONS:
-            raise ConfigError(
-                f"combination_type must be one of {', '.join(_COMBINATIONS)}, found {how!r}"
-                f"{did_you_mean(how, _COMBINATIONS)}"
-            )
-        scales = [weight * delta.scaling for weight, delta in zip(weights, deltas, strict=True)]
-        a, b = _COMBINATIONS[how](deltas, scales, target.r, **options)
+        """Set `target` to a combination of sum_i w_i s_i B_i A_i; `how` and its options are those of `combined`."""
+        a, b = combined(deltas, weights, how, target.r, **options)
         with torch.no_grad():
             for factor, value, ranks in (
                 (target.trained[0], a, (slice(a.shape[0]),)),
@@ -180,6 +171,7 @@ class LoraDelta(Delta):
                 factor[ranks].copy_(value.view_as(factor[ranks]))
             # The scales s_i are inside of the factors. Ranks beyond what was put in stay zero, and add nothing.
             if target.lora_bias is not None:
+                scales = [weight * delta.scaling for weight, delta in zip(weights, deltas, strict=True)]
                 biases = [scale * delta.lora_bias for scale, delta in zip(scales, deltas, strict=True)]
                 target.lora_bias.copy_(torch.stack(biases).sum(0))
         target.scaling = 1.0
@@ -374,41 +366,5 @@ class LoraEmbedding(LoraDelta):
         # A^T (rows, r) is looked up as the base's table is; the row of the padding token gets no gradient.
         return F.embedding(x, a.t(), self.padding_idx)
 
-
-def _cat(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Tensor, Tensor]:
-    pairs = [delta.pair for delta in deltas]
-    # (sum of r_i, in): the weights and scales go into A, so that B is stacked as it is.
-    a = torch.cat([scale * a.detach() for scale, (a, _) in zip(scales, pairs, strict=True)], dim=0)
-    return a, torch.cat([b.detach() for _, b in pairs], dim=1)
-
-
-def _linear(deltas: list[LoraDelta], scales: list[float], rank: int) -> tuple[Tensor, Tensor]:
-    pairs = [tuple(factor.detach() for factor in delta.pair) for delta in deltas]
-    ranks = {len(a) for a, _ in pairs}
-    if len(ranks) > 1:
-        raise ConfigError(f"combination_type 'linear' needs equal ranks, found {sorted(ranks)}; use 'cat' or 'svd'")
-    # sqrt|w s| in each factor and the sign in A. The sum of products is not the product of sums: the terms B_i A_j
-    # between adapters are in it, which is what "linear" is in `peft`, too.
-    roots = [math.sqrt(abs(scale)) for scale in scales]
-    signs = [math.copysign(1.0, scale) for scale in scales]
-    a = sum(sign * root * a for sign, root, (a, _) in zip(signs, roots, pairs, strict=True))
-    b = sum(root * b for root, (_, b) in zip(roots, pairs, strict=True))
-    return torch.as_tensor(a), torch.as_tensor(b)
-
-
-def _svd(deltas: list[LoraDelta], scales: list[float], rank: int, svd_clamp: float | None = None,
-         ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    update = sum(scale * delta.product().flatten(1) for scale, delta in zip(scales, deltas, strict=True))
-    # Of the whole (out, in) update in float32; sigma goes into B, as in `peft`.
-    u, sigma, v = torch.linalg.svd(torch.as_tensor(update), full_matrices=False)
-    b, a = u[:, :rank] * sigma[:rank], v[:rank]
-    if svd_clamp is not None:
-        # One bound for all entries of both factors.
-        bound = float(torch.quantile(torch.cat([b.flatten(), a.flatten()]), svd_clamp))
-        a, b = a.clamp(-bound, bound), b.clamp(-bound, bound)
-    return a, b
-
-
-_COMBINATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"linear": _linear, "svd": _svd, "cat": _cat}
 
 KINDS: dict[str, type[LoraDelta]] = {"linear": LoraLinear, "conv": LoraConv, "embedding": LoraEmbedding}
