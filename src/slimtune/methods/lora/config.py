@@ -130,6 +130,7 @@ class LoraConfig(LayeredConfig):
         self.outputs_of = {f"{name}.out_proj": name for name in attentions}
         further = [*self.parameters_of, *self.tokens_of, *self.outputs_of]
         further += [name for name in self.tied_lora if name not in chosen]
+        # An end that `modules_to_save` names itself is there already.
         further += [name for name in self.tied_copies if not is_named(name, self.modules_to_save or [])]
         for name in further:
             if further.count(name) > 1 or any(modules[name] is modules[other] for other in chosen):
@@ -145,6 +146,7 @@ class LoraConfig(LayeredConfig):
         link_outputs(drafted)
         share_ends(drafted, self.tied_lora, self.tied_copies)
         if self.initialisation == "loftq":
+            # Noted and not read: each layer reads its own weight when it is initialised.
             self.originals = Originals.of(model)
 
     def _check_layers(self, model: Any) -> None:
@@ -201,6 +203,7 @@ class LoraConfig(LayeredConfig):
 
     def stored_fields(self) -> dict[str, Any]:
         """The config as it is stored; a change from a moved start is a plain LoRA of twice the rank."""
+        # A file that LoftQ's quantization belongs to is written as it was read: its change is of full rank besides.
         if self.initialisation == "loftq" and not self.quantizes_base:
             # Whoever reads it finds the quantized base as it was, not one that the start has changed.
             return super().stored_fields() | {"init_lora_weights": True, "loftq_config": {}}
@@ -226,6 +229,7 @@ class LoraConfig(LayeredConfig):
         """
         tensors = dict(tensors)
         for site, delta in placed if self.moves_start or self.initialisation == "loftq" else ():
+            # By their keys in the file, (r, in) and (out, r), before any of it is in a delta.
             names = key(site.name, "lora_A.weight"), key(site.name, "lora_B.weight")
             if not isinstance(delta, LoraLinear) or not tensors.keys() >= set(names):
                 continue
@@ -262,10 +266,12 @@ class LoraConfig(LayeredConfig):
     def scale_for(self, name: str) -> float:
         """The factor s of the update."""
         r, alpha = self.rank_for(name), self.alpha_for(name)
+        # rsLoRA: divided by r, a larger rank learns less and less; by sqrt(r), steps stay as large at any rank.
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def combined(self, others: Sequence[LoraConfig], how: str, rank: int | None) -> LoraConfig:
         """The config of a weighted combination. Raises: ConfigError, for targets that can't be joined."""
+        # DoRA's product has a factor m / n behind it, so that its factors mean something else than those of LoRA.
         configs = [self, *others]
         if len({config.lora_bias for config in configs}) > 1:
             raise ConfigError("adapters with and without lora_bias can't be combined into one; activate them together")
@@ -300,6 +306,7 @@ class LoraConfig(LayeredConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is for linear layers, and '{site.name}' is a "
                 f"{type(site.module).__name__}; leave it out of target_modules"
             )
+        # The factors are the embedding's and have its rank; the scale is that of this end's own name, as in `peft`.
         leader = self.tied_lora.get(site.name, site.name)
         kind, r = TiedLinear if leader != site.name else kinds[site.kind], self.rank_for(leader)
         self._check_start(site, r, *kind.shapes(site, r))

@@ -94,6 +94,7 @@ class LoraDelta(Delta):
         """The bias of the base and s b: in one product, both are one."""
         if self.lora_bias is None:
             return bias_O
+        # In the adapter's float32: the product casts the sum to its own dtype once.
         return self.scaling * self.lora_bias if bias_O is None else bias_O + self.scaling * self.lora_bias
 
     def keep_start(self) -> None:
@@ -151,6 +152,7 @@ class LoraDelta(Delta):
                     "lora_bias was trained on a layer that has no bias to write it into; keep the adapter apart"
                 )
             bias = dense["bias"]
+            # With the same scale: B's bias is behind s, as its weight is.
             folded["bias"] = bias.float().add(self.lora_bias.detach(), alpha=self.scaling).to(bias.dtype)
         return dense | folded
 
@@ -180,6 +182,7 @@ class LoraDelta(Delta):
                 factor[ranks].copy_(value.view_as(factor[ranks]))
             # The scales s_i are inside of the factors. Ranks beyond what was put in stay zero, and add nothing.
             if target.lora_bias is not None:
+                # As for the factors, scales inside: the target's own is one.
                 biases = [scale * delta.lora_bias for scale, delta in zip(scales, deltas, strict=True)]
                 target.lora_bias.copy_(torch.stack(biases).sum(0))
         target.scaling = 1.0
@@ -242,6 +245,7 @@ class LoraLinear(LoraDelta):
 
     def since_start(self, config: Start, site: Site, a_RI: Tensor, b_OR: Tensor) -> Factors:
         """Factors of B A - B0 A0, for A and B that `peft` trained on the base less B0 A0."""
+        # Zeros until the start was computed: a weight that trains has no zero for its leading direction.
         a0_RI, b0_OR = self.get_buffer("start_A"), self.get_buffer("start_B")
         if not a0_RI.any():
             # Filled and not started: the same decomposition of the same weight gives the same product, whatever the
@@ -263,6 +267,7 @@ class LoraLinear(LoraDelta):
                 'load the base in 16 bits or with quantize="nf4"'
             )
         weight_OI = site.base.weight(site.module).detach()
+        # Of full rank, W - Q fits into no factors: Q takes the place of W while this adapter is active.
         quantized = quantized_by_loftq(weight_OI, self.r, config).to(weight_OI.dtype)
         self.hold_beside("weight", site.base.repack(site.module, {"weight": quantized})["weight"])
 
