@@ -253,14 +253,17 @@ class LoraLinear(LoraDelta):
             self.initialise(config, site)
         return _difference(a_RI.to(a0_RI), b_OR.to(b0_OR), a0_RI, b0_OR)
 
-    def stand_on_quantized(self, site: Site, config: LoftQConfig) -> None:
+    def stand_on_quantized(self, site: Site, config: LoftQConfig) -> bool:
         """Let what LoftQ's quantization leaves of W stand in for W; a base in 4 bits is that already.
+
+        Returns:
+            Whether there is a stand-in.
 
         Raises:
             ConfigError: the base is quantized otherwise.
         """
         if is_4bit(site):
-            return
+            return False
         if site.base.dequantizer(site.module) is not None:
             raise ConfigError(
                 f"'{site.name}' is quantized otherwise than LoftQ quantized the base that this adapter was trained on; "
@@ -270,6 +273,7 @@ class LoraLinear(LoraDelta):
         # Of full rank, W - Q fits into no factors: Q takes the place of W while this adapter is active.
         quantized = quantized_by_loftq(weight_OI, self.r, config).to(weight_OI.dtype)
         self.hold_beside("weight", site.base.repack(site.module, {"weight": quantized})["weight"])
+        return True
 
     def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.moved:

@@ -67,7 +67,9 @@ class TiedCopy(Delta):
         return super().to_disk({**own, "whole.weight": self.stand_ins()["weight"].detach()})
 
 
-def ends(model: Any, modules: Mapping[str, nn.Module], chosen: Iterable[str], saved: Sequence[str], config: Any) -> Any:
+def ends(
+    modules: Mapping[str, nn.Module], chosen: Iterable[str], saved: Sequence[str], config: Any
+) -> tuple[dict[str, str], dict[str, str]]:
     """What is tied to a module with LoRA, or to one that is trained whole.
 
     Returns:
