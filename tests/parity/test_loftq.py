@@ -283,6 +283,9 @@ def test_on_a_base_in_4_bits_what_loftq_trained_is_the_change_itself(folder: Pat
     path.write_text(json.dumps(json.loads(path.read_text()) | as_peft))
     again = slimtune.PeftModel.from_pretrained(in_4_bits(folder), tmp_path)
     assert torch.equal(predict(again, TOKENS), expected)
+    slimtune.set_peft_model_state_dict(again, slimtune.get_peft_model_state_dict(ours))
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["init_lora_weights"] is True
     with pytest.raises(ConfigError, match="quantized otherwise than LoftQ"):
         slimtune.PeftModel.from_pretrained(slimtune.load(str(folder), quantize="int8")[0], tmp_path)
 

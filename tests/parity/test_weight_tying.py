@@ -128,8 +128,12 @@ def test_dora_has_no_tied_form() -> None:
 def test_layers_that_are_not_replicated_are_those_that_are_there() -> None:
     model = slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(layer_replication=[[0, 1], [1, 2]]))
     assert torch.equal(predict(model, LLAMA.batch()), predict(LLAMA.model(), LLAMA.batch()))
-    with pytest.raises(ConfigError, match="build that model first"):
-        slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(layer_replication=[[0, 2], [1, 2]]))
+    for other in ([[0, 2], [1, 2]], [[0, 1]], [[0, 10**12]], []):
+        with pytest.raises(ConfigError, match="build that model first"):
+            slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(layer_replication=other))
+    for damaged in (3, [3], [[0]], [["0", "2"]], {"0": 2}):
+        with pytest.raises(ConfigError, match="pairs \\[start, end\\]"):
+            slimtune.LoraConfig(layer_replication=damaged)
 
 
 def test_an_adapter_for_some_tokens_is_refused_with_the_reason() -> None:

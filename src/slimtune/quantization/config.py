@@ -53,6 +53,7 @@ class Quantization:
             raise ConfigError(f"blocksize must be one of {known}, found {self.blocksize!r}")
         if isinstance(self.keep, str) or not all(isinstance(name, str) for name in self.keep):
             raise ConfigError(f"keep must be a list of module names, found {self.keep!r}")
+        # An option that is taken and changes nothing would be believed.
         own = (self.double, self.blocksize, self.compute_dtype)
         if self.kind == "int8" and own != (True, 64, None):
             raise ConfigError("double, blocksize and compute_dtype would change nothing with int8; leave them out")
@@ -74,6 +75,7 @@ def settings_of(quantize: Quantize) -> Settings:
     if isinstance(quantize, Quantization):
         return quantize
     # By name, because a name alone must not import transformers.
+    # torchao's settings say all there is to say, and are handed on.
     if type(quantize).__name__ == "TorchAoConfig":
         return quantize
     if type(quantize).__name__ != "BitsAndBytesConfig":

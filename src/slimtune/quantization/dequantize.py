@@ -71,6 +71,7 @@ def expanded(model: Any, dtype: torch.dtype | None) -> Expanded:
             "expanded; load the base in 16 bits"
         )
     weights = [(module, base, base.weight(module).detach()) for module, base in packed]
+    # Rounded once, from what the codes stand for.
     return [(module, base, weight_OI.to(dtype or weight_OI.dtype)) for module, base, weight_OI in weights]
 
 
@@ -83,6 +84,7 @@ def make_plain(model: Any, weights: Expanded) -> Any:
     trained = any(parameter.requires_grad for parameter in model.parameters())
     for module, base, weight_OI in weights:
         base.make_plain(module, weight_OI)
+        # accelerate's hooks keep a forward of the class that was.
         follow_class(module)
         module.requires_grad_(trained)
     if weights:

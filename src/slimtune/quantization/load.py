@@ -131,6 +131,7 @@ class _Quantizer(HfQuantizer):
                 f"{type(model).__name__} has no linear layer to quantize beside {listing(linear) or 'none at all'}; "
                 "load it without quantize"
             )
+        # By now all that is kept is known: this is where transformers puts bitsandbytes' layers in.
         super()._process_model_before_weight_loading(model, device_map=device_map, **options)
 
     def _kept(self, model: Any) -> list[str]:
@@ -183,6 +184,7 @@ class _Quantize(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *, model: Any, **others: Any) -> dict[str, Tensor]:  # type: ignore[override]
         done = {}
         for name, value in input_dict.items():
+            # transformers hands over lists, of which a plain rename has one.
             weight: Tensor = value[0] if isinstance(value, list) else value
             module: Any = model.get_submodule(name.rpartition(".")[0])
             # GPT-2's linear layers are stored as (in, out).
@@ -250,6 +252,7 @@ def _check_files(folder: Path) -> None:
                 names.add(name)
                 if _STATE in name:
                     states[name.partition(_STATE)[0]] = stored.get_tensor(name)
+    # By the scales: a weight whose state is gone altogether would look like a plain one of a strange shape.
     marked = {name.removesuffix(f".{part}") for name in names for part in _ALWAYS if name.endswith(f".{part}")}
     for weight in sorted(marked | states.keys()):
         _check_parts(weight, states, names)
@@ -261,6 +264,7 @@ def _check_parts(weight: str, states: Mapping[str, Any], names: set[str]) -> Non
         raise _damaged(weight, "its state (quant_state) is missing")
     try:
         state = unpack_tensor_to_dict(states[weight])
+        # JSON as bytes in a tensor, which bitsandbytes would read without a check.
         unsaid = {"quant_type", "blocksize", "dtype", "shape"} - state.keys()
     except (ValueError, TypeError, AttributeError) as error:
         raise _damaged(weight, f"its state (quant_state) can't be read: {error}") from error

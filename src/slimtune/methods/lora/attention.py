@@ -40,6 +40,7 @@ class LoraAttention(LoraDelta):
     def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
         module, (output,) = base.module, self.output
         # What stands there by now, which may be another adapter's: changes of weights add up.
+        # (3 D, D) and (D, D), made anew in each call: of a change of weights autograd keeps the factors alone.
         own = {"in_proj_weight": _changed(self, module._parameters["in_proj_weight"])}
         out = {"weight": _changed(output, module.out_proj._parameters["weight"])}
         with standing_in(module, own), standing_in(module.out_proj, out):
@@ -84,6 +85,7 @@ def _changed(delta: LoraDelta, weight_OI: Tensor) -> Tensor:
 
 def check_attention(site: Site, config: Any) -> None:
     """Raises: TargetError, ConfigError, for an attention or a kind of LoRA that has no such form."""
+    # There torch keeps three weights apart, which `peft` refuses as well.
     if not site.module._qkv_same_embed_dim:
         raise TargetError(f"'{site.name}' reads keys or values of another width than its queries; leave it out of LoRA")
     if not isinstance(config.init_lora_weights, bool) and config.initialisation != "gaussian":
@@ -95,6 +97,7 @@ def check_attention(site: Site, config: Any) -> None:
         raise ConfigError(
             f"'{site.name}' is an nn.MultiheadAttention, which takes plain LoRA; leave out use_dora, lora_bias and bias"
         )
+    # `peft` takes a dropout here and drops nothing, so that its files may name one.
     if config.lora_dropout and not config.inference_mode:
         raise ConfigError(
             f"'{site.name}' is an nn.MultiheadAttention, of which LoRA changes the weights and not the inputs of "

@@ -109,6 +109,10 @@ class LoraConfig(LayeredConfig):
             )
         if self.lora_bias and self.target_parameters:
             raise ConfigError("lora_bias has no form for target_parameters, which change weights; leave it out")
+        if self.layer_replication is not None and not _are_ranges(self.layer_replication):
+            raise ConfigError(
+                f"layer_replication must be a list of pairs [start, end] of layers, found {self.layer_replication!r}"
+            )
         if self.alora_invocation_tokens is not None:
             raise ConfigError(
                 "alora_invocation_tokens has an adapter act on the tokens behind an invocation alone, which differ by "
@@ -126,11 +130,12 @@ class LoraConfig(LayeredConfig):
         self._check_layers(model)
         self.tied_lora, self.tied_copies = {}, {}
         if self.ensure_weight_tying:
-            self.tied_lora, self.tied_copies = ends(model, modules, chosen, self.modules_to_save or [], self)
+            self.tied_lora, self.tied_copies = ends(modules, chosen, self.modules_to_save or [], self)
         attentions = [name for name in chosen if isinstance(modules[name], nn.MultiheadAttention)]
         self.outputs_of = {f"{name}.out_proj": name for name in attentions}
         further = [*self.parameters_of, *self.tokens_of, *self.outputs_of]
         further += [name for name in self.tied_lora if name not in chosen]
+        # An end that `modules_to_save` names itself is there already.
         further += [name for name in self.tied_copies if not is_named(name, self.modules_to_save or [])]
         for name in further:
             if further.count(name) > 1 or any(modules[name] is modules[other] for other in chosen):
@@ -146,16 +151,18 @@ class LoraConfig(LayeredConfig):
         link_outputs(drafted)
         share_ends(drafted, self.tied_lora, self.tied_copies)
         if self.initialisation == "loftq":
+            # Noted and not read: each layer reads its own weight when it is initialised.
             self.originals = Originals.of(model)
 
     def _check_layers(self, model: Any) -> None:
         """Raises: ConfigError, where `layer_replication` means other layers than the model has."""
         if self.layer_replication is None:
             return
-        layers = [number for start, end in self.layer_replication for number in range(start, end)]
         config = getattr(model, "config", None)
         own = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
-        if layers != list(range(own or 0)):
+        ranges = [range(start, end) for start, end in self.layer_replication]
+        # Counted first: a file may claim more layers than memory has room for.
+        if sum(map(len, ranges)) != own or [number for each in ranges for number in each] != list(range(own)):
             raise ConfigError(
                 f"layer_replication={self.layer_replication} has the model run its layers in another order or twice, "
                 "and an adapter here leaves the model as it is; build that model first, and attach the adapter to it"
@@ -203,7 +210,8 @@ class LoraConfig(LayeredConfig):
     def stored_fields(self) -> dict[str, Any]:
         """The config as it is stored; a change from a moved start is a plain LoRA of twice the rank."""
         if self.initialisation == "loftq" and not self.quantizes_base:
-            # Whoever reads it finds the quantized base as it was, not one that the start has changed.
+            # Whoever reads it finds the quantized base as it was, not one that the start has changed. A file that
+            # LoftQ's own quantization belongs to is written as it was read: its change is of full rank besides.
             return super().stored_fields() | {"init_lora_weights": True, "loftq_config": {}}
         if not self.moves_start:
             return super().stored_fields()
@@ -227,13 +235,13 @@ class LoraConfig(LayeredConfig):
         """
         tensors = dict(tensors)
         for site, delta in placed if self.moves_start or self.initialisation == "loftq" else ():
+            # By their keys in the file, (r, in) and (out, r), before any of it is in a delta.
             names = key(site.name, "lora_A.weight"), key(site.name, "lora_B.weight")
             if not isinstance(delta, LoraLinear) or not tensors.keys() >= set(names):
                 continue
             if self.initialisation == "loftq":
                 assert isinstance(self.loftq_config, LoftQConfig)
-                delta.stand_on_quantized(site, self.loftq_config)
-                self.quantizes_base = True
+                self.quantizes_base |= delta.stand_on_quantized(site, self.loftq_config)
             elif not delta.moved:
                 raise ConfigError(
                     f"'{source}' was trained from init_lora_weights={self.init_lora_weights!r} and the adapter that it "
@@ -263,6 +271,7 @@ class LoraConfig(LayeredConfig):
     def scale_for(self, name: str) -> float:
         """The factor s of the update."""
         r, alpha = self.rank_for(name), self.alpha_for(name)
+        # rsLoRA: divided by r, a larger rank learns less and less; by sqrt(r), steps stay as large at any rank.
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def combined(self, others: Sequence[LoraConfig], how: str, rank: int | None) -> LoraConfig:
@@ -270,6 +279,7 @@ class LoraConfig(LayeredConfig):
         configs = [self, *others]
         if len({config.lora_bias for config in configs}) > 1:
             raise ConfigError("adapters with and without lora_bias can't be combined into one; activate them together")
+        # DoRA's product has a factor m / n behind it, so that its factors mean something else than those of LoRA.
         if len({config.use_dora for config in configs}) > 1:
             raise ConfigError("adapters with and without DoRA can't be combined into one; activate them together")
         targets = self.joined_targets(others)
@@ -301,6 +311,7 @@ class LoraConfig(LayeredConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is for linear layers, and '{site.name}' is a "
                 f"{type(site.module).__name__}; leave it out of target_modules"
             )
+        # The factors are the embedding's and have its rank; the scale is that of this end's own name, as in `peft`.
         leader = self.tied_lora.get(site.name, site.name)
         kind, r = TiedLinear if leader != site.name else kinds[site.kind], self.rank_for(leader)
         self._check_start(site, r, *kind.shapes(site, r))
@@ -332,6 +343,12 @@ class LoraConfig(LayeredConfig):
             )
         if self.initialisation == "orthogonal" and r % 2:
             raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, '{site.name}' has {r}")
+
+
+def _are_ranges(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(pair, list | tuple) and [type(number) for number in pair] == [int, int] for pair in value
+    )
 
 
 def _settings(kind: type[EvaConfig] | type[LoftQConfig], given: Mapping[str, Any]) -> Any:

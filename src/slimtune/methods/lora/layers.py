@@ -95,6 +95,7 @@ class LoraDelta(Delta):
         """The bias of the base and s b: in one product, both are one."""
         if self.lora_bias is None:
             return bias_O
+        # In the adapter's float32: the product casts the sum to its own dtype once.
         return self.scaling * self.lora_bias if bias_O is None else bias_O + self.scaling * self.lora_bias
 
     def keep_start(self) -> None:
@@ -152,6 +153,7 @@ class LoraDelta(Delta):
                     "lora_bias was trained on a layer that has no bias to write it into; keep the adapter apart"
                 )
             bias = dense["bias"]
+            # With the same scale: B's bias is behind s, as its weight is.
             folded["bias"] = bias.float().add(self.lora_bias.detach(), alpha=self.scaling).to(bias.dtype)
         return dense | folded
 
@@ -171,6 +173,7 @@ class LoraDelta(Delta):
                 factor[ranks].copy_(value.view_as(factor[ranks]))
             # The scales s_i are inside of the factors. Ranks beyond what was put in stay zero, and add nothing.
             if target.lora_bias is not None:
+                # As for the factors, scales inside: the target's own is one.
                 scales = [weight * delta.scaling for weight, delta in zip(weights, deltas, strict=True)]
                 biases = [scale * delta.lora_bias for scale, delta in zip(scales, deltas, strict=True)]
                 target.lora_bias.copy_(torch.stack(biases).sum(0))
@@ -234,6 +237,7 @@ class LoraLinear(LoraDelta):
 
     def since_start(self, config: Start, site: Site, a_RI: Tensor, b_OR: Tensor) -> Factors:
         """Factors of B A - B0 A0, for A and B that `peft` trained on the base less B0 A0."""
+        # Zeros until the start was computed: a weight that trains has no zero for its leading direction.
         a0_RI, b0_OR = self.get_buffer("start_A"), self.get_buffer("start_B")
         if not a0_RI.any():
             # Filled and not started: the same decomposition of the same weight gives the same product, whatever the
@@ -241,22 +245,27 @@ class LoraLinear(LoraDelta):
             self.initialise(config, site)
         return _difference(a_RI.to(a0_RI), b_OR.to(b0_OR), a0_RI, b0_OR)
 
-    def stand_on_quantized(self, site: Site, config: LoftQConfig) -> None:
+    def stand_on_quantized(self, site: Site, config: LoftQConfig) -> bool:
         """Let what LoftQ's quantization leaves of W stand in for W; a base in 4 bits is that already.
+
+        Returns:
+            Whether there is a stand-in.
 
         Raises:
             ConfigError: the base is quantized otherwise.
         """
         if is_4bit(site):
-            return
+            return False
         if site.base.dequantizer(site.module) is not None:
             raise ConfigError(
                 f"'{site.name}' is quantized otherwise than LoftQ quantized the base that this adapter was trained on; "
                 'load the base in 16 bits or with quantize="nf4"'
             )
         weight_OI = site.base.weight(site.module).detach()
+        # Of full rank, W - Q fits into no factors: Q takes the place of W while this adapter is active.
         quantized = quantized_by_loftq(weight_OI, self.r, config).to(weight_OI.dtype)
         self.hold_beside("weight", site.base.repack(site.module, {"weight": quantized})["weight"])
+        return True
 
     def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.moved:

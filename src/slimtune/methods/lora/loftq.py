@@ -136,6 +136,7 @@ def quantized_by_loftq(weight_OI: Tensor, r: int, config: LoftQConfig) -> Tensor
         raise ConfigError(f"loftq_bits must be 4 or 8, found {config.loftq_bits!r}")
     own_OI = wide(weight_OI)
     quantized_OI = quantize(own_OI)
+    # The factors of the last round are those that were stored: only what Q was quantized from needs the earlier ones.
     for _ in range(config.loftq_iter - 1):
         a_RI, b_OR = pissa(own_OI - quantized_OI, r, 1.0)
         quantized_OI = quantize(own_OI - b_OR @ a_RI)
@@ -152,6 +153,7 @@ def _through_nf4(weight_OI: Tensor) -> Tensor:
 def _through_int8(weight_OI: Tensor) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 
+    # By way of float16, which bitsandbytes' int8 is quantized from.
     codes_OI, scales_O, _ = int8_vectorwise_quant(weight_OI.half())
     return int8_vectorwise_dequant(codes_OI, scales_O)
 

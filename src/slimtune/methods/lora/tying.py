@@ -37,6 +37,7 @@ class TiedLinear(LoraLinear):
         if not self.leader:
             return super().trained
         a_RV, b_DR = self.leader[0].trained
+        # Views: the gradients of both ends reach the embedding's two parameters through them, and are added there.
         return b_DR.t(), a_RV.t()
 
     def initialise(self, config: Any, site: Site) -> None:
@@ -57,6 +58,7 @@ class TiedCopy(Delta):
 
     def share(self, owner: Delta) -> None:
         """Read the copy of the weight that another delta trains."""
+        # One parameter for both ends; a bias of the output layer, if there is one, stays its own.
         del self.whole["weight"]
         self.tied = {"weight": (owner, "weight")}
 
@@ -65,7 +67,9 @@ class TiedCopy(Delta):
         return super().to_disk({**own, "whole.weight": self.stand_ins()["weight"].detach()})
 
 
-def ends(model: Any, modules: Mapping[str, nn.Module], chosen: Iterable[str], saved: Sequence[str], config: Any) -> Any:
+def ends(
+    modules: Mapping[str, nn.Module], chosen: Iterable[str], saved: Sequence[str], config: Any
+) -> tuple[dict[str, str], dict[str, str]]:
     """What is tied to a module with LoRA, or to one that is trained whole.
 
     Returns:
@@ -78,6 +82,7 @@ def ends(model: Any, modules: Mapping[str, nn.Module], chosen: Iterable[str], sa
     copies: dict[str, str] = {}
     kept = [name for name, module in modules.items() if "weight" in module._parameters and is_named(name, saved)]
     for name in chosen:
+        # Whichever end was named: in `peft`, too, the other one follows.
         group = [name, *tied_to([name], modules)]
         embedding = next((n for n in group if isinstance(modules[n], nn.Embedding)), None)
         if len(group) > 1 and embedding is not None:

@@ -60,6 +60,7 @@ class PromptLearningConfig(PeftConfig):
         config = model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         # One position at least has to be left for a token.
+        # Virtual tokens have positions like all others.
         if limit and self.num_virtual_tokens > limit - 1:
             raise ConfigError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no room for text in the {limit} positions of "
@@ -96,6 +97,7 @@ class PromptLearningConfig(PeftConfig):
     def link_deltas(self, model: Any, drafted: Any) -> None:
         """Let heads that are trained whole be called as `peft` does, which wraps the model in no other for a prompt."""
         for i, (site, delta) in enumerate(drafted):
+            # A container that is trained whole has been taken apart into its modules by now: one head each.
             if delta.holds:
                 head = Head(site.name)
                 head.hold_all(site)
@@ -134,6 +136,7 @@ def task_of(model: Any) -> str:
     for ending, task in tasks.items():
         if name.endswith(ending):
             return task
+    # transformers' bodies without a head say so of themselves.
     if not model.can_generate():
         return "FEATURE_EXTRACTION"
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
@@ -233,12 +236,14 @@ class Call(dict[str, Any]):
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.accepted = parameters_of(own_forward(module))[1:]
         super().__init__(zip(self.accepted, args, strict=False))
+        # By name from here on: callers pass ids by position as often as not.
         self.update(kwargs)
 
     @property
     def cache(self) -> Any:
         """The key/value cache that is there already, if there is one."""
         cache = self.get("past_key_values")
+        # It was allocated for the tokens alone, before anyone knew of virtual ones.
         if getattr(cache, "is_compileable", False):
             raise ConfigError(
                 "a static cache has no room for virtual tokens; leave out cache_implementation, or use 'dynamic'"
@@ -248,6 +253,7 @@ class Call(dict[str, Any]):
     @property
     def begins(self) -> bool:
         """Whether nothing is cached yet."""
+        # `generate` passes an empty cache with the first tokens.
         return self.cache is None or self.cache.get_seq_length() == 0
 
     def tokens(self, prefix: str = "") -> Tensor:
@@ -324,6 +330,7 @@ class Call(dict[str, Any]):
         """
         given, mask = self.get("position_ids"), self.get("attention_mask")
         if given is not None:
+            # 0 to n - 1 for the virtual tokens, and n more for each of the text's.
             front = torch.arange(count, device=given.device, dtype=given.dtype).expand(*given.shape[:-1], count)
             self["position_ids"] = torch.cat([front, given + count], dim=-1) if also_in_front else given + count
         elif causal and mask is not None and "position_ids" in self.accepted:
@@ -336,6 +343,7 @@ class Call(dict[str, Any]):
 def _begin_anew(positions: Tensor) -> bool:
     """Whether positions tell of several examples in a row; with several axes, the first one is that of the text."""
     steps = positions.diff(dim=-1)
+    # Within one example positions go up by one; M-RoPE's may stand still over an image, but never go back.
     return bool((steps != 1).any()) if positions.ndim < 3 else bool((steps[0] < 0).any())
 
 

@@ -91,9 +91,11 @@ class PromptLstm(nn.Module):
     def __init__(self, rows: int, dim: int, hidden: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(rows, dim)
+        # torch drops between layers of an LSTM, and warns where there is but one.
         between = dropout if layers > 1 else 0.0
         self.lstm_head = nn.LSTM(dim, hidden, layers, dropout=between, bidirectional=True)
         self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
 
     def forward(self) -> Tensor:
+        # The n rows of Z are the LSTM's time steps: a virtual token knows of those before and behind it.
         return self.mlp_head(self.lstm_head(self.embedding.weight)[0])

@@ -123,6 +123,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 def _check_attentions(model: Any) -> None:
     """Raises: TargetError, unless the layers' attention takes keys and values that are there already."""
+    # An encoder's attention keeps no cache, and takes no prefix in `peft` either.
     inside = model.get_decoder() if model.config.is_encoder_decoder else model
     places = {name.rpartition(".")[0] for name, _ in inside.named_modules() if role_of(name) in _KEYS}
     attentions = [inside.get_submodule(name) for name in places if not _CROSS.search(name)]
@@ -141,6 +142,7 @@ def _shape_of_keys(model: Any, config: Any) -> tuple[int, int, int]:
     """(layers, heads, head_dim) of the keys that are cached. Raises: TargetError, where layers differ."""
     per_layer = getattr(config, "per_layer_config", None) or [config]
     shapes = {(_heads(layer), _head_dim(layer)) for layer in per_layer}
+    # P is one matrix: a row of it is cut into equal pieces, one for each layer's keys and values.
     if len(shapes) > 1 or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise TargetError(
             "prefix tuning needs layers whose keys have the same shape and are their own; this model's differ or are "
@@ -255,6 +257,7 @@ class Prefix(VirtualTokens):
         """Raises: ConfigError, where pads on the left would push the prefix out of a layer's window."""
         if self.window is None or mask_BS is None or mask_BS.shape[1] <= self.window:
             return
+        # Column `count` is a row's first of text: a pad there means that the row is padded on its left.
         if not mask_BS[:, self.count].all():
             raise ConfigError(
                 f"with a prefix a row that is padded on the left isn't what it is alone once it is longer than the "
@@ -373,7 +376,10 @@ def _cache_in_checkpoints(model: nn.Module, encoded: bool) -> Iterator[None]:
     changed: list[tuple[nn.Module, str, bool]] = []
     for module in model.modules():
         if hasattr(module, "_can_checkpoint_with_cache"):
+            # What transformers guards against can't happen here: the layers get a cache that nothing is written to.
             changed.append((module, "_can_checkpoint_with_cache", True))
+            # Reentrant checkpointing runs a backward pass for each layer, and the encoder's graph is gone after the
+            # first.
             function = getattr(module, "_gradient_checkpointing_func", None)
             if encoded and getattr(function, "keywords", {}).get("use_reentrant", False):
                 raise ConfigError(
@@ -390,6 +396,7 @@ def _cache_in_checkpoints(model: nn.Module, encoded: bool) -> Iterator[None]:
         yield
     finally:
         for module, name, value in before:
+            # A flag that the class has and the instance hadn't.
             if value is None:
                 delattr(module, name)
             else:

@@ -67,11 +67,13 @@ class EmbeddedPromptConfig(PromptLearningConfig):
         # `peft` stores n rows for each half of an encoder-decoder, and reads the first n alone; so does `_embed`.
         rows = self.num_virtual_tokens * (self.num_transformer_submodules or 1)
         dtype = trainable_dtype(embedding.weight.dtype, autocast_adapter_dtype)
+        # A stored prompt is P itself; for inference nothing has to compute it.
         encoder = None if self.inference_mode else self.encoder(rows)
         prompt = SoftPrompt(self.num_virtual_tokens, rows, embedding.embedding_dim, embedding.weight, dtype, encoder)
         if site.module.config.is_encoder_decoder:
             return CrossAttentionRoom(prompt)
         prompt.causal = is_causal(site.module)
+        # Such a head reads the last token of a row that isn't a pad, and finds it by the ids, which a prompt replaces.
         prompt.pools_last = prompt.causal and type(site.module).__name__.endswith("ForSequenceClassification")
         return prompt
 
@@ -85,6 +87,7 @@ class EmbeddedPromptConfig(PromptLearningConfig):
         for site, delta in list(drafted):
             if isinstance(delta, CrossAttentionRoom):
                 encoder = model.get_encoder()
+                # At the encoder, because `generate` calls it by itself, once, before the decoder's first step.
                 name = next(name for name, module in model.named_modules() if module is encoder)
                 drafted.append((replace(site, name=name, module=encoder), delta.prompt))
 
