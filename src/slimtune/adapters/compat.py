@@ -280,7 +280,9 @@ def hotswap_adapter(
             f"'{folder}' changes modules that the adapter '{adapter_name}' doesn't: "
             f"{listing(tensors.keys() - known, 3)}; load it under another name"
         )
-    swaps = [(delta, _padded(site, delta, config, tensors, folder)) for site, delta in placed]
+    swaps: list[tuple[Any, dict[str, Tensor]]] = [
+        (delta, _padded(site, delta, config, tensors, folder)) for site, delta in placed
+    ]
     for delta, inside in swaps:
         for name, tensor in delta.state_dict().items():
             tensor.copy_(inside[name])

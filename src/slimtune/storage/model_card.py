@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from slimtune.storage.atomic import staged_file
 
@@ -50,11 +51,12 @@ def write_model_card(folder: Path, base: str | None, methods: Sequence[str], tas
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
     tags = {method.lower() for method in methods} | {"slimtune"}
     tags |= {f"base_model:adapter:{on_hub}"} if on_hub else set()
-    card.data.tags = sorted({*(card.data.tags or []), *tags})
+    data: Any = card.data
+    data.tags = sorted({*(data.tags or []), *tags})
     for name, value in (
         ("library_name", "peft"), ("base_model", on_hub), ("pipeline_tag", PIPELINES.get(str(task_type))),
     ):  # fmt: skip
-        if value is not None and getattr(card.data, name, None) is None:
-            setattr(card.data, name, value)
+        if value is not None and getattr(data, name, None) is None:
+            setattr(data, name, value)
     with staged_file(path) as pending:
         pending.write_text(str(card), encoding="utf-8")
