@@ -49,9 +49,9 @@ def sample_of(example: Encoded, tokenizer: Any) -> Sample:
     return Sample(decoded + [(False, " ...")] * (len(example.input_ids) > SAMPLED_TOKENS))
 
 
-def splits_report(splits: Splits) -> Report:
+def splits_report(splits: Splits) -> list[Remark]:
     """What to know about rows before they are learned: ignored columns, repeated rows, held-out rows in training."""
-    report: Report = []
+    report: list[Remark] = []
     for source in splits.train:
         if ignored := source.ignored:
             counts = {
