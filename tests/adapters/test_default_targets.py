@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForSequenceClassification,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import slimtune
 from kinds import NEEDED
@@ -158,9 +167,13 @@ def test_chosen_layers_narrow_the_default() -> None:
     assert all(".1." in site for site in sites)
 
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+
+
 def llava() -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision, text = CLIPVisionConfig(**sizes, image_size=8, patch_size=4), LlamaConfig(**sizes, vocab_size=64)
+    vision, text = CLIPVisionConfig(**SIZES, image_size=8, patch_size=4), LlamaConfig(**SIZES, vocab_size=64)
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=63))
 
 
@@ -179,6 +192,22 @@ def test_of_a_multimodal_model_the_text_model_alone(method: str) -> None:
         name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
     assert not without
+
+
+def test_of_a_classifier_on_a_multimodal_model_the_text_model_alone() -> None:
+    vision = {**SIZES, "image_size": 8, "patch_size": 4}
+    text = {**SIZES, "vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=63)
+    model = slimtune.get_peft_model(Gemma3ForSequenceClassification(config), slimtune.LoraConfig(r=2))
+    assert all(name.startswith(("model.language_model.", "score.")) for name in trainable(model))
+
+
+def test_both_halves_of_a_model_that_compares_texts_with_images() -> None:
+    config = CLIPConfig(
+        text_config={**SIZES, "vocab_size": 64}, vision_config={**SIZES, "image_size": 8, "patch_size": 4}
+    )
+    model = slimtune.get_peft_model(CLIPModel(config), slimtune.LoraConfig(r=2))
+    assert {name.split(".")[0] for name in trainable(model)} == {"text_model", "vision_model"}
 
 
 @pytest.mark.parametrize("targets", [["fc1"], "all-linear", r".*vision_tower.*q_proj"])

@@ -14,7 +14,8 @@ from slimtune.data.formats import format_of, read_as
 from slimtune.data.preview import preview
 from slimtune.data.reading import read_splits
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import splits_report
+from slimtune.data.tasks.base import Remark, splits_report
+from slimtune.data.tasks.registry import read
 from slimtune.errors import DataError
 from small_text_model import tiny_tokenizer, write_lines
 
@@ -213,9 +214,9 @@ def test_ignored_columns_repeated_rows_and_held_out_rows_in_training_are_told(tm
     splits = read_splits(DataSettings(path, 0.2), seed=1)
     report = [f"{remark.warning}{remark.text}" for remark in splits_report(splits)]
     held_out = [row.messages[1].content for row in splits.held_out[0].rows]
-    assert f"{path}: format messages ignores the columns id (16 rows), source (1 rows)" in report[0]
-    assert report[1].startswith(f"{16 - held_out.count('a') - 1} rows of 14 equal an earlier row")
-    assert report[2].startswith(f"{held_out.count('a')} held-out rows of 3 also stand in the training data")
+    assert f"{path}: format messages ignores the columns id (16 rows), source (1 row)" in report[0]
+    assert report[1].startswith(f"repeated rows: {16 - held_out.count('a') - 1} of 14,")
+    assert report[2].startswith(f"held-out rows that are in the training data, too: {held_out.count('a')} of 3,")
     assert splits_report(read_splits(DataSettings(write_lines(tmp_path / "one.jsonl", {"text": "a"})))) == []
 
 
@@ -227,3 +228,10 @@ def test_the_preview_lists_each_column_as_used_or_ignored(tmp_path: Path) -> Non
     assert [(c["name"], c["rows"], c["used"]) for c in columns] == [
         ("prompt", 2, True), ("completion", 2, True), ("id", 1, False)
     ]  # fmt: skip
+
+
+def test_of_a_stream_the_ignored_columns_are_told_without_a_count(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", {"text": "two teas", "id": 1}, {"text": "a latte", "id": 2})
+    (remark,) = splits_report(read(DataSettings(path, streaming=True)).splits)
+    assert isinstance(remark, Remark)
+    assert remark.text == f"{path}: format text ignores the columns id"

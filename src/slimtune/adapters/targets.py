@@ -261,17 +261,19 @@ def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_
 
 
 def text_model_of(model: Any) -> str | None:
-    """The path of the text model in a model that writes text and reads images or sound, too; None for any other model.
+    """The path of the text model in one that reads images or sound besides; None for any other model.
 
     Training on text gives no gradient to the rest of it.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         return None
-    if config.get_text_config() is config or not model.can_generate():
+    if config.get_text_config() is config:
         return None
     decoder = model.get_decoder()
-    return next((name for name, module in walk(model) if module is decoder and name), None)
+    path = next((name for name, module in walk(model) if module is decoder and name), None)
+    # Not of a model as CLIP, whose two halves are trained against each other.
+    return path if path and (model.can_generate() or _last(path) == "language_model") else None
 
 
 def _is_bypassed(modules: Modules, name: str) -> bool:

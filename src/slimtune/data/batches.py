@@ -29,7 +29,7 @@ class Encoded:
 
 
 def pieces(example: Encoded) -> Iterator[tuple[bool, list[int]]]:
-    """The example cut into runs of ids that are all learned or all not."""
+    """Split an example into runs of ids that are all learned or all ignored."""
     marked = zip(example.labels, example.input_ids, strict=True)
     for learned, run in groupby(marked, key=lambda pair: pair[0] != IGNORED):
         yield learned, [token for _, token in run]
@@ -72,7 +72,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Objective:
-    """How examples become a batch, and what is minimised: the model's own loss if nothing is said."""
+    """How examples become a batch, and the loss to minimise; None is the model's own."""
 
     collate: Callable[[Sequence[Any]], Mapping[str, torch.Tensor]]
     loss: Callable[..., torch.Tensor] | None = None
@@ -94,7 +94,7 @@ def classification(tokenizer: Any) -> Objective:
 
 
 def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """Cross-entropy, the mean over all tokens of a step that bear a label, however many batches it has."""
+    """Cross-entropy: the mean over all labelled tokens of a step, however many batches it has."""
     # (N, T, tags) against (N, T) as (N * T, tags) against (N * T,); the words' other tokens and padding are ignored.
     total = F.cross_entropy(
         outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -103,7 +103,7 @@ def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = Non
 
 
 class PadRight:
-    """Encoded examples of one batch as tensors; padding is neither attended to nor learned."""
+    """Collate examples into one padded batch; padding is neither attended to nor learned."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -123,7 +123,7 @@ class PadRight:
 
 
 class PackRows:
-    """Rows of several examples as tensors: positions begin anew with each of them, and no padding is learned.
+    """Collate rows of several examples: positions restart with each example, and padding isn't learned.
 
     There is no attention mask, because transformers looks at positions only without one.
     """
@@ -134,11 +134,11 @@ class PackRows:
 
     @classmethod
     def of(cls, model: Any, pad_id: int) -> PackRows:
-        """As the attention of this model wants them: flash attention tells examples apart in a single row."""
+        """The collator for this model's attention: flash attention separates examples in a single row."""
         return cls(pad_id, is_flat="flash" in (getattr(model.config, "_attn_implementation", None) or ""))
 
     def __call__(self, rows: Sequence[Sequence[Encoded] | Encoded]) -> dict[str, Any]:
-        """The batch, as long as its longest row; an example that is in no row is one of its own."""
+        """The batch, as long as its longest row; an example outside of a row becomes a row of its own."""
         packed = [[row] if isinstance(row, Encoded) else list(row) for row in rows]
         if self.is_flat:
             packed = [[example for row in packed for example in row]]
@@ -162,7 +162,7 @@ class PackRows:
 
 
 def count_packed(position_ids: torch.Tensor) -> int:
-    """The tokens of packed rows without padding: an example has one token at position 1, and one before it."""
+    """Count the tokens of packed rows without padding: each example has one token at position 1, and one before it."""
     return int((position_ids > 0).sum() + (position_ids == 1).sum())
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template: what the model is shown, and which part of it is the assistant's."""
+"""The tokenizer's chat template: rendering conversations, and finding the assistant's turns in the result."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Message = dict[str, Any]
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer brings a chat template."""
+    """Whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def render(
     tokenizer: Any, messages: Sequence[Message], for_answer: bool = False, tools: Sequence[Any] | None = None
 ) -> str:
-    """The conversation as text, up to where the assistant begins if `for_answer`; raises DataError if it can't."""
+    """Render a conversation as text, up to where the assistant begins if `for_answer`; raises DataError if it can't."""
     if not has_template(tokenizer):
         # A base model never saw turns: it continues text.
         return "\n".join(message["content"] for message in messages) + ("\n" if for_answer else "")
@@ -41,7 +41,7 @@ def render(
 
 
 class RewritesError(DataError):
-    """A template that renders an earlier turn otherwise once later turns follow."""
+    """The template renders earlier turns differently once later turns follow."""
 
 
 def assistant_spans(
@@ -50,7 +50,7 @@ def assistant_spans(
     learned: Sequence[bool] | None = None,
     tools: Sequence[Any] | None = None,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and where the assistant's turns lie in it, end of turn included.
+    """Render a conversation, and give the character spans of the assistant's turns in it, end of turn included.
 
     Args:
         learned: which of the turns are wanted, if not all of the assistant's.
@@ -86,7 +86,7 @@ def assistant_spans(
 
 
 def _end(tokenizer: Any, through: str, whole: str) -> int | None:
-    """Where the turn ends that the text through it ends with, its end of turn included."""
+    """The end in `whole` of the turn that `through` ends with, its end of turn included."""
     # White space behind the end of turn belongs to the template: generation has stopped before it.
     ended = through.rstrip()
     if not whole.startswith(ended) and tokenizer.eos_token:
@@ -96,7 +96,7 @@ def _end(tokenizer: Any, through: str, whole: str) -> int | None:
 
 
 def _require_said(message: Message, index: int, rendered: str) -> None:
-    """Raises: DataError, if the template leaves out what was said, or a tool that was called."""
+    """Raises: DataError, if the template leaves out a turn's content, or a tool that was called."""
     calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
     for said in (message.get("content") or "", *calls):
         if said not in rendered and "".join(said.split()) not in "".join(rendered.split()):
@@ -107,7 +107,7 @@ def _require_said(message: Message, index: int, rendered: str) -> None:
 
 
 def _start(tokenizer: Any, before: Sequence[Message], through: str, tools: Sequence[Any] | None) -> int | None:
-    """Where the turn behind `before` begins in the text through it."""
+    """The start in `through` of the turn that follows `before`."""
     opened = render(tokenizer, before, for_answer=True, tools=tools)
     if through.startswith(opened):
         return len(opened)
@@ -117,7 +117,7 @@ def _start(tokenizer: Any, before: Sequence[Message], through: str, tools: Seque
 
 
 def _start_of_first(tokenizer: Any, message: Message, through: str, tools: Sequence[Any] | None) -> int:
-    """Where the content of a conversation's first turn begins: where it parts from that of another content."""
+    """The start of a first turn's content: where its rendering parts from that of another content."""
     # Nothing stands before it that could be rendered with an open answer, as `_start` does it.
     other = "b" if str(message.get("content")).startswith("a") else "a"
     return _shared(through, render(tokenizer, [{"role": message["role"], "content": other}], tools=tools))
@@ -130,12 +130,12 @@ def _shared(one: str, other: str) -> int:
 
 @cache
 def named_templates() -> dict[str, Path]:
-    """The templates that come with the library, for tokenizers without one."""
+    """The templates that ship with the library, for tokenizers without one."""
     return {path.stem: path for path in sorted(Path(__file__).with_name("chat_templates").glob("*.jinja"))}
 
 
 def use_template(tokenizer: Any, name: str) -> None:
-    """Give the tokenizer a chat template by its name or from a file, to be saved with it.
+    """Set the tokenizer's chat template by name or from a file; it is saved with the tokenizer.
 
     Raises:
         ConfigError: there is no such template.

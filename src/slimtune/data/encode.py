@@ -1,4 +1,4 @@
-"""Rows of training data as ids, of which the answers are learned."""
+"""Encode rows of training data as ids and labels; only answers are learned."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def encode(
 
 
 def encode_answers(row: Row, tokenizer: Any, where: str) -> list[Encoded]:
-    """One row as one example, or as one for each answer where the template rewrites earlier turns; raises DataError."""
+    """Encode a row as one example, or as one an answer where the template rewrites earlier turns; raises DataError."""
     try:
         try:
             return [encode_row(row, tokenizer)]
@@ -97,7 +97,7 @@ def encode_answers(row: Row, tokenizer: Any, where: str) -> list[Encoded]:
 
 
 def encode_row(row: Row, tokenizer: Any) -> Encoded:
-    """One row as ids and labels, its end of turn among what is learned; raises DataError."""
+    """Encode a row as ids and labels; the end of turn is learned, too. Raises: DataError."""
     if isinstance(row, Document):
         ids = list(tokenizer(row.text, verbose=False)["input_ids"])
         ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id not in (None, ids[-1]) else []
@@ -120,7 +120,7 @@ def encode_row(row: Row, tokenizer: Any) -> Encoded:
 
 
 def fit(example: Encoded, limit: Limit) -> list[Encoded]:
-    """The example if it is within the limit, and what becomes of it if it isn't."""
+    """The example if it is within the limit, else what is left of it: a part, several parts or nothing."""
     ids, labels, size = example.input_ids, example.labels, limit.tokens
     if len(ids) <= size:
         return [example]
@@ -134,7 +134,7 @@ def fit(example: Encoded, limit: Limit) -> list[Encoded]:
 
 
 def require_offsets(tokenizer: Any) -> None:
-    """Raises: DataError, for a tokenizer that can't tell where its tokens stand in the text."""
+    """Raises: DataError, for a tokenizer without the offsets of its tokens in the text."""
     if not tokenizer.is_fast:
         raise DataError(
             f"{type(tokenizer).__name__} can't tell which text its tokens come from, so answers can't be told from "
@@ -143,13 +143,13 @@ def require_offsets(tokenizer: Any) -> None:
 
 
 def refuse_split(rows: Sequence[Row], too_long: str) -> None:
-    """Raises: ConfigError, if long rows were to be split that have a question and an answer."""
+    """Raises: ConfigError, for `too_long: split` with rows that have a question and an answer."""
     if too_long == "split" and not all(isinstance(row, Document) for row in rows):
         raise ConfigError("too_long: split is for texts, because half of an answer has no question; drop or truncate")
 
 
 def _answers_apart(row: Row) -> Iterator[Conversation]:
-    """A conversation up to each of its answers, which alone is learned."""
+    """One conversation for each answer, which ends with it and learns it alone."""
     assert isinstance(row, Conversation)
     for number, learned in enumerate(row.learned(), 1):
         if learned:
@@ -174,7 +174,7 @@ def _text(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]], bool]:
 
 
 def _ended(ids: list[int], labels: list[int], tokenizer: Any) -> Encoded:
-    """Make sure that the last answer ends with a token at which generation stops."""
+    """End the last answer with a token at which generation stops, if it has none."""
     learned = [position for position, label in enumerate(labels) if label != IGNORED]
     # Not the end of text alone: chat models stop at tokens such as <|im_end|>, which the template writes.
     special = {

@@ -293,7 +293,7 @@ def _pooled(h_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
 
 
 def _key(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], pooling: str) -> str:
-    """A SHA-256 over all that the features follow from; the ids stand for texts, tokenizer and lengths."""
+    """A SHA-256 over everything that determines the features; the ids stand for texts, tokenizer and lengths."""
     facts = [pooling, tokenizer.padding_side, tokenizer.pad_token_id, rows, _config(model), _active(model)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     # Every weight is read: that costs less than one batch, and nothing short of it tells two checkpoints apart.
@@ -304,12 +304,12 @@ def _key(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], pooling: 
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """The config without what says only where the model came from."""
+    """The config without the path that the model was loaded from."""
     return {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
 
 
 def _active(model: Any) -> list[Any]:
-    """The adapters in effect and their scales, of which the weights don't tell."""
+    """The active adapters and their configs, which the weights don't determine."""
     state = getattr(model, "adapter_state", None)
     return [] if state is None else [[name, model.peft_config[name].to_dict()] for name in state.applied]
 
@@ -323,7 +323,7 @@ def _digest(features: Tensor) -> str:
 
 
 def _read(file: Path, key: str, count: int) -> Tensor | None:
-    """Features from the cache; None if they are not there, or damaged, which is said."""
+    """Features from the cache; None if there are none, or with a warning if they are damaged."""
     if not file.is_file():
         return None
     from safetensors import safe_open

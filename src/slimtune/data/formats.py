@@ -174,7 +174,7 @@ def read_as(known: Format, value: Value, where: str) -> Any:
 
 
 def _is_neutral(column: str, content: Any) -> bool:
-    """Whether a column says nothing that isn't so here."""
+    """Whether a column's content asks for nothing beyond what is done anyway."""
     if column in WEIGHTS:
         return content in (None, 1, "train")
     if column in ("label", "kto_tag"):

@@ -16,7 +16,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 @dataclass(frozen=True)
 class Lengths:
-    """Examples by their number of tokens.
+    """The lengths of examples in tokens.
 
     Attributes:
         tokens: of each example, shortest first.
@@ -30,7 +30,7 @@ class Lengths:
 
     @property
     def examples(self) -> int:
-        """How many there are."""
+        """The number of examples."""
         return len(self.tokens)
 
     @cached_property
@@ -52,7 +52,7 @@ class Lengths:
         return sum(length > max_length for length in self.tokens)
 
     def within(self, max_length: int) -> Lengths:
-        """The lengths after cutting at a maximum; what is learned shrinks by the share of tokens that go."""
+        """The lengths after truncation to a maximum; learned tokens shrink in proportion."""
         check_whole("max_length", max_length, 2)
         # The order stays, for cutting is monotonous: the result needs no sorting.
         cut = tuple(min(length, max_length) for length in self.tokens)

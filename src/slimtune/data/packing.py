@@ -1,4 +1,4 @@
-"""Several examples in one row, none of which sees another: best-fit packing, and whether a model keeps them apart.
+"""Packing: several examples in one row, none of which attends to another, and a check that a model keeps them apart.
 
 Positions begin anew with each example; from that, transformers makes an attention mask of blocks on the diagonal, or
 the cumulative lengths that flash attention takes. Best-fit packing as in Ding et al. 2024, arXiv:2404.10830.
@@ -17,7 +17,7 @@ from slimtune.errors import ConfigError
 
 PROBED_TOKENS = 6
 LEAK, ROUNDING = 5e-3, 5e-2
-"""Differences that are still rounding, of a row's logits: between two neighbours, and between alone and packed."""
+"""Largest relative differences of logits that count as rounding: with another neighbour, and packed against alone."""
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -42,7 +42,7 @@ def pack(examples: Sequence[Encoded], room: int) -> list[tuple[Encoded, ...]]:
 
 
 def check_packs(model: Any) -> None:
-    """Run two short examples in one row and see that they are as alone.
+    """Check that two short examples in one row give the logits that each gives alone.
 
     Raises:
         ConfigError: one sees the other, as in recurrent models, or its positions don't begin anew; a soft prompt.
@@ -70,7 +70,7 @@ def check_packs(model: Any) -> None:
 
 @torch.no_grad()
 def _logits(model: Any, row: tuple[Encoded, ...]) -> torch.Tensor:
-    """Of the last example of a row."""
+    """The logits of the last example of a row: (PROBED_TOKENS, vocabulary)."""
     batch = {k: v for k, v in PackRows.of(model, 0)([row]).items() if k != "labels"}
     was_training = model.training
     try:

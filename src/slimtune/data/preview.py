@@ -16,7 +16,7 @@ from slimtune.data.lengths import PERCENTILES, Lengths, sorted_lengths
 from slimtune.data.reading import SourceRows, Splits, exact_shares, read_splits
 from slimtune.data.rows import Conversation, Document, Instruction, Labelled, Tagged, Turn
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import Report, splits_report
+from slimtune.data.tasks.base import Remark, splits_report
 from slimtune.data.tasks.causal_lm import encode_sources, mixed
 from slimtune.data.tasks.preference import lengths_of
 from slimtune.data.tasks.seq2seq import encode_pair, refuse_conversations
@@ -55,7 +55,7 @@ class Preview:
         return self.splits.train
 
     @property
-    def report(self) -> Report:
+    def report(self) -> list[Remark]:
         """What to know about the rows before they are learned."""
         return splits_report(self.splits)
 

@@ -29,7 +29,7 @@ class SourceRows:
         format: the name of the format of its rows.
         places: where each row stands, for error messages.
         weight: the share of an epoch that is drawn from here; None takes all rows.
-        columns: the columns, each with the number of rows that have it.
+        columns: the columns, each with the number of rows that have it; 0 where only the first row was read.
     """
 
     name: str
@@ -45,7 +45,7 @@ class SourceRows:
 
     @property
     def ignored(self) -> dict[str, int]:
-        """The columns that aren't read, each with the number of rows that have it."""
+        """The columns that aren't read, each with its number of rows."""
         known = find_format(self.format)
         return {name: count for name, count in self.columns.items() if not known.uses(name)}
 
@@ -108,6 +108,8 @@ def _read(source: Source, fallback: str, task: str, first: bool = False) -> tupl
     known = find_format(name, task) if name != "auto" else format_of(*values[0], task)
     rows = [read_as(known, value, where) for value, where in values]
     columns = Counter(name for value, _ in values for name, content in value.items() if content is not None)
+    if first:
+        columns = Counter(dict.fromkeys(columns, 0))
     return SourceRows(name_of(source), known.name, rows, [where for _, where in values], source.weight, columns), known
 
 

@@ -54,7 +54,7 @@ class Turn(BaseModel):
 
 
 def _canonical_turn(given: dict[str, Any]) -> dict[str, Any]:
-    """A turn with `role`, `content`, `weight` and `tool_calls`, whatever its tool calls them; raises ValueError."""
+    """The turn with `role`, `content`, `weight` and `tool_calls`, whatever they were called; raises ValueError."""
     # Tables give every row the columns of all rows.
     turn = {name: value for name, value in given.items() if value is not None}
     if "role" not in turn and "from" in turn:
@@ -79,7 +79,7 @@ def _canonical_turn(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_weight(turn: dict[str, Any]) -> dict[str, Any]:
-    """The turn with the one mark `weight`; raises ValueError for marks that can't be obeyed."""
+    """The turn with `weight` in place of any mark; raises ValueError for marks that can't be obeyed."""
     if partial := [name for name in PARTIAL_MARKS if turn.get(name)]:
         raise ValueError(f"{partial[0]} marks parts of a turn, and a turn is learned as a whole or not at all")
     marks = {name: turn.pop(name) for name in MARKS if name in turn}
@@ -175,7 +175,7 @@ class Pair(BaseModel):
 
 
 class Instruction(Pair):
-    """A pair whose prompt is worded for models without a chat template, and which may have a system message."""
+    """A pair with a second prompt for models without a chat template, and perhaps a system message."""
 
     plain_prompt: str
     system: str = ""
@@ -191,7 +191,7 @@ class Instruction(Pair):
 
 
 class Document(BaseModel):
-    """A text to go on with: all of it is learned."""
+    """A text that is learned as a whole."""
 
     text: str = Field(min_length=1)
 
@@ -201,7 +201,7 @@ Row = Conversation | Pair | Document
 
 
 class Unlabelled(BaseModel):
-    """A row with `text`, and a second one if two are judged together."""
+    """A row with `text`, and perhaps a second one to classify with it."""
 
     text: str
     text_pair: str | None = None
@@ -218,7 +218,7 @@ class Unlabelled(BaseModel):
 
 
 class Labelled(Unlabelled):
-    """A row with `text` and `label`; a label is a name, whatever it is written as."""
+    """A row with `text` and `label`; numbers and booleans become names."""
 
     label: str
 
@@ -235,7 +235,7 @@ class Words(BaseModel):
 
 
 class Tagged(Words):
-    """Words and the tag of each, whatever it is written as."""
+    """Words with one tag each; numbers become names."""
 
     tags: list[str]
 

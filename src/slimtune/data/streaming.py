@@ -86,7 +86,7 @@ class Streamed(Conversations):
     """Conversations and texts of which only the first were looked at so far."""
 
     @classmethod
-    def of(cls, settings: DataSettings, task: str, seed: int) -> Streamed:
+    def open(cls, settings: DataSettings, task: str, seed: int) -> Streamed:
         """The formats of the sources, and what is held out in full; raises ConfigError for what needs all rows."""
         if settings.held_out_share:
             raise ConfigError(

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slimtune.data.tasks.base import splits_report
 from slimtune.data.tasks.registry import Data, read
 from slimtune.errors import OutputExistsError, SlimtuneError
 from slimtune.models.device import pick_device
 from slimtune.models.load import load_tokenizer
 from slimtune.pipeline.evaluation import held_out_questions
 from slimtune.pipeline.memory_check import plan_training
+from slimtune.pipeline.show_data import show_report
 from slimtune.pipeline.train import check_preferences, encode
 from slimtune.plan.build import build
 from slimtune.plan.memory import Setting
@@ -27,6 +29,7 @@ from slimtune.recipe.training import check_installed
 from slimtune.storage.atomic import refuse_existing
 from slimtune.storage.source import refuse_adapter
 from slimtune.train.arguments import check_device
+from slimtune.train.results import check_dependencies
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,12 +74,14 @@ def dry_run(recipe: Recipe, screen: Console) -> DryRun:
     with result.collecting():
         device = check_device(pick_device(model.device))
         if takes_steps:
+            check_dependencies()
             check_runs(recipe.training.optim, device)
             check_installed(recipe.training.trackers)
     with result.collecting():
         refuse_adapter(model.source)
         # Whether examples that share a row see each other can't be tried without weights.
         data = read(replace(recipe.data, packing=False), recipe.task, recipe.training.seed)
+        show_report(screen, splits_report(data.splits))
         result.task_type = data.task_type
         check_preferences(recipe, data.task)
         held_out_questions(recipe.evaluation, data)

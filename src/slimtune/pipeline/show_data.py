@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES, Lengths
-from slimtune.data.tasks.base import Remark, Report
+from slimtune.data.tasks.base import Remark, Sample
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ SHOWN_CHARACTERS = 1200
 BAR_WIDTH = 40
 
 
-def show_report(screen: Console, report: Report) -> None:
+def show_report(screen: Console, report: Sequence[Remark | Sample]) -> None:
     """Show what encoding reports, with what was lost in yellow and what is learned in colour."""
     for entry in report:
         if not isinstance(entry, Remark):

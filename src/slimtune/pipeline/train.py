@@ -156,7 +156,7 @@ def _write(
 
 
 def check_preferences(recipe: Recipe, task: str) -> None:
-    """See that a recipe goes with the preferences that its data holds; raises ConfigError, MissingDependencyError."""
+    """Check a recipe against the preferences in its data; raises ConfigError, MissingDependencyError."""
     if task not in PREFERENCE_TASKS:
         return
     if recipe.task == "auto":
@@ -224,7 +224,7 @@ def show_trained(screen: Console, model: Any) -> None:
 
 
 def show_outcome(screen: Console, outcome: Outcome, best_by: str | None) -> None:
-    """Print the result in a line or three."""
+    """Print the result in one to three lines."""
     screen.print(
         f"{outcome.steps} steps in {outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, "
         f"loss {outcome.final_loss:.4f}"

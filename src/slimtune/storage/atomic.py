@@ -6,7 +6,6 @@ A process holds a lock on what it writes, so that what a kill left behind is tol
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import glob
 import os
 import re
@@ -18,6 +17,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from slimtune.errors import ConfigError, OutputExistsError
+
+try:
+    import fcntl
+except ImportError:
+    # On Windows nothing is locked, so nothing that a kill left is removed there.
+    fcntl = None
 
 _SUFFIX = ".partial"
 _CONFIGS = ("adapter_config.json", "config.json")
@@ -135,6 +140,8 @@ def _lock(path: Path) -> Iterator[None]:
 
     The lock belongs to the open file, so it goes with its process, whatever ends that, also in another container.
     """
+    if fcntl is None:
+        raise OSError("this system has no such locks")
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""One training run, in place: a model whose trainable parameters are chosen, encoded examples, settings."""
+"""One training run, in place: of a model whose trainable parameters are set, on encoded examples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from slimtune.train.trainer import AnswerTrainer, TrainerSpec, supervised
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """The outcome of a run."""
 
     steps: int
     tokens: int
@@ -151,7 +151,7 @@ def default_learning_rate(model: Any) -> float:
 
 
 def _train(trainer: AnswerTrainer, checkpointer: Checkpointer, checkpoint: Checkpoint | None) -> None:
-    """Train to the end, unless the checkpoint is of the end. Raises: TrainingError."""
+    """Train to the last step, unless the checkpoint is of that step. Raises: TrainingError."""
     # A run that was killed after its last step, while it was evaluated or written: Trainer would take a step more.
     if checkpoint is not None and checkpointer.facts["finished"]:
         load_trained_state(trainer.model, checkpointer.weights_at(checkpoint.step))
@@ -188,7 +188,7 @@ def _check_interrupted(trainer: AnswerTrainer, stop: StopOnSignal, checkpointer:
 
 
 def _outcome(trainer: AnswerTrainer, checkpointer: Checkpointer) -> Outcome:
-    """The run's end, with the best weights put back where they were kept."""
+    """The outcome of the run; restores the best weights where they were kept."""
     best, history = checkpointer.best.step, trainer.state.log_history
     if best is not None and best != trainer.state.global_step:
         load_trained_state(trainer.model, checkpointer.weights_at(best))

@@ -87,7 +87,7 @@ def preference(task: str, model: Any, tokenizer: Any, settings: PreferenceSettin
 
 @dataclass(frozen=True)
 class _Build:
-    """Makes TRL's trainer from what `fine_tune` gives every trainer."""
+    """Builds TRL's trainer from the arguments that `fine_tune` passes to every trainer."""
 
     task: str
     trainer: type
@@ -153,7 +153,7 @@ def _as_config_error(task: str) -> Iterator[None]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Without a bar for each pass over the rows, which are done in no time beside the training."""
+    """Hide the progress bars of `datasets` within the block."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     was_shown = is_progress_bar_enabled()
@@ -200,7 +200,7 @@ def _with_checks(trainer: Any) -> type:
 
 
 class RewardsDiffer(TrainerCallback):
-    """After the first steps, warns if all answers to each prompt got the same reward: nothing can have moved then."""
+    """Warns after the first steps if all answers to each prompt got the same reward, from which nothing is learned."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self.warn = warn

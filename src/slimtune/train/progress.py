@@ -1,4 +1,4 @@
-"""A training as a person follows it: a bar on the screen, every loss in a file, answers to some held-out questions."""
+"""Progress of a training: a bar on the screen, losses in a file, answers to some held-out questions."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _SHOWN = 200
 
 
 class ProgressBar(TrainerCallback):
-    """A bar of the steps, each with its loss and the tokens a second."""
+    """A progress bar of the steps with loss and tokens per second."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.counting = console, Counting(console)
         self.began, self.first_tokens = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar; what was done before this session counts as done, but not for the speed."""
+        """Show the bar; steps of earlier sessions count as done, but not for the speed."""
         self.began, self.first_tokens = time.monotonic(), state.num_input_tokens_seen
         self.counting.start("training, step", state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Move on by what was logged."""
+        """Advance the bar by what was logged."""
         logs, step, seconds = logs or {}, state.global_step, time.monotonic() - self.began
         if "eval_loss" in logs:
             self.console.print(f"  step {step}: loss on the held-out examples {logs['eval_loss']:.4f}")
@@ -53,7 +53,7 @@ class ProgressBar(TrainerCallback):
         self.counting.reach(step, beside=f"loss {logs['loss']:.4f}  {speed}")
 
     def close(self) -> None:
-        """Give the terminal back, however the training ended."""
+        """Restore the terminal, however the training ended."""
         self.counting.close()
 
 
@@ -64,7 +64,7 @@ class LossLog(TrainerCallback):
         self.path = path
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the last step be logged, whatever `logging_steps` says: a short run would have no loss at all."""
+        """Log the last step whatever `logging_steps` is: a short run would have no loss at all."""
         control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -154,7 +154,7 @@ class Samples(TrainerCallback):
 
 
 def _question(example: Any) -> tuple[list[int], list[int]]:
-    """The ids up to the first answer, and that answer."""
+    """The ids up to the first answer, and the ids of that answer."""
     ids, labels = getattr(example, "input_ids", None), getattr(example, "labels", None)
     if not isinstance(labels, list) or ids is None:
         raise ConfigError("samples are answers to questions, which this task has none of; leave samples out")

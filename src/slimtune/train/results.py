@@ -1,4 +1,4 @@
-"""The results of a run: its weights, its loss curve, and results.json with what it came to, for machines."""
+"""The results of a run: its weights, its loss curve, and results.json."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _peak_rss_bytes() -> int:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run came to, as results.json has it.
+    """The results of a run, as results.json holds them.
 
     Attributes:
         base: the section `model` of its recipe.
@@ -141,7 +141,7 @@ class Results:
         (folder / RESULTS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        """In plain types; what is no number is null."""
+        """The results in JSON's types; NaN is null."""
         outcome = asdict(self.outcome) | {"tokens_per_second": self.outcome.tokens_per_second}
         return {
             "base": self.base.name,
@@ -162,7 +162,7 @@ class Results:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that a run depends on, those that are installed."""
+    """The versions of Python and of the installed libraries that a run depends on."""
     versions = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:

@@ -47,7 +47,7 @@ class RunFolder:
     is_done: bool = False
 
     def begin(self) -> None:
-        """Remove what another run left, unless it goes on, and write down the recipe."""
+        """Remove what an earlier run left, unless it is resumed, and write the recipe."""
         # Not before the model is loaded: a mistake found until then must not cost an older run its checkpoints.
         if not self.resume:
             _empty(self.path)

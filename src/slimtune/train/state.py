@@ -1,4 +1,4 @@
-"""The state of a training: the tensors that it changes, its random generators, and fingerprints of what it starts from.
+"""The state of a training: trained tensors, random generators, and fingerprints of the base and the examples.
 
 All of it is plain trees of tensors and numbers, as `slimtune.storage.tensor_tree` writes them.
 """
@@ -37,7 +37,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_state(model: Any) -> dict[str, Any]:
-    """What has been learned, with what the methods go by: AdaLoRA's ranks and their importance."""
+    """The trained tensors, with the methods' own progress, such as AdaLoRA's ranks and their importance."""
     return {
         "tensors": {name: tensor.detach() for name, tensor in trained_tensors(model).items()},
         "progress": {path: delta.progress() for path, delta in _deltas(model)},
@@ -47,7 +47,7 @@ def trained_state(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_trained_state(model: Any, state: Mapping[str, Any]) -> None:
-    """Put back what `trained_state` gave. Raises: BaseMismatchError, where the model has other tensors."""
+    """Restore what `trained_state` returned. Raises: BaseMismatchError, where the model has other tensors."""
     own, tensors = trained_tensors(model), state["tensors"]
     differing = {n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape} | own.keys() ^ tensors
     if differing:
@@ -90,7 +90,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def load_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore what `rng_state` returned."""
     kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -100,13 +100,13 @@ def load_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What may change the last digits of the numbers that a run computes."""
+    """Versions and hardware that may change the last digits of a run's numbers."""
     versions: dict[str, Any] = {name: version(name) for name in ("slimtune", "torch", "transformers")}
     return versions | {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def fingerprint_of_base(model: nn.Module) -> str:
-    """A checksum over names, shapes and some numbers of all that stays frozen."""
+    """A checksum over names, shapes and sampled numbers of all frozen tensors."""
     changing = set(trained_tensors(model))
     digest = hashlib.sha256()
     frozen = [pair for pair in [*model.named_parameters(), *model.named_buffers()] if pair[0] not in changing]
@@ -120,7 +120,7 @@ def fingerprint_of_base(model: nn.Module) -> str:
 
 
 def fingerprint_of_examples(examples: Any) -> str | None:
-    """A checksum over the examples, or as many of them as take no time; None for a stream, which can't be counted."""
+    """A checksum over the examples, or an even sample of many; None for a stream."""
     if not isinstance(examples, Sequence) and not hasattr(examples, "__len__"):
         return None
     digest = hashlib.sha256(str(len(examples)).encode())

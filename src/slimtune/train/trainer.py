@@ -66,7 +66,7 @@ class HeldOutMean:
         return output
 
     def items_of(self, inputs: Any) -> Tensor:
-        """By what a batch's loss is multiplied, for the products of all batches and processes to add up."""
+        """The weight of a batch's loss in the sum over all batches and processes: (), its number of items."""
         # Of several processes each has its own sum, divided by the items of all and multiplied by their number.
         counted: Any = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
         if counted is not None:
@@ -86,7 +86,7 @@ class HeldOutMean:
         return float(sums[0] / sums[1])
 
     def _without_repeated(self, inputs: Any) -> Any:
-        """Several processes fill their last batches up with examples that were seen; these are not to count again."""
+        """The inputs with the labels ignored of examples that fill up the last batches of several processes."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
             return inputs
@@ -141,19 +141,19 @@ class ExactCheckpoints:
 
 
 class RankAllocation(TrainerCallback):
-    """Shares the ranks of AdaLoRA adapters out anew after each step; on a model without one it does nothing.
+    """Reallocates the ranks of AdaLoRA adapters after each step; does nothing on other models.
 
     Where a config doesn't say `total_step`, that is the number of steps that the Trainer is going to take.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take the number of steps over. Raises: ConfigError, where the schedule leaves none for ranks to fall."""
+        """Set the number of steps. Raises: ConfigError, where the schedule leaves none for ranks to fall."""
         for config in _schedules(model):
             if config.total_step is None:
                 config.plan(state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Share out, while the gradients are still there."""
+        """Reallocate while the gradients still exist."""
         if _schedules(model):
             model.update_and_allocate(state.global_step)
 

@@ -49,20 +49,23 @@ def sample_of(example: Encoded, tokenizer: Any) -> Sample:
     return Sample(decoded + [(False, " ...")] * (len(example.input_ids) > SAMPLED_TOKENS))
 
 
-def splits_report(splits: Splits) -> Report:
+def splits_report(splits: Splits) -> list[Remark]:
     """What to know about rows before they are learned: ignored columns, repeated rows, held-out rows in training."""
-    report: Report = []
+    report: list[Remark] = []
     for source in splits.train:
         if ignored := source.ignored:
-            columns = listing(f"{name} ({count:,} rows)" for name, count in ignored.items())
+            counts = {
+                name: f" ({count:,} {'row' if count == 1 else 'rows'})" for name, count in ignored.items() if count
+            }
+            columns = listing(name + counts.get(name, "") for name in ignored)
             report.append(Remark(f"{source.name}: format {source.format} ignores the columns {columns}"))
     if repeated := splits.repeated:
         total = sum(len(source.rows) for source in splits.train)
-        report.append(Remark(f" of {total:,} equal an earlier row and are learned again", f"{repeated:,} rows"))
+        report.append(Remark(f" of {total:,}, which are learned again", f"repeated rows: {repeated:,}"))
     if leaked := splits.held_out_in_train:
         total = sum(len(source.rows) for source in splits.held_out)
-        rest = f" of {total:,} also stand in the training data: their loss tells nothing of new rows; remove them"
-        report.append(Remark(rest, f"{leaked:,} held-out rows"))
+        rest = f" of {total:,}, whose loss tells nothing of new rows; remove them"
+        report.append(Remark(rest, f"held-out rows that are in the training data, too: {leaked:,}"))
     return report
 
 

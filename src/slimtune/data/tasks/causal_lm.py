@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from slimtune.data.batches import Encoded, Objective, PackRows, pad_id_of
 from slimtune.data.chat_template import use_template
-from slimtune.data.encode import EncodedRows, encode
+from slimtune.data.encode import EncodedRows, encode, refuse_split
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import SourceRows, Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
@@ -44,6 +44,12 @@ class Conversations:
     task_type = "CAUSAL_LM"
     model_task: ClassVar[Any] = "text"
     names: ClassVar[None] = None
+
+    @classmethod
+    def of(cls, splits: Splits, settings: DataSettings, seed: int = 0) -> Self:
+        """The rows of all sources; raises ConfigError for conversations that would be split."""
+        refuse_split([row for source in (*splits.train, *splits.held_out) for row in source.rows], settings.too_long)
+        return cls(splits, settings, seed)
 
     def prepare(self, model: Any, tokenizer: Any) -> None:
         """Set the chat template; raises ConfigError for a model with an encoder, or one that can't pack."""
