@@ -29,7 +29,7 @@ from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.console.failures import sentence_of
-from slimtune.console.noise import leave_out_noise
+from slimtune.console.noise import escape_logs, leave_out_noise
 from slimtune.console.screen import say
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
 
@@ -103,6 +103,7 @@ def options(
 ) -> None:
     """Fine-tune large models on small hardware: one frozen base, tiny trainable deltas."""
     leave_out_noise()
+    escape_logs()
 
 
 def _folded(text: str) -> str:
