@@ -110,6 +110,21 @@ def test_what_models_and_users_wrote_is_text(page: Path) -> None:
     assert "<script" not in table
 
 
+def test_names_make_no_markdown_and_steer_no_terminal(tmp_path: Path) -> None:
+    of, asked = nasty()
+    evil = "[pay](http://evil) ![p](http://evil/p.png) `code` **b** \x1b[31mred\n# title"
+    write_report(tmp_path, report(of, facts().model_copy(update={"model": evil, "data": evil, "command": evil}), asked))
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "\x1b" not in text, name
+        assert "\\x1b[31m" in text or "\\\\x1b\\[31m" in text, name
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    prose = [line for line in lines if "evil" in line and not line.startswith("- `")]
+    assert prose
+    assert not [line for line in prose if re.search(r"(?<!\\)(?:\]\(|!\[)", line)]
+    assert not [line for line in lines if line.startswith("# title")]
+
+
 def test_everything_that_was_measured_is_told(page: Path) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.read_text()))
     for said in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,12 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner, Result
 
+from damages import damaged, put
 from slimtune.cli import app
+from slimtune.compare.comparison import prepare
 from slimtune.compare.results import read_result
+from slimtune.compare.stages import ANSWERS, questions_of, result_of, stages_of
+from slimtune.errors import SlimtuneError
 from small_text_model import orders, save_base, write_lines
 
 BROKEN = "lora:target_modules=no_such_module"
@@ -168,3 +173,27 @@ def test_a_folder_of_something_else_is_left_alone(recipe: Path, tmp_path: Path) 
     assert result.exit_code == 2
     assert "thesis.txt" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_damaged_files_end_in_a_sentence(recipe: Path, done: tuple[Path, Result]) -> None:
+    """Each file that a comparison reads again, in some of its damaged forms; a seed is a file's place in the list."""
+    folder, _ = done
+    files = [
+        p for p in sorted(folder.rglob("*")) if p.suffix in (".json", ".jsonl", ".yaml") and "tuned" not in p.parts
+    ]
+    assert len(files) > 8
+    refused = 0
+    for seed, path in enumerate(files):
+        whole = path.read_bytes()
+        for form in random.Random(seed).sample(list(damaged(whole, seed).values()), 6):
+            put(path, form)
+            try:
+                comparison = prepare(recipe, [], {}, folder)
+                comparison.report()
+                for run in (run for run in comparison.runs if run.candidate.name != BROKEN):
+                    result_of(comparison.setup, run, stages_of(comparison.setup, run), [])
+                    questions_of(comparison.setup.place(run) / ANSWERS)
+            except SlimtuneError:
+                refused += 1
+            put(path, whole)
+    assert refused > len(files)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -28,8 +28,8 @@ from slimtune.cli.predict import predict
 from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
-from slimtune.console.failures import sentence_of
-from slimtune.console.noise import leave_out_noise
+from slimtune.console.failures import is_out_of_memory, sentence_of
+from slimtune.console.noise import escape_logs, leave_out_noise
 from slimtune.console.screen import say
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
 
@@ -39,6 +39,8 @@ REFUSED, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 
 class Commands(TyperGroup):
     """Turns what a user can cause into one sentence and an exit code."""
+
+    is_out_of_memory: ClassVar[bool] = False
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command on streams that take any text: what they have no letter for is escaped."""
@@ -62,6 +64,7 @@ class Commands(TyperGroup):
             sentence = sentence_of(error)
             if sentence is None or ctx.params.get("debug"):
                 raise
+            Commands.is_out_of_memory = is_out_of_memory(error)
             # The work was right and its result was not: that is no mistake of the user.
             is_mistake = isinstance(error, SlimtuneError) and not isinstance(error, MergeError | DoesNotFitError)
             _fail(sentence, getattr(error, "exit_code", MISTAKE if is_mistake else REFUSED))
@@ -103,6 +106,7 @@ def options(
 ) -> None:
     """Fine-tune large models on small hardware: one frozen base, tiny trainable deltas."""
     leave_out_noise()
+    escape_logs()
 
 
 def _folded(text: str) -> str:
@@ -135,7 +139,14 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """The entry point of the `slimtune` script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if Commands.is_out_of_memory:
+            # At once, for what libraries still do at the end of a process would fail, too, and print a traceback.
+            sys.stdout.flush()
+            os._exit(int(end.code or 0))
+        raise
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

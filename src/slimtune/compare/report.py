@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from slimtune.compare.record import ComparisonRecord
 from slimtune.compare.remarks import equal_and_different, not_above_constant
 from slimtune.compare.results import RunScore, ShownQuestion
 from slimtune.compare.summary import CandidateRow, Summary
+from slimtune.console.screen import one_line, printable
 from slimtune.errors import MissingDependencyError
 from slimtune.storage.atomic import write_file
 
@@ -88,7 +90,13 @@ def html(report: ComparisonReport) -> str:
 
     loader = PackageLoader("slimtune.compare", "templates")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # A page is read by programs, too, and at terminals: control characters are shown as they are elsewhere.
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     pictures = {"scores": "", "costs": ""}
     if report.summary.scored:
@@ -111,50 +119,50 @@ def write_report(folder: Path, report: ComparisonReport) -> Path:
 
 def markdown(report: ComparisonReport) -> str:
     """The choice, the table, what is known, what was equal and with what it was run."""
-    facts = report.facts
+    facts, choice = report.facts, report.choice
     head = list(report.rows[0].cells) if report.rows else []
-    rows = [[line.row.name, *line.cells.values()] for line in report.rows]
-    sections = [
-        f"# {facts.model} on {facts.data}",
-        f"**{_plain(report.choice.headline)}.** {_plain(' '.join(report.choice.sentences))}",
-        _bullets([*report.choice.warnings, *report.remarks]),
-        _table(["", *head], rows),
-        "![scores](scores.png)" if report.summary.scored else "",
-        "## Known findings\n\n"
-        + _bullets(f"{f.claim} ({f.source}): **{f.verdict}**. {f.evidence}" for f in report.findings)
-        if report.findings
-        else "",
-        "## What was equal\n\n" + _bullets(report.same),
-        "## What was not\n\n" + _bullets([*report.different, *report.notes])
-        if report.different or report.notes
-        else "",
-        "## How it was run\n\n" + _bullets(_how(report)),
+    rows = [[row.row.name, *row.cells.values()] for row in report.rows]
+    findings = [
+        f"{_escaped(f.claim)} ({_escaped(f.source)}): **{f.verdict}**. {_escaped(f.evidence)}" for f in report.findings
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    sections = {
+        f"# {_escaped(facts.model)} on {_escaped(facts.data)}": "\n\n".join((
+            f"**{_escaped(choice.headline)}.** {_escaped(' '.join(choice.sentences))}",
+            *([_bullets(map(_escaped, warnings))] if (warnings := [*choice.warnings, *report.remarks]) else []),
+            "\n".join(_table_row(cells) for cells in [["", *head], ["---"] * (len(head) + 1), *rows]),
+            *(["![scores](scores.png)"] if report.summary.scored else []),
+        )),
+        "## Known findings": _bullets(findings),
+        "## What was equal": _bullets(map(_escaped, report.same)),
+        "## What was not": _bullets(map(_escaped, [*report.different, *report.notes])),
+        "## How it was run": _bullets([_code(facts.command), *map(_escaped, _environment(facts))]),
+    }  # fmt: skip
+    return "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items() if text) + "\n"
 
 
-def _how(report: ComparisonReport) -> list[str]:
-    facts = report.facts
-    machine = ", ".join(f"{name} {value}" for name, value in facts.machine.items())
-    versions = ", ".join(f"{name} {value}" for name, value in facts.versions.items())
-    return [f"`{facts.command}`", facts.date, machine, versions]
+def _environment(facts: ComparisonRecord) -> list[str]:
+    named = [", ".join(f"{name} {value}" for name, value in of.items()) for of in (facts.machine, facts.versions)]
+    return [facts.date, *named]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(_row(cells) for cells in [head, ["---"] * len(head), *rows])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
+def _table_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
 
 
 def _bullets(items: Iterable[str]) -> str:
-    return "\n".join(f"- {_plain(item)}" for item in items)
+    return "\n".join(f"- {item}" for item in items)
 
 
-def _plain(text: str) -> str:
-    """Text that holds no line break, bar or tag of its own."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+def _escaped(text: str) -> str:
+    """Text on one line that is no Markdown: no heading, link, image, emphasis, code, tag or cell of a table."""
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", one_line(" ".join(text.split()))).replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """Text as code, behind more backticks than it has in a row."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    inner = one_line(" ".join(text.split())).replace("<", "&lt;")
+    return f"{fence}{inner}{fence}" if len(fence) == 1 else f"{fence} {inner} {fence}"
 
 
 FIRST, DIVIDED = 3, 3

@@ -161,7 +161,8 @@ def _tuned(source: EvaluatedModel) -> Any:
 def result_of(setup: ComparisonSetup, run: Run, stages: Sequence[Stage], notes: list[str]) -> Result:
     """The result of a run, from what its stages have kept. Raises: DataError, for a file that is damaged."""
     place = setup.place(run)
-    kept = {stage.name: stage.kept(place) for stage in stages if stage.kept(place).is_file()}
+    # A stage that isn't needed may have failed, and has kept nothing then.
+    kept = {stage.name: stage.kept(place) for stage in stages if stage.is_needed or stage.kept(place).is_file()}
     return Result(
         candidate=run.candidate.name,
         seed=run.seed,

@@ -1,4 +1,4 @@
-"""What libraries write to standard error when they are merely imported, left out; all else that they say is shown.
+"""What libraries log and warn of: shown as text that steers no terminal, but for what they say when merely imported.
 
 transformers imports torchao wherever that is installed, and torchao tells of kernels for other machines that it didn't
 load. None of it is about what was asked for, and nothing can be done about it.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
+
+from slimtune.console.screen import printable
 
 NOISE = {
     "torchao": "Failed to load ",
@@ -15,6 +18,22 @@ NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }
 """By the name of the logger, a part of the message."""
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class _PlainRecord(logging.LogRecord):
+    """A record whose message has no colours, and shows other characters that a terminal would obey escaped."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return printable(_COLOURS.sub("", super().getMessage()))
+
+
+def escape_logs() -> None:
+    """Show what libraries log and warn of as text, from now on: for a process that is slimtune's own."""
+    logging.setLogRecordFactory(_PlainRecord)
+    logging.captureWarnings(True)
 
 
 @functools.cache
