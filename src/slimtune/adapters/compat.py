@@ -288,9 +288,7 @@ def hotswap_adapter(
             tensor.copy_(inside[name])
 
 
-def _padded(
-    site: Any, delta: Any, config: Any, tensors: Mapping[str, Tensor], folder: Path
-) -> tuple[dict[str, Tensor]]:
+def _padded(site: Any, delta: Any, config: Any, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The state of a delta with these tensors, at its own rank and scale."""
     stored: dict[str, Tensor] = {}
     for name, own in delta.to_disk(delta.state_dict()).items():

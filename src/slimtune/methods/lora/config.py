@@ -162,7 +162,11 @@ class LoraConfig(LayeredConfig):
         own = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
         ranges = [range(start, end) for start, end in self.layer_replication]
         # Counted first: a file may claim more layers than memory has room for.
-        if sum(map(len, ranges)) != own or [number for each in ranges for number in each] != list(range(own)):
+        if (
+            own is None
+            or sum(map(len, ranges)) != own
+            or [number for each in ranges for number in each] != list(range(own))
+        ):
             raise ConfigError(
                 f"layer_replication={self.layer_replication} has the model run its layers in another order or twice, "
                 "and an adapter here leaves the model as it is; build that model first, and attach the adapter to it"
