@@ -241,7 +241,9 @@ def test_a_rank_in_the_config_that_is_not_the_file_s_is_refused(adapter: Path) -
     assert isinstance(refusal(adapter), BaseMismatchError)
 
 
-@pytest.mark.parametrize("changes", [{"use_qalora": True}, {"layer_replication": [[0, 2]]}, {"r": -1}, {"r": "many"}])
+@pytest.mark.parametrize(
+    "changes", [{"use_qalora": True}, {"layer_replication": [[0, 2], [0, 2]]}, {"r": -1}, {"r": "many"}]
+)
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(changes: dict[str, Any], adapter: Path) -> None:
     rewrite_config(adapter, **changes)
     error = refusal(adapter)

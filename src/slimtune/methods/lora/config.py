@@ -159,7 +159,7 @@ class LoraConfig(LayeredConfig):
         if self.layer_replication is None:
             return
         config = getattr(model, "config", None)
-        own = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
+        own: int = getattr(config.get_text_config(), "num_hidden_layers", 0) if config else 0
         ranges = [range(start, end) for start, end in self.layer_replication]
         # Counted first: a file may claim more layers than memory has room for.
         if (
