@@ -164,6 +164,20 @@ def test_preferences_of_llama_factory() -> None:
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [Q], "chosen": [A | {"train": False}], "rejected": [B]},
+        {"prompt": [Q], "chosen": [A], "rejected": [B | {"weight": 0}]},
+        {"messages": [Q, A | {"loss": False}], "label": True},
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_compared_can_not_be_marked(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="a turn of an answer is marked as not learned"):
+        of(row)
+
+
+@pytest.mark.parametrize(
     ("row", "column"),
     [
         ({"messages": [Q, A], "images": ["x.png"]}, "images"),

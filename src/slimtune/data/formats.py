@@ -74,9 +74,9 @@ class Format:
 
     def uses(self, column: str) -> bool:
         """Whether a column is read."""
-        return self.has_free_columns or self.names(column)
+        return self.has_free_columns or self.owns(column)
 
-    def names(self, column: str) -> bool:
+    def owns(self, column: str) -> bool:
         """Whether a column is one of the format's own."""
         return column in self.optional or any(column in columns for columns in self.columns)
 
@@ -162,7 +162,7 @@ def read_as(known: Format, value: Value, where: str) -> Any:
         fields = f"has the fields {listing(value)}" if value else "has no fields"
         raise DataError(f"{where} {fields}, but format {known.name} needs {known.needs}; correct the row")
     for column, advice in known.refused.items():
-        if column in value and not known.names(column) and not _is_neutral(column, value[column]):
+        if column in value and not known.owns(column) and not _is_neutral(column, value[column]):
             raise DataError(
                 f"{where} has a column {column}, which format {known.name} doesn't read and which would change what "
                 f"is learned: {advice}, or remove the column"
