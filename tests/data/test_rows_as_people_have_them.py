@@ -85,6 +85,24 @@ def test_system_messages_in_a_column_and_in_the_middle() -> None:
     assert row.plain() == ("s\n\nq", "a")
 
 
+@pytest.mark.parametrize("prompt", ["q", [Q]])
+def test_system_messages_beside_answers_that_are_compared(prompt: Any) -> None:
+    for row in (
+        {"prompt": prompt, "chosen": "a", "rejected": "b"},
+        {"prompt": prompt, "completion": "a", "label": True},
+        {"chosen": [Q, A], "rejected": [Q, B]},
+        {"instruction": "q", "chosen": "a", "rejected": "b"},
+    ):
+        asked = of(row | {"system": "s"}).prompt
+        assert [(turn.role, turn.content) for turn in asked] == [("system", "s"), ("user", "q")]
+        assert of(row | {"system": ""}) == of(row)
+    for row in ({"prompt": prompt, "system": "s", "answer": "4"}, {"messages": [Q, A], "system": "s", "answer": "4"}):
+        assert texts(of(row, "grpo")) == [("system", "s"), ("user", "q")]
+        assert of(row, "grpo").model_extra["answer"] == "4"
+    with pytest.raises(DataError, match="has a prompt and input besides"):
+        of({"prompt": "q", "input": "1 1", "chosen": "a", "rejected": "b"})
+
+
 def test_an_assistant_that_begins_is_learned_where_the_template_lets_it() -> None:
     tokenizer = tiny_tokenizer()
     greeted = of({"messages": [{"role": "assistant", "content": "two teas"}, Q, A]})
@@ -161,6 +179,20 @@ def test_preferences_of_llama_factory() -> None:
     assert of(row) == of({"prompt": "add\n\n1 1", "chosen": "2", "rejected": "3"})
     # UltraFeedback's rows hold the prompt and the chosen answer a second time.
     assert of({"prompt": "q", "messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}) == expected
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [Q], "chosen": [A | {"train": False}], "rejected": [B]},
+        {"prompt": [Q], "chosen": [A], "rejected": [B | {"weight": 0}]},
+        {"messages": [Q, A | {"loss": False}], "label": True},
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_compared_can_not_be_marked(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="a turn of an answer is marked as not learned"):
+        of(row)
 
 
 @pytest.mark.parametrize(

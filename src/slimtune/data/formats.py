@@ -74,9 +74,9 @@ class Format:
 
     def uses(self, column: str) -> bool:
         """Whether a column is read."""
-        return self.has_free_columns or self.names(column)
+        return self.has_free_columns or self.owns(column)
 
-    def names(self, column: str) -> bool:
+    def owns(self, column: str) -> bool:
         """Whether a column is one of the format's own."""
         return column in self.optional or any(column in columns for columns in self.columns)
 
@@ -162,7 +162,7 @@ def read_as(known: Format, value: Value, where: str) -> Any:
         fields = f"has the fields {listing(value)}" if value else "has no fields"
         raise DataError(f"{where} {fields}, but format {known.name} needs {known.needs}; correct the row")
     for column, advice in known.refused.items():
-        if column in value and not known.names(column) and not _is_neutral(column, value[column]):
+        if column in value and not known.owns(column) and not _is_neutral(column, value[column]):
             raise DataError(
                 f"{where} has a column {column}, which format {known.name} doesn't read and which would change what "
                 f"is learned: {advice}, or remove the column"
@@ -203,15 +203,19 @@ def _conversation(value: Value, where: str, column: str = "messages") -> Convers
 def _all_turns(value: Value, where: str, column: str) -> Conversation:
     """The turns of a column behind the row's own system message, with its tools."""
     row = checked(Conversation, {"messages": value[column], "tools": value.get("tools")}, where)
-    system = value.get("system")
-    if not system:
-        return row
-    opening = checked(Turn, {"role": "system", "content": system}, f"{where}, column system")
-    if row.messages[0].role != "system":
-        return row.model_copy(update={"messages": [opening, *row.messages]})
-    if row.messages[0].content != opening.content:
+    return row.model_copy(update={"messages": _with_system(row.messages, value, where)})
+
+
+def _with_system(turns: list[Turn], value: Value, where: str) -> list[Turn]:
+    """Turns behind the system message that a row has as a column, if it has one."""
+    if not value.get("system"):
+        return turns
+    opening = checked(Turn, {"role": "system", "content": value["system"]}, f"{where}, column system")
+    if turns[0].role != "system":
+        return [opening, *turns]
+    if turns[0].content != opening.content:
         raise DataError(f"{where} has two system messages that differ, one as a column and one as a turn; keep one")
-    return row
+    return turns
 
 
 def _share_gpt(value: Value, where: str) -> Conversation:
@@ -281,12 +285,23 @@ def _preference(value: Value, where: str) -> Preference:
         raise DataError(f"{where}: prompt, chosen or rejected is empty; give a prompt and two answers that differ")
     if chosen == rejected:
         raise DataError(f"{where}: chosen and rejected are the same, so nothing tells which is better; drop the row")
-    return checked(Preference, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, where)
+    row = checked(Preference, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, where)
+    return row.model_copy(update={"prompt": _prompt_with_system(row.prompt, value, where)})
+
+
+def _prompt_with_system(prompt: str | list[Turn], value: Value, where: str) -> str | list[Turn]:
+    """A prompt behind the row's own system message, then as turns; as it is without one."""
+    if not value.get("system"):
+        return prompt
+    turns = [Turn(role="user", content=prompt, weight=1)] if isinstance(prompt, str) else prompt
+    return _with_system(turns, value, where)
 
 
 def _prompt_of_answers(value: Value, where: str) -> str | list[Turn] | None:
     """The prompt in front of two answers: a column of its own, the turns of a conversation, alpaca's; or None."""
     if "prompt" in value:
+        if beside := [name for name in ("instruction", "input") if value.get(name)]:
+            raise DataError(f"{where} has a prompt and {beside[0]} besides; write both into prompt")
         return value["prompt"]
     column = next((name for name in ("conversations", "messages") if value.get(name)), None)
     if column is None and "instruction" not in value:
@@ -302,7 +317,8 @@ def _judged(value: Value, where: str) -> Judged:
     label = value.get("label", value.get("kto_tag"))
     column = next((name for name in ("messages", "conversations") if name in value), None)
     if column is None or "prompt" in value:
-        return checked(Judged, value | {"label": label}, where)
+        row = checked(Judged, value | {"label": label}, where)
+        return row.model_copy(update={"prompt": _prompt_with_system(row.prompt, value, where)})
     *before, answer = _all_turns(value, where, column).messages
     if answer.role != "assistant" or not before:
         raise DataError(f"{where} has a label, and its conversation ends in no answer that it judges; correct the row")
@@ -322,8 +338,9 @@ def _tagged(value: Value, where: str) -> Tagged:
 
 def _prompt(value: Value, where: str) -> Prompt:
     if "prompt" in value:
-        return checked(Prompt, value, where)
-    turns = checked(Conversation, value, where).messages
+        row = checked(Prompt, value, where)
+        return row.model_copy(update={"prompt": _prompt_with_system(row.prompt, value, where)})
+    turns = list(_all_turns(value, where, "messages").messages)
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimtune.data.chat_template import Message
 from slimtune.errors import DataError, did_you_mean, listing
@@ -245,19 +245,30 @@ class Tagged(Words):
         return [str(tag) if isinstance(tag, int) else tag for tag in value] if isinstance(value, list) else value
 
 
+def _learned_whole(answer: str | list[Turn]) -> str | list[Turn]:
+    """Raises: ValueError, for an answer of which a turn is marked as not learned."""
+    if isinstance(answer, list) and any(turn.weight == 0 for turn in answer):
+        raise ValueError("a turn of an answer is marked as not learned, and answers are compared as a whole")
+    return answer
+
+
+Answer = Annotated[str | list[Turn], AfterValidator(_learned_whole)]
+"""An answer to be preferred or judged: a text, or messages."""
+
+
 class Preference(BaseModel):
     """Two answers to a prompt, one of them better; all three are texts, or all three lists of messages."""
 
     prompt: str | list[Turn]
-    chosen: str | list[Turn]
-    rejected: str | list[Turn]
+    chosen: Answer
+    rejected: Answer
 
 
 class Judged(BaseModel):
     """An answer to a prompt, and whether it is a good one; both are texts, or both lists of messages."""
 
     prompt: str | list[Turn]
-    completion: str | list[Turn]
+    completion: Answer
     label: bool
 
 

@@ -9,18 +9,13 @@ from importlib.util import find_spec
 from slimtune.errors import ConfigError, MissingDependencyError, TrainingError, did_you_mean
 
 DEFAULT = "adamw_torch_fused"
-
-
 OFFLOADED = "adamw_offload"
 """AdamW whose moments live in main memory; transformers has no name for one."""
-
 
 BITSANDBYTES = (
     "adamw_8bit", "adamw_bnb_8bit", "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit", "rmsprop_bnb",
     "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
 )  # fmt: skip
-
-
 PAGED = {
     "paged_adamw_32bit": DEFAULT,
     "paged_adamw_8bit": "adamw_8bit",
@@ -30,11 +25,7 @@ PAGED = {
     "paged_lion_8bit": "lion_8bit",
 }
 """Those whose state moves between GPU and main memory, each with the one that does the same without moving."""
-
-
 TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
-
-
 OPTIMIZERS = (
     DEFAULT, "adamw_torch", "adafactor", "adagrad", "rmsprop", "sgd", *BITSANDBYTES, *PAGED, *TORCHAO, OFFLOADED,
 )  # fmt: skip
