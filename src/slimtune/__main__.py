@@ -1,6 +1,19 @@
-"""`python -m slimtune`: the command line, also where the script is not on the path."""
+"""The `slimtune` script, and `python -m slimtune`, which also works where the script is not on the path."""
 
-from slimtune.cli import main
+import signal
+
+
+def main() -> None:
+    """Run the command line. While it is imported, Ctrl-C ends the process without a traceback."""
+    is_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_python:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from slimtune.cli import main as command_line
+
+    if is_python:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    command_line()
+
 
 if __name__ == "__main__":
     main()

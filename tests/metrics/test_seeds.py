@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from slimtune.errors import DataError
-from slimtune.metrics import seeds
+from slimtune.metrics import seeds as statistics
 from slimtune.metrics.seeds import (
     SeedScores,
     compare_all,
@@ -76,7 +76,7 @@ def test_how_often_no_difference_is_called_one(
     seeds: int, at_least: float, at_most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """About one time of twenty; one seed alone, which knows nothing of others, one time of four."""
-    monkeypatch.setattr(seeds, "PERMUTATIONS", 500)
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 500)
     rng, wrong = np.random.default_rng(2), 0
     for _ in range(600):
         easy = rng.normal(0, 1.5, 60)
@@ -121,7 +121,7 @@ def test_holm_by_hand() -> None:
 
 
 def test_what_is_detectable_is_seen_four_times_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeds, "PERMUTATIONS", 500)
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 500)
     rng = np.random.default_rng(3)
     least = np.median([detectable(table(3, 60, 0.05, 0.3, 0.3, rng)) for _ in range(200)])
     seen = [paired_p(table(3, 60, 0.05, 0.3, 0.3, rng) + least)[0] < 0.05 for _ in range(200)]
@@ -160,3 +160,43 @@ def test_pairs_are_corrected_for_all_that_were_asked() -> None:
     assert [pair.adjusted for pair in pairs] == holm([pair.p_value for pair in pairs])
     assert all(math.isfinite(pair.detectable) for pair in pairs)
     assert not any(pair.is_shown for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("table", "variance", "freedom"),
+    [
+        # MS_seeds 121/6 beats MS_questions 1/6 with MS_rest 7/6: their sum less the rest is below MS_seeds alone.
+        ([[0, 1, 0], [4, 3, 5]], 121 / 6 / 6, 1),
+        # The other way around: MS_questions 49/6, MS_seeds 0, MS_rest 1/2.
+        ([[0, 4, 1], [1, 4, 0]], 49 / 6 / 6, 2),
+        # Where both are below the rest, the difference would be a negative variance.
+        ([[1, 0], [0, 1]], 0.0, 1),
+    ],
+)
+def test_the_larger_mean_square_counts_where_their_sum_falls_below_it(
+    table: list[list[float]], variance: float, freedom: float
+) -> None:
+    scores_SQ = np.array(table, dtype=float)
+    seeds, questions = scores_SQ.shape
+    of_questions = seeds * scores_SQ.mean(0).var(ddof=1)
+    of_seeds = questions * scores_SQ.mean(1).var(ddof=1)
+    result = spread(scores_SQ)
+    assert result.variance == pytest.approx(max(of_seeds, of_questions) / scores_SQ.size)
+    assert result.variance == pytest.approx(variance)
+    assert result.freedom == freedom
+
+
+def test_the_freedom_of_three_mean_squares_by_hand() -> None:
+    """MS_seeds 27/2 with 1 degree of freedom, MS_questions 49/6 with 2, MS_rest 1/2 with 2."""
+    result = spread(np.array([[1.0, 2, 4], [3, 5, 8]]))
+    assert result.variance == pytest.approx(127 / 6 / 6)
+    assert result.freedom == pytest.approx((127 / 6) ** 2 / (13.5**2 + (49 / 6) ** 2 / 2 + 0.5**2 / 2), rel=1e-9)
+
+
+def test_no_p_value_is_zero() -> None:
+    """Thirty differences of one sign: no draw of signs is as extreme, and the observed one is counted itself."""
+    p, test = paired_p(np.full((1, 30), 0.25))
+    assert test == "sign-flip permutation over questions"
+    assert p == pytest.approx(1 / 20_001, rel=1e-9)
+    several, _ = paired_p(np.full((3, 30), 0.25))
+    assert several == pytest.approx(1 / 20_001, rel=1e-9)

@@ -85,7 +85,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 the work failed or a bound refused it, 2 a mistake, 3 a plan of which nothing fits, "
-    "130 stopped by Ctrl-C.",
+    "130 stopped by Ctrl-C, 141 the reader of its output has gone.",
 )
 
 

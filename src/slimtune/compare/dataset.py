@@ -78,16 +78,16 @@ def _names(sources: Sequence[SourceRows]) -> str:
 def _write(path: Path, rows: Iterable[Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+            file.write(json.dumps(_line_of(row), ensure_ascii=False) + "\n")
 
 
-def _plain(row: Any) -> dict[str, Any]:
+def _line_of(row: Any) -> dict[str, Any]:
     """The row as a line of JSON from which the same row is read."""
-    found = row.model_dump(exclude_none=True)
-    if "messages" in found:
+    line = row.model_dump(exclude_none=True)
+    if "messages" in line:
         # A weight is no part of the message that templates see.
-        found["messages"] = [
+        line["messages"] = [
             message | ({} if turn.weight else {"weight": 0})
-            for message, turn in zip(found["messages"], row.messages, strict=True)
+            for message, turn in zip(line["messages"], row.messages, strict=True)
         ]
-    return found
+    return line

@@ -132,8 +132,8 @@ def find(name: str) -> Device:
         return this_device()
     if name == CPU:
         return this_cpu()
-    wanted = _plain(name)
-    matching = [device for device in devices().values() if wanted in (_plain(device.name), _kind(device.name))]
+    wanted = _normalized(name)
+    matching = [device for device in devices().values() if wanted in (_normalized(device.name), _kind(device.name))]
     if matching:
         # Where a name leaves the size open, the smallest: a plan that fits it fits the others.
         return min(matching, key=lambda device: device.memory_bytes)
@@ -185,17 +185,17 @@ def _this_gpu() -> Device:
 
 def _named_like(name: str) -> Iterator[Device]:
     """Devices whose name is part of what the driver says ("NVIDIA A100-SXM4-80GB"), the longest only."""
-    driver_name = _plain(name)
+    driver_name = _normalized(name)
     fitting = {_kind(device.name): device for device in devices().values() if _kind(device.name) in driver_name}
     longest = max(fitting, key=len, default=None)
     return (device for device in devices().values() if _kind(device.name) == longest)
 
 
 def _kind(name: str) -> str:
-    return _plain(re.sub(r"\s\d+GB$", "", name))
+    return _normalized(re.sub(r"\s\d+GB$", "", name))
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     """Letters and digits of a name, without the maker's: people write 4090, rtx4090 and GeForce RTX 4090."""
     return re.sub(r"nvidia|geforce|tesla|rtx|apple|[^a-z0-9]", "", name.lower())
 

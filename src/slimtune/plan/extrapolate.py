@@ -134,6 +134,7 @@ def find_repeating_blocks(config: Any, build: Callable[[Any], Any], method: Peft
     for leading, period in ((lead, p) for p in range(1, 9) for lead in range(4)):
         blocks = Blocks(path, count, leading, period)
         repeats = all(fingerprints[i] == fingerprints[i + period] for i in range(leading, count - period))
+        # Worth it only where the two short models have fewer blocks together than the whole one.
         if repeats and sum(blocks.depths) < count:
             return blocks
     return None

@@ -116,11 +116,14 @@ class ModuleLocator:
 
     def now(self) -> Location:
         """Where the operation that runs now belongs."""
+        # In the forward pass a stack of modules says it; in the backward pass the sequence number of the autograd node,
+        # which is that of the forward operation it belongs to.
         if self.stack:
             return self.current
         node = torch._C._current_autograd_node()
         if node is None:
             return self.current
+        # numbers[i] is the sequence number at which marks[i] began to hold: the last one not above the node's.
         index = bisect_right(self.numbers, node._sequence_nr()) - 1
         # Gradients are accumulated by nodes outside of the sequence, right after the node that made them.
         if 0 <= index < len(self.marks) - 1:

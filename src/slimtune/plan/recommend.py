@@ -211,6 +211,7 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
         config.task_type = request.task_type
     plan = _fitted(_first_setting(method, base, config, request), request, case, simulate)
     parts = plan.sharded(request.devices)
+    # Preferences are learned at a share of the rate that suits supervised tuning.
     share = SHARE_OF_RATE if request.task in PREFERENCE_TASKS else 1
     return Choice(
         method=method,
@@ -255,6 +256,7 @@ def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate
     What is accumulated makes up for a smaller micro-batch.
     """
     # Each device has a micro-batch of its own.
+    # Examples a step as wanted, divided by the devices and rounded up.
     effective = (
         request.batch * (request.accumulation or 1)
         if request.batch

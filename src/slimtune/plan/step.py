@@ -161,6 +161,7 @@ def _trainer(model: Any, setting: Setting, last_good: LastGood, longest: int) ->
     with unset_fake_temporarily():
         kind = preference(task, model, _tokenizer(), PreferenceSettings(**drawn), longest)
         rows = Dataset.from_list([_TRL_ROWS[task]])
+    # The rate is any: TRL looks at it when the optimizer is made, which the simulation does itself.
     options = TrainSettings(batch_size=setting.batch, gradient_accumulation=setting.accumulation)
     with tempfile.TemporaryDirectory() as folder:
         args: Any = arguments(kind, options, 1e-4, "cpu", Path(folder), rows, evaluates=False, autocast=False)
@@ -210,6 +211,7 @@ def _preference_row(setting: Setting, number: int) -> dict[str, Any]:
         reference = {"ref_logps": 0.0, "ref_KL_logps": 0.0} if setting.method is None else {}
         return {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": answer, "label": not number % 2,
                 **reference}  # fmt: skip
+    # orpo: TRL's collator pads both answers to one length and joins them into a batch of 2 B rows.
     row: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
     for name in ("chosen", "rejected"):
         row[f"{name}_input_ids"] = prompt + answer

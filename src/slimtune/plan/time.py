@@ -163,6 +163,7 @@ def calibrate(device: Device, log: Callable[[str], None] = lambda line: None) ->
         log: gets a line for each figure that is measured.
     """
     device_type = pick_device("auto")
+    # Products in 16 bits are measured even where the device has none of its own: a plan may ask for them.
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(device.half_precision, torch.float32)
     rates = Rates(
         flops_16bit=_product_flops(device_type, torch.bfloat16 if half is torch.float32 else half),
@@ -218,6 +219,7 @@ def _read() -> dict[str, Any]:
 def _seconds(run: Callable[[], Any], device_type: str) -> float:
     """The median of as many runs as fit into some seconds, after one to warm up."""
     run()
+    # A median over seconds: the first runs are slower (caches, clocks), and other processes take their share.
     seconds, end = [], time.perf_counter() + SECONDS_EACH
     while len(seconds) < 3 or time.perf_counter() < end:
         _synchronise(device_type)

@@ -152,6 +152,7 @@ def prepare(
 
 def _counts(model: Any, setting: Setting) -> ModelCounts:
     """What is counted without running: parameters as they are before quantization, and bytes."""
+    # FSDP2 shards by block, so that the largest block says what is gathered at once.
     named = block_list(model)
     blocks = list(named[1]) if named else []
     return ModelCounts(
@@ -297,6 +298,7 @@ def _summary(run: TracedRun, blocks: Blocks | None) -> TraceSummary:
 
 def _loading_peak(run: TracedRun) -> Snapshot:
     """Weights come one by one, and one that is quantized is there in its dense form until it is done."""
+    # In loading nothing else is there: no adapter, no gradients, no optimizer.
     weights = sum(s.nbytes for s in run.tracker.storages if run.categories.get(id(s)) == "weights")
     return Snapshot("load", "", "", MemoryBreakdown(weights=weights, workspace=run.loading_overhead))
 
@@ -311,6 +313,7 @@ def _category_of(run: TracedRun, storage: Storage) -> str:
 
 
 def _breakdown_of(run: TracedRun, storages: Iterable[Storage]) -> MemoryBreakdown:
+    # Paged state is in main memory until the step reads it, and takes no room on the device.
     nbytes = dict.fromkeys(CATEGORIES, 0)
     for storage in storages:
         if id(storage) not in run.paged:
