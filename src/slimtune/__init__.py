@@ -19,6 +19,8 @@ _HOME = {
     "get_peft_model": "adapters.model",
     "get_peft_model_state_dict": "adapters.adapter",
     "set_peft_model_state_dict": "adapters.adapter",
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "adapters.compat",
+    "PeftType": "adapters.compat",
     "PeftMixedModel": "adapters.compat",
     "PeftModelForCausalLM": "adapters.compat",
     "PeftModelForSeq2SeqLM": "adapters.compat",
@@ -62,14 +64,12 @@ _HOME = {
     "create_loraplus_optimizer": "train.optimizer",
 }
 
-_MADE = {"PeftType": "peft_types", "PEFT_TYPE_TO_CONFIG_MAPPING": "type_to_config"}
-"""What is made from the methods that there are."""
-
 if TYPE_CHECKING:
     # What type checkers and editors see; at run time a method's file alone enrols its config.
     from slimtune.adapters.adapter import get_peft_model_state_dict as get_peft_model_state_dict
     from slimtune.adapters.adapter import set_peft_model_state_dict as set_peft_model_state_dict
     from slimtune.adapters.compat import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    from slimtune.adapters.compat import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
     from slimtune.adapters.compat import PeftMixedModel as PeftMixedModel
     from slimtune.adapters.compat import PeftModelForCausalLM as PeftModelForCausalLM
     from slimtune.adapters.compat import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from slimtune.adapters.compat import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from slimtune.adapters.compat import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from slimtune.adapters.compat import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from slimtune.adapters.compat import PeftType as PeftType
     from slimtune.adapters.compat import cast_mixed_precision_params as cast_mixed_precision_params
     from slimtune.adapters.compat import disable_input_dtype_casting as disable_input_dtype_casting
     from slimtune.adapters.compat import get_base_model_state_dict as get_base_model_state_dict
@@ -142,8 +143,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("slimtune.plan")  # a package that is called
     if name in _HOME:
         value = getattr(importlib.import_module(f"slimtune.{_HOME[name]}"), name)
-    elif name in _MADE:
-        value = getattr(importlib.import_module("slimtune.adapters.compat"), _MADE[name])()
     elif name.endswith("Config"):
         # A method is enrolled by its file being there; its config needs no entry here.
         from slimtune.core.config import methods
@@ -160,4 +159,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from slimtune.core.config import methods
 
-    return ["__version__", "plan", *_HOME, *_MADE, *(config.__name__ for config in methods().values())]
+    return ["__version__", "plan", *_HOME, *(config.__name__ for config in methods().values())]

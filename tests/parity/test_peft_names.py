@@ -459,3 +459,21 @@ def test_what_cannot_be_swapped_changes_nothing(ranks: dict[str, Any], tmp_path:
     slimtune.get_peft_model(LLAMA.model(), slimtune.IA3Config()).save_pretrained(tmp_path / "ia3")
     with pytest.raises(ConfigError, match="takes the place of a LoRA"):
         slimtune.hotswap_adapter(copy.deepcopy(model), tmp_path / "ia3", "default")
+
+
+def test_names_that_suites_of_tests_read(tmp_path: Path) -> None:
+    for library, model in zip(LIBRARIES, pair(), strict=True):
+        assert model.prefix == "lora_"
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trained
+        assert all(model.prefix in name for name in trained)
+        assert model.base_model.active_adapter in ("default", ["default"])
+        model.add_adapter("other", lora(library))
+        model.base_model.set_adapter(["default", "other"])
+        assert model.base_model.active_adapter == ["default", "other"]
+    plain: Any = slimtune.get_peft_model(nn.Sequential(nn.Linear(3, 3)), slimtune.LoraConfig(r=2, target_modules=["0"]))
+    assert callable(plain.push_to_hub)
+    plain.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert slimtune.LoraConfig().peft_type.value == peft.LoraConfig().peft_type.value == "LORA"
+    assert type(slimtune.LoraConfig().to_dict()["peft_type"]) is str

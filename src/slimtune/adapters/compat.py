@@ -11,9 +11,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -104,15 +103,21 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, Any] = {
 # -- Methods by name.
 
 
-@cache
-def peft_types() -> type[StrEnum]:
-    """`PeftType`: the methods that there are, as an enum of strings."""
-    return StrEnum("PeftType", {name: name for name in methods()})  # pyright: ignore[reportReturnType]
+if TYPE_CHECKING:
+    PeftType: type[StrEnum]
+    PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]]
 
 
-def type_to_config() -> dict[str, type[PeftConfig]]:
-    """`PEFT_TYPE_TO_CONFIG_MAPPING`: the config class of each method."""
-    return {peft_types()(name): config for name, config in methods().items()}
+def __getattr__(name: str) -> Any:
+    """`PeftType`, an enum of strings, and `PEFT_TYPE_TO_CONFIG_MAPPING`, both of the methods that there are."""
+    if name == "PeftType":
+        value: Any = StrEnum("PeftType", {method: method for method in methods()})
+    elif name == "PEFT_TYPE_TO_CONFIG_MAPPING":
+        value = dict(methods())
+    else:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    globals()[name] = value
+    return value
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from transformers.utils import PushToHubMixin
 
 from slimtune.adapters.activation_memory import adopt_frugal
 from slimtune.adapters.adapter import (
@@ -56,6 +57,11 @@ _NOT_QUANTIZED = {
     name: property(lambda self: False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 }
 """What trainers ask of a model: transformers' refuses a quantized one that isn't `peft`'s, TRL's cast its adapters."""
+
+
+_HUB_METHODS = {
+    name: getattr(PushToHubMixin, name) for name in ("push_to_hub", "_upload_modified_files", "_get_files_timestamps")
+}
 
 
 def get_peft_model(
@@ -183,7 +189,9 @@ class PeftModel(PeftNames, Adopted):
     @staticmethod
     def _members_for(module_type: type[nn.Module]) -> dict[str, Any]:
         fast_paths = FAST_PATHS if issubclass(module_type, ENCODERS) else {}
-        return wrapped(module_type) | _NOT_QUANTIZED | fast_paths
+        # A module of one's own goes to the Hub as transformers' models do.
+        hub = {} if hasattr(module_type, "push_to_hub") else _HUB_METHODS
+        return wrapped(module_type) | _NOT_QUANTIZED | fast_paths | hub
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As the module's own; a forward of TRL's that runs the layers itself goes inside of what adapters put around.
@@ -558,7 +566,9 @@ class PeftModel(PeftNames, Adopted):
         """Write the `README.md` that the Hub reads; of one that is there, the text stays."""
         configs = list(self.peft_config.values())
         methods = sorted({str(config.peft_type) for config in configs})
-        write_model_card(Path(output_dir), configs[0].base_model_name_or_path, methods, configs[0].task_type)
+        # A module of one's own has no base on the Hub, whatever its config says.
+        base = configs[0].base_model_name_or_path if hasattr(self, "config") else None
+        write_model_card(Path(output_dir), base, methods, configs[0].task_type)
 
     def _stored(self, name: str) -> dict[str, Any]:
         """The config of an adapter as it is stored."""

@@ -22,6 +22,19 @@ from slimtune.errors import ConfigError
 Irregular = Literal["irregular"]
 
 
+PREFIXES = {
+    "LORA": "lora_",
+    "ADALORA": "lora_",
+    "IA3": "ia3_",
+    "LOHA": "hada_",
+    "LOKR": "lokr_",
+    "VERA": "vera_lambda_",
+    "LN_TUNING": "ln_tuning_",
+    "TRAINABLE_TOKENS": "trainable_tokens_",
+}
+"""What `peft` calls the parameters of a method with; those of a method that it hasn't are under `deltas`."""
+
+
 class BaseModelView:
     """`model.base_model` of `peft`: its `model` is the base, which is the model itself.
 
@@ -35,6 +48,12 @@ class BaseModelView:
     @property
     def model(self) -> Any:
         return self._model
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or the list of several."""
+        active = self._model.active_adapters
+        return active[0] if len(active) == 1 else active
 
     def __getattr__(self, name: str) -> Any:
         if self._inner is self._model and name in ("get_encoder", "set_encoder", "get_decoder", "set_decoder"):
@@ -80,6 +99,15 @@ class PeftNames:
     def peft_type(self) -> str:
         """The method of the active adapter."""
         return str(self._active_config.peft_type)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the active method's parameters have in them."""
+        return PREFIXES.get(self.peft_type, "deltas.")
+
+    @property
+    def _is_prompt_learning(self) -> bool:
+        return self._active_config.is_prompt_learning
 
     @property
     def _active_config(self) -> Any:

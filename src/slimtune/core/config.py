@@ -31,6 +31,20 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class MethodName(str):
+    """The name of a method, with the two attributes of an enum's member that code for `peft` reads."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
 C = TypeVar("C", bound="PeftConfig")
 
 Whereabouts = Literal["linear", "bias", "norm", "everything", "input", "output", "model"]
@@ -71,6 +85,8 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         self.foreign: dict[str, Any] = {}
+        if self.peft_type is not None:
+            self.peft_type = MethodName(self.peft_type)
         if self.task_type is not None and self.task_type not in list(TaskType):
             near = did_you_mean(str(self.task_type).upper(), list(TaskType))
             raise ConfigError(f"task_type {self.task_type!r} is none of {listing(TaskType)}{near}")
@@ -232,7 +248,7 @@ def _names(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, StrEnum):
+    if isinstance(value, StrEnum | MethodName):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
