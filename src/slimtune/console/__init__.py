@@ -1,1 +1,1 @@
-"""What long work and plots look like in a terminal."""
+"""What slimtune shows: the boundary that text of files and models passes, sentences of failures, progress, figures."""

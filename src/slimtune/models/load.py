@@ -235,8 +235,8 @@ def refuse_code(source: str, error: Exception) -> None:
     """Raises: ModelNotFoundError, where an error of transformers says that the model needs code of its own."""
     if "trust_remote_code" in str(error):
         raise ModelNotFoundError(
-            f"'{source}' needs Python code that comes with it, which is not run unasked; pass --trust-remote-code (in "
-            "Python trust_remote_code=True) if you trust it"
+            f"'{source}' can't be loaded without Python code that comes with it, which is not run unasked; pass "
+            "--trust-remote-code (in Python trust_remote_code=True) if you trust it"
         ) from error
 
 
