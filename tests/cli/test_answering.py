@@ -92,9 +92,10 @@ def test_chat_switches_between_adapters_and_the_base(run: Any, base: Path, tuned
 def test_chat_remembers_what_was_said(run: Any, base: Path) -> None:
     first = [{"role": "user", "content": "hi"}]
     said = reference(base, first)
-    second = reference(base, [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "and?"}])
+    both = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "and?"}]
     result = run("chat", base, *SHORT, stdin="hi\nand?\n")
-    assert "".join(result.stdout.split()) == "".join(printable(f"{said}{second}").split())
+    shown = reference(base, first, shown=True) + reference(base, both, shown=True)
+    assert "".join(result.stdout.split()) == "".join(shown.split())
 
 
 @pytest.mark.parametrize("line", ["/use nobody", "/nothing", "/help"])

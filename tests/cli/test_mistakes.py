@@ -31,7 +31,6 @@ def refused(result: Any, *said: str) -> None:
     [
         (["--rank", 0], ["0"]),
         (["--rank", -3], ["-3"]),
-        (["--rank", 4096], ["4096"]),
         (["method.lora_dropout=1.5"], ["1.5"]),
         (["method.target_modules=[q_prj]"], ["q_prj", "did you mean 'q_proj'?"]),
         (["method.target_modules=[q_proj,nothing_like_it]"], ["nothing_like_it"]),

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimtune.data.batches import IGNORED, Encoded, Limit, PadRight, fit, pieces
-from slimtune.data.encode import encode, encode_row
+from slimtune.data.batches import IGNORED, Encoded, Limit, PadRight, pieces
+from slimtune.data.encode import encode, encode_row, fit
 from slimtune.data.reading import read_rows
 from slimtune.data.rows import Conversation, Pair
 from slimtune.errors import DataError

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -183,7 +182,7 @@ class Delta(nn.Module):
     unmergeable: ClassVar[str] = ""
     """Why a change of this method can't be written into weights, a sentence; empty where it can."""
 
-    tied: Mapping[str, tuple[Any, str]] = MappingProxyType({})
+    tied: Mapping[str, tuple[Any, str]] = {}
     """Of parameters that are tied in the base, the delta that trains them and their name there."""
 
     reweighs: ClassVar[bool] = False
