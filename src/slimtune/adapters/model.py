@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from slimtune.adapters.activation_memory import adopt_frugal
 from slimtune.adapters.adapter import (
