@@ -127,7 +127,9 @@ def test_main_memory_that_runs_out_is_a_sentence() -> None:
 
 
 def test_ctrl_c_is_a_word_and_its_exit_code(base: Path) -> None:
-    process = slimtune("chat", base, stdin=subprocess.PIPE)
+    # A shell lets what it runs in the background ignore Ctrl-C, and so would the process here.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = slimtune("chat", base, stdin=subprocess.PIPE, preexec_fn=heed)
     assert process.stderr is not None
     while b"/help lists" not in process.stderr.readline():
         assert process.poll() is None
