@@ -67,4 +67,7 @@ def _wait(alive: Callable[[], Any], moment: Callable[[], Any]) -> None:
 
 def lines(path: Path) -> int:
     """How many lines a file has that may not be there yet."""
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
