@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,19 @@ def _wait(alive: Callable[[], Any], moment: Callable[[], Any]) -> None:
     end = time.monotonic() + 60
     while alive() and not moment() and time.monotonic() < end:
         time.sleep(0.001)
+
+
+@contextmanager
+def holding(code: str, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs this code with the output as its argument, as soon as it has printed "there"."""
+    process = subprocess.Popen([sys.executable, "-c", code, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"there\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def lines(path: Path) -> int:

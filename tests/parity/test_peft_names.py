@@ -477,3 +477,23 @@ def test_names_that_suites_of_tests_read(tmp_path: Path) -> None:
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert slimtune.LoraConfig().peft_type.value == peft.LoraConfig().peft_type.value == "LORA"
     assert type(slimtune.LoraConfig().to_dict()["peft_type"]) is str
+
+
+def test_a_bias_of_b_is_swapped_at_its_own_scale(tmp_path: Path) -> None:
+    made = []
+    for seed, alpha in ((1, 8), (2, 32)):
+        config = lora(slimtune, lora_bias=True, lora_alpha=alpha)
+        model = slimtune.get_peft_model(LLAMA.model(), config)
+        made.append(randomize(slimtune, model, seed=seed))
+    made[1].save_pretrained(tmp_path)
+    slimtune.hotswap_adapter(made[0], tmp_path, "default")
+    assert_near(predict(made[0], LLAMA.batch()), predict(made[1], LLAMA.batch()))
+
+
+def test_ranks_in_groups_are_not_padded() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    attached = slimtune.get_peft_model(model, slimtune.LoraConfig(r=2, target_modules=["0"]))
+    before = copies(adapter_tensors(slimtune, attached))
+    with pytest.raises(ConfigError, match="2 groups"):
+        slimtune.prepare_model_for_compiled_hotswap(attached, target_rank=4)
+    assert_same(copies(adapter_tensors(slimtune, attached)), before)

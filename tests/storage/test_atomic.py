@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from killed import holding
 from slimtune.errors import ConfigError
 from slimtune.storage.atomic import refuse_existing, remove_left_behind, staged, staged_file
 
@@ -26,21 +26,6 @@ with {kind}(Path(sys.argv[1])) as scratch:
 """
 
 
-@contextmanager
-def writing(kind: str, output: Path) -> Iterator[Any]:
-    """A process in the middle of writing an output."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITES.format(kind=kind), str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"there\n"
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def scratches(folder: Path) -> list[Path]:
     found = list(folder.glob(".out-*"))
     for path in found:
@@ -52,7 +37,7 @@ def scratches(folder: Path) -> list[Path]:
 def test_what_a_kill_left_goes_and_what_is_being_written_stays(
     kind: str, context: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with writing(kind, tmp_path / "out") as process:
+    with holding(WRITES.format(kind=kind), tmp_path / "out") as process:
         (scratch,) = scratches(tmp_path)
         with context(tmp_path / "other"):
             pass

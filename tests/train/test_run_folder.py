@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from killed import holding
 from slimtune.cli import app
 from slimtune.errors import SlimtuneError, TrainingError
 from slimtune.train.run_folder import run_folder
@@ -41,27 +39,12 @@ def train(files: list[Path], output: Path, *more: Any) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-@contextmanager
-def training(output: Path) -> Iterator[Any]:
-    """A process that trains."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"there\n"
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.parametrize("option", [[], ["--overwrite"], ["--resume"]])
 def test_a_second_run_touches_nothing_of_the_one_under_way(
     option: list[str], files: list[Path], tmp_path: Path
 ) -> None:
     output, log = tmp_path / "tuned", tmp_path / "tuned.run" / "loss.jsonl"
-    with training(output) as process:
+    with holding(HOLDS, output) as process:
         before = {path.name: path.stat().st_mtime_ns for path in log.parent.iterdir()}
         refused = train(files, output, *option)
         assert refused.exit_code == 2

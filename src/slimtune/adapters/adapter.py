@@ -184,6 +184,15 @@ def adopted_modules(model: nn.Module) -> list[tuple[str, Any]]:
     return list(seen.values())
 
 
+def conflict(model: Any, names: Sequence[str]) -> str | None:
+    """The path of the first module that two of these adapters can't both change, or None."""
+    for path, module in adopted_modules(model):
+        together = [delta for name, delta in deltas_of(module).items() if name in names]
+        if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
+            return path
+    return None
+
+
 def detach(model: Any, name: str) -> None:
     """Take an adapter's deltas off the modules."""
     for _, module in adopted_modules(model):
@@ -211,6 +220,8 @@ def fill(
 ) -> _IncompatibleKeys:
     """Copy stored tensors into an adapter's deltas, each into its own; gives back the missing and the unexpected keys.
 
+    The tensors come by the keys that they have on this model, see `on_model`.
+
     Args:
         partial: take what there is, and warn of tensors that are missing or left over.
         ignore_mismatched_sizes: leave tensors of another shape alone, and warn of them.
@@ -220,7 +231,7 @@ def fill(
             shape; nothing is copied then.
         ConfigError: what is stored serves inference alone.
     """
-    tensors = config.read(on_model(model, tensors), placed, source)
+    tensors = config.read(tensors, placed, source)
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in placed]
     own = {key(site.name, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
     missing, strange = own.keys() - tensors.keys(), _strangers(model, placed, tensors, {*own})
@@ -361,5 +372,5 @@ def set_peft_model_state_dict(
     """
     model.adapter_state.check_known(adapter_name)
     placed, config = attached(model, adapter_name), model.peft_config[adapter_name]
-    source = "the state dict"
-    return fill(model, config, placed, peft_model_state_dict, source, True, ignore_mismatched_sizes)
+    tensors, source = on_model(model, peft_model_state_dict), "the state dict"
+    return fill(model, config, placed, tensors, source, True, ignore_mismatched_sizes)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slimtune.adapters.layer_views import layer_views
 from slimtune.adapters.lazy_logits import LazyLogits
-from slimtune.bases import base_of_type
+from slimtune.bases import base_of, base_of_type
 from slimtune.core.delta import Base, Dense, Frozen, call_under, deltas_of
 from slimtune.errors import AdapterNotFoundError, ConfigError, did_you_mean, listing
 from slimtune.fused import fused_for
@@ -283,6 +283,13 @@ def adopt(module: nn.Module, adapter_state: AdapterState, mixin: type[Adopted] =
     module.__class__ = adopted_class(type(module), mixin)
     vars(module)["adapter_state"] = adapter_state
     return module
+
+
+def adopt_head(model: Any, adapter_state: AdapterState) -> None:
+    """Adopt the model's output layer, whose logits may stay uncomputed."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and base_of(head).kind == "linear":
+        adopt(head, adapter_state)
 
 
 def release(module: Any) -> None:

@@ -233,6 +233,14 @@ def prepare_model_for_compiled_hotswap(
         model = model._orig_mod
     if target_rank is None:
         return
+    loras = [delta for delta in model.modules() if isinstance(delta, LoraDelta)]
+    for delta in loras:  # before the first is changed
+        if delta.r > target_rank:
+            raise ConfigError(
+                f"an adapter has the rank {delta.r}, above target_rank={target_rank}; choose at least that"
+            )
+        if delta.r < target_rank:
+            _check_can_pad(delta)
     for name, own in model.peft_config.items():
         patterns: dict[str, float] = {}
         for site, delta in attached(model, name):
@@ -243,9 +251,15 @@ def prepare_model_for_compiled_hotswap(
             own.r, own.rank_pattern, own.alpha_pattern = target_rank, {}, patterns
 
 
+def _check_can_pad(delta: Any) -> None:
+    """Raises: ConfigError, where the ranks stand in groups, so that zeros at their end would move all but the first."""
+    if getattr(delta, "groups", 1) > 1:
+        raise ConfigError(
+            f"the rank of a convolution in {delta.groups} groups can't be padded; leave it out of target_modules"
+        )
+
+
 def _pad(delta: LoraDelta, rank: int) -> None:
-    if delta.r > rank:
-        raise ConfigError(f"an adapter has the rank {delta.r}, above target_rank={rank}; choose at least that")
     a, b = delta.trained
     for factor, dim in ((a, 0), (b, 1)):
         missing = [*factor.shape]
@@ -305,11 +319,14 @@ def _padded(site: Any, delta: Any, config: Any, tensors: Mapping[str, Tensor], f
                     f"'{name}' of '{site.name}' is {tuple(new.shape)} in '{folder}' and {tuple(own.shape)} in the "
                     "adapter in place; call prepare_model_for_compiled_hotswap with the highest rank first"
                 )
+            if new.shape != own.shape:
+                _check_can_pad(delta)
             padded[tuple(slice(side) for side in new.shape)] = new.to(own.device, own.dtype)
         elif name.startswith(("lora_A", "lora_magnitude")):
             padded = own
         stored[name] = padded
     inside = delta.from_disk(stored)
-    b = delta.factors[1]
-    inside[b] = inside[b] * (config.scale_for(site.name) / delta.scaling)
+    # The bias of B is inside of the scale, too.
+    for factor in {delta.factors[1], "lora_bias"} & inside.keys():
+        inside[factor] = inside[factor] * (config.scale_for(site.name) / delta.scaling)
     return inside

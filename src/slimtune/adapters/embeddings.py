@@ -53,7 +53,9 @@ def stored_vocabulary(model: Any) -> int | None:
         return None
     try:
         folder = resolve(source) if source in PACKAGED else source
-        return _vocabulary(AutoConfig.from_pretrained(folder, revision=revision, local_files_only=True))
+        # A model with code of its own is refused, where the default asks whoever sits at the terminal.
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        return _vocabulary(AutoConfig.from_pretrained(folder, revision=revision, **options))
     except (OSError, ValueError, KeyError):
         return None
 
@@ -65,13 +67,13 @@ def _vocabulary(config: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _untrained(model: Any, placed: Placed, at_first: int | None) -> dict[str, nn.Module]:
-    """Those of the token embeddings that have rows which neither the base on disk has nor the adapter trains.
+def _untrained(model: Any, placed: Placed, before: int | None) -> dict[str, nn.Module]:
+    """Those of the token embeddings that have rows which neither the base had before nor the adapter trains.
 
     Args:
-        at_first: how many tokens the model had when its first adapter came, for a base that isn't on disk.
+        before: how many tokens the base had, if that is known.
     """
-    now, before = vocabulary_of(model), stored_vocabulary(model) or at_first
+    now = vocabulary_of(model)
     if now is None or before is None or before == now:
         return {}
     deltas = {id(site.module): delta for site, delta in placed}
@@ -99,13 +101,13 @@ def _is_dense(module: nn.Module) -> bool:
 
 def warn_of_untrained_rows(model: Any, placed: Placed) -> None:
     """Warn of tokens that were added to the base and that a new adapter doesn't train."""
-    untrained = _untrained(model, placed, None)
+    before = stored_vocabulary(model)
+    untrained = _untrained(model, placed, before)
     if untrained:
-        before, now = stored_vocabulary(model), vocabulary_of(model)
         warnings.warn(
-            f"the embeddings were resized from {before} to {now} tokens, and the adapter trains none of "
-            f"{listing(untrained)}: name the new tokens in trainable_token_indices, or the modules in modules_to_save; "
-            "as it is, they are stored with the adapter untrained",
+            f"the embeddings were resized from {before} to {vocabulary_of(model)} tokens, and the adapter trains none "
+            f"of {listing(untrained)}: name the new tokens in trainable_token_indices, or the modules in "
+            "modules_to_save; as it is, they are stored with the adapter untrained",
             stacklevel=4,
         )
 
@@ -127,7 +129,8 @@ def saved_whole(model: Any, placed: Placed, save_embedding_layers: str | bool) -
     if save_embedding_layers is True:
         chosen = {path: module for path, module in token_embeddings(model).items() if _is_dense(module)}
     else:
-        chosen = _untrained(model, placed, model.adapter_state.vocabulary)
+        # A base that isn't on disk had what it had when its first adapter came.
+        chosen = _untrained(model, placed, stored_vocabulary(model) or model.adapter_state.vocabulary)
     deltas = {id(site.module): delta for site, delta in placed}
     frozen = {id(module): tensors for module, tensors in model.adapter_state.replaced}
     tensors: dict[str, Tensor] = {}

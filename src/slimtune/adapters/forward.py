@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.adapters.adopt import BASE, adopt, frozen_forward, run
+from slimtune.adapters.adopt import BASE, adopt_head, frozen_forward, run
 from slimtune.adapters.embeddings import token_embeddings
 from slimtune.adapters.lazy_logits import lazy_head, without_lazy
 from slimtune.bases import base_of
@@ -138,8 +138,7 @@ def _resize_token_embeddings(model_type: Any, model: Any, *args: Any, **kwargs: 
     embeddings = model_type.resize_token_embeddings(model, *args, **kwargs)
     for module in token_embeddings(model).values():
         module.requires_grad_(False)
-        if base_of(module).kind == "linear" and module is model.get_output_embeddings():
-            adopt(module, model.adapter_state)
+    adopt_head(model, model.adapter_state)  # which may be a new module
     return embeddings
 
 

@@ -7,7 +7,6 @@ kind's own (`_check_fold`), and for the whole model in a safe merge.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.adapters.adapter import adopted_modules
+from slimtune.adapters.adapter import adopted_modules, conflict
 from slimtune.adapters.adopt import run
 from slimtune.bases import base_of
 from slimtune.core.delta import Delta, Dense, Difference, deltas_of, with_tensors
@@ -70,13 +69,12 @@ def merge(
 
 def _check_compatible(model: Any, names: tuple[str, ...]) -> None:
     """See that no two of these adapters train the same thing whole. Raises: MergeError."""
-    for path, module in adopted_modules(model):
-        together = [delta for name, delta in deltas_of(module).items() if name in names]
-        if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
-            raise MergeError(
-                f"the adapters {listing(names)} each train their own copy of what '{path}' has, of which a weight can "
-                "hold one; merge one of them"
-            )
+    path = conflict(model, names)
+    if path is not None:
+        raise MergeError(
+            f"the adapters {listing(names)} each train their own copy of what '{path}' has, of which a weight can hold "
+            "one; merge one of them"
+        )
 
 
 def unmerge(model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,23 @@ from slimtune.adapters.adapter import (
     adopted_modules,
     attach,
     attached,
+    conflict,
     detach,
     draft,
     draft_combined,
     draft_stored,
     fill,
 )
-from slimtune.adapters.adopt import ENCODERS, FAST_PATHS, AdapterState, Adopted, WithoutFastPath, adopt, release
+from slimtune.adapters.adopt import (
+    ENCODERS,
+    FAST_PATHS,
+    AdapterState,
+    Adopted,
+    WithoutFastPath,
+    adopt,
+    adopt_head,
+    release,
+)
 from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
 from slimtune.adapters.forward import check_head, is_around, is_from_trl, put_inside, wrapped
 from slimtune.adapters.merge import merge, unmerge
@@ -35,7 +44,6 @@ from slimtune.adapters.read_options import ReadOptions
 from slimtune.adapters.requantize import merge_requantized
 from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
-from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig
 from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, MergeError, listing
@@ -174,9 +182,7 @@ def _adopt_root(model: Any) -> None:
         if isinstance(module, ENCODERS) and module is not model:
             adopt(module, state, WithoutFastPath)
     adopt_frugal(model, state)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and base_of(head).kind == "linear":
-        adopt(head, state)
+    adopt_head(model, state)
 
 
 class PeftModel(PeftNames, Adopted):
@@ -366,16 +372,14 @@ class PeftModel(PeftNames, Adopted):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self.adapter_state.check_known(*names)
-        modules = adopted_modules(self)
-        for path, module in modules:
-            together = [delta for name, delta in deltas_of(module).items() if name in names]
-            if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
-                what = f"train their own copy of what '{path}' has" if path else "put tokens of their own in front"
-                raise ConfigError(
-                    f"the adapters {listing(names)} each {what} and can't be active together; activate one of them"
-                )
+        path = conflict(self, names)
+        if path is not None:
+            what = f"train their own copy of what '{path}' has" if path else "put tokens of their own in front"
+            raise ConfigError(
+                f"the adapters {listing(names)} each {what} and can't be active together; activate one of them"
+            )
         self.adapter_state.active = names
-        for _, module in modules:
+        for _, module in adopted_modules(self):
             for name, delta in deltas_of(module).items():
                 for parameter in delta.parameters():
                     parameter.requires_grad = name in names and not inference_mode
@@ -586,6 +590,7 @@ class PeftModel(PeftNames, Adopted):
         stored = adapter_tensors(self, self.active_adapter) if "prompt_embeddings" in state_dict else {}
         if state_dict and all(name.startswith(KEY_PREFIX) or name in stored for name in state_dict):
             config = self.peft_config[self.active_adapter]
-            fill(self, config, attached(self, self.active_adapter), state_dict, "the state dict")
+            tensors = on_model(self, state_dict)
+            fill(self, config, attached(self, self.active_adapter), tensors, "the state dict")
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
