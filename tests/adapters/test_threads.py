@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import slimtune
-from slimtune.adapters.adopt import BASE
+from slimtune.adapters.rows import BASE
 from tensors import randomize
 from zoo import BERT, GPT2, LLAMA, Specimen
 

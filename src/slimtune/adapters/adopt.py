@@ -15,18 +15,16 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimtune.adapters.layer_views import layer_views
 from slimtune.adapters.lazy_logits import LazyLogits
+from slimtune.adapters.rows import RowAdapters, run_rows
 from slimtune.bases import base_of, base_of_type
 from slimtune.core.delta import Base, Dense, Frozen, call_under, deltas_of
-from slimtune.errors import AdapterNotFoundError, ConfigError, did_you_mean, listing
+from slimtune.errors import AdapterNotFoundError, did_you_mean, listing
 from slimtune.fused import fused_for
 from slimtune.ops.autograd import is_traced
-
-BASE = "__base__"
-"""The name under which rows of a mixed batch ask for the untouched base."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Call:
     """
 
     applied: tuple[str, ...] | None = None
-    rows: tuple[str, ...] | None = None
+    rows: RowAdapters | None = None
     lazy_head: nn.Module | None = None
     inside: Callable[..., Any] | None = None
 
@@ -165,7 +163,7 @@ class Adopted(nn.Module):
         if call.lazy_head is self:
             return LazyLogits(args[0], self, functools.partial(run, self, frozen))
         if call.rows is not None:
-            return _run_rows(self, frozen, call.rows, *args, **kwargs)
+            return run_rows(self, frozen, lambda name: _composed(self, frozen, (name,)), call.rows, *args, **kwargs)
         return run(self, frozen, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -248,29 +246,6 @@ def _around(delta: Any, fused: Any, base: Base, call: Callable[..., Any], module
 
 def _held(delta: Any, call: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
     return call_under(module, delta.stand_ins(), call, *args, **kwargs)
-
-
-def _run_rows(module: Any, frozen: Callable[..., Any], rows: tuple[str, ...], x: Tensor, *args: Any, **kw: Any) -> Any:
-    if not any(name in deltas_of(module) for name in rows):
-        return frozen(module, x, *args, **kw)
-    if x.shape[0] % len(rows):
-        raise ConfigError(
-            f"adapter_names has {len(rows)} names for a batch of {x.shape[0]} rows; give one for each row"
-        )
-    for name in rows:
-        if name in deltas_of(module) and deltas_of(module)[name].reweighs:
-            raise ConfigError(
-                f"the adapter '{name}' changes parameters that all rows of a batch share and can't be mixed "
-                "with others in one batch; run its rows as a batch of their own"
-            )
-    # Beams and returned sequences repeat each row in place.
-    names = [name for name in rows for _ in range(x.shape[0] // len(rows))]
-    order, parts = [], []
-    for name in dict.fromkeys(names):
-        rows_of_name = [i for i, row in enumerate(names) if row == name]
-        parts.append(_composed(module, frozen, (name,))(module, x[rows_of_name], *args, **kw))
-        order += rows_of_name
-    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def adopt(module: nn.Module, adapter_state: AdapterState, mixin: type[Adopted] = Adopted) -> Any:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.adapters.adopt import BASE, adopt_head, frozen_forward, run
+from slimtune.adapters.adopt import adopt_head, frozen_forward, run
 from slimtune.adapters.embeddings import token_embeddings
 from slimtune.adapters.lazy_logits import lazy_head, without_lazy
+from slimtune.adapters.rows import BASE, RowAdapters
 from slimtune.bases import base_of
 from slimtune.core.delta import deltas_of, standing_in
 from slimtune.core.roles import recomputes
@@ -123,7 +124,7 @@ def _rows(
                 f"the adapter '{name}' changes the inputs of the whole model and can't be mixed with others in one "
                 "batch; run its rows as a batch of their own"
             )
-    with model.adapter_state.using(rows=tuple(adapter_names)):
+    with model.adapter_state.using(rows=RowAdapters(tuple(adapter_names))):
         yield
 
 
