@@ -20,17 +20,24 @@ class RowAdapters:
 
     Attributes:
         names: one for each row.
-        dim: the axis of a module's input along which rows lie.
+        distinct: the same, each once.
         kept: the rows whose logits are computed, ascending; None for all.
+        packed: the rows are the tokens of one packed batch row, (1, rows, ...), or (rows, ...) where a module takes
+            its tokens so.
     """
 
-    def __init__(self, names: tuple[str, ...], dim: int = 0, kept: tuple[int, ...] | None = None) -> None:
-        self.names, self.dim, self.kept = names, dim, kept
+    def __init__(self, names: tuple[str, ...], kept: tuple[int, ...] | None = None, packed: bool = False) -> None:
+        self.names, self.distinct, self.kept, self.packed = names, frozenset(names), kept, packed
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+
+    def dim(self, x: Tensor) -> int:
+        """The axis of a module's input along which rows lie."""
+        counts = (len(self.names), len(self.kept or ()))
+        return 1 if self.packed and x.ndim > 1 and x.shape[0] == 1 and x.shape[1] in counts else 0
 
     def groups(self, x: Tensor) -> dict[str, Tensor]:
         """The positions in `x` of each adapter's rows. Raises: ConfigError, for a batch of another length."""
-        length = x.shape[self.dim]
+        length = x.shape[self.dim(x)]
         known = self._groups.get((length, x.device))
         if known is None:
             # Made once for all modules of a forward: a list of numbers becomes a tensor on the device.
@@ -69,7 +76,7 @@ class KnownProduct(Frozen):
 def check_rows(module: Any, rows: RowAdapters) -> None:
     """Raises: ConfigError, for an adapter that changes parameters of the module, which all rows share."""
     own = deltas_of(module)
-    for name in rows.names:
+    for name in rows.distinct:
         if name in own and own[name].reweighs:
             raise ConfigError(
                 f"the adapter '{name}' changes parameters that all rows of a batch share and can't be mixed "
@@ -93,10 +100,10 @@ def run_rows(
         composed: the same under the adapter of this name.
     """
     own = deltas_of(module)
-    if own.keys().isdisjoint(rows.names):
+    if own.keys().isdisjoint(rows.distinct):
         return frozen(module, x, *args, **kwargs)
     check_rows(module, rows)
-    groups, dim = rows.groups(x), rows.dim
+    groups, dim = rows.groups(x), rows.dim(x)
     if len(groups) == 1:
         return composed(next(iter(groups)))(module, x, *args, **kwargs)
     y = frozen(module, x, *args, **kwargs)

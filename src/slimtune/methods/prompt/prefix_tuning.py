@@ -299,14 +299,17 @@ class Prefix(VirtualTokens):
         if torch.is_autocast_enabled(device):
             # The layers' own keys come in autocast's dtype, and both are concatenated.
             dtype = torch.get_autocast_dtype(device)
+        for i, (keys_HND, values_HND) in enumerate(self.pairs(dtype)):
+            # Expanded to (rows, heads, n, head_dim): one prefix for all rows of the batch, whose gradients add up.
+            cache.update(keys_HND.expand(rows, -1, -1, -1), values_HND.expand(rows, -1, -1, -1), i)
+
+    def pairs(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values of each layer, (heads, n, head_dim)."""
         prompt_NP = self.prompt().to(dtype)
         # (n, 2 * layers * heads * head_dim), as `peft` stores it, to (2 * layers, heads, n, head_dim).
         pairs_CHND = prompt_NP.view(self.count, 2 * self.layers, self.heads, -1).permute(1, 2, 0, 3)
-        for i in range(self.layers):
-            pair = 2 * self.stride * i % (2 * self.layers)
-            keys_HND, values_HND = pairs_CHND[pair], pairs_CHND[pair + 1]
-            # Expanded to (rows, heads, n, head_dim): one prefix for all rows of the batch, whose gradients add up.
-            cache.update(keys_HND.expand(rows, -1, -1, -1), values_HND.expand(rows, -1, -1, -1), i)
+        places = [2 * self.stride * i % (2 * self.layers) for i in range(self.layers)]
+        return [(pairs_CHND[place], pairs_CHND[place + 1]) for place in places]
 
 
 def _rows(call: Call, of: str) -> int:

@@ -1,0 +1,75 @@
+"""The adapters that an engine answers with: what of each one the loop must know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from slimtune.adapters.adapter import attached
+from slimtune.adapters.model import attach_stored
+from slimtune.core.config import PeftConfig
+from slimtune.core.delta import deltas_of
+from slimtune.engine.request import LoadedAdapter
+from slimtune.methods.prompt.prefix_tuning import Prefix
+from slimtune.methods.prompt.prompt_tuning import SoftPrompt
+
+
+@dataclass(eq=False)
+class ServedAdapter:
+    """An adapter on the model.
+
+    Attributes:
+        name: by which requests ask for it.
+        attached_as: its name on the model. Never used twice, so that nothing that was kept of an adapter, such as keys
+            and values, can be taken for another one's of the same name.
+        loaded: what users are told of it.
+        alone: it changes parameters that all rows of a batch share, so that its rows get steps of their own.
+        virtual: how many virtual tokens stand in front of its prompts.
+        embeddings: of these, (virtual, dim), where they are read as tokens.
+        pairs: of these, the keys and values of each layer, (heads, virtual, head_dim), where they are a prefix.
+        requests: how many are waiting or running.
+        leaving: it is being unloaded.
+    """
+
+    name: str
+    attached_as: str
+    loaded: LoadedAdapter
+    alone: bool
+    virtual: int = 0
+    embeddings: Tensor | None = None
+    pairs: list[tuple[Tensor, Tensor]] | None = None
+    requests: int = 0
+    leaving: bool = False
+
+
+def attach_served(
+    model: Any, name: str, attached_as: str, config: PeftConfig, tensors: dict[str, Tensor], folder: Path
+) -> ServedAdapter:
+    """Attach an adapter that was read from a folder. Raises: BaseMismatchError, TargetError, ConfigError."""
+    attach_stored(model, attached_as, config, tensors, folder)
+    return served(model, name, attached_as)
+
+
+def served(model: Any, name: str, attached_as: str) -> ServedAdapter:
+    """What an engine must know of an adapter that is on the model."""
+    deltas = [delta for _, delta in attached(model, attached_as)]
+    own = {id(tensor): tensor for delta in deltas for tensor in (*delta.parameters(), *delta.buffers())}
+    ranks = [delta.r for delta in deltas if isinstance(getattr(delta, "r", None), int)]
+    loaded = LoadedAdapter(
+        name=name,
+        method=str(model.peft_config[attached_as].peft_type),
+        rank=max(ranks, default=None),
+        bytes=sum(tensor.nbytes for tensor in own.values()),
+    )
+    at_root = deltas_of(model).get(attached_as)
+    result = ServedAdapter(name, attached_as, loaded, any(d.reweighs for d in deltas if d is not at_root))
+    if isinstance(at_root, SoftPrompt):
+        result.virtual = at_root.count
+        result.embeddings = at_root.prompt()[: at_root.count].detach()
+    elif isinstance(at_root, Prefix):
+        result.virtual = at_root.count
+        result.pairs = [(keys.detach(), values.detach()) for keys, values in at_root.pairs(model.dtype)]
+    return result

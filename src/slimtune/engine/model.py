@@ -1,0 +1,126 @@
+"""A causal language model as the engine runs it: its own forward over packed tokens, with keys and values in slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.slots import ATTENTION, KeyValueSlots, Piece, Step
+from slimtune.errors import ConfigError, check_whole, first_line
+
+LONGEST = 2048
+"""The context where none is asked for, unless the model's own is shorter: memory for it is taken at the start."""
+
+_PROBE = 7
+"""Tokens by which a model is tried."""
+
+
+def causal_model_slots(model: Any, slots: int, context: int | None) -> KeyValueSlots:
+    """Memory for the keys and values of a model that was tried in slots and answers there as by itself.
+
+    Raises:
+        ConfigError: it is no causal language model, its attention can't be run so, or the context is beyond its limit.
+    """
+    config = getattr(model, "config", None)
+    if config is None or config.is_encoder_decoder or not (hasattr(model, "can_generate") and model.can_generate()):
+        raise ConfigError(f"the engine runs causal language models of transformers, found a {type(model).__name__}")
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        context = min(own or LONGEST, LONGEST)
+    check_whole("context", context, least=2)
+    if own and context > own:
+        raise ConfigError(f"a context of {context} is beyond the {own} positions of this model; choose less")
+    like = next(model.parameters())
+    if model.training:
+        model.eval()
+    shapes = _tried(model)
+    return KeyValueSlots(shapes, slots, context, torch.empty(0, dtype=model.dtype, device=like.device))
+
+
+@torch.inference_mode()
+def _tried(model: Any) -> list[tuple[int, int, int]]:
+    """The heads and widths of each layer's keys and values, of a model that answers in slots as by itself."""
+    reason = "its keys and values are not those of an attention over all tokens before"
+    try:
+        ids = (torch.arange(_PROBE) % model.get_input_embeddings().weight.shape[0]).tolist()
+        with frozen_alone(model):
+            by_itself = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True)
+            layers = [(layer.keys, layer.values) for layer in by_itself.past_key_values.layers]
+            shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]
+            expected_V = by_itself.logits[0, -1].float()
+            found_V = _in_slots(model, ids, KeyValueSlots(shapes, 2, _PROBE, layers[0][0])).float()
+        spread = float(expected_V.std())
+        # 16 bits differ by the order of sums; another attention would differ by much more.
+        is_alike = float((found_V - expected_V).abs().max()) <= max(1e-5, spread * (0.02 if _is_wide(model) else 0.3))
+    except Exception as error:
+        is_alike, reason = False, first_line(error)
+    if not is_alike:
+        raise ConfigError(f"a {type(model).__name__} can't be run in slots: {reason}; use model.generate()")
+    return shapes
+
+
+def _is_wide(model: Any) -> bool:
+    return model.dtype.itemsize >= 4
+
+
+def _in_slots(model: Any, ids: list[int], memory: KeyValueSlots) -> Tensor:
+    """The last logits of a prompt that is read in two pieces and a token, in the second slot."""
+    logits_NV = torch.empty(0)
+    with attention_by_name(model, ATTENTION):
+        for start, end in ((0, 4), (4, _PROBE - 1), (_PROBE - 1, _PROBE)):
+            piece = [Piece(1, start, end - start)]
+            step = Step(memory, *((piece, []) if end - start == 1 else ([], piece)))
+            with step.running():
+                logits_NV = forward_of(model, ids[start:end], step.position_T, [end - start - 1], [])
+            if step.layers != len(memory.keys):
+                raise ConfigError(f"{step.layers} of its {len(memory.keys)} layers call transformers' attention")
+    return logits_NV[-1]
+
+
+@contextmanager
+def attention_by_name(model: Any, name: str) -> Iterator[None]:
+    """The model with another of the attentions that transformers knows by name."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def frozen_alone(model: Any) -> Any:
+    """A block in which the model runs without any adapter."""
+    state = vars(model).get("adapter_state")
+    return nullcontext() if state is None else state.using(applied=())
+
+
+def forward_of(
+    model: Any, ids: Sequence[int], position_T: Tensor, kept: Sequence[int], virtual: Sequence[tuple[int, Tensor]]
+) -> Tensor:
+    """The logits (kept tokens, vocabulary) of packed tokens.
+
+    Args:
+        kept: the tokens behind which something is chosen, ascending.
+        virtual: tokens that are read as vectors (dim,), by their place.
+    """
+    ids_1T = torch.tensor([ids], device=position_T.device)
+    inputs: dict[str, Any] = {"input_ids": ids_1T}
+    if virtual:
+        embeds_1TD = model.get_input_embeddings()(ids_1T).clone()
+        for place, vector_D in virtual:
+            embeds_1TD[0, place] = vector_D.to(embeds_1TD.dtype)
+        inputs = {"inputs_embeds": embeds_1TD}
+    kept_N = torch.tensor(kept, device=position_T.device)
+    logits = model(**inputs, position_ids=position_T[None], use_cache=False, logits_to_keep=kept_N).logits
+    return logits[0]
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer, as the model and its tokenizer name them."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)

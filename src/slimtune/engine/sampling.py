@@ -1,0 +1,150 @@
+"""The next tokens of many answers at once, each by its own settings.
+
+Penalties, temperature, filters and draws run over (answers, vocabulary) in one go; an answer's draws come from a
+generator of its own, so that a seed gives the same answer whatever runs beside it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimtune.engine.request import SamplingParams
+
+MOST_LIKELY = 256
+"""So many candidates are looked at first; where they hold less than top_p together, the whole vocabulary is sorted."""
+
+
+class SampledToken(NamedTuple):
+    """A chosen token, with its log probability and the likeliest tokens' where they are asked for."""
+
+    token: int
+    logprob: float | None
+    alternatives: tuple[tuple[int, float], ...]
+
+
+@dataclass
+class Sampler:
+    """What the choices of one answer depend on besides its logits."""
+
+    params: SamplingParams
+    prompt: frozenset[int]
+
+    def __post_init__(self) -> None:
+        self.counts: Counter[int] = Counter()
+        # Python's own generator: its state is small, and it draws one number a token.
+        self.random = random.Random(self.params.seed)
+
+    @property
+    def penalizes(self) -> bool:
+        p = self.params
+        return (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0.0, 0.0, 1.0)
+
+    def accept(self, token: int) -> None:
+        """Note a token that was chosen."""
+        self.counts[token] += 1
+        if self.params.constraint is not None:
+            self.params.constraint.accept(token)
+
+    def penalize(self, logits_V: Tensor) -> None:
+        """Take the penalties off, in place."""
+        p, device = self.params, logits_V.device
+        if p.repetition_penalty != 1.0:
+            seen = torch.tensor([*(self.prompt | self.counts.keys())], device=device)
+            own = logits_V[seen]
+            logits_V[seen] = torch.where(own > 0, own / p.repetition_penalty, own * p.repetition_penalty)
+        if self.counts:
+            tokens = torch.tensor([*self.counts], device=device)
+            times = torch.tensor([*self.counts.values()], device=device, dtype=logits_V.dtype)
+            logits_V[tokens] -= p.presence_penalty + p.frequency_penalty * times
+
+
+def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken | None]:
+    """The next token of each answer; None where its logits aren't numbers, or nothing is allowed."""
+    params = [sampler.params for sampler in samplers]
+    changes = any(s.penalizes or s.params.constraint is not None or s.params.temperature > 0 for s in samplers)
+    reports = any(p.logprobs is not None for p in params)
+    if changes or reports:
+        logits_NV = logits_NV.float()
+    # What the model itself says, before penalties and temperature.
+    logprobs_NV = logits_NV.log_softmax(-1) if reports else None
+    if changes:
+        logits_NV = logits_NV.clone()
+    for row, sampler in enumerate(samplers):
+        if sampler.penalizes:
+            sampler.penalize(logits_NV[row])
+        if sampler.params.constraint is not None:
+            allowed_V = sampler.params.constraint.mask().to(logits_NV.device)
+            # A model's rows may be padded beyond the tokenizer's vocabulary.
+            logits_NV[row, : len(allowed_V)].masked_fill_(~allowed_V[: logits_NV.shape[1]], -torch.inf)
+            logits_NV[row, len(allowed_V) :] = -torch.inf
+    best = logits_NV.max(-1)
+    usable = best.values.isfinite().tolist()
+    tokens = best.indices.tolist()
+    drawing = [row for row, p in enumerate(params) if p.temperature > 0 and usable[row]]
+    if drawing:
+        drawn = _draw(logits_NV[drawing], [samplers[row] for row in drawing])
+        for row, token in zip(drawing, drawn, strict=True):
+            tokens[row] = token
+    told = _reported(logprobs_NV, tokens, params) if logprobs_NV is not None else [(None, ())] * len(tokens)
+    return [
+        SampledToken(token, *report) if is_usable else None
+        for token, report, is_usable in zip(tokens, told, usable, strict=True)
+    ]
+
+
+def _draw(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """A token of each row by its temperature, top-k, top-p and min-p, in that order."""
+    params = [sampler.params for sampler in samplers]
+
+    def column(name: str) -> Tensor:
+        values = [getattr(p, name) for p in params]
+        return torch.tensor(values, device=logits_NV.device, dtype=torch.float64)[:, None]
+
+    # Divided after the greatest was taken off: a temperature near zero gives zero and minus infinity, and no overflow.
+    logits_NV = (logits_NV.double() - logits_NV.amax(-1, keepdim=True)) / column("temperature")
+    probs_NV = logits_NV.softmax(-1)
+    uniform = torch.tensor([s.random.random() for s in samplers], device=logits_NV.device, dtype=torch.float64)[:, None]
+    if all(p.top_k == 0 and p.top_p == 1.0 and p.min_p == 0.0 for p in params):
+        return _by_quantile(probs_NV, uniform)
+    vocabulary = probs_NV.shape[1]
+    most = max(MOST_LIKELY, *(p.top_k for p in params))
+    sorted_NK, order_NK = probs_NV.topk(min(most, vocabulary))
+    needed = column("top_p").where((column("top_k") == 0) | (column("top_k") > most), 0.0)
+    if bool((sorted_NK.sum(-1, keepdim=True) < needed).any()):
+        sorted_NK, order_NK = probs_NV.sort(-1, descending=True)
+    rank_K = torch.arange(sorted_NK.shape[1], device=logits_NV.device)
+    top_k = column("top_k")
+    kept_NK = (top_k == 0) | (rank_K < top_k)
+    sorted_NK = sorted_NK * kept_NK
+    # Of what top-k left: those before which less than top_p of it lies. The first one always stays.
+    share_NK = sorted_NK / sorted_NK.sum(-1, keepdim=True).where(top_k > 0, 1.0)
+    kept_NK = (share_NK.cumsum(-1) - share_NK < column("top_p")) & (sorted_NK >= column("min_p") * sorted_NK[:, :1])
+    places = _by_quantile(sorted_NK * kept_NK, uniform)
+    return order_NK.gather(1, torch.tensor(places, device=logits_NV.device)[:, None])[:, 0].tolist()
+
+
+def _by_quantile(weights_NV: Tensor, uniform_N1: Tensor) -> list[int]:
+    """Where each row's weights sum to a share of their total that was drawn uniformly from [0, 1)."""
+    sums_NV = weights_NV.cumsum(-1)
+    # The first place whose sum is beyond the draw has a weight; equal sums before it have none.
+    return torch.searchsorted(sums_NV, uniform_N1 * sums_NV[:, -1:], right=True)[:, 0].tolist()
+
+
+def _reported(
+    logprobs_NV: Tensor, tokens: Sequence[int], params: Sequence[SamplingParams]
+) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
+    """The log probabilities that each row's request asks for."""
+    chosen = logprobs_NV.gather(1, torch.tensor(tokens, device=logprobs_NV.device)[:, None])[:, 0].tolist()
+    most = min(max(p.logprobs or 0 for p in params), logprobs_NV.shape[1])
+    values_NK, indices_NK = (t.tolist() for t in logprobs_NV.topk(most))
+    return [
+        (None, ()) if p.logprobs is None else (own, tuple(zip(ids[: p.logprobs], values[: p.logprobs], strict=True)))
+        for p, own, ids, values in zip(params, chosen, indices_NK, values_NK, strict=True)
+    ]
