@@ -64,7 +64,7 @@ def served(model: Any, name: str, attached_as: str) -> ServedAdapter:
         rank=max(ranks, default=None),
         bytes=sum(tensor.nbytes for tensor in own.values()),
     )
-    at_root = deltas_of(model).get(attached_as)
+    at_root = dict(deltas_of(model).items()).get(attached_as)
     result = ServedAdapter(name, attached_as, loaded, any(d.reweighs for d in deltas if d is not at_root))
     if isinstance(at_root, SoftPrompt):
         result.virtual = at_root.count

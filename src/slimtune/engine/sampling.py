@@ -46,6 +46,11 @@ class Sampler:
         p = self.params
         return (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0.0, 0.0, 1.0)
 
+    @property
+    def filters(self) -> bool:
+        p = self.params
+        return (p.top_k, p.top_p, p.min_p) != (0, 1.0, 0.0)
+
     def accept(self, token: int) -> None:
         """Note a token that was chosen."""
         self.counts[token] += 1
@@ -88,9 +93,11 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken 
     usable = best.values.isfinite().tolist()
     tokens = best.indices.tolist()
     drawing = [row for row, p in enumerate(params) if p.temperature > 0 and usable[row]]
-    if drawing:
-        drawn = _draw(logits_NV[drawing], [samplers[row] for row in drawing])
-        for row, token in zip(drawing, drawn, strict=True):
+    # Apart, because the filters draw in the order of likelihood: a row must not depend on whether others are filtered.
+    for is_filtered in (False, True):
+        rows = [row for row in drawing if samplers[row].filters == is_filtered]
+        drawn = _draw(logits_NV[rows], [samplers[row] for row in rows], is_filtered) if rows else []
+        for row, token in zip(rows, drawn, strict=True):
             tokens[row] = token
     told = _reported(logprobs_NV, tokens, params) if logprobs_NV is not None else [(None, ())] * len(tokens)
     return [
@@ -99,8 +106,8 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken 
     ]
 
 
-def _draw(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """A token of each row by its temperature, top-k, top-p and min-p, in that order."""
+def _draw(logits_NV: Tensor, samplers: Sequence[Sampler], is_filtered: bool) -> list[int]:
+    """A token of each row by its temperature and, where they filter, by top-k, top-p and min-p, in that order."""
     params = [sampler.params for sampler in samplers]
 
     def column(name: str) -> Tensor:
@@ -111,7 +118,7 @@ def _draw(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     logits_NV = (logits_NV.double() - logits_NV.amax(-1, keepdim=True)) / column("temperature")
     probs_NV = logits_NV.softmax(-1)
     uniform = torch.tensor([s.random.random() for s in samplers], device=logits_NV.device, dtype=torch.float64)[:, None]
-    if all(p.top_k == 0 and p.top_p == 1.0 and p.min_p == 0.0 for p in params):
+    if not is_filtered:
         return _by_quantile(probs_NV, uniform)
     vocabulary = probs_NV.shape[1]
     most = max(MOST_LIKELY, *(p.top_k for p in params))
