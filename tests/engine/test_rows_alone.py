@@ -84,4 +84,4 @@ def test_each_answer_is_its_adapters_alone(specimen: Specimen) -> None:
     assert wrong == {}
     assert len(names) >= 10
     # The adapters differ, so that a row under another one's would show.
-    assert len(set(answers)) > len(answers) / 2
+    assert len(set(answers)) >= 8

@@ -23,6 +23,7 @@ from slimtune.core.config import PeftConfig
 from slimtune.engine.adapters import ServedAdapter, attach_served, served
 from slimtune.engine.answer import Answer, OnEvents, Remains, completion
 from slimtune.engine.model import attention_by_name, causal_model_slots, forward_of, stop_tokens
+from slimtune.engine.product import RowProduct
 from slimtune.engine.request import (
     Completion,
     EngineStats,
@@ -64,6 +65,8 @@ class Engine:
         slots: the most answers that are written at once.
         context: the most tokens of a prompt with its answer; None is the model's limit, 2,048 at most.
         prefill_chunk: the most prompt tokens in a step, so that a long prompt doesn't hold the other answers up.
+        rank_budget: factors of adapters that left the batch stay at hand up to this sum of ranks; None is a quarter of
+            the model's width, beyond which their products would cost more than they save.
 
     Raises:
         ConfigError: a model or tokenizer that can't be run so.
@@ -75,8 +78,9 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, slots: int = 16, context: int | None = None, prefill_chunk: int = 256
-    ) -> None:
+        self, model: Any, tokenizer: Any, *, slots: int = 16, context: int | None = None, prefill_chunk: int = 256,
+        rank_budget: int | None = None,
+    ) -> None:  # fmt: skip
         check_whole("slots", slots)
         check_whole("prefill_chunk", prefill_chunk)
         check_tokenizer(tokenizer)
@@ -84,6 +88,10 @@ class Engine:
         self.slots, self.prefill_chunk = slots, prefill_chunk
         self._memory = causal_model_slots(model, slots, context)
         self.context = self._memory.context
+        if rank_budget is None:
+            rank_budget = model.config.get_text_config().hidden_size // 4
+        check_whole("rank_budget", rank_budget, least=0)
+        self._product = RowProduct(rank_budget)
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._stop_tokens = stop_tokens(model, tokenizer)
         self._served = {name: served(model, name, name) for name in getattr(model, "peft_config", {})}
@@ -144,6 +152,8 @@ class Engine:
 
     def _attention(self) -> Any:
         """While the model's layers read from the slots."""
+        # Until now the model was its owner's, who may have trained an adapter.
+        self._product.forget()
         return attention_by_name(self.model, ATTENTION)
 
     # -- Requests.
@@ -283,6 +293,7 @@ class Engine:
                 return False
             self.model.delete_adapter(adapter.attached_as)
             self._remains = {slot: r for slot, r in self._remains.items() if r.owner[1] != adapter.attached_as}
+            self._product.forget()
             del self._served[name]
             return True
 
@@ -448,7 +459,9 @@ class Engine:
             return nullcontext()
         if alone is not None:
             return state.using(applied=(alone.attached_as,), rows=None)
-        return state.using(applied=(), rows=RowAdapters(tuple(names), kept=tuple(kept), packed=True))
+        return state.using(
+            applied=(), rows=RowAdapters(tuple(names), kept=tuple(kept), packed=True, product=self._product)
+        )
 
     def _take(self, answer: Answer, chosen: SampledToken | None) -> None:
         """Hand a token on, and end the answer where it is over."""
