@@ -98,19 +98,20 @@ class RowProduct:
         index_T = rows.cached(("index", *joint.ranks), x, lambda: _index(joint, rows, x))
         if joint.inputs is not None:
             x_TI = x_TI * joint.inputs[index_T]
+        # A new tensor, which what follows is added to in place.
         y_TO = frozen(module, x_TI)
         if joint.a is not None and joint.b is not None:
             if len(x_TI) * len(joint.a) <= MOST_WORK:
                 others_TR = rows.cached(("others", *joint.key), x, lambda: _others(joint, index_T))
                 # Written over and not multiplied by zero: what one adapter makes infinite must not reach other rows.
                 z_TR = F.linear(x_TI, joint.a).masked_fill_(others_TR, 0.0)
-                y_TO = y_TO + (z_TR @ joint.b).to(y_TO.dtype)
+                y_TO.add_(z_TR @ joint.b)
             else:
-                y_TO = _by_adapter(y_TO, x_TI, joint, rows.groups(x))
+                _add_by_adapter(y_TO, x_TI, joint, rows.groups(x))
         if joint.outputs is not None:
-            y_TO = y_TO * joint.outputs[index_T]
+            y_TO.mul_(joint.outputs[index_T])
         if joint.biases is not None:
-            y_TO = y_TO + joint.biases[index_T]
+            y_TO.add_(joint.biases[index_T])
         return y_TO.view(*x.shape[:-1], -1)
 
 
@@ -157,8 +158,8 @@ def _others(joint: JointFactors, index_T: Tensor) -> Tensor:
     return index_T[:, None] != torch.tensor(owners, device=index_T.device)
 
 
-def _by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Mapping[str, Tensor]) -> Tensor:
-    """y with each adapter's low-rank term added on its own rows."""
+def _add_by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Mapping[str, Tensor]) -> None:
+    """Add each adapter's low-rank term to its own rows of y, in place."""
     assert joint.a is not None
     assert joint.b is not None
     begin = 0
@@ -166,6 +167,5 @@ def _by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Mapping
         end = begin + rank
         if rank and name in groups:
             change = F.linear(x_TI[groups[name]], joint.a[begin:end]) @ joint.b[begin:end]
-            y_TO = y_TO.index_add(0, groups[name], change.to(y_TO.dtype))
+            y_TO.index_add_(0, groups[name], change.to(y_TO.dtype))
         begin = end
-    return y_TO
