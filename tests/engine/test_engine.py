@@ -13,7 +13,7 @@ import torch
 import slimtune
 from slimtune.engine.engine import Engine
 from slimtune.engine.request import Request, SamplingParams, TokenEvent
-from slimtune.errors import AdapterExistsError, AdapterNotFoundError, ConfigError, SlimtuneError
+from slimtune.errors import AdapterExistsError, AdapterNotFoundError, ConfigError, DoesNotFitError, SlimtuneError
 from small_text_model import tiny_model, tiny_tokenizer
 from tensors import randomize
 
@@ -248,6 +248,11 @@ def test_models_that_can_not_be_run_so_are_refused(tokenizer: Any) -> None:
         Engine(tiny_model(), tokenizer, context=513)
     with pytest.raises(ConfigError, match="use_fast"):
         Engine(tiny_model(), object())
+
+
+def test_slots_that_do_not_fit_are_refused_before_they_are_made(tokenizer: Any) -> None:
+    with pytest.raises(DoesNotFitError, match=r"slots of 512 tokens take .* GB are free; \d+ slots would fit"):
+        Engine(tiny_model(), tokenizer, slots=10**8)
 
 
 def test_an_answer_ends_where_the_context_does(tokenizer: Any, folders: dict[str, Path]) -> None:

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from slimtune.engine.engine import Engine
-from slimtune.engine.request import Request, SamplingParams
-from slimtune.engine.sampling import Sampler, sample
+from slimtune.engine.request import Request, SamplingParams, TokenEvent
+from slimtune.engine.sampling import SampledToken, Sampler, sample
 from slimtune.engine.text import TextStream
 from slimtune.errors import ConfigError
 from small_text_model import tiny_model, tiny_tokenizer
@@ -40,7 +40,9 @@ def sampler(prompt: tuple[int, ...] = (), **options: Any) -> Sampler:
 
 def drawn(logits_1V: Tensor, count: int, **options: Any) -> Counter[int]:
     samplers = [sampler(seed=seed, **options) for seed in range(count)]
-    return Counter(chosen.token for chosen in sample(logits_1V.expand(count, -1), samplers) if chosen)
+    return Counter(
+        chosen.token for chosen in sample(logits_1V.expand(count, -1), samplers) if not isinstance(chosen, str)
+    )
 
 
 @given(
@@ -82,7 +84,7 @@ def test_a_repetition_penalty_is_transformers() -> None:
     own = sampler(prompt=(4, 9), temperature=0, repetition_penalty=1.7)
     own.accept(77)
     (chosen,) = sample(logits_1V, [own])
-    assert chosen is not None
+    assert isinstance(chosen, SampledToken)
     assert chosen.token == int(expected)
 
 
@@ -94,7 +96,7 @@ def test_presence_and_frequency_are_taken_off_what_the_answer_has() -> None:
         own.accept(0)
         own.accept(0)
         (chosen,) = sample(logits_1V, [own])
-        assert chosen is not None
+        assert isinstance(chosen, SampledToken)
         assert chosen.token == expected
     # What was given is not written over.
     assert logits_1V[0, 0] == 5.0
@@ -113,7 +115,7 @@ def test_a_row_depends_on_no_other() -> None:
 def test_log_probabilities_are_those_before_temperature_and_filters() -> None:
     logits_1V = logits_of(4)
     (chosen,) = sample(logits_1V, [sampler(temperature=0.1, top_k=3, seed=1, logprobs=3)])
-    assert chosen is not None
+    assert isinstance(chosen, SampledToken)
     expected = logits_1V[0].log_softmax(-1)
     assert chosen.logprob == pytest.approx(float(expected[chosen.token]))
     assert [token for token, _ in chosen.alternatives] == expected.topk(3).indices.tolist()
@@ -138,8 +140,28 @@ def test_a_constraint_is_obeyed_and_told() -> None:
     (completion,) = engine.generate([Request((4, 8), SamplingParams(max_tokens=6, seed=0, constraint=only))])
     assert set(completion.tokens) <= {5, 6}
     assert tuple(only.accepted) == completion.tokens
-    assert sample(logits_of(5), [sampler(constraint=Only())]) == [None]
-    assert sample(torch.full((1, 8), torch.nan), [sampler()]) == [None]
+    assert sample(logits_of(5), [sampler(constraint=Only())]) == ["the constraint of the answer allows no token"]
+    assert sample(torch.full((1, 8), torch.nan), [sampler()]) == ["the model's logits are not finite"]
+
+
+class Failing(Only):
+    """A constraint that breaks at its second token."""
+
+    def mask(self) -> Tensor:
+        if self.accepted:
+            raise RuntimeError("no such rule")
+        return super().mask()
+
+
+def test_a_constraint_that_fails_ends_its_own_answer() -> None:
+    engine = Engine(tiny_model(), TOKENIZER, slots=2, context=32)
+    plain = Request((4, 8), SamplingParams(max_tokens=6, temperature=0))
+    events: list[TokenEvent] = []
+    engine.submit(Request((4, 8), SamplingParams(constraint=Failing(5))), events.extend)
+    assert engine.generate([plain]) == Engine(tiny_model(), TOKENIZER, context=32).generate([plain])
+    assert [(event.token, event.error) for event in events] == [
+        (5, None), (-1, "the constraint of the answer failed: no such rule"),
+    ]  # fmt: skip
 
 
 def test_a_seed_gives_the_same_answer_in_any_company() -> None:

@@ -33,7 +33,7 @@ from slimtune.engine.request import (
     Request,
     TokenEvent,
 )
-from slimtune.engine.sampling import SampledToken, Sampler, sample
+from slimtune.engine.sampling import NO_NUMBERS, SampledToken, Sampler, sample
 from slimtune.engine.slots import ATTENTION, Piece, Step
 from slimtune.engine.text import TextStream, check_tokenizer
 from slimtune.errors import (
@@ -148,7 +148,12 @@ class Engine:
                         self._wakes.wait()
                     if self._stopping and not (self._commands or self._waiting or self._running):
                         return
-                self._step()
+                try:
+                    self._step()
+                except Exception as error:
+                    # Nobody would be told of it, and whoever asks would wait for ever.
+                    for answer in (*self._waiting, *self._running.values()):
+                        self._fail(answer, f"the engine failed: {first_line(error)}")
 
     def _attention(self) -> Any:
         """While the model's layers read from the slots."""
@@ -420,7 +425,10 @@ class Engine:
                 self._fail(answer, first_line(error))
             return
         for answer, token in zip(ready, chosen, strict=True):
-            self._take(answer, token)
+            try:
+                self._take(answer, token)
+            except Exception as error:
+                self._fail(answer, first_line(error))
 
     def _forward(self, answers: list[Answer], alone: ServedAdapter | None) -> tuple[list[Answer], Tensor]:
         """The answers whose next token can be chosen now, with their logits (answers, vocabulary)."""
@@ -463,12 +471,13 @@ class Engine:
             applied=(), rows=RowAdapters(tuple(names), kept=tuple(kept), packed=True, product=self._product)
         )
 
-    def _take(self, answer: Answer, chosen: SampledToken | None) -> None:
+    def _take(self, answer: Answer, chosen: SampledToken | str) -> None:
         """Hand a token on, and end the answer where it is over."""
-        if chosen is None:
-            self._memory.clear(answer.slot)
-            answer.read = 0
-            self._fail(answer, "the model's logits are not finite, or the constraint of the answer allows no token")
+        if isinstance(chosen, str):
+            if chosen == NO_NUMBERS:
+                self._memory.clear(answer.slot)
+                answer.read = 0
+            self._fail(answer, chosen)
             return
         params = answer.request.sampling
         token = chosen.token
