@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Adapters on disk: three LoRAs, one bottleneck adapter, and one whose products are beyond float32."""
     made = {}
     for seed, name in enumerate(("one", "two", "three", "bottleneck", "overflow")):
-        config = slimtune.BottleneckConfig() if name == "bottleneck" else slimtune.LoraConfig(r=4)
+        config = slimtune.BottleneckConfig(dropout=0.5) if name == "bottleneck" else slimtune.LoraConfig(r=4)
         model = randomize(slimtune, slimtune.get_peft_model(tiny_model(), config), seed=seed)
         if name == "overflow":
             with torch.no_grad():

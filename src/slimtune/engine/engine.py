@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.adapters.model import add_drafted, draft_for_inference
 from slimtune.adapters.rows import BASE, RowAdapters
 from slimtune.core.config import PeftConfig
-from slimtune.engine.adapters import ServedAdapter, attach_served, served
+from slimtune.engine.adapters import ServedAdapter, detach_served, served
 from slimtune.engine.answer import Answer, OnEvents, Remains, completion
 from slimtune.engine.model import attention_by_name, causal_model_slots, forward_of, stop_tokens
 from slimtune.engine.product import RowProduct
@@ -261,20 +262,27 @@ class Engine:
             AdapterFileError, BaseMismatchError, TargetError, ConfigError: it can't be; the engine is as it was.
         """
         with self._wakes:
-            if name in self._served:
-                raise AdapterExistsError(f"an adapter '{name}' is loaded already; unload it first, or name this anew")
+            self._check_new(name)
             self._attachments += 1
             attached_as = f"served_{self._attachments}"
-        # Files are read here; only what touches the model waits for the end of a step.
+        # Files are read and tensors made here; only what touches the model waits for the end of a step.
         source = adapter_folder(folder, None)
-        config, tensors = PeftConfig.from_pretrained(source), read_adapter(source)
+        config = PeftConfig.from_pretrained(source)
+        drafted = draft_for_inference(self.model, attached_as, config, read_adapter(source), source)
 
         def attach() -> LoadedAdapter:
-            adapter = attach_served(self.model, name, attached_as, config, tensors, source)
+            with self._wakes:
+                self._check_new(name)
+            add_drafted(self.model, attached_as, config, drafted)
+            adapter = served(self.model, name, attached_as)
             self._served[name] = adapter
             return adapter.loaded
 
         return self._between_steps(attach)
+
+    def _check_new(self, name: str) -> None:
+        if name in self._served:
+            raise AdapterExistsError(f"an adapter '{name}' is loaded already; unload it first, or name this anew")
 
     def unload_adapter(self, name: str, *, wait: bool = True) -> None:
         """Take an adapter off the model and free its memory; from now on no request can name it.
@@ -296,7 +304,7 @@ class Engine:
                         self._fail(answer, f"the adapter '{name}' was unloaded")
             if adapter.requests:
                 return False
-            self.model.delete_adapter(adapter.attached_as)
+            detach_served(self.model, adapter)
             self._remains = {slot: r for slot, r in self._remains.items() if r.owner[1] != adapter.attached_as}
             self._product.forget()
             del self._served[name]
