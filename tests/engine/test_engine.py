@@ -220,6 +220,41 @@ def test_a_stopped_engine_ends_its_answers_and_takes_no_more(tokenizer: Any, fol
     engine.stop(drain=False)
 
 
+def test_an_engine_that_is_not_started_answers_several_threads_one_by_one(
+    tokenizer: Any, folders: dict[str, Path]
+) -> None:
+    engine = engine_of(tokenizer, folders, "one")
+    requests = [ask(adapter=name) for name in ("one", None, "one", None)]
+    expected = [engine.generate([request]) for request in requests]
+    found: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        if number == 2:
+            engine.load_adapter("two", folders["two"])
+        found[number] = engine.generate([requests[number]])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(4)] == expected
+
+
+def test_adapters_may_be_unloaded_while_the_engine_stops(tokenizer: Any, folders: dict[str, Path]) -> None:
+    engine = engine_of(tokenizer, folders, "one", "two")
+    engine.start()
+    receiver = Receiver()
+    engine.submit(ask(adapter="one", max_tokens=30, ignore_eos=True), receiver)
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    engine.unload_adapter("two")
+    engine.unload_adapter("one")
+    stopping.join()
+    assert receiver.events[-1].finish_reason == "length"
+    assert engine.adapters == {}
+
+
 def test_a_listener_that_fails_ends_its_own_request(started: Engine) -> None:
     def fail(events: Any) -> None:
         raise RuntimeError("gone")

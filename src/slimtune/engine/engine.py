@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class Engine:
         self._counters = Counters()
         self._attachments = 0
         self._wakes = threading.Condition(threading.RLock())
+        self._turn = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopping = False
 
@@ -128,7 +129,7 @@ class Engine:
             if not drain:
                 self._cancel_all()
             self._wakes.notify_all()
-        thread, self._thread = self._thread, None
+            thread = self._thread
         if thread is None:
             return
         thread.join(timeout)
@@ -142,25 +143,41 @@ class Engine:
                 answer.handle.cancel()
 
     def _loop(self) -> None:
-        with self._attention():
-            while True:
-                with self._wakes:
-                    while not (self._commands or self._waiting or self._running or self._stopping):
-                        self._wakes.wait()
-                    if self._stopping and not (self._commands or self._waiting or self._running):
-                        return
-                try:
-                    self._step()
-                except Exception as error:
-                    # Nobody would be told of it, and whoever asks would wait for ever.
-                    for answer in (*self._waiting, *self._running.values()):
-                        self._fail(answer, f"the engine failed: {first_line(error)}")
+        with self._driving():
+            self._serve()
+        with self._wakes:
+            self._thread = None
+            # What came in the meantime has nobody else to run it.
+            self._run_commands()
 
-    def _attention(self) -> Any:
-        """While the model's layers read from the slots."""
-        # Until now the model was its owner's, who may have trained an adapter.
-        self._product.forget()
-        return attention_by_name(self.model, ATTENTION)
+    def _serve(self) -> None:
+        """Step until the engine is stopped and all answers have ended."""
+        while True:
+            with self._wakes:
+                while not (self._commands or self._waiting or self._running or self._stopping):
+                    self._wakes.wait()
+                if self._stopping and not (self._commands or self._waiting or self._running):
+                    return
+            try:
+                self._step()
+            except Exception as error:
+                # Nobody would be told of it, and whoever asks would wait for ever.
+                for answer in (*self._waiting, *self._running.values()):
+                    self._fail(answer, f"the engine failed: {first_line(error)}")
+
+    @contextmanager
+    def _driving(self) -> Iterator[None]:
+        """While this thread runs the steps, and the model's layers read from the slots."""
+        with self._turn, attention_by_name(self.model, ATTENTION):
+            # Until now the model was its owner's, who may have trained an adapter.
+            self._product.forget()
+            yield
+
+    def _run_commands(self) -> None:
+        with self._wakes:
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
 
     # -- Requests.
 
@@ -233,21 +250,20 @@ class Engine:
                 done.release()
 
         handles = []
+        is_served = self._thread is not None
         try:
             for index, request in enumerate(requests):
                 handles.append(self.submit(request, lambda new, index=index: receive(index, new)))
-            with nullcontext() if self._thread else self._attention():
+            with nullcontext() if is_served else self._driving():
                 for count in range(len(requests)):
-                    while self._thread is None and not done.acquire(blocking=False):
+                    while not done.acquire(blocking=is_served):
                         self._step()
-                    if self._thread is not None:
-                        done.acquire()
                     if progress:
                         progress(count + 1, len(requests))
         except BaseException:
             for handle in handles:
                 handle.cancel()
-            if self._thread is None:
+            if not is_served:
                 self._drop_cancelled()
             raise
         return [completion(request, own) for request, own in zip(requests, events, strict=True)]
@@ -312,13 +328,11 @@ class Engine:
 
         while not self._between_steps(left):
             if self._thread is None:
-                with self._attention():
+                with self._driving():
                     self._step()
 
     def _between_steps(self, command: Callable[[], Any]) -> Any:
         """What a command gives, run where no step runs. Raises: what it raises."""
-        if self._thread is None:
-            return command()
         if threading.current_thread() is self._thread:
             raise ConfigError("adapters are loaded and unloaded by another thread than the engine's own")
         future: Future[Any] = Future()
@@ -330,8 +344,14 @@ class Engine:
                 future.set_exception(error)
 
         with self._wakes:
-            self._commands.append(run)
-            self._wakes.notify_all()
+            is_served = self._thread is not None
+            if is_served:
+                self._commands.append(run)
+                self._wakes.notify_all()
+        if not is_served:
+            # Where another thread generates, after its turn.
+            with self._turn:
+                run()
         return future.result()
 
     @property
@@ -356,10 +376,7 @@ class Engine:
     # -- One step.
 
     def _step(self) -> None:
-        with self._wakes:
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            command()
+        self._run_commands()
         self._drop_cancelled()
         self._admit()
         groups: dict[ServedAdapter | None, list[Answer]] = {}
