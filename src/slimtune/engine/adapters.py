@@ -57,7 +57,7 @@ def served(model: Any, name: str, attached_as: str) -> ServedAdapter:
     """What an engine must know of an adapter that is on the model."""
     deltas = [delta for _, delta in attached(model, attached_as)]
     own = {id(tensor): tensor for delta in deltas for tensor in (*delta.parameters(), *delta.buffers())}
-    ranks = [delta.r for delta in deltas if isinstance(getattr(delta, "r", None), int)]
+    ranks: list[int] = [rank for rank in (getattr(delta, "r", None) for delta in deltas) if isinstance(rank, int)]
     loaded = LoadedAdapter(
         name=name,
         method=str(model.peft_config[attached_as].peft_type),

@@ -1,7 +1,6 @@
-"""The loop: requests are admitted to slots, read in pieces, answered token by token, all in one packed forward a step.
+"""The engine as its users see it: started and stopped, asked, given adapters, by any thread.
 
-A step takes one token of every answer that is being written and up to `prefill_chunk` tokens of prompts, whatever
-their adapters. Adapters that change parameters which all rows share get a forward of their own, in the same round.
+One thread at a time drives its scheduler: its own after `start`, else whichever generates.
 """
 
 from __future__ import annotations
@@ -11,31 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from slimtune.adapters.model import add_drafted, draft_for_inference
-from slimtune.adapters.rows import BASE, RowAdapters
 from slimtune.core.config import PeftConfig
 from slimtune.engine.adapters import ServedAdapter, detach_served, served
-from slimtune.engine.answer import Answer, OnEvents, Remains, completion
-from slimtune.engine.model import attention_by_name, causal_model_slots, forward_of, stop_tokens
-from slimtune.engine.product import RowProduct
-from slimtune.engine.request import (
-    Completion,
-    EngineStats,
-    FinishReason,
-    Handle,
-    LoadedAdapter,
-    Request,
-    TokenEvent,
-)
-from slimtune.engine.sampling import NO_NUMBERS, SampledToken, Sampler, sample
-from slimtune.engine.slots import ATTENTION, Piece, Step
+from slimtune.engine.answer import Answer, OnEvents, completion
+from slimtune.engine.model import attention_by_name, causal_model_slots, stop_tokens
+from slimtune.engine.request import Completion, EngineStats, Handle, LoadedAdapter, Request, TokenEvent
+from slimtune.engine.sampling import Sampler
+from slimtune.engine.scheduler import Scheduler
+from slimtune.engine.slots import ATTENTION
 from slimtune.engine.text import TextStream, check_tokenizer
 from slimtune.errors import (
     AdapterExistsError,
@@ -47,15 +33,6 @@ from slimtune.errors import (
     listing,
 )
 from slimtune.storage.peft_format import adapter_folder, read_adapter
-
-
-@dataclass
-class Counters:
-    """What has happened since the start."""
-
-    tokens: int = 0
-    prompt_tokens: int = 0
-    steps: int = 0
 
 
 class Engine:
@@ -87,22 +64,19 @@ class Engine:
         check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.slots, self.prefill_chunk = slots, prefill_chunk
-        self._memory = causal_model_slots(model, slots, context)
-        self.context = self._memory.context
         if rank_budget is None:
-            rank_budget = model.config.get_text_config().hidden_size // 4
+            rank_budget = int(model.config.get_text_config().hidden_size // 4)
         check_whole("rank_budget", rank_budget, least=0)
-        self._product = RowProduct(rank_budget)
+        memory = causal_model_slots(model, slots, context)
+        self.context = memory.context
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
-        self._stop_tokens = stop_tokens(model, tokenizer)
         self._served = {name: served(model, name, name) for name in getattr(model, "peft_config", {})}
-        self._waiting: deque[Answer] = deque()
-        self._running: dict[int, Answer] = {}
-        self._remains: dict[int, Remains] = {}
         self._commands: deque[Callable[[], None]] = deque()
-        self._counters = Counters()
         self._attachments = 0
         self._wakes = threading.Condition(threading.RLock())
+        self._scheduler = Scheduler(
+            model, memory, prefill_chunk, rank_budget, stop_tokens(model, tokenizer), self._wakes
+        )
         self._turn = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -139,7 +113,7 @@ class Engine:
 
     def _cancel_all(self) -> None:
         with self._wakes:
-            for answer in (*self._waiting, *self._running.values()):
+            for answer in self._scheduler.answers:
                 answer.handle.cancel()
 
     def _loop(self) -> None:
@@ -154,24 +128,28 @@ class Engine:
         """Step until the engine is stopped and all answers have ended."""
         while True:
             with self._wakes:
-                while not (self._commands or self._waiting or self._running or self._stopping):
+                while not (self._commands or self._scheduler.answers or self._stopping):
                     self._wakes.wait()
-                if self._stopping and not (self._commands or self._waiting or self._running):
+                if self._stopping and not (self._commands or self._scheduler.answers):
                     return
             try:
                 self._step()
             except Exception as error:
                 # Nobody would be told of it, and whoever asks would wait for ever.
-                for answer in (*self._waiting, *self._running.values()):
-                    self._fail(answer, f"the engine failed: {first_line(error)}")
+                for answer in self._scheduler.answers:
+                    self._scheduler.fail(answer, f"the engine failed: {first_line(error)}")
 
     @contextmanager
     def _driving(self) -> Iterator[None]:
         """While this thread runs the steps, and the model's layers read from the slots."""
         with self._turn, attention_by_name(self.model, ATTENTION):
             # Until now the model was its owner's, who may have trained an adapter.
-            self._product.forget()
+            self._scheduler.product.forget()
             yield
+
+    def _step(self) -> None:
+        self._run_commands()
+        self._scheduler.step()
 
     def _run_commands(self) -> None:
         with self._wakes:
@@ -203,7 +181,7 @@ class Engine:
                 text=TextStream(self.tokenizer, request.sampling.stop),
                 tokens=list(request.prompt),
             )
-            self._waiting.append(answer)
+            self._scheduler.waiting.append(answer)
             self._wakes.notify_all()
             return answer.handle
 
@@ -217,10 +195,10 @@ class Engine:
         return adapter
 
     def _check_prompt(self, request: Request, virtual: int) -> None:
-        room = self._memory.context - virtual
+        room = self.context - virtual
         if len(request.prompt) >= room:
             raise ConfigError(
-                f"the prompt has {len(request.prompt)} tokens, and the context of {self._memory.context} leaves room "
+                f"the prompt has {len(request.prompt)} tokens, and the context of {self.context} leaves room "
                 f"for {room - 1} and one of an answer; shorten it, or give the engine a longer context"
             )
         unknown = next((token for token in request.prompt if not 0 <= token < self._vocabulary), None)
@@ -264,7 +242,7 @@ class Engine:
             for handle in handles:
                 handle.cancel()
             if not is_served:
-                self._drop_cancelled()
+                self._scheduler.drop_cancelled()
             raise
         return [completion(request, own) for request, own in zip(requests, events, strict=True)]
 
@@ -315,14 +293,13 @@ class Engine:
 
         def left() -> bool:
             if not wait:
-                for answer in (*self._waiting, *self._running.values()):
+                for answer in self._scheduler.answers:
                     if answer.adapter is adapter:
-                        self._fail(answer, f"the adapter '{name}' was unloaded")
+                        self._scheduler.fail(answer, f"the adapter '{name}' was unloaded")
             if adapter.requests:
                 return False
             detach_served(self.model, adapter)
-            self._remains = {slot: r for slot, r in self._remains.items() if r.owner[1] != adapter.attached_as}
-            self._product.forget()
+            self._scheduler.forget(adapter)
             del self._served[name]
             return True
 
@@ -363,183 +340,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """Where the engine stands."""
         with self._wakes:
+            running, counters = len(self._scheduler.running), self._scheduler.counters
             return EngineStats(
-                waiting=len(self._waiting),
-                running=len(self._running),
-                free_slots=self.slots - len(self._running),
-                tokens_generated=self._counters.tokens,
-                prompt_tokens=self._counters.prompt_tokens,
-                steps=self._counters.steps,
+                waiting=len(self._scheduler.waiting),
+                running=running,
+                free_slots=self.slots - running,
+                tokens_generated=counters.tokens,
+                prompt_tokens=counters.prompt_tokens,
+                steps=counters.steps,
                 adapter_bytes=sum(adapter.loaded.bytes for adapter in self._served.values()),
             )
-
-    # -- One step.
-
-    def _step(self) -> None:
-        self._run_commands()
-        self._drop_cancelled()
-        self._admit()
-        groups: dict[ServedAdapter | None, list[Answer]] = {}
-        for answer in self._running.values():
-            groups.setdefault(answer.adapter if answer.adapter and answer.adapter.alone else None, []).append(answer)
-        for alone, answers in groups.items():
-            self._advance(answers, alone)
-        self._counters.steps += bool(groups)
-
-    def _drop_cancelled(self) -> None:
-        with self._wakes:
-            gone = [a for a in (*self._waiting, *self._running.values()) if a.handle.cancelled]
-        for answer in gone:
-            self._finish(answer, [TokenEvent(-1, "", finish_reason="cancelled")])
-
-    def _admit(self) -> None:
-        """Give free slots to those who wait, in their order; each begins with what its slot or another one knows."""
-        with self._wakes:
-            while self._waiting and len(self._running) < self.slots:
-                answer = self._waiting.popleft()
-                answer.slot, answer.read = self._place(answer)
-                self._remains.pop(answer.slot, None)
-                self._running[answer.slot] = answer
-                self._counters.prompt_tokens += len(answer.tokens)
-
-    def _place(self, answer: Answer) -> tuple[int, int]:
-        """A free slot, and how many of the answer's positions it holds already."""
-        free = [slot for slot in range(self.slots) if slot not in self._running]
-        known = {slot: self._shared(answer, remains.owner, remains.tokens) for slot, remains in self._remains.items()}
-        for slot, other in self._running.items():
-            known[slot] = self._shared(answer, other.owner, other.tokens[: max(0, other.read - other.virtual)])
-        best = max(known, key=lambda slot: (known[slot], slot in free), default=-1)
-        if best >= 0 and known[best]:
-            # The last token of a prompt is always read, for the logits behind it.
-            slot = best if best in free else free[0]
-            length = answer.virtual + known[best]
-            if slot != best:
-                self._memory.copy(best, slot, length)
-            return slot, length
-        # Low slots first: a step attends over the span of those that decode.
-        slot = next((slot for slot in free if slot not in self._remains), free[0])
-        if answer.adapter and answer.adapter.pairs:
-            for layer, (keys_HND, values_HND) in enumerate(answer.adapter.pairs):
-                self._memory.write(slot, layer, keys_HND, values_HND)
-            return slot, answer.virtual
-        return slot, 0
-
-    def _shared(self, answer: Answer, owner: tuple[str, str], tokens: Sequence[int]) -> int:
-        """How many tokens of a prompt a slot has read for the same tenant and adapter, but the last."""
-        if owner != answer.owner:
-            return 0
-        most = min(len(tokens), len(answer.tokens) - 1)
-        return next((i for i in range(most) if tokens[i] != answer.tokens[i]), most)
-
-    @torch.inference_mode()
-    def _advance(self, answers: list[Answer], alone: ServedAdapter | None) -> None:
-        """One forward for these answers, and what comes of it."""
-        try:
-            ready, logits_NV = self._forward(answers, alone)
-            chosen = sample(logits_NV, [answer.sampler for answer in ready]) if ready else []
-        except Exception as error:
-            by_adapter: dict[ServedAdapter | None, list[Answer]] = {}
-            for answer in answers:
-                by_adapter.setdefault(answer.adapter, []).append(answer)
-            if len(by_adapter) > 1:
-                # Whose fault it is shows when each adapter runs by itself; the others are answered.
-                for own in by_adapter.values():
-                    self._advance(own, None)
-                return
-            for answer in answers:
-                self._fail(answer, first_line(error))
-            return
-        for answer, token in zip(ready, chosen, strict=True):
-            try:
-                self._take(answer, token)
-            except Exception as error:
-                self._fail(answer, first_line(error))
-
-    def _forward(self, answers: list[Answer], alone: ServedAdapter | None) -> tuple[list[Answer], Tensor]:
-        """The answers whose next token can be chosen now, with their logits (answers, vocabulary)."""
-        decoding = [answer for answer in answers if answer.pending == 1]
-        decoding.sort(key=lambda answer: answer.slot)
-        taken = [(answer, 1) for answer in decoding]
-        budget = self.prefill_chunk
-        for answer in answers:
-            length = 0 if answer.pending == 1 else min(answer.pending, budget)
-            if length:
-                budget -= length
-                taken.append((answer, length))
-        pieces = [Piece(answer.slot, answer.read, length) for answer, length in taken]
-        step = Step(self._memory, pieces[: len(decoding)], pieces[len(decoding) :])
-        ids, names, kept, ready, virtual = [], [], [], [], []
-        for answer, length in taken:
-            for position in range(answer.read - answer.virtual, answer.read - answer.virtual + length):
-                if position < 0:
-                    virtual.append((len(ids), answer.virtual_token(position)))
-                ids.append(answer.tokens[position] if position >= 0 else 0)
-            names += [answer.adapter.attached_as if answer.adapter else BASE] * length
-            if length == answer.pending:
-                kept.append(len(ids) - 1)
-                ready.append(answer)
-        settings = self._settings(alone, names, kept or [0])
-        with step.running(), settings:
-            logits_NV = forward_of(self.model, ids, step.position_T, kept or [0], virtual)
-        for answer, length in taken:
-            answer.read += length
-        return ready, logits_NV
-
-    def _settings(self, alone: ServedAdapter | None, names: list[str], kept: list[int]) -> Any:
-        """Which adapters a forward runs through."""
-        state = vars(self.model).get("adapter_state")
-        if state is None:
-            return nullcontext()
-        if alone is not None:
-            return state.using(applied=(alone.attached_as,), rows=None)
-        return state.using(
-            applied=(), rows=RowAdapters(tuple(names), kept=tuple(kept), packed=True, product=self._product)
-        )
-
-    def _take(self, answer: Answer, chosen: SampledToken | str) -> None:
-        """Hand a token on, and end the answer where it is over."""
-        if isinstance(chosen, str):
-            if chosen == NO_NUMBERS:
-                self._memory.clear(answer.slot)
-                answer.read = 0
-            self._fail(answer, chosen)
-            return
-        params = answer.request.sampling
-        token = chosen.token
-        answer.tokens.append(token)
-        self._counters.tokens += 1
-        reason: FinishReason | None = None
-        if token in self._stop_tokens and not params.ignore_eos:
-            text, reason = answer.text.finish(), "stop"
-        else:
-            answer.sampler.accept(token)
-            text = answer.text.push(token)
-            if answer.text.stopped:
-                reason = "stop"
-            elif answer.written >= params.max_tokens or answer.virtual + len(answer.tokens) >= self._memory.context:
-                text, reason = text + answer.text.finish(), "length"
-        event = TokenEvent(token, text, chosen.logprob, chosen.alternatives, reason)
-        self._finish(answer, [event]) if reason else self._send(answer, [event])
-
-    def _fail(self, answer: Answer, error: str) -> None:
-        self._finish(answer, [TokenEvent(-1, "", finish_reason="error", error=error)])
-
-    def _finish(self, answer: Answer, events: list[TokenEvent]) -> None:
-        """Free the slot, which keeps what it has read for the next prompt that begins so."""
-        with self._wakes:
-            if answer.slot >= 0:
-                del self._running[answer.slot]
-                read = answer.tokens[: max(0, answer.read - answer.virtual)]
-                self._remains[answer.slot] = Remains(answer.owner, read)
-            else:
-                self._waiting.remove(answer)
-            if answer.adapter:
-                answer.adapter.requests -= 1
-        self._send(answer, events)
-
-    def _send(self, answer: Answer, events: list[TokenEvent]) -> None:
-        try:
-            answer.on_events(events)
-        except Exception:
-            # Whoever asked can't be told; the others must go on.
-            answer.handle.cancel()

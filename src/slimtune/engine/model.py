@@ -30,8 +30,7 @@ def causal_model_slots(model: Any, slots: int, context: int | None) -> KeyValueS
     if config is None or config.is_encoder_decoder or not (hasattr(model, "can_generate") and model.can_generate()):
         raise ConfigError(f"the engine runs causal language models of transformers, found a {type(model).__name__}")
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        context = min(own or LONGEST, LONGEST)
+    context = min(own or LONGEST, LONGEST) if context is None else context
     check_whole("context", context, least=2)
     if own and context > own:
         raise ConfigError(f"a context of {context} is beyond the {own} positions of this model; choose less")
@@ -64,6 +63,7 @@ def _check_memory(model: Any, shapes: Sequence[tuple[int, int, int]], slots: int
 @torch.inference_mode()
 def _tried(model: Any) -> list[tuple[int, int, int]]:
     """The heads and widths of each layer's keys and values, of a model that answers in slots as by itself."""
+    shapes: list[tuple[int, int, int]] = []
     reason = "its keys and values are not those of an attention over all tokens before"
     try:
         ids = (torch.arange(_PROBE) % model.get_input_embeddings().weight.shape[0]).tolist()

@@ -52,10 +52,17 @@ class KeyValueSlots:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
-    def clear(self, slot: int) -> None:
-        """Zeros: what isn't finite would reach the next sequence, as zero times infinity is no number."""
-        for tensor in (*self.keys, *self.values):
+    def clear_unless_finite(self, slot: int, length: int) -> bool:
+        """Zeros in a slot whose numbers aren't finite; gives back whether they are.
+
+        A later sequence masks what it hasn't written over, and zero times infinity is no number. The last layer shows
+        it: what isn't finite in one layer makes keys and values of all behind it so.
+        """
+        last = (self.keys[-1][slot, :, :length], self.values[-1][slot, :, :length])
+        is_finite = all(bool(tensor.isfinite().all()) for tensor in last)
+        for tensor in () if is_finite else (*self.keys, *self.values):
             tensor[slot].zero_()
+        return is_finite
 
     def write(self, slot: int, layer: int, keys_HND: Tensor, values_HND: Tensor) -> None:
         """Put keys and values at the start of a slot."""
