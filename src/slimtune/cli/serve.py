@@ -9,14 +9,15 @@ import typer
 
 from slimtune.cli.options import Base, Device, Dtype, Json, Quantize, TrustRemoteCode, parse
 from slimtune.console.screen import print_json, say
-from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError
+from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice
 
 if TYPE_CHECKING:
     from slimtune.models.load import LoadOptions
     from slimtune.serve.backend import Backend
     from slimtune.serve.registry import Registry
 
-_LIMITS = "Limits"
+_LIMITS, _REMOTE = "Limits", "Other servers"
+_ENGINES = ("embedded", "vllm", "openai")
 
 
 def serve(
@@ -48,6 +49,15 @@ def serve(
     device: Device = "auto",
     quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
+    engine: Annotated[
+        str, typer.Option(help="embedded; vllm or openai: servers that run already.", rich_help_panel=_REMOTE)
+    ] = "embedded",
+    url: Annotated[
+        list[str], typer.Option(help="Where they are; repeatable, for several replicas.", rich_help_panel=_REMOTE)
+    ] = [],  # noqa: B006 - typer copies it
+    url_key: Annotated[
+        str | None, typer.Option(envvar="SLIMTUNE_URL_KEY", help="Their API key.", rich_help_panel=_REMOTE)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a base and its adapters over OpenAI's API: all methods in one batch, keys and limits for each tenant.
@@ -55,12 +65,16 @@ def serve(
     The field "model" names an adapter, NAME or NAME@VERSION, or "base". Ctrl-C and SIGTERM end running answers and
     refuse new ones; a second one stops at once. With --json, the address is a line of JSON.
 
+    With --engine vllm the same keys, limits and names stand in front of vLLM, MODEL being its name for the base. With
+    --engine openai any server of OpenAI's API does; --adapter NAME=MODEL then names its other models.
+
     Example: slimtune serve smollm2-135m-instruct --adapters adapters --keys keys.yaml --host 0.0.0.0
     """
     _require_libraries()
     from slimtune.models.load import LoadOptions
     from slimtune.serve.gateway import Gateway, GatewaySettings
     from slimtune.serve.registry import Registry
+    from slimtune.serve.remote import RemoteBackend
     from slimtune.serve.server import check_host, run
     from slimtune.serve.tenants import Keyring
 
@@ -68,9 +82,22 @@ def serve(
     # What can be wrong without a model comes before a model is loaded.
     keyring = Keyring(keys)
     named = {name: Path(folder) for name, folder in parse(adapter).items()}
-    backend = _backend(base, LoadOptions(dtype, device, trust_remote_code, quantize), slots, context)
+    check_choice("--engine", engine, _ENGINES)
+    if (engine != "embedded") != bool(url):
+        raise ConfigError(f"--engine {engine} with{'' if url else 'out'} --url: vllm and openai need it, embedded none")
+    if engine == "openai" and adapters is not None:
+        raise ConfigError("--engine openai loads no adapters; name models of the servers with --adapter NAME=MODEL")
+    backend: Backend
+    if engine == "embedded":
+        backend = _backend(base, LoadOptions(dtype, device, trust_remote_code, quantize), slots, context)
+    else:
+        backend = RemoteBackend(url, base, slots, url_key, loads=engine == "vllm")
     registry = Registry(backend, adapter_memory)
-    _register(registry, adapters, named)
+    if engine == "openai":
+        for name, model in named.items():
+            registry.register(name, model, is_folder=False)
+    else:
+        _register(registry, adapters, named)
     settings = GatewaySettings(
         base=base, adapters=adapters, queue=queue, queue_timeout=queue_timeout, request_timeout=request_timeout,
         max_body=max_body,
@@ -89,6 +116,7 @@ def serve(
 def _require_libraries() -> None:
     try:
         import fastapi  # noqa: F401
+        import httpx  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from slimtune.data.features import extract
 from slimtune.data.texts import longest_input
 from slimtune.engine.request import LoadedAdapter
-from slimtune.errors import ConfigError, DataError
+from slimtune.errors import ConfigError
 from slimtune.serve.backend import Asked, Piece
 from slimtune.serve.openai import bad_request
 from slimtune.storage.text_files import read_json
@@ -30,7 +30,7 @@ class EncoderBackend:
     """
 
     slots = 1
-    context: int | None
+    context: int
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -57,14 +57,14 @@ class EncoderBackend:
         return await asyncio.get_running_loop().run_in_executor(self._working, self._embed, texts)
 
     def _embed(self, texts: list[str]) -> tuple[list[list[float]], int]:
-        try:
-            vectors_ND = extract(self.model, self.tokenizer, texts, self.pooling, _BATCH, max_length=self.context)
-        except DataError as error:
-            raise bad_request(str(error), "input", "context_length_exceeded") from error
+        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+        if max(lengths) > self.context:
+            message = f"a text has {max(lengths):,} tokens, and the model reads {self.context:,}; shorten it"
+            raise bad_request(message, "input", "context_length_exceeded")
+        vectors_ND = extract(self.model, self.tokenizer, texts, self.pooling, _BATCH, max_length=self.context)
         if self.is_normalised:
             vectors_ND = normalize(vectors_ND, dim=-1)
-        tokens = sum(map(len, self.tokenizer(texts)["input_ids"]))
-        return vectors_ND.tolist(), tokens
+        return vectors_ND.tolist(), sum(lengths)
 
     async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncIterator[Piece]:
         """Raises: ApiError."""

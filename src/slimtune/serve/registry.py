@@ -90,20 +90,30 @@ class Registry:
     def __iter__(self) -> Iterator[Adapter]:
         return iter([adapter for versions in self._versions.values() for adapter in versions.values()])
 
-    def register(self, name: str, folder: Path) -> Adapter:
-        """Enrol the adapter in a folder as the newest version of its name. Raises: AdapterFileError, ConfigError."""
+    def register(self, name: str, folder: Path, is_folder: bool = True) -> Adapter:
+        """Enrol the adapter in a folder as the newest version of its name.
+
+        Args:
+            is_folder: False where the folder is the name of a model on another server.
+
+        Raises:
+            AdapterFileError, ConfigError: it can't be read; or its name is none.
+        """
         if not NAME.fullmatch(name) or name == BASE:
             raise ConfigError(
                 f"an adapter can't be called '{name[:140]}'; take letters, digits, '.', '_' and '-', and not '{BASE}'"
             )
-        stored = read_folder(folder, ADAPTER, "adapter_model*.safetensors")
+        config: Mapping[str, Any] = {"peft_type": "remote"}
+        stored_bytes = 0
+        if is_folder:
+            stored = read_folder(folder, ADAPTER, "adapter_model*.safetensors")
+            config, stored_bytes = stored.config, stored.stored_bytes
         # Counted on where all versions are gone again.
         version = next(self._next.setdefault(name, itertools.count(1)))
-        config: Mapping[str, Any] = stored.config
         rank = config.get("r")
         adapter = Adapter(
             name, version, folder, str(config.get("peft_type", "unknown")), rank if isinstance(rank, int) else None,
-            stored.stored_bytes, time.time(),
+            stored_bytes, time.time(),
         )  # fmt: skip
         self._versions.setdefault(name, {})[version] = adapter
         return adapter

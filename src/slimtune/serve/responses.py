@@ -50,7 +50,8 @@ class Responses:
         choice = self.choices[piece.choice]
         choice.text.append(piece.text)
         choice.logprobs += piece.logprobs
-        choice.tool_calls += piece.tool_calls
+        for call in piece.tool_calls:
+            _merge(choice.tool_calls, call)
         choice.finish_reason = piece.finish_reason or choice.finish_reason
 
     def events(self, pieces: Iterable[Piece]) -> bytes:
@@ -126,6 +127,17 @@ class Responses:
             "top_logprobs": [dict(reversed(entry.alternatives)) for entry in logprobs],
             "text_offset": offsets,
         }
+
+
+def _merge(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    """Add to the calls what one piece holds of one of them: a new one, or more of its arguments."""
+    known = next((call for call in calls if call["index"] == delta.get("index")), None)
+    if known is None:
+        function = {"name": "", "arguments": ""} | {k: v for k, v in delta.get("function", {}).items() if v is not None}
+        calls.append(delta | {"function": function, "type": "function"})
+        return
+    for name, text in delta.get("function", {}).items():
+        known["function"][name] += text or ""
 
 
 def error_event(body: dict[str, Any]) -> bytes:
