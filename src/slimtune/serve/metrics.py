@@ -1,4 +1,4 @@
-"""What is counted, for Prometheus; `grafana.json` beside this file is a dashboard of it."""
+"""What is counted, for Prometheus; docs/serving/grafana.json is a dashboard of it."""
 
 from __future__ import annotations
 
