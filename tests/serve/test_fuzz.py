@@ -52,7 +52,7 @@ def check(answer: Any) -> None:
         json.loads(answer.text)
 
 
-@settings(max_examples=80)
+@settings(max_examples=25)
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3), is_chat=st.booleans())
 def test_fields_of_every_kind(server: Started, changes: dict[str, Any], is_chat: bool) -> None:
     start, route = (CHAT, ROUTES[0]) if is_chat else (COMPLETION, ROUTES[1])
@@ -60,20 +60,20 @@ def test_fields_of_every_kind(server: Started, changes: dict[str, Any], is_chat:
     check(server.post(route, start | changes | {"max_tokens": 2} | ({"n": 2} if "n" in changes else {})))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(body=st.dictionaries(st.text(max_size=8), VALUES, max_size=4) | VALUES, route=st.sampled_from(ROUTES))
 def test_bodies_of_every_kind(server: Started, body: Any, route: str) -> None:
     check(server.post(route, body))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(schema_value=VALUES | st.fixed_dictionaries({"type": VALUES}, optional={"properties": VALUES, "enum": VALUES}))
 def test_schemas_of_every_kind(server: Started, schema_value: Any) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema_value}}
     check(server.post(ROUTES[0], CHAT | {"response_format": form}))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.binary(max_size=200), is_start=st.booleans())
 def test_bytes_that_are_no_http(server: Started, data: bytes, is_start: bool) -> None:
     host, port = server.url.removeprefix("http://").split(":")
