@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from typing import Any
 import openai
 import pytest
 
+from slimtune.engine.engine import Engine
 from slimtune.errors import AdapterFileError, ConfigError
-from slimtune.serve.registry import inside
+from slimtune.serve.local import EngineBackend
+from slimtune.serve.registry import Registry, inside
 from small_server import Started, save_adapter, started, wait_until
+from small_text_model import tiny_model, tiny_tokenizer
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -221,3 +225,46 @@ def test_a_folder_of_adapters_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="no folder"):
         folders_of(tmp_path / "nowhere")
     assert folders_of(tmp_path) == {}
+
+
+def test_who_leaves_while_an_adapter_is_loaded_leaves_it_known(folder: Path) -> None:
+    async def run() -> None:
+        backend = EngineBackend(Engine(tiny_model(), tiny_tokenizer(), slots=2))
+        registry = Registry(backend)
+        adapter = registry.register("a0", folder / "a0")
+        await backend.start()
+
+        async def hold() -> None:
+            async with registry.use(adapter):
+                await asyncio.sleep(60)
+
+        # Cancelled at every point of the way, twice as well.
+        for steps in range(12):
+            task = asyncio.create_task(hold())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert bool(adapter.loaded) == (adapter.versioned in backend.engine.adapters), steps
+            async with registry.use(adapter) as name:
+                assert name in backend.engine.adapters
+            await registry.unload(adapter)
+            adapter = registry.register("a0", folder / "a0")
+        await backend.stop()
+
+    asyncio.run(run())
+
+
+def test_a_load_without_room_is_no_version(folder: Path) -> None:
+    size = (folder / "a0" / "adapter_model.safetensors").stat().st_size
+    with started(folder, memory=int(1.5 * size)) as server:
+        stream = server.client().chat.completions.create(
+            model="a0", messages=HELLO, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        answer = load(server, "a1", "a2")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_room")
+        assert [adapter.versioned for adapter in server.gateway.registry if adapter.name == "a1"] == ["a1@1"]
+        stream.close()

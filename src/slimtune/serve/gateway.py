@@ -121,16 +121,19 @@ class Gateway:
     async def load_adapter(self, tenant: Tenant, name: str, path: str) -> Adapter:
         """Register an adapter, as a new version where the name is known, and load it. Raises: ApiError."""
         self._require_admin(tenant)
-        adapter = None
         try:
             adapter = self.registry.register(name, inside(self.settings.adapters, path))
+        except SlimtuneError as error:
+            raise bad_request(str(error), "lora_path") from error
+        try:
             async with self.registry.use(adapter):
                 return adapter
-        except SlimtuneError as error:
-            if adapter is not None:
-                # The version from before, if there is one, is the newest again.
-                await self.registry.unload(adapter)
-            raise bad_request(str(error), "lora_path") from error
+        except BaseException as error:
+            # Whatever the reason, the version from before, if there is one, is the newest again.
+            await self.registry.unload(adapter)
+            if isinstance(error, SlimtuneError):
+                raise bad_request(str(error), "lora_path") from error
+            raise
 
     async def unload_adapter(self, tenant: Tenant, name: str, force: bool = False) -> None:
         """Take an adapter away and wait until its memory is free. Raises: ApiError."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,10 +148,10 @@ class Registry:
     async def unload(self, adapter: Adapter) -> None:
         """Take a version out of the list at once, and its memory back once no request runs on it."""
         adapter.removed = True
-        versions = self._versions[adapter.name]
+        versions = self._versions.get(adapter.name, {})
         versions.pop(adapter.version, None)
         if not versions:
-            del self._versions[adapter.name]
+            self._versions.pop(adapter.name, None)
         await adapter.idle.wait()
         await self._put_out(adapter)
 
@@ -161,11 +162,14 @@ class Registry:
             async with self._room:
                 await self._make_room(adapter.stored_bytes)
                 try:
-                    adapter.loaded = await self.backend.load_adapter(adapter.versioned, adapter.folder)
+                    await _to_the_end(self._put_in(adapter))
                 except SlimtuneError as error:
                     adapter.error = str(error)
                     raise
             adapter.error = None
+
+    async def _put_in(self, adapter: Adapter) -> None:
+        adapter.loaded = await self.backend.load_adapter(adapter.versioned, adapter.folder)
 
     async def _make_room(self, needed: int) -> None:
         if self.memory is None:
@@ -190,9 +194,21 @@ class Registry:
 
     async def _put_out(self, adapter: Adapter) -> None:
         if adapter.loaded:
-            # Before the call, so that whoever wants it now waits for its lock and loads it again.
+            # Before the call, so that whoever wants it now waits for room and loads it again.
             adapter.loaded = None
-            await self.backend.unload_adapter(adapter.versioned)
+            await _to_the_end(self.backend.unload_adapter(adapter.versioned))
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that goes on in the backend though its client has gone; what it changes is known when this returns."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        raise
 
 
 def folders_of(root: Path) -> dict[str, Path]:
