@@ -58,6 +58,9 @@ _HOME = {
     "Quantization": "quantization.config",
     "parts": "quantization.report",
     "prepare_model_for_kbit_training": "quantization.prepare",
+    "Engine": "engine.engine",
+    "Request": "engine.request",
+    "SamplingParams": "engine.request",
     "load_diffusers_lora": "models.diffusers",
     "save_diffusers_lora": "models.diffusers",
     "lora_plus_groups": "train.optimizer",
@@ -95,6 +98,9 @@ if TYPE_CHECKING:
     from slimtune.adapters.model_views import get_model_status as get_model_status
     from slimtune.core.config import PeftConfig as PeftConfig
     from slimtune.core.config import TaskType as TaskType
+    from slimtune.engine.engine import Engine as Engine
+    from slimtune.engine.request import Request as Request
+    from slimtune.engine.request import SamplingParams as SamplingParams
     from slimtune.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from slimtune.methods.bitfit import BitFitConfig as BitFitConfig
     from slimtune.methods.bottleneck import BottleneckConfig as BottleneckConfig

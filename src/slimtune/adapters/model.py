@@ -113,7 +113,7 @@ def _attach_new(model: Any, config: PeftConfig, name: str, autocast: bool, repla
     for site, delta in drafted.placed:
         delta.initialise(drafted.config, site)
     warn_of_untrained_rows(model, drafted.placed)
-    _add(model, name, config, drafted)
+    add_drafted(model, name, config, drafted)
 
 
 def attach_stored(
@@ -126,21 +126,42 @@ def attach_stored(
         BaseMismatchError: the tensors, which come from `source`, were made for another base.
     """
     options = options or ReadOptions()
-    tensors = on_model(model, tensors, options.key_mapping)
-    resized = stored_whole(model, config, tensors)
-    if resized:
-        config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *resized]
-    config.inference_mode = not is_trainable
+    tensors = _on_this_model(model, config, tensors, is_trainable, options)
     any_shape = options.ignore_mismatched_sizes
     if name in getattr(model, "peft_config", {}) and _means_the_same(model.peft_config[name], config):
         # In place, so that what was compiled for these tensors still is.
         fill(model, config, attached(model, name), tensors, source, ignore_mismatched_sizes=any_shape)
     else:
         drafted = draft_stored(model, name, config, tensors, source, autocast_adapter_dtype, any_shape)
-        _add(model, name, config, drafted)
+        add_drafted(model, name, config, drafted)
     if not is_trainable:
         model.eval()
     return _IncompatibleKeys([], [])
+
+
+def draft_for_inference(model: Any, name: str, config: Any, tensors: Mapping[str, Tensor], source: str | Path) -> Draft:
+    """A stored adapter for `add_drafted`, which alone touches the model: it may run in another thread meanwhile.
+
+    Raises:
+        BaseMismatchError: the tensors, which come from `source`, were made for another base.
+    """
+    tensors = _on_this_model(model, config, tensors, False, ReadOptions())
+    drafted = draft_stored(model, name, config, tensors, source, True)
+    for _, delta in drafted.placed:
+        delta.eval()
+    return drafted
+
+
+def _on_this_model(
+    model: Any, config: Any, tensors: Mapping[str, Tensor], is_trainable: bool, options: ReadOptions
+) -> dict[str, Tensor]:
+    """The tensors by the keys that they have on this model, with what the config says of them noted in it."""
+    tensors = on_model(model, tensors, options.key_mapping)
+    resized = stored_whole(model, config, tensors)
+    if resized:
+        config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *resized]
+    config.inference_mode = not is_trainable
+    return tensors
 
 
 def _means_the_same(one: PeftConfig, other: PeftConfig) -> bool:
@@ -149,7 +170,7 @@ def _means_the_same(one: PeftConfig, other: PeftConfig) -> bool:
     return type(one) is type(other) and one.to_dict() | neutral == other.to_dict() | neutral
 
 
-def _add(model: Any, name: str, config: Any, drafted: Draft) -> None:
+def add_drafted(model: Any, name: str, config: Any, drafted: Draft) -> None:
     """Attach an adapter, in place of one of that name; the first one makes the model a `PeftModel` and is active."""
     first = not isinstance(model, PeftModel)
     if first:
@@ -292,7 +313,7 @@ class PeftModel(PeftNames, Adopted):
         """
         self.adapter_state.check_known(*adapters)
         drafted = draft_combined(self, adapters, weights, adapter_name, combination_type, svd_rank, options)
-        _add(self, adapter_name, drafted.config, drafted)
+        add_drafted(self, adapter_name, drafted.config, drafted)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, the oldest of the others becomes active.

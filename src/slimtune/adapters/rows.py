@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Hashable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ BASE = "__base__"
 """The name under which rows of a mixed batch ask for the untouched base."""
 
 
+class JointProduct(Protocol):
+    """The product of a linear layer under several adapters at once."""
+
+    def __call__(
+        self, module: Any, frozen: Callable[..., Any], rows: RowAdapters, x: Tensor
+    ) -> tuple[Tensor, Collection[str]]:
+        """What it computes, and the adapters that are in it; rows of all others are the frozen product's."""
+        ...
+
+
 class RowAdapters:
     """The adapter of each row of a batch.
 
@@ -24,11 +34,17 @@ class RowAdapters:
         kept: the rows whose logits are computed, ascending; None for all.
         packed: the rows are the tokens of one packed batch row, (1, rows, ...), or (rows, ...) where a module takes
             its tokens so.
+        product: what computes several adapters at once, where there is one.
     """
 
-    def __init__(self, names: tuple[str, ...], kept: tuple[int, ...] | None = None, packed: bool = False) -> None:
+    def __init__(
+        self, names: tuple[str, ...], kept: tuple[int, ...] | None = None, packed: bool = False,
+        product: JointProduct | None = None,
+    ) -> None:  # fmt: skip
         self.names, self.distinct, self.kept, self.packed = names, frozenset(names), kept, packed
+        self.product = product
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        self._made: dict[Hashable, Tensor] = {}
 
     def dim(self, x: Tensor) -> int:
         """The axis of a module's input along which rows lie."""
@@ -43,6 +59,13 @@ class RowAdapters:
             # Made once for all modules of a forward: a list of numbers becomes a tensor on the device.
             known = self._groups[length, x.device] = self._positions(length, x.device)
         return known
+
+    def cached(self, key: Hashable, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What follows from the rows alone, made once for all modules whose input is as long."""
+        whole_key = key, x.shape[self.dim(x)], x.device
+        if whole_key not in self._made:
+            self._made[whole_key] = make()
+        return self._made[whole_key]
 
     def _positions(self, length: int, device: torch.device) -> dict[str, Tensor]:
         names = self.names
@@ -104,13 +127,19 @@ def run_rows(
         return frozen(module, x, *args, **kwargs)
     check_rows(module, rows)
     groups, dim = rows.groups(x), rows.dim(x)
-    if len(groups) == 1:
+    done: Collection[str] = ()
+    if rows.product is not None and module.adopted_base.kind == "linear" and not (args or kwargs):
+        y, done = rows.product(module, frozen, rows, x)
+    elif len(groups) == 1:
         return composed(next(iter(groups)))(module, x, *args, **kwargs)
-    y = frozen(module, x, *args, **kwargs)
+    else:
+        y = frozen(module, x, *args, **kwargs)
+    if all(name in done or name not in own for name in groups):
+        return y
     parts, order = [], []
     for name, positions in groups.items():
         y_rows = y.index_select(dim, positions)
-        if name in own:
+        if name in own and name not in done:
             x_rows = x.index_select(dim, positions)
             if own[name].holds:
                 # Its own parameters stand in for the module's, so that the frozen product isn't a part of it.

@@ -166,6 +166,26 @@ class Frozen:
         return self.base.bias(self.module)
 
 
+@dataclass(frozen=True)
+class RowParts:
+    """A change of a linear layer at rest, as what it does to each row: y = o * (base(i * x) + B A (i * x)) + p.
+
+    What isn't there is one, or zero for p. Rows under changes of different methods then share one product with the
+    frozen weight, and one with the factors of all.
+
+    Attributes:
+        a, b: A (r, in) and B (out, r), with their scale in B.
+        input, output: i (in,) and o (out,).
+        bias: p (out,).
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    input: Tensor | None = None
+    output: Tensor | None = None
+    bias: Tensor | None = None
+
+
 class Delta(nn.Module):
     """A trainable change to one frozen module.
 
@@ -191,6 +211,13 @@ class Delta(nn.Module):
     def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
         """The method's equation; `base(x)` is what the frozen module computes."""
         return base(*args, **kwargs)
+
+    def row_parts(self, base: Frozen) -> RowParts | None:
+        """The equation at rest as what it does to each row of a linear layer; None where it has no such form.
+
+        What is held whole isn't in it.
+        """
+        return None
 
     def initialise(self, config: Any, site: Site) -> None:
         """Set the parameters to where training starts, as the config asks."""

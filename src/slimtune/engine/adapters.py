@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from slimtune.adapters.adapter import attached
-from slimtune.adapters.model import attach_stored
-from slimtune.core.config import PeftConfig
+from slimtune.adapters.adapter import attached, detach
 from slimtune.core.delta import deltas_of
 from slimtune.engine.request import LoadedAdapter
 from slimtune.methods.prompt.prefix_tuning import Prefix
@@ -45,12 +42,15 @@ class ServedAdapter:
     leaving: bool = False
 
 
-def attach_served(
-    model: Any, name: str, attached_as: str, config: PeftConfig, tensors: dict[str, Tensor], folder: Path
-) -> ServedAdapter:
-    """Attach an adapter that was read from a folder. Raises: BaseMismatchError, TargetError, ConfigError."""
-    attach_stored(model, attached_as, config, tensors, folder)
-    return served(model, name, attached_as)
+def detach_served(model: Any, adapter: ServedAdapter) -> None:
+    """Take an adapter off the model; its memory is free then."""
+    name = adapter.attached_as
+    if name in model.active_adapters:
+        model.delete_adapter(name)
+        return
+    # Without making any other adapter active, which would go through all parameters of all adapters.
+    detach(model, name)
+    del model.peft_config[name]
 
 
 def served(model: Any, name: str, attached_as: str) -> ServedAdapter:
@@ -64,7 +64,7 @@ def served(model: Any, name: str, attached_as: str) -> ServedAdapter:
         rank=max(ranks, default=None),
         bytes=sum(tensor.nbytes for tensor in own.values()),
     )
-    at_root = deltas_of(model).get(attached_as)
+    at_root = dict(deltas_of(model).items()).get(attached_as)
     result = ServedAdapter(name, attached_as, loaded, any(d.reweighs for d in deltas if d is not at_root))
     if isinstance(at_root, SoftPrompt):
         result.virtual = at_root.count

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.adapters.model import add_drafted, draft_for_inference
 from slimtune.adapters.rows import BASE, RowAdapters
 from slimtune.core.config import PeftConfig
-from slimtune.engine.adapters import ServedAdapter, attach_served, served
+from slimtune.engine.adapters import ServedAdapter, detach_served, served
 from slimtune.engine.answer import Answer, OnEvents, Remains, completion
 from slimtune.engine.model import attention_by_name, causal_model_slots, forward_of, stop_tokens
+from slimtune.engine.product import RowProduct
 from slimtune.engine.request import (
     Completion,
     EngineStats,
@@ -32,7 +34,7 @@ from slimtune.engine.request import (
     Request,
     TokenEvent,
 )
-from slimtune.engine.sampling import SampledToken, Sampler, sample
+from slimtune.engine.sampling import NO_NUMBERS, SampledToken, Sampler, sample
 from slimtune.engine.slots import ATTENTION, Piece, Step
 from slimtune.engine.text import TextStream, check_tokenizer
 from slimtune.errors import (
@@ -64,6 +66,8 @@ class Engine:
         slots: the most answers that are written at once.
         context: the most tokens of a prompt with its answer; None is the model's limit, 2,048 at most.
         prefill_chunk: the most prompt tokens in a step, so that a long prompt doesn't hold the other answers up.
+        rank_budget: factors of adapters that left the batch stay at hand up to this sum of ranks; None is a quarter of
+            the model's width, beyond which their products would cost more than they save.
 
     Raises:
         ConfigError: a model or tokenizer that can't be run so.
@@ -75,8 +79,9 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, slots: int = 16, context: int | None = None, prefill_chunk: int = 256
-    ) -> None:
+        self, model: Any, tokenizer: Any, *, slots: int = 16, context: int | None = None, prefill_chunk: int = 256,
+        rank_budget: int | None = None,
+    ) -> None:  # fmt: skip
         check_whole("slots", slots)
         check_whole("prefill_chunk", prefill_chunk)
         check_tokenizer(tokenizer)
@@ -84,6 +89,10 @@ class Engine:
         self.slots, self.prefill_chunk = slots, prefill_chunk
         self._memory = causal_model_slots(model, slots, context)
         self.context = self._memory.context
+        if rank_budget is None:
+            rank_budget = model.config.get_text_config().hidden_size // 4
+        check_whole("rank_budget", rank_budget, least=0)
+        self._product = RowProduct(rank_budget)
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._stop_tokens = stop_tokens(model, tokenizer)
         self._served = {name: served(model, name, name) for name in getattr(model, "peft_config", {})}
@@ -140,10 +149,17 @@ class Engine:
                         self._wakes.wait()
                     if self._stopping and not (self._commands or self._waiting or self._running):
                         return
-                self._step()
+                try:
+                    self._step()
+                except Exception as error:
+                    # Nobody would be told of it, and whoever asks would wait for ever.
+                    for answer in (*self._waiting, *self._running.values()):
+                        self._fail(answer, f"the engine failed: {first_line(error)}")
 
     def _attention(self) -> Any:
         """While the model's layers read from the slots."""
+        # Until now the model was its owner's, who may have trained an adapter.
+        self._product.forget()
         return attention_by_name(self.model, ATTENTION)
 
     # -- Requests.
@@ -246,20 +262,27 @@ class Engine:
             AdapterFileError, BaseMismatchError, TargetError, ConfigError: it can't be; the engine is as it was.
         """
         with self._wakes:
-            if name in self._served:
-                raise AdapterExistsError(f"an adapter '{name}' is loaded already; unload it first, or name this anew")
+            self._check_new(name)
             self._attachments += 1
             attached_as = f"served_{self._attachments}"
-        # Files are read here; only what touches the model waits for the end of a step.
+        # Files are read and tensors made here; only what touches the model waits for the end of a step.
         source = adapter_folder(folder, None)
-        config, tensors = PeftConfig.from_pretrained(source), read_adapter(source)
+        config = PeftConfig.from_pretrained(source)
+        drafted = draft_for_inference(self.model, attached_as, config, read_adapter(source), source)
 
         def attach() -> LoadedAdapter:
-            adapter = attach_served(self.model, name, attached_as, config, tensors, source)
+            with self._wakes:
+                self._check_new(name)
+            add_drafted(self.model, attached_as, config, drafted)
+            adapter = served(self.model, name, attached_as)
             self._served[name] = adapter
             return adapter.loaded
 
         return self._between_steps(attach)
+
+    def _check_new(self, name: str) -> None:
+        if name in self._served:
+            raise AdapterExistsError(f"an adapter '{name}' is loaded already; unload it first, or name this anew")
 
     def unload_adapter(self, name: str, *, wait: bool = True) -> None:
         """Take an adapter off the model and free its memory; from now on no request can name it.
@@ -281,8 +304,9 @@ class Engine:
                         self._fail(answer, f"the adapter '{name}' was unloaded")
             if adapter.requests:
                 return False
-            self.model.delete_adapter(adapter.attached_as)
+            detach_served(self.model, adapter)
             self._remains = {slot: r for slot, r in self._remains.items() if r.owner[1] != adapter.attached_as}
+            self._product.forget()
             del self._served[name]
             return True
 
@@ -409,7 +433,10 @@ class Engine:
                 self._fail(answer, first_line(error))
             return
         for answer, token in zip(ready, chosen, strict=True):
-            self._take(answer, token)
+            try:
+                self._take(answer, token)
+            except Exception as error:
+                self._fail(answer, first_line(error))
 
     def _forward(self, answers: list[Answer], alone: ServedAdapter | None) -> tuple[list[Answer], Tensor]:
         """The answers whose next token can be chosen now, with their logits (answers, vocabulary)."""
@@ -448,14 +475,17 @@ class Engine:
             return nullcontext()
         if alone is not None:
             return state.using(applied=(alone.attached_as,), rows=None)
-        return state.using(applied=(), rows=RowAdapters(tuple(names), kept=tuple(kept), packed=True))
+        return state.using(
+            applied=(), rows=RowAdapters(tuple(names), kept=tuple(kept), packed=True, product=self._product)
+        )
 
-    def _take(self, answer: Answer, chosen: SampledToken | None) -> None:
+    def _take(self, answer: Answer, chosen: SampledToken | str) -> None:
         """Hand a token on, and end the answer where it is over."""
-        if chosen is None:
-            self._memory.clear(answer.slot)
-            answer.read = 0
-            self._fail(answer, "the model's logits are not finite, or the constraint of the answer allows no token")
+        if isinstance(chosen, str):
+            if chosen == NO_NUMBERS:
+                self._memory.clear(answer.slot)
+                answer.read = 0
+            self._fail(answer, chosen)
             return
         params = answer.request.sampling
         token = chosen.token

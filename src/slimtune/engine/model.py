@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from slimtune.engine.slots import ATTENTION, KeyValueSlots, Piece, Step
-from slimtune.errors import ConfigError, check_whole, first_line
+from slimtune.errors import ConfigError, DoesNotFitError, check_whole, first_line
+from slimtune.models.device import ram
 
 LONGEST = 2048
 """The context where none is asked for, unless the model's own is shorter: memory for it is taken at the start."""
@@ -38,7 +39,26 @@ def causal_model_slots(model: Any, slots: int, context: int | None) -> KeyValueS
     if model.training:
         model.eval()
     shapes = _tried(model)
+    _check_memory(model, shapes, slots, context)
     return KeyValueSlots(shapes, slots, context, torch.empty(0, dtype=model.dtype, device=like.device))
+
+
+def _check_memory(model: Any, shapes: Sequence[tuple[int, int, int]], slots: int, context: int) -> None:
+    """Raises: DoesNotFitError, where the machine hasn't the memory for all slots."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        machine = ram()
+        free = machine.available if machine else None
+    per_slot = context * model.dtype.itemsize * sum(heads * (keys + values) for heads, keys, values in shapes)
+    # The logits of a step, in float64 while tokens are drawn, with their sorted copy and its order.
+    per_slot += 3 * 8 * model.get_input_embeddings().weight.shape[0]
+    if free is not None and slots * per_slot > free:
+        raise DoesNotFitError(
+            f"{slots} slots of {context:,} tokens take {slots * per_slot / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            f"free; {int(free // per_slot)} slots would fit, or a shorter context"
+        )
 
 
 @torch.inference_mode()

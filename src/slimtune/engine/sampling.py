@@ -15,10 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimtune.engine.request import SamplingParams
+from slimtune.engine.request import SamplingParams, TokenConstraint
+from slimtune.errors import first_line
 
 MOST_LIKELY = 256
 """So many candidates are looked at first; where they hold less than top_p together, the whole vocabulary is sorted."""
+
+
+NO_NUMBERS = "the model's logits are not finite"
 
 
 class SampledToken(NamedTuple):
@@ -46,6 +50,11 @@ class Sampler:
         p = self.params
         return (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0.0, 0.0, 1.0)
 
+    @property
+    def filters(self) -> bool:
+        p = self.params
+        return (p.top_k, p.top_p, p.min_p) != (0, 1.0, 0.0)
+
     def accept(self, token: int) -> None:
         """Note a token that was chosen."""
         self.counts[token] += 1
@@ -65,8 +74,8 @@ class Sampler:
             logits_V[tokens] -= p.presence_penalty + p.frequency_penalty * times
 
 
-def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken | None]:
-    """The next token of each answer; None where its logits aren't numbers, or nothing is allowed."""
+def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken | str]:
+    """The next token of each answer, or why there is none."""
     params = [sampler.params for sampler in samplers]
     changes = any(s.penalizes or s.params.constraint is not None or s.params.temperature > 0 for s in samplers)
     reports = any(p.logprobs is not None for p in params)
@@ -76,31 +85,45 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken 
     logprobs_NV = logits_NV.log_softmax(-1) if reports else None
     if changes:
         logits_NV = logits_NV.clone()
+    failed: dict[int, str] = {}
     for row, sampler in enumerate(samplers):
         if sampler.penalizes:
             sampler.penalize(logits_NV[row])
         if sampler.params.constraint is not None:
-            allowed_V = sampler.params.constraint.mask().to(logits_NV.device)
-            # A model's rows may be padded beyond the tokenizer's vocabulary.
-            logits_NV[row, : len(allowed_V)].masked_fill_(~allowed_V[: logits_NV.shape[1]], -torch.inf)
-            logits_NV[row, len(allowed_V) :] = -torch.inf
+            failed |= _constrain(logits_NV[row], sampler.params.constraint, row)
     best = logits_NV.max(-1)
-    usable = best.values.isfinite().tolist()
+    failed |= {row: NO_NUMBERS for row, ok in enumerate(best.values.isfinite().tolist()) if not (ok or row in failed)}
     tokens = best.indices.tolist()
-    drawing = [row for row, p in enumerate(params) if p.temperature > 0 and usable[row]]
-    if drawing:
-        drawn = _draw(logits_NV[drawing], [samplers[row] for row in drawing])
-        for row, token in zip(drawing, drawn, strict=True):
+    drawing = [row for row, p in enumerate(params) if p.temperature > 0 and row not in failed]
+    # Apart, because the filters draw in the order of likelihood: a row must not depend on whether others are filtered.
+    for is_filtered in (False, True):
+        rows = [row for row in drawing if samplers[row].filters == is_filtered]
+        drawn = _draw(logits_NV[rows], [samplers[row] for row in rows], is_filtered) if rows else []
+        for row, token in zip(rows, drawn, strict=True):
             tokens[row] = token
     told = _reported(logprobs_NV, tokens, params) if logprobs_NV is not None else [(None, ())] * len(tokens)
     return [
-        SampledToken(token, *report) if is_usable else None
-        for token, report, is_usable in zip(tokens, told, usable, strict=True)
+        failed.get(row) or SampledToken(token, *report)
+        for row, (token, report) in enumerate(zip(tokens, told, strict=True))
     ]
 
 
-def _draw(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """A token of each row by its temperature, top-k, top-p and min-p, in that order."""
+def _constrain(logits_V: Tensor, constraint: TokenConstraint, row: int) -> dict[int, str]:
+    """Leave the tokens that a constraint allows, in place; why that fails, by the number of the row."""
+    try:
+        allowed_V = constraint.mask().to(logits_V.device)
+    except Exception as error:
+        # It is its request's own: the others must go on.
+        return {row: f"the constraint of the answer failed: {first_line(error)}"}
+    # A model's rows may be padded beyond the tokenizer's vocabulary.
+    known = min(len(allowed_V), len(logits_V))
+    logits_V[:known].masked_fill_(~allowed_V[:known], -torch.inf)
+    logits_V[known:] = -torch.inf
+    return {} if allowed_V.any() else {row: "the constraint of the answer allows no token"}
+
+
+def _draw(logits_NV: Tensor, samplers: Sequence[Sampler], is_filtered: bool) -> list[int]:
+    """A token of each row by its temperature and, where they filter, by top-k, top-p and min-p, in that order."""
     params = [sampler.params for sampler in samplers]
 
     def column(name: str) -> Tensor:
@@ -111,7 +134,7 @@ def _draw(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     logits_NV = (logits_NV.double() - logits_NV.amax(-1, keepdim=True)) / column("temperature")
     probs_NV = logits_NV.softmax(-1)
     uniform = torch.tensor([s.random.random() for s in samplers], device=logits_NV.device, dtype=torch.float64)[:, None]
-    if all(p.top_k == 0 and p.top_p == 1.0 and p.min_p == 0.0 for p in params):
+    if not is_filtered:
         return _by_quantile(probs_NV, uniform)
     vocabulary = probs_NV.shape[1]
     most = max(MOST_LIKELY, *(p.top_k for p in params))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from slimtune.core.config import TargetedConfig, register
-from slimtune.core.delta import Difference, Site, wrong_kind
+from slimtune.core.delta import Difference, Frozen, RowParts, Site, wrong_kind
 from slimtune.errors import ConfigError, TargetError
 
 
@@ -69,3 +69,8 @@ class BitFitDelta(Difference):
     """b, (out,) in float32 where the base is in 16 bits; c + b stands in for the bias while the module runs."""
 
     on_disk = {"difference.bias": "bitfit_bias"}
+
+    def row_parts(self, base: Frozen) -> RowParts | None:
+        # A layer that goes on behind its product adds its bias before that.
+        is_sum = base.base.kind == "linear" and base.base.is_textbook(base.module)
+        return RowParts(bias=self.difference["bias"]) if is_sum else None

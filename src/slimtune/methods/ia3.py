@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.config import TargetedConfig, register
-from slimtune.core.delta import Delta, Dense, Frozen, Site, add_up, trainable_dtype, wrong_kind
+from slimtune.core.delta import Delta, Dense, Frozen, RowParts, Site, add_up, trainable_dtype, wrong_kind
 from slimtune.core.patterns import compiled
 from slimtune.errors import ConfigError, did_you_mean, listing
 from slimtune.ops.scaling import scaled
@@ -147,6 +147,12 @@ class IA3Delta(Delta):
             # l_I x, (tokens, in): in 16 bits kept as it came, or not at all where a gate made it (ops/scaling.py).
             return base(scaled(x, vector), *args, **kwargs)
         return scaled(base(x, *args, **kwargs), vector)
+
+    def row_parts(self, base: Frozen) -> RowParts | None:
+        if base.base.kind != "linear":
+            return None
+        vector = self.ia3_l.flatten()
+        return RowParts(input=vector) if self.in_front else RowParts(output=vector)
 
     def fold(self, dense: Dense) -> Dense:
         """l_O W_OI and l_O b_O, or W_OI l_I."""

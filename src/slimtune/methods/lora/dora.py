@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.delta import Dense, Frozen, Site
+from slimtune.core.delta import Dense, Frozen, RowParts, Site
 from slimtune.errors import ConfigError
 from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraEmbedding, LoraLinear, Start
 from slimtune.ops.autograd import is_traced, no_autocast
@@ -216,6 +216,16 @@ def _squares(weight: Tensor) -> Tensor:
 
 class DoraLinear(DoraDelta, LoraLinear):
     """y_TO = base(x_TI) + (c_O - 1) * (base(x_TI) - b_O) + c_O * s * (x_TI A_RI^T) B_OR^T."""
+
+    def row_parts(self, base: Frozen) -> RowParts | None:
+        a_RI, b_OR = self.pair
+        ratio_O = self.ratio_at_rest(base)
+        # The base's bias stays as it is, though the output is scaled with it; B's own is behind c, as B is.
+        bias_O = None if base.bias is None else (1 - ratio_O) * base.bias
+        if self.lora_bias is not None:
+            own_O = ratio_O * self.scaling * self.lora_bias
+            bias_O = own_O if bias_O is None else bias_O + own_O
+        return RowParts(a_RI, self.scaling * b_OR, output=ratio_O, bias=bias_O)
 
 
 class DoraConv(DoraDelta, LoraConv):

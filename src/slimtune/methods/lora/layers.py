@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.core.delta import Delta, Dense, Frozen, Site, TensorSpec, trainable_dtype
+from slimtune.core.delta import Delta, Dense, Frozen, RowParts, Site, TensorSpec, trainable_dtype
 from slimtune.errors import ConfigError, MergeError
 from slimtune.methods.lora.combine import combined
 from slimtune.methods.lora.init import Factors, orthogonal, pissa, principal, warn_of_rank
@@ -190,6 +190,10 @@ class LoraLinear(LoraDelta):
     def shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         features_in, features_out = site.base.features(site.module)
         return (r, features_in), (features_out, r)
+
+    def row_parts(self, base: Frozen) -> RowParts | None:
+        a_RI, b_OR = self.pair
+        return RowParts(a_RI, self.scaling * b_OR, bias=self.biased(None))
 
     def keep_start(self) -> None:
         """Keep the factors A0 and B0 to start from; the change is B A - B0 A0 then."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from slimtune.core.config import register
-from slimtune.core.delta import Site, wrong_kind
+from slimtune.core.delta import Frozen, RowParts, Site, wrong_kind
 from slimtune.methods.lycoris.base import LycorisConfig, LycorisDelta, from_core, recomputed, updated_product
 
 
@@ -72,6 +72,12 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
 
 class LohaLinear(LohaDelta):
     """y_TO = base(x_TI) + s * x_TI dW_OI^T."""
+
+    def row_parts(self, base: Frozen) -> RowParts | None:
+        # A product of sums is the sum of all products: rank r^2, and dW itself is never made.
+        a1_OR, b1_RI, a2_OR, b2_RI = self.factors
+        b_ORR = self.scaling * a1_OR[:, :, None] * a2_OR[:, None, :]
+        return RowParts((b1_RI[:, None] * b2_RI[None]).flatten(0, 1), b_ORR.flatten(1))
 
     def change(self, module: Any, x: Tensor) -> Tensor:
         return updated_product(self.update, x, None, None, *self.factors)

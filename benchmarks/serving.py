@@ -1,0 +1,231 @@
+"""What many adapters on one base cost in serving: the engine beside transformers' batches, in turns in one process.
+
+Sixteen sequences are answered at once, greedy, each prompt of the same length. All share one model and take turns, so
+that what else the machine does hits all alike; ratios to the engine's base are taken round by round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import slimtune
+from benchmarks import machine
+from benchmarks.lora import warn_if_busy
+from benchmarks.prepare import model_folder
+from benchmarks.results import FOLDER
+from benchmarks.table import digits
+from slimtune.adapters.rows import BASE
+from slimtune.engine.request import TokenEvent
+from slimtune.models.device import native_dtype
+
+AT_ONCE = 16
+LORAS = [f"lora-{i}" for i in range(8)]
+MIXED = ["lora-0", "dora", "ia3", "bottleneck", "prefix", None]
+ALL_LINEAR = {"r": 8, "target_modules": "all-linear"}
+
+app = typer.Typer(add_completion=False)
+console = Console()
+
+
+def adapter_configs() -> dict[str, Any]:
+    """The adapters, as they start: what their numbers are makes no difference to their cost."""
+    return {name: slimtune.LoraConfig(**ALL_LINEAR, init_lora_weights=False) for name in LORAS} | {
+        "dora": slimtune.LoraConfig(**ALL_LINEAR, use_dora=True, init_lora_weights=False),
+        "ia3": slimtune.IA3Config(),
+        "bottleneck": slimtune.BottleneckConfig(),
+        "prefix": slimtune.PrefixTuningConfig(num_virtual_tokens=10),
+    }
+
+
+class Work:
+    """One batch of requests and the ways to answer it."""
+
+    def __init__(self, model: Any, tokenizer: Any, prompt: int, answer: int) -> None:
+        self.model, self.answer = model, answer
+        self.engine = slimtune.Engine(model, tokenizer, slots=AT_ONCE, context=prompt + answer + 16)
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(5, model.config.vocab_size, (AT_ONCE, prompt), generator=generator)
+        self.turn = 0
+
+    def requests(self, names: Sequence[str | None]) -> list[slimtune.Request]:
+        # A tenant of its own for each turn, or the prompts would have been read already.
+        self.turn += 1
+        params = slimtune.SamplingParams(max_tokens=self.answer, temperature=0, ignore_eos=True)
+        rows = [tuple(row) for row in self.ids.tolist()]
+        return [
+            slimtune.Request(row, params, names[i % len(names)], tenant=str(self.turn)) for i, row in enumerate(rows)
+        ]
+
+    def by_engine(self, names: Sequence[str | None]) -> Callable[[], Any]:
+        return lambda: self.engine.generate(self.requests(names))
+
+    def by_batch(self, names: Sequence[str] | None) -> Callable[[], Any]:
+        """transformers' generate on one padded batch; by row with slimtune's adapter_names."""
+        options: dict[str, Any] = {"min_new_tokens": self.answer, "max_new_tokens": self.answer, "do_sample": False}
+        rows = [names[i % len(names)] for i in range(AT_ONCE)] if names else [BASE] * AT_ONCE
+        return lambda: self.model.generate(
+            self.ids, attention_mask=torch.ones_like(self.ids), pad_token_id=0, adapter_names=rows, **options
+        )
+
+
+@torch.inference_mode()
+def throughput(work: Work, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Seconds of each way to answer, one a round; a first round of each warms up."""
+    ways = {
+        "engine, base": work.by_engine([None]),
+        "engine, 8 LoRA": work.by_engine(LORAS),
+        "engine, five methods mixed": work.by_engine(MIXED),
+        "batch, base": work.by_batch(None),
+        "batch, 8 LoRA (adapter_names)": work.by_batch(LORAS),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            clock, processor = time.perf_counter(), time.process_time()
+            way()
+            if turn:
+                found[name].append({"clock": time.perf_counter() - clock, "processor": time.process_time() - processor})
+    return found
+
+
+class Watched:
+    """A request with the time of each of its tokens."""
+
+    def __init__(self) -> None:
+        self.submitted = time.perf_counter()
+        self.times: list[float] = []
+        self.done = threading.Event()
+
+    def __call__(self, events: Sequence[TokenEvent]) -> None:
+        self.times += [time.perf_counter()] * len(events)
+        if events[-1].finish_reason:
+            self.done.set()
+
+    @property
+    def gaps(self) -> list[float]:
+        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+
+
+def latency(work: Work, folder: Path) -> dict[str, float]:
+    """Milliseconds: to the first token with all at once; between tokens while others arrive; to load an adapter."""
+    engine = work.engine
+    engine.start()
+    try:
+        at_once = _answered(work, pause=0.0)
+        steady = [gap for one in at_once for gap in one.gaps]
+        arriving = _answered(work, pause=median(steady) * 3)
+        watched = _submitted(work, LORAS[:4])
+        time.sleep(median(steady) * 4)
+        started = time.perf_counter()
+        engine.load_adapter("hot", folder)
+        loaded = time.perf_counter() - started
+        for one in watched:
+            one.done.wait()
+        engine.unload_adapter("hot")
+    finally:
+        engine.stop()
+    gaps = [gap for one in arriving for gap in one.gaps]
+    return {
+        "first token, p99, 16 at once": 1000 * _p99([one.times[0] - one.submitted for one in at_once]),
+        "between tokens, p50, with arrivals": 1000 * median(gaps),
+        "between tokens, p99, with arrivals": 1000 * _p99(gaps),
+        "an adapter from disk to ready": 1000 * loaded,
+        "longest gap of others meanwhile": 1000 * max(gap for one in watched for gap in one.gaps),
+    }
+
+
+def _submitted(work: Work, names: Sequence[str | None], pause: float = 0.0) -> list[Watched]:
+    watched = []
+    for request in work.requests(names):
+        watched.append(Watched())
+        work.engine.submit(request, watched[-1])
+        time.sleep(pause)
+    return watched
+
+
+def _answered(work: Work, pause: float) -> list[Watched]:
+    watched = _submitted(work, LORAS, pause)
+    for one in watched:
+        one.done.wait()
+    return watched
+
+
+def _p99(values: Sequence[float]) -> float:
+    return quantiles(values, n=100, method="inclusive")[98]
+
+
+def shown(seconds: dict[str, list[dict[str, float]]], tokens: int) -> Table:
+    """Tokens a second, and ratios to the engine's base with their range over the rounds."""
+    table = Table(title=f"{AT_ONCE} sequences at once", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("way", no_wrap=True)
+    for column in ("tokens/s", "of base", "range", "cpu, of base", "range"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    base = next(iter(seconds.values()))
+    for name, own in seconds.items():
+        cells = [digits(tokens / median(one["clock"] for one in own))]
+        for kind in ("clock", "processor"):
+            ratios = [reference[kind] / one[kind] for one, reference in zip(own, base, strict=True)]
+            cells += [f"{median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"]
+        table.add_row(name, *cells)
+    return table
+
+
+@app.command()
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="How often all take turns.")] = 5,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    answer: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 48,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; else what the processor computes in.")] = "",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    model: Annotated[str, typer.Option(help="A folder with SmolLM2, if not the packaged one.")] = "",
+) -> None:
+    """Measure the engine on SmolLM2 with the base, eight LoRAs and a mixture of methods, beside transformers' batches.
+
+    Example: python -m benchmarks.serving --rounds 3
+    """
+    transformers.utils.logging.disable_progress_bar()
+    warn_if_busy()
+    torch.manual_seed(0)
+    source = model or model_folder()
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or native_dtype())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    for name, config in adapter_configs().items():
+        slimtune.get_peft_model(base, config, name) if name == LORAS[0] else base.add_adapter(name, config)
+    with tempfile.TemporaryDirectory() as folder:
+        base.eval().save_pretrained(folder, selected_adapters=[LORAS[0]])
+        work = Work(base, tokenizer, prompt, answer)
+        seconds = throughput(work, rounds)
+        console.print(shown(seconds, AT_ONCE * answer))
+        milliseconds = latency(work, Path(folder, LORAS[0]))
+    for title, value in milliseconds.items():
+        console.print(f"{title:36} {value:8.1f} ms", highlight=False)
+    on = machine.describe(
+        {"device": "cpu", "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    )
+    target = json_path or FOLDER / f"serving-{machine.host_kind(on)}.json"
+    settings = {"prompt": prompt, "answer": answer, "dtype": str(base.dtype)}
+    document = {"machine": on, "commit": machine.commit(), "settings": settings} | {
+        "seconds": seconds,
+        "milliseconds": milliseconds,
+    }
+    target.write_text(json.dumps(document, indent=1) + "\n")
+    console.print(f"Written: {os.path.relpath(target)}", highlight=False)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks.serving")

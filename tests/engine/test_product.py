@@ -1,0 +1,88 @@
+"""The joint product of a layer: each row is what its adapter's own formula gives, whatever the method and the base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+import slimtune
+from kinds import KINDS, Kind, attach, configs, methods_for
+from slimtune.adapters.rows import BASE, RowAdapters
+from slimtune.engine import product
+from slimtune.engine.product import RowProduct
+from tensors import assert_near, randomize
+
+LINEAR = tuple(kind for kind in KINDS if kind.example().shape[-1] == 12 and "norm" not in kind.name)
+
+
+@st.composite
+def hosts(draw: st.DrawFn) -> Any:
+    """A linear layer under three adapters of any methods, with random numbers in them."""
+    kind: Kind = draw(st.sampled_from(LINEAR))
+    drawn = [draw(configs(draw(st.sampled_from(methods_for(kind))), kind)) for _ in range(3)]
+    host = attach(kind, drawn[0], "a")
+    for name, config in zip("bc", drawn[1:], strict=True):
+        host.add_adapter(name, config)
+    for seed, name in enumerate("abc"):
+        randomize(slimtune, host, name, seed)
+    return host.eval()
+
+
+@torch.no_grad()
+def by_rows(host: Any, x: Tensor, names: list[str], joint: RowProduct) -> Tensor:
+    rows = RowAdapters(tuple(names), packed=True, product=joint)
+    with host.adapter_state.using(applied=(), rows=rows):
+        return host(x)
+
+
+@torch.no_grad()
+def alone(host: Any, x: Tensor, names: list[str]) -> Tensor:
+    outputs = torch.empty(0)
+    for name in dict.fromkeys(names):
+        with host.adapter_state.using(applied=() if name == BASE else (name,)):
+            y = host(x)
+        mine = torch.tensor([each == name for each in names])[None, :, None]
+        outputs = torch.where(mine, y, outputs if outputs.numel() else y)
+    return outputs
+
+
+def may_mix(host: Any, names: list[str]) -> bool:
+    return not any(host.site.deltas[name].reweighs for name in names if name in host.site.deltas)
+
+
+@settings(max_examples=40)
+@given(host=hosts(), seed=st.integers(0, 9), most=st.sampled_from([0, product.MOST_WORK]))
+def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 9, 12, generator=generator)
+    joint = RowProduct(rank_budget=8)
+    # One after the other: adapters enter and leave the batch, and are kept as far as the budget reaches.
+    for count in (1, 3, 2, 4):
+        pool = [BASE, "a", "b", "c"]
+        order = torch.randperm(4, generator=generator)[:count].tolist()
+        names = [pool[order[i % count]] for i in range(9)]
+        if not may_mix(host, names):
+            continue
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(product, "MOST_WORK", most)
+            assert_near(by_rows(host, x, names, joint), alone(host, x, names), 2e-5)
+
+
+@pytest.mark.parametrize("most", [0, product.MOST_WORK])
+def test_what_one_adapter_makes_infinite_reaches_no_other_row(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "MOST_WORK", most)
+    host = attach(LINEAR[0], slimtune.LoraConfig(r=2, target_modules=["site"]), "a")
+    host.add_adapter("b", slimtune.LoraConfig(r=2, target_modules=["site"], use_dora=True))
+    for name in "ab":
+        randomize(slimtune, host, name)
+    with torch.no_grad():
+        host.site.deltas["a"].lora_A.fill_(3e38)
+    x, names = torch.ones(1, 4, 12), ["a", "b", BASE, "b"]
+    y = by_rows(host.eval(), x, names, RowProduct(8))
+    assert not y[0, 0].isfinite().all()
+    assert_near(y[:, 1:], alone(host, x, names)[:, 1:])
