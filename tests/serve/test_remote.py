@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,14 +14,14 @@ from typing import Any
 import openai
 import pytest
 
-from slimtune import IA3Config, get_peft_model
+from slimtune import IA3Config, VeraConfig, get_peft_model
 from slimtune.errors import AdapterFileError
 from slimtune.serve.gateway import Gateway, GatewaySettings
 from slimtune.serve.registry import Registry, folders_of
 from slimtune.serve.remote import RemoteBackend, checked_for_vllm
 from slimtune.serve.tenants import Keyring, add_key
 from small_server import Started, listening, save_adapter, started, wait_until
-from small_text_model import tiny_model
+from small_text_model import save_base, tiny_model
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -146,7 +147,8 @@ def test_who_leaves_is_noticed_behind_the_gateway(server: Started, behind: Any) 
     next(iter(stream))
     stream.close()
     wait_until(lambda: all(which.gateway.queue.running == 0 for which in behind[:2]))
-    assert all(replica.running == 0 for replica in server.gateway.backend.replicas)  # type: ignore[attr-defined]
+    replicas = server.gateway.backend.replicas  # type: ignore[attr-defined]
+    wait_until(lambda: all(replica.running == 0 for replica in replicas))
 
 
 def test_mistakes_and_a_wrong_key_behind(server: Started, behind: Any) -> None:
@@ -175,6 +177,22 @@ def test_what_vllm_does_not_take_is_refused_with_the_ways_out(server: Started, a
     assert answer.status_code == 400
     assert "IA3" in answer.json()["error"]["message"]
     assert checked_for_vllm(adapters / "one")[:2] == ("LORA", 4)
+
+
+def test_what_can_be_written_as_lora_is(behind: Any, adapters: Path, direct: Started) -> None:
+    model = tiny_model()
+    model.config.name_or_path = model.name_or_path = str(save_base(adapters.parent / "base"))
+    adapted = get_peft_model(model, VeraConfig(r=8, target_modules=["q_proj"], init_weights=False))
+    adapted.save_pretrained(adapters / "vera")
+    load = {"lora_name": "vera", "lora_path": "vera"}
+    expected = direct.post("/v1/load_lora_adapter", load).json()["root"]
+    with in_front([behind[0].url], behind[2], adapters) as server:
+        assert "--converted" in server.post("/v1/load_lora_adapter", load).json()["error"]["message"]
+    with in_front([behind[0].url], behind[2], adapters, converted=adapters / "converted") as server:
+        answers = [say(server, "vera"), say(direct, expected), say(server, "base")]
+    texts = [answer.choices[0].message.content for answer in answers]
+    assert texts[0] == texts[1] != texts[2]
+    shutil.rmtree(adapters / "vera")
 
 
 ODD: list[tuple[bytes, int]] = [

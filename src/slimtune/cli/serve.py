@@ -58,6 +58,14 @@ def serve(
     url_key: Annotated[
         str | None, typer.Option(envvar="SLIMTUNE_URL_KEY", help="Their API key.", rich_help_panel=_REMOTE)
     ] = None,
+    converted: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where AdaLoRA, VeRA and LoHa are written as LoRA; vLLM has to see it, too.",
+            rich_help_panel=_REMOTE,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a base and its adapters over OpenAI's API: all methods in one batch, keys and limits for each tenant.
@@ -85,13 +93,15 @@ def serve(
     check_choice("--engine", engine, _ENGINES)
     if (engine != "embedded") != bool(url):
         raise ConfigError(f"--engine {engine} with{'' if url else 'out'} --url: vllm and openai need it, embedded none")
+    if converted is not None and engine != "vllm":
+        raise ConfigError("--converted is for --engine vllm; the embedded engine takes every method as it is")
     if engine == "openai" and adapters is not None:
         raise ConfigError("--engine openai loads no adapters; name models of the servers with --adapter NAME=MODEL")
     backend: Backend
     if engine == "embedded":
         backend = _backend(base, LoadOptions(dtype, device, trust_remote_code, quantize), slots, context)
     else:
-        backend = RemoteBackend(url, base, slots, url_key, loads=engine == "vllm")
+        backend = RemoteBackend(url, base, slots, url_key, loads=engine == "vllm", converted=converted)
     registry = Registry(backend, adapter_memory)
     if engine == "openai":
         for name, model in named.items():

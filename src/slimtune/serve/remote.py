@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ import httpx
 from slimtune.engine.request import LoadedAdapter
 from slimtune.errors import AdapterFileError, ConfigError
 from slimtune.models.compatibility import largest_rank, verdicts
-from slimtune.models.headers import read_folder
+from slimtune.models.headers import read_folder, read_object
 from slimtune.serve.backend import Asked, Piece, TokenLogprob
+from slimtune.serve.convert import CONVERTED, convert_to_lora
 from slimtune.serve.openai import ApiError, ChatCompletionRequest, bad_request, unavailable
 from slimtune.storage.source import ADAPTER
+
+logger = logging.getLogger("slimtune.serve")
 
 _CONNECT_SECONDS, _LOAD_SECONDS = 5.0, 300.0
 _WAYS_OUT = (
@@ -42,14 +47,23 @@ class RemoteBackend:
         model: what they call the base.
         slots: answers asked for at once, over all servers.
         key: their API key.
+        converted: where adapters are written as LoRA that are not, but can be; a folder that the servers see, too.
         loads: whether adapters are loaded into them, as vLLM can; else their folders are names of models there.
     """
 
     context = None
 
-    def __init__(self, urls: Sequence[str], model: str, slots: int, key: str | None = None, loads: bool = True) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str,
+        slots: int,
+        key: str | None = None,
+        loads: bool = True,
+        converted: Path | None = None,
+    ) -> None:
         self.replicas = [Replica(url.rstrip("/").removesuffix("/v1")) for url in urls]
-        self.model, self.slots, self.loads = model, slots, loads
+        self.model, self.slots, self.loads, self.converted = model, slots, loads, converted
         # The names by which the servers know the adapters, and the folders to load them again after a restart.
         self._names: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
@@ -104,8 +118,9 @@ class RemoteBackend:
         if not self.loads:
             self._names[name] = str(folder)
             return LoadedAdapter(name, "remote", None, 0)
+        folder = await asyncio.to_thread(self._as_lora, folder)
         method, rank, stored_bytes = checked_for_vllm(folder)
-        remote = await asyncio.to_thread(_remote_name, name, folder)
+        remote = f"{name.replace('@', '-v')}-{await asyncio.to_thread(_digest, folder)}"
         done: list[Replica] = []
         for replica in self.replicas:
             try:
@@ -117,6 +132,22 @@ class RemoteBackend:
             done.append(replica)
         self._names[name], self._folders[name] = remote, folder
         return LoadedAdapter(name, method, rank, stored_bytes)
+
+    def _as_lora(self, folder: Path) -> Path:
+        """The folder, or that of the adapter written as LoRA. Raises: AdapterFileError."""
+        method = read_object(folder / ADAPTER).get("peft_type")
+        if method not in CONVERTED:
+            return folder
+        if self.converted is None:
+            raise AdapterFileError(
+                f"vLLM does not take {folder.name}: {method} is not LoRA, but can be written as such; pass --converted "
+                "DIR, a folder that the servers see, too"
+            )
+        output = self.converted / f"{folder.name}-{_digest(folder)}"
+        if not (output / ADAPTER).is_file():
+            lost = convert_to_lora(folder, output)
+            logger.info("%s (%s) is written as LoRA to %s; %.1g of an update is missing", folder, method, output, lost)
+        return output
 
     async def _load_into(self, replica: Replica, name: str, folder: Path) -> None:
         body = {"lora_name": name, "lora_path": str(folder.resolve())}
@@ -160,8 +191,9 @@ class RemoteBackend:
         for replica in self._order():
             replica.running += 1
             try:
-                async for piece in self._answer_of(replica, kind, body, adapter, asked.choices()):
-                    yield piece
+                async with aclosing(self._answer_of(replica, kind, body, adapter, asked.choices())) as pieces:
+                    async for piece in pieces:
+                        yield piece
                 return
             except _NotBegunError as error:
                 failure = error.reason
@@ -171,7 +203,7 @@ class RemoteBackend:
 
     async def _answer_of(
         self, replica: Replica, kind: str, body: Mapping[str, Any], adapter: str | None, choices: int
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         is_again = False
         while True:
             try:
@@ -287,12 +319,12 @@ def _message(text: str) -> str:
         return text.strip()[:500] or "no reason given"
 
 
-def _remote_name(name: str, folder: Path) -> str:
-    """What an adapter is called on a server: by its content, too, for servers keep what they cached of a name."""
+def _digest(folder: Path) -> str:
+    """What an adapter's files hold, in short: part of its name on a server, which may keep what it cached of a name."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("adapter_*")):
         digest.update(file.read_bytes())
-    return f"{name.replace('@', '-v')}-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
 
 
 def checked_for_vllm(folder: Path) -> tuple[str, int | None, int]:
