@@ -26,6 +26,8 @@ from slimtune.cli.options import RecipeCommand
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
 from slimtune.cli.recipe import recipe
+from slimtune.cli.serve import serve
+from slimtune.cli.serve_key import serve_key
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.console.failures import is_out_of_memory, sentence_of
@@ -122,6 +124,8 @@ for name, command in {
     "chat": chat,
     "generate": generate,
     "predict": predict,
+    "serve": serve,
+    "serve-key": serve_key,
     "evaluate": evaluate,
     "forgetting": forgetting,
     "spectra": spectra,

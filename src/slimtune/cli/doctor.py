@@ -23,6 +23,7 @@ FEATURES = {
     "lm-eval": "tasks of lm-evaluation-harness",
     "reasoning": "tasks of reasoning-gym",
     "compare": "comparisons",
+    "serve": "serving over HTTP",
 }
 """What each extra of the package is for."""
 

@@ -1,0 +1,168 @@
+"""`slimtune serve`: one base and many adapters behind OpenAI's API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slimtune.cli.options import Base, Device, Dtype, Json, Quantize, TrustRemoteCode, parse
+from slimtune.console.screen import print_json, say
+from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice
+
+if TYPE_CHECKING:
+    from slimtune.models.load import LoadOptions
+    from slimtune.serve.backend import Backend
+    from slimtune.serve.registry import Registry
+
+_LIMITS, _REMOTE = "Limits", "Other servers"
+_ENGINES = ("embedded", "vllm", "openai")
+
+
+def serve(
+    base: Base,
+    adapters: Annotated[
+        Path | None, typer.Option("--adapters", metavar="DIR", help="A folder of adapter folders, each by its name.")
+    ] = None,
+    adapter: Annotated[
+        list[str], typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="One more adapter; repeatable.")
+    ] = [],  # noqa: B006 - typer copies it
+    keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Tenants and their keys; slimtune serve-key makes it.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Another one than the own machine needs --keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
+    context: Annotated[int | None, typer.Option(min=1, help="The most tokens of a prompt and its answer.")] = None,
+    adapter_memory: Annotated[
+        int | None, typer.Option(min=1, metavar="BYTES", help="What loaded adapters may take; idle ones make room.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.", rich_help_panel=_LIMITS)] = 256,
+    queue_timeout: Annotated[float, typer.Option(help="Seconds to wait for.", rich_help_panel=_LIMITS)] = 60.0,
+    request_timeout: Annotated[float, typer.Option(help="Seconds of a request.", rich_help_panel=_LIMITS)] = 600.0,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a body.", rich_help_panel=_LIMITS)] = 4_000_000,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running answers have to end at a stop.", rich_help_panel=_LIMITS)
+    ] = 60.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantize: Quantize = None,
+    trust_remote_code: TrustRemoteCode = False,
+    engine: Annotated[
+        str, typer.Option(help="embedded; vllm or openai: servers that run already.", rich_help_panel=_REMOTE)
+    ] = "embedded",
+    url: Annotated[
+        list[str], typer.Option(help="Where they are; repeatable, for several replicas.", rich_help_panel=_REMOTE)
+    ] = [],  # noqa: B006 - typer copies it
+    url_key: Annotated[
+        str | None, typer.Option(envvar="SLIMTUNE_URL_KEY", help="Their API key.", rich_help_panel=_REMOTE)
+    ] = None,
+    converted: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where AdaLoRA, VeRA and LoHa are written as LoRA; vLLM has to see it, too.",
+            rich_help_panel=_REMOTE,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a base and its adapters over OpenAI's API: all methods in one batch, keys and limits for each tenant.
+
+    The field "model" names an adapter, NAME or NAME@VERSION, or "base". Ctrl-C and SIGTERM end running answers and
+    refuse new ones; a second one stops at once. With --json, the address is a line of JSON.
+
+    With --engine vllm the same keys, limits and names stand in front of vLLM, MODEL being its name for the base. With
+    --engine openai any server of OpenAI's API does; --adapter NAME=MODEL then names its other models.
+
+    Example: slimtune serve smollm2-135m-instruct --adapters adapters --keys keys.yaml --host 0.0.0.0
+    """
+    _require_libraries()
+    from slimtune.models.load import LoadOptions
+    from slimtune.serve.gateway import Gateway, GatewaySettings
+    from slimtune.serve.registry import Registry
+    from slimtune.serve.remote import RemoteBackend
+    from slimtune.serve.server import check_host, run
+    from slimtune.serve.tenants import Keyring
+
+    check_host(host, keys)
+    # What can be wrong without a model comes before a model is loaded.
+    keyring = Keyring(keys)
+    named = {name: Path(folder) for name, folder in parse(adapter).items()}
+    check_choice("--engine", engine, _ENGINES)
+    if (engine != "embedded") != bool(url):
+        raise ConfigError(f"--engine {engine} with{'' if url else 'out'} --url: vllm and openai need it, embedded none")
+    if converted is not None and engine != "vllm":
+        raise ConfigError("--converted is for --engine vllm; the embedded engine takes every method as it is")
+    if engine == "openai" and adapters is not None:
+        raise ConfigError("--engine openai loads no adapters; name models of the servers with --adapter NAME=MODEL")
+    backend: Backend
+    if engine == "embedded":
+        backend = _backend(base, LoadOptions(dtype, device, trust_remote_code, quantize), slots, context)
+    else:
+        backend = RemoteBackend(url, base, slots, url_key, loads=engine == "vllm", converted=converted)
+    registry = Registry(backend, adapter_memory)
+    if engine == "openai":
+        for name, model in named.items():
+            registry.register(name, model, is_folder=False)
+    else:
+        _register(registry, adapters, named)
+    settings = GatewaySettings(
+        base=base, adapters=adapters, queue=queue, queue_timeout=queue_timeout, request_timeout=request_timeout,
+        max_body=max_body,
+    )  # fmt: skip
+
+    def tell(url: str) -> None:
+        if as_json:
+            print_json({"url": url, "base": base, "adapters": [known.versioned for known in registry]})
+        say(f"serving {base} and {len(list(registry))} adapters at {url}; Ctrl-C stops", to_errors=True)
+
+    if not run(Gateway(backend, registry, keyring, settings), host, port, drain_timeout, tell):
+        say("stopped before all answers had ended", to_errors=True)
+        raise typer.Exit(1)
+
+
+def _require_libraries() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import httpx  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"serving needs {error.name}: run `pip install 'slimtune[serve]'`") from error
+
+
+def _backend(base: str, options: LoadOptions, slots: int, context: int | None) -> Backend:
+    """What answers: an engine for a base that writes text, or an encoder. Raises: ConfigError."""
+    from slimtune.engine.engine import Engine
+    from slimtune.models.load import load_model
+    from slimtune.serve.encoder import EncoderBackend
+    from slimtune.serve.local import EngineBackend
+    from slimtune.storage.source import folder_of, is_adapter
+
+    if is_adapter(base):
+        raise ConfigError(f"{base} is an adapter; pass its base, and the adapter with --adapter {base}")
+    model, tokenizer = load_model(base, None, options)
+    if tokenizer is None:
+        raise ConfigError(f"{base} has no tokenizer; save the tokenizer into the folder of the model")
+    if hasattr(model, "can_generate") and model.can_generate():
+        return EngineBackend(Engine(model, tokenizer, slots=slots, context=context))
+    model, tokenizer = load_model(base, "features", options)
+    return EncoderBackend(model, tokenizer, Path(folder_of(base)))
+
+
+def _register(registry: Registry, root: Path | None, named: dict[str, Path]) -> None:
+    """Enrol the adapters; one of a folder that is damaged is told of and left out, for the others can be served."""
+    from slimtune.serve.registry import folders_of
+    from slimtune.storage.source import folder_of
+
+    for name, folder in (folders_of(root) if root else {}).items():
+        if name in named:
+            continue
+        try:
+            registry.register(name, folder)
+        except SlimtuneError as error:
+            say(f"'{name}' is not served: {error}", to_errors=True)
+    for name, folder in named.items():
+        registry.register(name, folder if folder.is_dir() else Path(folder_of(str(folder))))

@@ -1,0 +1,91 @@
+"""An encoder as a backend: texts to vectors, pooled as its folder says for sentence-transformers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch.nn.functional import normalize
+
+from slimtune.data.features import extract
+from slimtune.data.texts import longest_input
+from slimtune.engine.request import LoadedAdapter
+from slimtune.errors import ConfigError
+from slimtune.serve.backend import Asked, Piece
+from slimtune.serve.openai import bad_request
+from slimtune.storage.text_files import read_json
+
+_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+_BATCH = 32
+
+
+class EncoderBackend:
+    """Vectors of an encoder.
+
+    Args:
+        folder: the model's, which may say how its vectors are pooled and whether they are normalised.
+    """
+
+    slots = 1
+    context: int
+
+    def __init__(self, model: Any, tokenizer: Any, folder: Path) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.context = longest_input(model, tokenizer, None)
+        self.pooling, self.is_normalised = _stored_pooling(folder)
+        self._working = ThreadPoolExecutor(1, "slimtune-embed")
+
+    async def start(self) -> None:
+        """Nothing is to be started."""
+
+    async def stop(self) -> None:
+        """Let the thread go."""
+        self._working.shutdown(wait=False, cancel_futures=True)
+
+    async def is_ready(self) -> bool:
+        """It always is."""
+        return True
+
+    def stats(self) -> None:
+        """It has no steps to tell of."""
+
+    async def embed(self, texts: list[str]) -> tuple[list[list[float]], int]:
+        """A vector for each text, and how many tokens they have."""
+        return await asyncio.get_running_loop().run_in_executor(self._working, self._embed, texts)
+
+    def _embed(self, texts: list[str]) -> tuple[list[list[float]], int]:
+        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+        if max(lengths) > self.context:
+            message = f"a text has {max(lengths):,} tokens, and the model reads {self.context:,}; shorten it"
+            raise bad_request(message, "input", "context_length_exceeded")
+        vectors_ND = extract(self.model, self.tokenizer, texts, self.pooling, _BATCH, max_length=self.context)
+        if self.is_normalised:
+            vectors_ND = normalize(vectors_ND, dim=-1)
+        return vectors_ND.tolist(), sum(lengths)
+
+    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncIterator[Piece]:
+        """Raises: ApiError."""
+        raise bad_request("this base is an encoder and writes no text; ask /v1/embeddings", "model")
+        yield Piece()
+
+    async def load_adapter(self, name: str, folder: Path) -> LoadedAdapter:
+        """Raises: ConfigError."""
+        raise ConfigError("an encoder is served without adapters; merge one first with slimtune merge")
+
+    async def unload_adapter(self, name: str) -> None:
+        """There are none."""
+
+
+def _stored_pooling(folder: Path) -> tuple[str, bool]:
+    """How vectors are pooled, and whether they are normalised: by the mean and not, where the folder doesn't say."""
+    modules, pooling = folder / "modules.json", folder / "1_Pooling" / "config.json"
+    is_normalised = modules.is_file() and any("Normalize" in str(module.get("type")) for module in read_json(modules))
+    if not pooling.is_file():
+        return "mean", is_normalised
+    wanted = [name for name, on in read_json(pooling).items() if name.startswith("pooling_mode_") and on is True]
+    if len(wanted) != 1 or wanted[0] not in _POOLINGS:
+        raise ConfigError(f"{pooling} pools by {', '.join(wanted) or 'nothing'}; only {', '.join(_POOLINGS)} is served")
+    return _POOLINGS[wanted[0]], is_normalised

@@ -1,0 +1,71 @@
+"""Answers that must match a JSON schema: llguidance says at each token which may come next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from slimtune.errors import ConfigError, MissingDependencyError, first_line
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+class Grammars:
+    """Makes constraints for the tokens of one model.
+
+    Args:
+        vocabulary: the width of the model's logits, which may be more than the tokenizer has.
+        ends: the tokens that end an answer; one of them follows where the JSON is complete.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: Sequence[int]) -> None:
+        self.tokenizer, self.vocabulary, self.ends = tokenizer, vocabulary, list(ends)
+
+    @cached_property
+    def _tokens(self) -> Any:
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            raise MissingDependencyError("JSON schemas need llguidance: run `pip install 'slimtune[serve]'`") from error
+        return from_tokenizer(self.tokenizer, n_vocab=self.vocabulary, eos_token=self.ends)
+
+    def matching(self, schema: Mapping[str, Any]) -> JsonConstraint:
+        """What holds an answer to a schema. Raises: ConfigError, for a schema that can't be followed."""
+        tokens = self._tokens
+        from llguidance import LLMatcher
+
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the JSON schema can't be followed: {first_line(error)}") from error
+        matcher = LLMatcher(tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"the JSON schema can't be followed: {matcher.get_error().splitlines()[0]}")
+        return JsonConstraint(matcher, self.vocabulary, self.ends)
+
+
+class JsonConstraint:
+    """A `TokenConstraint` by a matcher of llguidance."""
+
+    def __init__(self, matcher: Any, vocabulary: int, ends: Sequence[int]) -> None:
+        self._matcher, self._vocabulary, self._ends = matcher, vocabulary, ends
+
+    def mask(self) -> Tensor:
+        """(vocabulary,) of booleans: the tokens that may come next."""
+        if self._matcher.is_stopped():
+            allowed = torch.zeros(self._vocabulary, dtype=torch.bool)
+            allowed[self._ends] = True
+            return allowed
+        bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
+        return torch.from_numpy(numpy.unpackbits(bits, count=self._vocabulary, bitorder="little").view(numpy.bool_))
+
+    def accept(self, token_id: int) -> None:
+        """Go on behind this token. Raises: ConfigError, for one that the mask forbade, or a schema beyond limits."""
+        if not self._matcher.is_stopped() and not self._matcher.consume_token(token_id):
+            raise ConfigError(f"the JSON schema can't be followed: {self._matcher.get_error()[:200]}")

@@ -1,0 +1,247 @@
+"""An engine in this process as a backend: prompts are rendered and encoded here, its events come back to the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimtune.data.chat_template import prompt_ids, render
+from slimtune.engine.engine import Engine
+from slimtune.engine.model import stop_tokens
+from slimtune.engine.request import EngineStats, Handle, LoadedAdapter, Request, SamplingParams, TokenEvent
+from slimtune.errors import ConfigError, SlimtuneError
+from slimtune.serve.backend import Asked, Piece, TokenLogprob, no_embeddings
+from slimtune.serve.grammar import ANY_OBJECT, Grammars
+from slimtune.serve.openai import (
+    ApiError,
+    ChatCompletionRequest,
+    JsonFormat,
+    SchemaFormat,
+    bad_request,
+    unavailable,
+)  # fmt: skip
+from slimtune.serve.tools import ToolReader, call_schema, for_template, knows_tools
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The prompts of a request as token ids, and how their answers are chosen."""
+
+    prompts: list[tuple[int, ...]]
+    sampling: list[SamplingParams]
+
+
+class EngineBackend:
+    """Answers of an engine.
+
+    Args:
+        engine: not started yet.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.tokenizer = engine, engine.tokenizer
+        self.slots, self.context = engine.slots, engine.context
+        self.vocabulary: int = engine.model.get_output_embeddings().weight.shape[0]
+        self._grammars = Grammars(self.tokenizer, self.vocabulary, sorted(stop_tokens(engine.model, self.tokenizer)))
+        # One thread, for a tokenizer is not safe in several; and apart from the loop, which long prompts would hold up.
+        self._encoding = ThreadPoolExecutor(1, "slimtune-encode")
+        self._mailbox: Mailbox | None = None
+
+    async def start(self) -> None:
+        """Start the engine's thread."""
+        self._mailbox = Mailbox(asyncio.get_running_loop())
+        await asyncio.to_thread(self.engine.start)
+
+    async def stop(self) -> None:
+        """Stop the engine's thread."""
+        await asyncio.to_thread(self.engine.stop, drain=False)
+        self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    async def is_ready(self) -> bool:
+        """Whether the engine was started."""
+        return self._mailbox is not None
+
+    def stats(self) -> EngineStats:
+        """Where the engine stands."""
+        return self.engine.stats()
+
+    async def load_adapter(self, name: str, folder: Path) -> LoadedAdapter:
+        """Load an adapter beside the others, which answer on."""
+        return await asyncio.to_thread(self.engine.load_adapter, name, folder)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Free the memory of an adapter."""
+        await asyncio.to_thread(self.engine.unload_adapter, name)
+
+    async def embed(self, texts: list[str]) -> tuple[list[list[float]], int]:
+        """Raises: ApiError."""
+        return await no_embeddings()
+
+    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncIterator[Piece]:
+        """The answers, piece by piece, in the order in which their tokens come."""
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._encoding, self._prepare, asked)
+        yield Piece(prompt_tokens=sum(map(len, prepared.prompts)))
+        inbox: asyncio.Queue[tuple[int, Sequence[TokenEvent]]] = asyncio.Queue()
+        readers = [self._reader(asked) for _ in prepared.sampling]
+        mailbox = self._mailbox
+        assert mailbox is not None, "a backend is started before it is asked"
+        handles: list[Handle] = []
+        try:
+            for choice, sampling in enumerate(prepared.sampling):
+                request = Request(prepared.prompts[choice // asked.n], sampling, adapter, tenant)
+                handles.append(self._submit(request, mailbox.address(inbox, choice)))
+            running = len(handles)
+            while running:
+                choice, events = await inbox.get()
+                piece = self._piece(choice, events, readers[choice])
+                running -= piece.finish_reason is not None
+                yield piece
+        finally:
+            # Also where the client has gone in the middle; what has ended takes no notice.
+            for handle in handles:
+                handle.cancel()
+
+    def _submit(self, request: Request, on_events: Callable[[Sequence[TokenEvent]], None]) -> Handle:
+        try:
+            return self.engine.submit(request, on_events)
+        except SlimtuneError as error:
+            # Such as a prompt that leaves no room for the virtual tokens of its adapter.
+            raise bad_request(str(error)) from error
+
+    def _piece(self, choice: int, events: Sequence[TokenEvent], reader: ToolReader | None) -> Piece:
+        last = events[-1]
+        if last.finish_reason == "error":
+            raise ApiError(500, f"the answer failed: {last.error}", "engine_error", kind="server_error")
+        if last.finish_reason == "cancelled":
+            raise unavailable("the server is stopping, and the answer was not finished", code="stopping")
+        tokens = sum(event.token >= 0 for event in events)
+        logprobs = tuple(self._logprob(event) for event in events if event.token >= 0 and event.logprob is not None)
+        text, reason, calls = "".join(event.text for event in events), last.finish_reason, ()
+        if reader is not None:
+            text = reader.feed(text)
+            if reason is not None:
+                rest, calls = reader.finish()
+                text, reason = text + rest, "tool_calls" if calls else reason
+        return Piece(choice, text, tokens, 0, logprobs, calls, reason)
+
+    def _logprob(self, event: TokenEvent) -> TokenLogprob:
+        others = tuple((self.tokenizer.decode([token]), logprob) for token, logprob in event.alternatives)
+        return TokenLogprob(self.tokenizer.decode([event.token]), float(event.logprob or 0.0), others)
+
+    @staticmethod
+    def _reader(asked: Asked) -> ToolReader | None:
+        if not isinstance(asked, ChatCompletionRequest) or not asked.usable_tools():
+            return None
+        return ToolReader(asked.usable_tools(), asked.must_call(), not asked.parallel_tool_calls)
+
+    def _prepare(self, asked: Asked) -> _Prepared:
+        """Render, encode and check a request. Raises: ApiError 400."""
+        try:
+            prompts = [tuple(prompt) for prompt in self._encode(asked)]
+            sampling = []
+            for index, prompt in enumerate(prompts):
+                most = self._room(prompt, asked.most_tokens())
+                first = index * asked.n
+                sampling += [self._sampling(asked, most, choice) for choice in range(first, first + asked.n)]
+        except SlimtuneError as error:
+            raise bad_request(str(error)) from error
+        return _Prepared(prompts, sampling)
+
+    def _encode(self, asked: Asked) -> list[list[int]]:
+        if isinstance(asked, ChatCompletionRequest):
+            tools = [tool.model_dump(exclude_none=True) for tool in asked.usable_tools()]
+            if tools and not knows_tools(self.tokenizer):
+                raise bad_request("this model's chat template shows no tools to it; leave tools out", "tools")
+            turns = [for_template(message) for message in asked.messages]
+            return [prompt_ids(self.tokenizer, render(self.tokenizer, turns, for_answer=True, tools=tools))]
+        return [self._ids(prompt) for prompt in asked.prompts()]
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+            if not ids:
+                raise bad_request("prompt is empty as tokens; pass a longer one", "prompt")
+            return ids
+        if max(prompt) >= self.vocabulary:
+            raise bad_request(f"prompt holds the token {max(prompt)}; the model has {self.vocabulary:,}", "prompt")
+        return prompt
+
+    def _room(self, prompt: tuple[int, ...], most: int | None) -> int:
+        """The most tokens of the answer. Raises: ApiError, where they don't fit behind the prompt."""
+        room = self.context - len(prompt)
+        if room < 1 or (most is not None and most > room):
+            wanted = f" and {most:,} of the answer" if most is not None and room >= 1 else ""
+            raise bad_request(
+                f"the context holds {self.context:,} tokens, but the prompt has {len(prompt):,}{wanted}; shorten the "
+                f"prompt{' or lower max_tokens' if wanted else ''}",
+                "messages",
+                "context_length_exceeded",
+            )
+        return room if most is None else most
+
+    def _sampling(self, asked: Asked, most: int, choice: int) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=most,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=max(asked.top_k, 0),
+            min_p=asked.min_p,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            repetition_penalty=asked.repetition_penalty,
+            # Each answer draws of its own, or all would be the same.
+            seed=None if asked.seed is None else (asked.seed + choice) % 2**63,
+            stop=asked.stops(),
+            logprobs=asked.alternatives(),
+            ignore_eos=asked.ignore_eos,
+            constraint=self._constraint(asked),
+        )
+
+    def _constraint(self, asked: Asked) -> Any:
+        """A new constraint for each answer, since it moves along with it."""
+        if isinstance(asked, ChatCompletionRequest) and asked.must_call():
+            return self._grammars.matching(call_schema(asked.usable_tools()))
+        if isinstance(asked.response_format, JsonFormat):
+            return self._grammars.matching(ANY_OBJECT)
+        if isinstance(asked.response_format, SchemaFormat):
+            try:
+                return self._grammars.matching(asked.response_format.json_schema.schema_)
+            except ConfigError as error:
+                raise bad_request(str(error), "response_format") from error
+        return None
+
+
+class Mailbox:
+    """Carries events from the engine's thread to the loop: all that come in one step by one wake-up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._lock = loop, threading.Lock()
+        self._letters: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._is_woken = False
+
+    def address(self, inbox: asyncio.Queue[Any], choice: int) -> Callable[[Sequence[TokenEvent]], None]:
+        """What the engine calls with the events of one answer."""
+
+        def post(events: Sequence[TokenEvent]) -> None:
+            if not events:
+                return
+            with self._lock:
+                self._letters.append((inbox, (choice, tuple(events))))
+                wakes, self._is_woken = not self._is_woken, True
+            if wakes and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._deliver)
+
+        return post
+
+    def _deliver(self) -> None:
+        with self._lock:
+            letters, self._letters, self._is_woken = self._letters, deque(), False
+        for inbox, letter in letters:
+            inbox.put_nowait(letter)

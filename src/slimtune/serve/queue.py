@@ -1,0 +1,190 @@
+"""Whose turn it is: limits per minute, and a queue in which each tenant gets its fair share."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from slimtune.serve.openai import ApiError, unavailable
+from slimtune.serve.tenants import Tenant
+
+_PROMPT_SHARE = 0.25
+"""What a token of a prompt counts beside one that is generated: many are computed in one product."""
+
+Clock = Callable[[], float]
+
+
+class Bucket:
+    """A limit per minute: it fills evenly, holds a minute's worth, and may be overdrawn by what had begun."""
+
+    def __init__(self, per_minute: float, clock: Clock = time.monotonic) -> None:
+        self.per_minute, self.clock = per_minute, clock
+        self.level, self.filled = per_minute, clock()
+
+    def seconds_until(self, amount: float) -> float:
+        """How long until so much is there; 0 where it is."""
+        now = self.clock()
+        self.level = min(self.per_minute, self.level + (now - self.filled) * self.per_minute / 60)
+        self.filled = now
+        # More than a minute's worth is never there: such a request may start on a full bucket.
+        missing = min(amount, self.per_minute) - self.level
+        return max(0.0, missing * 60 / self.per_minute)
+
+    def take(self, amount: float) -> None:
+        """Draw so much, also below zero."""
+        self.level -= amount
+
+
+@dataclass
+class _Share:
+    """What the queue knows of one tenant."""
+
+    counter: float = 0.0
+    """Tokens that it was served, weighed: the Virtual Token Counter of Sheng et al. 2024."""
+    running: int = 0
+    waiting: deque[_Turn] = field(default_factory=deque)
+
+
+@dataclass(eq=False)
+class _Turn:
+    tenant: Tenant
+    weight: int
+    number: int
+    granted: asyncio.Future[None]
+
+
+class FairQueue:
+    """Turns at so many answers at once; who was served the fewest tokens is next.
+
+    A tenant that comes back starts at the lowest counter of those that are there, so nobody saves up turns while away
+    (VTC, arXiv:2401.00588). The next turn waits until there is room for it, and nothing overtakes it, so that a request
+    of many answers is not put off for ever.
+    """
+
+    def __init__(self, slots: int, most_waiting: int, timeout: float) -> None:
+        self.slots, self.most_waiting, self.timeout = slots, most_waiting, timeout
+        self.running = 0
+        self._shares: dict[str, _Share] = {}
+        self._numbers = itertools.count()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return sum(len(share.waiting) for share in self._shares.values())
+
+    def charge(self, tenant: Tenant, prompt_tokens: int = 0, tokens: int = 0) -> None:
+        """Count what a tenant was served."""
+        self._shares[tenant.name].counter += _PROMPT_SHARE * prompt_tokens + tokens
+
+    @asynccontextmanager
+    async def turn(self, tenant: Tenant, answers: int = 1) -> AsyncIterator[None]:
+        """Wait for a turn and have it. Raises: ApiError 429 or 503, for a full queue or a wait that is too long."""
+        weight = min(answers, self.slots, tenant.concurrency or answers)
+        share = self._shares.setdefault(tenant.name, _Share())
+        if not share.waiting and not share.running:
+            present = [other.counter for other in self._shares.values() if other.waiting or other.running]
+            share.counter = max(share.counter, min(present, default=share.counter))
+        turn = _Turn(tenant, weight, next(self._numbers), asyncio.get_running_loop().create_future())
+        share.waiting.append(turn)
+        self._grant()
+        if not turn.granted.done():
+            self._refuse_beyond(share, turn)
+        try:
+            try:
+                async with asyncio.timeout(self.timeout):
+                    await turn.granted
+            except TimeoutError:
+                raise unavailable(
+                    f"no turn came within {self.timeout:g} s; try again later", retry_after=self.timeout
+                ) from None
+            yield
+        finally:
+            self._leave(share, turn)
+
+    def _refuse_beyond(self, share: _Share, turn: _Turn) -> None:
+        """Raises: ApiError, where too many wait already."""
+        own = turn.tenant.queue
+        if own is not None and len(share.waiting) > own:
+            share.waiting.remove(turn)
+            raise ApiError(
+                429, f"{own} requests of yours wait already, which is your limit", "queue_full",
+                kind="rate_limit_error", retry_after=1.0,
+            )  # fmt: skip
+        if self.waiting > self.most_waiting:
+            share.waiting.remove(turn)
+            raise unavailable(f"{self.most_waiting} requests wait already; try again later")
+
+    def _leave(self, share: _Share, turn: _Turn) -> None:
+        if turn in share.waiting:
+            share.waiting.remove(turn)
+        elif turn.granted.done():
+            # Granted, also where it was cancelled in the moment between the grant and its first step.
+            share.running -= turn.weight
+            self.running -= turn.weight
+        self._grant()
+
+    def _grant(self) -> None:
+        while True:
+            ready = [share for share in self._shares.values() if share.waiting and self._is_allowed(share)]
+            if not ready:
+                return
+            share = min(ready, key=lambda share: (share.counter, share.waiting[0].number))
+            turn = share.waiting[0]
+            if self.running + turn.weight > self.slots:
+                return
+            share.waiting.popleft()
+            share.running += turn.weight
+            self.running += turn.weight
+            # A turn costs something at once, or a tenant would have all of them before its first token is counted.
+            share.counter += turn.weight
+            if not turn.granted.done():
+                turn.granted.set_result(None)
+
+    @staticmethod
+    def _is_allowed(share: _Share) -> bool:
+        most = share.waiting[0].tenant.concurrency
+        return most is None or share.running + share.waiting[0].weight <= most
+
+
+class Limits:
+    """The rates of all tenants."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self.clock = clock
+        self._buckets: dict[tuple[str, str], tuple[float, Bucket]] = {}
+
+    def admit(self, tenant: Tenant) -> None:
+        """Let a request in. Raises: ApiError 429, with how long to wait."""
+        requests, tokens = self._bucket(tenant, "requests"), self._bucket(tenant, "tokens")
+        for what, bucket in (("requests", requests), ("tokens", tokens)):
+            seconds = bucket.seconds_until(1) if bucket else 0.0
+            if bucket and seconds > 0:
+                raise ApiError(
+                    429, f"your limit of {bucket.per_minute:g} {what} a minute is reached; wait {math.ceil(seconds)} s",
+                    "rate_limit_exceeded", kind="rate_limit_error", retry_after=seconds,
+                )  # fmt: skip
+        if requests:
+            requests.take(1)
+
+    def spend(self, tenant: Tenant, tokens: int) -> None:
+        """Count tokens that a tenant was served."""
+        bucket = self._bucket(tenant, "tokens")
+        if bucket:
+            bucket.seconds_until(0)
+            bucket.take(tokens)
+
+    def _bucket(self, tenant: Tenant, what: str) -> Bucket | None:
+        rate = getattr(tenant, f"{what}_per_minute")
+        if rate is None:
+            return None
+        known = self._buckets.get((tenant.name, what))
+        # A limit that was changed in the file starts anew.
+        if known is None or known[0] != rate:
+            known = self._buckets[tenant.name, what] = (rate, Bucket(rate, self.clock))
+        return known[1]

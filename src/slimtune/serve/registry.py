@@ -1,0 +1,235 @@
+"""The adapters by name and version: loaded from disk at their first use, put out when room is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from slimtune.engine.request import LoadedAdapter
+from slimtune.errors import AdapterFileError, ConfigError, SlimtuneError, listing
+from slimtune.models.headers import read_folder
+from slimtune.serve.backend import Backend
+from slimtune.serve.openai import not_found, unavailable
+from slimtune.serve.tenants import BASE
+from slimtune.storage.source import ADAPTER
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What an adapter may be called; `@` parts the name from its version."""
+
+State = Literal["disk", "loading", "loaded", "broken"]
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One version of an adapter.
+
+    Attributes:
+        stored_bytes: of its file, which is what it will take about.
+        users: requests that run on it; it stays loaded for as long.
+        used: when it was used last.
+        error: why it can't be loaded.
+    """
+
+    name: str
+    version: int
+    folder: Path
+    method: str
+    rank: int | None
+    stored_bytes: int
+    created: float
+    users: int = 0
+    used: float = 0.0
+    loaded: LoadedAdapter | None = None
+    error: str | None = None
+    removed: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+    @property
+    def versioned(self) -> str:
+        """`name@version`, as the backend knows it. None is given twice, so no cache is taken for another's."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        if self.loaded:
+            return "loaded"
+        return "loading" if self.lock.locked() else "broken" if self.error else "disk"
+
+    @property
+    def bytes(self) -> int:
+        """The memory that it takes where it is loaded."""
+        return self.loaded.bytes if self.loaded else 0
+
+
+class Registry:
+    """All adapters, and which of them the backend holds.
+
+    Args:
+        memory: the bytes that loaded adapters may take together; None leaves that to the backend.
+    """
+
+    def __init__(self, backend: Backend, memory: int | None = None) -> None:
+        self.backend, self.memory = backend, memory
+        self._versions: dict[str, dict[int, Adapter]] = {}
+        self._next: dict[str, Iterator[int]] = {}
+        self._room = asyncio.Lock()
+        self.evictions = 0
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter([adapter for versions in self._versions.values() for adapter in versions.values()])
+
+    def register(self, name: str, folder: Path, is_folder: bool = True) -> Adapter:
+        """Enrol the adapter in a folder as the newest version of its name.
+
+        Args:
+            is_folder: False where the folder is the name of a model on another server.
+
+        Raises:
+            AdapterFileError, ConfigError: it can't be read; or its name is none.
+        """
+        if not NAME.fullmatch(name) or name == BASE:
+            raise ConfigError(
+                f"an adapter can't be called '{name[:140]}'; take letters, digits, '.', '_' and '-', and not '{BASE}'"
+            )
+        config: Mapping[str, Any] = {"peft_type": "remote"}
+        stored_bytes = 0
+        if is_folder:
+            stored = read_folder(folder, ADAPTER, "adapter_model*.safetensors")
+            config, stored_bytes = stored.config, stored.stored_bytes
+        # Counted on where all versions are gone again.
+        version = next(self._next.setdefault(name, itertools.count(1)))
+        rank = config.get("r")
+        adapter = Adapter(
+            name, version, folder, str(config.get("peft_type", "unknown")), rank if isinstance(rank, int) else None,
+            stored_bytes, time.time(),
+        )  # fmt: skip
+        self._versions.setdefault(name, {})[version] = adapter
+        return adapter
+
+    def find(self, model: str) -> Adapter | None:
+        """The adapter that `name` (its newest version) or `name@version` means."""
+        name, at, version = model.partition("@")
+        versions = self._versions.get(name)
+        if not versions:
+            return None
+        if at:
+            return versions.get(int(version)) if re.fullmatch(r"[0-9]{1,9}", version) else None
+        return versions[max(versions)]
+
+    @asynccontextmanager
+    async def use(self, adapter: Adapter) -> AsyncIterator[str]:
+        """Hold an adapter loaded; what the backend calls it. Raises: AdapterFileError, ApiError."""
+        if adapter.removed:
+            raise not_found(adapter.versioned, ())
+        adapter.users += 1
+        adapter.idle.clear()
+        try:
+            await self._load(adapter)
+            yield adapter.versioned
+        finally:
+            adapter.users -= 1
+            adapter.used = time.monotonic()
+            if not adapter.users:
+                adapter.idle.set()
+
+    async def unload(self, adapter: Adapter) -> None:
+        """Take a version out of the list at once, and its memory back once no request runs on it."""
+        adapter.removed = True
+        versions = self._versions.get(adapter.name, {})
+        versions.pop(adapter.version, None)
+        if not versions:
+            self._versions.pop(adapter.name, None)
+        await adapter.idle.wait()
+        await self._put_out(adapter)
+
+    async def _load(self, adapter: Adapter) -> None:
+        async with adapter.lock:
+            if adapter.loaded:
+                return
+            async with self._room:
+                await self._make_room(adapter.stored_bytes)
+                try:
+                    await _to_the_end(self._put_in(adapter))
+                except SlimtuneError as error:
+                    adapter.error = str(error)
+                    raise
+            adapter.error = None
+
+    async def _put_in(self, adapter: Adapter) -> None:
+        adapter.loaded = await self.backend.load_adapter(adapter.versioned, adapter.folder)
+
+    async def _make_room(self, needed: int) -> None:
+        if self.memory is None:
+            return
+        if needed > self.memory:
+            raise AdapterFileError(
+                f"the adapter has {needed:,} bytes, and all of them together may take {self.memory:,}; raise "
+                "--adapter-memory"
+            )
+        while sum(other.bytes for other in self) + needed > self.memory:
+            if not await self._evict():
+                raise unavailable("all adapters in memory are in use; try again later", code="no_room")
+
+    async def _evict(self) -> bool:
+        """Put out the one that was idle for the longest; False where there is none."""
+        idle = [other for other in self if other.loaded and not other.users]
+        if not idle:
+            return False
+        await self._put_out(min(idle, key=lambda other: other.used))
+        self.evictions += 1
+        return True
+
+    async def _put_out(self, adapter: Adapter) -> None:
+        if adapter.loaded:
+            # Before the call, so that whoever wants it now waits for room and loads it again.
+            adapter.loaded = None
+            await _to_the_end(self.backend.unload_adapter(adapter.versioned))
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that goes on in the backend though its client has gone; what it changes is known when this returns."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        raise
+
+
+def folders_of(root: Path) -> dict[str, Path]:
+    """The adapters in a folder of folders, by name. Raises: AdapterFileError."""
+    if not root.is_dir():
+        raise AdapterFileError(f"no folder {root}; pass one that holds the folders of adapters")
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{ADAPTER}"))}
+
+
+def inside(root: Path | None, path: str) -> Path:
+    """A path that a client names, which has to lie under `root`. Raises: ConfigError."""
+    if root is None:
+        raise ConfigError("the server was started without --adapters DIR, so no adapter can be loaded while it runs")
+    try:
+        resolved = (root / path).resolve()
+        is_adapter = (resolved / ADAPTER).is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"'{path[:100]}' is no path") from error
+    if root.resolve() not in resolved.parents:
+        raise ConfigError(f"'{path[:100]}' does not lie under the server's folder of adapters")
+    if not is_adapter:
+        names = listing(folders_of(root)) or "none"
+        raise ConfigError(f"no adapter in '{path[:100]}'; the folder of adapters holds: {names}")
+    return resolved
