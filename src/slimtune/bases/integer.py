@@ -8,12 +8,14 @@ vLLM, SGLang and transformers read: `weight_packed` (codes, several an int32), `
 from __future__ import annotations
 
 import functools
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.delta import Base, Dense
@@ -106,6 +108,19 @@ class HoldsCodes(Packed):
         # They are no statistics that a module trained whole would copy, and are stored by the codes' own names.
         module.register_buffer("weight_scale", scales_OG, persistent=False)
 
+    @torch.no_grad()
+    def _replace_codes(self, codes_OI: Tensor, scales_OG: Any) -> None:
+        module: Any = self
+        held = self.packed_base.hold_codes(codes_OI)
+        if (held.dtype, held.shape) == (module.weight.dtype, module.weight.shape):
+            # In place, so that a tie to another module holds; no cached form of the old codes may outlive them.
+            module.weight.data.copy_(held)
+            self.weight_scale.copy_(scales_OG)
+            _STORED.pop(module.weight, None)
+        else:
+            self.put_codes(codes_OI, scales_OG, self.compute_dtype)
+        module._buffers.pop("kernel_scale", None)
+
     def drop_codes(self) -> None:
         """Forget all that is known beside a plain weight."""
         module: Any = self
@@ -127,9 +142,12 @@ class HoldsCodes(Packed):
         base = self.packed_base
         if base.is_packed(module):
             del destination[f"{prefix}weight"]
-            destination[f"{prefix}{PACKED}"] = base.pack(base.codes(module))
-            destination[f"{prefix}{SCALE}"] = self.weight_scale
-            destination[f"{prefix}{SHAPE}"] = torch.tensor(self.stored_shape)
+            packed, shape = _stored(module)
+            destination |= {
+                f"{prefix}{PACKED}": packed,
+                f"{prefix}{SCALE}": self.weight_scale,
+                f"{prefix}{SHAPE}": shape,
+            }
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -145,7 +163,7 @@ class HoldsCodes(Packed):
             if not absent:
                 try:
                     codes_OI = unpacked(base, *stored, shape=self.stored_shape)
-                    self.put_codes(codes_OI, stored[1], self.compute_dtype)  # type: ignore[arg-type]
+                    self._replace_codes(codes_OI, stored[1])
                 except DamagedBaseError as error:
                     error_msgs.append(f"'{prefix}weight': {error}")
             absent_before = len(missing_keys)
@@ -158,6 +176,21 @@ class HoldsCodes(Packed):
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+_STORED: Any = WeakIdKeyDictionary()
+"""By weight, what a state dict has of it for as long as that is there."""
+
+
+def _stored(module: Any) -> tuple[Tensor, Tensor]:
+    """Codes and shape as a file has them; of one weight in two modules the same tensors, so that it is stored once."""
+    known = [reference() for reference in _STORED.get(module.weight, ())]
+    if known and all(tensor is not None for tensor in known):
+        return known[0], known[1]  # type: ignore[return-value]
+    base = module.packed_base
+    packed, shape = base.pack(base.codes(module)), torch.tensor(module.stored_shape)
+    _STORED[module.weight] = (weakref.ref(packed), weakref.ref(shape))
+    return packed, shape
 
 
 def unpacked(base: IntegerLinear, packed: Any, scales_OG: Any, stored_shape: Any, shape: tuple[int, int]) -> Tensor:
