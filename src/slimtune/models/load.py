@@ -258,6 +258,7 @@ def _quantized(
     if settings is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source} is quantized already; load it without quantize, or pass the folder in 16 bits")
     if settings is None and stored_by_compressed_tensors(config):
+        require("accelerate", "quantized")
         from slimtune.quantization.integer import load_compressed
 
         return load_compressed(chosen, source, config, device, **options)

@@ -27,18 +27,19 @@ class Block:
     Attributes:
         path: of the module; empty for the whole model.
         calls: positional and named arguments of each.
+        dtype: what the block computes in while it is worked on.
     """
 
     path: str
     module: nn.Module
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
 
     def run(self, number: int) -> Any:
         """What the block gives for a batch: its hidden states, where it is one of a chain."""
-        dtype = next(self.module.parameters()).dtype
 
         def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         args, kwargs = tree_map(cast, self.calls[number])
         return hidden_of(self.module(*args, **kwargs))

@@ -141,7 +141,7 @@ def _fit(
     left = set(names)
     for number, block in enumerate(blocks):
         own = next(block.module.parameters()).dtype
-        # Scaled weights are rounded once, to codes; and without instructions for bf16 its products take very long.
+        # In float32, scaled weights are rounded once, to codes; and bf16 takes very long without instructions for it.
         block.module.float()
         linears = block.linears(names)
         moments = moments_of(block, linears, is_full="gptq" in method)
