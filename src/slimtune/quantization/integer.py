@@ -7,8 +7,10 @@ modules have the tensors of the file as parameters, and are made ours once all i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
@@ -34,10 +36,13 @@ class Request(QuantizationConfigMixin):
     Attributes:
         settings: how a plain model is quantized while it is read; None for one that is stored quantized.
         stored: the `quantization_config` of a stored one.
+        modules: those whose weights its files have.
     """
 
-    def __init__(self, settings: Quantization | None, stored: dict[str, Any] | None = None) -> None:
-        self.settings, self.stored = settings, stored
+    def __init__(
+        self, settings: Quantization | None, stored: dict[str, Any] | None = None, modules: frozenset[str] = frozenset()
+    ) -> None:
+        self.settings, self.stored, self.modules = settings, stored, modules
         self.quant_method: Any = "slimtune_integer"
 
 
@@ -64,10 +69,39 @@ def load_compressed(chosen: Any, source: str, config: Any, device: str, **option
     for name, value in fields.items():
         setattr(config, name, value)
     stored = config.__dict__.pop("quantization_config")
-    request = Request(None, stored if isinstance(stored, dict) else stored.to_dict())
-    return chosen.from_pretrained(
-        source, config=config, quantization_config=request, device_map={"": device}, **options
-    )
+    request = Request(None, stored if isinstance(stored, dict) else stored.to_dict(), _stored_weights(Path(source)))
+    try:
+        return chosen.from_pretrained(
+            source, config=config, quantization_config=request, device_map={"": device}, **options
+        )
+    except RuntimeError as error:
+        # transformers reports tensors of other shapes so, after a table of them.
+        if "mismatch" not in str(error):
+            raise
+        raise DamagedBaseError(
+            f"the weights of {source} have other shapes than its config.json says; fetch the model again"
+        ) from error
+
+
+def _stored_weights(folder: Path) -> frozenset[str]:
+    """The modules of which a folder has a quantized weight.
+
+    Raises:
+        DamagedBaseError: a part of one is missing.
+    """
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="pt") as stored:
+            names |= set(stored.keys())
+    modules = {name.rpartition(".")[0] for name in names if name.endswith(_PARTS)}
+    for module in sorted(modules):
+        absent = [part for part in _PARTS if f"{module}.{part}" not in names]
+        if absent:
+            raise DamagedBaseError(
+                f"the quantized weight '{module}.weight' is damaged: {listing(absent)} is missing; fetch the model "
+                "again"
+            )
+    return frozenset(modules)
 
 
 def group_size_for(model: nn.Module, names: list[str], group_size: int) -> None:
@@ -117,6 +151,7 @@ class _Quantizer(HfQuantizer):
         super().__init__(request, **options)
         self.request = request
         self.targets: set[str] = set()
+        self.scales: dict[str, Tensor] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -128,7 +163,7 @@ class _Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
         settings = self.request.settings
         if settings is None:
-            _make_shells(model, self.request.stored)
+            _make_shells(model, self.request)
             return
         names = quantized_linears(model, settings.keep)
         group_size_for(model, names, settings.blocksize)
@@ -139,11 +174,14 @@ class _Quantizer(HfQuantizer):
         return name == "weight" and path in self.targets
 
     def get_quantize_ops(self) -> Any:
-        return _Round(self.request.settings)
+        return _Round(self)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         if self.request.settings is None:
             _fill_shells(model)
+        for path, scales_OG in self.scales.items():
+            # Only now: buffers that aren't in the files are drawn anew once these are read.
+            model.get_submodule(path).weight_scale = scales_OG
         note_quantization(model, self.request.stored or config_of(model))
         return model
 
@@ -189,16 +227,18 @@ def note_quantization(model: Any, stored: dict[str, Any]) -> None:
 class _Round(ConversionOps):
     """What transformers does to each weight that is read and rounded."""
 
-    def __init__(self, settings: Quantization) -> None:
-        self.settings = settings
+    def __init__(self, quantizer: _Quantizer) -> None:
+        self.quantizer = quantizer
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, model: Any, **others: Any) -> dict[str, Tensor]:  # type: ignore[override]
         done = {}
         for name, value in input_dict.items():
             weight_OI: Tensor = value[0] if isinstance(value, list) else value
-            module: Any = model.get_submodule(name.rpartition(".")[0])
-            scales_OG = searched_scales(weight_OI, self.settings.blocksize, 4)
+            path = name.rpartition(".")[0]
+            module: Any = model.get_submodule(path)
+            scales_OG = searched_scales(weight_OI, self.quantizer.request.settings.blocksize, 4)
+            self.quantizer.scales[path] = scales_OG
             LinearInt4.take(module, nearest_codes(weight_OI, scales_OG, 4), scales_OG)
             done[name] = module.weight
             # Or transformers would draw it, after the read, as a weight that was missing.
@@ -206,15 +246,22 @@ class _Round(ConversionOps):
         return done
 
 
-def _make_shells(model: Any, stored: Any) -> None:
+def _make_shells(model: Any, request: Request) -> None:
     """Give the modules that are stored quantized the tensors of the file as parameters, in place of their weights."""
-    schemes, ignore = read_config(stored)
+    schemes, ignore = read_config(request.stored or {})
+    tied_ends = {end.rpartition(".")[0] for end in model.all_tied_weights_keys}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
         scheme = scheme_for(name, type(module).__name__, schemes, ignore)
         if scheme is None:
             continue
+        # A file may have been written from a model with another prefix before its names, or without its head.
+        is_stored = any(
+            f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}") for other in request.modules
+        )
+        if not is_stored and name not in tied_ends:
+            raise DamagedBaseError(f"the quantized weight '{name}.weight' is missing; fetch the model again")
         rows, columns = module.weight.shape
         if scheme.group_size is not None and columns % scheme.group_size:
             raise DamagedBaseError(f"the quantized weight '{name}.weight' of width {columns} can't have its groups")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from slimtune.slim.calibrate import Block, Moments
 
 SHARES = tuple(step / 12 for step in range(12))
 """What r is searched among; 0 scales nothing."""
-_TOLERANCE = 0.02
-"""How far an output may move in a trial, of its norm: rounding alone moves it less, a wrong pair by much more."""
+_TOLERANCE = 0.01
+"""How far the output may move in a trial, of how far it moves where only what comes before is scaled."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,13 @@ def _stays(block: Block, pair: Pair, expected: Any) -> bool:
     width = block.module.get_submodule(pair.names[0]).in_features
     # Powers of two are exact in any floating-point type; a fixed order of them, in which neighbours differ.
     factors_I = torch.tensor([0.5, 1.0, 2.0]).repeat(width // 3 + 1)[:width]
-    with _undone(block, pair):
-        scale(block.module, pair, factors_I)
-        got = block.run(0)
-    error = (got.float() - expected.float()).norm()
-    return bool(error <= _TOLERANCE * expected.float().norm())
+    moved = []
+    for names in (pair.names, ()):
+        with _undone(block, pair):
+            scale(block.module, replace(pair, names=names), factors_I)
+            moved.append(float((block.run(0).float() - expected.float()).norm()))
+    # Not of the output's norm: beside the residual, what a layer adds may be next to nothing.
+    return moved[0] <= _TOLERANCE * moved[1]
 
 
 @contextmanager

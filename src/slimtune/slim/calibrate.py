@@ -80,8 +80,9 @@ class Moments:
 
 
 def hidden_of(output: Any) -> Any:
-    """The hidden states among what a block gives."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states among what a block gives, or the logits of a whole model."""
+    logits = getattr(output, "logits", None)
+    return output if isinstance(output, Tensor) else output[0] if logits is None else logits
 
 
 @torch.no_grad()
