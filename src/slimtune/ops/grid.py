@@ -71,7 +71,8 @@ def _searched(weight_OI: Tensor, group_size: int, bits: int, importance_I: Tenso
         h_GS = importance_I.to(weight_OI.device, torch.float32).view(h_GS.shape)
     whole = extreme_scales(weight_OI, group_size, bits)
     best, least = whole.to(SCALE_DTYPE), torch.full_like(whole, torch.inf)
-    for clip in CLIPS:
+    # In 8 bits the grid is fine enough that clipping gains nothing.
+    for clip in CLIPS if bits < 8 else CLIPS[:1]:
         scales = (whole * clip).to(SCALE_DTYPE)
         for _ in range(2):
             codes = (groups_OGS / _divisors(scales)).round_().clamp_(*code_range(bits))

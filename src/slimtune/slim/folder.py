@@ -192,10 +192,10 @@ def _readers(model: Any, config: QuantizeConfig) -> tuple[list[str], list[str]]:
         return ["slimtune"], [
             "transformers and vLLM don't read an embedding in int8; for those, quantize with --head keep"
         ]
-    notes = []
+    notes = ["vLLM and SGLang read the format too; whether their kernels take negative scales wasn't tried"]
     if "awq" in str(config.method):
         notes.append(
             "AWQ scaled weights and norms: an adapter that was trained on the model before doesn't fit this one; merge "
             "it first"
         )
-    return ["slimtune", "transformers", "vLLM", "SGLang"], notes
+    return ["slimtune", "transformers"], notes
