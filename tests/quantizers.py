@@ -13,6 +13,9 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, Map
 from torchao.quantization.granularity import PerGroup
 
 from slimtune.bases import base_of, claim
+from slimtune.bases.int4 import LinearInt4
+from slimtune.bases.int8 import LinearInt8
+from slimtune.ops.grid import nearest_codes, searched_scales
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,18 @@ def torchao(settings: Any) -> Callable[[nn.Linear], Any]:
     return quantize
 
 
+def integer(bits: int, group_size: int | None = None) -> Callable[[nn.Linear], Any]:
+    """Our own codes in groups of inputs, or with a scale a row."""
+
+    def quantize(layer: nn.Linear) -> Any:
+        weight_OI = layer.weight.detach()
+        scales_OG = searched_scales(weight_OI, group_size or layer.in_features, bits)
+        (LinearInt4 if bits == 4 else LinearInt8).take(layer, nearest_codes(weight_OI, scales_OG, bits), scales_OG)
+        return layer
+
+    return quantize
+
+
 INT4: Any = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
 
 QUANTIZERS = (
@@ -87,6 +102,8 @@ QUANTIZERS = (
     Quantizer("int8", int8),
     Quantizer("torchao-int8", torchao(Int8WeightOnlyConfig())),
     Quantizer("torchao-int4", torchao(IntxWeightOnlyConfig(INT4, PerGroup(4), MappingType.ASYMMETRIC))),
+    Quantizer("int4-4", integer(4, 4)),
+    Quantizer("int8-row", integer(8)),
 )
 
 

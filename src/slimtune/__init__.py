@@ -57,6 +57,8 @@ _HOME = {
     "load": "models.load",
     "Quantization": "quantization.config",
     "parts": "quantization.report",
+    "QuantizeConfig": "slim.quantize",
+    "quantize_": "slim.quantize",
     "prepare_model_for_kbit_training": "quantization.prepare",
     "Engine": "engine.engine",
     "Request": "engine.request",
@@ -137,6 +139,8 @@ if TYPE_CHECKING:
     from slimtune.quantization.dequantize import dequantize as dequantize
     from slimtune.quantization.prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from slimtune.quantization.report import parts as parts
+    from slimtune.slim.quantize import QuantizeConfig as QuantizeConfig
+    from slimtune.slim.quantize import quantize_ as quantize_
     from slimtune.train.optimizer import create_loraplus_optimizer as create_loraplus_optimizer
     from slimtune.train.optimizer import lora_plus_groups as lora_plus_groups
 

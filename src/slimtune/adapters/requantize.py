@@ -121,7 +121,7 @@ class _Requantizer:
         merged_OI = folded["weight"]
         packed = base.quantize(module, merged_OI)
         before_OI = base.weight(module).float()
-        after_OI = base.weight(with_tensors(module, {"weight": packed})).float()
+        after_OI = base.weight(with_tensors(module, packed)).float()
         if not torch.isfinite(after_OI).all():
             raise MergeError("the merged weight can't be quantized again: what comes back is not finite")
         # dW, what the adapter changes, and D, what is left of it between two grids of codes; their products are summed
@@ -133,7 +133,7 @@ class _Requantizer:
         self._beyond += base.beyond(module, merged_OI)
         self._entries += merged_OI.numel()
         self.modules.append((module, base))
-        return folded | {"weight": packed}
+        return folded | packed
 
     def figures(self) -> dict[str, Any]:
         """Those of `MergeDrift` that follow from the weights; an update of nothing is left whole."""

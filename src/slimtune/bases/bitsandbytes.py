@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from slimtune.bases.packed import Packed, PackedLinear
-from slimtune.core.delta import Base
+from slimtune.core.delta import Base, Dense
 from slimtune.errors import DamagedBaseError, MergeError
 from slimtune.ops.few_tokens import few_tokens_4bit, few_tokens_8bit
 
@@ -96,11 +96,11 @@ class Bnb4bitLinear(BnbLinear):
     def dtype(self, module: Any) -> torch.dtype:
         return module.compute_dtype or state_of(module).dtype
 
-    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+    def quantize(self, module: Any, weight_OI: Tensor) -> Dense:
         state = state_of(module)
         # Rounded to the dtype that expansion gives first, as bitsandbytes had it when it quantized the base.
         dense_OI, storage = weight_OI.to(state.dtype), module.weight.dtype
-        return packed_4bit(dense_OI, state.blocksize, state.quant_type, state.nested, storage)
+        return {"weight": packed_4bit(dense_OI, state.blocksize, state.quant_type, state.nested, storage)}
 
     def beyond(self, module: Any, weight_OI: Tensor) -> int:
         state = state_of(module)
@@ -139,7 +139,7 @@ class Bnb8bitLinear(BnbLinear):
         # bitsandbytes doesn't store what the weight was before; what the model computes in is noted when it is claimed.
         return getattr(module, "compute_dtype", None) or torch.get_default_dtype()
 
-    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
+    def quantize(self, module: Any, weight_OI: Tensor) -> Dense:
         largest = weight_OI.abs().max().item()
         # bitsandbytes quantizes by way of float16, in which more is infinite.
         if largest > torch.finfo(torch.float16).max:
@@ -147,7 +147,7 @@ class Bnb8bitLinear(BnbLinear):
                 f"the merged weight has an entry of {largest:.3g}, which bitsandbytes can't quantize to int8; merge "
                 "into 16 bits"
             )
-        return packed_8bit(weight_OI)
+        return {"weight": packed_8bit(weight_OI)}
 
     def beyond(self, module: Any, weight_OI: Tensor) -> int:
         # A code of 127.5 would be rounded beyond the last one.

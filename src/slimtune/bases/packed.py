@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.delta import Base, TensorSpec
+from slimtune.core.delta import Base, Dense, TensorSpec
 from slimtune.errors import MergeError
 from slimtune.ops.frozen_linear import frozen_linear
 
@@ -75,8 +75,10 @@ class PackedLinear(Base):
         module.__class__ = nn.Linear
         module._parameters["weight"] = nn.Parameter(weight_OI, requires_grad=False)
 
-    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
-        """What the module stores for another weight, with its own settings and new scales; nothing is changed.
+    def quantize(self, module: Any, weight_OI: Tensor) -> Dense:
+        """The tensors that the module stores for another weight, with its own settings and new scales.
+
+        Nothing is changed.
 
         Raises:
             MergeError: there is no way back into these codes.

@@ -21,7 +21,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from slimtune import bases
 from slimtune.bases.packed import Packed, PackedLinear
-from slimtune.core.delta import Base
+from slimtune.core.delta import Base, Dense
 from slimtune.errors import ConfigError, MergeError
 
 _AFFINE = (Int8Tensor, IntxUnpackedToInt8Tensor)
@@ -120,8 +120,8 @@ class TorchaoLinear(PackedLinear):
     def dtype(self, module: Any) -> torch.dtype:
         return module.weight.dtype
 
-    def quantize(self, module: Any, weight_OI: Tensor) -> Tensor:
-        return pack(weight_OI, module.weight)
+    def quantize(self, module: Any, weight_OI: Tensor) -> Dense:
+        return {"weight": pack(weight_OI, module.weight)}
 
     def beyond(self, module: Any, weight_OI: Tensor) -> int:
         return beyond(weight_OI, module.weight)

@@ -25,6 +25,7 @@ from slimtune.cli.methods import methods
 from slimtune.cli.options import RecipeCommand
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
+from slimtune.cli.quantize import quantize
 from slimtune.cli.recipe import recipe
 from slimtune.cli.serve import serve
 from slimtune.cli.serve_key import serve_key
@@ -132,6 +133,7 @@ for name, command in {
     "methods": methods,
     "info": info,
     "merge": merge,
+    "quantize": quantize,
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():

@@ -17,7 +17,7 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="Quantize the base before merging, as it was in training: nf4, fp4 or int8."),
+        typer.Option(metavar="KIND", help="Quantize the base first, as it was in training: nf4, fp4, int8 or int4."),
     ] = None,
     requantize: Annotated[
         bool,

@@ -50,7 +50,7 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="KIND",
-        help="While loading: nf4, fp4, int8, int8-torchao, int4-torchao.",
+        help="While loading: nf4, fp4, int8, int4, int8-torchao, int4-torchao.",
     ),
 ]
 TrustRemoteCode = Annotated[

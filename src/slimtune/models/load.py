@@ -20,7 +20,14 @@ from slimtune.errors import (
     listing,
 )
 from slimtune.models.device import DTYPES, pick_device
-from slimtune.quantization.config import require, settings_of, stored_by_bitsandbytes
+from slimtune.quantization.config import (
+    INTEGER_KINDS,
+    Quantization,
+    require,
+    settings_of,
+    stored_by_bitsandbytes,
+    stored_by_compressed_tensors,
+)
 from slimtune.storage.source import PACKAGED, base_of, folder_of, is_adapter, no_weight_bar
 from slimtune.storage.text_files import read_json
 
@@ -74,8 +81,8 @@ def load(
         dtype: auto (as stored), bfloat16, float16 or float32.
         device: auto (CUDA, then Apple's, then the CPU) or a device of torch's.
         trust_remote_code: run Python code that comes with the model.
-        quantize: the base while it is read: "nf4", "fp4", "int8", "int8-torchao" or "int4-torchao", a `Quantization`,
-            or what transformers takes, a `BitsAndBytesConfig` or `TorchAoConfig`.
+        quantize: the base while it is read: "nf4", "fp4", "int8", "int4", "int8-torchao" or "int4-torchao", a
+            `Quantization`, or what transformers takes, a `BitsAndBytesConfig` or `TorchAoConfig`.
 
     Raises:
         ModelNotFoundError: no such model, or none with safetensors weights.
@@ -216,7 +223,7 @@ def _read_model(
         with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
             chosen = model_class or (own_auto_class(config) if trusts else None) or _model_class(config)
             how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
-            if settings is not None or stored_by_bitsandbytes(config):
+            if settings is not None or stored_by_bitsandbytes(config) or stored_by_compressed_tensors(config):
                 return _quantized(chosen, source, config, settings, device, **how)
             return chosen.from_pretrained(source, **how).to(device)
     except SlimtuneError:
@@ -250,12 +257,21 @@ def _quantized(
 ) -> Any:
     if settings is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source} is quantized already; load it without quantize, or pass the folder in 16 bits")
+    if settings is None and stored_by_compressed_tensors(config):
+        require("accelerate", "quantized")
+        from slimtune.quantization.integer import load_compressed
+
+        return load_compressed(chosen, source, config, device, **options)
     by_torchao = type(settings).__name__ == "TorchAoConfig"
     require("accelerate", "torchao" if by_torchao else "quantized")
     if by_torchao:
         from slimtune.bases.torchao import load_quantized as load_by_torchao
 
         return load_by_torchao(chosen, source, settings, device, **options)
+    if isinstance(settings, Quantization) and settings.kind in INTEGER_KINDS:
+        from slimtune.quantization.integer import load_integer
+
+        return load_integer(chosen, source, settings, device, **options)
     require("bitsandbytes", "quantized")
     from slimtune.quantization.load import load_as_stored, load_quantized
 

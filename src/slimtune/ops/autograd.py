@@ -26,6 +26,22 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
+def reads_codes(x: Tensor, dtype: torch.dtype, most_tokens: float) -> bool:
+    """Whether a kernel may read codes for a product with x (..., in), rather than a weight that is expanded for it.
+
+    There are few enough tokens, in bfloat16, and nothing is learned, traced or only planned.
+    """
+    tokens = x.numel() // max(1, x.shape[-1])
+    return (
+        0 < tokens <= most_tokens
+        and dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and not is_traced()
+        # No subclass: a tensor that is planned or sharded has no memory that a kernel could read.
+        and type(x) is Tensor
+    )
+
+
 def maker_of(x: Tensor) -> Any:
     """The autograd node that can make this very tensor again in the backward pass, or None.
 

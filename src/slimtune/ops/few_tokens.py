@@ -17,7 +17,7 @@ from bitsandbytes.autograd._functions import matmul_4bit
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, gemv_4bit, has_avx512bf16
 from torch import Tensor, nn
 
-from slimtune.ops.autograd import is_traced
+from slimtune.ops.autograd import reads_codes
 
 Product = Callable[[Tensor], Tensor]
 
@@ -51,7 +51,7 @@ def few_tokens_4bit(module: Any, state: Any, x: Tensor, dtype: torch.dtype) -> P
     if torch.is_grad_enabled():
         # Learning reads the codes as they are: a second copy of them would double the base for as long as it learns.
         _COPIES.pop(module, None)
-    if not _applies(x, dtype):
+    if not reads_codes(x, dtype, MOST_TOKENS):
         return None
     if x.device.type != "cpu":
         # On other devices bitsandbytes' kernels read the codes in the order in which they are stored.
@@ -68,7 +68,7 @@ def few_tokens_4bit(module: Any, state: Any, x: Tensor, dtype: torch.dtype) -> P
 def few_tokens_8bit(codes_OI: Tensor, scales_O: Tensor, x: Tensor, dtype: torch.dtype) -> Product | None:
     """y = x W^T on int8 codes with a scale a row; else as `few_tokens_4bit`."""
     has_lanes = not any(size % _LANES for size in codes_OI.shape)
-    if not _applies(x, dtype) or x.device.type != "cpu" or not has_lanes:
+    if not reads_codes(x, dtype, MOST_TOKENS) or x.device.type != "cpu" or not has_lanes:
         return None
     # w = code * scale / 127, which the kernel wants as one factor a row in the dtype of x.
     scales = (scales_O / 127).to(dtype)
@@ -79,19 +79,6 @@ def few_tokens_8bit(codes_OI: Tensor, scales_O: Tensor, x: Tensor, dtype: torch.
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     return product
-
-
-def _applies(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there are few tokens, in bfloat16, and nothing is learned, traced or only planned."""
-    tokens = x.numel() // max(1, x.shape[-1])
-    return (
-        0 < tokens <= MOST_TOKENS
-        and dtype == torch.bfloat16
-        and not torch.is_grad_enabled()
-        and not is_traced()
-        # No subclass: a tensor that is planned or sharded has no memory that a kernel could read.
-        and type(x) is Tensor
-    )
 
 
 def _reordered(module: Any, state: Any) -> tuple[Tensor, Any]:

@@ -15,7 +15,7 @@ from slimtune.quantization.config import KINDS, TORCHAO_KINDS
 from slimtune.recipe.optimizers import DEFAULT, check_name
 from slimtune.recipe.preference import PREFERENCE_TASKS
 
-Precision = Literal["dense", "nf4", "fp4", "int8", "int8-torchao", "int4-torchao"]
+Precision = Literal["dense", "nf4", "fp4", "int8", "int4", "int8-torchao", "int4-torchao"]
 Preference = Literal["dpo", "kto", "orpo", "grpo"]
 
 PRECISIONS = ("dense", *KINDS, *TORCHAO_KINDS)

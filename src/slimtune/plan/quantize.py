@@ -19,7 +19,7 @@ from slimtune.bases import base_of
 from slimtune.errors import PlanError
 from slimtune.plan.memory import Setting
 from slimtune.plan.memory_tracker import MemoryTracker, unwrapped
-from slimtune.quantization.config import TORCHAO_KINDS, Quantization
+from slimtune.quantization.config import INTEGER_KINDS, TORCHAO_KINDS, Quantization
 
 
 def quantize(model: Any, setting: Setting, tracker: MemoryTracker) -> int:
@@ -31,8 +31,12 @@ def quantize(model: Any, setting: Setting, tracker: MemoryTracker) -> int:
     Raises:
         PlanError: there is no linear layer, or torchao refuses the width of one.
     """
-    by_torchao = setting.base in TORCHAO_KINDS
-    beyond = _by_torchao(model, setting.base, tracker) if by_torchao else _by_bitsandbytes(model, setting, tracker)
+    if setting.base in TORCHAO_KINDS:
+        beyond = _by_torchao(model, setting.base, tracker)
+    elif setting.base in INTEGER_KINDS:
+        beyond = _in_integers(model, setting.base, tracker)
+    else:
+        beyond = _by_bitsandbytes(model, setting, tracker)
     gc.collect()
     return _beyond_all(model, beyond)
 
@@ -78,6 +82,25 @@ def _by_torchao(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]
             # While a layer is quantized its dense form and the scratch of the quantizer stand beside the codes that
             # stay.
             beyond[name] = dense + max(0, tracker.peak_since(before) - kept)
+    return beyond
+
+
+def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]:
+    from slimtune.bases.int4 import LinearInt4
+    from slimtune.ops.grid import nearest_codes, searched_scales
+    from slimtune.quantization.integer import group_size_for, quantized_linears
+
+    group_size = Quantization(kind).blocksize
+    names = quantized_linears(model, _new_heads(model))
+    group_size_for(model, names, group_size)
+    beyond = {}
+    for name in names:
+        module: Any = model.get_submodule(name)
+        weight_OI, before = module.weight.detach(), len(tracker.storages)
+        scales_OG = searched_scales(weight_OI, group_size, 4)
+        LinearInt4.take(module, nearest_codes(weight_OI, scales_OG, 4), scales_OG)
+        held = sum(tensor.nbytes for tensor in (module.weight, module.weight_scale))
+        beyond[name] = weight_OI.nbytes + max(0, tracker.peak_since(before) - held)
     return beyond
 
 

@@ -8,29 +8,35 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, MissingDependencyError, check_choice
+from slimtune.storage.compressed import is_compressed
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-KINDS = ("nf4", "fp4", "int8")
+BNB_KINDS = ("nf4", "fp4", "int8")
+INTEGER_KINDS = ("int4",)
+KINDS = (*BNB_KINDS, *INTEGER_KINDS)
 TORCHAO_KINDS = ("int8-torchao", "int4-torchao")
 TORCHAO_GROUP = 32
 """How many weights share a scale in int4-torchao."""
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+INTEGER_GROUPS = (32, 64, 128, 256)
+"""The sizes of groups of int4 that the kernels of the engines take, and torch's."""
 COMPUTE_DTYPES = (None, "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linear layers of a base are quantized while it is loaded, in the storage of bitsandbytes.
+    """How the linear layers of a base are quantized while it is loaded: in bitsandbytes' storage, or to int4.
 
     Embeddings, norms, the output layer and a classifier's head are never quantized. Dettmers et al.,
     https://arxiv.org/abs/2305.14314 (nf4, fp4) and https://arxiv.org/abs/2208.07339 (int8).
 
     Attributes:
-        kind: nf4 (the better of the two in 4 bits), fp4 or int8.
+        kind: nf4 (the better of the two in 4 bits), fp4 or int8; or int4: whole numbers with a signed scale a group,
+            the range searched, which engines read and which decode fastest.
         double: quantize the scales of the blocks as well; of nf4 and fp4.
-        blocksize: how many weights share a scale; of nf4 and fp4. int8 has a scale for each row.
+        blocksize: how many weights share a scale; of nf4, fp4 and int4. int8 has a scale for each row.
         compute_dtype: what the products are computed in; without it, the dtype of the model.
         keep: more modules to leave as they are: names, ends of paths or regular expressions.
 
@@ -57,6 +63,12 @@ class Quantization:
         own = (self.double, self.blocksize, self.compute_dtype)
         if self.kind == "int8" and own != (True, 64, None):
             raise ConfigError("double, blocksize and compute_dtype would change nothing with int8; leave them out")
+        if self.kind in INTEGER_KINDS:
+            if (self.double, self.compute_dtype) != (True, None):
+                raise ConfigError("double and compute_dtype would change nothing with int4; leave them out")
+            if self.blocksize not in INTEGER_GROUPS:
+                known = ", ".join(map(str, INTEGER_GROUPS))
+                raise ConfigError(f"blocksize of int4 must be one of {known}, found {self.blocksize!r}")
 
 
 if TYPE_CHECKING:
@@ -113,6 +125,11 @@ def stored_by_bitsandbytes(config: Any) -> bool:
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     return method is not None and str(getattr(method, "value", method)).startswith("bitsandbytes")
+
+
+def stored_by_compressed_tensors(config: Any) -> bool:
+    """Whether a model's configuration says that its weights are stored as compressed-tensors has them."""
+    return is_compressed(getattr(config, "quantization_config", None))
 
 
 def torchao_settings(kind: str) -> TorchAoConfig:

@@ -43,7 +43,7 @@ class ModelSettings:
         revision: of a Hub id: a branch, a tag or a commit; main by default.
         dtype: auto (as stored), bfloat16, float16 or float32.
         device: auto, cpu, cuda, cuda:1, ...
-        quantize: as what weights are held that are read in full: nf4, fp4, int8, int8-torchao or int4-torchao.
+        quantize: as what weights are held that are read in full: nf4, fp4, int8, int4, int8-torchao or int4-torchao.
         trust_remote_code: whether Python code that comes with the model is run.
     """
 

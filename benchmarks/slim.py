@@ -1,0 +1,201 @@
+"""What quantization after training loses, and what it gains, on SmolLM2 off its grid (`benchmarks.off_grid`).
+
+`quality` measures perplexity on newspaper editorials of the model in bf16, in NF4 with double quantization, and as
+`slimtune quantize` makes it; `speed` times decoding and prefill of the same models in turns and takes resident memory
+after the first answer against the size of the file, each model in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+
+from benchmarks import machine, page
+from benchmarks.codecs import editorials, perplexity
+from benchmarks.off_grid import off_grid_
+from benchmarks.prepare import model_folder
+from benchmarks.results import FOLDER, subtitle
+from benchmarks.runs import run_module
+
+BF16, NF4 = "bf16", "NF4 + double quantization"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int4 rtn": {"method": "rtn"},
+    "int4 gptq": {"method": "gptq"},
+    "int4 awq": {"method": "awq"},
+    "int4 awq+gptq": {},
+    "int4 awq+gptq, int8 head": {"head": "int8"},
+    "int8": {"scheme": "W8A16"},
+    "int8, int8 head": {"scheme": "W8A16", "head": "int8"},
+}
+SPEED = ("int4 awq+gptq", "int4 awq+gptq, int8 head", "int8", "int8, int8 head")
+HEADER = ("model", "bits per weight", "MB", "perplexity", "loss / NF4's", "seconds")
+SPEED_HEADER = ("model", "decode / bf16", "prefill of 256 / bf16", "resident / file")
+PROMPT, STEPS, PREFILL = 32, 24, 256
+
+app = typer.Typer(add_completion=False)
+console = Console()
+
+
+def write_base(folder: Path, packaged: bool) -> None:
+    """SmolLM2 with its tokenizer, off its grid unless it is to be as packaged."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.bfloat16)
+    (model if packaged else off_grid_(model)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model_folder()).save_pretrained(folder)
+
+
+def quantized(base: Path, output: Path, settings: dict[str, Any]) -> float:
+    """Write a quantized folder as the command does; gives back the seconds that it took."""
+    import slimtune
+    from slimtune.slim.data import calibration_batches
+    from slimtune.slim.quantize import QuantizeConfig, quantize_
+
+    model, tokenizer = slimtune.load(base, dtype="bfloat16", device="cpu")
+    config = QuantizeConfig(**settings)
+    start = time.perf_counter()
+    quantize_(model, config, calibration_batches(tokenizer) if config.needs_data else ())
+    seconds = time.perf_counter() - start
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return seconds
+
+
+def bits_per_weight(model: Any) -> float:
+    """Of the linear layers in the blocks, scales included."""
+    from slimtune.bases import base_of
+
+    linears = [m for m in model.model.layers.modules() if base_of(m).kind == "linear"]
+    weights = sum(math.prod(base_of(m).features(m)) for m in linears)
+    return 8 * sum(t.nbytes for m in linears for t in base_of(m).held(m)) / weights
+
+
+def size_of(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+
+
+@app.command()
+def quality(
+    tokens: Annotated[int, typer.Option(min=512, help="How much of the text is read.")] = 8192,
+    packaged: Annotated[bool, typer.Option("--packaged", help="The model as it comes, on its grid; not kept.")] = False,
+) -> None:
+    """Measure what each way of quantizing loses, and fill in docs/slim.md."""
+    import slimtune
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch, "base")
+        write_base(base, packaged)
+        ids = transformers.AutoTokenizer.from_pretrained(base)(editorials(), return_tensors="pt")["input_ids"][0]
+        rows: list[dict[str, Any]] = []
+
+        def add(name: str, model: Any, seconds: float = 0.0, megabytes: float | None = None) -> None:
+            bits, megabytes = bits_per_weight(model), megabytes or slimtune.parts(model).bytes / 1e6
+            found = perplexity(model.eval(), ids[:tokens])
+            rows.append({"model": name, "bits": bits, "MB": megabytes, "perplexity": found, "seconds": seconds})
+            console.print("  ".join(cells(rows)[-1]), highlight=False)
+
+        add(BF16, slimtune.load(base, dtype="bfloat16", device="cpu")[0])
+        start = time.perf_counter()
+        nf4 = slimtune.load(base, dtype="bfloat16", device="cpu", quantize="nf4")[0]
+        add(NF4, nf4, time.perf_counter() - start)
+        for name, settings in VARIANTS.items():
+            output = Path(scratch, name.replace(" ", "-"))
+            seconds = quantized(base, output, settings)
+            add(name, slimtune.load(output, device="cpu")[0], seconds, size_of(output))
+    if packaged:
+        return
+    on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
+    document = {"machine": on, "date": machine.today(), "commit": machine.commit(), "tokens": tokens, "rows": rows}
+    (FOLDER / "slim-quality.json").write_text(json.dumps(document, indent=1) + "\n")
+    note = f"{tokens:,} tokens; {subtitle(on)} {document['date']}."
+    page.fill(page.SLIM, "quality", f"{page.table(HEADER, cells(rows))}\n\n{note}")
+
+
+def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of the table; a loss is that of log-perplexity beyond bf16's, as a share of NF4's."""
+    by_name = {row["model"]: math.log(row["perplexity"]) for row in rows}
+    lost = by_name[NF4] - by_name[BF16] if NF4 in by_name else math.nan
+    return [
+        (
+            row["model"], f"{row['bits']:.2f}", f"{row['MB']:.0f}", f"{row['perplexity']:.2f}",
+            "" if row["model"] == BF16 else f"{(by_name[row['model']] - by_name[BF16]) / lost:.2f}",
+            f"{row['seconds']:.0f}" if row["seconds"] else "",
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+@app.command()
+def speed(rounds: Annotated[int, typer.Option(min=1, help="How often all models take turns.")] = 5) -> None:
+    """Time decoding and prefill in turns, and fill in docs/slim.md."""
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch, "base")
+        write_base(base, packaged=False)
+        folders = {BF16: (str(base), ""), NF4: (str(base), "nf4")}
+        for name in SPEED:
+            output = Path(scratch, name.replace(" ", "-"))
+            # What is timed doesn't depend on how the codes were chosen.
+            quantized(base, output, VARIANTS[name] | {"method": "rtn"})
+            folders[name] = (str(output), "")
+        done = [
+            {n: run_module("benchmarks.slim", "worker", *where) for n, where in folders.items()} for _ in range(rounds)
+        ]
+        sizes = {name: size_of(Path(folder)) for name, (folder, kind) in folders.items() if not kind}
+    table = []
+    for name in folders:
+        ratios = [[one[BF16][what] / one[name][what] for one in done] for what in ("decode", "prefill")]
+        resident = f"{median(one[name]['resident'] for one in done) / sizes[name]:.2f}" if name in sizes else ""
+        table.append((name, *(f"{median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios), resident))
+        console.print("  ".join(table[-1]), highlight=False)
+    on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
+    document = {"machine": on, "date": machine.today(), "commit": machine.commit(), "rounds": done, "files": sizes}
+    (FOLDER / "slim-speed.json").write_text(json.dumps(document, indent=1) + "\n")
+    note = f"How many times as fast as bf16, median and range of {rounds} rounds; {subtitle(on)} {document['date']}."
+    page.fill(page.SLIM, "speed", f"{page.table(SPEED_HEADER, table)}\n\n{note}")
+
+
+@app.command(hidden=True)
+def worker(folder: str, quantize: Annotated[str, typer.Argument()] = "") -> None:
+    """One model's seconds and megabytes, in a process of its own; prints JSON."""
+    import slimtune
+
+    torch.manual_seed(0)
+    before = resident_megabytes()
+    model = slimtune.load(folder, dtype="bfloat16", device="cpu", quantize=quantize or None)[0].eval()
+    ids = torch.randint(0, model.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        cache = transformers.DynamicCache(config=model.config)
+        step = model(input_ids=ids[:, :PROMPT], past_key_values=cache).logits[:, -1:].argmax(-1)
+        spent = []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            step = model(input_ids=step, past_key_values=cache).logits[:, -1:].argmax(-1)
+            spent.append(time.perf_counter() - start)
+        resident = resident_megabytes() - before
+        prefills = []
+        for _ in range(4):
+            start = time.perf_counter()
+            model(input_ids=ids)
+            prefills.append(time.perf_counter() - start)
+    print(json.dumps({"decode": median(spent[4:]), "prefill": min(prefills[1:]), "resident": resident}))
+
+
+def resident_megabytes() -> float:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    sys.exit(app(prog_name="python -m benchmarks.slim"))

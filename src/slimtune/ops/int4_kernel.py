@@ -1,0 +1,121 @@
+"""4-bit codes in the order of torch's kernel for the CPU, and back; and the product with few tokens that reads them.
+
+The kernel wants blocks of 64 or 32 rows, by what the processor can, with the rows of a block interleaved for each
+input. That order belongs to the machine and to the version of torch, so that it is found out by packing numbered codes
+rather than assumed, and never written to a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_TOKENS = 8
+"""From here on expanding and multiplying is quicker, by `python -m benchmarks.slim`."""
+_GROUPS = (32, 64, 128, 256)
+"""The sizes of groups that the kernel takes."""
+_ROWS = 16
+"""Outputs come in multiples of this many."""
+_PROBE = 32
+"""Inputs of the codes by which the order is found out."""
+
+
+def takes(outputs: int, inputs: int, group_size: int) -> bool:
+    """Whether the kernel multiplies by a weight of this shape, and its order is one that can be undone."""
+    return outputs % _ROWS == 0 and group_size in _GROUPS and inputs % group_size == 0 and _is_known(outputs)
+
+
+@cache
+def _is_known(outputs: int) -> bool:
+    return all(_row_order(rows) is not None for _, rows in _blocks(outputs))
+
+
+def to_kernel(codes_OI: Tensor) -> Tensor:
+    """Codes in -8 to 7 as the kernel reads them, uint8 (out, in / 2)."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int() + 8, 1)
+
+
+def from_kernel(packed: Tensor) -> Tensor:
+    """The inverse of `to_kernel`: int8 codes transposed, (in, out)."""
+    outputs, inputs = packed.shape[0], packed.shape[1] * 2
+    size = _block_size()
+    whole = outputs // size * size
+    # All whole blocks at once, and what is left as one smaller block.
+    parts = [_unpacked(packed[:whole], size, inputs), _unpacked(packed[whole:], outputs - whole, inputs)]
+    return torch.cat([part for part in parts if part is not None], dim=1).view(torch.int8).sub_(8)
+
+
+def _unpacked(packed: Tensor, rows: int, inputs: int) -> Tensor | None:
+    """Blocks of so many rows each as codes (in, out) from 0 to 15; None where there is no row."""
+    if not packed.numel():
+        return None
+    octets = packed.reshape(-1, inputs, rows // 2)  # (blocks, in, bytes)
+    halves = torch.cat([octets & 0xF, octets >> 4], dim=-1)
+    ordered = torch.cat([halves[..., run] for run in _runs(rows)], dim=-1)
+    return ordered.permute(1, 0, 2).reshape(inputs, -1)
+
+
+def kernel_scales(scales_OG: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as the kernel reads them: (groups, out, 2), with zero points that are zero."""
+    scales_GO = scales_OG.t().to(dtype)
+    return torch.stack([scales_GO, torch.zeros_like(scales_GO)], dim=-1).contiguous()
+
+
+def product(x: Tensor, packed: Tensor, group_size: int, scales_GO2: Tensor) -> Tensor:
+    """x W^T with x (..., in) in the dtype of the scales."""
+    x_TI = x.reshape(-1, x.shape[-1]).to(scales_GO2.dtype).contiguous()
+    y_TO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TI, packed, group_size, scales_GO2)
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+
+def _blocks(outputs: int) -> Iterator[tuple[int, int]]:
+    """The first row of each block and how many it has; the last may be smaller."""
+    size = _block_size()
+    for first in range(0, outputs, size):
+        yield first, min(size, outputs - first)
+
+
+@cache
+def _block_size() -> int:
+    """The rows of a whole block: two for each of the bytes that hold the first input."""
+    low, _ = _numbered(64)
+    return 2 * int((low % _PROBE == 0).int().argmin())
+
+
+@cache
+def _row_order(rows: int) -> Tensor | None:
+    """Where each row of a block stands among the low halves of an input's bytes and then the high ones.
+
+    None where inputs aren't laid out one after the other, in an order that no version of torch has had so far.
+    """
+    low, high = (half.view(-1, rows // 2) for half in _numbered(rows))
+    numbers = torch.cat([low, high], dim=1)  # (inputs, rows): row * _PROBE + input
+    rows_of, inputs_of = numbers // _PROBE, numbers % _PROBE
+    is_known = (rows_of == rows_of[:1]).all() and (inputs_of == torch.arange(_PROBE)[:, None]).all()
+    return rows_of[0].argsort() if is_known else None
+
+
+@cache
+def _runs(rows: int) -> tuple[slice, ...]:
+    """`_row_order` as slices of places that follow each other, which are copied much faster than single ones."""
+    order: Any = _row_order(rows)
+    starts = [i for i in range(rows) if i == 0 or order[i] != order[i - 1] + 1]
+    return tuple(
+        slice(int(order[start]), int(order[start]) + end - start)
+        for start, end in zip(starts, [*starts[1:], rows], strict=True)
+    )
+
+
+def _numbered(rows: int) -> tuple[Tensor, Tensor]:
+    """Which code, by row * _PROBE + input, each byte of a packed block holds in its low and in its high half."""
+    numbers = torch.arange(rows * _PROBE).view(rows, _PROBE)
+    low = high = torch.zeros(rows * _PROBE // 2, dtype=torch.int64)
+    # A number has more than 4 bits: packed 4 bits at a time.
+    for shift in range(0, 12, 4):
+        octets = to_kernel((numbers >> shift & 0xF) - 8).reshape(-1).long()
+        low, high = low | (octets & 0xF) << shift, high | (octets >> 4) << shift
+    return low, high
