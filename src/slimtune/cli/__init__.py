@@ -15,6 +15,7 @@ from slimtune.cli.chat import chat
 from slimtune.cli.compare import compare
 from slimtune.cli.data import data
 from slimtune.cli.demo import demo, demo_data
+from slimtune.cli.distill import distill
 from slimtune.cli.doctor import doctor
 from slimtune.cli.evaluate import evaluate
 from slimtune.cli.forgetting import forgetting
@@ -118,6 +119,7 @@ for name, command in {
     "demo": demo,
     "plan": plan,
     "train": train,
+    "distill": distill,
     "compare": compare,
     "chat": chat,
     "generate": generate,
@@ -131,7 +133,7 @@ for name, command in {
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():
-    kind = RecipeCommand if command in (plan, train) else None
+    kind = RecipeCommand if command in (plan, train, distill) else None
     app.command(name, cls=kind, help=_folded(command.__doc__ or ""))(command)
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
