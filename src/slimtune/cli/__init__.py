@@ -26,6 +26,7 @@ from slimtune.cli.methods import methods
 from slimtune.cli.options import RecipeCommand
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
+from slimtune.cli.prune import prune
 from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
@@ -120,6 +121,7 @@ for name, command in {
     "plan": plan,
     "train": train,
     "distill": distill,
+    "prune": prune,
     "compare": compare,
     "chat": chat,
     "generate": generate,
