@@ -88,7 +88,7 @@ def quality(
     tokens: Annotated[int, typer.Option(min=512, help="How much of the text is read.")] = 8192,
     packaged: Annotated[bool, typer.Option("--packaged", help="The model as it comes, on its grid; not kept.")] = False,
 ) -> None:
-    """Measure what each way of quantizing loses, and fill in docs/slim.md."""
+    """Measure what each way of quantizing loses, and fill in docs/quantizing.md."""
     import slimtune
 
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 @app.command()
 def speed(rounds: Annotated[int, typer.Option(min=1, help="How often all models take turns.")] = 5) -> None:
-    """Time decoding and prefill in turns, and fill in docs/slim.md."""
+    """Time decoding and prefill in turns, and fill in docs/quantizing.md."""
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch, "base")
         write_base(base, packaged=False)

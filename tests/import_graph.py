@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "errors", "console metrics ops storage", "core", "bases methods", "fused quantization", "adapters", "models",
-        "data engine", "evaluate", "recipe", "train", "plan", "pipeline", "compare serve slim", "__init__", "cli",
+        "data engine", "evaluate", "recipe", "train", "plan", "pipeline", "compare serve", "slim", "__init__", "cli",
         "__main__",
     )
 )  # fmt: skip

@@ -1,47 +1,51 @@
-"""The page on quantization after training: its example runs, its commands, options, links and marks are there."""
+"""The page on pruning and distilling: its Python runs, and its commands, options and defaults are there."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.slim.data import TOKENS, WINDOW
-from slimtune.slim.quantize import BITS, METHODS
+from slimtune.recipe.distillation import TOP_K, DistillationSettings
+from slimtune.slim.prune import CALIBRATION_TOKENS
+from slimtune.slim.width import MULTIPLE
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "slim.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"^slimtune (\w+) (.*?)(?:#|$)", PAGE, re.MULTILINE)
+PAGE = (Path(__file__).parents[2] / "docs" / "slim.md").read_text()
 
 
-@pytest.mark.parametrize(("code", "said"), EXAMPLES)
-def test_the_example_runs_and_prints_what_is_shown(
-    code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def code(language: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return [text for name, text in blocks if name == language]
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "slim.md", "exec"), {})
-    assert said.strip() in capsys.readouterr().out
+    for snippet in code("python"):
+        exec(compile(snippet, "slim.md", "exec"), {})
+    assert (tmp_path / "smaller" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("command", "arguments"), COMMANDS)
-def test_the_commands_take_their_options(command: str, arguments: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-    for option in re.findall(r"--[\w-]+", arguments):
-        assert option in shown, (command, option)
+def test_commands_and_options_exist() -> None:
+    shown = ""
+    for line in (shlex.split(line) for block in code("") for line in block.splitlines()):
+        assert line[0] == "slimtune"
+        own = CliRunner().invoke(app, [line[1], "--help"], env={"COLUMNS": "200"}).output
+        assert all(word in own for word in line if word.startswith("--")), line
+        shown += own
+    for option in re.findall(r"`(--[a-z-]+)", PAGE):
+        assert option in shown, option
 
 
-def test_what_the_page_lists_is_what_there_is() -> None:
-    assert set(re.findall(r"^\| `(W\w+)` \|", PAGE, re.MULTILINE)) == set(BITS)
-    assert set(re.findall(r"^\| `([a-z+]+)` \|", PAGE, re.MULTILINE)) == set(METHODS)
-    assert f"at most {TOKENS:,} tokens in windows of {WINDOW}" in PAGE
-    for target in re.findall(r"\]\((\w+\.md)\)", PAGE):
-        assert (DOCS / target).is_file()
-
-
-def test_the_tables_are_where_the_benchmark_looks_for_them() -> None:
-    for name in ("quality", "speed"):
-        assert PAGE.count(f"<!-- {name} -->") == 2
+def test_defaults_and_figures_are_those_of_the_code() -> None:
+    table = dict(re.findall(r"^\| `--([a-z-]+)` \| ([\d.]+) \|", PAGE, re.MULTILINE))
+    assert int(table.pop("top-k")) == TOP_K
+    for name, value in table.items():
+        assert getattr(DistillationSettings("teacher"), name) == float(value), name
+    assert f"{CALIBRATION_TOKENS:,} tokens" in PAGE
+    assert f"in steps of {MULTIPLE}" in PAGE
+    # ids in 2 or 4 bytes, log-probabilities in 2, and the rest's mass.
+    assert all(f"{TOP_K * (size + 2) + 2}" in PAGE for size in (2, 4))

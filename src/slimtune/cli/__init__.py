@@ -15,6 +15,7 @@ from slimtune.cli.chat import chat
 from slimtune.cli.compare import compare
 from slimtune.cli.data import data
 from slimtune.cli.demo import demo, demo_data
+from slimtune.cli.distill import distill
 from slimtune.cli.doctor import doctor
 from slimtune.cli.evaluate import evaluate
 from slimtune.cli.forgetting import forgetting
@@ -25,6 +26,7 @@ from slimtune.cli.methods import methods
 from slimtune.cli.options import RecipeCommand
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
+from slimtune.cli.prune import prune
 from slimtune.cli.quantize import quantize
 from slimtune.cli.recipe import recipe
 from slimtune.cli.serve import serve
@@ -121,6 +123,8 @@ for name, command in {
     "demo": demo,
     "plan": plan,
     "train": train,
+    "distill": distill,
+    "prune": prune,
     "compare": compare,
     "chat": chat,
     "generate": generate,
@@ -137,7 +141,7 @@ for name, command in {
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():
-    kind = RecipeCommand if command in (plan, train) else None
+    kind = RecipeCommand if command in (plan, train, distill) else None
     app.command(name, cls=kind, help=_folded(command.__doc__ or ""))(command)
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")

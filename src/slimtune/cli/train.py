@@ -90,7 +90,7 @@ def train(
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
     run(recipe, open_screen(as_json), overwrite, plans, resume)
     results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
-    _say_how_to_use(open_screen(as_json), recipe, results["task_type"])
+    say_how_to_use(open_screen(as_json), recipe, results["task_type"])
     if as_json:
         print_json({"output": recipe.output, **results})
 
@@ -113,10 +113,10 @@ def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | Non
     if output is None:
         raise ConfigError("no folder was named to write; pass --output DIR")
     sections = {"model": {"name": source}, "data": {"train": rest[0]}, **target}
-    return Recipe.of(_with_options(sections, typed, rest[1:]))
+    return Recipe.of(with_options(sections, typed, rest[1:]))
 
 
-def _with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The sections with the options that were given, then with `section.key=value`; raises ConfigError."""
     from slimtune.recipe.method import FEATURES, field_of, find
     from slimtune.recipe.recipe import USED_BY_FEATURES, overridden, place_of
@@ -146,7 +146,8 @@ def _with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: li
     return overridden(sections, overrides)
 
 
-def _say_how_to_use(screen: Console, recipe: Recipe, task_type: str) -> None:
+def say_how_to_use(screen: Console, recipe: Recipe, task_type: str) -> None:
+    """Print where the output is, and the command that tries it."""
     from slimtune.train.card import use_of
 
     use = use_of(task_type, recipe.output)

@@ -6,6 +6,7 @@ against each other, and what writes the recipe down, sees all of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,14 +46,29 @@ from slimtune.train.trainer import TrainerSpec
 if TYPE_CHECKING:
     from rich.console import Console
 
+Teaching = Callable[[Any, Any, Data, EncodedDataset], tuple[EncodedDataset, TrainerSpec]]
+"""Model, tokenizer, data and their encoded examples to the examples and the Trainer of another objective."""
 
-def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = True, resume: bool = False) -> Outcome:
+
+def run(
+    recipe: Recipe,
+    screen: Console,
+    overwrite: bool = False,
+    plans: bool = True,
+    resume: bool = False,
+    teaching: Teaching | None = None,
+) -> Outcome:
     """Train as a recipe says, and write the output folder; raises SlimtuneError.
 
     Args:
         plans: refuse what can't fit before anything is loaded.
         resume: go on with the run of this recipe that was broken off.
+        teaching: what is learned in place of the task's own objective, as by a distillation.
     """
+    if recipe.distillation is not None and teaching is None:
+        raise ConfigError(
+            "the recipe has a teacher to learn from; run it with slimtune distill, or leave distillation out"
+        )
     output, takes_steps = Path(recipe.output), recipe.method.name != FEATURES
     # All that needs no model comes first: a slip of the pen must not cost a download.
     if resume and not takes_steps:
@@ -74,7 +90,7 @@ def run(recipe: Recipe, screen: Console, overwrite: bool = False, plans: bool = 
             )  # fmt: skip
         Memory.watch()
         model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
-        outcome = tune(screen, model, tokenizer, data, recipe, folder, autocast)
+        outcome = tune(screen, model, tokenizer, data, recipe, folder, autocast, teaching)
     if recipe.evaluation and recipe.evaluation.forgetting:
         # Two models at once may not fit.
         del model
@@ -90,11 +106,13 @@ def tune(
     recipe: Recipe,
     folder: RunFolder,
     autocast: bool = False,
+    teaching: Teaching | None = None,
 ) -> Outcome:
     """The second half of a run, on a model that is loaded: train, evaluate, write.
 
     Args:
         autocast: whether the model computes in bf16 over float32 weights.
+        teaching: as of `run`.
 
     Raises:
         SlimtuneError: what was learned until then is written beside the output, or can be gone on with.
@@ -107,6 +125,8 @@ def tune(
     spec = None
     if recipe.task in PREFERENCE_TASKS:
         spec = preference(recipe.task, model, tokenizer, recipe.preferences, recipe.data.max_length)
+    if teaching is not None:
+        dataset, spec = teaching(model, tokenizer, data, dataset)
     outcome = _train(screen, model, tokenizer, dataset, recipe, spec, folder, autocast)
     outcome = _write(screen, model, tokenizer, data, dataset, recipe, folder, outcome)
     for name, value in dataset.after().items():

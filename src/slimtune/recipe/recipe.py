@@ -16,6 +16,7 @@ from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.evaluate.scorers import EvaluationSettings
 from slimtune.models.device import DTYPES
 from slimtune.quantization.config import settings_of
+from slimtune.recipe.distillation import DistillationSettings
 from slimtune.recipe.method import FEATURES, FULL, Method, configure, field_of, find, methods, plain_fields
 from slimtune.recipe.preference import PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.recipe.training import TrainSettings
@@ -121,6 +122,7 @@ class Recipe:
 
     Attributes:
         evaluation: how held-out questions are answered and scored after training; None leaves it out.
+        distillation: the teacher whose distribution is learned beside the labels; None for none.
         output: the folder to write.
     """
 
@@ -130,6 +132,7 @@ class Recipe:
     training: TrainSettings
     preferences: PreferenceSettings = dataclasses.field(default_factory=PreferenceSettings)
     evaluation: PostTrainingEvaluation | None = None
+    distillation: DistillationSettings | None = None
     output: str = "tuned"
     task: Task = "auto"
 
@@ -141,6 +144,7 @@ class Recipe:
             raise ConfigError("output is empty; name the folder to write")
         self.preferences.check_for(self.task)
         self._check_evaluation()
+        self._check_distillation()
         if self.data.streaming and self.training.max_steps is None:
             raise ConfigError(
                 "data.streaming reads data whose length isn't known; say with training.max_steps when to stop"
@@ -168,6 +172,20 @@ class Recipe:
             raise ConfigError("evaluation would change nothing with the method features, which scores its labels")
         if not evaluation.forgetting and not self.data.held_out:
             raise ConfigError("evaluation asks held-out rows, and nothing is held out; set data.held_out")
+
+    def _check_distillation(self) -> None:
+        if self.distillation is None:
+            return
+        if self.method.name == FEATURES:
+            raise ConfigError("distillation takes training steps, and the method features takes none; choose another")
+        if self.task in (*PREFERENCE_TASKS, "seq2seq"):
+            raise ConfigError(f"distillation is for texts and labels, and not for task {self.task}; leave it out")
+        if self.data.streaming:
+            raise ConfigError("distillation reads its data whole, and data.streaming doesn't; leave it out")
+        if self.distillation.lmbda and self.data.packing:
+            raise ConfigError(
+                "lmbda draws an answer to each prompt, and data.packing hides where they end; leave it out"
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Recipe:
@@ -202,6 +220,7 @@ class Recipe:
             "training": TrainSettings,
             "preferences": PreferenceSettings,
             "evaluation": PostTrainingEvaluation,
+            "distillation": DistillationSettings,
         }
 
     def trusting(self, trust_remote_code: bool) -> Recipe:
@@ -222,6 +241,8 @@ class Recipe:
         method = {"name": self.method.name, **self.method.fields}
         if self.task not in PREFERENCE_TASKS:
             del sections["preferences"]
+        if self.distillation is None:
+            del sections["distillation"]
         order = ("task", "model", "data", "method")
         return {name: sections[name] for name in order} | sections | {"method": method}
 
@@ -257,7 +278,9 @@ def keys() -> dict[str, str]:
     """
     places = {"task": "task"}
     for section, kind in Recipe.sections().items():
-        places = {name: f"{section}.{name}" for name in kind.__dataclass_fields__} | places
+        # Written with their section always: an alpha alone is LoRA's.
+        if section != "distillation":
+            places = {name: f"{section}.{name}" for name in kind.__dataclass_fields__} | places
     return places
 
 

@@ -1,4 +1,1 @@
-"""A model made smaller and faster: quantized after training, and written in formats that engines read.
-
-Each step says what it lost.
-"""
+"""Making a model smaller: distilled, pruned, quantized, each step measured. What a step writes loads as any model."""
