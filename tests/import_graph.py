@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "errors", "console metrics ops storage", "core", "bases methods", "fused quantization", "adapters", "models",
-        "data", "evaluate", "recipe", "train", "plan", "pipeline", "compare", "__init__", "cli", "__main__",
+        "export", "data", "evaluate", "recipe", "train", "plan", "pipeline", "compare", "__init__", "cli", "__main__",
     )
 )  # fmt: skip
 """The rooms from the ground up. A room imports from floors below its own: never upwards, never its neighbour."""
