@@ -17,6 +17,7 @@ from slimtune.cli.data import data
 from slimtune.cli.demo import demo, demo_data
 from slimtune.cli.doctor import doctor
 from slimtune.cli.evaluate import evaluate
+from slimtune.cli.export import export
 from slimtune.cli.forgetting import forgetting
 from slimtune.cli.generate import generate
 from slimtune.cli.info import info
@@ -128,6 +129,7 @@ for name, command in {
     "methods": methods,
     "info": info,
     "merge": merge,
+    "export": export,
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():
