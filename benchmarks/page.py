@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.machine import ROOT
 
 QUANTIZED = ROOT / "docs" / "quantized.md"
-SLIM = ROOT / "docs" / "slim.md"
+SLIM = ROOT / "docs" / "quantizing.md"
 
 
 def fill(page: Path, name: str, text: str) -> None:

@@ -53,8 +53,9 @@ def plain(**changes: Any) -> dict[str, Any]:
         (plain(r=20), {"peft", "vLLM", "llama.cpp"}, {"vLLM": "--max-lora-rank 32"}),
         (plain(rank_pattern={"q_proj": 40}), {"peft", "vLLM", "llama.cpp"}, {"vLLM": "--max-lora-rank 64"}),
         (plain(r=4096), {"peft", "llama.cpp"}, {"vLLM": "rank 4096"}),
-        (plain(use_rslora=True), {"peft", "vLLM"}, {"llama.cpp": "rsLoRA"}),
-        (plain(alpha_pattern={"q_proj": 3}), {"peft", "vLLM"}, {"llama.cpp": "alpha"}),
+        (plain(use_rslora=True), {"peft", "vLLM", "llama.cpp"}, {}),
+        (plain(alpha_pattern={"q_proj": 3}), {"peft", "vLLM", "llama.cpp"}, {}),
+        (plain(trainable_token_indices=[3]), {"peft"}, {"vLLM": "trained tokens", "llama.cpp": "trained tokens"}),
         (plain(use_dora=True), {"peft"}, {"vLLM": "DoRA", "llama.cpp": "DoRA"}),
         (plain(modules_to_save=["embed_tokens"]), {"peft", "llama.cpp"}, {"vLLM": "embed_tokens"}),
         (plain(modules_to_save=["score"]), {"peft", "vLLM", "llama.cpp"}, {}),
@@ -80,6 +81,35 @@ def test_llama_cpp_stops_at_a_tensor_that_is_no_lora() -> None:
     found = {verdict.engine: verdict for verdict in verdicts(plain(), [head])}
     assert not found["llama.cpp"].takes
     assert head.name in found["llama.cpp"].note
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "why"),
+    [
+        ("layers.0.q_proj.lora_magnitude_vector", (10,), "DoRA is refused"),
+        ("embed_tokens.token_adapter.trainable_tokens_delta", (2, 10), "trained tokens are refused"),
+        ("layers.0.q_proj.lora_B.bias", (10,), "tensors beside A and B"),
+        ("layers.0.q_proj.base_layer.bias", (10,), "tensors beside A and B"),
+        ("lm_head.weight", (10, 10), "tensors beside A and B"),
+        ("layers.0.q_proj.lora_A.weight", (600, 10), "rank 600 is above its largest"),
+    ],
+)
+def test_vllm_refuses_what_the_config_does_not_say(name: str, shape: tuple[int, ...], why: str) -> None:
+    tensor = StoredTensor(f"base_model.model.{name}", "F32", shape)
+    verdict = next(v for v in verdicts(plain(), [tensor]) if v.engine == "vLLM")
+    assert not verdict.takes
+    assert why in verdict.note
+
+
+def test_vllm_takes_a_classifiers_head() -> None:
+    head = StoredTensor("base_model.model.score.weight", "F32", (2, 10))
+    assert next(v for v in verdicts(plain(), [head]) if v.engine == "vLLM").takes
+
+
+def test_a_pipe_gets_whole_commands(run: Any, tuned: Path) -> None:
+    shown = run("info", tuned).stdout
+    assert "vllm serve BASE --enable-lora --lora-modules NAME=FOLDER" in shown
+    assert "slimtune export FOLDER --to gguf-lora --output DIR" in shown
 
 
 def test_info_loads_no_torch(tuned: Path) -> None:

@@ -105,6 +105,16 @@ def test_a_file_of_diffusers_is_read(denoiser: Denoiser, tmp_path: Path) -> None
         assert_near(denoiser.predict(ours), denoiser.predict(theirs))
 
 
+def test_a_dora_file_without_metadata_is_read(tmp_path: Path) -> None:
+    model = tuned(UNET, ATTENTION, use_dora=True, r=4, lora_alpha=4)
+    tensors = load_file(slimtune.save_diffusers_lora(tmp_path, unet=model))
+    assert any("lora_magnitude_vector" in name for name in tensors)
+    save_file(tensors, tmp_path / "bare.safetensors")
+    reread = UNET.model()
+    slimtune.load_diffusers_lora(tmp_path / "bare.safetensors", unet=reread)
+    assert_near(UNET.predict(reread), UNET.predict(model))
+
+
 def test_names_of_older_files_are_read(tmp_path: Path) -> None:
     model = tuned(UNET, ATTENTION, lora_alpha=2)
     older = {

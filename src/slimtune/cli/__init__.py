@@ -18,6 +18,7 @@ from slimtune.cli.demo import demo, demo_data
 from slimtune.cli.distill import distill
 from slimtune.cli.doctor import doctor
 from slimtune.cli.evaluate import evaluate
+from slimtune.cli.export import export
 from slimtune.cli.forgetting import forgetting
 from slimtune.cli.generate import generate
 from slimtune.cli.info import info
@@ -138,6 +139,7 @@ for name, command in {
     "info": info,
     "merge": merge,
     "quantize": quantize,
+    "export": export,
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():

@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from slimtune.cli.options import Json
-from slimtune.console.screen import open_screen, plain_table, print_json
+from slimtune.console.screen import open_screen, print_json, print_table
 
 FEATURES = {
     "train": "training",
@@ -150,7 +150,7 @@ def _show(facts: dict[str, Any]) -> None:
     rows += [
         (key.removesuffix("_bytes").replace("_", " "), _readable(key, value)) for key, value in facts["memory"].items()
     ]
-    screen.print(plain_table(rows), soft_wrap=False)
+    print_table(screen, rows)
     if facts["devices"][0]["capability"] != "AVX512":
         screen.print("4-bit bases work on this cpu, but slower than on one with AVX512, which expands them faster")
     for gap in facts["missing"]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from slimtune.cli.options import Json
-from slimtune.console.screen import one_line, open_screen, plain_table, print_json
+from slimtune.console.screen import one_line, open_screen, print_json, print_table
 
 
 def info(
@@ -41,7 +41,7 @@ def _show(facts: dict[str, Any], engines: list[Any]) -> None:
     for verdict in engines:
         mark = "[green]takes it[/]" if verdict.takes else "[red]refuses it[/]"
         rows.append((verdict.engine, Text.from_markup(f"{mark}  ").append(one_line(verdict.note))))
-    open_screen().print(plain_table(rows), soft_wrap=False)
+    print_table(open_screen(), rows)
 
 
 def _readable(name: str, value: Any) -> str:

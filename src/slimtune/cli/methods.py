@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimtune.cli.options import Json
-from slimtune.console.screen import open_screen, plain_table, print_json
+from slimtune.console.screen import open_screen, print_json, print_table
 
 if TYPE_CHECKING:
     from slimtune.recipe.method import Method
@@ -56,4 +56,4 @@ def _show_fields(method: Method) -> None:
 def _show(rows: dict[str, str]) -> None:
     from rich.text import Text
 
-    open_screen().print(plain_table((f"[bold]{name}[/]", Text(value)) for name, value in rows.items()), soft_wrap=False)
+    print_table(open_screen(), ((f"[bold]{name}[/]", Text(value)) for name, value in rows.items()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimtune.cli.options import Json, Overwrite, TrustRemoteCode
-from slimtune.console.screen import open_screen, plain_table, print_json, say
+from slimtune.console.screen import open_screen, print_json, print_table, say
 from slimtune.errors import OutputExistsError, SlimtuneError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         print_json(known)
         return
-    open_screen().print(plain_table((f"[bold]{name}[/]", text) for name, text in known.items()), soft_wrap=False)
+    print_table(open_screen(), ((f"[bold]{name}[/]", text) for name, text in known.items()))
 
 
 @recipe.command("show")
@@ -146,7 +146,8 @@ def _show_imported(screen: Console, output: Path, imported: Imported) -> None:
     rows += [
         (Text(key), Text(f"no effect: {why}", style="dim")) for key, why in sorted(imported.without_effect.items())
     ]
-    screen.print(f"{imported.tool}:", plain_table(rows), soft_wrap=False)
+    screen.print(f"{imported.tool}:", markup=False)
+    print_table(screen, rows)
     for key, what in imported.different.items():
         screen.print(f"not quite the same: {key}: {what}", markup=False)
     screen.print(f"written to {output}; see whether it fits:  slimtune recipe check {output}", markup=False)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LAYOUT = frozenset("\n\t")
+_NO_EDGE = 100_000
 _JOINERS = frozenset("\u200c\u200d")
 """Invisible, and part of how Persian, Hindi and emoji are written."""
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
@@ -97,3 +98,8 @@ def plain_table(rows: Iterable[Sequence[Any]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_table(screen: Console, rows: Iterable[Sequence[Any]]) -> None:
+    """Print a plain table: broken at the edge of a terminal, and a line a row in a pipe, which has no edge."""
+    screen.print(plain_table(rows), soft_wrap=False, width=None if screen.is_terminal else _NO_EDGE)

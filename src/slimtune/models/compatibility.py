@@ -63,13 +63,18 @@ def _peft(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list
 
 
 def _vllm(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
-    against = _not_plain(config)
+    against = _not_plain(config, tensors)
     extra = set(config.get("modules_to_save") or ()) - SERVED_WHOLE
     if extra:
         against.append(f"modules_to_save ({listing(extra)}) is refused")
     if config.get("bias", "none") != "none":
         against.append(f"trained biases (bias={config['bias']}) are refused")
-    rank = largest_rank(config)
+    # What the config may not say: files of other tools, and configs that were edited.
+    others = [t.name for t in tensors if not _is_low_rank(t.name) and not _is_named(t.name, SERVED_WHOLE)]
+    if others and not against:
+        against.append(f"tensors beside A and B ({listing(others, 2)}) are refused")
+    stored = [t.shape[0] for t in tensors if ".lora_A." in t.name or ".lora_embedding_A" in t.name]
+    rank = max([largest_rank(config), *stored])
     room = next((size for size in VLLM_RANKS if size >= rank), None)
     if room is None:
         against.append(f"rank {rank} is above its largest, {VLLM_RANKS[-1]}")
@@ -78,30 +83,32 @@ def _vllm(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list
 
 
 def _llama_cpp(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
-    against = _not_plain(config)
-    # The file has room for one alpha, and the scale is always alpha / rank.
-    if config.get("use_rslora"):
-        against.append("rsLoRA's scale can't be expressed in its file")
-    if config.get("alpha_pattern"):
-        against.append("an alpha of each module's own can't be expressed in its file")
+    against = _not_plain(config, tensors)
     other = [tensor.name for tensor in tensors if not _is_low_rank(tensor.name)]
     if other:
-        against.append(f"its converter stops at {listing(other, 2)}")
-    return against, "python convert_lora_to_gguf.py FOLDER"
+        against.append(f"its file has no place for {listing(other, 2)}")
+    return against, "slimtune export FOLDER --to gguf-lora --output DIR"
 
 
 def _is_low_rank(name: str) -> bool:
-    return any(part in name for part in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
+    parts = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
+    return any(part in name for part in parts) and not name.endswith("lora_B.bias")
 
 
-def _not_plain(config: dict[str, Any]) -> list[str]:
+def _is_named(name: str, modules: set[str]) -> bool:
+    return not modules.isdisjoint(name.split("."))
+
+
+def _not_plain(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> list[str]:
     """Why this is not a plain LoRA; an empty list if it is."""
     if config.get("peft_type") != "LORA":
         return [f"{config.get('peft_type')} is not LoRA"]
     init = config.get("init_lora_weights", True)
     changes_base = isinstance(init, str) and init.lower().startswith(("pissa", "olora", "loftq", "corda"))
     reasons = {
-        "DoRA is refused": config.get("use_dora"),
+        "DoRA is refused": config.get("use_dora") or any("lora_magnitude_vector" in t.name for t in tensors),
+        "trained tokens are refused": config.get("trainable_token_indices")
+        or any("token_adapter" in t.name or "trainable_tokens" in t.name for t in tensors),
         f"the initialisation {init} changed the base too": changes_base,
     }
     return [reason for reason, holds in reasons.items() if holds]

@@ -132,14 +132,19 @@ def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
 
 
 def _config(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> PeftConfig:
-    """The stored config; in a file without one, alpha is the rank, by the convention of `diffusers`."""
+    """The stored config; in a file without one, alpha is the rank and a magnitude means DoRA, as for `diffusers`."""
     if fields:
         return PeftConfig.from_dict({"peft_type": "LORA", **fields})
     ranks = {name.partition(".lora_A")[0]: len(tensor) for name, tensor in tensors.items() if ".lora_A" in name}
     rank = max(ranks.values())
     others = {name.replace(".", r"\."): own for name, own in ranks.items() if own != rank}
     return LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(ranks), rank_pattern=others, alpha_pattern=dict(others)
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(ranks),
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        use_dora=any(".lora_magnitude_vector" in name for name in tensors),
     )
 
 

@@ -59,24 +59,24 @@ def merge_to_folder(
     Raises MergeError past `max_kl` (nothing is written then), OutputExistsError if the folder holds something.
     """
     with staged(output, overwrite) as folder:
-        inputs = _probes(model, tokenizer)
-        tuned = _outputs(model, inputs)
+        inputs = probe_batches(model, tokenizer)
+        tuned = outputs_on(model, inputs)
         with model.disable_adapter():
-            base = _outputs(model, inputs)
+            base = outputs_on(model, inputs)
         with warnings.catch_warnings():
             # What it warns of is in the report.
             warnings.filterwarnings("ignore", message="merged into quantized weights")
             model = model.merge_and_unload(requantize=requantize)
-        merged = compare_outputs(tuned, _outputs(model, inputs))
+        merged = compare_outputs(tuned, outputs_on(model, inputs))
         way_out = _WAY_OUT_REQUANTIZED if requantize else _WAY_OUT
-        _refuse_beyond(max_kl, merged, "the merged model", way_out)
+        refuse_beyond(max_kl, merged, "the merged model", way_out)
         with no_weight_bar():
             model.save_pretrained(folder)
             again = _read_again(model, folder, requantize)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        reloaded = compare_outputs(tuned, _outputs(again, inputs))
-        _refuse_beyond(max_kl, reloaded, "the merged model, written and read again,", way_out)
+        reloaded = compare_outputs(tuned, outputs_on(again, inputs))
+        refuse_beyond(max_kl, reloaded, "the merged model, written and read again,", way_out)
         return MergeReport(compare_outputs(base, tuned), merged, reloaded, getattr(model, "merge_drift", None))
 
 
@@ -96,7 +96,8 @@ def _read_again(model: Any, folder: Path, is_quantized: bool) -> Any:
     return load_as_stored(type(model), str(folder), str(model.device), **options)
 
 
-def _probes(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
+def probe_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
+    """Inputs on which a model is compared with what is made of it. Raises: MergeError, where none are known."""
     if tokenizer is not None and model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
         return [dict(tokenizer(text, return_tensors="pt").to(model.device)) for text in PROBES]
     inputs = probe_inputs(model)
@@ -108,12 +109,13 @@ def _probes(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
     return [inputs]
 
 
-def _outputs(model: Any, inputs: list[dict[str, Tensor]]) -> Tensor:
+def outputs_on(model: Any, inputs: list[dict[str, Tensor]]) -> Tensor:
     """The outputs on all probes, a row for each position."""
     return torch.cat([outputs(model, probe).flatten(0, -2) for probe in inputs])
 
 
-def _refuse_beyond(max_kl: float, drift: Drift, what: str, way_out: str) -> None:
+def refuse_beyond(max_kl: float, drift: Drift, what: str, way_out: str) -> None:
+    """Raises: MergeError, for outputs that drift further than a KL divergence."""
     # Written so that a drift that is not a number is refused as well.
     if not drift.kl <= max_kl:
         raise MergeError(
