@@ -189,7 +189,8 @@ def _given_memory(placed: Placed) -> Iterator[None]:
 def _replace_parameters(placed: Placed, change: Callable[[Site, nn.Parameter], Tensor]) -> None:
     changed: dict[nn.Parameter, nn.Parameter] = {}
     for site, delta in placed:
-        for module in delta.modules():
+        # Copies of the base's own have their values.
+        for module in (module for module in delta.modules() if module is not getattr(delta, "whole", None)):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter not in changed:
                     changed[parameter] = nn.Parameter(change(site, parameter), parameter.requires_grad)

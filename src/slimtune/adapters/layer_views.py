@@ -206,6 +206,8 @@ def layer_views() -> dict[str, LayerView]:
         "set_adapter": _activation,
         "scale_layer": _scaled,
         "unscale_layer": _scaled,
+        "_all_available_adapter_names": lambda module, _: lambda: sorted(deltas_of(module)),
+        "_available_adapters": lambda module, _: set(deltas_of(module)),
         "in_features": _features,
         "out_features": _features,
         "merged_adapters": lambda module, _: [n for n in module.adapter_state.merged if n in deltas_of(module)],

@@ -29,10 +29,9 @@ PREFIXES = {
     "LOHA": "hada_",
     "LOKR": "lokr_",
     "VERA": "vera_lambda_",
-    "LN_TUNING": "ln_tuning_",
     "TRAINABLE_TOKENS": "trainable_tokens_",
 }
-"""What `peft` calls the parameters of a method with; those of a method that it hasn't are under `deltas`."""
+"""What `peft` calls the parameters of a method with; what is trained as a copy of the base's is under `deltas`."""
 
 
 class BaseModelView:
