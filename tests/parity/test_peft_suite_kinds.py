@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 import slimtune
-from slimtune.errors import BaseMismatchError, MergeError
+from slimtune.errors import BaseMismatchError, ConfigError, MergeError
 from tensors import assert_near, assert_same, predict, randomize
 from zoo import LLAMA
 
@@ -205,3 +205,42 @@ def test_a_copy_s_layer_lists_the_adapters_that_have_one(library: Any) -> None:
     model.set_adapter("other")
     assert head.active_adapters == ["other"]
     assert head.modules_to_save.other.weight.requires_grad is True
+
+
+# -- Variants of LoRA.
+
+
+def test_mica_starts_at_minor_directions_and_trains_a_alone(tmp_path: Any) -> None:
+    ours, theirs = (
+        library.get_peft_model(LLAMA.model(), lora(library, init_lora_weights="mica")) for library in LIBRARIES
+    )
+    starts = [
+        library.get_peft_model_state_dict(model) for library, model in zip(LIBRARIES, (ours, theirs), strict=True)
+    ]
+    assert starts[0].keys() == starts[1].keys()
+    for name, own in starts[0].items():
+        if "lora_A" in name:
+            assert not own.any()
+        else:
+            # A singular vector is known up to its sign.
+            assert_near(own @ own.T, starts[1][name] @ starts[1][name].T)
+    slimtune.set_peft_model_state_dict(ours, starts[1])
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
+        for _ in range(3):
+            model(**LLAMA.batch()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_near(predict(ours, LLAMA.batch()), predict(theirs, LLAMA.batch()))
+    assert not torch.equal(predict(ours, LLAMA.batch()), predict(LLAMA.model(), LLAMA.batch()))
+    for name, tensor in slimtune.get_peft_model_state_dict(ours).items():
+        assert torch.equal(tensor, starts[1][name]) == ("lora_B" in name)
+    ours.save_pretrained(tmp_path)
+    for library in LIBRARIES:
+        loaded = library.PeftModel.from_pretrained(LLAMA.model(), tmp_path)
+        assert_near(predict(loaded, LLAMA.batch()), predict(ours, LLAMA.batch()))
+
+
+def test_mica_does_not_go_with_dora() -> None:
+    with pytest.raises(ConfigError, match="leave out one"):
+        lora(slimtune, init_lora_weights="mica", use_dora=True)

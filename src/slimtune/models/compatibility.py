@@ -69,6 +69,8 @@ def _vllm(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list
         against.append(f"modules_to_save ({listing(extra)}) is refused")
     if config.get("bias", "none") != "none":
         against.append(f"trained biases (bias={config['bias']}) are refused")
+    if config.get("trainable_token_indices"):
+        against.append("trained tokens (trainable_token_indices) are refused")
     rank = largest_rank(config)
     room = next((size for size in VLLM_RANKS if size >= rank), None)
     if room is None:
