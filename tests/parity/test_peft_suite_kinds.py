@@ -244,3 +244,31 @@ def test_mica_starts_at_minor_directions_and_trains_a_alone(tmp_path: Any) -> No
 def test_mica_does_not_go_with_dora() -> None:
     with pytest.raises(ConfigError, match="leave out one"):
         lora(slimtune, init_lora_weights="mica", use_dora=True)
+
+
+# -- Soft prompts.
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_a_soft_prompt_is_given_for_a_batch(config: str) -> None:
+    prompts = []
+    for library in LIBRARIES:
+        torch.manual_seed(0)
+        made = getattr(library, config)(num_virtual_tokens=5, task_type="CAUSAL_LM")
+        model = randomize(library, library.get_peft_model(LLAMA.model(), made))
+        prompts.append((model.get_prompt(3), model.get_prompt_embedding_to_save("default")))
+    (ours, own), (theirs, its) = prompts
+    assert ours.shape == theirs.shape
+    assert ours.requires_grad
+    assert torch.equal(ours[2], ours[0])
+    assert_near(ours[0], own)
+    if config == "PromptTuningConfig":  # the other one's comes out of its encoder, which is drawn
+        assert_near(own, its)
+
+
+def test_a_prefix_is_no_prompt() -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), slimtune.PrefixTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match="is a prefix"):
+        model.get_prompt(2)
+    with pytest.raises(ConfigError, match="no soft prompt"):
+        adapted(slimtune).get_prompt(2)

@@ -39,6 +39,7 @@ from slimtune.adapters.adopt import (
 )
 from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
 from slimtune.adapters.forward import check_head, is_around, is_from_trl, put_inside, wrapped
+from slimtune.adapters.fused_experts import onto_fused_experts
 from slimtune.adapters.merge import merge, unmerge
 from slimtune.adapters.model_views import PeftNames
 from slimtune.adapters.read_options import ReadOptions
@@ -132,11 +133,11 @@ def attach_stored(
         BaseMismatchError: the tensors, which come from `source`, were made for another base.
     """
     options = options or ReadOptions()
-    tensors = on_model(model, tensors, options.key_mapping)
+    config.inference_mode = not is_trainable
+    tensors = onto_fused_experts(model, config, on_model(model, tensors, options.key_mapping))
     resized = stored_whole(model, config, tensors)
     if resized:
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *resized]
-    config.inference_mode = not is_trainable
     any_shape = options.ignore_mismatched_sizes
     if name in getattr(model, "peft_config", {}) and _means_the_same(model.peft_config[name], config):
         # In place, so that what was compiled for these tensors still is.
