@@ -33,11 +33,16 @@ _HOME = {
     "inject_adapter_in_model": "adapters.compat",
     "load_peft_weights": "adapters.compat",
     "get_base_model_state_dict": "adapters.compat",
+    "set_base_model_state_dict": "adapters.compat",
     "cast_mixed_precision_params": "adapters.compat",
     "rescale_adapter_scale": "adapters.compat",
     "disable_input_dtype_casting": "adapters.compat",
     "prepare_model_for_compiled_hotswap": "adapters.compat",
     "hotswap_adapter": "adapters.compat",
+    "BaseTunerLayer": "adapters.compat",
+    "LoraLayer": "adapters.compat",
+    "AuxiliaryTrainingWrapper": "adapters.compat",
+    "ModulesToSaveWrapper": "adapters.compat",
     "get_layer_status": "adapters.model_views",
     "get_model_status": "adapters.model_views",
     "AutoPeftModel": "models.auto",
@@ -75,6 +80,10 @@ if TYPE_CHECKING:
     from slimtune.adapters.adapter import set_peft_model_state_dict as set_peft_model_state_dict
     from slimtune.adapters.compat import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from slimtune.adapters.compat import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+    from slimtune.adapters.compat import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
+    from slimtune.adapters.compat import BaseTunerLayer as BaseTunerLayer
+    from slimtune.adapters.compat import LoraLayer as LoraLayer
+    from slimtune.adapters.compat import ModulesToSaveWrapper as ModulesToSaveWrapper
     from slimtune.adapters.compat import PeftMixedModel as PeftMixedModel
     from slimtune.adapters.compat import PeftModelForCausalLM as PeftModelForCausalLM
     from slimtune.adapters.compat import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
@@ -92,6 +101,7 @@ if TYPE_CHECKING:
     from slimtune.adapters.compat import load_peft_weights as load_peft_weights
     from slimtune.adapters.compat import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from slimtune.adapters.compat import rescale_adapter_scale as rescale_adapter_scale
+    from slimtune.adapters.compat import set_base_model_state_dict as set_base_model_state_dict
     from slimtune.adapters.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from slimtune.adapters.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from slimtune.adapters.model import PeftModel as PeftModel

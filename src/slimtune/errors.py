@@ -20,6 +20,10 @@ class ConfigError(SlimtuneError, ValueError):
     """A configuration that can't be used: an unknown field, a value out of range, fields that exclude each other."""
 
 
+class UnknownFieldError(ConfigError, TypeError):
+    """A config's field that doesn't exist; a TypeError as well, as of any call with an unknown keyword."""
+
+
 class TargetError(SlimtuneError, ValueError):
     """A pattern that matches no module, or a module that the method can't attach to."""
 
@@ -36,12 +40,12 @@ class AdapterFileError(SlimtuneError, ValueError):
     """An adapter on disk that is missing, damaged, unsafe or not what it claims to be."""
 
 
-class BaseMismatchError(SlimtuneError, ValueError):
-    """An adapter that was made for another base model."""
+class BaseMismatchError(SlimtuneError, ValueError, RuntimeError):
+    """An adapter that was made for another base model; torch raises a RuntimeError for tensors that don't fit."""
 
 
-class MergeError(SlimtuneError, RuntimeError):
-    """A merge that can't be done, or whose result strays too far from the unmerged model."""
+class MergeError(SlimtuneError, RuntimeError, ValueError):
+    """A merge that can't be done or strays too far, or what can't be done while merged, a ValueError of `peft`'s."""
 
 
 class TrainingError(SlimtuneError, RuntimeError):

@@ -193,9 +193,23 @@ def test_bf16_trains_close_to_float32() -> None:
     assert abs(losses[torch.bfloat16] - losses[torch.float32]) < 0.1 * (start - losses[torch.float32])
 
 
-def test_grouped_convolutions_are_refused() -> None:
-    with pytest.raises(slimtune.errors.ConfigError, match="grouped"):
-        slimtune.get_peft_model(MIXTURE.model(), slimtune.LoraConfig(target_modules=["grouped"], use_dora=True, r=4))
+@pytest.mark.parametrize("groups", [2, 4])
+def test_dora_on_a_grouped_convolution_means_what_it_means_in_peft(groups: int) -> None:
+    outputs, gradients = [], []
+    for library in LIBRARIES:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(8, 12, 3, groups=groups), nn.Flatten(), nn.LazyLinear(2))
+        x = torch.randn(3, 8, 6, 6)
+        model(x)
+        config = library.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["0"])
+        adapted_model = randomize(library, library.get_peft_model(model, config))
+        y = adapted_model(x)
+        y.square().mean().backward()
+        outputs.append(y)
+        gradients.append([p.grad for p in adapted_model.parameters() if p.requires_grad])
+    assert_near(*outputs)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_near(ours, theirs)
 
 
 def magnitudes(model: Any, adapter: str) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,6 +169,35 @@ def draft_combined(
     return Draft(resolved, placed)
 
 
+def leave_unset(placed: Placed) -> None:
+    """Take the parameters' memory away, to be given back by `fill`; those that deltas share stay shared."""
+    _replace_parameters(placed, lambda site, parameter: parameter.to("meta"))
+
+
+@contextmanager
+def _given_memory(placed: Placed) -> Iterator[None]:
+    """Zeros for parameters without values, which are without again where an error keeps them from being filled."""
+    unset = [(site, delta) for site, delta in placed if any(parameter.is_meta for parameter in delta.parameters())]
+    _replace_parameters(unset, lambda site, parameter: torch.zeros_like(parameter, device=site.spec.device))
+    try:
+        yield
+    except BaseException:
+        leave_unset(unset)
+        raise
+
+
+def _replace_parameters(placed: Placed, change: Callable[[Site, nn.Parameter], Tensor]) -> None:
+    changed: dict[nn.Parameter, nn.Parameter] = {}
+    for site, delta in placed:
+        # Copies of the base's own have their values.
+        for module in (module for module in delta.modules() if module is not getattr(delta, "whole", None)):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter not in changed:
+                    changed[parameter] = nn.Parameter(change(site, parameter), parameter.requires_grad)
+                if parameter is not None:
+                    module._parameters[name] = changed[parameter]
+
+
 def attach(model: Any, name: str, placed: Placed) -> None:
     """Put the deltas at their sites, not active yet."""
     for site, delta in placed:
@@ -231,6 +261,16 @@ def fill(
             shape; nothing is copied then.
         ConfigError: what is stored serves inference alone.
     """
+    is_unset = any(parameter.is_meta for _, delta in placed for parameter in delta.parameters())
+    with _given_memory(placed):
+        # What has no values yet can't stay as it is.
+        return _fill(model, config, placed, tensors, source, partial and not is_unset, ignore_mismatched_sizes)
+
+
+def _fill(
+    model: Any, config: Any, placed: Placed, tensors: Mapping[str, Tensor], source: str | Path, partial: bool,
+    ignore_mismatched_sizes: bool,
+) -> _IncompatibleKeys:  # fmt: skip
     tensors = config.read(tensors, placed, source)
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in placed]
     own = {key(site.name, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
@@ -364,7 +404,8 @@ def set_peft_model_state_dict(
 
     Args:
         ignore_mismatched_sizes: leave tensors of another shape alone, and warn of them.
-        low_cpu_mem_usage: taken as in `peft`; tensors are always copied one by one.
+        low_cpu_mem_usage: taken as in `peft`; tensors are copied one by one, and an adapter that was left without
+            values by `get_peft_model(low_cpu_mem_usage=True)` gets its memory here.
 
     Raises:
         AdapterNotFoundError: there is no such adapter.

@@ -22,7 +22,7 @@ from slimtune.adapters.lazy_logits import LazyLogits
 from slimtune.adapters.rows import RowAdapters, run_rows
 from slimtune.bases import base_of, base_of_type
 from slimtune.core.delta import Base, Dense, Frozen, call_under, deltas_of
-from slimtune.errors import AdapterNotFoundError, did_you_mean, listing
+from slimtune.errors import AdapterNotFoundError, MergeError, did_you_mean, listing
 from slimtune.fused import fused_for
 from slimtune.ops.autograd import is_traced
 
@@ -101,9 +101,14 @@ class AdapterState:
         for name in names:
             if name not in self.configs:
                 raise AdapterNotFoundError(
-                    f"there is no adapter '{name}'; there are {listing(self.configs) or 'none'}"
+                    f"Adapter {name} does not exist; there are {listing(self.configs) or 'none'}"
                     f"{did_you_mean(name, self.configs)}"
                 )
+
+    def check_unmerged(self, name: str, act: str) -> None:
+        """See that an adapter isn't in the weights. Raises: MergeError, which says what was to be done to it."""
+        if name in self.merged:
+            raise MergeError(f"Cannot {act} adapter(s) {[name]} while they are merged. Please unmerge them first.")
 
     @contextmanager
     def using(self, **settings: Any) -> Iterator[None]:

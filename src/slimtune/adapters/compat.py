@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from slimtune.adapters.adapter import attached, base_tensors
 from slimtune.adapters.model import PeftModel, get_peft_model
 from slimtune.adapters.read_options import ReadOptions
 from slimtune.adapters.stored_keys import on_model
 from slimtune.core.config import PeftConfig, TaskType, methods
-from slimtune.errors import BaseMismatchError, ConfigError, MergeError, listing
+from slimtune.core.delta import Delta, deltas_of
+from slimtune.errors import BaseMismatchError, ConfigError, listing
 from slimtune.methods.lora.layers import LoraDelta
+from slimtune.methods.trainable_tokens import TokenRows
 from slimtune.storage.peft_format import adapter_folder, key, read_adapter
 
 # -- Model classes by task.
@@ -100,6 +103,53 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, Any] = {
 }
 
 
+# -- Layers by what their adapters are.
+
+
+class _LayerKind(type):
+    """Has `isinstance` ask for what a module's adapters are; nothing is ever made of such a class."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        deltas = deltas_of(instance).values() if isinstance(instance, nn.Module) else ()
+        return any(cls.fits(delta) for delta in deltas)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class BaseTunerLayer(metaclass=_LayerKind):
+    """A module with an adapter that changes what it computes, beside copies that are trained whole."""
+
+    @staticmethod
+    def fits(delta: Any) -> bool:
+        """Whether an adapter of this kind has this delta."""
+        return type(delta) is not Delta and not isinstance(delta, TokenRows)
+
+
+class LoraLayer(BaseTunerLayer):
+    """A module with a LoRA."""
+
+    @staticmethod
+    def fits(delta: Any) -> bool:
+        """Whether it is LoRA's."""
+        return isinstance(delta, LoraDelta)
+
+
+class AuxiliaryTrainingWrapper(metaclass=_LayerKind):
+    """A module of which an adapter trains a copy or some rows, beside the method's own changes."""
+
+    @staticmethod
+    def fits(delta: Any) -> bool:
+        """Whether it is such a copy or such rows."""
+        return isinstance(delta, TokenRows) or (type(delta) is Delta and delta.holds)
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module of which an adapter trains a copy."""
+
+    @staticmethod
+    def fits(delta: Any) -> bool:
+        """Whether it is such a copy."""
+        return type(delta) is Delta and delta.holds
+
+
 # -- Methods by name.
 
 
@@ -170,6 +220,35 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     if not isinstance(model, PeftModel):
         raise ConfigError(f"a {type(model).__name__} has no adapters; its own state_dict() is the base's")
     return base_tensors(model)
+
+
+@torch.no_grad()
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> _IncompatibleKeys:
+    """Copy tensors, by their names without adapters, into the base; gives back the missing and the unexpected keys.
+
+    Raises:
+        BaseMismatchError: a tensor of another shape, or, if `strict`, one that is missing or left over; nothing is
+            copied then.
+        MergeError: adapters are merged into the tensors.
+    """
+    own = get_base_model_state_dict(model)
+    for name in model.adapter_state.merged:
+        model.adapter_state.check_unmerged(name, "load a base under")
+    missing, strange = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    if strict and (missing or strange):
+        raise BaseMismatchError(
+            "the state dict is of another base. "
+            f"Missing key(s): {listing(missing, 3) or 'none'}. Unexpected key(s): {listing(strange, 3) or 'none'}"
+        )
+    shared = own.keys() & state_dict.keys()
+    for name in shared:
+        if own[name].shape != state_dict[name].shape:
+            raise BaseMismatchError(
+                f"'{name}' is {tuple(own[name].shape)} in the base, found {tuple(state_dict[name].shape)}"
+            )
+    for name in shared:
+        own[name].copy_(state_dict[name])
+    return _IncompatibleKeys(missing, strange)
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
@@ -283,8 +362,7 @@ def hotswap_adapter(
     """
     model = getattr(model, "_orig_mod", model)
     model.adapter_state.check_known(adapter_name)
-    if adapter_name in model.adapter_state.merged:
-        raise MergeError(f"the adapter '{adapter_name}' is merged into the weights; call unmerge_adapter() first")
+    model.adapter_state.check_unmerged(adapter_name, "replace")
     subfolder = hub.pop("subfolder", None)
     folder = adapter_folder(model_name_or_path, subfolder, **ReadOptions.of(hub).hub)
     config: Any = PeftConfig.from_pretrained(folder)

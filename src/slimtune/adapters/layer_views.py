@@ -38,6 +38,12 @@ class ByAdapter(Mapping[str, Any]):
             raise KeyError(name)
         return self._value(name)
 
+    def __getattr__(self, name: str) -> Any:
+        """As `[name]`: `peft`'s are containers of torch's, which take both."""
+        if name.startswith("_") or name not in self._names:
+            raise AttributeError(name)
+        return self[name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -157,6 +163,37 @@ def _plain(module: Any, name: str) -> Any:
     return with_tensors(module, {})
 
 
+def _active(module: Any, name: str) -> list[str]:
+    """The active adapters that change this module."""
+    return [adapter for adapter in module.adapter_state.active if adapter in deltas_of(module)]
+
+
+def _activation(module: Any, name: str) -> Callable[..., None]:
+    def set_adapter(adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, of all layers: which are active is one thing for the whole model."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        module.adapter_state.check_known(*names)
+        module.adapter_state.active = names
+        for adapter, delta in deltas_of(module).items():
+            delta.requires_grad_(adapter in names and not inference_mode)
+
+    return set_adapter
+
+
+def _scaled(module: Any, name: str) -> Callable[[float], None]:
+    def scale(factor: float) -> None:
+        """Multiply the scale of the active adapters here, or divide it."""
+        for adapter, delta in deltas_of(module).items():
+            if adapter in module.adapter_state.active and hasattr(delta, "scaling"):
+                delta.scaling *= factor if name == "scale_layer" else 1 / factor
+
+    return scale
+
+
+def _features(module: Any, name: str) -> int:
+    return module.adopted_base.features(module)[name == "out_features"]
+
+
 def _held_plain(module: Any, name: str) -> Any:
     return with_tensors(module, {}) if _copies(module, name) else None
 
@@ -164,8 +201,15 @@ def _held_plain(module: Any, name: str) -> Any:
 def layer_views() -> dict[str, LayerView]:
     """All names of `peft`'s for layers, for the class of an adopted module."""
     state: dict[str, Callable[[Any, str], Any]] = {
-        "active_adapters": lambda module, _: list(module.adapter_state.active),
-        "active_adapter": lambda module, _: list(module.adapter_state.active),
+        "active_adapters": _active,
+        "active_adapter": _active,
+        "set_adapter": _activation,
+        "scale_layer": _scaled,
+        "unscale_layer": _scaled,
+        "_all_available_adapter_names": lambda module, _: lambda: sorted(deltas_of(module)),
+        "_available_adapters": lambda module, _: set(deltas_of(module)),
+        "in_features": _features,
+        "out_features": _features,
         "merged_adapters": lambda module, _: [n for n in module.adapter_state.merged if n in deltas_of(module)],
         "merged": lambda module, _: any(name in deltas_of(module) for name in module.adapter_state.merged),
         "disable_adapters": lambda module, _: not module.adapter_state.enabled,

@@ -25,6 +25,7 @@ from slimtune.adapters.adapter import (
     draft_combined,
     draft_stored,
     fill,
+    leave_unset,
 )
 from slimtune.adapters.adopt import (
     ENCODERS,
@@ -38,6 +39,7 @@ from slimtune.adapters.adopt import (
 )
 from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
 from slimtune.adapters.forward import check_head, is_around, is_from_trl, put_inside, wrapped
+from slimtune.adapters.fused_experts import onto_fused_experts
 from slimtune.adapters.merge import merge, unmerge
 from slimtune.adapters.model_views import PeftNames
 from slimtune.adapters.read_options import ReadOptions
@@ -46,7 +48,7 @@ from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.core.config import PeftConfig
 from slimtune.core.delta import deltas_of
-from slimtune.errors import ConfigError, MergeError, listing
+from slimtune.errors import ConfigError, listing
 from slimtune.methods.adalora import AdaLoraConfig
 from slimtune.quantization.dequantize import expanded, make_plain, plain_dtype, untie_if_changed
 from slimtune.storage.hub import parted
@@ -89,7 +91,8 @@ def get_peft_model(
         mixed: taken as in `peft`; adapters of several methods go together on any model here.
         autocast_adapter_dtype: keep the adapter in float32 where the base is in 16 bits.
         revision: of the base on the Hub, to be stored with the adapter.
-        low_cpu_mem_usage: taken as in `peft`, where it leaves weights unset that a file is to fill; here they are set.
+        low_cpu_mem_usage: leave the adapter's parameters on the device "meta", without values, for
+            `set_peft_model_state_dict` or `load_adapter` to fill.
 
     Raises:
         TargetError: a pattern matches nothing, or a module can't be adapted.
@@ -104,13 +107,17 @@ def get_peft_model(
         )
     if revision is not None:
         peft_config.revision = revision
-    _attach_new(model, peft_config, adapter_name, autocast_adapter_dtype, replaces)
+    _attach_new(model, peft_config, adapter_name, autocast_adapter_dtype, replaces, low_cpu_mem_usage)
     return model
 
 
-def _attach_new(model: Any, config: PeftConfig, name: str, autocast: bool, replaces: bool = False) -> None:
+def _attach_new(
+    model: Any, config: PeftConfig, name: str, autocast: bool, replaces: bool = False, unset: bool = False
+) -> None:
     drafted = draft(model, name, config, autocast, strict=True, replaces=replaces)
-    for site, delta in drafted.placed:
+    if unset:
+        leave_unset(drafted.placed)
+    for site, delta in () if unset else drafted.placed:
         delta.initialise(drafted.config, site)
     warn_of_untrained_rows(model, drafted.placed)
     add_drafted(model, name, config, drafted)
@@ -156,7 +163,7 @@ def _on_this_model(
     model: Any, config: Any, tensors: Mapping[str, Tensor], is_trainable: bool, options: ReadOptions
 ) -> dict[str, Tensor]:
     """The tensors by the keys that they have on this model, with what the config says of them noted in it."""
-    tensors = on_model(model, tensors, options.key_mapping)
+    tensors = onto_fused_experts(model, config, on_model(model, tensors, options.key_mapping))
     resized = stored_whole(model, config, tensors)
     if resized:
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *resized]
@@ -176,8 +183,7 @@ def add_drafted(model: Any, name: str, config: Any, drafted: Draft) -> None:
     if first:
         _adopt_root(model)
     elif name in model.peft_config:
-        if name in model.adapter_state.merged:
-            raise MergeError(f"the adapter '{name}' is merged into the weights; call unmerge_adapter() first")
+        model.adapter_state.check_unmerged(name, "replace")
         detach(model, name)
     attach(model, name, drafted.placed)
     # Nothing can fail any more: the config takes over what it means on this model, as `peft` has it.
@@ -291,7 +297,7 @@ class PeftModel(PeftNames, Adopted):
             AdapterExistsError: the model has an adapter of that name.
             TargetError, ConfigError: as `get_peft_model`.
         """
-        _attach_new(self, peft_config, adapter_name, autocast_adapter_dtype)
+        _attach_new(self, peft_config, adapter_name, autocast_adapter_dtype, unset=low_cpu_mem_usage)
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
@@ -323,8 +329,7 @@ class PeftModel(PeftNames, Adopted):
             MergeError: it is merged.
         """
         self.adapter_state.check_known(adapter_name)
-        if adapter_name in self.adapter_state.merged:
-            raise MergeError(f"the adapter '{adapter_name}' is merged into the weights; call unmerge_adapter() first")
+        self.adapter_state.check_unmerged(adapter_name, "delete")
         detach(self, adapter_name)
         del self.peft_config[adapter_name]
         active = tuple(name for name in self.active_adapters if name != adapter_name)
@@ -456,7 +461,7 @@ class PeftModel(PeftNames, Adopted):
         """
         names, merged = self._chosen(adapter_names), self.adapter_state.merged
         if merged and set(names) <= set(merged):
-            warnings.warn(f"{listing(names)}: merged already, nothing is to be done", stacklevel=2)
+            warnings.warn(f"All adapters are already merged, nothing to do: {listing(names)}", stacklevel=2)
             return
         merge(self, names, safe_merge)
 

@@ -29,10 +29,9 @@ PREFIXES = {
     "LOHA": "hada_",
     "LOKR": "lokr_",
     "VERA": "vera_lambda_",
-    "LN_TUNING": "ln_tuning_",
     "TRAINABLE_TOKENS": "trainable_tokens_",
 }
-"""What `peft` calls the parameters of a method with; those of a method that it hasn't are under `deltas`."""
+"""What `peft` calls the parameters of a method with; what is trained as a copy of the base's is under `deltas`."""
 
 
 class BaseModelView:
@@ -147,13 +146,25 @@ class PeftNames:
             for _, delta in attached(self, name):
                 delta.requires_grad_(requires_grad)
 
+    def get_prompt(self, batch_size: int) -> Tensor:
+        """The active adapter's soft prompt (batch, tokens, dim), as it learns. Raises: ConfigError, without one."""
+        name = self.adapter_state.active[0]
+        if self.peft_type == "PREFIX_TUNING":
+            raise ConfigError(f"the adapter '{name}' is a prefix, which each attention keeps among its keys and values")
+        # As it is computed, not as it is stored: gradients go through P-tuning's encoder.
+        learned = [delta.prompt() for _, delta in attached(self, name) if hasattr(delta, "encoded")]
+        return (learned[0] if learned else self._soft_prompt(name)).expand(batch_size, -1, -1)
+
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The soft prompt of an adapter as it is stored. Raises: ConfigError, for a method without one."""
+        return self._soft_prompt(adapter_name).detach().cpu()
+
+    def _soft_prompt(self, adapter_name: str) -> Tensor:
         self.adapter_state.check_known(adapter_name)
         for _, delta in attached(self, adapter_name):
             stored = delta.to_disk(delta.state_dict(keep_vars=True))
             if "/prompt_embeddings" in stored:
-                return stored["/prompt_embeddings"].detach().cpu()
+                return stored["/prompt_embeddings"]
         method = self.adapter_state.configs[adapter_name].peft_type
         raise ConfigError(f"the adapter '{adapter_name}' is one of {method}, which has no soft prompt")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Site
 from slimtune.core.roles import Role
-from slimtune.errors import ConfigError, did_you_mean, listing
+from slimtune.errors import ConfigError, UnknownFieldError, did_you_mean, listing
 
 
 class TaskType(StrEnum):
@@ -269,7 +269,7 @@ def register(config: type[C]) -> type[C]:
         for name, value in strangers.items():
             if name not in config.inert:
                 near = did_you_mean(name, known)
-                raise ConfigError(
+                raise UnknownFieldError(
                     f"{config.__name__} has no field {name!r}{near or '; see help(' + config.__name__ + ')'}"
                 )
             config.check_foreign(name, value)

@@ -31,7 +31,7 @@ from slimtune.methods.lora.tying import TiedCopy, TiedLinear, ends, is_named, sh
 from slimtune.methods.trainable_tokens import TokenRows, check_tokens, share_tied_rows, token_modules
 from slimtune.storage.peft_format import key
 
-INITIALISATIONS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal")
+INITIALISATIONS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal", "mica")
 
 
 @register
@@ -95,6 +95,8 @@ class LoraConfig(LayeredConfig):
         if self.target_parameters and self.target_modules is None:
             # None would mean all linear layers, beside the parameters that are asked for.
             self.target_modules = set()
+        if self.use_dora and self.initialisation == "mica":
+            raise ConfigError("init_lora_weights='mica' freezes B, and DoRA trains it; leave out one of them")
         if self.target_parameters and self.use_dora:
             raise ConfigError("use_dora has no form for target_parameters; give those an adapter of their own")
         if self.target_parameters and (self.lora_dropout or self.fan_in_fan_out):
@@ -188,7 +190,8 @@ class LoraConfig(LayeredConfig):
         if not isinstance(self.init_lora_weights, bool) and init not in INITIALISATIONS and not steps.isdecimal():
             raise ConfigError(
                 "init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'olora', 'eva', "
-                f"'loftq' or 'orthogonal', found {self.init_lora_weights!r}{did_you_mean(init, INITIALISATIONS)}"
+                "'loftq', 'orthogonal' or 'mica', found "
+                f"{self.init_lora_weights!r}{did_you_mean(init, INITIALISATIONS)}"
             )
         if isinstance(self.eva_config, dict):
             self.eva_config = _settings(EvaConfig, self.eva_config)
@@ -322,6 +325,8 @@ class LoraConfig(LayeredConfig):
         delta = kind(site, r, self.scale_for(site.name), self.lora_dropout, autocast_adapter_dtype)
         if self.moves_start:
             delta.keep_start()
+        if self.initialisation == "mica":
+            delta.freeze_b()
         if self.lora_bias:
             delta.add_bias(site)
         if self.bias == "lora_only" and getattr(site.module, "bias", None) is not None:
@@ -339,7 +344,7 @@ class LoraConfig(LayeredConfig):
     def _check_start(self, site: Site, r: int, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
         """Raises: ConfigError, where the start has no factors of this rank."""
         rows, columns = b_shape[0], math.prod(a_shape[1:])
-        if self.initialisation.startswith(("pissa", "olora", "eva", "loftq")) and r > min(rows, columns):
+        if self.initialisation.startswith(("pissa", "olora", "eva", "loftq", "mica")) and r > min(rows, columns):
             raise ConfigError(
                 f"init_lora_weights={self.init_lora_weights!r} has no {r} directions to start from in the "
                 f"{rows} x {columns} matrix of '{site.name}'; choose r <= {min(rows, columns)} or give it a rank of "

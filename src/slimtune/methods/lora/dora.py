@@ -231,13 +231,17 @@ class DoraLinear(DoraDelta, LoraLinear):
 class DoraConv(DoraDelta, LoraConv):
     """One magnitude for each output channel; the norm runs over its whole kernel."""
 
-    def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
-        if site.module.groups > 1:
-            raise ConfigError(
-                f"DoRA can't take the norm of the update of '{site.name}', a grouped convolution, as the update isn't "
-                "grouped; leave it out of target_modules"
-            )
-        super().__init__(site, r, scaling, dropout, autocast)
+    @torch.no_grad()
+    def norms(self, weight: Tensor, squares_O: Tensor) -> Tensor:
+        if self.groups == 1:
+            return super().norms(weight, squares_O)
+        # The update reads all input channels and the weight those of its group, so that they have no sum. `peft` lays
+        # g rows of B (out, r / g) side by side, multiplies, and cuts each row of the product into g rows: files that
+        # it trained mean this norm. At the start, with B zero, it is ||W||.
+        a, b = (factor.to(squares_O.dtype) for factor in self.pair)
+        laid_out = b.reshape(-1, self.r) @ a.reshape(self.r, -1)
+        changed = torch.add(weight.to(squares_O.dtype), laid_out.view_as(weight), alpha=self.scaling)
+        return changed.flatten(1).norm(dim=1)
 
     @staticmethod
     def magnitude_shape(site: Site) -> tuple[int, ...]:

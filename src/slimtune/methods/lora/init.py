@@ -61,6 +61,12 @@ def olora(weight_OI: Tensor, r: int) -> Factors:
     return r_KI[:r], q_OK[:, :r]
 
 
+def mica(weight_OI: Tensor, r: int) -> Factors:
+    """MiCA: A = 0, and B the left singular vectors of the r smallest singular values (arXiv:2604.01694)."""
+    u_OK, _, _ = torch.linalg.svd(wide(weight_OI), full_matrices=False)
+    return u_OK.new_zeros(r, weight_OI.shape[1]), u_OK[:, -r:]
+
+
 def orthogonal(weight_OI: Tensor, r: int) -> Factors:
     """Random A and B with B A = 0 though neither is zero: they use the even and the odd rows of one rotation."""
     rows, columns = weight_OI.shape

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from slimtune.core.delta import Delta, Dense, Frozen, RowParts, Site, TensorSpec, trainable_dtype
 from slimtune.errors import ConfigError, MergeError
 from slimtune.methods.lora.combine import combined
-from slimtune.methods.lora.init import Factors, orthogonal, pissa, principal, warn_of_rank
+from slimtune.methods.lora.init import Factors, mica, orthogonal, pissa, principal, warn_of_rank
 from slimtune.methods.lora.loftq import LoftQConfig, Originals, is_4bit, quantized_by_loftq
 
-LINEAR_ONLY = ("pissa", "olora", "loftq", "orthogonal")
+LINEAR_ONLY = ("pissa", "olora", "loftq", "orthogonal", "mica")
 """The starts that read the weight of a linear layer."""
 
 
@@ -78,7 +78,7 @@ class LoraDelta(Delta):
 
     @property
     def trained(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """(A, B) as they are trained."""
+        """(A, B) as they are trained; with MiCA, B stays as it is."""
         a, b = self.factors
         return getattr(self, a), getattr(self, b)
 
@@ -97,6 +97,12 @@ class LoraDelta(Delta):
             return bias_O
         # In the adapter's float32: the product casts the sum to its own dtype once.
         return self.scaling * self.lora_bias if bias_O is None else bias_O + self.scaling * self.lora_bias
+
+    def freeze_b(self) -> None:
+        """Leave B as it starts: a buffer, stored with the adapter and never trained."""
+        b = self.trained[1]
+        delattr(self, self.factors[1])
+        self.register_buffer(self.factors[1], b.detach())
 
     def keep_start(self) -> None:
         """Keep factors to start from. Raises: ConfigError, for kinds that have none."""
@@ -237,6 +243,8 @@ class LoraLinear(LoraDelta):
         weight_OI = site.base.weight(site.module).detach()
         if config.initialisation == "orthogonal":
             return orthogonal(weight_OI, self.r)
+        if config.initialisation == "mica":
+            return mica(weight_OI, self.r)
         return principal(weight_OI, self.r, self.scaling, config.initialisation)
 
     def since_start(self, config: Start, site: Site, a_RI: Tensor, b_OR: Tensor) -> Factors:
