@@ -89,6 +89,11 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
     return shown if len(unique) <= limit else f"{shown} and {len(unique) - limit} more"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`: a number with its noun."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def check_whole(name: str, value: Any, least: int = 1) -> None:
     """Raises: ConfigError, for what is no whole number or below the least."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -12,7 +12,7 @@ from slimtune.data.encode import EncodedRows, encode, refuse_split
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import SourceRows, Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of, skipped_note
 from slimtune.data.texts import positions_of
 from slimtune.errors import ConfigError
 
@@ -21,8 +21,8 @@ def encode_sources(
     sources: Sequence[SourceRows], settings: DataSettings, tokenizer: Any, positions: int | None = None
 ) -> list[EncodedRows]:
     """Encode the rows of each source; `positions` is how many the model has. Raises: DataError."""
-    limit, too_long = settings.max_length, settings.too_long
-    return [encode(source.rows, tokenizer, limit, too_long, source.places, positions) for source in sources]
+    limit, too_long, bad_rows = settings.max_length, settings.too_long, settings.bad_rows
+    return [encode(source.rows, tokenizer, limit, too_long, source.places, positions, bad_rows) for source in sources]
 
 
 def mixed(sources: Sequence[SourceRows], encoded: Sequence[EncodedRows], seed: int) -> list[Encoded]:
@@ -108,6 +108,7 @@ def _sources_report(
         if source.weight is not None:
             weighted = f"; of its {len(rows.examples):,} examples an epoch takes {share:,} (weight {source.weight:g})"
         report.append(Remark(f"{source.name}: format {source.format}, {len(source.rows):,} rows{weighted}"))
+        report += skipped_note(source.name, rows.skipped)
         if rows.apart:
             why = (
                 ": the chat template rewrites earlier turns, so each answer is learned in an example that ends with it"
