@@ -49,7 +49,7 @@ def merge(
     original 16-bit base it is another model; where it was measured, a worse one. A merge back into codes (--requantize)
     rounds a small update away: for a model in few bits merge into the original base and quantize what that gives.
     """
-    from slimtune.models.export import KEEPS, merge_to_folder
+    from slimtune.models.export import merge_to_folder
     from slimtune.models.load import LoadOptions, load_base
     from slimtune.storage.atomic import refuse_existing
     from slimtune.storage.source import base_of, is_adapter
@@ -76,7 +76,7 @@ def merge(
         screen.print(f"quantized again               {report.requantized.left}")
     if report.adapter.max_abs == 0:
         screen.print("[yellow]warning:[/] the adapter changes nothing: the merged model equals its base")
-    elif report.lost < KEEPS:
+    elif report.is_kept:
         screen.print(report.verdict, markup=False)
     else:
         screen.print(f"[yellow]warning:[/] {report.verdict}")

@@ -43,14 +43,9 @@ class MergeReport:
     reloaded: Drift
     """The base with its adapter from the merged model as it was written and read again."""
     rounding: Drift
-    """The base with its adapter from itself, each product of its layers rounded once more: what no merge can avoid."""
+    """The base with its adapter from itself, each product of its layers rounded once more: what the dtype costs."""
     requantized: MergeDrift | None = None
     """What is left of the update in weights that were quantized again."""
-
-    @property
-    def change(self) -> float:
-        """The KL divergence by which the adapter moves the answers, that of rounding taken off."""
-        return max(0.0, self.adapter.kl - self.rounding.kl)
 
     @property
     def lost(self) -> float:
@@ -58,14 +53,19 @@ class MergeReport:
         return _share_lost(self.adapter, self.reloaded, self.rounding)
 
     @property
+    def is_kept(self) -> bool:
+        """Whether the tuning is told from rounding, and is in the merged model."""
+        return self.adapter.kl > 2 * self.rounding.kl and self.lost < KEEPS
+
+    @property
     def verdict(self) -> str:
         """What the figures mean, as one sentence, and what to do."""
-        if not self.change:
+        if self.adapter.kl <= 2 * self.rounding.kl:
             return (
-                "the adapter changes the answers by no more than rounding does, so what merging keeps of it can't be "
-                "told; compare in float32 (--dtype float32)"
+                f"the adapter changes the answers (KL {self.adapter.kl:.2e}) hardly more than rounding does "
+                f"({self.rounding.kl:.2e}), merged or not: train longer, or merge in float32 (--dtype float32)"
             )
-        if self.lost < KEEPS:
+        if self.is_kept:
             return f"the merged model keeps the tuning: {self.lost:.1%} of the change in the answers is lost"
         verb = "blurs" if self.lost <= MOST_LOST else "loses most of"
         return (
@@ -167,7 +167,9 @@ def _refuse_beyond(
             f"{what} strays from the unmerged one ({merged}), beyond the bound of KL {max_kl:g}; nothing was written: "
             f"{way_out}, or raise --max-kl"
         )
-    if max_kl is None and (math.isnan(merged.kl) or _share_lost(adapter, merged, rounding) > MOST_LOST):
+    is_told_apart = merged.kl > 2 * rounding.kl
+    is_lost = is_told_apart and _share_lost(adapter, merged, rounding) > MOST_LOST
+    if max_kl is None and (math.isnan(merged.kl) or is_lost):
         raise MergeError(
             f"{what} loses most of the tuning: it strays from the unmerged one by KL {merged.kl:.2e}, of which "
             f"rounding alone takes {rounding.kl:.2e}, and the adapter changes the answers by {adapter.kl:.2e}; nothing "
@@ -177,10 +179,10 @@ def _refuse_beyond(
 
 @contextmanager
 def _rounded_once_more(model: Any) -> Iterator[None]:
-    """Round what each adopted module gives to a neighbour in its dtype as often as two roundings of a product differ.
+    """Round what each adopted module gives to a neighbour in its dtype as often as a product in it is off.
 
-    W x + B A x is rounded otherwise than (W + B A) x, whatever the weights: each result is off by up to half a step, so
-    their difference has a variance of 1/6 of a squared step; a whole step with probability 1/6 has the same.
+    A product is off by up to half a step, with a variance of 1/12 of a squared step; a whole step with probability 1/12
+    has the same. So the answers move about as far as those in this dtype lie from those of exact arithmetic.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -188,7 +190,7 @@ def _rounded_once_more(model: Any) -> Iterator[None]:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         draw = torch.rand(output.shape, generator=generator).to(output.device)
-        steps = (draw < 1 / 12).to(output.dtype) - (draw > 11 / 12).to(output.dtype)
+        steps = (draw < 1 / 24).to(output.dtype) - (draw > 23 / 24).to(output.dtype)
         exponent = torch.frexp(output.float()).exponent - 1
         return (
             output

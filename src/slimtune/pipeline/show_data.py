@@ -12,6 +12,7 @@ from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES, Lengths
 from slimtune.data.tasks.base import Remark, Sample
+from slimtune.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,12 +97,12 @@ def show_preview(screen: Console, preview: Preview, max_length: int, batch_size:
     lengths, unit = preview.lengths, preview.unit
     for source, share in zip(preview.sources, preview.shares, strict=True):
         taken = f", of which an epoch takes {share:,}" if source.weight is not None else ""
-        screen.print(f"{source.name}: format {source.format}, {len(source.rows):,} rows{taken}", markup=False)
+        screen.print(f"{source.name}: format {source.format}, {counted(len(source.rows), 'row')}{taken}", markup=False)
         used = ", ".join(name for name in source.columns if name not in source.ignored)
         screen.print(f"  columns used: {used}", markup=False)
     show_report(screen, preview.report)
     screen.print(
-        f"task {preview.splits.task}: {lengths.examples:,} examples, {lengths.total:,} {unit}"
+        f"task {preview.splits.task}: {counted(lengths.examples, 'example')}, {lengths.total:,} {unit}"
         + ("" if preview.labels else f", of which {lengths.learned / lengths.total:.0%} are learned")
         + (f"; {preview.apart:,} more examples than rows, one for each answer" if preview.apart else "")
     )

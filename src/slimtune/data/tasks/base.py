@@ -93,7 +93,7 @@ def lost(unit: str, limit: int, dropped: int, cut: int) -> Report:
 
 def held_out_note(count: int, what: str) -> str:
     """The end of a sentence that counts the held-out examples, if there are any."""
-    return f"; {count:,} {what}held out" if count else ""
+    return f"; {count:,} {what if count != 1 else what.replace('s ', ' ')}held out" if count else ""
 
 
 @dataclass(frozen=True)

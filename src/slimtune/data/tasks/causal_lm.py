@@ -14,7 +14,7 @@ from slimtune.data.reading import SourceRows, Splits, drawn, exact_shares, names
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of, skipped_note
 from slimtune.data.texts import positions_of
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, counted
 
 
 def encode_sources(
@@ -74,8 +74,8 @@ class Conversations:
         report: Report = [
             *_sources_report(self.splits.train, encoded, self.settings),
             Remark(
-                f"data: {len(examples):,} examples, {tokens:,} tokens of which {learned / tokens:.0%} are learned; "
-                f"the longest has {max(len(e.input_ids) for e in examples):,}"
+                f"data: {counted(len(examples), 'example')}, {tokens:,} tokens of which "
+                f"{learned / tokens:.0%} are learned; the longest has {max(len(e.input_ids) for e in examples):,}"
                 + held_out_note(len(held_out), "examples ")
             ),
             sample_of(examples[0], tokenizer),
@@ -107,16 +107,16 @@ def _sources_report(
         weighted = ""
         if source.weight is not None:
             weighted = f"; of its {len(rows.examples):,} examples an epoch takes {share:,} (weight {source.weight:g})"
-        report.append(Remark(f"{source.name}: format {source.format}, {len(source.rows):,} rows{weighted}"))
+        report.append(Remark(f"{source.name}: format {source.format}, {counted(len(source.rows), 'row')}{weighted}"))
         report += skipped_note(source.name, rows.skipped)
         if rows.apart:
             why = (
                 ": the chat template rewrites earlier turns, so each answer is learned in an example that ends with it"
             )
-            report.append(Remark(why, f"{rows.apart:,} examples more than rows"))
+            report.append(Remark(why, f"{counted(rows.apart, 'example')} more than rows"))
         if rows.dropped:
-            report.append(Remark(f": no answer within {limit:,} tokens", f"{rows.dropped:,} examples dropped"))
+            report.append(Remark(f": no answer within {limit:,} tokens", f"{counted(rows.dropped, 'example')} dropped"))
         if rows.truncated:
             verb = "split" if settings.too_long == "split" else "cut"
-            report.append(Remark(f" at {limit:,} tokens", f"{rows.truncated:,} examples {verb}"))
+            report.append(Remark(f" at {limit:,} tokens", f"{counted(rows.truncated, 'example')} {verb}"))
     return report
