@@ -93,14 +93,19 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
     return shown if len(unique) <= limit else f"{shown} and {len(unique) - limit} more"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`: a number with its noun."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Raises: ConfigError, for what is no whole number or below the least."""
+    """Raises: ConfigError, for anything but a whole number, and for one below the least."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, found {value!r}")
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, below: float = math.inf) -> None:
-    """Raises: ConfigError, for what is no number in [least, below)."""
+    """Raises: ConfigError, for anything but a number in [least, below)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < below:
         bounds = "" if (least, below) == (-math.inf, math.inf) else f" in [{least}, {below})"
         raise ConfigError(f"{name} must be a number{bounds}, found {value!r}")

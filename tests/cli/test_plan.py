@@ -206,8 +206,8 @@ def test_pairs_of_answers_are_planned_on_several_devices(run: Any, base: Path, t
 
 def test_data_that_is_not_there_or_without_the_needed_fields(run: Any, base: Path, tmp_path: Path) -> None:
     refused(run("plan", base, "--data", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
-    path = write_lines(tmp_path / "rows.jsonl", {"question": "x", "answer": "y"})
-    refused(run("plan", base, "--data", path), "rows.jsonl, line 1", "answer, question")
+    path = write_lines(tmp_path / "rows.jsonl", {"title": "x", "body": "y"})
+    refused(run("plan", base, "--data", path), "rows.jsonl, line 1", "body, title")
 
 
 @pytest.fixture

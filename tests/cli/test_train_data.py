@@ -85,3 +85,64 @@ def test_a_sample_longer_than_the_model(run: Any, base: Path, tmp_path: Path) ->
     result = run("train", base, long, "--output", tmp_path / "out", "--max-length", 100_000)
     assert result.exit_code == 2
     assert "the model has 512 positions" in result.stderr
+
+
+FAQ = "frage;antwort\n" + "".join(f"How many is {n}?;{n} teas\n" for n in range(6))
+
+
+def test_columns_are_named_by_an_option_or_a_key(run: Any, base: Path, tmp_path: Path) -> None:
+    faq = tmp_path / "faq.csv"
+    faq.write_text(FAQ)
+    named = ["--field", "prompt=frage", "--field", "completion=antwort"]
+    steps = ["--max-steps", 1, "--batch-size", 2]
+    result = run("train", base, faq, *named, *steps, "--output", tmp_path / "one")
+    assert result.exit_code == 0, result.output
+    assert f"{faq}: faq.csv is separated by semicolons" in result.stdout
+    keys = ["data.fields.prompt=frage", "data.fields.completion=antwort"]
+    assert run("train", base, faq, *keys, *steps, "--output", tmp_path / "two").exit_code == 0
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+    again = run("train", tmp_path / "one" / "recipe.yaml", "--output", tmp_path / "three")
+    assert again.exit_code == 0, again.output
+    planned = run("plan", base, "--data", faq, *named, "--method", "lora", "--json")
+    assert planned.exit_code == 0, planned.output
+    assert "--field prompt=frage --field completion=antwort" in json.loads(planned.stdout)["choices"][0]["command"]
+    scored = run("evaluate", tmp_path / "one", faq, *named, "--limit", 1, "--json")
+    assert scored.exit_code == 0, scored.output
+    looked = run("data", "preview", faq, *named)
+    assert "format prompt-completion, 6 rows" in looked.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--field", "prompt"], "--field takes NAME=COLUMN, found 'prompt'"),
+        (["--field", "prompt=frage", "--field", "prompt=antwort"], "names prompt twice (frage and antwort)"),
+        (["--field", "prompt=fragen"], "has no column 'fragen', which fields names; it has antwort, frage; did you"),
+        (["--field", "prompt=frage", "data.fields.prompt=antwort"], "data.fields.prompt: 'prompt' is set twice"),
+        ([], "rename the columns, or say which is which, as in --field prompt=COLUMN"),
+    ],
+    ids=str,
+)
+def test_columns_that_can_not_be_named_so(run: Any, base: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    faq = tmp_path / "faq.csv"
+    faq.write_text(FAQ)
+    result = run("train", base, faq, *words, "--output", tmp_path / "out")
+    assert result.exit_code != 0
+    assert said in result.output
+    for command in (["plan", base, "--field", "prompt=frage"], ["evaluate", base, "reasoning-gym:chain_sum"]):
+        refused = run(*command, "--field", "prompt=frage")
+        assert "--field" in refused.output
+        assert refused.exit_code != 0
+
+
+def test_bad_rows_are_skipped_and_told(run: Any, base: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", *[{"question": "tea?", "answer": "yes"}] * 4, {"question": "tea?"})
+    steps = ["--max-steps", 1, "--batch-size", 2, "--output", tmp_path / "out"]
+    assert "line 5 has no column 'answer'" in run("train", base, path, *steps).output
+    result = run("train", base, path, *steps, "data.bad_rows=skip")
+    assert result.exit_code == 0, result.output
+    assert "1 row skipped" in result.stdout
+    assert "line 5 has no column 'answer'" in result.stdout
+    looked = run("data", "preview", path, "--skip-bad-rows", "--json")
+    assert "1 row skipped" in json.loads(looked.stdout)["notes"][0]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from slimtune.data.batches import pieces
+from slimtune.data.columns import recognize
 from slimtune.data.encode import encode_row
-from slimtune.data.formats import FORMATS, TASKS, find_format, format_of, read_as
+from slimtune.data.formats import FORMATS, TASKS, find_format, read_as
 from slimtune.data.rows import Conversation, Document, Instruction, Judged, Labelled, Pair, Preference, Prompt, Tagged
 from slimtune.errors import ConfigError, DataError
 from small_text_model import tiny_tokenizer
@@ -39,7 +40,7 @@ def of(name: str, row: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in ROWS.items() for row in rows])
 def test_formats_are_found_by_looking(name: str, row: dict[str, Any]) -> None:
     task = "grpo" if name == "prompt-only" else "auto"
-    assert format_of(row, "here", task).name == name
+    assert recognize(row, "here", task).format.name == name
     assert find_format(name) is FORMATS[name]
     assert name in TASKS[FORMATS[name].task]
     of(name, row)
@@ -160,7 +161,7 @@ def test_rows_that_can_not_be_read_say_where_and_why(name: str, row: dict[str, A
 )
 def test_rows_of_no_format(row: dict[str, Any], task: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        format_of(row, "here", task)
+        recognize(row, "here", task)
 
 
 def test_unknown_names() -> None:
@@ -169,5 +170,5 @@ def test_unknown_names() -> None:
     with pytest.raises(ConfigError, match="task dpo can't learn from format alpaca"):
         find_format("alpaca", "dpo")
     with pytest.raises(ConfigError, match="did you mean 'text'"):
-        format_of({}, "here", "texts")
+        recognize({}, "here", "texts")
     assert isinstance(of("prompt-completion", {"prompt": "a", "completion": "b"}), Pair)

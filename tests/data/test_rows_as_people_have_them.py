@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slimtune.data.batches import pieces
+from slimtune.data.columns import recognize
 from slimtune.data.encode import encode_row
-from slimtune.data.formats import format_of, read_as
+from slimtune.data.formats import read_as
 from slimtune.data.preview import preview
 from slimtune.data.reading import read_splits
 from slimtune.data.settings import DataSettings
+from slimtune.data.sources import renamed
 from slimtune.data.tasks.base import Remark, splits_report
 from slimtune.data.tasks.registry import read
 from slimtune.errors import DataError
-from small_text_model import tiny_tokenizer, write_lines
+from slimtune.pipeline.show_data import shortened
+from small_text_model import tiny_model, tiny_tokenizer, write_lines
 
 Q, A, B = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"n": 1}}}
@@ -25,7 +29,8 @@ AS_JSON = '{"name": "f", "arguments": {"n": 1}}'
 
 
 def of(row: dict[str, Any], task: str = "auto") -> Any:
-    return read_as(format_of(row, "here", task), row, "here")
+    layout = recognize(row, "here", task)
+    return read_as(layout.format, renamed(row, "here", layout.fields), "here")
 
 
 def share_gpt(*turns: tuple[str, str]) -> list[dict[str, str]]:
@@ -161,7 +166,7 @@ def test_judged_conversations_are_judged_and_not_learned() -> None:
     for column in ("messages", "conversations"):
         for label in ("label", "kto_tag"):
             row = {column: [Q, A], label: False}
-            assert format_of(row, "here").task == "kto"
+            assert recognize(row, "here").format.task == "kto"
             assert of(row) == of({"prompt": [Q], "completion": [A], "label": False})
             with pytest.raises(DataError, match=f"column {label}.*choose task=kto"):
                 of(row, "text")
@@ -225,19 +230,173 @@ def test_columns_that_ask_for_what_is_done_anyway_are_taken(columns: dict[str, A
     assert of({"messages": [Q, A], **columns}) == of({"messages": [Q, A]})
 
 
+PAIR = {"prompt": "q", "completion": "a"}
+
+
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "same", "task"),
     [
-        ({"prompt": "p", "response": "r"}, r"nearest to prompt-completion.*fields: \{completion: response\}"),
-        ({"question": "p", "answer": "r"}, r"fields: \{prompt: question, completion: answer\}"),
-        ({"instruction": "i", "response": "r"}, r"nearest to alpaca.*fields: \{output: response\}"),
-        ({"conversation": [Q, A]}, r"nearest to sharegpt.*fields: \{conversations: conversation\}"),
+        *(({one: "q", two: "a"}, PAIR, "auto") for one in ("question", "input", "query", "problem", "prompt")
+          for two in ("answer", "output", "response", "solution")),
+        ({"instruction": "q", "response": "a"}, {"instruction": "q", "output": "a"}, "auto"),
+        *(({"instruction": "q", name: "c", "response": "a"}, {"instruction": "q", "input": "c", "output": "a"}, "auto")
+          for name in ("input", "context")),
+        ({"question": "q", "answer": "a"}, PAIR, "seq2seq"),
+        ({"question": "q", "answer": "4"}, {"prompt": "q", "answer": "4"}, "grpo"),
+        ({"prompt": "q", "accepted": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}, "auto"),
+        ({"question": "q", "answer": "a", "label": True}, PAIR | {"label": True}, "kto"),
+        ({"conversation": [Q, A]}, {"messages": [Q, A]}, "auto"),
+        ({"chat": json.dumps([Q, A])}, {"messages": [Q, A]}, "auto"),
+        *(({text: "t", label: "l"}, {"text": "t", "label": "l"}, "auto") for text in ("sentence", "review", "text")
+          for label in ("sentiment", "emotion", "intent", "category")),
+        ({"sentence": "t", "label": 1}, {"text": "t", "label": 1}, "auto"),
+        ({"premise": "t", "hypothesis": "u", "label": 1}, {"text": "t", "text_pair": "u", "label": 1}, "auto"),
+        ({"question": "t", "sentence": "u", "label": 1}, {"text": "t", "text_pair": "u", "label": 1}, "auto"),
+        ({"tokens": ["a"], "ner_tags": ["O"]}, {"tokens": ["a"], "tags": ["O"]}, "auto"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_common_names_of_columns_are_found(row: dict[str, Any], same: dict[str, Any], task: str) -> None:
+    assert of(row, task) == of(same, task)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "a", "response": "b"},
+        {"question": "q", "input": "p", "answer": "a"},
+        {"question": "q", "answer": {"text": "a"}},
+        {"dialogue": "Tom: hi", "summary": "s"},
+        {"title": "t", "body": "b"},
     ],
     ids=str,
 )
-def test_the_format_that_is_most_likely_meant_is_named(row: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_columns_that_could_mean_either_are_not_guessed(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"no format of task auto.*--field prompt=COLUMN.*data\.fields\.prompt"):
         of(row)
+
+
+def test_a_text_is_a_text_where_the_task_says_so() -> None:
+    assert of({"text": "t", "category": "c"}, "text") == of({"text": "t"})
+
+
+def test_columns_that_were_found_are_told_and_hold_for_a_stream(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "faq.jsonl", {"question": "two teas", "answer": "yes"})
+    said = f"{path}: read as prompt-completion with fields {{prompt: question, completion: answer}}"
+    for streaming in (False, True):
+        data = read(DataSettings(path, streaming=streaming))
+        assert said in [remark.text for remark in splits_report(data.splits)]
+    encoded = data.encode(tiny_model(), tiny_tokenizer())
+    assert encoded.facts["examples"] == "streamed"
+    write_lines(path, {"question": "two teas", "answer": "yes"}, {"question": "one tea"})
+    with pytest.raises(DataError, match="line 2 has no column 'answer'"):
+        read_splits(DataSettings(path))
+
+
+def test_fields_hold_for_every_source_without_its_own(tmp_path: Path) -> None:
+    here = write_lines(tmp_path / "here.jsonl", {"frage": "q", "antwort": "a"})
+    there = write_lines(tmp_path / "there.jsonl", {"q": "q", "a": "a"})
+    own = {"path": str(there), "fields": {"prompt": "q", "completion": "a"}}
+    settings = DataSettings([str(here), own], [str(here)], fields={"prompt": "frage", "completion": "antwort"})
+    splits = read_splits(settings)
+    assert [row for source in (*splits.train, *splits.held_out) for row in source.rows] == [of(PAIR)] * 3
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR | {"completion": ""},
+        PAIR | {"completion": " \n"},
+        {"instruction": "q", "output": ""},
+        {"messages": [Q, A | {"content": ""}]},
+        {"messages": [Q, A, Q, A | {"content": " "}]},
+        {"conversations": share_gpt(("human", "q"), ("gpt", ""))},
+        {"instruction": "q", "output": "a", "history": [["p", ""]]},
+        {"prompt": [Q], "completion": [A | {"content": ""}]},
+        {"prompt": "q", "chosen": "a", "rejected": " "},
+        {"prompt": "q", "completion": "", "label": True},
+        {"messages": [Q, A | {"content": ""}], "label": True},
+        {"text": "t", "label": ""},
+    ],
+    ids=str,
+)
+def test_an_empty_answer_is_refused(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"^here.* empty"):
+        of(row)
+
+
+def test_an_empty_answer_that_is_not_learned_or_calls_a_tool_is_none() -> None:
+    assert of({"messages": [Q, A | {"content": "", "weight": 0}, Q, A]}).learned() == [False, False, False, True]
+    assert of({"messages": [Q, {"role": "assistant", "content": "", "tool_calls": [CALL]}]}).learned()[-1]
+
+
+def test_bad_rows_are_skipped_with_a_count_and_the_first_three(tmp_path: Path) -> None:
+    good, bad = {"messages": [Q, A]}, {"messages": [Q]}
+    path = write_lines(tmp_path / "rows.jsonl", bad, good, bad, bad, {"mesages": [Q]}, good)
+    with path.open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(DataError, match="line 1 has no assistant turn"):
+        read_splits(DataSettings(path))
+    splits = read_splits(DataSettings(path, bad_rows="skip"))
+    assert len(splits.train[0].rows) == 2
+    assert [place.rpartition(" ")[2] for place in splits.train[0].places] == ["2", "6"]
+    (remark,) = splits_report(splits)[:1]
+    assert isinstance(remark, Remark)
+    assert remark.warning == "5 rows skipped"
+    assert re.findall(r"line (\d)", remark.text) == ["1", "3", "4"]
+    nothing = write_lines(tmp_path / "nothing.jsonl", bad, bad)
+    with pytest.raises(DataError, match=r"none of the 2 rows of .* can be read: .*line 1 has no assistant turn"):
+        read_splits(DataSettings(nothing, bad_rows="skip"))
+
+
+def test_rows_that_the_template_refuses_are_skipped_too(tmp_path: Path) -> None:
+    strict = tiny_tokenizer()
+    strict.chat_template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + str(
+        strict.chat_template
+    )
+    path = write_lines(tmp_path / "rows.jsonl", {"messages": [A, Q, A]}, {"messages": [Q, A]})
+    for streaming in (False, True):
+        with pytest.raises(DataError, match="user first"):
+            next(iter(read(DataSettings(path, streaming=streaming)).encode(tiny_model(), strict).examples))
+    encoded = read(DataSettings(path, bad_rows="skip")).encode(tiny_model(), strict)
+    assert len(encoded.examples) == 1
+    assert "1 row skipped" in [entry.warning for entry in encoded.report if isinstance(entry, Remark)]
+    streamed = read(DataSettings(path, bad_rows="skip", streaming=True)).encode(tiny_model(), strict)
+    next(iter(streamed.examples))
+    assert streamed.after()["rows skipped"] == 1
+    write_lines(path, {"messages": [A, Q, A]})
+    with pytest.raises(DataError, match="user first"):
+        read(DataSettings(path, bad_rows="skip")).encode(tiny_model(), strict)
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs"), (",", "")])
+def test_what_separates_the_columns_of_a_table_is_found_and_told(delimiter: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "faq.csv"
+    path.write_text(f'question{delimiter}answer\n"q{delimiter} and, more; yes"{delimiter}a\n')
+    splits = read_splits(DataSettings(path))
+    assert splits.train[0].rows == [of({"prompt": f"q{delimiter} and, more; yes", "completion": "a"})]
+    said = [note for note in splits.train[0].notes if "separated" in note]
+    assert said == [f"{path}: faq.csv is separated by {name}"] * bool(name)
+
+
+def test_a_long_row_is_cut_in_the_preview_of_any_format(tmp_path: Path) -> None:
+    words = " ".join(f"w{number}" for number in range(5000))
+    for row in (
+        {"text": words},
+        {"prompt": words, "completion": "the end"},
+        {"messages": [Q, A] * 2500},
+        {"tokens": words.split(), "tags": ["O"] * 5000},
+    ):
+        (sample,) = preview(DataSettings(write_lines(tmp_path / "long.jsonl", row))).samples
+        shown = "".join(text for _, text in shortened(sample))
+        whole = "".join(text for _, text in sample)
+        assert len(shown) < 1300 < len(whole)
+        begins, count, ends = re.fullmatch(
+            r"(.*) \.\.\. ([\d,]+) characters left out \.\.\. (.*)", shown, re.DOTALL
+        ).groups()
+        assert whole.startswith(begins)
+        assert whole.endswith(ends)
+        assert len(begins) + len(ends) + int(count.replace(",", "")) == len(whole)
 
 
 def test_ignored_columns_repeated_rows_and_held_out_rows_in_training_are_told(tmp_path: Path) -> None:

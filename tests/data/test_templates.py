@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,35 @@ def test_a_tool_call_that_the_template_knows_nothing_of() -> None:
         encode_row(Conversation.model_validate({"messages": turns}), tiny_tokenizer())
 
 
+def test_the_template_for_tools_that_ships_is_named_and_shows_tools_calls_and_responses() -> None:
+    call = {"type": "function", "function": {"name": "brew", "arguments": {"what": "tea", "cups": [1]}}}
+    tool = {"type": "function", "function": {"name": "brew", "parameters": {"type": "object"}}}
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "tea!"},
+        {"role": "assistant", "content": "At once.", "tool_calls": [call, call]},
+        {"role": "tool", "content": "done"},
+        {"role": "assistant", "content": "Here."},
+    ]
+    row = Conversation.model_validate({"messages": turns, "tools": [tool]})
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(DataError, match=r"leaves out the row's tools \(brew\); set data.chat_template to hermes"):
+        encode_row(row, tokenizer)
+    with pytest.raises(DataError, match=r"leaves out what turn 3 says \(assistant: 'brew'\); set .* to hermes"):
+        encode_row(row.model_copy(update={"tools": None}), tokenizer)
+    use_template(tokenizer, "hermes")
+    written = '<tool_call>\n{"name": "brew", "arguments": {"what": "tea", "cups": [1]}}\n</tool_call>'
+    example = encode_row(row, tokenizer)
+    assert learned(example, tokenizer) == [f"At once.\n{written}\n{written}<|im_end|>", "Here.<|im_end|>"]
+    text = tokenizer.decode(example.input_ids)
+    assert text.startswith("<|im_start|>system\nBe kind.\n\nYou may call functions.")
+    assert text.count("Be kind.") == 1
+    assert "<tools>\n" + json.dumps(tool) + "\n</tools>" in text
+    assert "<|im_start|>tool\n<tool_response>\ndone\n</tool_response><|im_end|>" in text
+    plain = tiny_tokenizer()
+    assert render(tokenizer, TWO_ANSWERS.turns(), True) == render(plain, TWO_ANSWERS.turns(), True)
+
+
 def test_a_template_by_name_and_from_a_file(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(chat_template=None)
     use_template(tokenizer, "chatml")
@@ -160,4 +190,4 @@ def test_templates_that_can_not_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="refuses"):
         use_template(tokenizer, str(tmp_path / "broken.jinja"))
     assert tokenizer.chat_template == CHATML
-    assert set(named_templates()) == {"chatml", "llama3", "plain"}
+    assert set(named_templates()) == {"chatml", "hermes", "llama3", "plain"}

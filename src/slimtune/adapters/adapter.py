@@ -281,13 +281,14 @@ def _fill(
         holds = f"it holds {listing(strange, 3)} besides" if strange else ""
         what = " and ".join(filter(None, [lacks, holds]))
         raise BaseMismatchError(
-            f"'{source}' was made for another base or other targets: {what}; "
+            f"'{source}' was made for another base or other targets{_two_bases(config, model)}: {what}; "
             f"{len(matching)} of {len(own)} tensors match"
         )
     sites = {key(site.name, name): site for site, _, names in disk_names for name in names}
     mismatched = {name for name in matching if own[name].shape != tensors[name].shape}
     for name in (name for name in own if name in matching):
-        _check_fits(sites[name], name, own[name], tensors[name], source, ignore_mismatched_sizes)
+        bases = _two_bases(config, model)
+        _check_fits(sites[name], name, own[name], tensors[name], source, bases, ignore_mismatched_sizes)
     for names, what in ((missing, "lacks"), (strange, "holds besides"), (mismatched, "has in another shape")):
         if names:
             warnings.warn(f"'{source}' {what} {listing(names, 3)}, which stay as they are", stacklevel=3)
@@ -301,7 +302,15 @@ def _fill(
     return _IncompatibleKeys(sorted(missing), sorted(strange))
 
 
-def _check_fits(site: Site, name: str, own: Tensor, stored: Tensor, source: str | Path, any_shape: bool) -> None:
+def _two_bases(config: Any, model: Any) -> str:
+    """The base that an adapter names and the one at hand, in parentheses; empty where they are one or unknown."""
+    named, here = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    return f" (it names {named}, and this model is {here})" if named and here and named != here else ""
+
+
+def _check_fits(
+    site: Site, name: str, own: Tensor, stored: Tensor, source: str | Path, bases: str, any_shape: bool
+) -> None:
     """See that a stored tensor is of the kind and shape of the delta's own. Raises: BaseMismatchError."""
     if stored.is_complex() or stored.is_floating_point() != own.is_floating_point():
         raise BaseMismatchError(
@@ -310,7 +319,7 @@ def _check_fits(site: Site, name: str, own: Tensor, stored: Tensor, source: str 
         )
     if own.shape != stored.shape and not any_shape:
         raise BaseMismatchError(
-            f"'{source}' was made for another base: '{name}' is {tuple(stored.shape)} in the file and "
+            f"'{source}' was made for another base{bases}: '{name}' is {tuple(stored.shape)} in the file and "
             f"{tuple(own.shape)} on this model{_way_to_mend(site, own, stored)}"
         )
 

@@ -190,6 +190,8 @@ def add_drafted(model: Any, name: str, config: Any, drafted: Draft) -> None:
     vars(config).update(vars(drafted.config))
     if config.base_model_name_or_path is None:
         base, revision = parted(getattr(model, "name_or_path", None) or "")
+        # From another working directory a relative path would name nothing, or something on the Hub.
+        base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
         config.base_model_name_or_path, config.revision = base or None, config.revision or revision
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(site.kind == "linear" and site.base.is_transposed for site, _ in drafted.placed)

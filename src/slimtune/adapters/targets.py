@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,8 +154,7 @@ def _by_names(names: list[str], targets: Iterable[str], strict: bool, saved: Set
             )
         if strict and not hits:
             raise TargetError(
-                f"target_modules names '{target}', which no module is called"
-                f"{did_you_mean(target, _last_names(names)) or '; there are ' + listing(_last_names(names))}"
+                f"target_modules names '{target}', which no module is called{_near_target(target, names)}"
             )
         matched.update(dict.fromkeys(hits))
     return [name for name in names if name in matched]
@@ -373,6 +372,13 @@ def _endings(name: str) -> list[str]:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _near_target(target: str, names: Sequence[str]) -> str:
+    """What else could be meant, as the end of a sentence; a block that holds modules isn't what has the weight."""
+    blocks = {name.rpartition(".")[0] for name in names}
+    leaves = _last_names(name for name in names if name not in blocks)
+    return did_you_mean(target, leaves) or f"; there are {listing(leaves)}"
 
 
 def _last_names(names: Iterable[str]) -> set[str]:

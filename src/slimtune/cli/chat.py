@@ -150,6 +150,8 @@ def _use(session: ChatSession, name: str) -> None:
     if not session.adapters():
         say("no adapter is attached; start with --adapter DIR", to_errors=True)
         return
+    if not name:
+        raise ConfigError(f"/use takes the name of an adapter; there are {', '.join(session.adapters())}")
     session.model.set_adapter(name)
     session.is_base = False
     say(f"now answering: {session.speaker()}", to_errors=True)

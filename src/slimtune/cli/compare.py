@@ -53,7 +53,9 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How often; 3 or more.", rich_help_panel=WHAT)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each method, each with a seed; 3 or more.", rich_help_panel=WHAT)
+    ] = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Of training, in place of the recipe's.", rich_help_panel=BUDGET)
     ] = None,

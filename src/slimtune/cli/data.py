@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slimtune.cli.options import Json, TrustRemoteCode
+from slimtune.cli.options import Fields, Json, TrustRemoteCode, columns_of
 from slimtune.console.screen import open_screen, print_json
 
 data = typer.Typer(
@@ -30,9 +30,13 @@ def preview(
     ] = None,
     format: Annotated[str, typer.Option(help="messages, sharegpt, alpaca, ...; auto finds it by looking.")] = "auto",
     task: Annotated[str, typer.Option(help="What is to be learned; auto finds it by looking.")] = "auto",
+    field: Fields = [],  # noqa: B006 - typer copies it
     split: Annotated[str | None, typer.Option(help="Of a folder or data set; train unless told.")] = None,
     subset: Annotated[str | None, typer.Option(help="The configuration of a data set of the Hub.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="A name or a file in place of the tokenizer's own.")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count rows that can't be read, and show the first three.")
+    ] = False,
     examples: Annotated[int, typer.Option(min=0, help="How many are shown.")] = 3,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example in training.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once in training, for the padding.")] = 8,
@@ -55,7 +59,10 @@ def preview(
     if model is None and (packing or chat_template):
         raise ConfigError("packing and chat templates are a matter of tokens; pass --model")
     train = [Source(source, format=format, split=split, subset=subset) for source in sources]
-    settings = DataSettings(train, max_length=max_length, packing=packing, chat_template=chat_template)
+    settings = DataSettings(
+        train, max_length=max_length, packing=packing, chat_template=chat_template, fields=columns_of(field),
+        bad_rows="skip" if skip_bad_rows else "error",
+    )  # fmt: skip
     screen = open_screen(as_json)
     with screen.status("reading..."):
         tokenizer = None if model is None else tokenizer_of(model, trust_remote_code)

@@ -16,7 +16,7 @@ import typer
 
 from slimtune.cli.options import Output, Overwrite
 from slimtune.console.screen import open_screen, say
-from slimtune.errors import TrainingError
+from slimtune.errors import TrainingError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,4 +242,4 @@ def demo_data(
         for name, examples in parts.items():
             write_jsonl(folder / name, examples)
     for name, examples in parts.items():
-        say(f"{output / name}: {len(examples)} examples")
+        say(f"{output / name}: {counted(len(examples), 'example')}")

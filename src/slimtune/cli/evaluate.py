@@ -7,13 +7,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Model, Quantize, TrustRemoteCode, flags, written  # fmt: skip
+from slimtune.cli.options import (
+    Device,
+    Dtype,
+    Fields,
+    Json,
+    Model,
+    Quantize,
+    TrustRemoteCode,
+    columns_of,
+    flags,
+    written,
+)
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
+    from slimtune.data.settings import Source
     from slimtune.evaluate.answers import AnswerFile
     from slimtune.evaluate.in_context import Shots
     from slimtune.evaluate.model import EvaluatedModel
@@ -22,7 +36,7 @@ if TYPE_CHECKING:
     from slimtune.evaluate.scorers import EvaluationSettings
 
 SHOTS, HARNESS = "Examples in the prompt", "lm-evaluation-harness"
-OF_FILES = ("scorer", "system", "max_new_tokens", "too_long", "answers", "overwrite", "examples", "pick")
+OF_FILES = ("scorer", "system", "max_new_tokens", "too_long", "answers", "overwrite", "examples", "pick", "field")
 """What changes nothing for the tasks of the harness; neither do seed and random_labels."""
 OF_TEXTS = ("scorer", "system", "max_new_tokens", "shots", "examples", "pick", "seed", "random_labels")
 """What changes nothing where words are tagged."""
@@ -85,6 +99,7 @@ def evaluate(
     lm_eval_chat: Annotated[
         bool, typer.Option("--lm-eval-chat", help="Ask in turns of the chat template.", rich_help_panel=HARNESS)
     ] = False,
+    field: Fields = [],  # noqa: B006
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
@@ -109,17 +124,19 @@ def evaluate(
         evaluation = _by_harness(source, lm_eval.split(","), lm_eval_path, batch_size, limit, few, lm_eval_chat)
     else:
         from slimtune.console.progress import Counting
+        from slimtune.data.settings import Source
         from slimtune.evaluate.in_context import Shots
         from slimtune.evaluate.scorers import EvaluationSettings
 
         assert task is not None
         settings = EvaluationSettings(scorer, max_new_tokens, batch_size, limit, too_long)
         file = None if answers is None else source.answer_file(answers, overwrite)
-        if _has_tags(source.name, task):
-            evaluation = _tagged(screen, source, task, settings, typed, file)
+        columns = columns_of(field)
+        if _has_tags(source.name, task, columns):
+            evaluation = _tagged(screen, source, Source(task, fields=columns), settings, typed, file)
         else:
             # All that needs no model comes first: a typing mistake must not cost a download.
-            prepared = _prepared(task, settings, Shots(shots, pick, seed, random_labels), examples, system)
+            prepared = _prepared(task, settings, Shots(shots, pick, seed, random_labels), examples, system, columns)
             with Counting(screen) as counting:
                 evaluation = source.evaluate(prepared, counting, file)
     if as_json:
@@ -159,25 +176,31 @@ def _by_harness(
 
 
 def _prepared(
-    task: str, settings: EvaluationSettings, shots: Shots, examples: str | None, instruction: str
+    task: str,
+    settings: EvaluationSettings,
+    shots: Shots,
+    examples: str | None,
+    instruction: str,
+    fields: Mapping[str, str],
 ) -> PreparedTask:
     from slimtune.evaluate.run import prepare
     from slimtune.evaluate.tasks import open_task
 
-    questions = open_task(task, instruction, settings.limit, shots.seed)
+    questions = open_task(task, instruction, settings.limit, shots.seed, fields)
     # Of a task that is made by seed, the examples must be others than the questions.
-    former = None if examples is None else open_task(examples, instruction, None, shots.seed + 1)
+    former = None if examples is None else open_task(examples, instruction, None, shots.seed + 1, fields)
     return prepare(questions, settings, shots, former)
 
 
-def _has_tags(model: str, task: str) -> bool:
+def _has_tags(model: str, task: str, fields: Mapping[str, str]) -> bool:
     """Whether words are to be tagged; raises ConfigError where model and task don't fit, DataError."""
     from slimtune.data.reading import task_of
+    from slimtune.data.settings import Source
     from slimtune.evaluate.labelling import is_tagger
     from slimtune.evaluate.tagger import TASK
     from slimtune.evaluate.tasks import MADE
 
-    has_tags = not task.startswith(MADE) and task_of(task) == TASK
+    has_tags = not task.startswith(MADE) and task_of(Source(task, fields=fields)) == TASK
     if not has_tags and is_tagger(model):
         raise ConfigError(f"{model} gives words tags, and {task} has none; pass rows with tokens and tags")
     return has_tags
@@ -186,7 +209,7 @@ def _has_tags(model: str, task: str) -> bool:
 def _tagged(
     screen: Console,
     source: EvaluatedModel,
-    task: str,
+    task: Source,
     settings: EvaluationSettings,
     typed: set[str],
     file: AnswerFile | None,

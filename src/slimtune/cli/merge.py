@@ -24,8 +24,14 @@ def merge(
         typer.Option("--requantize", help="Leave a quantized base quantized; what is lost of the update is reported."),
     ] = False,
     max_kl: Annotated[
-        float, typer.Option(min=0.0, help="Refuse (exit code 1) if the outputs drift further than this KL divergence.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Refuse (exit code 1) if the answers drift further than this KL divergence; by default, further than "
+            "half of what the adapter changes.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -34,7 +40,9 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and write a model folder, after comparing the outputs.
 
-    The written folder is read again and compared as well. Example: slimtune merge tuned --output merged
+    The written folder is read again and compared as well. One sentence says how much of the tuning is kept: the change
+    in the answers that merging undoes by the change that the adapter made, what rounding costs any computation in this
+    type taken off. Example: slimtune merge tuned --output merged
 
     An adapter that was trained on a quantized base (QLoRA) belongs into the numbers that the codes stand for: with the
     same --quantize, or on a quantized folder, the written 16-bit model is the one that was trained. Merged into the
@@ -63,9 +71,14 @@ def merge(
     screen.print(f"what the adapter changes      {report.adapter}")
     screen.print(f"what merging lost             {report.merged}")
     screen.print(f"written, read again           {report.reloaded}")
+    screen.print(f"what rounding alone does      {report.rounding}")
     if report.requantized is not None:
         screen.print(f"quantized again               {report.requantized.left}")
     if report.adapter.max_abs == 0:
         screen.print("[yellow]warning:[/] the adapter changes nothing: the merged model equals its base")
+    elif report.is_kept:
+        screen.print(report.verdict, markup=False)
+    else:
+        screen.print(f"[yellow]warning:[/] {report.verdict}")
     kind = "a plain model" if report.requantized is None else "a quantized model"
     screen.print(f"{output}: {size / 1e6:,.0f} MB, {kind}", markup=False)

@@ -61,6 +61,14 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in t
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
 
 
+Fields = Annotated[
+    list[str],
+    typer.Option(
+        "--field", metavar="NAME=COLUMN", help="What a column is called in the data, as prompt=question; repeatable."
+    ),
+]
+
+
 class RecipeCommand(TyperCommand):
     """A command that takes `section.key=value` of a recipe, and names the key where it is written as an option."""
 
@@ -115,6 +123,19 @@ def written(ctx: Any) -> dict[str, Any]:
 def flags(names: Iterable[str]) -> str:
     """`--a, --b and 3 more`: parameters as they are typed, for an error message."""
     return listing("--" + name.replace("_", "-") for name in names)
+
+
+def columns_of(pairs: Sequence[str]) -> dict[str, str]:
+    """Names of columns and what they are called, from `NAME=COLUMN`; raises ConfigError."""
+    fields: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        if not (name and equals and column):
+            raise ConfigError(f"--field takes NAME=COLUMN, found '{pair}'; pass for example --field prompt=question")
+        if name in fields:
+            raise ConfigError(f"--field names {name} twice ({fields[name]} and {column}); name it once")
+        fields[name] = column
+    return fields
 
 
 def parse(values: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, TrustRemoteCode
+from slimtune.cli.options import Fields, Json, TrustRemoteCode, columns_of
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError, did_you_mean
 
@@ -38,6 +38,7 @@ def plan(
         Path | None,
         typer.Option(help="The file to train on; its lengths are measured.", rich_help_panel=WHAT),
     ] = None,
+    field: Fields = [],  # noqa: B006
     goal: Annotated[str, typer.Option(help="task, quality, fast, domain or tiny.", rich_help_panel=WHAT)] = "task",
     method: Annotated[
         list[str],
@@ -124,7 +125,7 @@ def plan(
     screen = open_screen(as_json)
     with screen.status("simulating..."):
         report = ask(
-            model, data, device, goal, method or None, base or None,  # type: ignore[arg-type]
+            model, _data(data, field), device, goal, method or None, base or None,  # type: ignore[arg-type]
             rank=rank, batch_size=batch_size, max_length=max_length, devices=devices, served_on=serve_on,
             memory_gb=memory, price_per_hour=price, trust_remote_code=trust_remote_code, attention=attention,
             evaluation=bool(settings.pop("held_out", 0)), merge=merge, **settings,
@@ -140,6 +141,15 @@ def plan(
         show(screen, report)
     if report.best is None:
         raise typer.Exit(NOTHING_FITS)
+
+
+def _data(file: Path | None, field: list[str]) -> Any:
+    """The data with its columns; raises ConfigError for columns of no data."""
+    from slimtune.data.settings import DataSettings
+
+    if field and file is None:
+        raise ConfigError("--field would change nothing without --data; leave it out")
+    return DataSettings(str(file), fields=columns_of(field)) if field else file
 
 
 def _settings(overrides: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
+from slimtune.errors import counted
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
 from slimtune.plan.recommend import Choice
@@ -104,13 +105,13 @@ def _show_question(screen: Console, report: PlanReport) -> None:
     )
     if report.data is None:
         screen.print(
-            f"no data given: time and cost are for {lengths.examples:,} examples of {request.sequence:,} tokens, "
-            f"{request.epochs:g} times (--data measures yours)"
+            f"no data given: time and cost are for {counted(lengths.examples, 'example')} of "
+            f"{request.sequence:,} tokens, {request.epochs:g} times (--data measures yours)"
         )
         return
     spread = ", ".join(f"{share}% up to {lengths.percentile(share):,}" for share in PERCENTILES)
     screen.print(
-        f"data: {lengths.examples:,} examples, {lengths.total:,} tokens"
+        f"data: {counted(lengths.examples, 'example')}, {lengths.total:,} tokens"
         + _learned(report)
         + f"; {spread}; the longest has {lengths.longest:,}"
     )

@@ -41,7 +41,7 @@ def init(
     ] = "chat",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a recipe with every key in it, those at their defaults commented out. Asks nothing.
+    """Write a recipe with every key in it, the defaults commented out. Asks nothing.
 
     Example: slimtune recipe init recipe.yaml --for classification
     """

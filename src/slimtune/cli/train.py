@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, Overwrite, Quantize, TrustRemoteCode, flags, written
+from slimtune.cli.options import Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
@@ -53,6 +53,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Stop after these steps.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples at once.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Of an example, in tokens.")] = 1024,
+    field: Fields = [],  # noqa: B006
     quantize: Quantize = None,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     overwrite: Overwrite = False,
@@ -122,8 +123,11 @@ def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: lis
     from slimtune.recipe.recipe import USED_BY_FEATURES, overridden, place_of
 
     method = find(typed.pop("method", "lora"))
+    if fields := columns_of(typed.pop("field", [])):
+        sections["data"]["fields"] = fields
     sections["method"] = {"name": method.name}
-    twice, strangers = set(), []
+    strangers: list[str] = []
+    twice = {f"data.fields.{name}" for name in sections["data"].get("fields", {})}
     for name, value in typed.items():
         place = f"method.{field_of(method, name)}" if name in ("rank", "alpha") else place_of(name)
         section, _, key = place.partition(".")

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import ConfigError, DataError, did_you_mean
+from slimtune.errors import ConfigError, DataError, did_you_mean, listing
 
 Message = dict[str, Any]
 
@@ -61,6 +61,7 @@ def assistant_spans(
         DataError: it refuses the conversation, such as one that begins with the assistant.
     """
     whole = render(tokenizer, messages, tools=tools)
+    _require_tools(tools or (), whole)
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -102,8 +103,19 @@ def _require_said(message: Message, index: int, rendered: str) -> None:
         if said not in rendered and "".join(said.split()) not in "".join(rendered.split()):
             raise DataError(
                 f"the tokenizer's chat template leaves out what turn {index + 1} says ({message['role']}: "
-                f"{said[:40]!r}); name a template that renders it with chat_template"
+                f"{said[:40]!r}); {TOOLS_ADVICE if said in calls else 'name a template that renders it'}"
             )
+
+
+TOOLS_ADVICE = "set data.chat_template to hermes, which ships with slimtune and renders tools and their calls"
+
+
+def _require_tools(tools: Sequence[Any], rendered: str) -> None:
+    """Raises: DataError, if the template leaves out a tool that the assistant may call."""
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    if lost := [name for name in names if isinstance(name, str) and name not in rendered]:
+        raise DataError(f"the tokenizer's chat template leaves out the row's tools ({listing(lost)}); {TOOLS_ADVICE}")
 
 
 def _start(tokenizer: Any, before: Sequence[Message], through: str, tools: Sequence[Any] | None) -> int | None:

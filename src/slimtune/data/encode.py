@@ -21,6 +21,7 @@ class EncodedRows:
         dropped: examples of which nothing is left.
         truncated: examples that were cut.
         apart: examples that conversations became where the template rewrites earlier turns.
+        skipped: why each row that couldn't be encoded was left out.
     """
 
     examples: list[Encoded]
@@ -28,6 +29,7 @@ class EncodedRows:
     truncated: int = 0
     given: int = 0
     apart: int = 0
+    skipped: Sequence[str] = ()
 
     @property
     def tokens(self) -> int:
@@ -52,19 +54,28 @@ def encode(
     too_long: str = "error",
     places: Sequence[str] = (),
     positions: int | None = None,
+    bad_rows: str = "error",
 ) -> EncodedRows:
     """Encode rows for training; raises DataError if some are too long, or if nothing would be learned.
 
     Args:
         places: where each row stands, for complaints.
         positions: how many the model has.
+        bad_rows: what becomes of rows that the chat template refuses: error or skip.
     """
     require_offsets(tokenizer)
     limit = Limit(max_length, too_long, positions)
     everything: list[Encoded] = []
+    skipped: list[str] = []
     for number, row in enumerate(rows):
         where = places[number] if places else f"example {number + 1} of {len(rows)}"
-        everything += encode_answers(row, tokenizer, where)
+        try:
+            everything += encode_answers(row, tokenizer, where)
+        except DataError as error:
+            # Where every row fails the cause isn't in the rows.
+            if bad_rows == "error" or len(skipped) == len(rows) - 1:
+                raise
+            skipped.append(str(error))
     # Refused before any is cut, so that the error counts all of them at once.
     limit.refuse([len(example.input_ids) for example in everything], len(everything))
     fitted = [piece for example in everything for piece in fit(example, limit)]
@@ -78,7 +89,8 @@ def encode(
     over = sum(len(example.input_ids) > limit.tokens for example in everything)
     dropped = sum(not any(piece.learned for piece in fit(example, limit)) for example in everything)
     cut = over if too_long in ("truncate", "split") else 0
-    return EncodedRows(examples, dropped, cut, len(rows), len(everything) - len(rows))
+    apart = len(everything) - (len(rows) - len(skipped))
+    return EncodedRows(examples, dropped, cut, len(rows), apart, skipped)
 
 
 def encode_answers(row: Row, tokenizer: Any, where: str) -> list[Encoded]:

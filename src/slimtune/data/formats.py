@@ -86,58 +86,6 @@ class Format:
         return ", or ".join(" and ".join(columns) for columns in self.columns)
 
 
-def format_of(value: Value, where: str, task: str = "auto") -> Format:
-    """The format of a row, among those of a task; raises DataError if there is none."""
-    for known in formats_of(task):
-        _refuse_misspelt(known, value, where)
-        if known.fits(value):
-            return known
-    fields = f"has the fields {listing(value)}" if value else "has no fields"
-    if advice := _renaming(value, task):
-        raise DataError(f"{where} {fields}, which is no format of task {task}; {advice}")
-    names = {column for known in formats_of(task) for columns in known.columns for column in columns}
-    near = next(filter(None, (did_you_mean(key, names) for key in value if key not in names)), "")
-    known = "; ".join(f"{known.name} needs {known.needs}" for known in formats_of(task))
-    raise DataError(f"{where} {fields}, which is no format of task {task} ({known}){near or '; rename the columns'}")
-
-
-def _refuse_misspelt(known: Format, value: Value, where: str) -> None:
-    """Raises: DataError, if a row has all columns but one that is misspelt: a simpler format must not take it."""
-    columns = known.columns[0]
-    missing = set(columns) - value.keys()
-    if len(missing) == 1 < len(columns):
-        for key in value.keys() - set(columns):
-            if near := did_you_mean(key, missing):
-                fields = listing(value)
-                raise DataError(f"{where} has the fields {fields}; format {known.name} needs {known.needs}{near}")
-
-
-OTHER_NAMES = {
-    "prompt": ("question", "query", "instruction", "problem"),
-    "completion": ("response", "answer", "output", "solution"),
-    "output": ("response", "answer", "completion"),
-    "conversations": ("conversation", "dialogue", "dialog"),
-    "messages": ("chat", "turns"),
-    "chosen": ("accepted", "preferred"),
-}
-"""Columns as they are called elsewhere."""
-
-
-def _renaming(value: Value, task: str) -> str:
-    """The format that a row would have with other names for its columns, and how to say so; empty if there is none."""
-    nearest, advice = (0, 0), ""
-    for known in formats_of(task):
-        for columns in known.columns:
-            missing = [column for column in columns if column not in value]
-            names = [next((name for name in OTHER_NAMES.get(column, ()) if name in value), "") for column in missing]
-            score = (len(columns), len(columns) - len(missing))
-            if all(names) and len(set(names)) == len(names) and score > nearest:
-                renamed = ", ".join(f"{column}: {name}" for column, name in zip(missing, names, strict=True))
-                nearest = score
-                advice = f"it is nearest to {known.name}: give the data source fields: {{{renamed}}}"
-    return advice
-
-
 def formats_of(task: str) -> list[Format]:
     """The formats that a task takes, the more demanding first; raises ConfigError for an unknown task."""
     if task == "auto":
@@ -194,6 +142,12 @@ def _conversation(value: Value, where: str, column: str = "messages") -> Convers
         raise DataError(
             f"{where}: the conversation begins with the assistant, and nobody else speaks; add the question"
         )
+    for number, (turn, is_learned) in enumerate(zip(row.messages, row.learned(), strict=True), 1):
+        if is_learned and turn.is_empty:
+            raise DataError(
+                f"{where}: turn {number} is empty where an answer is expected, so only its end would be learned; write "
+                "the answer, or give the turn weight 0"
+            )
     if not any(row.learned()):
         marks = "weight 0, or are marked as not trained"
         raise DataError(f"{where}: all assistant turns have {marks}, so nothing would be learned; drop the row")

@@ -16,7 +16,7 @@ from slimtune.data.lengths import PERCENTILES, Lengths, sorted_lengths
 from slimtune.data.reading import SourceRows, Splits, exact_shares, read_splits
 from slimtune.data.rows import Conversation, Document, Instruction, Labelled, Tagged, Turn
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import Remark, splits_report
+from slimtune.data.tasks.base import Remark, skipped_note, splits_report
 from slimtune.data.tasks.causal_lm import encode_sources, mixed
 from slimtune.data.tasks.preference import lengths_of
 from slimtune.data.tasks.seq2seq import encode_pair, refuse_conversations
@@ -39,6 +39,7 @@ class Preview:
         samples: the first examples, in pieces.
         apart: examples beyond one for each row, because the chat template rewrites earlier turns.
         labels: how often each label occurs, for texts with labels.
+        skipped: rows that were read and can't be encoded, where those are left out.
     """
 
     splits: Splits
@@ -48,6 +49,7 @@ class Preview:
     samples: list[list[Piece]]
     apart: int = 0
     labels: dict[str, int] = field(default_factory=dict)
+    skipped: Sequence[Remark] = ()
 
     @property
     def sources(self) -> list[SourceRows]:
@@ -57,7 +59,7 @@ class Preview:
     @property
     def report(self) -> list[Remark]:
         """What to know about the rows before they are learned."""
-        return splits_report(self.splits)
+        return [*splits_report(self.splits), *self.skipped]
 
     def to_dict(self, max_length: int, batch_size: int) -> dict[str, Any]:
         """All of it in JSON's types."""
@@ -74,6 +76,7 @@ class Preview:
                 for name, count in source.columns.items()
             ],
             "repeated_rows": self.splits.repeated,
+            "notes": [f"{remark.warning}{remark.text}" for remark in self.report],
             "examples": lengths.examples,
             "examples_of_answers_apart": self.apart,
             "unit": self.unit,
@@ -132,7 +135,10 @@ def _encoded(splits: Splits, settings: DataSettings, tokenizer: Any, samples: in
     lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))
     shares = exact_shares(splits.train, [len(rows.examples) for rows in encoded])
     shown = _first(encoded, tokenizer, samples)
-    return Preview(splits, shares, lengths, "tokens", shown, apart=sum(rows.apart for rows in encoded))
+    pairs = zip(splits.train, encoded, strict=True)
+    skipped = [remark for source, rows in pairs for remark in skipped_note(source.name, rows.skipped)]
+    apart = sum(rows.apart for rows in encoded)
+    return Preview(splits, shares, lengths, "tokens", shown, apart, skipped=skipped)
 
 
 def _first(encoded: Sequence[EncodedRows], tokenizer: Any, samples: int) -> list[list[Piece]]:

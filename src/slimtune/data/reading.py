@@ -6,15 +6,15 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from slimtune.data.chat_template import Message
-from slimtune.data.formats import Format, find_format, format_of, formats_of, read_as
+from slimtune.data.columns import Layout, other_names, recognize
+from slimtune.data.formats import find_format, formats_of, read_as
 from slimtune.data.rows import Labelled, Unlabelled, Words, checked
 from slimtune.data.settings import DataSettings, Source
-from slimtune.data.sources import name_of, records
+from slimtune.data.sources import name_of, records, refuse, renamed, unusual_delimiters
 from slimtune.errors import DataError
 
 T = TypeVar("T")
@@ -30,6 +30,9 @@ class SourceRows:
         places: where each row stands, for error messages.
         weight: the share of an epoch that is drawn from here; None takes all rows.
         columns: the columns, each with the number of rows that have it; 0 where only the first row was read.
+        fields: names of the format's columns, and what they are called in the source, where that was recognized.
+        skipped: why each row that couldn't be read was left out.
+        notes: how the source is read, where that isn't as its name says.
     """
 
     name: str
@@ -38,6 +41,9 @@ class SourceRows:
     places: Sequence[str] = ()
     weight: float | None = None
     columns: Mapping[str, int] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    skipped: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def at(self, indices: Sequence[int]) -> SourceRows:
         """The rows with these indices, in this order."""
@@ -79,11 +85,10 @@ def _key(row: Any) -> Any:
 def read_splits(settings: DataSettings, task: str = "auto", seed: int = 0) -> Splits:
     """Read all rows for a task, and hold out a share of each source; raises DataError, ConfigError."""
     formats_of(task)
-    read = [_read(source, settings.format, task) for source in settings.train]
-    task = _task(read, task)
-    train = [rows for rows, _ in read]
+    train = [_read(source, settings, task) for source in settings.train]
+    task = _task(train, task)
     if settings.held_out_sources:
-        return Splits(task, train, [_read(source, settings.format, task)[0] for source in settings.held_out_sources])
+        return Splits(task, train, [_read(source, settings, task) for source in settings.held_out_sources])
     if not settings.held_out_share:
         return Splits(task, train)
     halves = [_split(rows, settings.held_out_share, seed) for rows in train]
@@ -93,8 +98,8 @@ def read_splits(settings: DataSettings, task: str = "auto", seed: int = 0) -> Sp
 def peek_splits(settings: DataSettings, task: str = "auto") -> Splits:
     """Read the first row of each source, to find its format; raises DataError, ConfigError."""
     formats_of(task)
-    read = [_read(source, settings.format, task, first=True) for source in settings.train]
-    return Splits(_task(read, task), [rows for rows, _ in read])
+    train = [_read(source, settings, task, first=True) for source in settings.train]
+    return Splits(_task(train, task), train)
 
 
 def names_of(sources: Sequence[SourceRows]) -> str:
@@ -102,22 +107,47 @@ def names_of(sources: Sequence[SourceRows]) -> str:
     return ", ".join(Path(source.name).name for source in sources)
 
 
-def _read(source: Source, fallback: str, task: str, first: bool = False) -> tuple[SourceRows, Format]:
-    values = list(islice(records(source, streaming=first), 1 if first else None))
-    name = source.format if source.format != "auto" else fallback
-    known = find_format(name, task) if name != "auto" else format_of(*values[0], task)
-    rows = [read_as(known, value, where) for value, where in values]
-    columns = Counter(name for value, _ in values for name, content in value.items() if content is not None)
-    if first:
-        columns = Counter(dict.fromkeys(columns, 0))
-    return SourceRows(name_of(source), known.name, rows, [where for _, where in values], source.weight, columns), known
+def _read(source: Source, settings: DataSettings, task: str, first: bool = False) -> SourceRows:
+    """The rows of a source, or the `first` that can be read; raises DataError."""
+    name = source.format if source.format != "auto" else settings.format
+    layout = Layout(find_format(name, task)) if name != "auto" else None
+    rows, places, skipped = [], [], []
+    columns: Counter[str] = Counter()
+
+    def bad(error: DataError) -> None:
+        if settings.bad_rows == "error":
+            refuse(error)
+        skipped.append(str(error))
+
+    for given, where in records(source, first, bad):
+        try:
+            layout = layout or recognize(given, where, task)
+            value = renamed(given, where, layout.fields)
+            rows.append(read_as(layout.format, value, where))
+        except DataError as error:
+            bad(error)
+            continue
+        places.append(where)
+        columns.update(column for column, content in value.items() if content is not None)
+        if first:
+            columns = Counter(dict.fromkeys(columns, 0))
+            break
+    if layout is None or not rows:
+        raise DataError(f"none of the {len(skipped):,} rows of {name_of(source)} can be read: {skipped[0]}")
+    notes = [f"{name_of(source)}: {file} is separated by {what}" for file, what in unusual_delimiters(source).items()]
+    if layout.fields:
+        pairs = ", ".join(f"{column}: {called}" for column, called in layout.fields.items())
+        notes.append(f"{name_of(source)}: read as {layout.format.name} with fields {{{pairs}}}")
+    return SourceRows(
+        name_of(source), layout.format.name, rows, places, source.weight, columns, layout.fields, skipped, notes
+    )
 
 
-def _task(read: Sequence[tuple[SourceRows, Format]], task: str) -> str:
+def _task(sources: Sequence[SourceRows], task: str) -> str:
     """The given task, or the one that all sources are for; raises DataError if they differ."""
     if task != "auto":
         return task
-    tasks = {known.task: rows.name for rows, known in read}
+    tasks = {find_format(source.format).task: source.name for source in sources}
     if len(tasks) > 1:
         kinds = "; ".join(f"{name} is data for task {kind}" for kind, name in sorted(tasks.items()))
         raise DataError(f"these sources can't be learned from together: {kinds}; train on one of them")
@@ -164,20 +194,23 @@ def drawn(examples: Sequence[T], count: int, seed: int) -> list[T]:
     return [*list(examples) * times, *random.Random(seed).sample(list(examples), rest)]
 
 
-def read_rows(path: str | Path, task: str = "text") -> list[Any]:
+def read_rows(source: str | Path | Source, task: str = "text") -> list[Any]:
     """The rows of one source that a task can learn from; raises DataError with the line at fault."""
-    return list(_read(Source.of(path), "auto", task)[0].rows)
+    return list(_read(Source.of(source), DataSettings(source), task).rows)
 
 
-def read_labelled(path: str | Path) -> list[Labelled]:
+def read_labelled(source: str | Path | Source) -> list[Labelled]:
     """The texts with labels of one source; raises DataError with the line at fault."""
-    return read_rows(path, "classification")
+    return read_rows(source, "classification")
 
 
 def read_texts(path: str | Path) -> list[Unlabelled]:
     """The texts to classify, with their labels where they have one; raises DataError with the line at fault."""
-    values = records(Source.of(path))
-    return [checked(Labelled if "label" in value else Unlabelled, value, where) for value, where in values]
+    rows = []
+    for given, where in records(Source.of(path)):
+        value = renamed(given, where, other_names(given, find_format("text-label"), ("label",)))
+        rows.append(checked(Labelled if "label" in value else Unlabelled, value, where))
+    return rows
 
 
 def read_words(path: str | Path) -> list[Words]:
@@ -186,7 +219,8 @@ def read_words(path: str | Path) -> list[Words]:
 
 
 def _words(values: Iterator[tuple[dict[str, Any], str]]) -> Iterator[Words]:
-    for value, where in values:
+    for given, where in values:
+        value = renamed(given, where, other_names(given, find_format("tokens-tags"), ("tags",)))
         if "tags" in value:
             yield read_as(find_format("tokens-tags"), value, where)
         elif "tokens" not in value and isinstance(value.get("text"), str):
@@ -200,7 +234,7 @@ def read_questions(path: str | Path) -> list[list[Message]]:
     return [row.turns() for row in read_rows(path, "grpo")]
 
 
-def task_of(path: str | Path) -> str:
+def task_of(source: str | Path | Source) -> str:
     """What a model would learn from a source, by its first row; raises DataError."""
-    value, where = next(records(Source.of(path)))
-    return format_of(value, where).task
+    value, where = next(records(Source.of(source)))
+    return recognize(value, where).format.task

@@ -48,6 +48,11 @@ class Turn(BaseModel):
     def _as_chat_templates_write_it(cls, value: Any) -> Any:
         return _canonical_turn(value) if isinstance(value, dict) else value
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the turn says nothing: no content, and no calls or reasoning beside it."""
+        return not self.content.strip() and not any(v for name, v in (self.model_extra or {}).items() if name != "name")
+
     def message(self) -> Message:
         """The turn as a dictionary for the chat template, without fields that are None."""
         return self.model_dump(exclude_none=True)
@@ -159,11 +164,23 @@ class Conversation(BaseModel):
         return [turn.role == "assistant" and turn.weight == 1 for turn in self.messages]
 
 
+def _said(answer: str) -> str:
+    """Raises: ValueError, for an empty answer."""
+    if not answer.strip():
+        raise ValueError("the answer is empty, so only its end would be learned")
+    return answer
+
+
 class Pair(BaseModel):
     """A prompt and its completion, which is learned."""
 
     prompt: str
     completion: str
+
+    @field_validator("completion")
+    @classmethod
+    def _must_say_something(cls, value: str) -> str:
+        return _said(value)
 
     def turns(self) -> list[Message]:
         """The pair as a user's turn and the assistant's answer."""
@@ -227,6 +244,13 @@ class Labelled(Unlabelled):
     def _as_name(cls, value: Any) -> Any:
         return str(value) if isinstance(value, bool | int) else value
 
+    @field_validator("label")
+    @classmethod
+    def _must_be_named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("the label is empty")
+        return value
+
 
 class Words(BaseModel):
     """A row with the words of a text."""
@@ -246,8 +270,12 @@ class Tagged(Words):
 
 
 def _learned_whole(answer: str | list[Turn]) -> str | list[Turn]:
-    """Raises: ValueError, for an answer of which a turn is marked as not learned."""
-    if isinstance(answer, list) and any(turn.weight == 0 for turn in answer):
+    """Raises: ValueError, for an empty answer, or one of which a turn is marked as not learned."""
+    if isinstance(answer, str):
+        return _said(answer)
+    if all(turn.is_empty for turn in answer):
+        _said("")
+    if any(turn.weight == 0 for turn in answer):
         raise ValueError("a turn of an answer is marked as not learned, and answers are compared as a whole")
     return answer
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, check_choice, check_number, check_whole, did_you_mean, listing
 
 TOO_LONG = ("error", "drop", "truncate", "split")
+BAD_ROWS = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class Source:
             check_number(f"the weight of {self.path}", self.weight, 0)
             if not self.weight:
                 raise ConfigError(f"the weight of {self.path} is 0; give it more, or leave the source out")
-        if not isinstance(self.fields, Mapping) or not all(isinstance(name, str) for name in self.fields.values()):
-            raise ConfigError(f"fields of {self.path} must map names to columns, found {self.fields!r}")
+        _check_fields(f"fields of {self.path}", self.fields)
 
     @classmethod
     def of(cls, value: Any) -> Source:
@@ -72,6 +72,8 @@ class DataSettings:
         train: one source or several, each a path, a mapping or a `Source`; kept as a tuple of sources.
         held_out: a share of the rows of each source, or sources of their own.
         format: of every source that names none of its own.
+        fields: of every source that names none of its own: names of the format's columns, and what they are called.
+        bad_rows: what becomes of rows that can't be read: error, or skip, with a count and the first of them shown.
         max_length: of an example, in tokens.
         too_long: what becomes of longer ones: error, drop, truncate, or for plain texts split.
         packing: several examples in one row of max_length, none of which sees another.
@@ -87,15 +89,21 @@ class DataSettings:
     packing: bool = False
     streaming: bool = False
     chat_template: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    bad_rows: str = "error"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "train", _sources(self.train))
+        _check_fields("fields", self.fields)
+        object.__setattr__(self, "train", _sources(self.train, self.fields))
         if isinstance(self.held_out, bool | int | float):
             check_number("held_out as a share", self.held_out, 0, 1)
         else:
-            object.__setattr__(self, "held_out", _sources(self.held_out) if self.held_out is not None else 0.0)
+            object.__setattr__(
+                self, "held_out", _sources(self.held_out, self.fields) if self.held_out is not None else 0.0
+            )
         check_whole("max_length", self.max_length, 2)
         check_choice("too_long", self.too_long, TOO_LONG)
+        check_choice("bad_rows", self.bad_rows, BAD_ROWS)
         for name in ("packing", "streaming"):
             check_choice(name, getattr(self, name), (True, False))
         weighted = [source.weight is not None for source in self.train]
@@ -113,9 +121,14 @@ class DataSettings:
         return self.held_out if isinstance(self.held_out, tuple) else ()
 
 
-def _sources(value: Any) -> tuple[Source, ...]:
+def _sources(value: Any, fields: Mapping[str, str]) -> tuple[Source, ...]:
     several = isinstance(value, Sequence) and not isinstance(value, str)
     sources = tuple(Source.of(item) for item in (value if several else [value]))
     if not sources:
         raise ConfigError("no data source was given; name a file, a folder or a data set on the Hub")
-    return sources
+    return tuple(source if source.fields else replace(source, fields=fields) for source in sources)
+
+
+def _check_fields(name: str, fields: Any) -> None:
+    if not isinstance(fields, Mapping) or not all(isinstance(column, str) for column in fields.values()):
+        raise ConfigError(f"{name} must map names to columns, found {fields!r}")

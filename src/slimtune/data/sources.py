@@ -18,15 +18,34 @@ from slimtune.storage.text_files import parse_json
 Record = tuple[dict[str, Any], str]
 """A row, and where it stands: for complaints."""
 
+OnBad = Callable[[DataError], None]
+"""What is done with a row that can't be read: raises the error, or keeps it and returns."""
+
 _QUOTE = "put fields with commas or line breaks in them between quotation marks"
 
 
-def records(source: Source, streaming: bool = False) -> Iterator[Record]:
+def refuse(error: DataError) -> None:
+    """Raise the error: what is done with a bad row unless something else was asked for."""
+    raise error
+
+
+def records(source: Source, streaming: bool = False, on_bad: OnBad = refuse) -> Iterator[Record]:
     """The rows of a source, its columns renamed as it says, read one by one; raises DataError."""
     is_empty = True
-    for value, where in _opened(source, streaming):
+
+    def bad(error: DataError) -> None:
+        nonlocal is_empty
         is_empty = False
-        yield _renamed(value, where, source.fields), where
+        on_bad(error)
+
+    for value, where in _opened(source, streaming, bad):
+        is_empty = False
+        try:
+            row = renamed(value, where, source.fields)
+        except DataError as error:
+            on_bad(error)
+            continue
+        yield row, where
     if is_empty:
         raise DataError(f"the data in {source.path} holds no example; write at least one row")
 
@@ -55,7 +74,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _opened(source: Source, streaming: bool) -> Iterator[Record]:
+def _opened(source: Source, streaming: bool, bad: OnBad) -> Iterator[Record]:
     path = Path(source.path)
     if path.is_dir() and _is_saved(path):
         yield from _from_disk(source)
@@ -64,10 +83,10 @@ def _opened(source: Source, streaming: bool) -> Iterator[Record]:
     if not files:
         yield from _from_hub(source, streaming)
     for file in files:
-        yield from _reader_of(file)(file)
+        yield from _reader_of(file)(file, bad)
 
 
-def _reader_of(path: Path) -> Callable[[Path], Iterator[Record]]:
+def _reader_of(path: Path) -> Callable[[Path, OnBad], Iterator[Record]]:
     suffix = kind_of(path)
     if suffix and suffix not in READERS and not path.is_file():
         _refuse_missing(path)
@@ -78,7 +97,8 @@ def _reader_of(path: Path) -> Callable[[Path], Iterator[Record]]:
     return READERS.get(suffix, _lines)
 
 
-def _renamed(value: dict[str, Any], where: str, fields: Mapping[str, str]) -> dict[str, Any]:
+def renamed(value: dict[str, Any], where: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The row with its columns called as in `fields`, name to column; raises DataError for one that isn't there."""
     for column in fields.values():
         if column not in value:
             near = did_you_mean(column, value)
@@ -88,21 +108,26 @@ def _renamed(value: dict[str, Any], where: str, fields: Mapping[str, str]) -> di
     return rest | {name: value[column] for name, column in fields.items()}
 
 
-def _lines(path: Path) -> Iterator[Record]:
+def _lines(path: Path, bad: OnBad) -> Iterator[Record]:
     # In bytes: a string in JSON may hold separators that only Python takes for the end of a line.
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
-            text = _decoded(line, where)
-            if text.strip():
-                yield _object(text, where), where
+            try:
+                text = _decoded(line, where)
+                row = _object(text, where) if text.strip() else None
+            except DataError as error:
+                bad(error)
+                continue
+            if row is not None:
+                yield row, where
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _json(path: Path, bad: OnBad) -> Iterator[Record]:
     with _open(path) as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         if not start.startswith(b"["):
-            yield from _lines(path)
+            yield from _lines(path, bad)
             return
         file.seek(0)
         text = _decoded(file.read(), str(path))
@@ -112,13 +137,14 @@ def _json(path: Path) -> Iterator[Record]:
         raise DataError(f"{path} is not JSON ({error}); write an array of objects") from error
     for number, row in enumerate(rows, 1):
         where = f"{path}, item {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is a {type(row).__name__}, not an object; write an array of objects")
-        yield row, where
+        if isinstance(row, dict):
+            yield row, where
+        else:
+            bad(DataError(f"{where} is a {type(row).__name__}, not an object; write an array of objects"))
 
 
-def _csv(path: Path) -> Iterator[Record]:
-    delimiter = "\t" if kind_of(path) == ".tsv" else ","
+def _csv(path: Path, bad: OnBad) -> Iterator[Record]:
+    delimiter = delimiter_of(path)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path) as file:
         lines = (_decoded(line, f"{path}, line {number}") for number, line in enumerate(file, 1))
@@ -130,10 +156,39 @@ def _csv(path: Path) -> Iterator[Record]:
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise DataError(f"{where} has another number of fields than the first line; {_QUOTE}")
-                yield row, where
+                    bad(DataError(f"{where} has another number of fields than the first line; {_QUOTE}"))
+                else:
+                    yield row, where
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num} is not CSV ({error}); {_QUOTE}") from error
+
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What separates columns, with its name."""
+
+
+def delimiter_of(path: Path) -> str:
+    """What separates the columns of a table: what its name says, unless its first line has only another one."""
+    usual = _usual_delimiter(path)
+    with _open(path) as file:
+        first = _decoded(file.readline(), f"{path}, line 1")
+    # What stands between quotation marks is part of a name.
+    names = "".join(first.split('"')[::2])
+    others = [delimiter for delimiter in DELIMITERS if delimiter in names and delimiter != usual]
+    return others[0] if usual not in names and len(others) == 1 else usual
+
+
+def unusual_delimiters(source: Source) -> dict[str, str]:
+    """The tables of a source whose columns aren't separated as their names say, each with what separates them."""
+    if Path(source.path).is_dir() and _is_saved(Path(source.path)):
+        return {}
+    tables = [file for file in files_of(source) if READERS.get(kind_of(file)) is _csv]
+    delimiters = {file: delimiter_of(file) for file in tables}
+    return {file.name: DELIMITERS[d] for file, d in delimiters.items() if d != _usual_delimiter(file)}
+
+
+def _usual_delimiter(path: Path) -> str:
+    return "\t" if kind_of(path) == ".tsv" else ","
 
 
 def text_of(path: Path) -> str:
@@ -142,13 +197,13 @@ def text_of(path: Path) -> str:
         return _decoded(file.read(), str(path))
 
 
-def _text(path: Path) -> Iterator[Record]:
+def _text(path: Path, bad: OnBad) -> Iterator[Record]:
     text = text_of(path)
     if text.strip():
         yield {"text": text}, str(path)
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path, bad: OnBad) -> Iterator[Record]:
     kind = "parquet" if path.suffix.lower() == ".parquet" else "arrow"
     if not path.is_file():
         _refuse_missing(path)
@@ -158,7 +213,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     )
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, OnBad], Iterator[Record]]] = {
     ".jsonl": _lines,
     ".ndjson": _lines,
     ".json": _json,

@@ -32,6 +32,11 @@ class Counted:
     read: int = 0
     dropped: int = 0
     truncated: int = 0
+    skipped: int = 0
+
+    def reset(self) -> None:
+        """Count from 0 again."""
+        self.read = self.dropped = self.truncated = self.skipped = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Reader:
     format: str
     tokenizer: Any
     limit: Limit
+    bad_rows: str = "error"
     counted: Counted = field(default_factory=Counted)
 
     def __deepcopy__(self, memo: Any) -> Reader:
@@ -51,8 +57,13 @@ class Reader:
     def __call__(self) -> Iterator[dict[str, list[int]]]:
         """The examples; raises DataError with the place of a row that can't be learned."""
         known = find_format(self.format)
-        for value, where in records(self.source, streaming=True):
-            for example in encode_answers(read_as(known, value, where), self.tokenizer, where):
+        for value, where in records(self.source, True, self._bad):
+            try:
+                answers = encode_answers(read_as(known, value, where), self.tokenizer, where)
+            except DataError as error:
+                self._bad(error)
+                continue
+            for example in answers:
                 self.counted.read += 1
                 length = len(example.input_ids)
                 self.limit.refuse([length], 1, f"example ({where})")
@@ -60,6 +71,11 @@ class Reader:
                 self.counted.dropped += not kept
                 self.counted.truncated += bool(kept) and length > self.limit.tokens
                 yield from ({"input_ids": piece.input_ids, "labels": piece.labels} for piece in kept)
+
+    def _bad(self, error: DataError) -> None:
+        if self.bad_rows == "error":
+            raise error
+        self.counted.skipped += 1
 
 
 class Endless(IterableDataset):
@@ -114,7 +130,7 @@ class Streamed(Conversations):
         stream = self._mixed(readers)
         first = sample_of(Encoded(**next(iter(Endless(stream)))), tokenizer)
         for reader in readers:
-            reader.counted.read = reader.counted.dropped = reader.counted.truncated = 0
+            reader.counted.reset()
         facts = {
             "source": names_of(self.splits.train),
             "examples": "streamed",
@@ -131,7 +147,13 @@ class Streamed(Conversations):
 
     def _readers(self, tokenizer: Any, limit: Limit) -> list[Reader]:
         pairs = zip(self.settings.train, self.splits.train, strict=True)
-        return [Reader(source, rows.format, tokenizer, limit) for source, rows in pairs]
+        return [
+            Reader(
+                replace(source, fields=rows.fields or source.fields), rows.format, tokenizer, limit,
+                self.settings.bad_rows,
+            )
+            for source, rows in pairs
+        ]  # fmt: skip
 
     def _mixed(self, readers: Sequence[Reader]) -> Any:
         """One stream of all sources: by their weights, else in turn; in another order than theirs."""
@@ -189,8 +211,10 @@ def _counts(readers: Sequence[Reader]) -> dict[str, Any]:
     if not sum(count.read for count in counts):
         # Workers of their own read, and what they count stays with them.
         return {}
+    skipped = sum(count.skipped for count in counts)
     return {
         "examples read": sum(count.read for count in counts),
         "dropped": sum(count.dropped for count in counts),
         "cut": sum(count.truncated for count in counts),
+        **({"rows skipped": skipped} if skipped else {}),
     }

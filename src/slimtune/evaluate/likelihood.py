@@ -55,7 +55,7 @@ def answered_ids(model: Any, tokenizer: Any, text: str, begin: int) -> PromptWit
 def answer_losses(model: Any, tokenizer: Any, rows: Sequence[PromptWithAnswer], batch_size: int = 32) -> list[float]:
     """The loss of each answer, -sum log p(token | what is before it) in nats, in the order of the rows.
 
-    Raises: ConfigError, for a loss that is no number.
+    Raises: ConfigError, for a loss that is not a number.
     """
     if not model.config.is_encoder_decoder:
         return summed_losses(model, tokenizer, [row.encoded for row in rows], batch_size).tolist()
@@ -86,7 +86,7 @@ def summed_losses(
         on_batch: told the numbers of the rows that were read.
 
     Raises:
-        ConfigError: a loss is no number.
+        ConfigError: a loss is not a number.
     """
     starts = [_first_label(row) for row in rows]
     prefix, cache = read_shared_prefix(model, [r.input_ids[:start] for r, start in zip(rows, starts, strict=True)])
@@ -102,7 +102,7 @@ def summed_losses(
 
 
 def refuse_no_number(losses: Sequence[float]) -> None:
-    """Raises: ConfigError, where a loss is no number, so that the model is of no use."""
+    """Raises: ConfigError, where a loss is not a number, so that the model is of no use."""
     bad = sum(not math.isfinite(loss) for loss in losses)
     if bad:
         raise ConfigError(

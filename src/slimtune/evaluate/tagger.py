@@ -14,6 +14,7 @@ import torch
 from slimtune.console.progress import Watch
 from slimtune.data.reading import read_rows
 from slimtune.data.rows import Tagged
+from slimtune.data.settings import Source
 from slimtune.data.tasks.word_alignment import Aligned, align, tag, tags_from, word_logits
 from slimtune.data.texts import longest_input
 from slimtune.errors import DataError, listing
@@ -61,9 +62,9 @@ class TaggedText:
         return entity._asdict() | {"text": " ".join(self.tokens[entity.start : entity.end])}
 
 
-def read_tagged(path: str | Path, limit: int | None = None) -> list[Tagged]:
+def read_tagged(source: str | Path | Source, limit: int | None = None) -> list[Tagged]:
     """The texts of a file, from the first on; raises DataError."""
-    return read_rows(path, TASK)[:limit]
+    return read_rows(source, TASK)[:limit]
 
 
 def evaluate_tagger(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from slimtune.data.chat_template import Message, assistant_spans, has_template, render
 from slimtune.data.reading import read_labelled, read_rows, task_of
 from slimtune.data.rows import Document, Labelled, Pair, Row, Text
+from slimtune.data.settings import Source
 from slimtune.errors import ConfigError, DataError, MissingDependencyError, did_you_mean
 
 MADE = "reasoning-gym:"
@@ -62,15 +63,18 @@ class Task:
     instruction: str = ""
 
 
-def read_task(path: str | Path, instruction: str = "") -> Task:
+def read_task(path: str | Path, instruction: str = "", fields: Mapping[str, str] | None = None) -> Task:
     """The questions of a file: conversations, prompts with completions, or texts with labels; raises DataError.
 
     For texts with labels, the instruction lists the labels unless another one is given.
+
+    Args:
+        fields: names of columns, and what they are called in the file.
     """
-    path = Path(path)
-    if task_of(path) == "classification":
-        return _labelled(str(path), read_labelled(path), instruction)
-    rows = [(row, f"{path}, example {number}") for number, row in enumerate(read_rows(path), 1)]
+    source = Source(str(path), fields=fields or {})
+    if task_of(source) == "classification":
+        return _labelled(str(path), read_labelled(source), instruction)
+    rows = [(row, f"{path}, example {number}") for number, row in enumerate(read_rows(source), 1)]
     return task_of_rows(rows, str(path), instruction)
 
 
@@ -79,11 +83,19 @@ def task_of_rows(rows: Sequence[tuple[Row, str]], source: str, instruction: str 
     return Task(source, [_question(row, where) for row, where in rows], instruction=instruction)
 
 
-def open_task(source: str, instruction: str = "", size: int | None = None, seed: int = 0) -> Task:
+def open_task(
+    source: str,
+    instruction: str = "",
+    size: int | None = None,
+    seed: int = 0,
+    fields: Mapping[str, str] | None = None,
+) -> Task:
     """The questions of a file, or `size` questions (100 unless told) of `reasoning-gym:NAME`, made by seed."""
     if source.startswith(MADE):
+        if fields:
+            raise ConfigError(f"--field would change nothing for {source}, whose questions are made; leave it out")
         return make_task(source.removeprefix(MADE), size or 100, seed, instruction)
-    return read_task(source, instruction)
+    return read_task(source, instruction, fields)
 
 
 def conversation(question: Question, shots: Sequence[Question] = (), instruction: str = "") -> list[Message]:

@@ -22,7 +22,9 @@ def pick_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"no device '{device}' here: {first_line(error)}; pass auto, cpu or cuda") from error
+        here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+        ways = " or ".join(["auto", *here])
+        raise ConfigError(f"no device '{device}' here: {first_line(error)}; pass {ways}") from error
     return device
 
 

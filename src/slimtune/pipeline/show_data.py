@@ -12,6 +12,7 @@ from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES, Lengths
 from slimtune.data.tasks.base import Remark, Sample
+from slimtune.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from slimtune.data.preview import Preview
 
 SHOWN_CHARACTERS = 1200
+"""Of one example, about: a long text shows its beginning and its end."""
 BAR_WIDTH = 40
 
 
@@ -60,8 +62,22 @@ def _bars(lengths: Lengths) -> Table:
     return table
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+def shortened(example: Sequence[tuple[bool, str]]) -> list[tuple[bool, str]]:
+    """The pieces of an example, cut in its middle where it is longer than `SHOWN_CHARACTERS`."""
+    length, half = sum(len(text) for _, text in example), SHOWN_CHARACTERS // 2
+    if length <= SHOWN_CHARACTERS:
+        return list(example)
+    shown, start = [], 0
+    for learned, text in example:
+        end = start + len(text)
+        head = text[: max(0, half - start)]
+        tail = text[max(0, length - half - start) :]
+        is_cut_here = start <= half < end
+        shown += [(learned, head)] * bool(head)
+        shown += [(False, f" ... {length - 2 * half:,} characters left out ... ")] * is_cut_here
+        shown += [(learned, tail)] * bool(tail)
+        start = end
+    return shown
 
 
 def _how(screen: Console) -> str:
@@ -81,12 +97,12 @@ def show_preview(screen: Console, preview: Preview, max_length: int, batch_size:
     lengths, unit = preview.lengths, preview.unit
     for source, share in zip(preview.sources, preview.shares, strict=True):
         taken = f", of which an epoch takes {share:,}" if source.weight is not None else ""
-        screen.print(f"{source.name}: format {source.format}, {len(source.rows):,} rows{taken}", markup=False)
+        screen.print(f"{source.name}: format {source.format}, {counted(len(source.rows), 'row')}{taken}", markup=False)
         used = ", ".join(name for name in source.columns if name not in source.ignored)
         screen.print(f"  columns used: {used}", markup=False)
     show_report(screen, preview.report)
     screen.print(
-        f"task {preview.splits.task}: {lengths.examples:,} examples, {lengths.total:,} {unit}"
+        f"task {preview.splits.task}: {counted(lengths.examples, 'example')}, {lengths.total:,} {unit}"
         + ("" if preview.labels else f", of which {lengths.learned / lengths.total:.0%} are learned")
         + (f"; {preview.apart:,} more examples than rows, one for each answer" if preview.apart else "")
     )
@@ -96,7 +112,7 @@ def show_preview(screen: Console, preview: Preview, max_length: int, batch_size:
         )
     for number, sample in enumerate(preview.samples, 1):
         screen.print(f"\nexample {number}, with what is learned {_how(screen)}:", markup=False)
-        screen.print(_coloured(screen, [(learned, _cut(text)) for learned, text in sample]))
+        screen.print(_coloured(screen, shortened(sample)))
     screen.print(f"\n{unit} of an example:")
     screen.print(_bars(lengths))
     shares = ", ".join(f"{share}% have at most {lengths.percentile(share):,}" for share in PERCENTILES)

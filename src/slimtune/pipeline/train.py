@@ -16,7 +16,7 @@ from slimtune.core.delta import dtypes_of
 from slimtune.data.features import check_solver
 from slimtune.data.tasks.base import EncodedDataset, splits_report
 from slimtune.data.tasks.registry import Data, read
-from slimtune.errors import ConfigError, TrainingError, first_line
+from slimtune.errors import ConfigError, TrainingError, counted, first_line
 from slimtune.evaluate.result import Evaluation
 from slimtune.metrics.classification import shown
 from slimtune.models.device import native_dtype, pick_device
@@ -246,7 +246,7 @@ def show_trained(screen: Console, model: Any) -> None:
 def show_outcome(screen: Console, outcome: Outcome, best_by: str | None) -> None:
     """Print the result in one to three lines."""
     screen.print(
-        f"{outcome.steps} steps in {outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, "
+        f"{counted(outcome.steps, 'step')} in {outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, "
         f"loss {outcome.final_loss:.4f}"
         + (f", held out {outcome.eval_loss:.4f}" if outcome.eval_loss is not None else "")
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class PlanReport:
     Attributes:
         data: the file, None where none was given.
         cut: examples that are longer than the maximum length.
+        fields: names of columns, and what they are called in the data.
         stored_dtype: of the base on disk.
     """
 
@@ -57,6 +58,7 @@ class PlanReport:
     rates: Rates
     cut: int
     stored_dtype: str
+    fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def best(self) -> Choice | None:
@@ -67,6 +69,7 @@ class PlanReport:
         """What to type to run a choice."""
         setting = choice.setting
         words = ["slimtune", "train", self.model, self.data or "DATA.jsonl", *self._task_words(), "--output", output]
+        words += [word for name, column in self.fields.items() for word in ("--field", f"{name}={column}")]
         words += ["--method", choice.method]
         words += ["--rank", choice.rank] if choice.rank else []
         words += ["--quantize", choice.base] if choice.base != "dense" else []
@@ -242,8 +245,10 @@ def plan(
     rates = rates_of(chosen)
     case, choices = recommend(request, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
     named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
-    log = data.train[0].path if isinstance(data, DataSettings) else None if data is None else str(data)
-    return PlanReport(named, log, request, case, tuple(choices), rates, lengths.over(limit), stored)
+    settings = data if isinstance(data, DataSettings) else None
+    file = settings.train[0].path if settings else None if data is None else str(data)
+    columns = settings.train[0].fields if settings else {}
+    return PlanReport(named, file, request, case, tuple(choices), rates, lengths.over(limit), stored, columns)
 
 
 def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:

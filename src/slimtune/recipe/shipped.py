@@ -29,7 +29,7 @@ def text_of(name: str) -> str:
 
 
 def commented(name: str) -> str:
-    """A recipe with all keys: those that it doesn't set stand in their section, commented out, at their defaults."""
+    """A recipe with all keys: the defaults stand commented out in their sections."""
     from slimtune.recipe.recipe import Recipe
     from slimtune.storage.text_files import parse
 

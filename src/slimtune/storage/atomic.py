@@ -81,6 +81,10 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
         with _held(scratch):
             yield scratch
             scratch.chmod(0o777 & ~_umask())
+            # Libraries differ: safetensors writes for the owner alone, beside files that all may read.
+            for file in scratch.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(0o666 & ~_umask())
             _replace(scratch, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Self
 from slimtune.data.batches import Encoded, Objective, pieces
 from slimtune.data.reading import Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
-from slimtune.errors import ConfigError, DataError, listing
+from slimtune.errors import ConfigError, DataError, counted, listing
 
 SAMPLED_TOKENS = 400
+SKIPPED_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ def sample_of(example: Encoded, tokenizer: Any) -> Sample:
 def splits_report(splits: Splits) -> list[Remark]:
     """What to know about rows before they are learned: ignored columns, repeated rows, held-out rows in training."""
     report: list[Remark] = []
+    for source in (*splits.train, *splits.held_out):
+        report += skipped_note(source.name, source.skipped)
     for source in splits.train:
+        report += [Remark(note) for note in source.notes]
         if ignored := source.ignored:
             counts = {
                 name: f" ({count:,} {'row' if count == 1 else 'rows'})" for name, count in ignored.items() if count
@@ -69,6 +73,14 @@ def splits_report(splits: Splits) -> list[Remark]:
     return report
 
 
+def skipped_note(source: str, errors: Sequence[str]) -> list[Remark]:
+    """How many rows of a source were left out because they can't be read, with why the first were; empty for none."""
+    if not errors:
+        return []
+    shown = "".join(f"\n  {error}" for error in errors[:SKIPPED_SHOWN])
+    return [Remark(f" of {source}, which can't be read; the first:{shown}", f"{counted(len(errors), 'row')} skipped")]
+
+
 def lost(unit: str, limit: int, dropped: int, cut: int) -> Report:
     """How many examples were dropped or cut because they are longer than `limit` tokens; nothing where none was."""
     report: Report = []
@@ -81,7 +93,7 @@ def lost(unit: str, limit: int, dropped: int, cut: int) -> Report:
 
 def held_out_note(count: int, what: str) -> str:
     """The end of a sentence that counts the held-out examples, if there are any."""
-    return f"; {count:,} {what}held out" if count else ""
+    return f"; {count:,} {what if count != 1 else what.replace('s ', ' ')}held out" if count else ""
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from slimtune.data.encode import EncodedRows, encode, refuse_split
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import SourceRows, Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of
+from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of, skipped_note
 from slimtune.data.texts import positions_of
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, counted
 
 
 def encode_sources(
     sources: Sequence[SourceRows], settings: DataSettings, tokenizer: Any, positions: int | None = None
 ) -> list[EncodedRows]:
     """Encode the rows of each source; `positions` is how many the model has. Raises: DataError."""
-    limit, too_long = settings.max_length, settings.too_long
-    return [encode(source.rows, tokenizer, limit, too_long, source.places, positions) for source in sources]
+    limit, too_long, bad_rows = settings.max_length, settings.too_long, settings.bad_rows
+    return [encode(source.rows, tokenizer, limit, too_long, source.places, positions, bad_rows) for source in sources]
 
 
 def mixed(sources: Sequence[SourceRows], encoded: Sequence[EncodedRows], seed: int) -> list[Encoded]:
@@ -74,8 +74,8 @@ class Conversations:
         report: Report = [
             *_sources_report(self.splits.train, encoded, self.settings),
             Remark(
-                f"data: {len(examples):,} examples, {tokens:,} tokens of which {learned / tokens:.0%} are learned; "
-                f"the longest has {max(len(e.input_ids) for e in examples):,}"
+                f"data: {counted(len(examples), 'example')}, {tokens:,} tokens of which "
+                f"{learned / tokens:.0%} are learned; the longest has {max(len(e.input_ids) for e in examples):,}"
                 + held_out_note(len(held_out), "examples ")
             ),
             sample_of(examples[0], tokenizer),
@@ -107,15 +107,16 @@ def _sources_report(
         weighted = ""
         if source.weight is not None:
             weighted = f"; of its {len(rows.examples):,} examples an epoch takes {share:,} (weight {source.weight:g})"
-        report.append(Remark(f"{source.name}: format {source.format}, {len(source.rows):,} rows{weighted}"))
+        report.append(Remark(f"{source.name}: format {source.format}, {counted(len(source.rows), 'row')}{weighted}"))
+        report += skipped_note(source.name, rows.skipped)
         if rows.apart:
             why = (
                 ": the chat template rewrites earlier turns, so each answer is learned in an example that ends with it"
             )
-            report.append(Remark(why, f"{rows.apart:,} examples more than rows"))
+            report.append(Remark(why, f"{counted(rows.apart, 'example')} more than rows"))
         if rows.dropped:
-            report.append(Remark(f": no answer within {limit:,} tokens", f"{rows.dropped:,} examples dropped"))
+            report.append(Remark(f": no answer within {limit:,} tokens", f"{counted(rows.dropped, 'example')} dropped"))
         if rows.truncated:
             verb = "split" if settings.too_long == "split" else "cut"
-            report.append(Remark(f" at {limit:,} tokens", f"{rows.truncated:,} examples {verb}"))
+            report.append(Remark(f" at {limit:,} tokens", f"{counted(rows.truncated, 'example')} {verb}"))
     return report

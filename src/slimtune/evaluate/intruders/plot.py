@@ -95,6 +95,8 @@ def _counts(axes: Any, spectra: Spectra) -> None:
     title = f"{spectra.intruders} intruder dimensions (epsilon {spectra.epsilon:g}, first {spectra.top})"
     axes.set(xlabel="layer", ylabel="intruder dimensions", title=title)
     axes.set_ylim(0, max(1.0, 1.4 * bottom.max()))
+    if not spectra.intruders:
+        axes.text(0.5, 0.4, "none: all new directions lie among the old", transform=axes.transAxes, ha="center")
     axes.yaxis.get_major_locator().set_params(integer=True)
     _name_layers(axes, list(groups))
     axes.legend(fontsize="small", ncols=3, loc="upper center")

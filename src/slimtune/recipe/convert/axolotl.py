@@ -127,7 +127,7 @@ RULES: dict[str, Rule] = TRAINER_KEYS | {
     "processor_kwargs": refused("models of images, sound and video aren't tuned here"),
     "freeze_mm_modules": refused("models of images, sound and video aren't tuned here"),
     "eot_tokens": idle("the end of a turn is found in the chat template, and learned"),
-    "loss_watchdog_threshold": idle("a loss that is no number stops the run, a high one doesn't"),
+    "loss_watchdog_threshold": idle("a loss that is not a number stops the run, a high one doesn't"),
     "strict": idle("the model is always loaded strictly"),
     "debug": idle("--debug shows where an error comes from"),
     **each(refused(_VOCABULARY), "tokens", "added_tokens_overrides", "resize_token_embeddings_to_32x",
@@ -160,14 +160,15 @@ RULES: dict[str, Rule] = TRAINER_KEYS | {
            "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_mode", "mlflow_tracking_uri",
            "mlflow_experiment_name", "mlflow_run_name", "comet_project_name", "use_otel_metrics",
            "otel_metrics_host", "otel_metrics_port", "trackio_project_name", "trackio_run_name", "trackio_space_id"),
-    **each(idle("held-out rows are evaluated after each epoch"), "evals_per_epoch", "eval_table_size",
+    **each(idle("held-out rows are evaluated after each epoch"), "eval_table_size",
            "eval_max_new_tokens", "do_causal_lm_eval", "eval_causal_lm_metrics", "do_bench_eval"),
-    **each(idle("checkpoints are a few minutes apart"), "saves_per_epoch", "save_first_step"),
+    "save_first_step": idle("checkpoints are a few minutes apart"),
     **each(idle("found in the model's folder"), "tokenizer_type", "tokenizer_use_fast", "tokenizer_legacy",
            "is_llama_derived_model", "is_mistral_derived_model", "is_falcon_derived_model", "is_qwen_derived_model",
            "tokenizer_save_jinja_files"),
     **each(idle("only another key takes it"), "loss_watchdog_patience", "eaft_alpha", "eaft_k", "merge_method",
            "fsdp_version", "gptq_groupsize", "gptq_model_v1", "gptq_disable_exllama"),
+    **each(by_hand(int), "evals_per_epoch", "saves_per_epoch"),
     **each(by_hand(str), "adapter", "lr_scheduler", "rl", "chat_template", "model_type", "type_of_model"),
     **each(by_hand(bool), "load_in_4bit", "load_in_8bit", "lora_target_linear", "peft_use_dora", "fp16",
            "full_finetune"),
@@ -294,6 +295,14 @@ def _schedule(recipe: Imported, values: Mapping[str, Any]) -> None:
 
 
 def _texts(recipe: Imported, values: Mapping[str, Any]) -> None:
+    for key, ours, what in (("evals_per_epoch", "eval_steps", "evaluated"), ("saves_per_epoch", "save_steps", "saved")):
+        if (times := taken(values, key)) is not None:
+            recipe.translated[key] = f"training.{ours}"
+            if (key, times) != ("evals_per_epoch", 1):
+                recipe.different[key] = (
+                    f"how many steps an epoch has isn't known here, so that it isn't {what} {times} times in one; "
+                    f"set training.{ours}"
+                )
     template = taken(values, "chat_template")
     if template and not str(template).startswith("tokenizer_default"):
         recipe.different["chat_template"] = f"the tokenizer's own is used, which should be the same as '{template}'"

@@ -315,7 +315,7 @@ def _sources(recipe: Imported, values: Mapping[str, Any], key: str, folder: Path
     most = taken(values, "max_samples")
     sources = []
     try:
-        info = None if where == "ONLINE" else _info(where, folder)
+        info = None if where == "ONLINE" else _info(where, folder, "dataset_dir" in values)
         for name in names(values[key]):
             if info is not None and name not in info[0]:
                 raise ConfigError(f"'{name}' is no entry of {info[1] / INFO}{did_you_mean(name, info[0])}")
@@ -327,9 +327,14 @@ def _sources(recipe: Imported, values: Mapping[str, Any], key: str, folder: Path
     return sources
 
 
-def _info(where: str, folder: Path) -> tuple[dict[str, Any], Path]:
-    """The entries, and the folder that their files are in: from where one stands, or from where their file is."""
-    for place in (Path(where), folder / where, *(parent / where for parent in folder.absolute().parents)):
+def _info(where: str, folder: Path, has_place: bool) -> tuple[dict[str, Any], Path]:
+    """The entries, and the folder that their files are in: from where one stands, or from where their file is.
+
+    Args:
+        has_place: whether `where` was written in the file; else the file may also be right there.
+    """
+    beside = [] if has_place else [Path(), folder]
+    for place in (Path(where), folder / where, *(parent / where for parent in folder.absolute().parents), *beside):
         if (place / INFO).is_file():
             try:
                 info = json.loads((place / INFO).read_text(encoding="utf-8"))
