@@ -28,10 +28,10 @@ from slimtune.cli.predict import predict
 from slimtune.cli.recipe import recipe
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
-from slimtune.console.failures import is_out_of_memory, sentence_of
+from slimtune.console.failures import sentence_of
 from slimtune.console.noise import escape_logs, leave_out_noise
 from slimtune.console.screen import say
-from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
+from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError, is_out_of_memory
 
 REFUSED, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 """Exit codes; the last two are 128 and the number of the signal, as shells report SIGINT and SIGPIPE."""

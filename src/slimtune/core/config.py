@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Site
+from slimtune.core.field_types import check_types
 from slimtune.core.roles import Role
-from slimtune.errors import ConfigError, did_you_mean, listing
+from slimtune.errors import ConfigError, SlimtuneError, did_you_mean, listing
 
 
 class TaskType(StrEnum):
@@ -273,7 +274,15 @@ def register(config: type[C]) -> type[C]:
                     f"{config.__name__} has no field {name!r}{near or '; see help(' + config.__name__ + ')'}"
                 )
             config.check_foreign(name, value)
-        plain_init(self, *args, **kwargs)
+        try:
+            plain_init(self, *args, **kwargs)
+        except SlimtuneError:
+            raise
+        except Exception:
+            # A check of the method's own may stumble over a type that it hasn't thought of.
+            check_types(self)
+            raise
+        check_types(self)
 
     config.__init__ = checked_init
     # Of this very class: a method derived from LoRA's config isn't one that `peft` reads.
