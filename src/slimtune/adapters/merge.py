@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adapters.adapter import adopted_modules, conflict
-from slimtune.adapters.adopt import run
+from slimtune.adapters.adopt import frozen_forward, run
 from slimtune.bases import base_of
-from slimtune.core.delta import Delta, Dense, Difference, deltas_of, with_tensors
+from slimtune.core.delta import Delta, Dense, Difference, call_under, deltas_of, with_tensors
 from slimtune.errors import MergeError, listing
 
 MAX_RELATIVE_DRIFT = 0.1
@@ -184,16 +184,16 @@ def _check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
     # Other parameters in the module's own forward are what they are when merged.
     exact = (Delta.forward, Difference.forward)
     changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
-    if not changed or base.is_textbook(module):
+    if not changed or (base.is_textbook(module) and "instance_forward" not in vars(module)):
         return
-    frozen, was_training = type(module).adopted_from.forward, module.training
+    frozen, was_training = frozen_forward(module), module.training
     module.eval()
     try:
         with torch.no_grad():
             x = _module_probe(module, base.kind)
             with module.adapter_state.using(applied=names):
                 expected = run(module, frozen, x)
-            merged = frozen(with_tensors(module, folded), x)
+            merged = call_under(module, folded, frozen, x)
             error = (merged - expected).double().norm()
             change, size = (expected - frozen(module, x)).double().norm(), expected.double().norm()
     finally:

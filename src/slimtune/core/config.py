@@ -153,6 +153,8 @@ class PeftConfig:
         """
         peft_type = fields.get("peft_type")
         owner = method(str(peft_type)) if peft_type else cls
+        if owner is PeftConfig:
+            raise ConfigError(f"peft_type must name a method, found {peft_type!r}; known are {listing(methods())}")
         if not issubclass(owner, cls):
             raise ConfigError(f"this is a {peft_type} adapter, not one for {cls.__name__}")
         known = {f.name for f in dataclasses.fields(owner)}

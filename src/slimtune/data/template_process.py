@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slimtune.data.template_worker import SECONDS
-
 _WORKER = Path(__file__).with_name("template_worker.py")
+SECONDS = 10
+"""Of the processor, for one conversation; a real template takes a thousandth of a second."""
 
 
 class TemplateError(Exception):
@@ -117,7 +117,7 @@ def _start() -> subprocess.Popen[bytes]:
     # A group of its own, so that Ctrl-C is a matter of this process alone.
     apart = {"process_group": 0} if os.name == "posix" else {}
     return subprocess.Popen(
-        [sys.executable, "-P", os.fspath(_WORKER)],
+        [sys.executable, "-P", os.fspath(_WORKER), str(SECONDS)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         # One thread: the limit on memory counts the stacks of others.
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}, **apart,
@@ -130,6 +130,13 @@ def _why_ended(code: int) -> str:
 
 
 _PROCESS = _Process()
-atexit.register(_PROCESS.end)
+
+
+def end() -> None:
+    """End the process; the next conversation starts another one."""
+    _PROCESS.end()
+
+
+atexit.register(end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_PROCESS.forget)

@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10
-"""Of the processor, for one conversation; a real template takes a thousandth of a second."""
 BYTES = 2**29
 """Of memory, beyond what the process has when it is ready."""
 CHARACTERS = 2**25
@@ -30,11 +28,12 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()
+    seconds = float(sys.argv[1])
     while length := requests.read(8):
         request = pickle.loads(requests.read(int.from_bytes(length, "little")))
         if hasattr(signal, "setitimer"):
             # Its signal ends the process, within one long operation on a number or a text too.
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = json.dumps(_answer(render_jinja_template, request)).encode()
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_PROF, 0)

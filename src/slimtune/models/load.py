@@ -18,7 +18,7 @@ from slimtune.errors import (
 )
 from slimtune.models.device import DTYPES, pick_device
 from slimtune.quantization.config import require, settings_of, stored_by_bitsandbytes
-from slimtune.storage.foreign import reading_model, refuse_special_files
+from slimtune.storage.foreign import MEND, reading_model, refuse_special_files
 from slimtune.storage.source import base_of, folder_of, is_adapter, no_weight_bar
 from slimtune.storage.text_files import read_json
 
@@ -225,7 +225,11 @@ def read_model_config(source: str, trust_remote_code: bool = False) -> Any:
 
     refuse_special_files(source)
     with reading_model("the configuration of", source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    named = getattr(config, "architectures", None) or []
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ModelNotFoundError(f"the configuration of '{source}' names {named!r:.60} as architectures; {MEND}")
+    return config
 
 
 def _quantized(
@@ -256,7 +260,8 @@ def _model_class(config: Any) -> Any:
     import transformers
 
     named = [getattr(transformers, name, None) for name in config.architectures or []]
-    return next(filter(None, named), transformers.AutoModelForCausalLM)
+    classes = [found for found in named if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)]
+    return next(iter(classes), transformers.AutoModelForCausalLM)
 
 
 @contextmanager

@@ -27,6 +27,9 @@ _PLAIN = (OSError, ValueError, SlimtuneError)
 """Errors whose text is a sentence; that of others, as a KeyError's, needs the name of the error to be understood."""
 
 
+MEND = "fetch the model again, or save it with save_pretrained"
+
+
 class reading(contextlib.AbstractContextManager[None]):  # noqa: N801 - read in place: `with reading(...)`
     """Have whatever another library raises while it reads a foreign file be one error with one sentence.
 
@@ -54,7 +57,7 @@ class reading_model(reading):  # noqa: N801 - read in place
     """Let transformers read something of a model. Raises: ModelNotFoundError, for whatever it stumbles over."""
 
     def __init__(self, what: str, source: str) -> None:
-        super().__init__(f"{what} '{source}' can't be loaded", "fetch the model again, or save it with save_pretrained")
+        super().__init__(f"{what} '{source}' can't be loaded", MEND)
         self.source = source
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -90,14 +93,6 @@ def described(error: BaseException) -> str:
     return text if isinstance(error, _PLAIN) else f"{type(error).__name__}: {text}"
 
 
-def open_file(path: str | os.PathLike[str]) -> Any:
-    """The bytes of a file. Raises: OSError, for a pipe or a device too, which has no end or makes the reader wait."""
-    # A pipe that nobody writes to would wait in `open` already.
-    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
-        raise OSError(None, "it is a pipe or a device, not a file; write what it gives into a file", os.fspath(path))
-    return Path(path).open("rb")
-
-
 def refuse_special_files(folder: str | os.PathLike[str], kind: type[SlimtuneError] = ModelNotFoundError) -> None:
     """See that a folder, whose files another library will open, holds no pipes and devices. Raises: `kind`."""
     for entry in sorted(Path(folder).iterdir()):
@@ -111,7 +106,9 @@ def open_tensors(path: str | os.PathLike[str], device: str = "cpu") -> Iterator[
     from safetensors import SafetensorError, safe_open
 
     try:
-        open_file(path).close()
+        if not Path(path).is_file():
+            # A pipe that nobody writes to would have the reader wait.
+            raise OSError("it is no file")
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except (SafetensorError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,17 @@ from typing import Any
 import yaml
 
 from slimtune.errors import ConfigError, did_you_mean, first_line
-from slimtune.storage.foreign import open_file
 
 MOST_BYTES = 2**26
 """Indexes of the largest models have some megabytes."""
+
+
+def open_file(path: str | os.PathLike[str]) -> Any:
+    """The bytes of a file. Raises: OSError, for a pipe or a device too, which has no end or makes the reader wait."""
+    # A pipe that nobody writes to would wait in `open` already.
+    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
+        raise OSError(None, "it is a pipe or a device, not a file; write what it gives into a file", os.fspath(path))
+    return Path(path).open("rb")
 
 
 def read_json(path: Path) -> Any:
