@@ -123,3 +123,20 @@ def first_line(error: BaseException) -> str:
     """What another library's error says first, without a full stop, to go into a sentence."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+_OUT_OF_MEMORY = (
+    "allocate memory", "not enough memory", "bad_alloc", "failed to map segment", "can't start new thread",
+    "without setting an exception", "without exception set",
+)  # fmt: skip
+"""What torch, the loader of libraries and the system say where main memory, or the limit set on it, is used up."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether main memory ran out; by the text, for torch raises a bare RuntimeError, an import an ImportError."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def is_out_of_device_memory(error: BaseException) -> bool:
+    """Whether the memory of a device ran out, as torch says it."""
+    return type(error).__name__ == "OutOfMemoryError"

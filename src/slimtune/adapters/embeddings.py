@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Site, walk
 from slimtune.core.roles import input_embeddings
-from slimtune.errors import AdapterFileError, ConfigError, listing
+from slimtune.errors import ConfigError, listing
 from slimtune.methods.trainable_tokens import TokenRows
+from slimtune.storage.foreign import open_tensors
 from slimtune.storage.hub import parted
 from slimtune.storage.peft_format import KEY_PREFIX, WEIGHTS_NAME
 from slimtune.storage.source import PACKAGED, resolve
@@ -182,25 +183,20 @@ def resize_as_stored(model: Any, folder: Path) -> None:
     Raises:
         AdapterFileError: the adapter's weights can't be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         return  # which reading the adapter tells
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-            for name, module in token_embeddings(model).items():
-                inside = next((i for i in ("weight", "base_layer.weight") if f"{KEY_PREFIX}{name}.{i}" in keys), None)
-                if inside is None or not _is_dense(module):
-                    continue
-                stored = file.get_slice(f"{KEY_PREFIX}{name}.{inside}")
-                if len(stored.get_shape()) == 2 and stored.get_shape()[0] != len(module.get_parameter("weight")):
-                    model.resize_token_embeddings(stored.get_shape()[0], mean_resizing=False)
-            for name, module in token_embeddings(model).items():
-                key, own = f"{KEY_PREFIX}{name}.base_layer.weight", module.get_parameter("weight")
-                if key in keys and file.get_slice(key).get_shape() == [*own.shape]:
-                    with torch.no_grad():
-                        own.copy_(file.get_tensor(key))
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"'{path}' is no whole safetensors file ({error}); copy or download it again") from error
+    with open_tensors(path) as file:
+        keys = set(file.keys())
+        for name, module in token_embeddings(model).items():
+            inside = next((i for i in ("weight", "base_layer.weight") if f"{KEY_PREFIX}{name}.{i}" in keys), None)
+            if inside is None or not _is_dense(module):
+                continue
+            stored = file.get_slice(f"{KEY_PREFIX}{name}.{inside}")
+            if len(stored.get_shape()) == 2 and stored.get_shape()[0] != len(module.get_parameter("weight")):
+                model.resize_token_embeddings(stored.get_shape()[0], mean_resizing=False)
+        for name, module in token_embeddings(model).items():
+            key, own = f"{KEY_PREFIX}{name}.base_layer.weight", module.get_parameter("weight")
+            if key in keys and file.get_slice(key).get_shape() == [*own.shape]:
+                with torch.no_grad():
+                    own.copy_(file.get_tensor(key))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adapters.adapter import adopted_modules, conflict
-from slimtune.adapters.adopt import run
+from slimtune.adapters.adopt import frozen_forward, run
 from slimtune.bases import base_of
-from slimtune.core.delta import Delta, Dense, Difference, deltas_of, with_tensors
+from slimtune.core.delta import Delta, Dense, Difference, call_under, deltas_of, with_tensors
 from slimtune.errors import MergeError, listing
 
 MAX_RELATIVE_DRIFT = 0.1
@@ -111,9 +111,9 @@ def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) 
         dense = delta.fold_beside(dense, frozen)
     # By identity: what no adapter changed keeps its codes and its ties.
     changed = {name for name, tensor in dense.items() if tensor is not frozen[name]}
-    # Each number goes to its nearest. Other ways to round were tried on SmolLM2 in bf16: after one and three steps of LoRA
-    # the answers strayed by KL 2.3e-3 and 3.2e-3 so, by 1.2e-2 and 4.9e-3 rounded stochastically, and by 2.8e-3 and
-    # 2.5e-3 with the error carried along the row; bf16 itself puts them off by about 2e-3.
+    # Each number goes to its nearest. Other ways to round were tried on SmolLM2 in bf16: after one and three steps of
+    # LoRA the answers strayed by KL 2.3e-3 and 3.2e-3 so, by 1.2e-2 and 4.9e-3 rounded stochastically, and by 2.8e-3
+    # and 2.5e-3 with the error carried along the row; bf16 itself puts them off by about 2e-3.
     stored = held | {name: tensor for name, tensor in base.repack(module, dense).items() if name in changed}
     if expands_to is not None and "weight" in stored:
         stored["weight"] = stored["weight"].to(expands_to)
@@ -187,16 +187,16 @@ def _check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
     # Other parameters in the module's own forward are what they are when merged.
     exact = (Delta.forward, Difference.forward)
     changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
-    if not changed or base.is_textbook(module):
+    if not changed or (base.is_textbook(module) and "instance_forward" not in vars(module)):
         return
-    frozen, was_training = type(module).adopted_from.forward, module.training
+    frozen, was_training = frozen_forward(module), module.training
     module.eval()
     try:
         with torch.no_grad():
             x = _module_probe(module, base.kind)
             with module.adapter_state.using(applied=names):
                 expected = run(module, frozen, x)
-            merged = frozen(with_tensors(module, folded), x)
+            merged = call_under(module, folded, frozen, x)
             error = (merged - expected).double().norm()
             change, size = (expected - frozen(module, x)).double().norm(), expected.double().norm()
     finally:

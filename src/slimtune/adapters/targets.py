@@ -330,9 +330,20 @@ def _whole(modules: Modules, names: list[str], strict: bool) -> list[Site]:
 
 
 def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
-    """Where `bias="all"` trains a bias: everywhere that one is."""
+    """Where `bias="all"` trains a bias: everywhere that one is.
+
+    Raises:
+        TargetError: one of an attention that is no target, which reads it without a call.
+    """
     if getattr(config, "bias", "none") != "all":
         return []
+    for name, module in modules.items():
+        if _is_bypassed(modules, name) and id(module) not in taken and getattr(module, "bias", None) is not None:
+            raise TargetError(
+                f"bias='all' would train the bias of '{name}' without effect: it belongs to a "
+                "torch.nn.MultiheadAttention, which reads it and never calls the module; name the attention in "
+                "target_modules too, or choose another bias"
+            )
     own = {
         id(module): modules.site(name)
         for name, module in modules.items()

@@ -22,7 +22,8 @@ from torchao.utils import TorchAOBaseTensor
 from slimtune import bases
 from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.delta import Base, Dense
-from slimtune.errors import ConfigError, MergeError
+from slimtune.errors import ConfigError, MergeError, ModelNotFoundError
+from slimtune.storage.foreign import reading_model
 
 _AFFINE = (Int8Tensor, IntxUnpackedToInt8Tensor)
 """w = (code - zero point) * scale of its block."""
@@ -151,8 +152,11 @@ def load_quantized(chosen: Any, source: str, settings: Any, device: str, **optio
         ConfigError: torchao refuses a layer, as one whose width the groups don't divide.
     """
     try:
-        model = chosen.from_pretrained(source, quantization_config=settings, device_map={"": device}, **options)
-    except (AssertionError, RuntimeError) as error:
+        with reading_model("the model", source):
+            model = chosen.from_pretrained(source, quantization_config=settings, device_map={"": device}, **options)
+    except ModelNotFoundError as error:
+        if not isinstance(error.__cause__, AssertionError | RuntimeError):
+            raise
         # transformers reports what torchao raised as a RuntimeError of its own.
         raise ConfigError(
             f"torchao can't quantize {source}: its groups must divide the widths of all linear layers; choose "

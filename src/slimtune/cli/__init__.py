@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
@@ -34,10 +33,10 @@ from slimtune.cli.serve import serve
 from slimtune.cli.serve_key import serve_key
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
-from slimtune.console.failures import is_out_of_memory, sentence_of
+from slimtune.console.failures import sentence_of
 from slimtune.console.noise import escape_logs, leave_out_noise
-from slimtune.console.screen import say
-from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError
+from slimtune.console.screen import say, silence
+from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError, is_out_of_memory
 
 REFUSED, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 """Exit codes; the last two are 128 and the number of the signal, as shells report SIGINT and SIGPIPE."""
@@ -78,9 +77,8 @@ class Commands(TyperGroup):
 
 def _leave_closed_pipe() -> NoReturn:
     """Exit as other programs do whose reader has gone (`| head`): without a word."""
-    with contextlib.suppress(OSError, ValueError):
-        # What is still buffered is written at exit, and must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # What is still buffered is written at exit, and must not fail again.
+    silence(sys.stdout)
     raise typer.Exit(CLOSED_PIPE)
 
 

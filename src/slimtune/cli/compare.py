@@ -111,7 +111,7 @@ def compare(
         "spectra": spectra,
     }
     settings = {name: value for name, value in options.items() if value is not None}
-    screen = open_screen(as_json)
+    screen = open_screen(as_json, works_on=True)
     if dry_run:
         with TemporaryDirectory() as scratch:
             _foresee(

@@ -48,7 +48,7 @@ def demo(
     refuse_existing(output, overwrite)
     if quick:
         steps, held_out = min(steps, 12), min(held_out, 24)
-    if not Demo(open_screen(), output, steps, held_out, seed, is_quick=quick).run():
+    if not Demo(open_screen(works_on=True), output, steps, held_out, seed, is_quick=quick).run():
         raise typer.Exit(1)
 
 

@@ -67,7 +67,7 @@ def merge(
         print_json({"output": str(output), "base": source, **report.to_dict()})
         return
     size = sum(path.stat().st_size for path in output.iterdir())
-    screen = open_screen()
+    screen = open_screen(works_on=True)
     screen.print(f"what the adapter changes      {report.adapter}")
     screen.print(f"what merging lost             {report.merged}")
     screen.print(f"written, read again           {report.reloaded}")

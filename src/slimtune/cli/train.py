@@ -89,7 +89,7 @@ def train(
     if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
-    run(recipe, open_screen(as_json), overwrite, plans, resume)
+    run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
     results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
     say_how_to_use(open_screen(as_json), recipe, results["task_type"])
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,8 @@ from slimtune.compare.record import ComparisonRecord
 from slimtune.compare.remarks import equal_and_different, not_above_constant
 from slimtune.compare.results import RunScore, ShownQuestion
 from slimtune.compare.summary import CandidateRow, Summary
-from slimtune.console.screen import one_line, printable
+from slimtune.console.markdown import code, escaped
+from slimtune.console.screen import printable
 from slimtune.errors import MissingDependencyError
 from slimtune.storage.atomic import write_file
 
@@ -123,19 +123,19 @@ def markdown(report: ComparisonReport) -> str:
     head = list(report.rows[0].cells) if report.rows else []
     rows = [[row.row.name, *row.cells.values()] for row in report.rows]
     findings = [
-        f"{_escaped(f.claim)} ({_escaped(f.source)}): **{f.verdict}**. {_escaped(f.evidence)}" for f in report.findings
+        f"{escaped(f.claim)} ({escaped(f.source)}): **{f.verdict}**. {escaped(f.evidence)}" for f in report.findings
     ]
     sections = {
-        f"# {_escaped(facts.model)} on {_escaped(facts.data)}": "\n\n".join((
-            f"**{_escaped(choice.headline)}.** {_escaped(' '.join(choice.sentences))}",
-            *([_bullets(map(_escaped, warnings))] if (warnings := [*choice.warnings, *report.remarks]) else []),
+        f"# {escaped(facts.model)} on {escaped(facts.data)}": "\n\n".join((
+            f"**{escaped(choice.headline)}.** {escaped(' '.join(choice.sentences))}",
+            *([_bullets(map(escaped, warnings))] if (warnings := [*choice.warnings, *report.remarks]) else []),
             "\n".join(_table_row(cells) for cells in [["", *head], ["---"] * (len(head) + 1), *rows]),
             *(["![scores](scores.png)"] if report.summary.scored else []),
         )),
         "## Known findings": _bullets(findings),
-        "## What was equal": _bullets(map(_escaped, report.same)),
-        "## What was not": _bullets(map(_escaped, [*report.different, *report.notes])),
-        "## How it was run": _bullets([_code(facts.command), *map(_escaped, _environment(facts))]),
+        "## What was equal": _bullets(map(escaped, report.same)),
+        "## What was not": _bullets(map(escaped, [*report.different, *report.notes])),
+        "## How it was run": _bullets([code(facts.command), *map(escaped, _environment(facts))]),
     }  # fmt: skip
     return "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items() if text) + "\n"
 
@@ -146,23 +146,11 @@ def _environment(facts: ComparisonRecord) -> list[str]:
 
 
 def _table_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_escaped, cells)) + " |"
+    return "| " + " | ".join(map(escaped, cells)) + " |"
 
 
 def _bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
-
-
-def _escaped(text: str) -> str:
-    """Text on one line that is no Markdown: no heading, link, image, emphasis, code, tag or cell of a table."""
-    return re.sub(r"([\\`*\[\]|~])", r"\\\1", one_line(" ".join(text.split()))).replace("<", "&lt;")
-
-
-def _code(text: str) -> str:
-    """Text as code, behind more backticks than it has in a row."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    inner = one_line(" ".join(text.split())).replace("<", "&lt;")
-    return f"{fence}{inner}{fence}" if len(fence) == 1 else f"{fence} {inner} {fence}"
 
 
 FIRST, DIVIDED = 3, 3

@@ -6,13 +6,15 @@ escaped: `open_screen` for what rich lays out, `say` for plain lines, `print_jso
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,9 +49,22 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def open_screen(as_json: bool = False) -> Console:
-    """Where people read: standard output, or standard error where standard output is for JSON."""
-    return _console_class()(stderr=as_json, highlight=False, soft_wrap=True)
+def open_screen(as_json: bool = False, works_on: bool = False) -> Console:
+    """Where people read: standard output, or standard error where standard output is for JSON.
+
+    Args:
+        works_on: whether the work goes on, unheard, once the reader of the output has gone (`| head`); for what
+            writes to disk. Otherwise that is a BrokenPipeError.
+    """
+    screen: Any = _console_class()(stderr=as_json, highlight=False, soft_wrap=True)
+    screen.works_on = works_on
+    return screen
+
+
+def silence(stream: TextIO) -> None:
+    """Send nowhere what a stream whose reader has gone still holds, and what is written to it from now on."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @functools.cache
@@ -65,8 +80,12 @@ def _console_class() -> type[Console]:
             for text, style, control in super().render(renderable, options):
                 yield Segment(text if control else printable(text), style, control)
 
+        works_on = False
+
         def on_broken_pipe(self) -> None:
-            raise
+            if not self.works_on:
+                raise
+            silence(cast("TextIO", self.file))
 
     return EscapingConsole
 

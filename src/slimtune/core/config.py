@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Site
+from slimtune.core.field_types import check_types
 from slimtune.core.roles import Role
-from slimtune.errors import ConfigError, UnknownFieldError, did_you_mean, listing
+from slimtune.errors import ConfigError, SlimtuneError, UnknownFieldError, did_you_mean, listing
 
 
 class TaskType(StrEnum):
@@ -152,6 +153,8 @@ class PeftConfig:
         """
         peft_type = fields.get("peft_type")
         owner = method(str(peft_type)) if peft_type else cls
+        if owner is PeftConfig:
+            raise ConfigError(f"peft_type must name a method, found {peft_type!r}; known are {listing(methods())}")
         if not issubclass(owner, cls):
             raise ConfigError(f"this is a {peft_type} adapter, not one for {cls.__name__}")
         known = {f.name for f in dataclasses.fields(owner)}
@@ -273,7 +276,15 @@ def register(config: type[C]) -> type[C]:
                     f"{config.__name__} has no field {name!r}{near or '; see help(' + config.__name__ + ')'}"
                 )
             config.check_foreign(name, value)
-        plain_init(self, *args, **kwargs)
+        try:
+            plain_init(self, *args, **kwargs)
+        except SlimtuneError:
+            raise
+        except Exception:
+            # A check of the method's own may stumble over a type that it hasn't thought of.
+            check_types(self)
+            raise
+        check_types(self)
 
     config.__init__ = checked_init
     # Of this very class: a method derived from LoRA's config isn't one that `peft` reads.

@@ -9,7 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import ConfigError, DataError, did_you_mean, listing
+from slimtune.data import template_process
+from slimtune.data.template_process import TemplateError
+from slimtune.errors import ConfigError, DataError, did_you_mean, first_line, listing
+from slimtune.storage.text_files import read_text
 
 Message = dict[str, Any]
 
@@ -26,13 +29,13 @@ def render(
     if not has_template(tokenizer):
         # A base model never saw turns: it continues text.
         return "\n".join(message["content"] for message in messages) + ("\n" if for_answer else "")
-    from jinja2 import TemplateError
-
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=for_answer
-        )
-    except (TemplateError, TypeError) as error:
+        return template_process.render(tokenizer, messages, tools, for_answer)
+    except TemplateError as error:
+        if error.is_excess:
+            raise DataError(
+                f"the tokenizer's chat template can't be used: {error}; name another one with chat_template"
+            ) from error
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}; "
@@ -154,11 +157,14 @@ def use_template(tokenizer: Any, name: str) -> None:
         DataError: it writes tokens that the tokenizer hasn't, or it is none.
     """
     path = named_templates().get(name, Path(name))
-    if not path.is_file():
+    if not path.exists():
         near = did_you_mean(name, named_templates())
         raise ConfigError(f"no chat template '{name}': neither a file nor one of {', '.join(named_templates())}{near}")
     before = tokenizer.chat_template
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = read_text(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the chat template '{name}' can't be read: {first_line(error)}; pass a text file") from error
     try:
         text = render(tokenizer, [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
         for token in dict.fromkeys(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", text)):

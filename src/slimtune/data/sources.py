@@ -13,7 +13,7 @@ from typing import Any
 
 from slimtune.data.settings import Source
 from slimtune.errors import DataError, MissingDependencyError, did_you_mean, listing
-from slimtune.storage.text_files import parse_json
+from slimtune.storage.text_files import open_file, parse_json
 
 Record = tuple[dict[str, Any], str]
 """A row, and where it stands: for complaints."""
@@ -88,7 +88,7 @@ def _opened(source: Source, streaming: bool, bad: OnBad) -> Iterator[Record]:
 
 def _reader_of(path: Path) -> Callable[[Path, OnBad], Iterator[Record]]:
     suffix = kind_of(path)
-    if suffix and suffix not in READERS and not path.is_file():
+    if suffix and suffix not in READERS and not path.exists():
         _refuse_missing(path)
     if suffix and suffix not in READERS:
         raise DataError(f"{path} ends in {suffix}{PACKED * is_packed(path)}, but {_known()}; convert or rename it")
@@ -205,8 +205,7 @@ def _text(path: Path, bad: OnBad) -> Iterator[Record]:
 
 def _parquet(path: Path, bad: OnBad) -> Iterator[Record]:
     kind = "parquet" if path.suffix.lower() == ".parquet" else "arrow"
-    if not path.is_file():
-        _refuse_missing(path)
+    _open(path).close()
     # Streamed, because a copy in a cache of its own is of no use for a file that is here.
     yield from _from_datasets(
         str(path), lambda d: d.load_dataset(kind, data_files=str(path), split="train", streaming=True)
@@ -388,14 +387,15 @@ def is_packed(path: Path) -> bool:
 
 def opened(path: Path) -> Any:
     """The bytes of a file, unpacked where it is packed; raises OSError, and DataError while a packed one is read."""
-    return io.BufferedReader(_Unpacked(path), 2**20) if is_packed(path) else path.open("rb")
+    return io.BufferedReader(_Unpacked(path), 2**20) if is_packed(path) else open_file(path)
 
 
 class _Unpacked(io.RawIOBase):
     """Raises: DataError, where the file is damaged, or unpacks to more than its size allows."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.file, self.seen = path, gzip.open(path, "rb"), 0  # noqa: SIM115 - closed by `close`
+        self.path, self.packed, self.seen = path, open_file(path), 0
+        self.file = gzip.GzipFile(fileobj=self.packed)
         self.most = max(ANY_BYTES, MOST_TIMES * path.stat().st_size)
 
     def readable(self) -> bool:
@@ -424,4 +424,5 @@ class _Unpacked(io.RawIOBase):
 
     def close(self) -> None:
         self.file.close()
+        self.packed.close()
         super().close()

@@ -13,6 +13,9 @@ import torch
 from slimtune.data.batches import pad_id_of
 from slimtune.data.chat_template import prompt_ids
 from slimtune.errors import ConfigError
+from slimtune.storage.foreign import reading
+
+_MEND = "see its generation_config.json and config.json"
 
 
 def sampling(temperature: float) -> dict[str, Any]:
@@ -75,14 +78,16 @@ def generate_replies(
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
         ids, mask = _padded(model, prefix, [rows[index][len(prefix) :] for index in chosen], pad_id_of(tokenizer))
-        produced = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=repeated(cache, len(chosen)),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_id_of(tokenizer),
-            **options,
-        )
+        # What a model's generation_config.json asks for meets its use here for the first time.
+        with reading(f"{model.name_or_path or 'the model'} can't write text", _MEND, ConfigError):
+            produced = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=repeated(cache, len(chosen)),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad_id_of(tokenizer),
+                **options,
+            )
         answers = produced[:, 1:] if model.config.is_encoder_decoder else produced[:, ids.shape[1] :]
         answered = _replies(model, tokenizer, answers, max_new_tokens, stop)
         batch = dict(zip(chosen, answered, strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 from slimtune.errors import AdapterFileError, ModelNotFoundError, SlimtuneError, did_you_mean, listing
 from slimtune.models.compatibility import largest_rank, rank_pattern, verdicts
 from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from_hub, read_header, read_object
+from slimtune.storage.foreign import refuse_special_files
 from slimtune.storage.hub import fetched, is_id
 
 Facts = dict[str, Any]
@@ -37,6 +38,7 @@ def contents(source: str) -> tuple[Facts, list[Any]]:
         advice = did_you_mean(path.name, siblings) or "; pass a folder that slimtune wrote, or that of a model"
         what = f"{path} is a file, not a folder" if path.exists() else f"no folder {path}"
         raise ModelNotFoundError(what + advice)
+    refuse_special_files(path, AdapterFileError)
     reader = next((reader for marks, reader in _KINDS.items() if all((path / mark).is_file() for mark in marks)), None)
     if reader is None:
         return _several(path), []

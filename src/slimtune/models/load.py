@@ -14,10 +14,7 @@ from slimtune.errors import (
     AdapterFileError,
     ConfigError,
     ModelNotFoundError,
-    SlimtuneError,
     did_you_mean,
-    first_line,
-    listing,
 )
 from slimtune.models.device import DTYPES, pick_device
 from slimtune.quantization.config import (
@@ -28,7 +25,8 @@ from slimtune.quantization.config import (
     stored_by_bitsandbytes,
     stored_by_compressed_tensors,
 )
-from slimtune.storage.source import PACKAGED, base_of, folder_of, is_adapter, no_weight_bar
+from slimtune.storage.foreign import MEND, reading_model, refuse_special_files
+from slimtune.storage.source import base_of, folder_of, is_adapter, no_weight_bar
 from slimtune.storage.text_files import read_json
 
 if TYPE_CHECKING:
@@ -207,7 +205,6 @@ def _read_model(
     source: str, options: LoadOptions, model_class: Any, settings: Settings | None, config_fields: dict[str, Any]
 ) -> Any:
     import transformers
-    from safetensors import SafetensorError
 
     from slimtune.models.auto import own_auto_class
 
@@ -217,34 +214,29 @@ def _read_model(
     device = pick_device(options.device)
     if isinstance(model_class, str):
         model_class = getattr(transformers, model_class)
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusts)
-        # A class that was chosen brings a head of its own, which transformers would report as missing.
-        with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
-            chosen = model_class or (own_auto_class(config) if trusts else None) or _model_class(config)
-            how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
-            if settings is not None or stored_by_bitsandbytes(config) or stored_by_compressed_tensors(config):
-                return _quantized(chosen, source, config, settings, device, **how)
-            return chosen.from_pretrained(source, **how).to(device)
-    except SlimtuneError:
-        raise
-    except SafetensorError as error:
-        raise ModelNotFoundError(f"the weights of {source} are damaged ({error}); fetch the model again") from error
-    except (OSError, ValueError) as error:
-        refuse_code(source, error)
-        raise ModelNotFoundError(
-            f"the model '{source}' can't be loaded: {first_line(error)}; pass a model folder, a Hub id that can be "
-            f"reached, or a packaged name ({listing(PACKAGED)})"
-        ) from error
+    config = read_model_config(source, trusts)
+    chosen = model_class or (own_auto_class(config) if trusts else None) or _model_class(config)
+    how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
+    # A class that was chosen brings a head of its own, which transformers would report as missing.
+    with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
+        if settings is not None or stored_by_bitsandbytes(config) or stored_by_compressed_tensors(config):
+            return _quantized(chosen, source, config, settings, device, **how)
+        with reading_model("the model", source):
+            model = chosen.from_pretrained(source, **how)
+        return model.to(device)
 
 
-def refuse_code(source: str, error: Exception) -> None:
-    """Raises: ModelNotFoundError, where an error of transformers says that the model needs code of its own."""
-    if "trust_remote_code" in str(error):
-        raise ModelNotFoundError(
-            f"'{source}' can't be loaded without Python code that comes with it, which is not run unasked; pass "
-            "--trust-remote-code (in Python trust_remote_code=True) if you trust it"
-        ) from error
+def read_model_config(source: str, trust_remote_code: bool = False) -> Any:
+    """The configuration in a model's folder. Raises: ModelNotFoundError."""
+    from transformers import AutoConfig
+
+    refuse_special_files(source)
+    with reading_model("the configuration of", source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    named = getattr(config, "architectures", None) or []
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ModelNotFoundError(f"the configuration of '{source}' names {named!r:.60} as architectures; {MEND}")
+    return config
 
 
 def _quantized(
@@ -284,7 +276,8 @@ def _model_class(config: Any) -> Any:
     import transformers
 
     named = [getattr(transformers, name, None) for name in config.architectures or []]
-    return next(filter(None, named), transformers.AutoModelForCausalLM)
+    classes = [found for found in named if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)]
+    return next(iter(classes), transformers.AutoModelForCausalLM)
 
 
 @contextmanager
@@ -308,8 +301,6 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((path / name).is_file() for name in names):
         return None
-    try:
+    refuse_special_files(path)
+    with reading_model("the tokenizer in", source):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        refuse_code(source, error)
-        raise ModelNotFoundError(f"the tokenizer in {source} can't be loaded: {first_line(error)}") from error

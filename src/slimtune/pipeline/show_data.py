@@ -52,13 +52,15 @@ def _show_rows(screen: Console, lengths: Lengths, max_length: int, batch_size: i
         )
 
 
-def _bars(lengths: Lengths) -> Table:
+def _bars(lengths: Lengths, encoding: str) -> Table:
+    # Escaped, a block would be six letters wide.
+    mark = "\u2588" if encoding.lower().startswith("utf") else "#"
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(justify="right")
     bars = lengths.histogram()
     most = max(count for _, count in bars)
     for end, count in bars:
-        table.add_row(f"up to {end:,}", "\u2588" * math.ceil(BAR_WIDTH * count / most), f"{count:,}")
+        table.add_row(f"up to {end:,}", mark * math.ceil(BAR_WIDTH * count / most), f"{count:,}")
     return table
 
 
@@ -114,7 +116,7 @@ def show_preview(screen: Console, preview: Preview, max_length: int, batch_size:
         screen.print(f"\nexample {number}, with what is learned {_how(screen)}:", markup=False)
         screen.print(_coloured(screen, shortened(sample)))
     screen.print(f"\n{unit} of an example:")
-    screen.print(_bars(lengths))
+    screen.print(_bars(lengths, screen.encoding))
     shares = ", ".join(f"{share}% have at most {lengths.percentile(share):,}" for share in PERCENTILES)
     screen.print(f"{shares}; the longest has {lengths.longest:,}")
     if unit == "tokens":

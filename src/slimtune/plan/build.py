@@ -17,11 +17,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from slimtune.errors import ConfigError, MissingDependencyError, ModelNotFoundError, PlanError, first_line
+from slimtune.errors import ConfigError, MissingDependencyError, PlanError, first_line
 from slimtune.models.auto import BY_TASK, own_auto_class
-from slimtune.models.load import refuse_code
+from slimtune.models.load import read_model_config
 from slimtune.ops import cross_entropy
 from slimtune.plan.memory import Setting
+from slimtune.storage.foreign import refuse_code
 from slimtune.storage.source import PACKAGED, folder_of, is_adapter
 
 FALLBACKS = (
@@ -48,14 +49,7 @@ def config_of(source: Any, trust_remote_code: bool = False) -> Any:
     has_config = (Path(source) / "config.json").is_file()
     is_folder = has_config and source not in PACKAGED
     folder = source if is_folder else folder_of(source, weights=False, code=trust_remote_code)
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        refuse_code(str(source), error)
-        raise ModelNotFoundError(
-            f"the configuration of '{source}' can't be read: {first_line(error)}; pass a folder with config.json, or a "
-            "Hub id that can be reached"
-        ) from error
+    return read_model_config(folder, trust_remote_code)
 
 
 def model_class(config: Any, task_type: str | None, trust_remote_code: bool = False) -> Any:

@@ -32,6 +32,7 @@ from slimtune.bases import base_of, claim
 from slimtune.bases.bitsandbytes import packed_4bit, packed_8bit
 from slimtune.errors import ConfigError, DamagedBaseError, did_you_mean, listing
 from slimtune.quantization.config import Quantization
+from slimtune.storage.foreign import open_tensors, reading_model
 from slimtune.storage.quantization_metadata import mend_saving
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -50,7 +51,7 @@ def load_quantized(
     if device == "mps":
         raise ConfigError("bitsandbytes can't quantize for mps; pass device='cpu'")
     # Quantized as they are read: the peak is the model in few bits and one layer in 16, not the model in 16.
-    with _read_not_mapped():
+    with _read_not_mapped(), reading_model("the model", source):
         model = chosen.from_pretrained(
             source, quantization_config=Request(settings), device_map={"": device}, **options
         )
@@ -65,7 +66,8 @@ def load_as_stored(chosen: Any, source: str, device: str, **options: Any) -> Any
         DamagedBaseError: what is stored of a weight doesn't fit together.
     """
     _check_files(Path(source))
-    model = chosen.from_pretrained(source, device_map={"": device}, **options)
+    with reading_model("the model", source):
+        model = chosen.from_pretrained(source, device_map={"": device}, **options)
     claim(model)
     mend_saving(model)
     return model
@@ -247,7 +249,7 @@ def _check_files(folder: Path) -> None:
     names: set[str] = set()
     states: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safetensors.safe_open(file, framework="pt") as stored:
+        with open_tensors(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - it is no mapping
                 names.add(name)
                 if _STATE in name:

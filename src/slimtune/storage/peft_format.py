@@ -22,6 +22,7 @@ from torch import Tensor
 
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean
 from slimtune.storage.atomic import sync
+from slimtune.storage.foreign import open_tensors, refuse_special_files
 from slimtune.storage.text_files import read_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -138,14 +139,9 @@ def _check_sound(path: Path, name: str, tensor: Tensor) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file and its metadata. Raises: AdapterFileError, for an empty or damaged one."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (_safetensor_error(), OSError, ValueError) as error:
-        raise AdapterFileError(f"'{path}' is no whole safetensors file ({error}); copy or download it again") from error
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not tensors:
         raise AdapterFileError(
             f"'{path}' holds no tensors: the adapter was saved empty; save it again from the trained model"
@@ -212,6 +208,7 @@ def adapter_folder(model_id: str | Path, subfolder: str | None = None, **hub: An
             raise ConfigError(f"loading an adapter takes no argument {name!r}{did_you_mean(name, known)}")
     folder = Path(model_id, subfolder or "")
     if folder.is_dir():
+        refuse_special_files(folder, AdapterFileError)
         return folder
     if folder.exists():
         raise AdapterFileError(f"'{folder}' is a file; give the folder that holds {CONFIG_NAME}")

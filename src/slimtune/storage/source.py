@@ -20,6 +20,7 @@ from slimtune.errors import (
     listing,
 )
 from slimtune.storage.atomic import staged
+from slimtune.storage.foreign import refuse_special_files
 from slimtune.storage.hub import at_revision, fetched, is_id
 from slimtune.storage.quantization_metadata import strip_quantization_metadata
 from slimtune.storage.text_files import read_json
@@ -100,6 +101,7 @@ def folder_of(source: str, weights: bool = True, code: bool = False) -> str:
         code: whether Python files are.
     """
     if (Path(source) / ADAPTER).is_file():
+        refuse_special_files(source, AdapterFileError)
         return source
     resolved = resolve(source)
     if Path(resolved).is_dir():
@@ -180,6 +182,7 @@ def _unpack(gguf: Path, target: Path) -> None:
 
 
 def _require_safe_weights(folder: Path) -> None:
+    refuse_special_files(folder)
     if not (folder / "config.json").is_file():
         entries = listing(entry.name for entry in _entries(folder)) or "nothing"
         raise ModelNotFoundError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,30 @@ MOST_BYTES = 2**26
 """Indexes of the largest models have some megabytes."""
 
 
+def open_file(path: str | os.PathLike[str]) -> Any:
+    """The bytes of a file. Raises: OSError, for a pipe or a device too, which has no end or makes the reader wait."""
+    # A pipe that nobody writes to would wait in `open` already.
+    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
+        raise OSError(None, "it is a pipe or a device, not a file; write what it gives into a file", os.fspath(path))
+    return Path(path).open("rb")
+
+
 def read_json(path: Path) -> Any:
     """The value in a file. Raises: OSError; ValueError, for what is not JSON, too long or nested too deeply."""
-    with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-    return parse_json(data)
+    return parse_json(_read(path, MOST_BYTES))
+
+
+def read_text(path: Path) -> str:
+    """The text in a file. Raises: OSError; ValueError, for what is not UTF-8 or too long."""
+    return _read(path, MAX_BYTES).decode("utf-8")
+
+
+def _read(path: Path, most: int) -> bytes:
+    with open_file(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return data
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -33,7 +51,7 @@ def parse_json(data: bytes | str) -> Any:
 
 
 MAX_BYTES = 1_000_000
-"""No recipe is longer; a few lines of aliases can stand for gigabytes, so those are refused altogether."""
+"""No recipe or template is longer; a few lines of aliases can stand for gigabytes, so those are refused altogether."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,14 +105,12 @@ def is_yaml(name: str) -> bool:
 def read_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
     """The mapping that a YAML file holds; raises ConfigError with the line at fault."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"the {what} {path} has more than {MAX_BYTES:,} bytes; pass a YAML file of settings")
-        value = parse(path.read_text(encoding="utf-8"))
+        value = parse(read_text(path))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"the {what} {path}{where} is not YAML: {error.problem}; correct it") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"the {what} {path} is not YAML text ({first_line(error)}); pass a YAML file") from error
     except OSError as error:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimtune.console.markdown import code, escaped
 from slimtune.models.auto import BY_TASK
 from slimtune.recipe.method import find
 from slimtune.recipe.training import TrainSettings
@@ -40,8 +44,9 @@ class Card:
         """The card as Markdown with the metadata that the Hub reads."""
         sections = [
             self._front_matter(),
-            f"# {self.name}\n\n{'An adapter for' if self.is_adapter else 'A full fine-tune of'} `{self.base}`"
-            + (f" at revision `{self.revision}`." if self.revision else "."),
+            f"# {escaped(self.name)}\n\n{'An adapter for' if self.is_adapter else 'A full fine-tune of'} "
+            + code(self.base)
+            + (f" at revision {code(self.revision)}." if self.revision else "."),
             "## How to load it\n\n" + self._loading(),
             "## Method\n\n" + _table(self.method),
             "## Data\n\n" + _table(self.data),
@@ -77,7 +82,9 @@ class Card:
 
     def _front_matter(self) -> str:
         # A folder of this machine means nothing to the Hub, and it refuses cards that name one.
-        named = [] if Path(self.base).is_absolute() or self.base.startswith(".") else [f"base_model: {self.base}"]
+        named = (
+            [] if Path(self.base).is_absolute() or self.base.startswith(".") else [f"base_model: {_as_yaml(self.base)}"]
+        )
         kind = (
             ["library_name: peft", f"tags: [{self.method['method']}, slimtune]"]
             if self.is_adapter
@@ -109,8 +116,8 @@ class Card:
         names = f"{'AutoConfig, ' if self.has_head else ''}{auto}, AutoTokenizer"
         names += ", BitsAndBytesConfig" if self.quantize else ""
         head = ['config = AutoConfig.from_pretrained("path/to/this/folder")'] if self.has_head else []
-        base = f'resolve("{self.base}")' if is_packaged else f'"{self.base}"'
-        revision = f', revision="{self.revision}"' if self.revision else ""
+        base = f"resolve({_quoted(self.base)})" if is_packaged else _quoted(self.base)
+        revision = f", revision={_quoted(self.revision)}" if self.revision else ""
         return _python(
             f"from transformers import {names}",
             f"from {library} import PeftModel",
@@ -126,6 +133,15 @@ class Card:
 
     def _is_known_to_peft(self) -> bool:
         return find(self.method["method"]).in_peft
+
+
+def _quoted(text: str) -> str:
+    """Text as a string of Python or YAML, in double quotation marks, that can't end them or the line."""
+    return json.dumps(text)
+
+
+def _as_yaml(name: str) -> str:
+    return name if re.fullmatch(r"[\w./-]+", name, re.ASCII) else _quoted(name)
 
 
 def _python(*lines: str) -> str:
@@ -145,16 +161,16 @@ def use_of(task_type: str, folder: str, base: str = "") -> str:
     """The command that puts what was trained to use; with a base, `folder` is its adapter."""
     if task_type in ("SEQ_CLS", "TOKEN_CLS"):
         return f"slimtune predict {folder} texts.jsonl"
-    model = f"{base} --adapter {folder}" if base else folder
+    model = f"{shlex.quote(base)} --adapter {folder}" if base else folder
     return f'slimtune generate {model} "..."' if task_type == "SEQ_2_SEQ_LM" else f"slimtune chat {model}"
 
 
 def _table(values: dict[str, Any]) -> str:
-    rows = [f"| {key} | {_shown(value)} |" for key, value in values.items()]
+    rows = [f"| {escaped(key)} | {escaped(_shown(value))} |" for key, value in values.items()]
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple, set)):
         return ", ".join(map(str, sorted(value)))
-    return "-" if value is None else str(value).replace("|", "\\|")
+    return "-" if value is None else str(value)

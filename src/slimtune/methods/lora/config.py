@@ -67,7 +67,7 @@ class LoraConfig(LayeredConfig):
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
-    layer_replication: list[Any] | None = None
+    layer_replication: list[list[int]] | None = None
     alora_invocation_tokens: list[int] | None = None
 
     inert: ClassVar[Mapping[str, Any]] = {

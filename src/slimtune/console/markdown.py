@@ -1,0 +1,19 @@
+"""Names, data and answers in Markdown: as text that a page shows, and not as marks that it obeys."""
+
+from __future__ import annotations
+
+import re
+
+from slimtune.console.screen import one_line
+
+
+def escaped(text: str) -> str:
+    """Text on one line that is no Markdown: no heading, link, image, emphasis, code, tag or cell of a table."""
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", one_line(" ".join(text.split()))).replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    """Text as code, behind more backticks than it has in a row."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    inner = one_line(" ".join(text.split())).replace("<", "&lt;")
+    return f"{fence}{inner}{fence}" if len(fence) == 1 else f"{fence} {inner} {fence}"
