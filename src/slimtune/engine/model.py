@@ -30,16 +30,16 @@ def causal_model_slots(model: Any, slots: int, context: int | None) -> KeyValueS
     if config is None or config.is_encoder_decoder or not (hasattr(model, "can_generate") and model.can_generate()):
         raise ConfigError(f"the engine runs causal language models of transformers, found a {type(model).__name__}")
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    context = min(own or LONGEST, LONGEST) if context is None else context
-    check_whole("context", context, least=2)
-    if own and context > own:
-        raise ConfigError(f"a context of {context} is beyond the {own} positions of this model; choose less")
+    length: int = min(own or LONGEST, LONGEST) if context is None else context
+    check_whole("context", length, least=2)
+    if own and length > own:
+        raise ConfigError(f"a context of {length} is beyond the {own} positions of this model; choose less")
     like = next(model.parameters())
     if model.training:
         model.eval()
     shapes = _tried(model)
-    _check_memory(model, shapes, slots, context)
-    return KeyValueSlots(shapes, slots, context, torch.empty(0, dtype=model.dtype, device=like.device))
+    _check_memory(model, shapes, slots, length)
+    return KeyValueSlots(shapes, slots, length, torch.empty(0, dtype=model.dtype, device=like.device))
 
 
 def _check_memory(model: Any, shapes: Sequence[tuple[int, int, int]], slots: int, context: int) -> None:
