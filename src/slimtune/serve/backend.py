@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,11 +48,9 @@ class Backend(Protocol):
 
     Attributes:
         slots: how many answers it works on at once.
-        context: the most tokens of a prompt and its answer, where that is known.
     """
 
     slots: int
-    context: int | None
 
     async def start(self) -> None:
         """Get ready to answer."""
@@ -66,7 +64,7 @@ class Backend(Protocol):
         """Whether it can answer now."""
         ...
 
-    def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncIterator[Piece]:
+    def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """The answers, piece by piece; closing the iterator ends them. Raises: ApiError."""
         ...
 

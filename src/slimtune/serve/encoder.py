@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class EncoderBackend:
         folder: the model's, which may say how its vectors are pooled and whether they are normalised.
     """
 
-    slots = 1
+    slots: int = 1
     context: int
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path) -> None:
@@ -66,7 +66,7 @@ class EncoderBackend:
             vectors_ND = normalize(vectors_ND, dim=-1)
         return vectors_ND.tolist(), sum(lengths)
 
-    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncIterator[Piece]:
+    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """Raises: ApiError."""
         raise bad_request("this base is an encoder and writes no text; ask /v1/embeddings", "model")
         yield Piece()

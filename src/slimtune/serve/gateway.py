@@ -171,7 +171,10 @@ class Gateway:
         try:
             async with asyncio.timeout(self.settings.request_timeout), self.queue.turn(tenant, asked.choices()):
                 self.metrics.queue_seconds.observe(time.monotonic() - began)
-                async with self._loaded(adapter) as name, aclosing(self._pieces(asked, name, tenant)) as pieces:
+                async with (
+                    self._loaded(adapter) as name,
+                    aclosing(self.backend.answer(asked, name, tenant.name)) as pieces,
+                ):
                     async for piece in pieces:
                         if piece.tokens:
                             now = time.monotonic()
@@ -197,11 +200,6 @@ class Gateway:
             answer.inbox.put_nowait(_internal(error, answer.model))
         finally:
             answer.inbox.put_nowait(None)
-
-    async def _pieces(self, asked: Asked, adapter: str | None, tenant: Tenant) -> AsyncIterator[Piece]:
-        async with aclosing(self.backend.answer(asked, adapter, tenant.name)) as pieces:  # type: ignore[type-var]
-            async for piece in pieces:
-                yield piece
 
     @asynccontextmanager
     async def _loaded(self, adapter: Adapter | None) -> AsyncIterator[str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ class EngineBackend:
         """Raises: ApiError."""
         return await no_embeddings()
 
-    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncIterator[Piece]:
+    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """The answers, piece by piece, in the order in which their tokens come."""
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._encoding, self._prepare, asked)

@@ -51,8 +51,6 @@ class RemoteBackend:
         loads: whether adapters are loaded into them, as vLLM can; else their folders are names of models there.
     """
 
-    context = None
-
     def __init__(
         self,
         urls: Sequence[str],
@@ -183,7 +181,7 @@ class RemoteBackend:
     def _order(self) -> list[Replica]:
         return sorted(self.replicas, key=lambda replica: replica.running)
 
-    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncIterator[Piece]:
+    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """The answers of the first server that takes the request, piece by piece."""
         kind = "chat/completions" if isinstance(asked, ChatCompletionRequest) else "completions"
         body = _forwarded(asked, self.model if adapter is None else self._names[adapter])
