@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 COMMANDS = ("demo", "plan", "train", "compare", "chat", "generate", "predict", "methods", "info", "merge", "doctor",
-            "demo-data", "evaluate", "forgetting", "spectra", "recipe", "data")  # fmt: skip
+            "demo-data", "evaluate", "forgetting", "spectra", "recipe", "data",
+            "quantize")  # fmt: skip
 
 
 def test_help_lists_every_command_and_the_exit_codes(run: Any) -> None:

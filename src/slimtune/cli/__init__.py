@@ -128,8 +128,8 @@ for name, command in {
     "spectra": spectra,
     "methods": methods,
     "info": info,
-    "merge": merge,
     "quantize": quantize,
+    "merge": merge,
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():
