@@ -135,9 +135,9 @@ for name, command in {
     "spectra": spectra,
     "methods": methods,
     "info": info,
-    "merge": merge,
     "quantize": quantize,
     "export": export,
+    "merge": merge,
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():

@@ -38,9 +38,8 @@ def quantize(
 ) -> None:
     """Quantize a model after training and write it as compressed-tensors, with a report of what it lost.
 
-    Every command takes the written folder: chat, evaluate, and train, as the base of any method. transformers
-    reads it too, and by its format vLLM. Example:
-    slimtune quantize my-adapter --data orders.jsonl --output my-model-in-4-bits
+    Every command takes the written folder, train as the base of any method; transformers reads it too, and by its
+    format vLLM. Example: slimtune quantize my-adapter --data orders.jsonl --output my-model-in-4-bits
 
     An adapter is merged into its base first. In 4 bits, layers are scaled (AWQ) and their codes are chosen one input
     after the other (GPTQ) by what the layers get to see on the data: take data like that which the model will see.

@@ -14,6 +14,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -134,9 +135,10 @@ def quantized_linears(model: Any, keep: Any = ()) -> list[str]:
     kept = {*skipped, *keep, *({last_module} & set(linear))}
     names = [name for name in linear if should_convert_module(name, list(kept))]
     if not names:
+        has_conv1d = any(isinstance(module, Conv1D) for module in model.modules())
+        advice = "nf4 takes GPT-2's Conv1D, which the format of integers doesn't" if has_conv1d else "leave it as it is"
         raise ConfigError(
-            f"{type(model).__name__} has no linear layer to quantize beside {listing(linear) or 'none at all'}; load "
-            "it without quantize"
+            f"{type(model).__name__} has no linear layer to quantize beside {listing(linear) or 'none at all'}; {advice}"
         )
     return names
 
