@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 COMMANDS = ("demo", "plan", "train", "compare", "chat", "generate", "predict", "methods", "info", "merge", "doctor",
-            "demo-data", "evaluate", "forgetting", "spectra", "recipe", "data", "distill", "prune")  # fmt: skip
+            "demo-data", "evaluate", "forgetting", "spectra", "recipe", "data", "distill", "prune", "slim")  # fmt: skip
 
 
 def test_help_lists_every_command_and_the_exit_codes(run: Any) -> None:

@@ -28,6 +28,7 @@ from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
 from slimtune.cli.prune import prune
 from slimtune.cli.recipe import recipe
+from slimtune.cli.slim import slim
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.console.failures import is_out_of_memory, sentence_of
@@ -122,6 +123,7 @@ for name, command in {
     "train": train,
     "distill": distill,
     "prune": prune,
+    "slim": slim,
     "compare": compare,
     "chat": chat,
     "generate": generate,
