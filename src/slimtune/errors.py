@@ -72,6 +72,12 @@ class DoesNotFitError(SlimtuneError, MemoryError):
     """A training that needs more memory than the device has."""
 
 
+class RefusedStepError(SlimtuneError, RuntimeError):
+    """A step that made a model smaller and lost more than it may."""
+
+    exit_code = 1
+
+
 class OutputExistsError(SlimtuneError, FileExistsError):
     """An output folder that already holds something."""
 

@@ -49,3 +49,14 @@ def test_defaults_and_figures_are_those_of_the_code() -> None:
     assert f"in steps of {MULTIPLE}" in PAGE
     # ids in 2 or 4 bytes, log-probabilities in 2, and the rest's mass.
     assert all(f"{TOP_K * (size + 2) + 2}" in PAGE for size in (2, 4))
+
+
+def test_the_recipe_is_one() -> None:
+    import yaml
+
+    from slimtune.recipe.validation import read_as
+    from slimtune.slim.recipe import SlimRecipe, shipped
+
+    (text,) = code("yaml")
+    assert read_as(SlimRecipe, yaml.safe_load(text)).steps
+    assert all(f"`{name}`" in PAGE for name in shipped())

@@ -31,6 +31,7 @@ from slimtune.cli.quantize import quantize
 from slimtune.cli.recipe import recipe
 from slimtune.cli.serve import serve
 from slimtune.cli.serve_key import serve_key
+from slimtune.cli.slim import slim
 from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.console.failures import sentence_of
@@ -124,6 +125,7 @@ for name, command in {
     "train": train,
     "distill": distill,
     "prune": prune,
+    "slim": slim,
     "compare": compare,
     "chat": chat,
     "generate": generate,

@@ -19,6 +19,7 @@ from slimtune.errors import ConfigError, DataError, MergeError
 from slimtune.evaluate.domain_texts import read_texts, texts
 from slimtune.evaluate.language_loss import passages
 from slimtune.quantization.report import parts
+from slimtune.recipe.validation import STRICT
 from slimtune.slim.depth import drop_layers
 from slimtune.slim.structure import Batch
 from slimtune.slim.width import drop_kv_groups, narrow_feed_forward
@@ -42,6 +43,8 @@ class PruneConfig:
     layers: int | None = None
     ffn: float | None = None
     kv_heads: int | None = None
+
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if all(getattr(self, field.name) is None for field in fields(self)):

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slimtune.core.roles import Role, role_of
 from slimtune.errors import ConfigError
+from slimtune.evaluate.generation import kept_logits
 
 FEED_FORWARD_WIDTH = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 """What configs call the number of feed-forward neurons: Llama, Qwen, Gemma, BERT and ViT; GPT-2; OPT; Falcon."""
@@ -127,7 +128,8 @@ def run_through(
     """Run the model on each batch, and call a module's hook with its input, or with its input and its output."""
     with _hooked(hooks, before):
         for batch in batches:
-            model(**{name: value.to(model.device) for name, value in batch.items()})
+            # Nobody looks at the logits: of a small model they are half of the work.
+            model(**{name: value.to(model.device) for name, value in batch.items()}, **kept_logits(model, 1))
 
 
 @contextmanager

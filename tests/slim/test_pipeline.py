@@ -1,0 +1,130 @@
+"""`slimtune slim`: the steps are done in order, measured, resumed, and refused beyond their bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from slimtune.cli import app
+from slimtune.data.settings import DataSettings
+from slimtune.evaluate.domain_texts import texts
+from slimtune.slim import measure as module
+from slimtune.slim import pipeline
+from slimtune.slim.recipe import shipped
+from small_text_model import orders, save_base, write_lines
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = save_base(tmp_path / "base", num_hidden_layers=3)
+    rows = write_lines(tmp_path / "rows.jsonl", *({"messages": e.messages()} for e in orders(20)))
+    training = {"max_steps": 2, "batch_size": 4}
+    values = {
+        "model": str(base),
+        "data": {"train": str(rows), "held_out": 0.2},
+        "evaluation": {"limit": 2, "max_new_tokens": 8},
+        "output": str(tmp_path / "out"),
+        "steps": [{"prune": {"layers": 2}}, {"distill": {"method": {"name": "lora", "r": 4}, "training": training}}],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured in this process, on few texts: a process of its own imports for many seconds."""
+    monkeypatch.setattr(module, "texts", lambda: texts(["facts", "chat"], 2))
+    monkeypatch.setattr(module, "TURNS", 1)
+    monkeypatch.setattr(pipeline, "measured", module.measure)
+
+
+@pytest.mark.soak
+def test_a_process_of_its_own_measures_the_same(recipe: Path, tmp_path: Path) -> None:
+    base, data = str(tmp_path / "base"), DataSettings(str(tmp_path / "rows.jsonl"))
+    apart, inside = (measured("a", base, base, data, None, 0.0) for measured in (module.measured, module.measure))
+    assert apart.perplexity == pytest.approx(inside.perplexity)
+    assert 0 < apart.resident_bytes < 2 * inside.resident_bytes
+
+
+@pytest.mark.usefixtures("few_texts")
+def test_a_row_a_step(recipe: Path, tmp_path: Path) -> None:
+    result = run("slim", recipe, "--json")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["name"] for row in rows] == ["00-model", "01-prune", "02-distill"]
+    assert rows[0]["kl"] == rows[0]["forgetting"] == 0
+    assert rows[0]["same_first"] == rows[0]["decode_ratio"] == 1
+    assert rows[1]["bytes"] < rows[0]["bytes"]
+    assert rows[1]["kl"] > 0
+    assert all(0 <= row["interval"][0] <= row["score"] <= row["interval"][1] <= 1 for row in rows)
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 2
+    assert json.loads((out / "slim_report.json").read_text())["rows"] == rows
+    assert (out / "slim_report.md").read_text().count("\n|") == 5
+    assert "02-distill" in (out / "slim_report.html").read_text()
+    assert (out / "slim_report.png").is_file()
+    assert not (tmp_path / "out.slim").exists()
+
+
+@pytest.mark.usefixtures("few_texts")
+def test_a_step_that_loses_too_much_is_refused_and_a_looser_recipe_goes_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run("slim", recipe, "stop.perplexity=1.0")
+    assert result.exit_code == 1
+    assert "lost too much" in result.output
+    assert not (tmp_path / "out").exists()
+    pruned = (tmp_path / "out.slim" / "01-prune" / "model.safetensors").stat().st_mtime_ns
+    done = pipeline._do
+
+    def only_the_second(kind: str, *arguments: Any) -> None:
+        assert kind == "distill"
+        done(kind, *arguments)
+        assert (tmp_path / "out.slim" / "01-prune" / "model.safetensors").stat().st_mtime_ns == pruned
+
+    monkeypatch.setattr(pipeline, "_do", only_the_second)
+    result = run("slim", recipe)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["steps=[{prun: {layers: 1}}]"], "did you mean 'prune'"),
+        (["steps=[{prune: {layer: 1}}]"], "did you mean 'layers'"),
+        (["steps=[{distill: {beta: 3}}]"], "from 0 to 1"),
+        (["steps=[]"], "steps is empty"),
+        (["stop.task=0.5"], "from -1 to 0"),
+        (["stop.perplexity=0.5"], "stop.perplexity"),
+        (["data.held_out=0"], "nothing is held out"),
+        (["evaluation=null", "stop.task=-0.1"], "needs a score"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], said: str
+) -> None:
+    monkeypatch.setattr(pipeline, "slim", lambda *a: pytest.fail("it ran"))
+    result = run("slim", recipe, *overrides)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_whole(name: str, tmp_path: Path) -> None:
+    from slimtune.slim.recipe import SlimRecipe
+
+    printed = run("slim", name, "--example")
+    (tmp_path / "recipe.yaml").write_text(printed.stdout)
+    assert SlimRecipe.read(tmp_path / "recipe.yaml").steps
