@@ -35,7 +35,7 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 def packed(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """All texts in one row, with positions that begin anew."""
-    return torch.tensor([sum(rows, [])]), torch.tensor([[at for row in rows for at in range(len(row))]])
+    return torch.tensor([[token for row in rows for token in row]]), torch.tensor([[at for row in rows for at in range(len(row))]])
 
 
 @given(texts())
@@ -61,7 +61,7 @@ def test_packed_rows_give_the_same_tree(rows: list[list[int]]) -> None:
 
 def test_what_is_shared_stands_in_the_tree_once() -> None:
     system, question = list(range(1, 21)), list(range(30, 40))
-    rows = [system + question + [50, 51], system + question + [60], system + [70, 71, 72]]
+    rows = [system + question + [50, 51], system + question + [60], [*system, 70, 71, 72]]
     assert len(prefix_tree(*padded(rows), None).tokens) == 20 + 10 + 2 + 1 + 3
     # Too short a beginning is computed again, and equal positions are a part of being equal.
     short = [[1] * (SHORTEST_SHARED - 1) + [2, 2], [1] * (SHORTEST_SHARED - 1) + [3]]
