@@ -121,4 +121,7 @@ def plain_table(rows: Iterable[Sequence[Any]]) -> Table:
 
 def print_table(screen: Console, rows: Iterable[Sequence[Any]]) -> None:
     """Print a plain table: broken at the edge of a terminal, and a line a row in a pipe, which has no edge."""
-    screen.print(plain_table(rows), soft_wrap=False, width=None if screen.is_terminal else _NO_EDGE)
+    if not screen.is_terminal:
+        # Set here, for `print` takes no width beyond that of the console.
+        screen.width = _NO_EDGE
+    screen.print(plain_table(rows), soft_wrap=False)

@@ -87,8 +87,8 @@ def check_shares(model: Any) -> None:
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False):
             raise ConfigError(
-                f"prefixes can't be shared with {config.peft_type} (adapter {name}), whose virtual tokens stand in front "
-                "of each row"
+                f"prefixes can't be shared with {config.peft_type} (adapter {name}), whose virtual tokens stand in "
+                "front of each row"
             )
     vocabulary = model.get_input_embeddings().num_embeddings
     drawn = torch.randint(0, vocabulary, (3, PROBED), generator=torch.Generator().manual_seed(0))

@@ -93,7 +93,7 @@ class PrefixTree:
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, family: Family, window: int | None) -> Tensor:
-        """(L, A + L), True where a child's token attends: to what is before it, at most `window` tokens with its own."""
+        """(L, A + L), True where a child's token attends: to at most `window` tokens, its own the last."""
         before = sum(length for _, length in family.path)
         key = (before, family.width, window)
         if key not in self._masks:

@@ -32,7 +32,7 @@ from slimtune.recipe.recipe import MethodSettings, ModelSettings, Recipe
 from slimtune.storage.atomic import staged
 from slimtune.storage.hub import parted
 from slimtune.storage.source import folder_of, refuse_adapter
-from slimtune.train.arguments import check_device
+from slimtune.train.arguments import check_device, check_processes
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
 from slimtune.train.eva_start import start_by_eva
@@ -73,6 +73,7 @@ def run(
     # All that needs no model comes first: a slip of the pen must not cost a download.
     if resume and not takes_steps:
         raise ConfigError("--resume would change nothing with the method features, which takes no steps; leave it out")
+    check_processes()
     if takes_steps:
         check_dependencies()
     with run_folder(output, recipe.to_dict(), overwrite, resume) as folder:

@@ -23,12 +23,7 @@ from slimtune.train.trainer import TrainerSpec
 
 def check_settings(settings: TrainSettings, device: str, held_out: Sequence[Any]) -> None:
     """See that a run with these settings can start. Raises: ConfigError, MissingDependencyError, TrainingError."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ConfigError(
-            f"this loop runs in one process, which holds the folder that it writes, and there are {processes}; with "
-            "torchrun, give the adopted model to transformers' Trainer"
-        )
+    check_processes()
     check_runs(settings.optim, device)
     check_installed(settings.trackers)
     if settings.of_held_out and not held_out:
@@ -42,6 +37,16 @@ def check_settings(settings: TrainSettings, device: str, held_out: Sequence[Any]
     except (TypeError, ValueError) as error:
         given = f"scheduler_options {dict(settings.scheduler_options)}" if settings.scheduler_options else "no options"
         raise ConfigError(f"the scheduler {settings.scheduler} doesn't run with {given}: {error}") from error
+
+
+def check_processes() -> None:
+    """See that the run is in one process. Raises: ConfigError."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"this loop runs in one process, which holds the folder that it writes, and there are {processes}; with "
+            "torchrun, give the adopted model to transformers' Trainer"
+        )
 
 
 def check_device(device: str) -> str:
