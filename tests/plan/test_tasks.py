@@ -178,7 +178,7 @@ def _trained(model: Any, tokenizer: Any, data: Any, task: str, folder: Path) -> 
         screen = Console(file=file)
         lesson = data.encode(model, tokenizer)
         kind = preference(task, model, tokenizer, PreferenceSettings(), 1024) if task in PREFERENCE_TASKS else None
-        settings = TrainSettings(1e-3, max_steps=3, batch_size=4, save_minutes=0)
+        settings = TrainSettings(1e-3, max_steps=3, batch_size=4, save_minutes=0, share_prefixes=False)
         fine_tune(model, tokenizer, lesson.examples, settings, folder / "run", screen, objective=lesson.objective,
                   spec=kind)  # fmt: skip
     return peak_of(tracker)

@@ -37,6 +37,7 @@ class TrainSettings:
         scheduler: one of transformers'; `scheduler_options` are the arguments of its own, such as `min_lr`.
         warmup: steps, or a share of them below 1.
         lora_plus_ratio: LoRA+, how many times faster B learns than A.
+        share_prefixes: compute what the rows of a batch begin with once; by default where it pays and the model can.
         logging_steps: steps between two lines of loss.jsonl; their mean is written.
         eval_steps: steps between two evaluations on the held-out examples; by default one at the end of each epoch.
         samples: how many held-out questions are answered at each evaluation, shown and written to samples.jsonl.
@@ -63,6 +64,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     lora_plus_ratio: float | None = None
     gradient_checkpointing: bool = False
+    share_prefixes: bool | None = None
     logging_steps: int = 1
     eval_steps: int | None = None
     samples: int = 0

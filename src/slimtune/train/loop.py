@@ -32,6 +32,7 @@ from slimtune.train.checkpointing import (
 from slimtune.train.checks import DivergedError, EachDeltaLearns, InterruptedRunError, LastGood, StopOnSignal
 from slimtune.train.optimizer import OffloadedAdamW
 from slimtune.train.progress import SCORES, LossLog, ProgressBar, ReproducibilityCheck, Samples
+from slimtune.train.sharing import sharing
 from slimtune.train.state import load_trained_state
 from slimtune.train.trainer import AnswerTrainer, TrainerSpec, supervised
 
@@ -90,7 +91,9 @@ def fine_tune(
     """
     device = check_device(str(model.device))
     check_settings(settings, device, eval_examples)
-    spec = spec or supervised(objective or Objective(PadRight(pad_id_of(tokenizer))))
+    if spec is None:
+        objective = objective or Objective(PadRight(pad_id_of(tokenizer)))
+        spec = supervised(objective)
     rate = settings.learning_rate or default_learning_rate(model) * spec.share_of_rate
 
     def log(line: str) -> None:
@@ -133,7 +136,8 @@ def fine_tune(
         trainer.remove_callback(PrinterCallback)
         with stop.listening():
             try:
-                _train(trainer, checkpointer, checkpoint)
+                with sharing(model, settings, examples, objective, console):
+                    _train(trainer, checkpointer, checkpoint)
             finally:
                 bar.close()
     _check_interrupted(trainer, stop, checkpointer)

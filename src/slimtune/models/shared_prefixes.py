@@ -1,0 +1,229 @@
+"""Training batches whose rows begin alike: what they share is computed once, by any causal model of transformers.
+
+Hooks around the decoder turn a batch into a `PrefixTree` and its hidden states back into rows. Losses, output layers,
+trainers see the same batch as before. Models attend through transformers' registry of attention functions, in which an
+entry of ours passes a tree to the model's own function, family by family, and everything else through.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from slimtune.errors import ConfigError, first_line
+from slimtune.ops.autograd import is_traced
+from slimtune.ops.prefix_tree import Family, PrefixTree, prefix_tree, tree_attention
+
+WORTHWHILE = 0.9
+"""A batch stays as it is where its tree has more than this share of its tokens."""
+PROBED = 20
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative difference of hidden states that counts as rounding, by their dtype."""
+ROUNDING_16_BITS = 5e-2
+
+_TREE = "prefix_tree"
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass
+class SharedTokens:
+    """How many tokens the batches had, padding included, and how many were computed."""
+
+    given: int = 0
+    computed: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer tokens were computed; 1 where there were none."""
+        return self.given / self.computed if self.computed else 1.0
+
+
+@contextmanager
+def shared_prefixes(model: Any, always: bool = False) -> Iterator[SharedTokens]:
+    """Within it, a model computes what the rows of a batch share once.
+
+    Left as they are: batches that share too little, passes with a key-value cache, with embeddings in place of tokens,
+    with hidden states or attention weights asked for, or with adapters by row.
+
+    Args:
+        always: batches that share little, too.
+
+    Raises: ConfigError, for a kind of model that can't; whether this one can is for `check_shares` to say.
+    """
+    config = _check_kind(model)
+    own, tokens, decoder = config._attn_implementation, SharedTokens(), model.get_decoder()
+    hooks = [
+        decoder.register_forward_pre_hook(_Flatten(model, decoder, tokens, always), with_kwargs=True),
+        decoder.register_forward_hook(_unflatten, with_kwargs=True),
+    ]
+    # For the whole training and not for the forward pass alone: checkpointing runs layers again in the backward pass.
+    config._attn_implementation = _registered(own)
+    try:
+        yield tokens
+    finally:
+        config._attn_implementation = own
+        for hook in hooks:
+            hook.remove()
+
+
+def check_shares(model: Any) -> None:
+    """Check by trial that rows which begin alike give the hidden states that they give apart.
+
+    Raises: ConfigError, for a model that isn't causal, that doesn't attend through transformers' registry, or whose
+        layers see more than attention shows them, as in recurrent models.
+    """
+    _check_kind(model)
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ConfigError(
+                f"prefixes can't be shared with {config.peft_type} (adapter {name}), whose virtual tokens stand in front "
+                "of each row"
+            )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    drawn = torch.randint(0, vocabulary, (3, PROBED), generator=torch.Generator().manual_seed(0))
+    # Two rows share most tokens, a third one none; the second one is padded.
+    shared = torch.cat([drawn[0, : PROBED - 4], drawn[1, PROBED - 4 :]])
+    ids = torch.stack([drawn[0], shared, drawn[2]]).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    decoder, was_training = model.get_decoder(), model.training
+    # Dropout draws other masks for other layouts.
+    model.eval()
+    try:
+        with torch.no_grad():
+            apart = decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            with shared_prefixes(model, always=True) as tokens:
+                together = decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{type(model).__name__} can't share prefixes: {first_line(error)}") from error
+    finally:
+        model.train(was_training)
+    difference, whole = ((x[mask.bool()].float()) for x in (together - apart, apart))
+    moved = float(difference.norm() / whole.norm().clamp_min(1e-12))
+    if not moved < ROUNDING.get(apart.dtype, ROUNDING_16_BITS) or not tokens.computed:
+        raise ConfigError(
+            f"{type(model).__name__} can't share prefixes: computed so, its hidden states differ by {moved:.1%}"
+        )
+
+
+class _Flatten:
+    """Before the decoder: the batch as a tree of one row."""
+
+    def __init__(self, model: Any, decoder: nn.Module, tokens: SharedTokens, always: bool) -> None:
+        self.model, self.tokens, self.always = model, tokens, always
+        self.signature = inspect.signature(decoder.forward)
+
+    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        given = {**bound.arguments.pop("kwargs", {}), **bound.arguments}
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        caches = given.get("use_cache")
+        if caches is None:
+            # In training nobody takes the cache that a config asks for.
+            caches = decoder.config.use_cache and not decoder.training
+        if caches or ids is None or any(given.get(name) is not None for name in _APART):
+            return None
+        if any(given.get(name) for name in _ASKED) or (mask is not None and mask.dim() != 2) or is_traced():
+            return None
+        state = getattr(self.model, "adapter_state", None)
+        if state is not None and state.call.rows is not None:
+            return None
+        if mask is not None and given.get("position_ids") is None and not bool(mask[:, 0].all()):
+            # Padding on the left: the model counts positions from the padding on, each row by its own.
+            return None
+        tree = prefix_tree(ids, mask, given.get("position_ids"))
+        is_worth_it = self.always or len(tree.tokens) <= WORTHWHILE * ids.numel()
+        self.tokens.given += ids.numel()
+        self.tokens.computed += len(tree.tokens) if is_worth_it else ids.numel()
+        if not is_worth_it:
+            return None
+        # A mask of four dimensions is passed on to the layers as it is; ours is for the tree to make.
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        return (), given | {
+            "input_ids": tree.tokens[None], "attention_mask": unused, "position_ids": tree.positions[None],
+            "use_cache": False, _TREE: tree,
+        }  # fmt: skip
+
+
+_APART = ("past_key_values", "inputs_embeds", "encoder_hidden_states", "token_type_ids")
+_ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def _unflatten(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After the decoder: the hidden states in rows again, (1, N, features) to (B, T, features)."""
+    tree = kwargs.get(_TREE)
+    if tree is None:
+        return output
+    hidden = output[0]
+    # Padding gets some token's hidden state, which nobody looks at.
+    rows = hidden[0].index_select(0, tree.place.flatten()).unflatten(0, tree.place.shape)
+    if isinstance(output, tuple):
+        return (rows, *output[1:])
+    output["last_hidden_state"] = rows
+    return output
+
+
+def _registered(own: str) -> str:
+    """The name of an attention function that passes trees to `own` family by family; registers it."""
+    name = f"{own}, shared prefixes"
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+        function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(own, function)
+        tree = options.pop(_TREE, None)
+        if tree is None:
+            return function(module, query, key, value, attention_mask, **options)
+        masks = functools.partial(_MASKS[own], tree)
+        return tree_attention(function, tree, module, query, key, value, masks, **options), None
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    return name
+
+
+def _sdpa_mask(tree: PrefixTree, family: Family, window: int | None, query: Tensor) -> Tensor | None:
+    # Without a mask the kernel makes the triangle itself, which is faster.
+    return None if family.is_plain(window) else tree.mask(family, window)[None, None]
+
+
+def _eager_mask(tree: PrefixTree, family: Family, window: int | None, query: Tensor) -> Tensor:
+    # Added to the scores: (1, 1, L, A + L).
+    allowed = tree.mask(family, window)
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill_(~allowed, lowest)[None, None]
+
+
+def _flash_mask(tree: PrefixTree, family: Family, window: int | None, query: Tensor) -> None:
+    # Flash attention aligns its triangle with the last key, and knows windows itself.
+    return None
+
+
+_MASKS: dict[str, Callable[..., Tensor | None]] = {
+    "sdpa": _sdpa_mask, "eager": _eager_mask, "flash_attention_2": _flash_mask, "flash_attention_3": _flash_mask,
+}  # fmt: skip
+
+
+def _check_kind(model: Any) -> Any:
+    """The decoder's config. Raises: ConfigError, for a kind of model that is known not to share."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        raise ConfigError(f"{name} can't share prefixes: it is no decoder alone")
+    config = model.get_decoder().config
+    own = getattr(config, "_attn_implementation", None)
+    if own not in _MASKS:
+        raise ConfigError(f"{name} can't share prefixes with the attention {own!r}; it can with 'sdpa'")
+    layers = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
+    if layers:
+        raise ConfigError(f"{name} can't share prefixes: it has layers of {', '.join(sorted(layers))}")
+    return config

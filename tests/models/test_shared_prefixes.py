@@ -1,0 +1,212 @@
+"""A batch whose rows begin alike gives the loss and the gradients of the padded one, with fewer tokens computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import slimtune
+from kinds import NEEDED
+from slimtune.core.config import methods
+from slimtune.errors import ConfigError, TargetError
+from slimtune.models.shared_prefixes import SharedTokens, check_shares, shared_prefixes
+from tensors import randomize
+from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QUANTIZED, QWEN2, T5, TIED_LLAMA, VOCABULARY, Specimen
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=8),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=8),
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, pad_token_id=0),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, head_dim=8, sliding_window=8),
+    "deepseek": lambda: transformers.DeepseekV3Config(
+        **SMALL | {"num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=8, n_group=2, topk_group=1,
+        num_experts_per_tok=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+    ),
+}  # fmt: skip
+MODELS: dict[str, Callable[[], Any]] = {
+    **{specimen.name: specimen.model for specimen in (LLAMA, TIED_LLAMA, QWEN2, GPT2, GPT_NEOX, GEMMA3)},
+    **{name: lambda config=config: from_config(config()) for name, config in CONFIGS.items()},
+}
+
+
+def from_config(config: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def batch() -> dict[str, Tensor]:
+    """Six rows: three branch from 25 tokens, two of them once more; one is twice there; one is short, one a stranger."""
+    torch.manual_seed(1)
+    ids = torch.randint(4, VOCABULARY, (6, 40))
+    ids[1:3, :25] = ids[0, :25]
+    ids[2, :34] = ids[1, :34]
+    ids[3] = ids[0]
+    mask = torch.ones_like(ids)
+    mask[1, 38:] = 0
+    mask[5, 10:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    # What is shared is learned, too, by each row that has it.
+    labels[:, :5] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def learn(model: Any, inputs: dict[str, Tensor], shares: bool, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    with shared_prefixes(model) if shares else nullcontext(SharedTokens()) as tokens:
+        loss = model(**inputs, **options).loss
+        loss.backward()
+    if shares:
+        assert tokens.computed < 0.6 * tokens.given
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(model: Any, inputs: dict[str, Tensor], **options: Any) -> None:
+    loss, gradients = learn(model, inputs, shares=False, **options)
+    ours, our_gradients = learn(model, inputs, shares=True, **options)
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+    assert gradients
+    assert our_gradients.keys() == gradients.keys()
+    whole = max(float(gradient.norm()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        # A bias of keys has a gradient of nothing but rounding, so what is compared with is the largest of all.
+        assert float((our_gradients[name] - gradient).norm()) <= 1e-5 * max(float(gradient.norm()), whole), name
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_the_padded_batch(name: str, checkpointed: bool) -> None:
+    model = MODELS[name]()
+    check_shares(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same_step(model.train(), batch())
+
+
+def attaching() -> list[str]:
+    names = []
+    for method in sorted(methods()):
+        try:
+            model = slimtune.get_peft_model(LLAMA.model(), methods()[method](**NEEDED.get(method, {})))
+        except (TargetError, ConfigError):
+            continue
+        if not model.active_peft_config.is_prompt_learning:
+            names.append(method)
+    return names
+
+
+@pytest.mark.parametrize("specimen", [LLAMA, *QUANTIZED], ids=lambda specimen: specimen.name)
+@pytest.mark.parametrize("method", attaching())
+def test_every_method_learns_the_same(method: str, specimen: Specimen) -> None:
+    torch.manual_seed(0)
+    config = methods()[method](**NEEDED.get(method, {}))
+    model = randomize(slimtune, slimtune.get_peft_model(specimen.model(), config))
+    check_shares(model)
+    assert_same_step(model.train(), batch())
+
+
+def test_packed_rows_share_too() -> None:
+    inputs, model = batch(), LLAMA.model().train()
+    # Two texts a row, without a mask: positions begin anew.
+    ids = inputs["input_ids"].reshape(3, 80)
+    positions = torch.arange(40).repeat(2).expand(3, -1)
+    assert_same_step(model, {"input_ids": ids, "position_ids": positions, "labels": ids}, use_cache=False)
+
+
+def test_padding_on_the_left() -> None:
+    model, inputs = LLAMA.model().train(), batch()
+    turned = {name: value.flip(1) for name, value in inputs.items()}
+    turned["input_ids"][:, 20:] = turned["input_ids"][0, 20:]
+    # Positions from the padding on are the model's own way: each row has others, and nothing is shared.
+    with shared_prefixes(model) as tokens:
+        model(**turned)
+    assert tokens.given == 0
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    given = {name: torch.cat([torch.full((6, 3), fill), inputs[name]], 1) for name, fill in fills.items()}
+    assert_same_step(model, given | {"position_ids": (given["attention_mask"].cumsum(1) - 1).clamp_min(0)})
+
+
+@pytest.mark.parametrize("options", [{"use_cache": True}, {"output_hidden_states": True}, {"output_attentions": True}])
+def test_what_a_tree_could_not_give_is_computed_as_ever(options: dict[str, bool]) -> None:
+    model = LLAMA.model().train()
+    with shared_prefixes(model) as tokens:
+        output = model(**batch(), **options)
+    assert tokens.given == 0
+    assert output.hidden_states is not None or "output_hidden_states" not in options
+    assert output.past_key_values is not None or "use_cache" not in options
+
+
+def test_rows_with_adapters_of_their_own_share_nothing() -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig()).eval()
+    with shared_prefixes(model, always=True) as tokens:
+        model(**batch(), adapter_names=["default"] * 5 + ["__base__"])
+    assert tokens.given == 0
+
+
+def test_batches_that_share_nothing_stay_as_they_are() -> None:
+    model = LLAMA.model().train()
+    with shared_prefixes(model) as tokens:
+        model(input_ids=torch.arange(40).reshape(2, 20))
+    assert tokens.given == tokens.computed == 40
+    assert tokens.ratio == 1
+
+
+def test_generation_and_evaluation_go_on_within_it_and_nothing_stays_behind() -> None:
+    model, ids = LLAMA.model().eval(), batch()["input_ids"][:2, :20]
+    own = model.config._attn_implementation
+    before, logits = model.generate(ids, max_new_tokens=5, do_sample=False), model(ids).logits
+    with pytest.raises(ZeroDivisionError), shared_prefixes(model) as tokens:
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
+        assert tokens.given == 0
+        torch.testing.assert_close(model(ids, use_cache=False).logits, logits)
+        assert tokens.computed == tokens.given / 2
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == own
+    assert not model.model._forward_hooks
+    assert not model.model._forward_pre_hooks
+
+
+def mamba() -> Any:
+    return from_config(transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2))
+
+
+def llama4() -> Any:
+    return from_config(
+        transformers.Llama4TextConfig(**SMALL, head_dim=8, intermediate_size_mlp=64, num_local_experts=2)
+    )
+
+
+def falcon() -> Any:
+    return from_config(
+        transformers.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    )
+
+
+def prompted() -> Any:
+    return slimtune.get_peft_model(LLAMA.model(), slimtune.PromptTuningConfig(num_virtual_tokens=3))
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (mamba, "layers of linear_attention"), (llama4, "layers of chunked_attention"), (falcon, "differ by"),
+        (T5.model, "no decoder alone"), (BERT.model, "can't share prefixes"), (prompted, "virtual tokens"),
+    ],
+)  # fmt: skip
+def test_models_that_can_t_are_refused(build: Callable[[], Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        check_shares(build())

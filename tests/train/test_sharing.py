@@ -1,0 +1,70 @@
+"""A run shares what rows begin with where it pays, says so, and learns what it learns without."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from slimtune import LoraConfig, get_peft_model
+from slimtune.data.batches import Encoded
+from slimtune.errors import ConfigError
+from slimtune.recipe.training import TrainSettings
+from slimtune.train.loop import fine_tune
+from small_text_model import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+SAID = "times fewer tokens"
+
+
+def examples(shared: int) -> list[Encoded]:
+    drawn = torch.Generator().manual_seed(0)
+    system = torch.randint(4, 60, (shared,), generator=drawn).tolist()
+    rows = [torch.randint(4, 60, (12,), generator=drawn).tolist() for _ in range(16)]
+    return [Encoded(system + row, [-100] * (shared + 4) + row[4:]) for row in rows]
+
+
+def train(folder: Path, data: list[Encoded], **settings: Any) -> tuple[list[float], str, int]:
+    """The losses, what was shown, and the most tokens that the model was given at once."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
+    tokens = [0]
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: tokens.append(args[0].numel()) if args[0].shape != (3, 20) else None
+    )
+    screen = Console(file=io.StringIO(), width=200)
+    chosen = TrainSettings(learning_rate=0.01, max_steps=6, batch_size=4, **settings)
+    fine_tune(model, TOKENIZER, data, chosen, folder, screen, data[:4])
+    lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line], screen.file.getvalue(), max(tokens)  # type: ignore[attr-defined]
+
+
+def test_it_is_done_where_it_pays_and_learns_the_same(tmp_path: Path) -> None:
+    data = examples(30)
+    losses, shown, most = train(tmp_path / "shared", data)
+    expected, silent, all_tokens = train(tmp_path / "padded", data, share_prefixes=False)
+    assert "2.15 times fewer tokens" in shown
+    assert SAID not in silent
+    assert (most, all_tokens) == (30 + 4 * 12, 4 * 42)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_left_out_where_nothing_is_shared(tmp_path: Path) -> None:
+    _, shown, most = train(tmp_path, examples(0))
+    assert SAID not in shown
+    assert most == 4 * 12
+
+
+def test_asked_for_on_a_model_that_can_t_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimtune.models.shared_prefixes.ROUNDING", {torch.float32: 0.0})
+    with pytest.raises(ConfigError, match=r"leave training\.share_prefixes out"):
+        train(tmp_path / "asked", examples(30), share_prefixes=True)
+    # Left open, it is trained as ever.
+    _, shown, most = train(tmp_path / "open", examples(30))
+    assert SAID not in shown
+    assert most == 4 * 42
