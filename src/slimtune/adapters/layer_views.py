@@ -164,8 +164,10 @@ def _plain(module: Any, name: str) -> Any:
 
 
 def _active(module: Any, name: str) -> list[str]:
-    """The active adapters that change this module."""
-    return [adapter for adapter in module.adapter_state.active if adapter in deltas_of(module)]
+    """The active adapters; of a module that is trained as a copy or by rows alone, those that train it."""
+    active, deltas = list(module.adapter_state.active), deltas_of(module)
+    is_changed = any(type(delta) is not Delta and not hasattr(delta, "token_indices") for delta in deltas.values())
+    return active if is_changed else [adapter for adapter in active if adapter in deltas]
 
 
 def _activation(module: Any, name: str) -> Callable[..., None]:
