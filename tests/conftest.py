@@ -34,6 +34,13 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same measurements on smaller products: some processors take minutes for large ones in 16 bits."""
+    for name, value in {"ROWS": 64, "WIDTH": 512, "STEP_BATCH": (1, 32), "SECONDS_EACH": 0.05}.items():
+        monkeypatch.setattr(f"slimtune.plan.time.{name}", value)
+
+
 @pytest.fixture(scope="session")
 def smollm2_and_tokenizer() -> tuple[Any, Any]:
     return load("smollm2-135m-instruct", dtype="float32", device="cpu")

@@ -128,10 +128,8 @@ def test_the_classic_table(run: Any) -> None:
         assert part in result.stdout, part
 
 
-def test_calibration_alone(run: Any, monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    from slimtune.plan import time as calibrate
-
-    monkeypatch.setattr(calibrate, "SECONDS_EACH", 0.05)
+@pytest.mark.usefixtures("short_calibration")
+def test_calibration_alone(run: Any, base: Path) -> None:
     measured = json.loads(run("plan", "--calibrate", "--json").stdout)
     assert measured["is_measured"] is True
     told = json.loads(run("plan", base, "--device", measured["device"], "--max-length", 32, *LORA, "--json").stdout)

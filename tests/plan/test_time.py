@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 from slimtune.data.lengths import Lengths
 from slimtune.errors import ConfigError
 from slimtune.methods.lora.config import LoraConfig
-from slimtune.plan import time as calibration
 from slimtune.plan.data import uniform
 from slimtune.plan.devices import find
 from slimtune.plan.memory import STEP, MemoryPlan, Setting, Work
@@ -111,9 +110,9 @@ def test_negative_epochs_are_refused() -> None:
         duration(planned(), uniform(8, 8), -1, T4, usual(T4))
 
 
+@pytest.mark.usefixtures("short_calibration")
 def test_rates_are_measured_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(calibration, "SECONDS_EACH", 0.05)
     device = find("cpu")
     assert rates_of(device) == usual(device)
     said: list[str] = []

@@ -152,8 +152,9 @@ def _exchange_seconds(plan: MemoryPlan, device: Device, devices: int) -> float:
 # copied are more than any cache holds.
 ROWS, WIDTH = 1024, 2048
 COPIED_BYTES = 2**28
+# Sequences x tokens of the training step that is measured.
+STEP_BATCH = (4, 256)
 SECONDS_EACH = 5.0
-STEPS = 5
 
 
 def calibrate(device: Device, log: Callable[[str], None] = lambda line: None) -> Rates:
@@ -263,7 +264,7 @@ def _step(device_type: str, dtype: torch.dtype) -> tuple[float, Work]:
     model: Any = LlamaForCausalLM(config)
     model = get_peft_model(model.to(device_type, dtype).train(), LoraConfig(task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    ids = torch.randint(8192, (4, 256), device=device_type)
+    ids = torch.randint(8192, STEP_BATCH, device=device_type)
 
     def run() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
