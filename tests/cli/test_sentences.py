@@ -78,3 +78,30 @@ def test_use_alone_lists_the_adapters(run: Any, base: Path, tuned: Path) -> None
     result = run("chat", base, "--adapter", f"one={tuned}", stdin="/use\n/exit\n")
     assert result.exit_code == 0
     assert "/use takes the name of an adapter; there are one" in result.output
+
+
+def test_predict_refuses_what_writes_text_and_scores_no_unknown_label(
+    run: Any, base: Path, tuned: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": f"order {number}", "label": "ab"[number % 2]} for number in range(6)]
+    known = write_lines(tmp_path / "known.jsonl", *rows)
+    for folder in (tuned, base):
+        refused = run("predict", folder, known)
+        assert refused.exit_code == 2
+        assert "writes text and gives no labels; ask it with slimtune generate" in refused.stderr
+    assert run("train", base, known, "--output", tmp_path / "classes", "--max-steps", 1).exit_code == 0
+    assert "accuracy" in run("predict", tmp_path / "classes", known).stderr
+    strange = write_lines(tmp_path / "strange.jsonl", *rows, {"text": "order", "label": "c"})
+    result = run("predict", tmp_path / "classes", strange)
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 7
+    assert "doesn't know: c; it knows a, b" in result.stderr
+    assert "accuracy" not in result.stderr
+
+
+def test_what_a_plan_of_a_classic_name_prints_can_be_run(run: Any, data: Path) -> None:
+    planned = run("plan", "llama-2-7b", "--device", "A100 80GB", "--method", "lora", "--base", "dense")
+    assert "slimtune train NousResearch/Llama-2-7b-hf DATA.jsonl" in planned.stdout
+    refused = run("train", "llama-2-7b", data, "--output", "out")
+    assert refused.exit_code != 0
+    assert "its weights are on the Hub: pass NousResearch/Llama-2-7b-hf" in refused.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.storage.source import resolve
+from small_text_model import save_base
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -76,3 +79,27 @@ def test_what_the_comparison_said_is_quoted_from_its_report() -> None:
     assert "Choose qlora" in quoted
     for part in quoted.split(" [...] "):
         assert part in report
+
+
+def test_the_commands_of_the_command_line_run_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On files that a command of the page made; only the models are a tiny one, and a step is enough."""
+    block = README.split("## The command line")[1].split("```")[1].strip()
+    monkeypatch.chdir(tmp_path)
+    save_base(tmp_path / "tiny")
+    for line in block.splitlines():
+        words = shlex.split(re.sub("smollm2-135m-instruct|llama-2-7b", "tiny", line), comments=True)[1:]
+        words += {"train": ["--max-steps", "1"], "evaluate": ["--limit", "2", "--max-new-tokens", "4"]}.get(
+            words[0], []
+        )
+        result = CliRunner().invoke(app, words, input="/exit\n")
+        assert result.exit_code == 0, (words, result.output)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_every_extra_is_in_the_table_of_extras() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = README.split("## Install")[1].split("\n## ")[0]
+    shown = set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE))
+    assert shown == declared.keys() - {"dev", "docs", "reasoning"}

@@ -40,9 +40,10 @@ def test_a_device_is_found_in_any_spelling(said: str, meant: str) -> None:
     assert find(said).name == meant
 
 
-def test_a_name_that_leaves_the_size_open_is_the_smallest() -> None:
-    assert find("A100").name == "A100 40GB"
-    assert find("RTX 4060 Ti").name == "RTX 4060 Ti 8GB"
+def test_a_name_that_leaves_the_size_open_is_asked_about() -> None:
+    for name in ("A100", "V100", "4060 ti"):
+        with pytest.raises(ConfigError, match=f"'{name}' comes in sizes; name one: .*GB, .*GB$"):
+            find(name)
 
 
 def test_an_unknown_device_is_refused_with_the_nearest() -> None:

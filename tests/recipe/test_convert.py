@@ -443,3 +443,18 @@ def test_an_imported_recipe_trains(folder: Path) -> None:
 
 def turns() -> list[dict[str, str]]:
     return [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+
+
+def test_the_entries_of_llama_factory_are_found_right_beside_the_file(folder: Path) -> None:
+    for name in ("dataset_info.json", "mine.json"):
+        (folder / "data" / name).rename(folder / name)
+    _, recipe = imported({**LLAMA_FACTORY, "dataset": "mine"})
+    assert [Path(source.path).name for source in recipe.data.train] == ["mine.json"]
+
+
+def test_how_often_axolotl_evaluates_and_saves_is_said_to_differ() -> None:
+    found, _ = imported({**AXOLOTL, "evals_per_epoch": 4, "saves_per_epoch": 1})
+    assert "isn't evaluated 4 times in one; set training.eval_steps" in found.different["evals_per_epoch"]
+    assert "set training.save_steps" in found.different["saves_per_epoch"]
+    assert not {"evals_per_epoch", "saves_per_epoch"} & set(found.without_effect)
+    assert "evals_per_epoch" not in imported({**AXOLOTL, "evals_per_epoch": 1})[0].different

@@ -9,6 +9,7 @@ import typer
 
 from slimtune.cli.options import Device, Dtype, Json, Quantize, TrustRemoteCode
 from slimtune.console.screen import open_screen, print_json, say
+from slimtune.errors import ConfigError, listing
 
 if TYPE_CHECKING:
     from slimtune.models.load import LoadOptions
@@ -36,7 +37,7 @@ def predict(
     """
     from slimtune.data.reading import read_texts
     from slimtune.data.rows import Labelled
-    from slimtune.evaluate.labelling import is_tagger, label_texts
+    from slimtune.evaluate.labelling import is_tagger, label_texts, writes_text
     from slimtune.metrics.classification import scores, shown
     from slimtune.models.load import LoadOptions
 
@@ -45,13 +46,23 @@ def predict(
     if is_tagger(model):
         _tag(model, data, options, batch_size, too_long, as_json)
         return
+    if writes_text(model):
+        raise ConfigError(
+            f"{model} writes text and gives no labels; ask it with slimtune generate, score it with slimtune evaluate"
+        )
     rows = read_texts(data)
     labels, _, likelihood_NL = label_texts(model, [row.texts for row in rows], options, batch_size, too_long)
     answers = [labels[index] for index in likelihood_NL.argmax(-1).tolist()]
     for row, answer, p in zip(rows, answers, likelihood_NL.amax(-1).tolist(), strict=True):
         print_json({**row.model_dump(exclude_none=True), "label": answer, "p": p}) if as_json else say(answer)
     true = [row.label for row in rows if isinstance(row, Labelled)]
-    if len(true) == len(rows):
+    if strangers := set(true) - set(labels):
+        say(
+            f"the data has labels that {model} doesn't know: {listing(strangers)}; it knows {listing(labels)}, and no "
+            "score is given",
+            to_errors=True,
+        )
+    elif len(true) == len(rows):
         open_screen(as_json=True).print(shown(scores(answers, true)))
 
 

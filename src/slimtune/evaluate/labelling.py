@@ -121,6 +121,14 @@ def is_classifier(source: str) -> bool:
     return is_feature_classifier(source) or _has_head(source, "SEQ_CLS", "ForSequenceClassification")
 
 
+def writes_text(source: str) -> bool:
+    """Whether this is an adapter or a model that continues texts, so that it has no labels."""
+    return any(
+        _has_head(source, task, kind)
+        for task, kind in (("CAUSAL_LM", "ForCausalLM"), ("SEQ_2_SEQ_LM", "ForConditionalGeneration"))
+    )
+
+
 def is_tagger(source: str) -> bool:
     """Whether a folder or Hub id is of what gives words tags."""
     return _has_head(source, "TOKEN_CLS", "ForTokenClassification")

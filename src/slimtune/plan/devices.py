@@ -134,9 +134,10 @@ def find(name: str) -> Device:
         return this_cpu()
     wanted = _normalized(name)
     matching = [device for device in devices().values() if wanted in (_normalized(device.name), _kind(device.name))]
+    if len(matching) > 1:
+        raise ConfigError(f"the device '{name}' comes in sizes; name one: {listing(d.name for d in matching)}")
     if matching:
-        # Where a name leaves the size open, the smallest: a plan that fits it fits the others.
-        return min(matching, key=lambda device: device.memory_bytes)
+        return matching[0]
     near = did_you_mean(name.lower(), [*(known.lower() for known in devices()), CPU, AUTO])
     raise ConfigError(f"no device '{name}'{near or f'; there are auto, cpu, {listing(devices(), 50)}'}")
 

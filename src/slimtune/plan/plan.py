@@ -23,7 +23,7 @@ from slimtune.plan.table import SIZES
 from slimtune.plan.time import Rates, rates_of
 from slimtune.recipe.optimizers import DEFAULT
 from slimtune.recipe.preference import PREFERENCE_TASKS
-from slimtune.storage.source import PACKAGED
+from slimtune.storage.source import CLASSIC, PACKAGED
 
 TRAIN_LENGTH = 1024
 """The longest example that `slimtune train` takes by default."""
@@ -68,7 +68,15 @@ class PlanReport:
     def command(self, choice: Choice, output: str = "tuned") -> str:
         """What to type to run a choice."""
         setting = choice.setting
-        words = ["slimtune", "train", self.model, self.data or "DATA.jsonl", *self._task_words(), "--output", output]
+        words = [
+            "slimtune",
+            "train",
+            CLASSIC.get(self.model, self.model),
+            self.data or "DATA.jsonl",
+            *self._task_words(),
+            "--output",
+            output,
+        ]
         words += [word for name, column in self.fields.items() for word in ("--field", f"{name}={column}")]
         words += ["--method", choice.method]
         words += ["--rank", choice.rank] if choice.rank else []

@@ -47,6 +47,16 @@ INDEX = "model.safetensors.index.json"
 """Which file of a model in several holds which tensor."""
 
 
+CLASSIC = {
+    "llama-2-7b": "NousResearch/Llama-2-7b-hf",
+    "llama-2-13b": "NousResearch/Llama-2-13b-hf",
+    "llama-30b": "huggyllama/llama-30b",
+    "llama-3-70b": "NousResearch/Meta-Llama-3-70B",
+    "qwen1.5-110b": "Qwen/Qwen1.5-110B",
+}
+"""Models that a plan knows by name, and where their weights are on the Hub: a free copy where the original is gated."""
+
+
 def resolve(source: str) -> str:
     """The folder or Hub id that `source` means; raises ModelNotFoundError, with the nearest name where there is one."""
     if source in PACKAGED:
@@ -55,6 +65,10 @@ def resolve(source: str) -> str:
     if path.is_dir():
         _require_safe_weights(path)
         return source
+    if source in CLASSIC:
+        raise ModelNotFoundError(
+            f"'{source}' is a configuration to plan with; its weights are on the Hub: pass {CLASSIC[source]}"
+        )
     siblings = [str(path.parent / entry.name) for entry in _entries(path.parent) if entry.is_dir()]
     nearest = did_you_mean(source, [*PACKAGED, *siblings])
     # A near miss is a slip of the pen: asking the Hub for it would only take time.

@@ -7,7 +7,6 @@ OUTPUT.run/checkpoint-N  its checkpoints, with loss.jsonl and samples.jsonl as f
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,12 @@ from typing import IO, Any
 from slimtune.errors import OutputExistsError, TrainingError
 from slimtune.storage.atomic import check_name, refuse_existing, remove_left_behind, staged_file
 from slimtune.train.checkpointing import LOGS, MAY_CHANGE, check_same_run, last_whole
+
+try:
+    import fcntl
+except ImportError:
+    # On Windows nothing is locked: that two processes don't train in one folder is for the user to see there.
+    fcntl = None
 
 SUFFIX = ".run"
 _FACTS, _LOCK = "run.json", "lock"
@@ -171,7 +176,8 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when the process ends, however it ends."""
     with _lock_of(path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
             holder = f"process {file.read().strip()}"
@@ -179,7 +185,7 @@ def _locked(path: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        if not _is_in_place(file, path):
+        if fcntl is not None and not _is_in_place(file, path):
             # The process that held the lock removed the folder after this one had opened the file.
             raise TrainingError(f"the run in {path} has ended this moment; start again")
         yield
