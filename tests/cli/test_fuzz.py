@@ -19,8 +19,8 @@ def look(*options: object) -> None:
     command = [sys.executable, SCRIPT, *options]
     paths = os.pathsep.join(filter(None, sys.path))
     result = subprocess.run(
-        [os.fspath(part) if isinstance(part, Path) else str(part) for part in command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": paths}, text=True, check=False,
+        [str(part) for part in command],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": paths}, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-6000:]
 
