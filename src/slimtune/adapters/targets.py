@@ -343,8 +343,8 @@ def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
         if is_alone and getattr(module, "bias", None) is not None:
             raise TargetError(
                 f"bias='all' would train the bias of '{name}' without effect: it belongs to a "
-                "torch.nn.MultiheadAttention, which reads it and never calls the module; choose bias='none' or one that "
-                "trains the biases of the targets alone"
+                "torch.nn.MultiheadAttention, which reads it and never calls the module; choose bias='none', or the "
+                "one that trains the biases of the targets alone"
             )
     own = {
         id(module): modules.site(name)
