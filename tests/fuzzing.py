@@ -264,7 +264,7 @@ def models(whole: Path, data: Path) -> Family:
 
 PIECES = (
     "{{ messages[0]['content'] }}", "{{ messages }}", "{{ bos_token }}", "{{ x }}", "{{ x.y.z }}", "{{ 1 / 0 }}",
-    "{{ 'a' * 10 ** 10 }}", "{{ 10 ** 10 ** 10 }}", "{{ [0] * 10 ** 10 }}", "{{ 'a' | center(10 ** 10) }}",
+    "{{ 'a' * 10 ** 10 }}", "{{ 10 ** (10 ** 10) }}", "{{ [0] * 10 ** 10 }}", "{{ 'a' | center(10 ** 10) }}",
     "{{ '%10000000000d' % 1 }}", "{{ '{:>9999999999}'.format(1) }}", "{{ range(10 ** 9) | list }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "{% for i in range(99999) %}{{ messages }}{{ messages }}{{ messages }}{{ messages }}{% endfor %}",

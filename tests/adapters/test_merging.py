@@ -284,3 +284,16 @@ def test_training_goes_on_after_unmerging() -> None:
     model.unmerge_adapter()
     loss_of(model.train(), LLAMA.batch()).backward()
     assert [name for name, p in trainable(model).items() if p.grad is None] == []
+
+
+def test_a_forward_on_the_instance_that_changes_what_a_weight_means() -> None:
+    model = LLAMA.model()
+    layer = model.model.layers[0].self_attn.q_proj
+    plain = type(layer).forward
+    layer.forward = lambda x: 2.0 * plain(layer, x).tanh()
+    tuned = slimtune.get_peft_model(model, slimtune.LoraConfig(r=4, target_modules=["q_proj"]))
+    randomize(slimtune, tuned).eval()
+    before = predict(tuned, LLAMA.batch())
+    with pytest.raises(MergeError, match="forward of its own"):
+        tuned.merge_adapter()
+    assert torch.equal(predict(tuned, LLAMA.batch()), before)

@@ -19,7 +19,7 @@ def look(*options: object) -> None:
     command = [sys.executable, SCRIPT, *options]
     paths = os.pathsep.join(filter(None, sys.path))
     result = subprocess.run(
-        [os.fspath(part) if isinstance(part, Path) else str(part) for part in command],
+        [str(part) for part in command],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": paths}, text=True,
         check=False,
     )  # fmt: skip

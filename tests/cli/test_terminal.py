@@ -154,3 +154,24 @@ def test_a_name_that_is_too_long_is_refused_before_anything_is_loaded(
         assert result.exit_code == 2, result.output
         assert "choose one of at most" in result.stderr
         assert "training" not in result.stderr
+
+
+def test_bars_in_a_terminal_without_blocks(base: Path, data: Path) -> None:
+    process = slimtune("data", "preview", data, env={"PYTHONIOENCODING": "ascii"})
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    assert b"##" in output
+    assert b"\\u2588" not in output
+
+
+def test_what_was_trained_is_on_disk_though_nobody_reads_the_output(base: Path, data: Path, tmp_path: Path) -> None:
+    command = ["train", base, data, "-o", tmp_path / "tuned", "--max-steps", 4, "--batch-size", 2, "--rank", 2]
+    process = slimtune(*command)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, errors
+    assert b"Traceback" not in errors
+    assert (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "tuned" / "results.json").is_file()

@@ -43,7 +43,7 @@ EXCESSIVE = {
 }
 ENDLESS = {
     "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "a power": "{{ 10 ** 10 ** 10 }}",
+    "a power": "{{ 10 ** (10 ** 10) }}",
 }
 WRONG = {
     "nothing": "{{ x.y.z }}",
@@ -67,7 +67,6 @@ def test_what_cannot_be_rendered(case: str) -> None:
 def test_what_takes_too_much_memory(case: str) -> None:
     with pytest.raises(DataError, match="can't be used"):
         render(tiny_tokenizer(EXCESSIVE[case]), TURNS)
-    assert render(tiny_tokenizer(), TURNS).startswith("<|im_start|>user"), "and the next one is rendered"
 
 
 @pytest.mark.parametrize("case", ENDLESS)
@@ -78,7 +77,7 @@ def test_what_takes_too_long(case: str, monkeypatch: pytest.MonkeyPatch) -> None
         render(tiny_tokenizer(ENDLESS[case]), TURNS)
     monkeypatch.undo()
     template_process.end()
-    assert render(tiny_tokenizer(), TURNS).startswith("<|im_start|>user")
+    assert render(tiny_tokenizer(), TURNS).startswith("<|im_start|>user"), "and the next one is rendered"
 
 
 def test_a_template_without_end_named_for_training(tmp_path: Path) -> None:

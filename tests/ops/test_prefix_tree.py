@@ -35,7 +35,9 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 def packed(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """All texts in one row, with positions that begin anew."""
-    return torch.tensor([[token for row in rows for token in row]]), torch.tensor([[at for row in rows for at in range(len(row))]])
+    return torch.tensor([[token for row in rows for token in row]]), torch.tensor(
+        [[at for row in rows for at in range(len(row))]]
+    )
 
 
 @given(texts())

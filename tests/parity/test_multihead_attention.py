@@ -193,3 +193,11 @@ def test_rows_of_one_batch_share_it() -> None:
     model.add_adapter("other", slimtune.LoraConfig(r=2, **CASES["both-kinds"]))
     with pytest.raises(ConfigError, match="all rows of a batch share"):
         model(inputs(), adapter_names=["default", "other"])
+
+
+def test_a_bias_that_no_call_reads_is_refused_where_all_are_to_be_trained() -> None:
+    with pytest.raises(TargetError, match=r"attention\.out_proj' without effect"):
+        slimtune.get_peft_model(base(), slimtune.LoraConfig(r=2, target_modules=["begin"], bias="all"))
+    model = slimtune.get_peft_model(base(), slimtune.LoraConfig(r=2, target_modules=["begin"], bias="lora_only"))
+    model.train()(inputs()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

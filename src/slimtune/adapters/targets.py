@@ -333,16 +333,17 @@ def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
     """Where `bias="all"` trains a bias: everywhere that one is.
 
     Raises:
-        TargetError: one of an attention that is no target, which reads it without a call.
+        TargetError: one of torch's attention, which reads it without a call.
     """
     if getattr(config, "bias", "none") != "all":
         return []
     for name, module in modules.items():
-        if _is_bypassed(modules, name) and id(module) not in taken and getattr(module, "bias", None) is not None:
+        is_alone = _is_bypassed(modules, name) and id(module) not in taken
+        if is_alone and getattr(module, "bias", None) is not None:
             raise TargetError(
                 f"bias='all' would train the bias of '{name}' without effect: it belongs to a "
-                "torch.nn.MultiheadAttention, which reads it and never calls the module; name the attention in "
-                "target_modules too, or choose another bias"
+                "torch.nn.MultiheadAttention, which reads it and never calls the module; choose bias='none', or the "
+                "one that trains the biases of the targets alone"
             )
     own = {
         id(module): modules.site(name)
