@@ -175,3 +175,41 @@ def test_what_was_trained_is_on_disk_though_nobody_reads_the_output(base: Path, 
     assert b"Traceback" not in errors
     assert (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "tuned" / "results.json").is_file()
+
+
+def at_a_terminal(*arguments: Any) -> tuple[int, str]:
+    """The exit code of `slimtune`, and all that it draws on a terminal of its own."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "slimtune", *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        drawn = b""
+        try:
+            while part := os.read(ours, 65536):
+                drawn += part
+        except OSError:
+            # Linux ends a terminal that nobody holds any more with an error in place of an empty read.
+            pass
+        finally:
+            os.close(ours)
+    return process.returncode, drawn.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
+@pytest.mark.parametrize("command", ["train", "evaluate", "preview", "generate", "forgetting"])
+def test_bars_are_drawn_at_a_terminal(command: str, base: Path, data: Path, tuned: Path, tmp_path: Path) -> None:
+    arguments = {
+        "train": ["train", base, data, "--output", tmp_path / "adapter", "--max-steps", 2, "data.held_out=0.2"],
+        "evaluate": ["evaluate", tuned, data, "--limit", 4],
+        "preview": ["data", "preview", data, "--model", base],
+        "generate": ["generate", tuned, "--input", data, "--max-new-tokens", 2],
+        "forgetting": ["forgetting", tuned, "--texts", 2, "--max-length", 128],
+    }[command]
+    code, drawn = at_a_terminal(*arguments)
+    assert code == 0, drawn
+    assert "Traceback" not in drawn
+    # Answers come alone; where nothing moves, nothing needs to be taken back.
+    assert command == "generate" or "\x1b[" in drawn

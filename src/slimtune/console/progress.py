@@ -44,7 +44,7 @@ class Counting:
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[told]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[beside]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -88,7 +88,7 @@ class Counting:
 
         Args:
             total: of how many, if not of as many as in the beginning.
-            told: what stands beside in place of the units a second.
+            beside: what stands there in place of the units a second.
         """
         self.done, self.total = done, self.total if total is None else total
         if Counting.report is not None:
