@@ -137,9 +137,8 @@ def quantized_linears(model: Any, keep: Any = ()) -> list[str]:
     if not names:
         has_conv1d = any(isinstance(module, Conv1D) for module in model.modules())
         advice = "nf4 takes GPT-2's Conv1D, which the format of integers doesn't" if has_conv1d else "leave it as it is"
-        raise ConfigError(
-            f"{type(model).__name__} has no linear layer to quantize beside {listing(linear) or 'none at all'}; {advice}"
-        )
+        beside = listing(linear) or "none at all"
+        raise ConfigError(f"{type(model).__name__} has no linear layer to quantize beside {beside}; {advice}")
     return names
 
 
