@@ -152,7 +152,8 @@ class PeftNames:
         if self.peft_type == "PREFIX_TUNING":
             raise ConfigError(f"the adapter '{name}' is a prefix, which each attention keeps among its keys and values")
         # As it is computed, not as it is stored: gradients go through P-tuning's encoder.
-        learned = [delta.prompt() for _, delta in attached(self, name) if hasattr(delta, "encoded")]
+        prompts: list[Any] = [delta for _, delta in attached(self, name) if hasattr(delta, "encoded")]
+        learned = [delta.prompt() for delta in prompts]
         return (learned[0] if learned else self._soft_prompt(name)).expand(batch_size, -1, -1)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:

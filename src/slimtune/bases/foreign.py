@@ -34,17 +34,16 @@ class ForeignLinear(PackedLinear):
 
     Args:
         dtype: what the model computes in.
+        widths: (in, out), read before adapters give the layer more names.
     """
 
     module_types = ()
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, widths: tuple[int, int]) -> None:
+        self._dtype, self._widths = dtype, widths
 
     def features(self, module: Any) -> tuple[int, int]:
-        widths = _widths(module)
-        assert widths is not None
-        return widths
+        return self._widths
 
     def is_packed(self, module: Any) -> bool:
         return True
@@ -138,8 +137,9 @@ def is_foreign(module: nn.Module) -> bool:
 
 def claim(module: Any, dtype: torch.dtype) -> None:
     """Note on a module that it is a foreign one; nothing else of it changes."""
-    if "adopted_base" not in module.__dict__ and is_foreign(module):
-        module.adopted_base = ForeignLinear(dtype)
+    widths = None if "adopted_base" in module.__dict__ else _widths(module)
+    if widths is not None and is_foreign(module):
+        module.adopted_base = ForeignLinear(dtype, widths)
 
 
 def _widths(module: Any) -> tuple[int, int] | None:

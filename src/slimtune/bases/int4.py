@@ -75,7 +75,7 @@ def _for_kernel(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return codes.data, scales
 
 
-class LinearInt4(HoldsCodes, nn.Linear):
+class LinearInt4(HoldsCodes, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]
     """An `nn.Linear` in 4 bits."""
 
     packed_base = Int4Linear()

@@ -63,7 +63,7 @@ class Int8Linear(IntegerLinear):
         return product
 
 
-class LinearInt8(HoldsCodes, nn.Linear):
+class LinearInt8(HoldsCodes, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]
     """An `nn.Linear` in 8 bits."""
 
     packed_base = Int8Linear()

@@ -89,7 +89,7 @@ class HoldsCodes(Packed):
         weight_scale: (out, groups).
     """
 
-    packed_base: IntegerLinear
+    packed_base: IntegerLinear  # pyright: ignore[reportIncompatibleVariableOverride]
     compute_dtype: torch.dtype
     weight_scale: Tensor
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from slimtune.cli.options import Json, Overwrite
-from slimtune.console.screen import open_screen, print_json
+from slimtune.console.screen import open_screen, print_json, say
 from slimtune.errors import ConfigError
 
 
@@ -46,7 +46,7 @@ def slim(
         if recipe not in known:
             near = did_you_mean(recipe, known) or f"; there are {', '.join(known)}"
             raise ConfigError(f"no recipe '{recipe}' ships{near}")
-        print(known[recipe], end="")
+        say(known[recipe], end="")
         return
     from slimtune.slim.pipeline import slim as run
     from slimtune.slim.report import table

@@ -56,7 +56,7 @@ def fits(value: Any, hint: Any) -> bool:
         )
     if origin in (int, float):
         is_number = isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
-        return is_number and (not isinstance(value, Integral) or abs(value) < MOST)
+        return is_number and (not isinstance(value, Integral) or abs(int(value)) < MOST)
     return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 

@@ -115,7 +115,7 @@ class _Process:
 
 def _start() -> subprocess.Popen[bytes]:
     # A group of its own, so that Ctrl-C is a matter of this process alone.
-    apart = {"process_group": 0} if os.name == "posix" else {}
+    apart: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
     return subprocess.Popen(
         [sys.executable, "-P", os.fspath(_WORKER), str(SECONDS)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

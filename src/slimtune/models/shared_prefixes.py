@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class _Flatten:
 
     def __init__(self, model: Any, decoder: nn.Module, tokens: SharedTokens, always: bool) -> None:
         self.model, self.tokens, self.always = model, tokens, always
-        self.signature = inspect.signature(decoder.forward)
+        self.signature, self.config = inspect.signature(decoder.forward), cast(Any, decoder.config)
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
@@ -131,7 +131,7 @@ class _Flatten:
         caches = given.get("use_cache")
         if caches is None:
             # In training nobody takes the cache that a config asks for.
-            caches = decoder.config.use_cache and not decoder.training
+            caches = self.config.use_cache and not decoder.training
         if caches or ids is None or any(given.get(name) is not None for name in _APART):
             return None
         if any(given.get(name) for name in _ASKED) or (mask is not None and mask.dim() != 2) or is_traced():
@@ -179,7 +179,7 @@ def _registered(own: str) -> str:
     name = f"{own}, shared prefixes"
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
-        function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(own, function)
         tree = options.pop(_TREE, None)
         if tree is None:

@@ -6,7 +6,7 @@ modules have the tensors of the file as parameters, and are made ours once all i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def _stored_weights(folder: Path) -> frozenset[str]:
 
 def group_size_for(model: nn.Module, names: list[str], group_size: int) -> None:
     """See that groups divide the widths of these linear layers. Raises: ConfigError."""
-    widths = {model.get_submodule(name).in_features for name in names}
+    layers: list[Any] = [model.get_submodule(name) for name in names]
+    widths: set[int] = {layer.in_features for layer in layers}
     wrong = sorted(width for width in widths if width % group_size)
     if wrong:
         fitting = [size for size in INTEGER_GROUPS if not any(width % size for width in widths)]
@@ -137,9 +138,8 @@ def quantized_linears(model: Any, keep: Any = ()) -> list[str]:
     if not names:
         has_conv1d = any(isinstance(module, Conv1D) for module in model.modules())
         advice = "nf4 takes GPT-2's Conv1D, which the format of integers doesn't" if has_conv1d else "leave it as it is"
-        raise ConfigError(
-            f"{type(model).__name__} has no linear layer to quantize beside {listing(linear) or 'none'}; {advice}"
-        )
+        beside = listing(linear) or "none at all"
+        raise ConfigError(f"{type(model).__name__} has no linear layer to quantize beside {beside}; {advice}")
     return names
 
 
@@ -148,6 +148,7 @@ class _Quantizer(HfQuantizer):
     """Both ways: `targets` are the paths of what is quantized while it is read."""
 
     quantization_config: Any
+    is_trainable = True
 
     def __init__(self, request: Request, **options: Any) -> None:
         super().__init__(request, **options)
@@ -155,11 +156,7 @@ class _Quantizer(HfQuantizer):
         self.targets: set[str] = set()
         self.scales: dict[str, Tensor] = {}
 
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    def is_serializable(self) -> bool:
+    def is_serializable(self, *args: Any, **options: Any) -> bool:
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
@@ -230,7 +227,7 @@ class _Round(ConversionOps):
     """What transformers does to each weight that is read and rounded."""
 
     def __init__(self, quantizer: _Quantizer) -> None:
-        self.quantizer = quantizer
+        self.quantizer: Any = quantizer
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, model: Any, **others: Any) -> dict[str, Tensor]:  # type: ignore[override]
@@ -294,8 +291,9 @@ def _tied_parts(ties: dict[str, str], shells: set[str]) -> Iterator[tuple[str, s
 
 def _fill_shells(model: Any) -> None:
     """Make shells ours. Raises: DamagedBaseError, where what was read doesn't fit together."""
-    filled: dict[int, HoldsCodes] = {}
-    for name, module in model.named_modules():
+    filled: dict[int, Any] = {}
+    shells: Iterable[tuple[str, Any]] = model.named_modules()
+    for name, module in shells:
         if PACKED not in module._parameters:
             continue
         packed, scales_OG, shape = (module._parameters.pop(part) for part in _PARTS)

@@ -106,7 +106,8 @@ def _feeding(block: Block, name: str, moments: Sequence[Moments]) -> list[str]:
 
 
 def _stays(block: Block, pair: Pair, expected: Any) -> bool:
-    width = block.module.get_submodule(pair.names[0]).in_features
+    first: Any = block.module.get_submodule(pair.names[0])
+    width: int = first.in_features
     # Powers of two are exact in any floating-point type; a fixed order of them, in which neighbours differ.
     factors_I = torch.tensor([0.5, 1.0, 2.0]).repeat(width // 3 + 1)[:width]
     moved = []
@@ -143,7 +144,7 @@ def scale(module: nn.Module, pair: Pair, factors_I: Tensor) -> None:
     if getattr(before, "bias", None) is not None:
         before.bias.data.copy_(before.bias.float() / factors)
     for name in pair.names:
-        linear = module.get_submodule(name)
+        linear: Any = module.get_submodule(name)
         linear.weight.data.copy_(linear.weight.float() * factors)
 
 
@@ -174,7 +175,8 @@ def apply_awq(
     by_name: Mapping[str, Moments] = {name: group for group in moments for name in group.names}
     for pair in pairs:
         group = by_name[pair.names[0]]
-        weight_OI = torch.cat([block.module.get_submodule(name).weight for name in pair.names])
+        linears: list[Any] = [block.module.get_submodule(name) for name in pair.names]
+        weight_OI = torch.cat([linear.weight for linear in linears])
         factors_I = search_factors(weight_OI, group.importance, group_size(weight_OI.shape[1]), bits)
         scale(block.module, pair, factors_I)
         group.scaled(factors_I)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
 from slimtune.bases import base_of
 from slimtune.console.progress import Watch
-from slimtune.core.delta import walk
+from slimtune.core.delta import Base, walk
 from slimtune.errors import MergeError
 from slimtune.evaluate.language_loss import has_language_loss
 from slimtune.quantization.integer import load_compressed
@@ -180,7 +180,7 @@ def _check_reread(model: Any, folder: Path, inputs: dict[str, Tensor], expected:
 
 def _stored(model: nn.Module) -> tuple[int, float]:
     """How many linear layers hold codes, and the bits that each of their weights takes."""
-    held = [(m, base_of(m)) for _, m in walk(model) if base_of(m).dequantizer(m) is not None]
+    held: list[tuple[Any, Base]] = [(m, base_of(m)) for _, m in walk(model) if base_of(m).dequantizer(m) is not None]
     linear = [(m, base) for m, base in held if base.kind == "linear"]
     weights = sum(math.prod(base.features(m)) for m, base in linear)
     stored = sum(t.nbytes for m, base in linear for t in (m.weight, m.weight_scale))

@@ -66,8 +66,9 @@ def inverse_factor(square_II: Tensor) -> Tensor:
     for share in (DAMPING, 0.1, 1.0):
         damped = h + torch.eye(h.shape[0], device=h.device) * (share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and upper.isfinite().all():
             return upper
     raise ConfigError(

@@ -128,7 +128,7 @@ def _refuse_beyond(recipe: SlimRecipe, first: SlimRow, row: SlimRow) -> None:
     stop, lost = recipe.stop, []
     # Written so that a number that is none is refused as well.
     scored = stop.task is not None and first.score is not None and row.score is not None
-    if scored and not row.score - first.score >= stop.task:
+    if scored and not row.score - first.score >= stop.task:  # pyright: ignore
         lost.append(f"the task's score went from {first.score:.3f} to {row.score:.3f}, beyond {stop.task:+g}")
     if stop.perplexity is not None and not row.perplexity <= stop.perplexity * first.perplexity:
         lost.append(

@@ -177,7 +177,7 @@ def _has(block: Block, pairs: Sequence[Pair]) -> bool:
 
 def _hold_group(block: Block, group: Moments, config: QuantizeConfig) -> None:
     """Quantize the layers that share their inputs."""
-    modules = [block.module.get_submodule(name) for name in group.names]
+    modules: list[Any] = [block.module.get_submodule(name) for name in group.names]
     if "gptq" not in str(config.method):
         for module in modules:
             _hold(module, config, group.importance)
@@ -204,7 +204,8 @@ def _class_for(config: QuantizeConfig) -> type[LinearInt4 | LinearInt8]:
 
 def _quantize_ends(model: Any) -> None:
     """Have the embedding and the output layer in int8, tied ones with the very same codes. Raises: ConfigError."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     if type(embedding) is not nn.Embedding or (head is not None and type(head) is not nn.Linear):
         ends = listing(type(end).__name__ for end in (embedding, head) if end is not None)
         raise ConfigError(f"head int8 takes a plain embedding and output layer, found {ends}; pass head='keep'")

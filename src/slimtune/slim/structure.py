@@ -129,7 +129,8 @@ def run_through(
     with _hooked(hooks, before):
         for batch in batches:
             # Nobody looks at the logits: of a small model they are half of the work.
-            model(**{name: value.to(model.device) for name, value in batch.items()}, **kept_logits(model, 1))
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            model(**inputs, **kept_logits(model, 1))
 
 
 @contextmanager

@@ -166,7 +166,7 @@ class WithStored:
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """The batch; the answers are in the order of its learned tokens, row by row."""
-        flat = [one for row in examples for one in ([row] if isinstance(row, Encoded) else row)]
+        flat: list[Any] = [one for row in examples for one in ([row] if isinstance(row, Encoded) else row)]
         stored = self.cache.answers([example.number for example in flat])
         return {**self.collate(examples), **{name: getattr(stored, name) for name in STORED}}
 

@@ -76,7 +76,8 @@ def drop_kv_groups(model: Any, batches: Sequence[Batch], groups: int) -> tuple[A
         of_group = scores.reshape(before, readers * size).square().sum(-1)
         chosen = of_group.topk(groups).indices.sort().values
         wide, narrow = _spread(chosen, readers * size), _spread(chosen, size)
-        for role, rows in (("query", wide), ("key", narrow), ("value", narrow)):
+        rows_of: dict[Role, Tensor] = {"query": wide, "key": narrow, "value": narrow}
+        for role, rows in rows_of.items():
             tensors |= kept(model, tensors, structure.only(block, role), out=rows)
         tensors |= kept(model, tensors, structure.only(block, "attention_out"), into=wide)
     config = copy.deepcopy(model.config)
