@@ -46,7 +46,7 @@ def from_config(config: Any) -> Any:
 
 
 def batch() -> dict[str, Tensor]:
-    """Six rows: three branch after 25 tokens, two of them again; one stands there twice; one is short, one a stranger."""
+    """Six rows: three branch after 25 tokens, two of them again; one stands twice; one is short, one a stranger."""
     torch.manual_seed(1)
     ids = torch.randint(4, VOCABULARY, (6, 40))
     ids[1:3, :25] = ids[0, :25]

@@ -101,11 +101,12 @@ def merge_to_folder(
             rounding = compare_outputs(tuned, outputs_on(model, inputs))
         with model.disable_adapter():
             base = outputs_on(model, inputs)
-        adapter = compare_outputs(base, tuned)
         with warnings.catch_warnings():
             # What it warns of is in the report.
             warnings.filterwarnings("ignore", message="merged into quantized weights")
             model = model.merge_and_unload(requantize=requantize)
+        # Only of what merges: a soft prompt has outputs of its own, beside which the base has none.
+        adapter = compare_outputs(base, tuned)
         merged = compare_outputs(tuned, outputs_on(model, inputs))
         way_out = _WAY_OUT_REQUANTIZED if requantize else _WAY_OUT
         _refuse(max_kl, adapter, merged, rounding, "the merged model", way_out)
