@@ -69,7 +69,7 @@ def test_the_keys_file_is_one() -> None:
 def test_the_dockerfile_starts_the_server(options: set[str]) -> None:
     text = re.sub(r"\\\n", " ", (FILES / "Dockerfile").read_text())
     steps = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    known = {"FROM", "RUN", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
+    known = {"FROM", "ARG", "RUN", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
     assert {step[0] for step in steps} <= known
     by_name = dict(steps)
     command = json.loads(by_name["ENTRYPOINT"]) + json.loads(by_name["CMD"])
