@@ -212,7 +212,10 @@ def test_a_forward_that_was_put_on_a_module_stays_its_own(leave: str) -> None:
     expected = predict(model, LLAMA.batch())
     tuned = slimtune.get_peft_model(model, slimtune.LoraConfig(**LLAMA.options()))
     assert torch.equal(predict(tuned, LLAMA.batch()), expected)
+    of_the_probe = len(calls)
     tuned.delete_adapter("default") if leave == "delete_adapter" else getattr(tuned, leave)()
+    # A merge is tried on the forward that was put there.
+    del calls[of_the_probe:]
     assert torch.equal(predict(model, LLAMA.batch()), expected)
     assert calls == ["instead"] * 3
     if leave != "delete_adapter":

@@ -76,7 +76,7 @@ def test_an_unknown_option_is_named_with_the_nearest(run: Any, base: Path, data:
         ('{"messages": [', ["line 1", "JSON"]),
         ('{"prompt": "a", "completion": "b"}\n[1]\n', ["line 2", "list"]),
         ('{"mesages": []}', ["line 1", "did you mean 'messages'?"]),
-        ('{"prompt": "a", "answer": "b"}', ["line 1", "answer", "completion"]),
+        ('{"prompt": "a", "my_answer": "b"}', ["line 1", "answer", "completion"]),
         ('{"messages": []}', ["line 1", "messages"]),
         ('{"messages": [{"role": "robot", "content": "x"}]}', ["line 1", "role"]),
         ('{"messages": [{"role": "user", "content": 3}]}', ["line 1", "content"]),
@@ -220,7 +220,7 @@ def test_training_an_adapter_folder_is_refused(run: Any, tuned: Path, data: Path
 def test_prompts(run: Any, base: Path, tmp_path: Path) -> None:
     refused(run("generate", base, "   "), "empty")
     refused(run("generate", base, "x", "--input", tmp_path / "y.jsonl"), "pass one of them")
-    rows = write_lines(tmp_path / "rows.jsonl", {"question": "x"})
+    rows = write_lines(tmp_path / "rows.jsonl", {"my_question": "x"})
     refused(run("generate", base, "--input", rows), "line 1", "question")
 
 

@@ -101,7 +101,7 @@ class AdapterState:
         for name in names:
             if name not in self.configs:
                 raise AdapterNotFoundError(
-                    f"Adapter {name} does not exist; there are {listing(self.configs) or 'none'}"
+                    f"Adapter {name} does not exist: '{name}' is none of {listing(self.configs) or 'no adapters'}"
                     f"{did_you_mean(name, self.configs)}"
                 )
 

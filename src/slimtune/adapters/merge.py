@@ -187,7 +187,9 @@ def _check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
     # Other parameters in the module's own forward are what they are when merged.
     exact = (Delta.forward, Difference.forward)
     changed = any(type(delta).forward not in exact and not delta.reweighs for delta in deltas)
-    if not changed or (base.is_textbook(module) and "instance_forward" not in vars(module)):
+    # Of codes there is no probe in their own dtype, and what merges is a plain layer in their place.
+    is_tried = "instance_forward" in vars(module) and base.dequantizer(module) is None
+    if not changed or (base.is_textbook(module) and not is_tried):
         return
     frozen, was_training = frozen_forward(module), module.training
     module.eval()
@@ -203,7 +205,7 @@ def _check_fold(module: Any, names: tuple[str, ...], folded: Dense) -> None:
         module.train(was_training)
     # A hundredth of the change, and what rounding alone may add: some steps of the weight's dtype at the output's size.
     # Written so that an error that is not a number is refused as well.
-    if not error <= 0.01 * change + 4 * torch.finfo(module.weight.dtype).eps * size:
+    if not error <= 0.01 * change + 4 * torch.finfo(expected.dtype).eps * size:
         raise MergeError(
             f"{type(module).__name__} has a forward of its own, in which a merged adapter is not what it was: on a "
             f"probe it misses by {float(error / change):.0%} of the change; exclude the module or keep the adapter "

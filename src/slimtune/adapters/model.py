@@ -463,7 +463,8 @@ class PeftModel(PeftNames, Adopted):
         """
         names, merged = self._chosen(adapter_names), self.adapter_state.merged
         if merged and set(names) <= set(merged):
-            warnings.warn(f"All adapters are already merged, nothing to do: {listing(names)}", stacklevel=2)
+            said = f"All adapters are already merged, nothing to do ({listing(names)}: merged already)"
+            warnings.warn(said, stacklevel=2)
             return
         merge(self, names, safe_merge)
 

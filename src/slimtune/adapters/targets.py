@@ -131,7 +131,9 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
                 f"'{_example(modules)}'{did_you_mean(_last(targets), _last_names(names))}"
             )
     else:
-        matched = _in_layers(_by_names(names, targets, strict, modules.keys() - set(names)), layers, pattern)
+        whole = "everything" in config.default_targets
+        hits = _by_names(names, targets, strict, modules.keys() - set(names), whole)
+        matched = _in_layers(hits, layers, pattern)
     inside = "everything" in config.default_targets
     if inside:
         matched = _inside(modules, matched)
@@ -144,7 +146,9 @@ def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> li
     return matched
 
 
-def _by_names(names: list[str], targets: Iterable[str], strict: bool, saved: Set[str] = frozenset()) -> list[str]:
+def _by_names(
+    names: list[str], targets: Iterable[str], strict: bool, saved: Set[str] = frozenset(), takes_blocks: bool = False
+) -> list[str]:
     matched: dict[str, None] = {}
     for target in sorted(targets):
         hits = [name for name in names if name == target or name.endswith(f".{target}")]
@@ -154,7 +158,7 @@ def _by_names(names: list[str], targets: Iterable[str], strict: bool, saved: Set
             )
         if strict and not hits:
             raise TargetError(
-                f"target_modules names '{target}', which no module is called{_near_target(target, names)}"
+                f"target_modules names '{target}', which no module is called{_near_target(target, names, takes_blocks)}"
             )
         matched.update(dict.fromkeys(hits))
     return [name for name in names if name in matched]
@@ -386,9 +390,9 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _near_target(target: str, names: Sequence[str]) -> str:
-    """What else could be meant, as the end of a sentence; a block that holds modules isn't what has the weight."""
-    blocks = {name.rpartition(".")[0] for name in names}
+def _near_target(target: str, names: Sequence[str], takes_blocks: bool) -> str:
+    """What else could be meant, as the end of a sentence; few methods take a block, which has no weight of its own."""
+    blocks = set() if takes_blocks else {name.rpartition(".")[0] for name in names}
     leaves = _last_names(name for name in names if name not in blocks)
     return did_you_mean(target, leaves) or f"; there are {listing(leaves)}"
 

@@ -116,12 +116,13 @@ class _Process:
 def _start() -> subprocess.Popen[bytes]:
     # A group of its own, so that Ctrl-C is a matter of this process alone.
     apart: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
-    return subprocess.Popen(
+    started: Any = subprocess.Popen(
         [sys.executable, "-P", os.fspath(_WORKER), str(SECONDS)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         # One thread: the limit on memory counts the stacks of others.
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}, **apart,
     )  # fmt: skip
+    return started
 
 
 def _why_ended(code: int) -> str:

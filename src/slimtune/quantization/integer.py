@@ -148,7 +148,7 @@ class _Quantizer(HfQuantizer):
     """Both ways: `targets` are the paths of what is quantized while it is read."""
 
     quantization_config: Any
-    is_trainable = True
+    is_trainable = True  # pyright: ignore
 
     def __init__(self, request: Request, **options: Any) -> None:
         super().__init__(request, **options)
@@ -156,7 +156,7 @@ class _Quantizer(HfQuantizer):
         self.targets: set[str] = set()
         self.scales: dict[str, Tensor] = {}
 
-    def is_serializable(self, *args: Any, **options: Any) -> bool:
+    def is_serializable(self) -> Any:
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
@@ -301,18 +301,19 @@ def _fill_shells(model: Any) -> None:
         kind: Any = EmbeddingInt8 if isinstance(module, nn.Embedding) else LinearInt4 if bits == 4 else LinearInt8
         # With a weight in its place again it is a whole module, whose codes can be checked against it.
         module.__class__ = kind
+        shell: Any = module
         other = filled.get(id(packed))
         try:
             if any(part is None or part.is_meta for part in (packed, scales_OG, shape)):
                 raise DamagedBaseError("its codes, scales or shape are missing")
             codes_OI = other.weight.data if other else unpacked(
-                kind.packed_base, packed, scales_OG, shape, module.stored_shape
+                kind.packed_base, packed, scales_OG, shape, shell.stored_shape
             )  # fmt: skip
         except DamagedBaseError as error:
             raise DamagedBaseError(
                 f"the quantized weight '{name}.weight' is damaged: {error}; fetch the model again"
             ) from error
-        module.put_codes(codes_OI, scales_OG.data, dtype)
+        shell.put_codes(codes_OI, scales_OG.data, dtype)
         if other is not None:
             # Tied: the very same codes and scales.
             module._parameters["weight"], module._buffers["weight_scale"] = other.weight, other.weight_scale

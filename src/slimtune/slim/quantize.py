@@ -206,7 +206,9 @@ def _quantize_ends(model: Any) -> None:
     """Have the embedding and the output layer in int8, tied ones with the very same codes. Raises: ConfigError."""
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    if type(embedding) is not nn.Embedding or (head is not None and type(head) is not nn.Linear):
+    # Exactly these: a subclass may compute something else.
+    kinds = [type(end) for end in (embedding, head) if end is not None]
+    if kinds not in ([nn.Embedding, nn.Linear], [nn.Embedding]):
         ends = listing(type(end).__name__ for end in (embedding, head) if end is not None)
         raise ConfigError(f"head int8 takes a plain embedding and output layer, found {ends}; pass head='keep'")
     is_tied = head is not None and head.weight is embedding.weight

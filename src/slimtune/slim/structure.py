@@ -7,6 +7,7 @@ table below.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,11 +127,12 @@ def run_through(
     model: Any, batches: Iterable[Batch], hooks: Mapping[nn.Module, Callable[..., None]], before: bool
 ) -> None:
     """Run the model on each batch, and call a module's hook with its input, or with its input and its output."""
+    run: Any = functools.partial(model, **kept_logits(model, 1))
     with _hooked(hooks, before):
         for batch in batches:
             # Nobody looks at the logits: of a small model they are half of the work.
             inputs = {name: value.to(model.device) for name, value in batch.items()}
-            model(**inputs, **kept_logits(model, 1))
+            run(**inputs)
 
 
 @contextmanager

@@ -50,7 +50,9 @@ class reading(contextlib.AbstractContextManager[None]):  # noqa: N801 - read in 
         """Raises: the error of this reading."""
         if error is None or not is_foreign(error, trace):
             return
-        raise self.kind(f"{self.failure}: {described(error)}; {self.advice}") from error
+        # safetensors complains of a file's bytes alone.
+        damaged = "the file is damaged: " if type(error).__module__.startswith("safetensors") else ""
+        raise self.kind(f"{self.failure}: {damaged}{described(error)}; {self.advice}") from error
 
 
 class reading_model(reading):  # noqa: N801 - read in place

@@ -183,8 +183,12 @@ class _UpdatedProduct(torch.autograd.Function):
             # 16 bits: two products into one tensor. dW is made in float32 and rounded once (ADR 6).
             return y_TO.addmm_(x_TI, update(*factors).to(x_TI.dtype).t())
         update_OI = update(*factors)
-        # 32 bits: W + s dW in the memory of the update, and one product.
-        update_OI = update_OI if weight_OI is None else update_OI.to(weight_OI.dtype).add_(weight_OI)
+        if weight_OI is not None:
+            # 32 bits: W + s dW, and one product; in the memory of the update, unless W lies the other way round, as in
+            # Conv1D: numbers in another order go through another kernel, and a fresh adapter must change no bit.
+            update_OI = update_OI.to(weight_OI.dtype)
+            room = update_OI if weight_OI.is_contiguous() else torch.empty_like(weight_OI)
+            update_OI = torch.add(weight_OI, update_OI, out=room)
         return F.linear(x_TI.to(update_OI.dtype), update_OI, bias_O)
 
     @staticmethod
