@@ -88,7 +88,7 @@ def test_predict_refuses_what_writes_text_and_scores_no_unknown_label(
     for folder in (tuned, base):
         refused = run("predict", folder, known)
         assert refused.exit_code == 2
-        assert "writes text and gives no labels; ask it with slimtune generate" in refused.stderr
+        assert "writes text and gives texts no labels; ask it with slimtune generate" in refused.stderr
     assert run("train", base, known, "--output", tmp_path / "classes", "--max-steps", 1).exit_code == 0
     assert "accuracy" in run("predict", tmp_path / "classes", known).stderr
     strange = write_lines(tmp_path / "strange.jsonl", *rows, {"text": "order", "label": "c"})

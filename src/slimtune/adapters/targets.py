@@ -342,8 +342,9 @@ def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
     if getattr(config, "bias", "none") != "all":
         return []
     for name, module in modules.items():
-        is_alone = _is_bypassed(modules, name) and id(module) not in taken
-        if is_alone and getattr(module, "bias", None) is not None:
+        # With the attention as a target it is for the method to say whether it takes biases.
+        is_taken = not taken.isdisjoint({id(module), id(modules.get(name.rpartition(".")[0]))})
+        if _is_bypassed(modules, name) and not is_taken and getattr(module, "bias", None) is not None:
             raise TargetError(
                 f"bias='all' would train the bias of '{name}' without effect: it belongs to a "
                 "torch.nn.MultiheadAttention, which reads it and never calls the module; choose bias='none', or the "

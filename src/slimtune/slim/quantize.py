@@ -216,7 +216,7 @@ def _quantize_ends(model: Any) -> None:
         # With positive scales, as engines' kernels for 8 bits have them.
         scales = symmetric_scales(module.weight, module.weight.shape[1], 8).to(SCALE_DTYPE)
         kind.take(module, nearest_codes(module.weight, scales, 8), scales)
-    if is_tied:
+    if head is not None and is_tied:
         LinearInt8.take(head, embedding.weight.data, embedding.weight_scale)
         # The very same tensors, not equal ones.
         head._parameters["weight"], head._buffers["weight_scale"] = embedding.weight, embedding.weight_scale

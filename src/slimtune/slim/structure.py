@@ -140,7 +140,7 @@ def _hooked(hooks: Mapping[nn.Module, Callable[..., None]], before: bool) -> Any
     handles = []
     for module, hook in hooks.items():
         if before:
-            handles.append(module.register_forward_pre_hook(lambda m, args, hook=hook: hook(args[0])))
+            handles.append(module.register_forward_pre_hook(lambda m, args, h=hook: h(args[0])))  # pyright: ignore
         else:
             handles.append(
                 module.register_forward_hook(
