@@ -102,7 +102,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
         modules_chosen = {id(site.module) for site in chosen}
         others = {name for name, module in modules.items() if id(module) not in modules_chosen}
         config.target_modules = _suffixes([site.name for site in chosen], others)
-    return Targets(sites, whole, _bias_sites(modules, config, taken), config)
+    return Targets(sites, whole, _bias_sites(modules, config, taken, {id(site.module) for site in sites}), config)
 
 
 def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:
@@ -333,7 +333,7 @@ def _whole(modules: Modules, names: list[str], strict: bool) -> list[Site]:
     return list(sites.values())
 
 
-def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
+def _bias_sites(modules: Modules, config: Any, taken: set[int], chosen: set[int]) -> list[Site]:
     """Where `bias="all"` trains a bias: everywhere that one is.
 
     Raises:
@@ -343,7 +343,7 @@ def _bias_sites(modules: Modules, config: Any, taken: set[int]) -> list[Site]:
         return []
     for name, module in modules.items():
         # With the attention as a target it is for the method to say whether it takes biases.
-        is_taken = not taken.isdisjoint({id(module), id(modules.get(name.rpartition(".")[0]))})
+        is_taken = id(module) in taken or id(modules.get(name.rpartition(".")[0])) in chosen
         if _is_bypassed(modules, name) and not is_taken and getattr(module, "bias", None) is not None:
             raise TargetError(
                 f"bias='all' would train the bias of '{name}' without effect: it belongs to a "

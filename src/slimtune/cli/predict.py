@@ -48,7 +48,8 @@ def predict(
         return
     if writes_text(model):
         raise ConfigError(
-            f"{model} writes text and gives texts no labels; ask it with slimtune generate, score it with slimtune evaluate"
+            f"{model} writes text and gives texts no labels; ask it with slimtune generate, score it with slimtune "
+            "evaluate"
         )
     rows = read_texts(data)
     labels, _, likelihood_NL = label_texts(model, [row.texts for row in rows], options, batch_size, too_long)

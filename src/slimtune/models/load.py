@@ -231,7 +231,7 @@ def read_model_config(source: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     refuse_special_files(source)
-    with reading_model("the configuration of", source):
+    with reading_model("the configuration can't be read, so that", source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     named = getattr(config, "architectures", None) or []
     if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
