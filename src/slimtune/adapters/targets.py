@@ -341,10 +341,11 @@ def _bias_sites(modules: Modules, config: Any, taken: set[int], chosen: set[int]
     """
     if getattr(config, "bias", "none") != "all":
         return []
-    for name, module in modules.items():
-        # With the attention as a target it is for the method to say whether it takes biases.
-        is_taken = id(module) in taken or id(modules.get(name.rpartition(".")[0])) in chosen
-        if _is_bypassed(modules, name) and not is_taken and getattr(module, "bias", None) is not None:
+    # With such an attention as a target it is for the method to say whether it takes biases.
+    decides = any(isinstance(module, nn.MultiheadAttention) and id(module) in chosen for module in modules.values())
+    for name, module in () if decides else modules.items():
+        is_alone = _is_bypassed(modules, name) and id(module) not in taken
+        if is_alone and getattr(module, "bias", None) is not None:
             raise TargetError(
                 f"bias='all' would train the bias of '{name}' without effect: it belongs to a "
                 "torch.nn.MultiheadAttention, which reads it and never calls the module; choose bias='none', or the "
