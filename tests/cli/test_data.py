@@ -55,7 +55,7 @@ def test_every_kind_of_row_can_be_seen(run: Any, tmp_path: Path) -> None:
     }
     for task, (row, said) in kinds.items():
         shown = run("data", "preview", write_lines(tmp_path / f"{task}.jsonl", row)).stdout
-        assert f"task {task}: 1 examples" in shown
+        assert f"task {task}: 1 example\n" in shown or f"task {task}: 1 example," in shown
         assert said in shown
     prompts = run("data", "preview", write_lines(tmp_path / "p.jsonl", {"prompt": "q", "answer": 1}), "--task", "grpo")
     assert "format prompt-only" in prompts.stdout
