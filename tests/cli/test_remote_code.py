@@ -21,11 +21,6 @@ class OwnConfig(LlamaConfig):
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
-CLASSIFIER = """
-from transformers import LlamaForSequenceClassification
-class OwnForSequenceClassification(LlamaForSequenceClassification):
-    config_class = OwnConfig
-"""
 FLAG = "--trust-remote-code"
 SHORT = ["--max-new-tokens", "2"]
 STEPS = ["--max-steps", "2", "--batch-size", "2"]
@@ -140,22 +135,3 @@ def test_what_was_trained_with_code_is_predicted_and_looked_at(
     assert not mark.exists()
     assert run("generate", tmp_path / "tuned", "hello", FLAG, *SHORT).exit_code == 0
     assert run("generate", own, "hello", "--adapter", tmp_path / "tuned", FLAG, *SHORT).exit_code == 0
-
-
-def test_predict_runs_it_with_the_flag_alone(run: Any, tmp_path: Path, own: Path, mark: Path) -> None:
-    code = (own / "own_model.py").read_text() + CLASSIFIER
-    judge = save_base(tmp_path / "judge")
-    (judge / "own_model.py").write_text(code)
-    config = json.loads((own / "config.json").read_text()) | {"architectures": ["OwnForSequenceClassification"]}
-    config["auto_map"]["AutoModelForSequenceClassification"] = "own_model.OwnForSequenceClassification"
-    del config["auto_map"]["AutoModelForCausalLM"]
-    (judge / "config.json").write_text(json.dumps(config))
-    texts = write_lines(tmp_path / "texts.jsonl", {"text": "good"}, {"text": "bad"})
-    forget(mark)
-    refused = run("predict", judge, texts)
-    assert refused.exit_code == 2, refused.output
-    assert FLAG in refused.output
-    assert not mark.exists()
-    trusted = run("predict", judge, texts, FLAG)
-    assert trusted.exit_code == 0, trusted.output
-    assert mark.exists()
