@@ -201,8 +201,9 @@ def _wrong(result: Any) -> str:
         return f"exit code {result.exit_code}"
     if "main memory ran out" in result.stderr:
         return "more than 2 GB of memory"
-    last = result.stderr.strip().splitlines()[-1:]
-    if result.exit_code and not (last and last[0].startswith(("slimtune: ", "problem: ", "╰─"))):
+    # `recipe check` lists its problems on standard output, where a long one takes several lines.
+    said = [*result.stderr.splitlines(), *result.stdout.splitlines()]
+    if result.exit_code and not any(line.startswith(("slimtune: ", "problem: ", "╰─")) for line in said):
         return f"no sentence: {result.output[-300:]}"
     return ""
 
