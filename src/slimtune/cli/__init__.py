@@ -27,6 +27,7 @@ from slimtune.cli.options import RecipeCommand
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
 from slimtune.cli.prune import prune
+from slimtune.cli.push import push
 from slimtune.cli.quantize import quantize
 from slimtune.cli.recipe import recipe
 from slimtune.cli.serve import serve
@@ -140,6 +141,7 @@ for name, command in {
     "quantize": quantize,
     "export": export,
     "merge": merge,
+    "push": push,
     "doctor": doctor,
     "demo-data": demo_data,
 }.items():

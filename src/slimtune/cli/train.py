@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimtune.cli.options import Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
+from slimtune.cli.push import push_trained
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
     from slimtune.recipe.recipe import Recipe
 
-WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "trust_remote_code", "as_json")
+WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "trust_remote_code", "push_to_hub",
+                 "as_json")  # fmt: skip
 """Parameters that say how a recipe is run, not what it says."""
 
 
@@ -63,6 +65,10 @@ def train(
     plans: Annotated[
         bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")
     ] = True,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Push to NAME or ORGANISATION/NAME of the Hub in the end; asked at once."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -84,16 +90,25 @@ def train(
     """
     from slimtune.pipeline.train import run
     from slimtune.storage.atomic import refuse_existing
+    from slimtune.storage.push import check_access
     from slimtune.train.results import RESULTS
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
+    repository = check_access(push_to_hub) if push_to_hub else None
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
     results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
     say_how_to_use(open_screen(as_json), recipe, results["task_type"])
-    if as_json:
-        print_json({"output": recipe.output, **results})
+    if repository:
+        results["pushed"] = None
+    try:
+        if repository:
+            results["pushed"] = push_trained(open_screen(as_json), Path(recipe.output), repository)
+    finally:
+        # A push that fails takes nothing back of the training.
+        if as_json:
+            print_json({"output": recipe.output, **results})
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
