@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
 from slimtune.cli.push import push_trained
 from slimtune.console.screen import open_screen, print_json
@@ -30,6 +31,7 @@ def train(
         typer.Argument(
             metavar="RECIPE.yaml|MODEL",
             help="A recipe, or a model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/].",
+            autocompletion=proposals.models_and_recipes,
         ),
     ],
     rest: Annotated[
@@ -45,7 +47,9 @@ def train(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="The folder to write; by default the recipe's."),
     ] = None,
-    method: Annotated[str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.")] = "lora",
+    method: Annotated[
+        str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.", autocompletion=proposals.methods)
+    ] = "lora",
     rank: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale is alpha / rank; 2 * rank for lora.")] = None,
     learning_rate: Annotated[
