@@ -1,4 +1,4 @@
-"""The Dockerfile by its parts: what it copies is there and sent, its extras and commands exist. It is not built here."""
+"""The Dockerfile by its parts: what it copies is there and sent, its extras and commands exist. Not built here."""
 
 from __future__ import annotations
 
