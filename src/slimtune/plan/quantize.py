@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers.core_model_loading import dot_natural_key
@@ -87,20 +88,30 @@ def _by_torchao(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]
 
 def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]:
     from slimtune.bases.int4 import LinearInt4
-    from slimtune.ops.grid import nearest_codes, searched_scales
+    from slimtune.ops.grid import SCALE_DTYPE, nearest_codes, searched_scales
     from slimtune.quantization.integer import group_size_for, quantized_linears
 
     group_size = Quantization(kind).blocksize
     names = quantized_linears(model, _new_heads(model))
     group_size_for(model, names, group_size)
-    beyond = {}
+    beyond: dict[str, int] = {}
+    # Layers of one shape and dtype take the same scratch, and the search for scales is long: it is followed once each.
+    scratch: dict[tuple[torch.Size, torch.dtype], int] = {}
     for name in names:
         module: Any = model.get_submodule(name)
         weight_OI, before = module.weight.detach(), len(tracker.storages)
-        scales_OG = searched_scales(weight_OI, group_size, 4)
-        LinearInt4.take(module, nearest_codes(weight_OI, scales_OG, 4), scales_OG)
-        held = sum(tensor.nbytes for tensor in (module.weight, module.weight_scale))
-        beyond[name] = weight_OI.nbytes + max(0, tracker.peak_since(before) - held)
+        kind_of_layer = weight_OI.shape, weight_OI.dtype
+        if kind_of_layer in scratch:
+            scales_OG = weight_OI.new_empty((weight_OI.shape[0], weight_OI.shape[1] // group_size), dtype=SCALE_DTYPE)
+            codes_OI = torch.empty_like(weight_OI, dtype=torch.int8)
+        else:
+            scales_OG = searched_scales(weight_OI, group_size, 4)
+            codes_OI = nearest_codes(weight_OI, scales_OG, 4)
+        LinearInt4.take(module, codes_OI, scales_OG)
+        if kind_of_layer not in scratch:
+            held = sum(tensor.nbytes for tensor in (module.weight, module.weight_scale))
+            scratch[kind_of_layer] = max(0, tracker.peak_since(before) - held)
+        beyond[name] = weight_OI.nbytes + scratch[kind_of_layer]
     return beyond
 
 
