@@ -89,8 +89,9 @@ def run(step: Step, models: Path) -> None:
         return
     words = [str(models / REAL[word]) if word in REAL else word for word in step.words]
     quick = QUICK.get(words[0], [])
-    if not any(re.search(r"max[-_]steps|--limit|--dry-run", word) for word in words):
-        words += quick
+    if not any(re.search(r"max[-_]steps|--limit|--dry-run|^features$", word) for word in words):
+        is_recipe = words[0] == "train" and words[1].endswith(".yaml")
+        words += ["training.max_steps=1"] if is_recipe else quick
     words += ["--max-kl", "1"] if "Q8_0" in words else []
     result = typed(words)
     if "--resume" in words:
