@@ -121,6 +121,7 @@ def test_the_memory_is_drawn(run: Any, base: Path, tmp_path: Path, name: str) ->
     assert (tmp_path / name).stat().st_size > 3000
 
 
+@pytest.mark.slow
 def test_the_classic_table(run: Any) -> None:
     result = run("plan", "--table")
     assert result.exit_code == 0, result.output
@@ -128,6 +129,7 @@ def test_the_classic_table(run: Any) -> None:
         assert part in result.stdout, part
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_calibration")
 def test_calibration_alone(run: Any, base: Path) -> None:
     measured = json.loads(run("plan", "--calibrate", "--json").stdout)

@@ -84,6 +84,7 @@ def commands(tmp_path: Path, own: Path, rows: Path) -> dict[str, list[Any]]:
     }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "name", ["train", "train a recipe", "plan", "recipe check", "compare", "evaluate", "generate", "chat"]
 )

@@ -65,6 +65,7 @@ def test_with_room_for_all_lora_on_the_16_bit_base_is_first() -> None:
     assert report.choices[-1].needed_bytes > 0
 
 
+@pytest.mark.slow
 def test_the_base_is_quantized_when_it_does_not_fit_in_16_bits() -> None:
     report = asked(int(0.95 * WEIGHTS))
     assert report.best is not None
@@ -96,6 +97,7 @@ def test_checkpoints_come_when_a_single_example_is_too_much() -> None:
     assert tight.parts.total < plain.parts.total
 
 
+@pytest.mark.slow
 def test_nothing_fits() -> None:
     report = asked(WEIGHTS // 10)
     assert report.best is None
@@ -148,6 +150,7 @@ def test_several_devices_share_the_examples_of_a_step() -> None:
     assert 0 < four.duration.exchange_seconds < four.duration.seconds
 
 
+@pytest.mark.slow
 def test_every_base_of_loading_can_be_asked_for() -> None:
     report = asked(bases=PRECISIONS[1:])
     assert {choice.base for choice in report.choices} == set(PRECISIONS) - {"dense"}
