@@ -115,7 +115,7 @@ class PlanReport:
         }
         return {
             "model": self.model,
-            "device": device | {"room_bytes": self.request.device.room_bytes},
+            "device": device | {"room_bytes": self.request.device.room_bytes, "margin": self.request.device.margin},
             "devices": self.request.devices,
             "goal": self.request.goal,
             "task": self.request.task,
@@ -134,7 +134,9 @@ class PlanReport:
             "base": choice.base,
             "fits": choice.fits,
             "peak_bytes": choice.parts.total,
+            "is_tight": choice.is_tight,
             "needed_bytes": choice.needed_bytes,
+            "runtime_bytes": choice.runtime_bytes,
             "parts": choice.parts.named(),
             "merge_bytes": choice.merge_bytes,
             "peak_at": {"phase": peak.phase, "module": peak.module, "operation": peak.operation},
