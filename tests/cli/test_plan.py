@@ -54,6 +54,18 @@ def test_a_model_data_and_a_gpu_give_the_answer_in_one_command(run: Any, base: P
         assert part in shown, part
 
 
+def test_what_rows_begin_with_alike_is_planned_once(run: Any, base: Path, data: Path) -> None:
+    options = ("--data", data, "--device", "T4", *LORA)
+    assert "is counted once" in " ".join(run("plan", base, *options).stdout.split())
+    shared = json.loads(run("plan", base, *options, "--json").stdout)["choices"][0]
+    whole = json.loads(run("plan", base, *options, "training.share_prefixes=false", "--json").stdout)["choices"][0]
+    assert 0 < shared["computed_share"] < 0.9
+    assert whole["computed_share"] is None
+    assert shared["peak_bytes"] < whole["peak_bytes"]
+    assert "training.share_prefixes=false" in whole["command"]
+    assert "share_prefixes" not in shared["command"]
+
+
 def test_the_command_that_is_told_runs(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
     told = json.loads(run("plan", base, "--data", data, "--device", "cpu", *LORA, "--json").stdout)
     command = shlex.split(told["choices"][0]["command"])

@@ -12,6 +12,7 @@ from slimtune.data.lengths import Lengths
 from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.models.compatibility import Verdict, verdicts
 from slimtune.plan import rules
+from slimtune.plan.beginnings import Beginnings
 from slimtune.plan.devices import Device
 from slimtune.plan.memory import PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting
 from slimtune.plan.rules import Case, Rule
@@ -52,6 +53,7 @@ class PlanRequest:
         optim, attention: by name.
         devices: GPUs that share the training, by FSDP2.
         parameters: of the base, 0 if they weren't counted.
+        beginnings: of the examples, where training shares what rows begin with alike; `share_prefixes` as given.
         served_on: the device that the result has to run on, where that is another one.
     """
 
@@ -76,6 +78,8 @@ class PlanRequest:
     attention: str | None = None
     devices: int = 1
     parameters: int = 0
+    beginnings: Beginnings | None = None
+    share_prefixes: bool | None = None
     served_on: Device | None = None
     trust_remote_code: bool = False
 
@@ -300,7 +304,8 @@ def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate
     @cache
     def planned(batch: int, checkpointing: bool) -> MemoryPlan:
         accumulation = request.accumulation or _accumulation(batch, effective, first)
-        return simulate(replace(first, batch=batch, accumulation=accumulation, gradient_checkpointing=checkpointing))
+        setting = replace(first, batch=batch, accumulation=accumulation, gradient_checkpointing=checkpointing)
+        return simulate(setting if request.beginnings is None else request.beginnings.shared_in(setting))
 
     options = (False, True) if request.checkpointing is None else (request.checkpointing,)
     is_hopeless = _is_hopeless(first, request)
