@@ -270,7 +270,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_plans_first_and_says_what_would_fit(
     run: Any, base: Path, data: Path, tmp_path: Path, small_machine: None
 ) -> None:
-    options = ["-o", tmp_path / "out", "--max-steps", 1, "model.device=cpu"]
+    options = ["-o", tmp_path / "out", "--max-steps", 1, "model.device=cpu", "training.share_prefixes=false"]
     result = run("train", base, data, *options, "--batch-size", 24)
     assert result.exit_code == 1, result.output
     assert "the training needs" in result.stderr
