@@ -36,6 +36,7 @@ from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.console.failures import sentence_of
 from slimtune.console.noise import escape_logs, leave_out_noise
+from slimtune.console.process import report_failure
 from slimtune.console.screen import say, silence
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError, is_out_of_memory
 
@@ -163,5 +164,6 @@ def main() -> None:
 
 def _fail(sentence: str, code: int) -> NoReturn:
     # Plain, because rich would read brackets in a name as markup and break the line.
-    say(f"slimtune: {sentence}", to_errors=True)
+    if report_failure(sentence):
+        say(f"slimtune: {sentence}", to_errors=True)
     raise typer.Exit(code)

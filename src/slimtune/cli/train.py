@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimtune.cli.options import Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
+from slimtune.console.process import this_process
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
@@ -90,6 +91,8 @@ def train(
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
+    if not this_process().is_main:
+        return
     results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
     say_how_to_use(open_screen(as_json), recipe, results["task_type"])
     if as_json:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from slimtune.errors import TrainingError, listing
+from slimtune.train.processes import largest
 
 # A LoRA's A has no gradient while B is zero, and a warm-up begins with a rate of zero: two steps may pass in rest.
 WATCHED_STEPS = 4
@@ -156,7 +157,9 @@ class StopOnSignal(TrainerCallback):
         self.log("stopping: this step is finished and a checkpoint written; once more to stop at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End after this step, with a checkpoint."""
+        """End after this step, with a checkpoint, all processes at the same step."""
+        # A signal reaches them at different moments, or one of them alone.
+        self.received = largest(self.received or 0) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 
