@@ -74,7 +74,8 @@ class Commands(TyperGroup):
             Commands.is_out_of_memory = is_out_of_memory(error)
             # The work was right and its result was not: that is no mistake of the user.
             is_mistake = isinstance(error, SlimtuneError) and not isinstance(error, MergeError | DoesNotFitError)
-            _fail(sentence, getattr(error, "exit_code", MISTAKE if is_mistake else REFUSED))
+            code = getattr(error, "exit_code", MISTAKE if is_mistake else REFUSED)
+            _fail(sentence, code, follows=getattr(error, "follows_another", False))
 
 
 def _leave_closed_pipe() -> NoReturn:
@@ -162,8 +163,8 @@ def main() -> None:
         raise
 
 
-def _fail(sentence: str, code: int) -> NoReturn:
+def _fail(sentence: str, code: int, follows: bool = False) -> NoReturn:
     # Plain, because rich would read brackets in a name as markup and break the line.
-    if report_failure(sentence):
+    if report_failure(sentence, follows):
         say(f"slimtune: {sentence}", to_errors=True)
     raise typer.Exit(code)

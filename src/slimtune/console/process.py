@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError
 
@@ -20,6 +20,8 @@ _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "M
 _LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Where torchrun reads why a process failed."""
+_FOLLOWS = "follows_another"
+_SECONDS_BEHIND = 3
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,12 @@ def warn_of_one_process(screen: Console) -> None:
         )
 
 
-def report_failure(sentence: str) -> bool:
-    """Hand the sentence to the launcher, if there is one; whether this process is the one to print it as well."""
+def report_failure(sentence: str, follows: bool = False) -> bool:
+    """Hand the sentence to the launcher, if there is one; whether this process is the one to print it as well.
+
+    Args:
+        follows: whether another process failed first, whose sentence is the one to read.
+    """
     try:
         process = this_process()
     except ConfigError:
@@ -77,9 +83,18 @@ def report_failure(sentence: str) -> bool:
     if process.count == 1 or not file:
         return True
     # In the form of torch.distributed.elastic, whose own writer takes exceptions with their tracebacks.
-    reason = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+    reason = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time())), _FOLLOWS: follows}}
     Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
-    return process.is_main
+    if not process.is_main and not follows:
+        # Most mistakes are found by all processes: the first one speaks, before torchrun stops it because of this one.
+        time.sleep(_SECONDS_BEHIND)
+    return process.is_main and not follows
+
+
+def follows_another(error_file: Any) -> bool:
+    """Whether a failure, as `report_failure` wrote it, came of that of another process."""
+    reason = error_file.get("message") if isinstance(error_file, dict) else None
+    return bool(reason.get("extraInfo", {}).get(_FOLLOWS)) if isinstance(reason, dict) else False
 
 
 def _number(names: tuple[str, ...]) -> int | None:

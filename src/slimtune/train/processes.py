@@ -29,14 +29,13 @@ def check_processes(device: str, settings: TrainSettings) -> None:
     if process.count == 1:
         return
     share_of(settings)
-    for variable, what in _REFUSED.items():
+    for variable, why in REFUSED.items():
         if os.environ.get(variable, "").lower() not in ("", "false", "0", "1", "no"):
-            raise ConfigError(what)
-    if device == "cpu" and shards():
-        raise ConfigError(
-            "FSDP shards a model over GPUs, and the run is on the CPU, where accelerate would copy it to each process "
-            "without a word; leave FSDP out of accelerate's file, or pass model.device=cuda"
-        )
+            raise ConfigError(why)
+    if shards() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(REFUSED["FSDP1"])
+    if shards() and device == "cpu":
+        raise ConfigError(REFUSED["FSDP on a CPU"])
     if device == "mps":
         raise ConfigError("Apple's GPU trains in one process; start it without a launcher, or pass model.device=cpu")
     if device == "cuda" and process.local_count > torch.cuda.device_count():
@@ -46,9 +45,9 @@ def check_processes(device: str, settings: TrainSettings) -> None:
         )
 
 
-_REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed keeps weights and optimizer in a form that checkpoints here can't hold; "
-    "shard with FSDP2 (docs/scale/fsdp2.yaml), or offload with it (docs/scale/fsdp2-offload.yaml)",
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed keeps weights and optimizer in a form that the checkpoints of a run "
+    "can't hold; shard with FSDP2 (docs/scale/fsdp2.yaml), or offload with it (docs/scale/fsdp2-offload.yaml)",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM replaces the model, so that no adapter can be attached to it; shard "
     "with FSDP2 (docs/scale/fsdp2.yaml)",
     "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism splits the layers that the adapters are attached to; shard with "
@@ -57,8 +56,12 @@ _REFUSED = {
     "FSDP2 (docs/scale/fsdp2.yaml)",
     "ACCELERATE_MIXED_PRECISION": "accelerate's file sets mixed_precision, and a recipe sets the precision by "
     "model.dtype; write mixed_precision: 'no'",
+    "FSDP1": "FSDP 1 flattens weights of one type together, and adapters are of another type than their base; set "
+    "fsdp_version: 2",
+    "FSDP on a CPU": "FSDP shards a model over GPUs, and the run is on the CPU, where accelerate would copy it to each "
+    "process without a word; leave FSDP out, or pass model.device=cuda",
 }
-"""What accelerate can be set to, by the variable in which it says so, that a run here isn't made for."""
+"""What a run isn't made for, by the variable in which accelerate says that it is set, with what to do."""
 
 
 def shards() -> bool:
@@ -140,9 +143,15 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
-def lost() -> TrainingError:
+class LostProcessError(TrainingError):
+    """Another process of the run has ended, and has said why, or could not."""
+
+    follows_another = True
+
+
+def lost() -> LostProcessError:
     """The error of a process whose run has lost another one."""
-    return TrainingError(
+    return LostProcessError(
         f"another one of the {this_process().count} processes has ended, and this one can't go on alone; go on from "
         "the last checkpoint with --resume"
     )
