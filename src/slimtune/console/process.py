@@ -91,10 +91,12 @@ def report_failure(sentence: str, follows: bool = False) -> bool:
     return process.is_main and not follows
 
 
-def follows_another(error_file: Any) -> bool:
-    """Whether a failure, as `report_failure` wrote it, came of that of another process."""
-    reason = error_file.get("message") if isinstance(error_file, dict) else None
-    return bool(reason.get("extraInfo", {}).get(_FOLLOWS)) if isinstance(reason, dict) else False
+def read_failure(error_file: Any) -> tuple[str, bool]:
+    """What a process reported, in torchrun's form: the sentence, and whether another process failed first."""
+    reason = error_file.get("message", "") if isinstance(error_file, dict) else ""
+    if isinstance(reason, dict):
+        return str(reason.get("message", "")), bool(reason.get("extraInfo", {}).get(_FOLLOWS))
+    return str(reason), False
 
 
 def _number(names: tuple[str, ...]) -> int | None:

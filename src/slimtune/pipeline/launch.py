@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtune.console.process import follows_another, this_process
+from slimtune.console.process import read_failure, this_process
 from slimtune.console.screen import one_line, say
 from slimtune.errors import ConfigError, did_you_mean, first_line
 from slimtune.storage.text_files import is_yaml, read_mapping
@@ -202,7 +202,8 @@ def _parsed(chosen: Launch, parse: Callable[[list[str]], Any], command: list[str
 def _explain(error: Any) -> int:
     """Say why the processes ended, unless the first of them has said it; the exit code."""
     rank, failure = min(error.failures.items(), key=_order)
-    if failure.exitcode < 0 or not failure.error_file_data:
+    sentence, _ = read_failure(failure.error_file_data)
+    if failure.exitcode < 0 or not sentence:
         ended = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
         say(
             f"slimtune: process {rank} of the run {ended}, and the others were stopped; what it was at is above, and a "
@@ -210,14 +211,14 @@ def _explain(error: Any) -> int:
             to_errors=True,
         )
     elif rank != 0:
-        say(f"slimtune: process {rank}: {one_line(failure.message)}", to_errors=True)
+        say(f"slimtune: process {rank}: {one_line(sentence)}", to_errors=True)
     return failure.exitcode if failure.exitcode > 0 else 1
 
 
 def _order(ended: tuple[int, Any]) -> tuple[bool, bool, int]:
     """Sort first what tells most: a sentence, a kill, then what came of another process's end."""
     rank, failure = ended
-    is_stopped = follows_another(failure.error_file_data) or failure.exitcode == -signal.SIGTERM
+    is_stopped = read_failure(failure.error_file_data)[1] or failure.exitcode == -signal.SIGTERM
     return is_stopped, failure.exitcode < 0, rank
 
 
