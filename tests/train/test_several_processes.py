@@ -139,6 +139,7 @@ if rank == sys.argv[1]:
         print(f"slimtune: what {rank} found", file=sys.stderr)
     sys.exit(2)
 if sys.argv[2] == "follow":
+    time.sleep(2)
     report_failure("another one has ended", follows=True)
     sys.exit(2)
 time.sleep(60)

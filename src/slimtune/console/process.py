@@ -85,10 +85,11 @@ def report_failure(sentence: str, follows: bool = False) -> bool:
     # In the form of torch.distributed.elastic, whose own writer takes exceptions with their tracebacks.
     reason = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time())), _FOLLOWS: follows}}
     Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
-    if not process.is_main and not follows:
-        # Most mistakes are found by all processes: the first one speaks, before torchrun stops it because of this one.
+    speaks = process.is_main and not follows
+    if not speaks:
+        # torchrun stops all others when it sees one end: the one that has something to say comes first.
         time.sleep(_SECONDS_BEHIND)
-    return process.is_main and not follows
+    return speaks
 
 
 def read_failure(error_file: Any) -> tuple[str, bool]:

@@ -202,7 +202,7 @@ def _parsed(chosen: Launch, parse: Callable[[list[str]], Any], command: list[str
 def _explain(error: Any) -> int:
     """Say why the processes ended, unless the first of them has said it; the exit code."""
     rank, failure = min(error.failures.items(), key=_order)
-    sentence, _ = read_failure(failure.error_file_data)
+    sentence, follows = read_failure(failure.error_file_data)
     if failure.exitcode < 0 or not sentence:
         ended = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
         say(
@@ -210,7 +210,7 @@ def _explain(error: Any) -> int:
             "kill is often for want of memory; go on from the last checkpoint with --resume",
             to_errors=True,
         )
-    elif rank != 0:
+    elif rank != 0 or follows:
         say(f"slimtune: process {rank}: {one_line(sentence)}", to_errors=True)
     return failure.exitcode if failure.exitcode > 0 else 1
 
