@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
+from slimtune.cli.options import TYPED, Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
+from slimtune.console.process import this_process
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from slimtune.recipe.recipe import Recipe
 
-WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "trust_remote_code", "as_json")
+WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "launch", "trust_remote_code", "as_json")
 """Parameters that say how a recipe is run, not what it says."""
 
 
@@ -63,6 +64,14 @@ def train(
     plans: Annotated[
         bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")
     ] = True,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|FILE.yaml|COMMAND",
+            help="Train in several processes, one for each GPU: so many, as a file of accelerate says, or as "
+            '"torchrun ..." starts them.',
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -81,6 +90,8 @@ def train(
     Example: slimtune train recipe.yaml training.learning_rate=1e-4
 
     Example: slimtune train smollm2-135m-instruct orders/train.jsonl data.held_out=0.1 --output tuned --max-steps 40
+
+    Example: slimtune train recipe.yaml --launch 4
     """
     from slimtune.pipeline.train import run
     from slimtune.storage.atomic import refuse_existing
@@ -89,11 +100,27 @@ def train(
     if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
+    if launch is not None:
+        raise typer.Exit(_launched(ctx, launch, recipe))
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
+    if not this_process().is_main:
+        return
     results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
     say_how_to_use(open_screen(as_json), recipe, results["task_type"])
     if as_json:
         print_json({"output": recipe.output, **results})
+
+
+def _launched(ctx: typer.Context, how: str, recipe: Recipe) -> int:
+    """Run the same command without `--launch` in the processes that it names; the exit code."""
+    from slimtune.models.device import pick_device
+    from slimtune.pipeline.launch import launch
+
+    typed = list(ctx.meta[TYPED])
+    place = next(i for i, word in enumerate(typed) if word.partition("=")[0] == "--launch")
+    del typed[place : place + (1 if "=" in typed[place] else 2)]
+    debug = ["--debug"] if ctx.parent is not None and ctx.parent.params.get("debug") else []
+    return launch(how, [*debug, "train", *typed], pick_device(recipe.model.device).partition(":")[0])
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
