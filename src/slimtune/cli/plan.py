@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Fields, Json, TrustRemoteCode, columns_of
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError, did_you_mean
@@ -29,6 +30,7 @@ def plan(
             help="A folder with a config.json, a Hub id, a packaged name, or one of the classic table: llama-2-7b, "
             "llama-2-13b, llama-30b, llama-3-70b, qwen1.5-110b.",
             show_default=False,
+            autocompletion=proposals.models_and_recipes,
         ),
     ] = None,
     overrides: Annotated[
@@ -43,7 +45,11 @@ def plan(
     goal: Annotated[str, typer.Option(help="task, quality, fast, domain or tiny.", rich_help_panel=WHAT)] = "task",
     method: Annotated[
         list[str],
-        typer.Option(help="Only these methods, by their name in train; repeatable.", rich_help_panel=WHAT),
+        typer.Option(
+            help="Only these methods, by their name in train; repeatable.",
+            rich_help_panel=WHAT,
+            autocompletion=proposals.methods,
+        ),
     ] = [],  # noqa: B006
     base: Annotated[
         list[str],
@@ -53,11 +59,19 @@ def plan(
         ),
     ] = [],  # noqa: B006
     device: Annotated[
-        str, typer.Option(help="A GPU's name, cpu, or auto for this machine.", rich_help_panel=WHERE)
+        str,
+        typer.Option(
+            help="A GPU's name, cpu, or auto for this machine.",
+            rich_help_panel=WHERE,
+            autocompletion=proposals.devices,
+        ),
     ] = "auto",
     devices: Annotated[int, typer.Option(help="GPUs that share the work (FSDP2).", rich_help_panel=WHERE)] = 1,
     serve_on: Annotated[
-        str | None, typer.Option(help="The device that has to run the result.", rich_help_panel=WHERE)
+        str | None,
+        typer.Option(
+            help="The device that has to run the result.", rich_help_panel=WHERE, autocompletion=proposals.devices
+        ),
     ] = None,
     memory: Annotated[
         float | None,
