@@ -87,7 +87,8 @@ def _by_torchao(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]
 
 def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]:
     from slimtune.bases.int4 import LinearInt4
-    from slimtune.ops.grid import nearest_codes, searched_scales
+    from slimtune.bases.packed import as_linear
+    from slimtune.ops.grid import rounded
     from slimtune.quantization.integer import group_size_for, quantized_linears
 
     group_size = Quantization(kind).blocksize
@@ -96,9 +97,8 @@ def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int
     beyond = {}
     for name in names:
         module: Any = model.get_submodule(name)
-        weight_OI, before = module.weight.detach(), len(tracker.storages)
-        scales_OG = searched_scales(weight_OI, group_size, 4)
-        LinearInt4.take(module, nearest_codes(weight_OI, scales_OG, 4), scales_OG)
+        weight_OI, before = as_linear(module).weight.detach(), len(tracker.storages)
+        LinearInt4.take(module, *rounded(weight_OI, group_size, 4))
         held = sum(tensor.nbytes for tensor in (module.weight, module.weight_scale))
         beyond[name] = weight_OI.nbytes + max(0, tracker.peak_since(before) - held)
     return beyond

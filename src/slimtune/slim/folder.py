@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
 from slimtune.bases import base_of
+from slimtune.bases.integer import ZERO
 from slimtune.console.progress import Watch
 from slimtune.core.delta import Base, walk
 from slimtune.errors import MergeError
@@ -183,7 +184,7 @@ def _stored(model: nn.Module) -> tuple[int, float]:
     held: list[tuple[Any, Base]] = [(m, base_of(m)) for _, m in walk(model) if base_of(m).dequantizer(m) is not None]
     linear = [(m, base) for m, base in held if base.kind == "linear"]
     weights = sum(math.prod(base.features(m)) for m, base in linear)
-    stored = sum(t.nbytes for m, base in linear for t in (m.weight, m.weight_scale))
+    stored = sum(t.nbytes for m, _ in linear for t in (m.weight, m.weight_scale, m._buffers.get(ZERO)) if t is not None)
     return len(linear), 8 * stored / max(1, weights)
 
 
