@@ -289,6 +289,9 @@ def _make_shells(model: Any, request: Request) -> None:
         for part, (shape, dtype) in shapes.items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             shell.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+        if CODES not in shapes:
+            # For modules around it that draw the weights in them, as GPT-2's do before they are read.
+            vars(shell)["weight"] = torch.empty(0)
         shell._is_hf_initialized = True
     # Ties are of what the modules have now, and are made before the shells are filled.
     shells = {name: list(module._parameters) for name, module in model.named_modules() if "scheme" in vars(module)}
@@ -355,6 +358,7 @@ def _fill_shells(model: Any) -> None:
             continue
         scheme: WeightScheme = module.__dict__.pop("scheme")
         dtype = module.__dict__.pop("was_dtype")
+        vars(module).pop("weight", None)
         stored = {part: module._parameters.pop(part) for part in (*PARTS, CODES) if part in module._parameters}
         kind: Any = _class_for(module, scheme)
         # With a weight in its place again it is a whole module, whose codes can be checked against it.

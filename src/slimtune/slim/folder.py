@@ -21,7 +21,7 @@ from slimtune.console.progress import Watch
 from slimtune.core.delta import Base, walk
 from slimtune.errors import MergeError
 from slimtune.evaluate.language_loss import has_language_loss
-from slimtune.quantization.integer import load_compressed
+from slimtune.models.load import read_as_stored
 from slimtune.quantization.report import parts
 from slimtune.slim.data import measured_ids
 from slimtune.slim.quantize import QuantizeConfig, quantize_
@@ -167,9 +167,8 @@ def _measured(model: Any, inputs: Sequence[dict[str, Tensor]]) -> tuple[Measured
 
 def _check_reread(model: Any, folder: Path, inputs: dict[str, Tensor], expected: Tensor) -> None:
     config = type(model.config).from_pretrained(folder)
-    again = load_compressed(
-        type(model), str(folder), config, str(model.device), dtype=model.dtype, use_safetensors=True
-    )
+    options: dict[str, Any] = {"dtype": model.dtype, "use_safetensors": True}
+    again = read_as_stored(type(model), str(folder), config, str(model.device), **options)
     got = outputs(again, inputs).flatten(0, -2)[:_COMPARED]
     # Written so that outputs that are no numbers are refused as well.
     if not (got - expected).norm() <= _REREAD * expected.norm():
