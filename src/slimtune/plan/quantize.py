@@ -88,7 +88,8 @@ def _by_torchao(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]
 
 def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]:
     from slimtune.bases.int4 import LinearInt4
-    from slimtune.ops.grid import SCALE_DTYPE, nearest_codes, searched_scales
+    from slimtune.bases.packed import as_linear
+    from slimtune.ops.grid import rounded
     from slimtune.quantization.integer import group_size_for, quantized_linears
 
     group_size = Quantization(kind).blocksize
@@ -96,22 +97,22 @@ def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int
     group_size_for(model, names, group_size)
     beyond: dict[str, int] = {}
     # Layers of one shape and dtype take the same scratch, and the search for scales is long: it is followed once each.
-    scratch: dict[tuple[torch.Size, torch.dtype], int] = {}
+    followed: dict[tuple[torch.Size, torch.dtype], tuple[list[tuple[torch.Size, torch.dtype]], int]] = {}
     for name in names:
         module: Any = model.get_submodule(name)
-        weight_OI, before = module.weight.detach(), len(tracker.storages)
+        weight_OI, before = as_linear(module).weight.detach(), len(tracker.storages)
         kind_of_layer = weight_OI.shape, weight_OI.dtype
-        if kind_of_layer in scratch:
-            scales_OG = weight_OI.new_empty((weight_OI.shape[0], weight_OI.shape[1] // group_size), dtype=SCALE_DTYPE)
-            codes_OI = torch.empty_like(weight_OI, dtype=torch.int8)
+        if kind_of_layer in followed:
+            outlines, scratch = followed[kind_of_layer]
+            LinearInt4.take(module, *(weight_OI.new_empty(shape, dtype=dtype) for shape, dtype in outlines))
         else:
-            scales_OG = searched_scales(weight_OI, group_size, 4)
-            codes_OI = nearest_codes(weight_OI, scales_OG, 4)
-        LinearInt4.take(module, codes_OI, scales_OG)
-        if kind_of_layer not in scratch:
+            codes, scales, _ = rounded(weight_OI, group_size, 4)
+            LinearInt4.take(module, codes, scales)
             held = sum(tensor.nbytes for tensor in (module.weight, module.weight_scale))
-            scratch[kind_of_layer] = max(0, tracker.peak_since(before) - held)
-        beyond[name] = weight_OI.nbytes + scratch[kind_of_layer]
+            scratch = max(0, tracker.peak_since(before) - held)
+            # Not the tensors themselves, which would count as memory that loading takes.
+            followed[kind_of_layer] = [(part.shape, part.dtype) for part in (codes, scales)], scratch
+        beyond[name] = weight_OI.nbytes + scratch
     return beyond
 
 
