@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "PeftConfig": "core.config",
     "TaskType": "core.config",
+    "ConstraintConfig": "core.constraint",
     "PeftModel": "adapters.model",
     "get_peft_model": "adapters.model",
     "get_peft_model_state_dict": "adapters.adapter",

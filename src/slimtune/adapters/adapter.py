@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from slimtune.adapters.adopt import Adopted, adopt, attach_to
+from slimtune.adapters.constrain import constrained
 from slimtune.adapters.embeddings import base_copies, saved_whole
 from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.targets import resolve, walk
 from slimtune.bases import base_of, claim
 from slimtune.bases.foreign import ForeignLinear
 from slimtune.core.config import PeftConfig
+from slimtune.core.constraint import Constrained
 from slimtune.core.delta import Delta, Site, deltas_of
 from slimtune.errors import (
     AdapterExistsError,
@@ -79,6 +81,7 @@ def draft(
         deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site, "bias")
     placed = list(deltas.values())
     resolved.link_deltas(model, placed)
+    placed = constrained(model, resolved, placed)
     if not resolved.inference_mode:
         _check_gradients(model, placed)
     return Draft(resolved, placed)
@@ -218,7 +221,7 @@ def conflict(model: Any, names: Sequence[str]) -> str | None:
     """The path of the first module that two of these adapters can't both change, or None."""
     for path, module in adopted_modules(model):
         together = [delta for name, delta in deltas_of(module).items() if name in names]
-        if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
+        if any(one.excludes(other) or other.excludes(one) for one, other in itertools.combinations(together, 2)):
             return path
     return None
 
@@ -293,6 +296,9 @@ def _fill(
         if names:
             warnings.warn(f"'{source}' {what} {listing(names, 3)}, which stay as they are", stacklevel=3)
     taken = {name: tensors[name] for name in matching - mismatched}
+    for site, delta in placed:
+        if isinstance(delta, Constrained):
+            delta.check_base(site, taken)
     with torch.no_grad():
         for site, delta, names in disk_names:
             whole = {name: taken.get(key(site.name, name), tensor) for name, tensor in names.items()}

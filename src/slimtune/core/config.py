@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from slimtune.core.constraint import ConstraintConfig
 from slimtune.core.delta import Delta, Site
 from slimtune.core.field_types import check_types
 from slimtune.core.roles import Role
@@ -45,6 +46,9 @@ class MethodName(str):
     def name(self) -> str:
         return str(self)
 
+
+CONSTRAINED = "CONSTRAINED_"
+"""What stands before the `peft_type` of an adapter whose merged weights are held to a constraint."""
 
 C = TypeVar("C", bound="PeftConfig")
 
@@ -142,6 +146,10 @@ class PeftConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, those included that were only passed through."""
         own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        constraint = own.pop("constraint", None)
+        if constraint and self.constraint:  # pyright: ignore[reportAttributeAccessIssue]
+            # By another name: who reads the weights without the constraint computes something else.
+            own |= {"constraint": constraint, "peft_type": f"{CONSTRAINED}{self.peft_type}"}
         return dict(self.inert) | self.foreign | own
 
     @classmethod
@@ -152,6 +160,9 @@ class PeftConfig:
             ConfigError: an unknown method, or an unknown field that is set to something.
         """
         peft_type = fields.get("peft_type")
+        if fields.get("constraint"):
+            peft_type = str(peft_type).removeprefix(CONSTRAINED)
+            fields = {**fields, "peft_type": peft_type}
         owner = method(str(peft_type)) if peft_type else cls
         if owner is PeftConfig:
             raise ConfigError(f"peft_type must name a method, found {peft_type!r}; known are {listing(methods())}")
@@ -215,15 +226,18 @@ class TargetedConfig(PeftConfig):
     """What methods share that change chosen modules.
 
     `target_modules`: names (the last components of module paths), a regular expression over whole paths,
-    `"all-linear"`, or None for the places where the method belongs.
+    `"all-linear"`, or None for the places where the method belongs. `constraint`: what the merged weights are held to,
+    see `slimtune.ConstraintConfig`; `peft` has no such thing, and refuses the file.
     """
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
+    constraint: ConstraintConfig | dict[str, Any] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.constraint = ConstraintConfig.of(self.constraint)
         self.target_modules = _names(self.target_modules)
         self.exclude_modules = _names(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":

@@ -112,6 +112,7 @@ def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int
             scratch = max(0, tracker.peak_since(before) - held)
             # Not the tensors themselves, which would count as memory that loading takes.
             followed[kind_of_layer] = [(part.shape, part.dtype) for part in (codes, scales)], scratch
+            del codes, scales
         beyond[name] = weight_OI.nbytes + scratch
     return beyond
 

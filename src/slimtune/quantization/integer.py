@@ -110,14 +110,23 @@ def _stored_weights(folder: Path) -> dict[str, dict[str, str]]:
     return parts
 
 
-def group_size_for(model: nn.Module, names: list[str], group_size: int) -> None:
-    """See that groups divide the widths of these linear layers. Raises: ConfigError."""
+def group_size_for(model: nn.Module, names: list[str], group_size: int, option: str = "keep") -> None:
+    """See that groups divide the widths of these linear layers.
+
+    Args:
+        option: what leaves layers out, for the error.
+
+    Raises:
+        ConfigError: a width that they don't divide.
+    """
     layers = [model.get_submodule(name) for name in names]
     widths = {base_of(layer).features(layer)[0] for layer in layers}
     wrong = sorted(width for width in widths if width % group_size)
     if wrong:
         fitting = [size for size in INTEGER_GROUPS if not any(width % size for width in widths)]
-        advice = f"take groups of {' or '.join(map(str, fitting))}" if fitting else "leave those layers out with keep"
+        advice = (
+            f"take groups of {' or '.join(map(str, fitting))}" if fitting else f"leave those layers out with {option}"
+        )
         raise ConfigError(
             f"groups of {group_size} don't divide linear layers of width {', '.join(map(str, wrong))}; {advice}"
         )
@@ -129,7 +138,9 @@ def quantized_linears(model: Any, keep: Any = ()) -> list[str]:
     Raises:
         ConfigError: there is none, or a name to keep that none has.
     """
-    linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    # One that carries adapters is what it was.
+    types = {name: getattr(type(module), "adopted_from", type(module)) for name, module in model.named_modules()}
+    linear = [name for name, kind in types.items() if kind in (nn.Linear, Conv1D)]
     for pattern in keep:
         if all(should_convert_module(name, [pattern]) for name in linear):
             last = {name.rpartition(".")[2] for name in linear}

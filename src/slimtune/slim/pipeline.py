@@ -24,7 +24,7 @@ from slimtune.models.load import load_model
 from slimtune.recipe.validation import read_as
 from slimtune.slim.distill import distill
 from slimtune.slim.measure import SlimRow, measured
-from slimtune.slim.prune import PruneConfig, calibration, prune, write_pruned
+from slimtune.slim.prune import PruneConfig, batches_for, prune, write_pruned
 from slimtune.slim.report import SlimReport, write_report
 from slimtune.storage.atomic import refuse_existing, staged, write_file
 from slimtune.storage.source import folder_of, is_adapter
@@ -86,9 +86,10 @@ def _do(
     if kind == "prune":
         model, tokenizer = load_model(source, "text")
         data = Path(recipe.data.train[0].path)
-        batches = calibration(model, tokenizer, data if data.is_file() else None)
-        smaller, report = prune(model, read_as(PruneConfig, dict(fields), "prune"), batches)
-        write_pruned(smaller, tokenizer, report, folder, batches[0])
+        config = read_as(PruneConfig, dict(fields), "prune")
+        batches = batches_for(config, model, tokenizer, data if data.is_file() else None)
+        smaller, report = prune(model, config, batches)
+        write_pruned(smaller, tokenizer, report, folder, batches[0] if batches else None)
         return
     trained = folder.with_name(f"{folder.name}.trained")
     training = recipe.training_of({k: v for k, v in fields.items() if k != "teacher"}, source,

@@ -1,0 +1,114 @@
+"""Where an adapter's constraint holds: which of its deltas are constrained, and which layers are besides."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimtune.bases import base_of
+from slimtune.bases.integer import IntegerLinear
+from slimtune.core.constraint import Constrained, ConstraintConfig, Grid, Mask
+from slimtune.core.delta import Delta, Site, walk
+from slimtune.errors import ConfigError, listing
+from slimtune.quantization.integer import group_size_for, quantized_linears
+
+Placed = list[tuple[Site, Delta]]
+
+
+def constrained(model: nn.Module, config: Any, placed: Placed) -> Placed:
+    """The deltas of an adapter, constrained as its config says, and layers that are on the grid without being trained.
+
+    Raises:
+        ConfigError: a method or layer that can't be constrained, groups that don't divide a width.
+    """
+    wanted: ConstraintConfig | None = getattr(config, "constraint", None)
+    if not wanted:
+        return placed
+    _check_config(config)
+    on_grid: set[str] = set()
+    if wanted.num_bits is not None:
+        packed = [name for name, m in walk(model) if isinstance(base_of(m), IntegerLinear) and base_of(m).is_packed(m)]
+        on_grid = set(packed or quantized_linears(model, wanted.ignore))
+        if wanted.group_size is not None and not packed:
+            group_size_for(model, sorted(on_grid), wanted.group_size, option="constraint.ignore")
+    result: Placed = []
+    for site, delta in placed:
+        result.append((site, _constrained(site, delta, wanted, site.name in on_grid)))
+        on_grid.discard(site.name)
+    # What has no delta is quantized as well: the others learn to make up for it.
+    for name in sorted(on_grid):
+        module = model.get_submodule(name)
+        site = Site(name, module, base_of(module))
+        result.append((site, _constrained(site, Delta(), wanted, True)))
+    # A method that changes no weight with zeros keeps them anyway.
+    if wanted.mask and not any(_has_zeros(Site(name, m, base_of(m))) for name, m in walk(model)):
+        raise ConfigError(
+            "constraint.mask keeps zeros, and the model has none; prune it first with slimtune prune, or leave "
+            "constraint.mask out"
+        )
+    return result
+
+
+def _check_config(config: Any) -> None:
+    """Raises: ConfigError, for noise that the merged weight has no place for."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if str(getattr(config, "init_lora_weights", "")).lower() == "eva":
+        raise ConfigError("EVA changes the ranks of layers that are constrained by then; choose another start")
+    drops = [name for name, value in fields.items() if name.endswith("dropout") and value]
+    if drops:
+        raise ConfigError(
+            f"with a constraint the merged weight is what is trained, in which {listing(drops)} has no place; set it "
+            "to 0"
+        )
+
+
+def _constrained(site: Site, delta: Delta, wanted: ConstraintConfig, is_on_grid: bool) -> Delta:
+    """The delta with the constraints that hold at its site; the delta itself where none does."""
+    constraints: dict[str, Any] = {}
+    if site.base.dequantizer(site.module) is not None:
+        _check_stored(site, wanted)
+    if is_on_grid:
+        assert wanted.num_bits is not None
+        start_OG = getattr(site.module, "weight_scale", None)
+        constraints["grid"] = Grid(site, wanted.num_bits, wanted.group_size, wanted.learn_scales, start_OG)
+    if wanted.mask and _has_zeros(site):
+        constraints["mask"] = Mask(site, holds_weight="weight" in delta.stand_ins())
+    if not constraints:
+        return delta
+    if site.kind not in ("linear", "conv"):
+        raise ConfigError(
+            f"the zeros of '{site.name}', a {type(site.module).__name__}, can't be kept; name its linear layers in "
+            "target_modules, or exclude it"
+        )
+    if delta.unmergeable:
+        raise ConfigError(f"a constraint is one on merged weights, and {delta.unmergeable}")
+    return Constrained(delta, constraints, site.base)
+
+
+def _check_stored(site: Site, wanted: ConstraintConfig) -> None:
+    """Raises: ConfigError, for a quantized layer that isn't on the grid that is asked for."""
+    base, stored = site.base, site.base.stored_as(site.module)
+    if wanted.mask or not isinstance(base, IntegerLinear):
+        raise ConfigError(
+            f"'{site.name}' is stored as {stored}, and a constraint is one on weights in 16 or 32 bits, or a grid on "
+            "the codes of int4 and int8; load the base in 16 bits, or leave constraint out"
+        )
+    size, width = base.group_size(site.module), site.module.in_features
+    if (base.bits, size) != (wanted.num_bits, wanted.group_size or width):
+        groups = f", constraint.group_size={size}" if size != width else ""
+        raise ConfigError(
+            f"'{site.name}' is stored on another grid than that of the constraint, {stored}; set constraint.num_bits="
+            f"{base.bits}{groups}"
+        )
+
+
+@torch.no_grad()
+def _has_zeros(site: Site) -> bool:
+    """Whether a matrix or kernel that the module itself owns has a weight of exactly zero."""
+    if site.kind == "embedding":
+        return False
+    own = [p for p in site.module.parameters(recurse=False) if p.ndim > 1 and p.is_floating_point()]
+    return any(not p.is_meta and bool((p == 0).any()) for p in own)
