@@ -104,6 +104,7 @@ def merge_requantized(
         unmerge(model)
         raise
     for module, base in store.modules:
+        # After the checks: until here a failure gives back the old tensors, and with them the old state.
         base.sync_state(module)
     outputs = compare_outputs(before[0], after[0]) if before and after else None
     losses = (before[1], after[1]) if before and after else (None, None)
@@ -142,8 +143,10 @@ class _Requantizer:
         base = base_of(module)
         if not isinstance(base, PackedLinear) or "weight" not in folded or not base.is_packed(module):
             return folded
+        # (out, in) in 16 or 32 bits: the sum, before it is put back onto a grid of 4 or 8 bits.
         merged_OI = folded["weight"]
         packed = base.quantize(module, merged_OI)
+        # Expanded from the codes that are there: quantization's first loss is not counted as this merge's.
         before_OI = base.weight(module).float()
         after_OI = base.weight(with_tensors(module, packed)).float()
         if not torch.isfinite(after_OI).all():
@@ -184,5 +187,6 @@ def _answers(model: Any, inputs: Mapping[str, Tensor] | None) -> tuple[Tensor, f
     logits = output if isinstance(output, Tensor) else output["logits"] if "logits" in output else output[0]
     loss, mask = getattr(output, "loss", None), inputs.get("attention_mask")
     if mask is not None and mask.shape == logits.shape[:-1]:
+        # Outputs at pads are noise that no one reads, and would dilute or swamp the drift.
         logits = logits[mask.bool()]
     return logits.float(), None if loss is None else float(loss)
