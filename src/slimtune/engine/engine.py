@@ -71,12 +71,15 @@ class Engine:
         self.context = memory.context
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._served = {name: served(model, name, name) for name in getattr(model, "peft_config", {})}
+        # What others want done to the model between two steps; the loop's thread alone touches it.
         self._commands: deque[Callable[[], None]] = deque()
         self._attachments = 0
+        # One lock for all that threads share here; reentrant, because `fail` and `_finish` take it inside of it.
         self._wakes = threading.Condition(threading.RLock())
         self._scheduler = Scheduler(
             model, memory, prefill_chunk, rank_budget, stop_tokens(model, tokenizer), self._wakes
         )
+        # Held by whoever drives the steps: a generate() of one thread waits for that of another.
         self._turn = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -128,6 +131,7 @@ class Engine:
         """Step until the engine is stopped and all answers have ended."""
         while True:
             with self._wakes:
+                # In a loop: a condition may wake without cause, and what woke it may be gone.
                 while not (self._commands or self._scheduler.answers or self._stopping):
                     self._wakes.wait()
                 if self._stopping and not (self._commands or self._scheduler.answers):
@@ -153,6 +157,8 @@ class Engine:
 
     def _run_commands(self) -> None:
         with self._wakes:
+            # Taken out under the lock and run outside of it: an attach takes seconds, and submit() must not wait for
+            # it.
             commands, self._commands = self._commands, deque()
         for command in commands:
             command()
@@ -234,6 +240,8 @@ class Engine:
                 handles.append(self.submit(request, lambda new, index=index: receive(index, new)))
             with nullcontext() if is_served else self._driving():
                 for count in range(len(requests)):
+                    # Served, another thread steps and this one sleeps; else it steps by itself whenever no answer is
+                    # done.
                     while not done.acquire(blocking=is_served):
                         self._step()
                     if progress:

@@ -70,6 +70,7 @@ def _tried(model: Any) -> list[tuple[int, int, int]]:
         with frozen_alone(model):
             by_itself = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True)
             layers = [(layer.keys, layer.values) for layer in by_itself.past_key_values.layers]
+            # (heads, head_dim of keys, of values): DeepSeek's values are narrower than its keys.
             shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]
             expected_V = by_itself.logits[0, -1].float()
             found_V = _in_slots(model, ids, KeyValueSlots(shapes, 2, _PROBE, layers[0][0])).float()
@@ -91,7 +92,9 @@ def _in_slots(model: Any, ids: list[int], memory: KeyValueSlots) -> Tensor:
     """The last logits of a prompt that is read in two pieces and a token, in the second slot."""
     logits_NV = torch.empty(0)
     with attention_by_name(model, ATTENTION):
+        # A piece from nothing, one behind others, and a decoding step: the three paths of `Step.attend`.
         for start, end in ((0, 4), (4, _PROBE - 1), (_PROBE - 1, _PROBE)):
+            # The second slot: in the first, a mistake in the slot's index would not show.
             piece = [Piece(1, start, end - start)]
             step = Step(memory, *((piece, []) if end - start == 1 else ([], piece)))
             with step.running():

@@ -144,6 +144,7 @@ def scheme_for(name: str, kind: str, schemes: Sequence[WeightScheme], ignore: Se
 
 def _matches(name: str, kind: str, patterns: Sequence[str]) -> bool:
     return any(
+        # `match`, anchored at the start alone: that is what the format's own reader does.
         re.match(pattern.removeprefix("re:"), name) if pattern.startswith("re:") else pattern in (name, kind)
         for pattern in patterns
     )

@@ -35,7 +35,9 @@ TRAINER_KEYS: dict[str, Rule] = {
     "weight_decay": to("training.weight_decay"),
     "max_grad_norm": to("training.max_grad_norm"),
     "gradient_accumulation_steps": to("training.gradient_accumulation"),
+    # -1 means "as many as the epochs have" to the Trainer.
     "max_steps": to("training.max_steps", lambda steps: steps if steps > 0 else None),
+    # The Trainer takes shares below 1 as well, of a number of steps that isn't known here.
     "logging_steps": to("training.logging_steps", lambda steps: max(1, round(steps))),
     "save_total_limit": to("training.save_total_limit"),
     "early_stopping_patience": to("training.early_stopping_patience"),
