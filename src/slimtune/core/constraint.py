@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from slimtune.core.delta import Base, Delta, Dense, Frozen, Site
-from slimtune.errors import BaseMismatchError, ConfigError, check_choice
+from slimtune.errors import BaseMismatchError, ConfigError, check_choice, did_you_mean
 from slimtune.ops import grid
 from slimtune.ops.rebuilt_linear import rebuilt_linear
 from slimtune.storage.peft_format import key
@@ -94,7 +94,8 @@ class ConstraintConfig:
             raise ConfigError(f"constraint must be a ConstraintConfig or a mapping, found {value!r}")
         unknown = value.keys() - asdict(cls()).keys()
         if unknown:
-            raise ConfigError(f"constraint has no field {min(unknown)!r}; there are {', '.join(asdict(cls()))}")
+            near = did_you_mean(min(unknown), asdict(cls())) or f"; there are {', '.join(asdict(cls()))}"
+            raise ConfigError(f"constraint has no field {min(unknown)!r}{near}")
         return cls(**value)
 
 

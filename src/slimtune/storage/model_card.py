@@ -27,15 +27,24 @@ from slimtune import AutoPeftModel
 model = AutoPeftModel.from_pretrained("the folder or id of this adapter")
 ```
 
-`peft` reads the format, too.
+{readers}
 """
 
+_PLAIN = "`peft` reads the format, too."
+CONSTRAINED = (
+    "What it was trained as is its merged weight, held to a constraint: {constraint}. slimtune alone takes it as an "
+    "adapter; every other program takes the model that `slimtune merge` writes, which is the very same."
+)
 
-def write_model_card(folder: Path, base: str | None, methods: Sequence[str], task_type: str | None) -> None:
+
+def write_model_card(
+    folder: Path, base: str | None, methods: Sequence[str], task_type: str | None, constraint: str = ""
+) -> None:
     """Write the card of an adapter; of one that is there the text stays, and what its metadata says.
 
     Args:
         base: the Hub id of the base model; a path on this machine is left out.
+        constraint: what the merged weights are held to, in words; empty for nothing.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -47,7 +56,11 @@ def write_model_card(folder: Path, base: str | None, methods: Sequence[str], tas
         except ValueError:  # metadata that is no YAML is its author's to mend
             return
     else:
-        text = _TEXT.format(methods=", ".join(methods), base=f", `{on_hub}`" if on_hub else "")
+        text = _TEXT.format(
+            methods=", ".join(methods),
+            base=f", `{on_hub}`" if on_hub else "",
+            readers=CONSTRAINED.format(constraint=constraint) if constraint else _PLAIN,
+        )
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
     tags = {method.lower() for method in methods} | {"slimtune"}
     tags |= {f"base_model:adapter:{on_hub}"} if on_hub else set()
