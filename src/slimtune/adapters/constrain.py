@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from slimtune.bases import base_of
-from slimtune.bases.integer import IntegerLinear
-from slimtune.core.constraint import Constrained, ConstraintConfig, Grid, Mask
+from slimtune.bases.packed import PackedLinear
+from slimtune.core.constrained import Constrained, Grid, Mask
+from slimtune.core.constraint import ConstraintConfig
 from slimtune.core.delta import Delta, Site, walk
 from slimtune.errors import ConfigError, listing
-from slimtune.quantization.integer import group_size_for, quantized_linears
+from slimtune.quantization.linears import group_size_for, quantized_linears
 
 Placed = list[tuple[Site, Delta]]
 PRUNED = 0.05
@@ -35,7 +36,7 @@ def constrained(model: nn.Module, config: Any, placed: Placed) -> Placed:
     _check_config(config)
     on_grid: set[str] = set()
     if wanted.num_bits is not None:
-        packed = [name for name, m in walk(model) if isinstance(base_of(m), IntegerLinear) and base_of(m).is_packed(m)]
+        packed = [name for name, module in walk(model) if _grid_of(Site(name, module, base_of(module)))]
         on_grid = set(packed or quantized_linears(model, wanted.ignore))
         if wanted.group_size is not None and not packed:
             group_size_for(model, sorted(on_grid), wanted.group_size, option="constraint.ignore")
@@ -97,19 +98,24 @@ def _constrained(site: Site, delta: Delta, wanted: ConstraintConfig, is_on_grid:
 
 def _check_stored(site: Site, wanted: ConstraintConfig) -> None:
     """Raises: ConfigError, for a quantized layer that isn't on the grid that is asked for."""
-    base, stored = site.base, site.base.stored_as(site.module)
-    if wanted.mask or not isinstance(base, IntegerLinear):
+    stored, own = site.base.stored_as(site.module), _grid_of(site)
+    if wanted.mask or own is None:
         raise ConfigError(
-            f"'{site.name}' is stored as {stored}, and a constraint is one on weights in 16 or 32 bits, or a grid on "
-            "the codes of int4 and int8; load the base in 16 bits, or leave constraint out"
+            f"'{site.name}' is stored as {stored}, and a constraint is one on weights in 16 or 32 bits, or the "
+            "symmetric grid of int4 and int8; load the base in 16 bits, or leave constraint out"
         )
-    size, width = base.group_size(site.module), site.module.in_features
-    if (base.bits, size) != (wanted.num_bits, wanted.group_size or width):
+    (bits, size), width = own, site.base.features(site.module)[0]
+    if own != (wanted.num_bits, wanted.group_size or width):
         groups = f", constraint.group_size={size}" if size != width else ""
         raise ConfigError(
             f"'{site.name}' is stored on another grid than that of the constraint, {stored}; set constraint.num_bits="
-            f"{base.bits}{groups}"
+            f"{bits}{groups}"
         )
+
+
+def _grid_of(site: Site) -> tuple[int, int] | None:
+    """Bits and group size of the codes that a layer is stored as."""
+    return site.base.grid_of(site.module) if isinstance(site.base, PackedLinear) else None
 
 
 @torch.no_grad()

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
 from slimtune.bases import base_of
+from slimtune.bases.integer import ZERO
 from slimtune.console.progress import Watch
 from slimtune.core.delta import Base, walk
 from slimtune.errors import MergeError
 from slimtune.evaluate.language_loss import has_language_loss
-from slimtune.quantization.integer import load_compressed
+from slimtune.models.load import read_as_stored
 from slimtune.quantization.report import parts
 from slimtune.slim.data import measured_ids
 from slimtune.slim.quantize import QuantizeConfig, quantize_
@@ -166,9 +167,8 @@ def _measured(model: Any, inputs: Sequence[dict[str, Tensor]]) -> tuple[Measured
 
 def _check_reread(model: Any, folder: Path, inputs: dict[str, Tensor], expected: Tensor) -> None:
     config = type(model.config).from_pretrained(folder)
-    again = load_compressed(
-        type(model), str(folder), config, str(model.device), dtype=model.dtype, use_safetensors=True
-    )
+    options: dict[str, Any] = {"dtype": model.dtype, "use_safetensors": True}
+    again = read_as_stored(type(model), str(folder), config, str(model.device), **options)
     got = outputs(again, inputs).flatten(0, -2)[:_COMPARED]
     # Written so that outputs that are no numbers are refused as well.
     if not (got - expected).norm() <= _REREAD * expected.norm():
@@ -183,7 +183,7 @@ def _stored(model: nn.Module) -> tuple[int, float]:
     held: list[tuple[Any, Base]] = [(m, base_of(m)) for _, m in walk(model) if base_of(m).dequantizer(m) is not None]
     linear = [(m, base) for m, base in held if base.kind == "linear"]
     weights = sum(math.prod(base.features(m)) for m, base in linear)
-    stored = sum(t.nbytes for m, base in linear for t in (m.weight, m.weight_scale))
+    stored = sum(t.nbytes for m, _ in linear for t in (m.weight, m.weight_scale, m._buffers.get(ZERO)) if t is not None)
     return len(linear), 8 * stored / max(1, weights)
 
 
