@@ -138,6 +138,25 @@ def test_held_to_nothing_it_learns_as_without(name: str) -> None:
             torch.testing.assert_close(gradients[1][path], gradient, rtol=1e-4, atol=1e-6, msg=path)
 
 
+@pytest.mark.parametrize("name", ["lora", "lora with biases", "some layers", "pissa", "adalora", "bitfit"])
+def test_straight_through_a_grid_the_short_way_learns_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients, losses = [], []
+    for is_short in (True, False):
+        if not is_short:
+            monkeypatch.setattr(Constrained, "_is_straight", False)
+        model = tuned(name, CONSTRAINTS["int4"])
+        loss = model(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        losses.append(loss)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert torch.equal(*losses)
+    for path, gradient in gradients[0].items():
+        if gradient is None:
+            assert gradients[1][path] is None, path
+        else:
+            torch.testing.assert_close(gradients[1][path], gradient, rtol=1e-4, atol=1e-6, msg=path)
+
+
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_it_comes_back_from_its_folder(name: str, constraint: str, tmp_path: Path) -> None:

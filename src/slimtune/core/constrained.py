@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from slimtune.core.delta import Base, Delta, Dense, Frozen, Site
 from slimtune.errors import BaseMismatchError
 from slimtune.ops import grid
-from slimtune.ops.rebuilt_linear import rebuilt_linear
+from slimtune.ops.autograd import is_traced
+from slimtune.ops.rebuilt_linear import rebuilt_linear, straight_linear
 from slimtune.storage.peft_format import key
 
 
@@ -157,13 +158,24 @@ class Constrained(Delta):
         module = base.module
         if base.base.kind != "linear" or not base.base.is_textbook(module) or args or kwargs:
             return base.under(self.read_as(module), x, *args, **kwargs)
-        trained = [p for p in (*self.parameters(), *self.stand_ins().values()) if p.requires_grad]
 
         def build() -> tuple[Tensor, Tensor | None]:
             dense = self._merged(module)
             return dense["weight"], dense.get("bias")
 
+        parts = self.inner.row_parts(base) if self._is_straight and not is_traced() else None
+        if parts is not None and parts.input is None and parts.output is None:
+            own = base.bias
+            bias_O = own if parts.bias is None else parts.bias if own is None else (own + parts.bias).to(own.dtype)
+            return straight_linear(x, build, bias_O, parts.a, parts.b)
+        trained = [p for p in (*self.parameters(), *self.stand_ins().values()) if p.requires_grad]
         return rebuilt_linear(x, build, list(dict.fromkeys(trained)))
+
+    @property
+    def _is_straight(self) -> bool:
+        """Whether the gradient of the merged weight is that of the folded one."""
+        grids = [each for each in self.constraints.values() if isinstance(each, Grid)]
+        return len(grids) == len(self.constraints) > 0 and not any(each.scales.requires_grad for each in grids)
 
     def _merged(self, module: Any) -> Dense:
         """The module's own parameters with the delta folded in, the weight as (out, in, ...), differentiable."""

@@ -52,7 +52,9 @@ def quantized_linears(model: Any, keep: Any = ()) -> list[str]:
             raise ConfigError(f"keep names '{pattern}', but {type(model).__name__} has no such linear layer{near}")
     # By the order in which the model makes its parts: a head comes last, also one with a bias.
     last_module = list(model.named_parameters())[-1][0].rpartition(".")[0]
-    skipped = HfQuantizer.get_modules_to_not_convert(model, None, getattr(model, "_keep_in_fp32_modules", None))
+    is_transformers = hasattr(model, "all_tied_weights_keys")  # of a module of one's own only the last is a head
+    in_float32 = getattr(model, "_keep_in_fp32_modules", None)
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, in_float32) if is_transformers else []
     kept = {*skipped, *keep, *({last_module} & set(linear))}
     names = [name for name in linear if should_convert_module(name, list(kept))]
     if not names:
