@@ -16,7 +16,7 @@ import slimtune
 from slimtune import ConstraintConfig, PeftModel, get_peft_model
 from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig, methods
-from slimtune.core.constraint import Constrained, Grid
+from slimtune.core.constrained import Constrained, Grid
 from slimtune.core.delta import Site, walk
 from slimtune.errors import BaseMismatchError, ConfigError
 from slimtune.slim.weights import WeightPruning, pruned_layers, zero_weights
@@ -133,6 +133,25 @@ def test_held_to_nothing_it_learns_as_without(name: str) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for path, gradient in gradients[0].items():
         if gradient is None:  # of what only a penalty of the trainer reaches
+            assert gradients[1][path] is None, path
+        else:
+            torch.testing.assert_close(gradients[1][path], gradient, rtol=1e-4, atol=1e-6, msg=path)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora with biases", "some layers", "pissa", "adalora", "bitfit"])
+def test_straight_through_a_grid_the_short_way_learns_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients, losses = [], []
+    for is_short in (True, False):
+        if not is_short:
+            monkeypatch.setattr(Constrained, "_is_straight", False)
+        model = tuned(name, CONSTRAINTS["int4"])
+        loss = model(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        losses.append(loss)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert torch.equal(*losses)
+    for path, gradient in gradients[0].items():
+        if gradient is None:
             assert gradients[1][path] is None, path
         else:
             torch.testing.assert_close(gradients[1][path], gradient, rtol=1e-4, atol=1e-6, msg=path)
@@ -265,6 +284,15 @@ def test_a_convolution_keeps_its_zeros() -> None:
     assert all(torch.equal(p == 0, zeros[name]) for name, p in merged.named_parameters() if p.ndim > 1)
 
 
+def test_gpt2_merges_into_codes(tmp_path: Path) -> None:
+    config = {"num_bits": 8}
+    model = get_peft_model(GPT2.model(), slimtune.LoraConfig(r=2, init_lora_weights=False, constraint=config))
+    expected = log_probabilities(model)
+    packed = model.merge_and_unload(requantize=True)
+    assert largest_kl(expected, log_probabilities(packed)) <= 1e-6
+    assert sum(type(module).__name__ == "LinearInt8" for module in packed.modules()) == 8
+
+
 def test_gpt2_keeps_its_zeros() -> None:
     base = zero_weights(GPT2.model(), [], WeightPruning(0.5, method="magnitude"))[0]
     before = {name: base_of(module).weight(module) == 0 for name, module in pruned_layers(base).items()}
@@ -306,8 +334,7 @@ def test_what_can_not_be_constrained() -> None:
         attach(neox(), constraint=mask, lora_dropout=0.1)
     with pytest.raises(ConfigError, match="EVA changes the ranks"):
         attach(neox(), constraint=mask, init_lora_weights="eva")
-    with pytest.raises(ConfigError, match="a constraint is one on merged weights"):
-        attach(neox(), slimtune.BottleneckConfig, constraint=mask)
+    attach(neox(), slimtune.BottleneckConfig, constraint=mask)  # which changes no weight
     quantized = slimtune.quantize_(neox(), slimtune.QuantizeConfig("W8A16"))
     with pytest.raises(ConfigError, match="stored as int8, and a constraint is one on weights in 16 or 32 bits"):
         attach(quantized, constraint=mask)

@@ -21,7 +21,7 @@ from slimtune.adapters.targets import resolve, walk
 from slimtune.bases import base_of, claim
 from slimtune.bases.foreign import ForeignLinear
 from slimtune.core.config import PeftConfig
-from slimtune.core.constraint import Constrained
+from slimtune.core.constrained import Constrained
 from slimtune.core.delta import Delta, Site, deltas_of
 from slimtune.errors import (
     AdapterExistsError,

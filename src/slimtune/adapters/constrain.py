@@ -1,4 +1,7 @@
-"""Where an adapter's constraint holds: which of its deltas are constrained, and which layers are besides."""
+"""Where an adapter's constraint holds: which of its deltas are constrained, and which layers are besides.
+
+And the zeros of a pruned model: which layers have them, and that they stay.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import torch
 from torch import nn
 
 from slimtune.bases import base_of
-from slimtune.bases.integer import IntegerLinear
-from slimtune.core.constraint import Constrained, ConstraintConfig, Grid, Mask
+from slimtune.bases.packed import PackedLinear
+from slimtune.core.constrained import Constrained, Grid, Mask
+from slimtune.core.constraint import ConstraintConfig
 from slimtune.core.delta import Delta, Site, walk
 from slimtune.errors import ConfigError, listing
-from slimtune.quantization.integer import group_size_for, quantized_linears
+from slimtune.quantization.linears import group_size_for, quantized_linears
 
 Placed = list[tuple[Site, Delta]]
+PRUNED = 0.05
+"""From this share of zeros on a model counts as pruned: one that isn't has hardly any."""
 
 
 def constrained(model: nn.Module, config: Any, placed: Placed) -> Placed:
@@ -30,7 +36,7 @@ def constrained(model: nn.Module, config: Any, placed: Placed) -> Placed:
     _check_config(config)
     on_grid: set[str] = set()
     if wanted.num_bits is not None:
-        packed = [name for name, m in walk(model) if isinstance(base_of(m), IntegerLinear) and base_of(m).is_packed(m)]
+        packed = [name for name, module in walk(model) if _grid_of(Site(name, module, base_of(module)))]
         on_grid = set(packed or quantized_linears(model, wanted.ignore))
         if wanted.group_size is not None and not packed:
             group_size_for(model, sorted(on_grid), wanted.group_size, option="constraint.ignore")
@@ -84,25 +90,32 @@ def _constrained(site: Site, delta: Delta, wanted: ConstraintConfig, is_on_grid:
             "target_modules, or exclude it"
         )
     if delta.unmergeable:
-        raise ConfigError(f"a constraint is one on merged weights, and {delta.unmergeable}")
+        if not is_on_grid:
+            return delta  # it changes no weight, and so no zero
+        raise ConfigError(f"a grid is one of merged weights, and {delta.unmergeable}")
     return Constrained(delta, constraints, site.base)
 
 
 def _check_stored(site: Site, wanted: ConstraintConfig) -> None:
     """Raises: ConfigError, for a quantized layer that isn't on the grid that is asked for."""
-    base, stored = site.base, site.base.stored_as(site.module)
-    if wanted.mask or not isinstance(base, IntegerLinear):
+    stored, own = site.base.stored_as(site.module), _grid_of(site)
+    if wanted.mask or own is None:
         raise ConfigError(
-            f"'{site.name}' is stored as {stored}, and a constraint is one on weights in 16 or 32 bits, or a grid on "
-            "the codes of int4 and int8; load the base in 16 bits, or leave constraint out"
+            f"'{site.name}' is stored as {stored}, and a constraint is one on weights in 16 or 32 bits, or the "
+            "symmetric grid of int4 and int8; load the base in 16 bits, or leave constraint out"
         )
-    size, width = base.group_size(site.module), site.module.in_features
-    if (base.bits, size) != (wanted.num_bits, wanted.group_size or width):
+    (bits, size), width = own, site.base.features(site.module)[0]
+    if own != (wanted.num_bits, wanted.group_size or width):
         groups = f", constraint.group_size={size}" if size != width else ""
         raise ConfigError(
             f"'{site.name}' is stored on another grid than that of the constraint, {stored}; set constraint.num_bits="
-            f"{base.bits}{groups}"
+            f"{bits}{groups}"
         )
+
+
+def _grid_of(site: Site) -> tuple[int, int] | None:
+    """Bits and group size of the codes that a layer is stored as."""
+    return site.base.grid_of(site.module) if isinstance(site.base, PackedLinear) else None
 
 
 @torch.no_grad()
@@ -112,3 +125,50 @@ def _has_zeros(site: Site) -> bool:
         return False
     own = [p for p in site.module.parameters(recurse=False) if p.ndim > 1 and p.is_floating_point()]
     return any(not p.is_meta and bool((p == 0).any()) for p in own)
+
+
+def constraint_of(model: Any) -> ConstraintConfig | None:
+    """What the adapters of a model hold its merged weights to; None where nothing is said."""
+    given = (getattr(config, "constraint", None) for config in getattr(model, "peft_config", {}).values())
+    return next((constraint for constraint in given if constraint is not None), None)
+
+
+def block_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear and convolution layers in the repeated blocks, or all where there are no such blocks, by path."""
+    modules = dict(walk(model))
+    layers = {name: module for name, module in modules.items() if base_of(module).kind in ("linear", "conv")}
+    lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
+    in_blocks = {name: module for name, module in layers.items() if name.startswith(lists)}
+    return in_blocks or layers
+
+
+@torch.no_grad()
+def zero_share(model: nn.Module) -> float:
+    """The share of zeros among the weights of the layers of the blocks, expanded where they are codes."""
+    zeros = total = 0
+    for module in block_layers(model).values():
+        weight = base_of(module).weight(module)
+        zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+    return zeros / max(1, total)
+
+
+@torch.no_grad()
+def _without_zeros(weight: Any) -> None:
+    """No gradient where the weight is zero: no optimizer moves it then, and weight decay keeps it as it is."""
+    weight.grad.mul_(weight != 0)
+
+
+def keep_zeros(model: nn.Module, config: Any = None) -> None:
+    """See that the zeros of a pruned model stay: under an adapter of this config, or in a full tuning without one.
+
+    A config that says something of a constraint itself is left as it is, as is one of a quantized model.
+    """
+    quantized = any(base_of(module).dequantizer(module) is not None for module in block_layers(model).values())
+    if quantized or zero_share(model) < PRUNED:
+        return
+    if config is None:
+        for module in block_layers(model).values():
+            weight: Any = module.weight
+            weight.register_post_accumulate_grad_hook(_without_zeros)
+    elif getattr(config, "constraint", False) is None:
+        config.constraint = ConstraintConfig(mask=True)

@@ -47,7 +47,7 @@ from slimtune.adapters.requantize import grids_of, merge_requantized, pack_on_gr
 from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.core.config import PeftConfig
-from slimtune.core.constraint import inner_of
+from slimtune.core.constrained import inner_of
 from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, listing
 from slimtune.methods.adalora import AdaLoraConfig
@@ -612,7 +612,8 @@ class PeftModel(PeftNames, Adopted):
         # A module of one's own has no base on the Hub, whatever its config says.
         base = configs[0].base_model_name_or_path if hasattr(self, "config") else None
         in_peft = all(config.in_peft for config in configs)
-        write_model_card(Path(output_dir), base, methods, configs[0].task_type, in_peft)
+        constraints = [str(config.constraint) for config in configs if getattr(config, "constraint", None)]
+        write_model_card(Path(output_dir), base, methods, configs[0].task_type, in_peft, "; ".join(constraints))
 
     def _stored(self, name: str) -> dict[str, Any]:
         """The config of an adapter as it is stored."""

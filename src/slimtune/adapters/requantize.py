@@ -14,8 +14,8 @@ from slimtune.adapters.merge import Drift, compare_outputs, merge, probe_inputs,
 from slimtune.bases import base_of
 from slimtune.bases.int4 import LinearInt4
 from slimtune.bases.int8 import LinearInt8
-from slimtune.bases.packed import PackedLinear
-from slimtune.core.constraint import Constrained, Grid
+from slimtune.bases.packed import PackedLinear, as_linear
+from slimtune.core.constrained import Constrained, Grid
 from slimtune.core.delta import Dense, with_tensors
 from slimtune.errors import MergeError
 from slimtune.quantization.integer import config_of, note_quantization
@@ -124,7 +124,7 @@ def grids_of(model: Any, names: tuple[str, ...]) -> dict[str, Grid]:
 def pack_on_grids(model: Any, grids: Mapping[str, Grid]) -> None:
     """Store weights that lie on grids as their codes and scales, which are the very same numbers."""
     for path, grid in grids.items():
-        module: Any = model.get_submodule(path)
+        module: Any = as_linear(model.get_submodule(path))
         kind = LinearInt4 if grid.bits == 4 else LinearInt8
         kind.take(module, *grid.codes(module.weight.detach()))
     note_quantization(model, config_of(model))

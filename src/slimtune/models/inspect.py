@@ -56,6 +56,8 @@ def _adapter(path: Path) -> tuple[Facts, list[Any]]:
     facts = {"kind": "adapter", "method": _method(config), "base": config.get("base_model_name_or_path")}
     if config.get("revision"):
         facts["revision"] = config["revision"]
+    if config.get("constraint"):
+        facts["constraint"] = {name: value for name, value in config["constraint"].items() if value}
     if config.get("r"):
         facts |= {"rank": config["r"], "alpha": config.get("lora_alpha"), "largest_rank": largest_rank(config)}
     targets = config.get("target_modules")
@@ -203,6 +205,9 @@ def _counted(tensors: list[StoredTensor]) -> Facts:
 
 
 def _method(config: Facts) -> str:
+    if config.get("constraint"):
+        # "CONSTRAINED_LORA", which no engine takes for the plain method.
+        config = config | {"peft_type": str(config.get("peft_type")).partition("_")[2]}
     if config.get("peft_type") == "FULL":
         whole = config.get("store") == "whole"
         return f"full tuning, {'weights stored whole' if whole else 'stored as a difference'}"

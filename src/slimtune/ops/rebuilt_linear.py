@@ -38,6 +38,22 @@ def rebuilt_linear(x: Tensor, build: Build, parameters: Sequence[Tensor]) -> Ten
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
+def straight_linear(x: Tensor, build: Build, bias_O: Tensor | None, a_RI: Tensor | None, b_OR: Tensor | None) -> Tensor:
+    """x W^T + b with a W that is B A added and then rounded, whose gradient goes straight through the rounding.
+
+    It is LoRA's own then, without one of (out, in):  dB = g^T (x A^T),  dA = (g B)^T x.
+
+    Args:
+        build: computes W; what it gives as a bias is left.
+        bias_O: b, with its own gradient.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with no_autocast(device):
+        y_TO: Any = _StraightLinear.apply(x.reshape(-1, x.shape[-1]), build, dtype, bias_O, a_RI, b_OR)
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+
 def _built(build: Build, dtype: torch.dtype | None, device: str) -> tuple[Tensor, Tensor | None]:
     """W and b in what the product is computed in; they are computed in their own dtypes, also under autocast."""
     with no_autocast(device):
@@ -84,3 +100,28 @@ def _gradients(g_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | N
     if bias_O is not None and bias_O.requires_grad:
         pairs.append((bias_O, g_TO.sum(0)))
     return pairs
+
+
+class _StraightLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, build: Build, dtype: torch.dtype | None, bias_O: Tensor | None, a_RI: Tensor | None,
+        b_OR: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        weight_OI, _ = _built(build, dtype, x_TI.device.type)
+        ctx.build, ctx.dtype = build, dtype
+        ctx.save_for_backward(x_TI, a_RI, b_OR)
+        return F.linear(x_TI.to(weight_OI.dtype), weight_OI, None if bias_O is None else bias_O.to(weight_OI.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (g_TO,) = received
+        x_TI, a_RI, b_OR = ctx.saved_tensors
+        needs_x, _, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad
+        weight_OI, _ = _built(ctx.build, ctx.dtype, x_TI.device.type)
+        g_TO, x = g_TO.to(weight_OI.dtype), x_TI.to(weight_OI.dtype)
+        gx_TI = (g_TO @ weight_OI).to(x_TI.dtype) if needs_x else None
+        ga_RI = ((g_TO @ b_OR.to(x.dtype)).t() @ x).to(a_RI.dtype) if needs_a else None
+        gb_OR = (g_TO.t() @ (x @ a_RI.to(x.dtype).t())).to(b_OR.dtype) if needs_b else None
+        return gx_TI, None, None, g_TO.sum(0) if needs_bias else None, ga_RI, gb_OR

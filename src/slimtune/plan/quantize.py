@@ -90,7 +90,7 @@ def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int
     from slimtune.bases.int4 import LinearInt4
     from slimtune.bases.packed import as_linear
     from slimtune.ops.grid import rounded
-    from slimtune.quantization.integer import group_size_for, quantized_linears
+    from slimtune.quantization.linears import group_size_for, quantized_linears
 
     group_size = Quantization(kind).blocksize
     names = quantized_linears(model, _new_heads(model))

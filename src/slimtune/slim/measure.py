@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.adapters.constrain import zero_share
 from slimtune.console.screen import open_screen
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.registry import read
@@ -27,7 +28,6 @@ from slimtune.evaluate.language_loss import Passage, losses
 from slimtune.evaluate.scorers import EvaluationSettings
 from slimtune.models.load import load_model
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions
-from slimtune.slim.weights import zero_share
 
 TURNS, DECODED, PREFILL = 5, 24, 256
 COMPARED_TOKENS = 2048

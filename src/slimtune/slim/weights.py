@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.adapters.constrain import block_layers
 from slimtune.bases import base_of
 from slimtune.bases.dense import DenseConv, DenseLinear
 from slimtune.console.progress import Watch
-from slimtune.core.delta import walk
 from slimtune.core.patterns import means
 from slimtune.errors import ConfigError, DataError, check_choice, check_number, did_you_mean, listing
 from slimtune.slim.calibrate import Moments, blocks_of, in_evaluation, moments_of, pass_on
@@ -137,16 +137,6 @@ def sparsity_of(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@torch.no_grad()
-def zero_share(model: nn.Module) -> float:
-    """The share of zeros among the weights of all layers of the blocks, expanded where they are codes."""
-    zeros = total = 0
-    for module in _layers(model).values():
-        weight = base_of(module).weight(module)
-        zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
-    return zeros / max(1, total)
-
-
 def sparsity_line(facts: Mapping[str, Any]) -> str:
     """What `sparsity_of` gives, in a sentence."""
     packed = facts["value_bytes"] + facts["index_bytes"]
@@ -164,7 +154,7 @@ def pruned_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.
     Raises:
         ConfigError: there is none, or a name to ignore that none has.
     """
-    layers = {name: m for name, m in _layers(model).items() if isinstance(base_of(m), DenseLinear | DenseConv)}
+    layers = {name: m for name, m in block_layers(model).items() if isinstance(base_of(m), DenseLinear | DenseConv)}
     for name in ignore:
         left = {path: module for path, module in layers.items() if not means(name, path)}
         if len(left) == len(layers):
@@ -175,14 +165,6 @@ def pruned_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.
     if not layers:
         raise ConfigError(f"a {type(model).__name__} has no linear or convolution layer to prune")
     return layers
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    modules = dict(walk(model))
-    layers = {name: module for name, module in modules.items() if base_of(module).kind in ("linear", "conv")}
-    lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
-    in_blocks = {name: module for name, module in layers.items() if name.startswith(lists)}
-    return in_blocks or layers
 
 
 def _check(layers: Mapping[str, nn.Module], config: WeightPruning) -> None:
