@@ -204,7 +204,7 @@ class PeftConfig:
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> Any:
         """Push `adapter_config.json` alone; takes what transformers' `push_to_hub` takes."""
-        from transformers.utils import PushToHubMixin
+        from transformers.utils.hub import PushToHubMixin
 
         class Pushed(PushToHubMixin):
             def save_pretrained(self, folder: str, **_: Any) -> None:
