@@ -254,6 +254,7 @@ def plan(
         optim=optim,
         attention=attention,
         devices=devices,
+        is_stored_quantized=getattr(config, "quantization_config", None) is not None,
         parameters=parameters,
         beginnings=beginnings_of(config, measured, limit, share_prefixes, trust_remote_code),
         share_prefixes=share_prefixes,
