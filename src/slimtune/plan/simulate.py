@@ -52,7 +52,7 @@ def simulate(
     """
     resolved = setting_of(method, setting | {"trust_remote_code": trust_remote_code})
     config = config_of(model, trust_remote_code)
-    resolved, notes = _as_stored(config, resolved)
+    resolved, notes = as_stored(config, resolved)
     part_of = whole_of(config)
     task_type = resolved.task_type or getattr(method, "task_type", None)
     options: Any = {"evaluation": evaluation, "merge": merge, "rounded": rounded}
@@ -85,7 +85,7 @@ def setting_of(method: PeftConfig | None, fields: dict[str, Any]) -> Setting:
     return setting
 
 
-def _as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]:
+def as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]:
     """The setting for a model that is stored quantized already: that is the base then. Raises: PlanError."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
