@@ -56,8 +56,8 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, slots: int | None = None, context: int | None = None, prefill_chunk: int = 256,
-        rank_budget: int | None = None,
+        self, model: Any, tokenizer: Any, *, slots: int | None = None, context: int | None = None,
+        prefill_chunk: int = 256, rank_budget: int | None = None,
     ) -> None:  # fmt: skip
         if slots is not None:
             check_whole("slots", slots)

@@ -128,7 +128,8 @@ def plan_serving(
     each = slot_bytes(shapes, length, itemsize, vocabulary)
     planned = ServingPlan(
         device=device, weights_bytes=weights, adapters=adapters, adapter_bytes=4 * adapter_numbers,
-        slots=slots or SLOTS, context=length, slot_bytes=each, key_value_bytes=slot_bytes(shapes, length, itemsize, 0), parameters=parameters,
+        slots=slots or SLOTS, context=length, slot_bytes=each,
+        key_value_bytes=slot_bytes(shapes, length, itemsize, 0), parameters=parameters,
         is_quantized=resolved.is_quantized, dtype=resolved.dtype, notes=notes,
     )  # fmt: skip
     if slots is None:
