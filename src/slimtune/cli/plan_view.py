@@ -18,6 +18,9 @@ from slimtune.plan.table import COLOURS, ROWS, SIZES, TableCell
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.plan.serving import ServingPlan
+    from slimtune.plan.time import Rates
+
 BAR_WIDTH = 22
 LETTERS = {
     "weights": "w",
@@ -74,6 +77,35 @@ def _notes(choice: Choice, report: PlanReport) -> list[str]:
             "take the adopted model in transformers' Trainer under torchrun"
         )
     return notes
+
+
+def show_serving(screen: Console, model: str, planned: ServingPlan, rates: Rates) -> None:
+    """What serving takes, line by line, and about how fast it is."""
+    device = planned.device
+    free = f", of which advice leaves {device.margin:.0%} free" if device.margin else ""
+    screen.print(
+        f"serving {model} on {device.name}: {device.memory_bytes / 1e9:.1f} GB{device.sold_as}{free}", markup=False
+    )
+    lines = [("base", _bytes(planned.weights_bytes), "")]
+    if planned.adapters:
+        each = f"{planned.adapters:,} x {_bytes(planned.adapter_bytes)}"
+        lines.append(("adapters", _bytes(planned.adapters * planned.adapter_bytes), each))
+    each = f"{planned.slots:,} x {_bytes(planned.slot_bytes)}, each a context of {planned.context:,} tokens"
+    lines.append(("slots", _bytes(planned.slots * planned.slot_bytes), each))
+    lines.append(("runtime", _bytes(planned.needed_bytes - planned.live_bytes), "context and fragmentation"))
+    lines.append(("needs", _bytes(planned.needed_bytes), f"{planned.most_slots:,} slots would fit at most"))
+    for name, size, why in lines:
+        screen.print(f"  {name:<9}{size:>9}  {why}".rstrip(), markup=False)
+    for note in planned.notes:
+        screen.print(f"  note: {note}", markup=False)
+    if not planned.fits:
+        screen.print("[bold red]it doesn't fit[/]: take fewer --slots, a shorter --max-length or a quantized --base")
+    speeds = " and ".join(
+        f"{planned.tokens_per_second(rates, n):,.0f} with {counted(n, 'answer')} at once"
+        for n in sorted({1, planned.slots})
+    )
+    how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
+    screen.print(f"tokens a second: about {speeds} ({how})")
 
 
 def show_classic(screen: Console, cells: Sequence[TableCell]) -> None:

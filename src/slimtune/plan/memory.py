@@ -17,6 +17,7 @@ from slimtune.errors import check_choice, check_whole
 from slimtune.quantization.config import KINDS, TORCHAO_KINDS
 from slimtune.recipe.optimizers import DEFAULT, check_name
 from slimtune.recipe.preference import PREFERENCE_TASKS
+from slimtune.storage.compressed import WeightScheme
 
 Precision = Literal["dense", "nf4", "fp4", "int8", "int4", "int8-torchao", "int4-torchao"]
 Preference = Literal["dpo", "kto", "orpo", "grpo"]
@@ -26,6 +27,19 @@ DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = (None, "sdpa", "eager")
 DRAWN_TOKENS = 512
 """The longest answer that grpo draws by default."""
+
+
+@dataclass(frozen=True)
+class StoredIntegers:
+    """Weights as compressed-tensors stores them: schemes, and the modules that are left as they are."""
+
+    schemes: tuple[WeightScheme, ...]
+    ignore: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As people call it: W4A16 in groups of 64, and what else there is."""
+        return ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes))
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Setting:
         method: the adapter's config, or None for tuning all weights themselves.
         base: how the linear layers of the base are stored.
         double_quantization: whether the block maxima of a 4-bit base are quantized too.
+        stored: how a model that is stored in integers holds its weights; `base` says nothing of those then.
         dtype: of the weights that aren't quantized, and of the products.
         autocast: whether products are computed in bfloat16 over float32 weights.
         batch: examples in a micro-batch.
@@ -81,6 +96,7 @@ class Setting:
     method: PeftConfig | None = None
     base: Precision = "dense"
     double_quantization: bool = True
+    stored: StoredIntegers | None = None
     dtype: str = "bfloat16"
     autocast: bool = False
     batch: int = 1
@@ -110,6 +126,11 @@ class Setting:
         check_whole("generations", self.generations, 2)
         if self.answer is not None:
             check_whole("answer", self.answer)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are held in few bits."""
+        return self.base != "dense" or self.stored is not None
 
     @property
     def drawn_tokens(self) -> int:

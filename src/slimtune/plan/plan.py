@@ -225,7 +225,7 @@ def plan(
     if devices > 1:
         chosen.link()
     config = read_config(model, trust_remote_code)
-    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    stored = _stored_dtype(config)
     measured = _measured(model, config, data, task, max_length, trust_remote_code)
     _check_answers(measured.task, max_new_tokens, generations)
     limit = _limit(config, measured, max_length, max_new_tokens)
@@ -254,6 +254,7 @@ def plan(
         optim=optim,
         attention=attention,
         devices=devices,
+        is_stored_quantized=getattr(config, "quantization_config", None) is not None,
         parameters=parameters,
         beginnings=beginnings_of(config, measured, limit, share_prefixes, trust_remote_code),
         share_prefixes=share_prefixes,
@@ -360,6 +361,15 @@ def _dtype(wanted: str, stored: str, device: Device) -> str:
             raise ConfigError(f"no dtype '{wanted}'; pass auto, {', '.join(DTYPES)}{did_you_mean(wanted, DTYPES)}")
         return wanted
     return stored if device.is_cpu and stored in DTYPES else device.half_precision
+
+
+def dtype_on(config: Any, device: Device) -> str:
+    """The type of numbers in which a model computes on a device, where none is asked for."""
+    return _dtype("auto", _stored_dtype(config), device)
+
+
+def _stored_dtype(config: Any) -> str:
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
 def task_type_of(task: str) -> str | None:

@@ -52,6 +52,7 @@ class PlanRequest:
         answer, generations: as in a `Setting`.
         optim, attention: by name.
         devices: GPUs that share the training, by FSDP2.
+        is_stored_quantized: whether the base is stored in few bits, and so has no other precision to choose.
         parameters: of the base, 0 if they weren't counted.
         beginnings: of the examples, where training shares what rows begin with alike; `share_prefixes` as given.
         served_on: the device that the result has to run on, where that is another one.
@@ -77,6 +78,7 @@ class PlanRequest:
     optim: str = DEFAULT
     attention: str | None = None
     devices: int = 1
+    is_stored_quantized: bool = False
     parameters: int = 0
     beginnings: Beginnings | None = None
     share_prefixes: bool | None = None
@@ -194,11 +196,23 @@ def _candidates(request: PlanRequest) -> list[tuple[str, Precision]]:
         if find(method).name == FEATURES:
             raise ConfigError("--method features trains nothing of the model; plan another method")
     # All weights of a quantized base can't be trained in place.
-    order = _order(request)
+    order = _as_it_is(request) if request.is_stored_quantized else _order(request)
     candidates: list[tuple[str, Precision]] = [one for one in order if one[0] != FULL or one[1] == "dense"]
     if not candidates:
         raise ConfigError(f"full tuning needs a dense base, found {listing(request.bases or ())}; plan it on dense")
     return candidates
+
+
+def _as_it_is(request: PlanRequest) -> list[tuple[str, Precision]]:
+    """The methods of the request on a base that is stored in few bits: each on that. Raises: ConfigError."""
+    if request.bases is not None:
+        raise ConfigError(
+            "the model is stored in few bits already, so that no other base can be planned; leave --base out"
+        )
+    methods = dict.fromkeys(method for method, _ in _order(replace(request, bases=None)))
+    if list(methods) == [FULL]:
+        raise ConfigError("full tuning needs a dense base, and the model is stored in few bits; plan its dense form")
+    return [(method, "dense") for method in methods if method != FULL]
 
 
 def _order(request: PlanRequest) -> list[tuple[str, Precision]]:
@@ -335,6 +349,8 @@ def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
     # Bytes a parameter: 4 or 2 dense, 0.5 for 4-bit codes without their scales, 1 for int8: a lower bound of all.
     dense = 4 if setting.dtype == "float32" else 2
     stored = {"dense": dense, "nf4": 0.5, "fp4": 0.5}.get(setting.base, 1)
+    if request.is_stored_quantized:
+        stored = 0.5
     if setting.method is None:
         # The gradients, and Adam's two moments; the state of other optimizers may be smaller, or lie elsewhere.
         # Weights, gradients and Adam's two moments of the same type: four times the weights.

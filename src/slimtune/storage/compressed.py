@@ -43,6 +43,11 @@ class WeightScheme:
     rounds_inputs: bool = False
     is_whole: bool = False
 
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"W{self.bits}A16" + (f" in groups of {self.group_size}" if self.group_size else "")
+
 
 def write_config(schemes: Sequence[WeightScheme], ignore: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a model that is stored so."""
