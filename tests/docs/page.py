@@ -20,7 +20,7 @@ def read(name: str) -> str:
 
 def examples(text: str) -> list[Any]:
     """The Python blocks with what they print, named by their section."""
-    sections = {part.split("\n")[0]: part for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]}
+    sections = {part.split("\n")[0]: part for part in re.split(r"^#+ ", text, flags=re.MULTILINE)[1:]}
     return [
         pytest.param(code, said, id=f"{title} {number}")
         for title, section in sections.items()

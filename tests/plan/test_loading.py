@@ -47,6 +47,7 @@ def loaded(folder: Path, base: str) -> tuple[int, int]:
     return held, peak_of(tracker)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("base", PRECISIONS)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_plan_of_loading_is_what_loading_takes(model: str, base: Any, tmp_path: Path) -> None:

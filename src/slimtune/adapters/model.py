@@ -601,7 +601,8 @@ class PeftModel(PeftNames, Adopted):
         methods = sorted({str(config.peft_type) for config in configs})
         # A module of one's own has no base on the Hub, whatever its config says.
         base = configs[0].base_model_name_or_path if hasattr(self, "config") else None
-        write_model_card(Path(output_dir), base, methods, configs[0].task_type)
+        in_peft = all(config.in_peft for config in configs)
+        write_model_card(Path(output_dir), base, methods, configs[0].task_type, in_peft)
 
     def _stored(self, name: str) -> dict[str, Any]:
         """The config of an adapter as it is stored."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode
 from slimtune.console.screen import open_screen, print_json
 
@@ -20,7 +21,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            metavar="FORMAT", help="hf, gguf, gguf-lora, ollama, vllm, peft, diffusers, kohya (ComfyUI) or onnx."
+            metavar="FORMAT",
+            help="hf, gguf, gguf-lora, ollama, vllm, peft, diffusers, kohya (ComfyUI) or onnx.",
+            autocompletion=proposals.formats,
         ),
     ],
     kind: Annotated[

@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, attach
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import AdapterFileError, ConfigError
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter folder.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="The adapter folder.", autocompletion=proposals.models)
+    ],
     output: Output,
     base: Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")] = None,
     quantize: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Fields, Json, TrustRemoteCode, columns_of
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError, did_you_mean
@@ -14,7 +15,8 @@ from slimtune.errors import ConfigError, did_you_mean
 NOTHING_FITS = 3
 KEYS = (
     "task", "model.dtype", "data.held_out", "training.epochs", "training.optim", "training.gradient_accumulation",
-    "training.gradient_checkpointing", "preferences.generations", "preferences.max_new_tokens",
+    "training.gradient_checkpointing", "training.share_prefixes", "preferences.generations",
+    "preferences.max_new_tokens",
 )  # fmt: skip
 """What of a recipe a plan depends on, beside its options."""
 WHAT, HOW, WHERE = "What is tuned", "Settings (by default the best that fit)", "Where"
@@ -28,6 +30,7 @@ def plan(
             help="A folder with a config.json, a Hub id, a packaged name, or one of the classic table: llama-2-7b, "
             "llama-2-13b, llama-30b, llama-3-70b, qwen1.5-110b.",
             show_default=False,
+            autocompletion=proposals.models_and_recipes,
         ),
     ] = None,
     overrides: Annotated[
@@ -42,7 +45,11 @@ def plan(
     goal: Annotated[str, typer.Option(help="task, quality, fast, domain or tiny.", rich_help_panel=WHAT)] = "task",
     method: Annotated[
         list[str],
-        typer.Option(help="Only these methods, by their name in train; repeatable.", rich_help_panel=WHAT),
+        typer.Option(
+            help="Only these methods, by their name in train; repeatable.",
+            rich_help_panel=WHAT,
+            autocompletion=proposals.methods,
+        ),
     ] = [],  # noqa: B006
     base: Annotated[
         list[str],
@@ -52,14 +59,23 @@ def plan(
         ),
     ] = [],  # noqa: B006
     device: Annotated[
-        str, typer.Option(help="A GPU's name, cpu, or auto for this machine.", rich_help_panel=WHERE)
+        str,
+        typer.Option(
+            help="A GPU's name, cpu, or auto for this machine.",
+            rich_help_panel=WHERE,
+            autocompletion=proposals.devices,
+        ),
     ] = "auto",
     devices: Annotated[int, typer.Option(help="GPUs that share the work (FSDP2).", rich_help_panel=WHERE)] = 1,
     serve_on: Annotated[
-        str | None, typer.Option(help="The device that has to run the result.", rich_help_panel=WHERE)
+        str | None,
+        typer.Option(
+            help="The device that has to run the result.", rich_help_panel=WHERE, autocompletion=proposals.devices
+        ),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="Memory of the device, if other.", rich_help_panel=WHERE)
+        float | None,
+        typer.Option(metavar="GB", help="Memory of the device, if other, in GB of 10^9 bytes.", rich_help_panel=WHERE),
     ] = None,
     price: Annotated[
         float | None, typer.Option(metavar="USD", help="Price of an hour of it, if other.", rich_help_panel=WHERE)
@@ -112,8 +128,9 @@ def plan(
         _calibrate(as_json, is_all=model is None and not table)
     if table:
         _classic(
-            plot, as_json, batch_size or 1, max_length or 512, rank or 16, settings.get("gradient_checkpointing", True)
-        )
+            plot, as_json, batch_size or 1, max_length or 512, rank or 16, settings.get("gradient_checkpointing", True),
+            None if device == "auto" else device,
+        )  # fmt: skip
         return
     if model is None:
         if calibrate:
@@ -133,8 +150,11 @@ def plan(
     if plot is not None:
         from slimtune.plan.table import Bar, plot_bars
 
-        bars = [Bar(f"{choice.label}, batch {choice.setting.batch}", choice.parts) for choice in report.choices]
-        plot_bars(bars, plot, f"{model} on {report.request.device.name}", report.request.device.room_bytes)
+        bars = [
+            Bar(f"{choice.label}, batch {choice.setting.batch}", choice.parts, choice.runtime_bytes)
+            for choice in report.choices
+        ]
+        plot_bars(bars, plot, f"{model} on {report.request.device.name}", report.request.device.memory_bytes)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -181,8 +201,11 @@ def _calibrate(as_json: bool, is_all: bool) -> None:
         print_json({"device": device.name, **asdict(rates)})
 
 
-def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool) -> None:
+def _classic(
+    plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool, device: str | None
+) -> None:
     from slimtune.cli.plan_view import show_classic
+    from slimtune.plan.devices import find
     from slimtune.plan.plan import read_config, simulation
     from slimtune.plan.table import classic_bars, classic_table, plot_bars
 
@@ -191,6 +214,7 @@ def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: 
         cells = classic_table(
             lambda name, setting: simulation(read_config(name))(setting),
             batch=batch, sequence=sequence, rank=rank, checkpointing=checkpointing,
+            device=find(device) if device else None,
         )  # fmt: skip
     if plot is not None:
         plot_bars(classic_bars(cells), plot, f"tuning, batch {batch} x {sequence} tokens")

@@ -188,6 +188,17 @@ class PeftConfig:
 
         write_config(save_directory, self.to_dict())
 
+    def push_to_hub(self, repo_id: str, **hub: Any) -> Any:
+        """Push `adapter_config.json` alone; takes what transformers' `push_to_hub` takes."""
+        from transformers.utils import PushToHubMixin
+
+        class Pushed(PushToHubMixin):
+            def save_pretrained(self, folder: str, **_: Any) -> None:
+                config.save_pretrained(folder)
+
+        config = self
+        return Pushed().push_to_hub(repo_id, **hub)
+
     @classmethod
     def check_foreign(cls, name: str, value: Any) -> None:
         """Let a field pass that changes nothing. Raises: ConfigError, for one that would."""

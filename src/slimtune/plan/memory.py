@@ -5,9 +5,12 @@ Bytes are split by what they are for (`MemoryBreakdown`), at the peak of each ph
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from slimtune.core.config import PeftConfig
 from slimtune.errors import check_choice, check_whole
@@ -23,6 +26,28 @@ DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = (None, "sdpa", "eager")
 DRAWN_TOKENS = 512
 """The longest answer that grpo draws by default."""
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """A micro-batch whose rows begin alike, which training computes as a tree.
+
+    Attributes:
+        rows: token ids of each row.
+        tokens: of the tree.
+        share: of all tokens of batches, padding included, those that are computed, a mean over batches.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    tokens: int
+    share: float
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids_BT and mask_BT of rows of different length, padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,7 @@ class Setting:
         answer: tokens of an answer that is apart from the example: what a decoder writes (None: as many as are read),
             and what grpo draws to a prompt of `sequence` tokens (None: 512). A pair of answers is two examples.
         generations: answers that grpo draws to each prompt.
+        shared: the micro-batch itself, where its rows begin alike and that is computed once.
         device: whose kernels are meant: attention and the loss take other memory on a CPU.
         trust_remote_code: run Python code that comes with the model.
 
@@ -68,6 +94,7 @@ class Setting:
     task: Preference | None = None
     answer: int | None = None
     generations: int = 8
+    shared: SharedRows | None = None
     device: Literal["cuda", "cpu"] = "cuda"
     trust_remote_code: bool = False
 

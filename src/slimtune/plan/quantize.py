@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers.core_model_loading import dot_natural_key
@@ -94,13 +95,24 @@ def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int
     group_size = Quantization(kind).blocksize
     names = quantized_linears(model, _new_heads(model))
     group_size_for(model, names, group_size)
-    beyond = {}
+    beyond: dict[str, int] = {}
+    # Layers of one shape and dtype take the same scratch, and the search for scales is long: it is followed once each.
+    followed: dict[tuple[torch.Size, torch.dtype], tuple[list[tuple[torch.Size, torch.dtype]], int]] = {}
     for name in names:
         module: Any = model.get_submodule(name)
         weight_OI, before = as_linear(module).weight.detach(), len(tracker.storages)
-        LinearInt4.take(module, *rounded(weight_OI, group_size, 4))
-        held = sum(tensor.nbytes for tensor in (module.weight, module.weight_scale))
-        beyond[name] = weight_OI.nbytes + max(0, tracker.peak_since(before) - held)
+        kind_of_layer = weight_OI.shape, weight_OI.dtype
+        if kind_of_layer in followed:
+            outlines, scratch = followed[kind_of_layer]
+            LinearInt4.take(module, *(weight_OI.new_empty(shape, dtype=dtype) for shape, dtype in outlines))
+        else:
+            codes, scales, _ = rounded(weight_OI, group_size, 4)
+            LinearInt4.take(module, codes, scales)
+            held = sum(tensor.nbytes for tensor in (module.weight, module.weight_scale))
+            scratch = max(0, tracker.peak_since(before) - held)
+            # Not the tensors themselves, which would count as memory that loading takes.
+            followed[kind_of_layer] = [(part.shape, part.dtype) for part in (codes, scales)], scratch
+        beyond[name] = weight_OI.nbytes + scratch
     return beyond
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from slimtune.adapters.model import get_peft_model
 from slimtune.errors import ConfigError, MergeError
+from slimtune.models.shared_prefixes import shared_prefixes
 from slimtune.plan.build import build, kernels_of
 from slimtune.plan.extrapolate import Blocks, Key, ModelCounts, TraceSummary, block_list
 from slimtune.plan.memory import MemoryBreakdown, Phase, Setting, Snapshot, Work
@@ -90,11 +91,12 @@ def trace(
     """
     with kernels_of(setting, fake), taken_for_real() if fake else contextlib.nullcontext():
         run = prepare(config, setting, task_type, fake, rounded)
-        train(run, steps)
-        if setting.task == "grpo":
-            _generate(run)
-        if evaluation:
-            _evaluate(run)
+        with shared_prefixes(run.model) if setting.shared else contextlib.nullcontext():
+            train(run, steps)
+            if setting.task == "grpo":
+                _generate(run)
+            if evaluation:
+                _evaluate(run)
         if merge:
             _merge(run)
     return _summary(run, blocks)

@@ -18,11 +18,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from slimtune.console.process import this_process
 from slimtune.errors import TrainingError, listing
+from slimtune.train.processes import largest
 
 # A LoRA's A has no gradient while B is zero, and a warm-up begins with a rate of zero: two steps may pass in rest.
 WATCHED_STEPS = 4
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = "stopping: this step is finished and a checkpoint written"
 
 
 class DivergedError(TrainingError):
@@ -153,11 +156,17 @@ class StopOnSignal(TrainerCallback):
         self.received = number
         for each in SIGNALS:
             signal.signal(each, _at_once)
-        self.log("stopping: this step is finished and a checkpoint written; once more to stop at once")
+        # One of several processes gets it, too, when another one is gone: it is said once all of them stop.
+        if this_process().count == 1:
+            self.log(_STOPPING + "; once more to stop at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End after this step, with a checkpoint."""
+        """End after this step, with a checkpoint, all processes at the same step."""
+        # A signal reaches them at different moments, or one of them alone.
+        self.received = largest(self.received or 0) or None
         if self.received is not None:
+            if this_process().count > 1:
+                self.log(_STOPPING)
             control.should_save = control.should_training_stop = True
 
 

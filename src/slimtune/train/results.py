@@ -23,9 +23,15 @@ RESULTS = "results.json"
 _VERSIONED = ("slimtune", "torch", "transformers", "accelerate", "datasets", "trl", "bitsandbytes", "torchao")
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write the adapter or the model, and its tokenizer."""
-    model.save_pretrained(folder)
+def save_model(folder: Path, model: Any, tokenizer: Any, writes: bool = True) -> None:
+    """Write the adapter or the model, and its tokenizer.
+
+    Args:
+        writes: off in all but one of several processes, which take part in gathering a model that is sharded.
+    """
+    model.save_pretrained(folder, is_main_process=writes)
+    if not writes:
+        return
     if not model.can_generate():
         # The names of the labels stand in the model's configuration, of which an adapter has no copy.
         model.config.save_pretrained(folder)

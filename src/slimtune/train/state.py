@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from slimtune.adapters.adapter import adopted_modules
+from slimtune.console.process import this_process
 from slimtune.core.delta import Delta, deltas_of
 from slimtune.errors import BaseMismatchError, listing
+from slimtune.train.processes import of_all
 
 _SAMPLED_EXAMPLES = 10_000
 _SAMPLED_NUMBERS = 64
@@ -67,12 +69,14 @@ def load_trained_state(model: Any, state: Mapping[str, Any]) -> None:
 
 
 def training_state(trainer: Any) -> dict[str, Any]:
-    """The state of a Trainer besides the weights: optimizer, scheduler, random generators."""
-    return {
+    """The state of a Trainer besides the weights: optimizer, scheduler, random generators of all processes."""
+    own, *others = of_all(rng_state(trainer.args.device))
+    state = {
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
-        "random": rng_state(trainer.args.device),
+        "random": own,
     }
+    return state | ({"random_of_others": others} if others else {})
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -102,7 +106,8 @@ def load_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 def environment() -> dict[str, Any]:
     """Versions and hardware that may change the last digits of a run's numbers."""
     versions: dict[str, Any] = {name: version(name) for name in ("slimtune", "torch", "transformers")}
-    return versions | {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    versions |= {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    return versions | {"processes": this_process().count}
 
 
 def fingerprint_of_base(model: nn.Module) -> str:

@@ -71,7 +71,7 @@ TRAINER_KEYS: dict[str, Rule] = {
     **each(idle("only use_swanlab takes it"), "swanlab_project", "swanlab_workspace", "swanlab_run_name",
            "swanlab_mode", "swanlab_logdir", "swanlab_experiment_name", "swanlab_description", "swanlab_log_model",
            "swanlab_log_completions", "swanlab_completion_log_interval", "swanlab_completion_max_buffer"),
-    **each(idle("nothing is uploaded"), "hub_model_id", "push_to_hub", "hub_strategy", "hub_token", "hub_revision",
+    **each(idle("pass --push-to-hub REPO on the command line"), "hub_model_id", "push_to_hub", "hub_strategy", "hub_token", "hub_revision",
            "hub_private_repo", "hf_use_auth_token", "hf_hub_token"),
     **each(idle("evaluation runs in batches of the training's size"), "per_device_eval_batch_size", "eval_batch_size"),
     **each(idle("the columns that are needed are found"), "remove_unused_columns"),
