@@ -19,6 +19,7 @@ from slimtune.errors import ConfigError, DataError, check_choice, listing
 from slimtune.ops.grid import SCALE_DTYPE, GridWeight, rounded
 from slimtune.quantization.config import INTEGER_GROUPS
 from slimtune.quantization.integer import config_of, group_size_for, note_quantization, quantized_linears
+from slimtune.recipe.validation import STRICT
 from slimtune.slim.awq import Pair, apply_awq, find_pairs
 from slimtune.slim.calibrate import Block, Moments, blocks_of, in_evaluation, moments_of, pass_on
 from slimtune.slim.gptq import gptq_codes
@@ -56,6 +57,8 @@ class QuantizeConfig:
     ignore: Sequence[str] = ()
     strategy: str | None = None
     symmetric: bool = True
+
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         check_choice("scheme", self.scheme, tuple(BITS))

@@ -22,7 +22,8 @@ STYLE = (
 )
 MEANING = (
     "Speeds are in tokens a second, in brackets against the first row in turns; resident is the whole process after "
-    "one answer; KL, equal first choices and forgetting are against the first row, on texts that ship with the package."
+    "one answer; KL, equal first choices and forgetting are against the first row, on texts that ship with the "
+    "package. A folder is read by slimtune and transformers where they loaded it and gave the same answers."
 )
 
 
@@ -56,6 +57,7 @@ def _cells(row: SlimRow) -> dict[str, str]:
         "KL": f"{row.kl:.4f}",
         "same first": f"{row.same_first:.1%}",
         "forgotten": figures.change(row.forgetting),
+        "read by": ", ".join(row.engines),
         "time": figures.duration(row.seconds),
     }
 
