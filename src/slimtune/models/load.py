@@ -215,7 +215,7 @@ def _read_model(
     if isinstance(model_class, str):
         model_class = getattr(transformers, model_class)
     config = read_model_config(source, trusts)
-    chosen = model_class or (own_auto_class(config) if trusts else None) or _model_class(config)
+    chosen = model_class or (own_auto_class(config) if trusts else None) or class_of(config)
     # safetensors alone: a pickle can run code while it is read.
     how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
     # A class that was chosen brings a head of its own, which transformers would report as missing.
@@ -285,7 +285,8 @@ def _quantized(
     return load_quantized(chosen, source, settings, device, **options)
 
 
-def _model_class(config: Any) -> Any:
+def class_of(config: Any) -> Any:
+    """The class of transformers that a config names, or else the one for language models."""
     import transformers
 
     named = [getattr(transformers, name, None) for name in config.architectures or []]

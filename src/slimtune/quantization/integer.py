@@ -164,7 +164,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
             (),
             base.format,
             symmetric=ZERO not in module._buffers,
-            rounds_inputs=isinstance(module, LinearW8A8),
+            rounds_inputs=base.rounds_inputs,
         )
         groups.setdefault((_kind(module), scheme), []).append(name)
     rest = [name for name, module in model.named_modules() if _kind(module) in _LINEAR and name not in held]
