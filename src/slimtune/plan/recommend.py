@@ -11,7 +11,7 @@ from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.models.compatibility import Verdict, verdicts
 from slimtune.plan import rules
 from slimtune.plan.devices import Device
-from slimtune.plan.memory import PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting
+from slimtune.plan.memory import FSDP2, PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting, Sharing
 from slimtune.plan.rules import Case, Rule
 from slimtune.plan.time import Duration, Rates, duration
 from slimtune.recipe.optimizers import DEFAULT
@@ -48,7 +48,7 @@ class PlanRequest:
         task: as a recipe names it; `task_type` as an adapter's config does.
         answer, generations: as in a `Setting`.
         optim, attention: by name.
-        devices: GPUs that share the training, by FSDP2.
+        devices: GPUs that share the training, by `sharing`.
         parameters: of the base, 0 if they weren't counted.
         served_on: the device that the result has to run on, where that is another one.
     """
@@ -73,6 +73,7 @@ class PlanRequest:
     optim: str = DEFAULT
     attention: str | None = None
     devices: int = 1
+    sharing: Sharing = FSDP2
     parameters: int = 0
     served_on: Device | None = None
     trust_remote_code: bool = False
@@ -210,7 +211,7 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
     if config is not None and request.task_type is not None:
         config.task_type = request.task_type
     plan = _fitted(_first_setting(method, base, config, request), request, case, simulate)
-    parts = plan.sharded(request.devices)
+    parts = plan.sharded(request.devices, request.sharing)
     # Preferences are learned at a share of the rate that suits supervised tuning.
     share = SHARE_OF_RATE if request.task in PREFERENCE_TASKS else 1
     return Choice(
@@ -223,7 +224,9 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
         adapter_bytes=plan.peak.parts.weights if method == FULL else plan.adapter_bytes,
         learning_rate=known.config.learning_rate * share,
         rank=size,
-        duration=duration(plan, request.lengths, request.epochs, request.device, rates, request.devices),
+        duration=duration(
+            plan, request.lengths, request.epochs, request.device, rates, request.devices, request.sharing
+        ),
         reasons=(),
         engines=tuple(verdicts(config.to_dict(), [])) if config is not None else (),
     )
@@ -273,7 +276,7 @@ def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate
         batch = 0 if _is_hopeless(first, request) else request.batch or effective
         while batch:
             plan = planned(batch, checkpointing)
-            if request.device.takes(plan.sharded(request.devices).total):
+            if request.device.takes(plan.sharded(request.devices, request.sharing).total):
                 return plan
             batch = 0 if request.batch else _smaller(plan, request)
     return planned(request.batch or 1, options[-1])
@@ -296,12 +299,14 @@ def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
         # The gradients, and Adam's two moments; the state of other optimizers may be smaller, or lie elsewhere.
         # Weights, gradients and Adam's two moments of the same type: four times the weights.
         stored *= 4 if setting.optimizer == DEFAULT else 2
-    return request.parameters * stored > request.device.room_bytes * request.devices
+    if request.sharing.offloads:
+        return False
+    return request.parameters * stored > request.device.room_bytes * (request.devices if request.sharing.shards else 1)
 
 
 def _smaller(plan: MemoryPlan, request: PlanRequest) -> int:
     """The largest half of a half of a plan's micro-batch that may fit; 0 if not even a single example can."""
-    parts = plan.sharded(request.devices)
+    parts = plan.sharded(request.devices, request.sharing)
     # Activations are linear in the micro-batch, all else does not depend on it.
     lasting = parts.weights + parts.adapter + parts.gradients + parts.optimizer
     batch = plan.setting.batch // 2

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slimtune.console.process import Process, this_process
 from slimtune.errors import ConfigError, TrainingError
@@ -91,6 +93,15 @@ def share_of(settings: TrainSettings) -> TrainSettings:
     )
 
 
+def place_of(model: Any) -> str:
+    """The device that a model is trained on: that of its weights, but where they wait on the CPU to be sharded."""
+    if shards() and this_process().count > 1:
+        from accelerate import PartialState
+
+        return PartialState().device.type
+    return str(model.device)
+
+
 def start(device: str) -> Process:
     """Join the other processes, each on the GPU of its number; what was started before stays."""
     process = this_process()
@@ -141,6 +152,27 @@ def is_lost_connection(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError) or this_process().count == 1:
         return False
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds: its shard, where it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor that may be sharded, gathered for the process that writes; all processes call it alike."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    # The others have no use for it, and main memory holds more than one of them would.
+    return full.cpu() if this_process().is_main else full.new_empty(0)
+
+
+def shard_like(full: Tensor, like: Any) -> Any:
+    """A whole tensor, divided among the processes as another one of its shape is."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class LostProcessError(TrainingError):
