@@ -292,6 +292,7 @@ class TestWhatCannotStart:
             ("distributed_type: DEEPSPEED", "DeepSpeed keeps.*fsdp2.yaml"),
             ("distributed_type: MEGATRON_LM", "Megatron-LM replaces"),
             ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "set fsdp_version: 2"),
+            ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}", "there is one; .*optim=adamw_offload"),
             ("parallelism_config: {parallelism_config_tp_size: 2}", "tensor parallelism splits"),
             ("mixed_precision: bf16", "model.dtype"),
             ("num_processes: two", "num_processes must be a whole number"),
@@ -327,6 +328,11 @@ class TestWhatCannotStart:
         monkeypatch.setenv(variable, "true" if "USE" in variable else "bf16")
         with pytest.raises(ConfigError, match="DeepSpeed" if "USE" in variable else "mixed_precision"):
             check_processes("cpu", TrainSettings())
+
+    def test_state_in_main_memory_for_each_of_several(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(processes, "this_process", lambda: Process(0, 2, 0, 2))
+        with pytest.raises(ConfigError, match=r"for one GPU; for several, offload with FSDP2"):
+            check_processes("cuda", TrainSettings(optim="adamw_offload"))
 
     def test_a_launch_within_a_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slimtune.console.process import Process, this_process
 from slimtune.errors import ConfigError, TrainingError
+from slimtune.recipe.optimizers import OFFLOADED
 from slimtune.recipe.training import TrainSettings
 
 _PATIENCE = timedelta(hours=6)
@@ -29,8 +30,15 @@ def check_processes(device: str, settings: TrainSettings) -> None:
     """See that the processes of the run can train together on this kind of device. Raises: ConfigError."""
     process = this_process()
     if process.count == 1:
+        if shards():
+            raise ConfigError(REFUSED["FSDP alone"])
         return
     share_of(settings)
+    if settings.optim == OFFLOADED:
+        raise ConfigError(
+            f"training.optim={OFFLOADED} keeps its state in main memory for one GPU; for several, offload with FSDP2 "
+            "(docs/scale/fsdp2-offload.yaml) and leave optim out"
+        )
     for variable, why in REFUSED.items():
         if os.environ.get(variable, "").lower() not in ("", "false", "0", "1", "no"):
             raise ConfigError(why)
@@ -60,6 +68,8 @@ REFUSED = {
     "model.dtype; write mixed_precision: 'no'",
     "FSDP1": "FSDP 1 flattens weights of one type together, and adapters are of another type than their base; set "
     "fsdp_version: 2",
+    "FSDP alone": "FSDP divides a model among several processes, and there is one; leave it out, or for one GPU keep "
+    f"the optimizer's state in main memory with training.optim={OFFLOADED}",
     "FSDP on a CPU": "FSDP shards a model over GPUs, and the run is on the CPU, where accelerate would copy it to each "
     "process without a word; leave FSDP out, or pass model.device=cuda",
 }
@@ -105,7 +115,8 @@ def place_of(model: Any) -> str:
 def start(device: str) -> Process:
     """Join the other processes, each on the GPU of its number; what was started before stays."""
     process = this_process()
-    if process.count > 1 and not dist.is_initialized():
+    if process.count > 1:
+        # Sets the device, too, where somebody else has joined them already, as Ray does.
         from accelerate import PartialState
 
         PartialState(cpu=device == "cpu")
