@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test lint bench docs dist clean
+.PHONY: demo demo-quick test nightly lint bench docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/slimtune demo --output runs/demo --overwrite
@@ -14,6 +14,10 @@ demo-quick: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# All of it: whole grids, real models, minutes of the same.
+nightly: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

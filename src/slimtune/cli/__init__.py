@@ -38,6 +38,7 @@ from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.console.failures import sentence_of
 from slimtune.console.noise import escape_logs, leave_out_noise
+from slimtune.console.process import report_failure
 from slimtune.console.screen import say, silence
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError, is_out_of_memory
 
@@ -75,7 +76,8 @@ class Commands(TyperGroup):
             Commands.is_out_of_memory = is_out_of_memory(error)
             # The work was right and its result was not: that is no mistake of the user.
             is_mistake = isinstance(error, SlimtuneError) and not isinstance(error, MergeError | DoesNotFitError)
-            _fail(sentence, getattr(error, "exit_code", MISTAKE if is_mistake else REFUSED))
+            code = getattr(error, "exit_code", MISTAKE if is_mistake else REFUSED)
+            _fail(sentence, code, follows=getattr(error, "follows_another", False))
 
 
 def _leave_closed_pipe() -> NoReturn:
@@ -167,7 +169,8 @@ def main() -> None:
         raise
 
 
-def _fail(sentence: str, code: int) -> NoReturn:
+def _fail(sentence: str, code: int, follows: bool = False) -> NoReturn:
     # Plain, because rich would read brackets in a name as markup and break the line.
-    say(f"slimtune: {sentence}", to_errors=True)
+    if report_failure(sentence, follows):
+        say(f"slimtune: {sentence}", to_errors=True)
     raise typer.Exit(code)

@@ -86,12 +86,16 @@ Fields = Annotated[
 ]
 
 
+TYPED = "slimtune.typed"
+"""Where the context of a command has the arguments as they were typed."""
+
+
 class RecipeCommand(TyperCommand):
     """A command that takes `section.key=value` of a recipe, and names the key where it is written as an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments. Raises: ConfigError, with what to write instead of an option that is a key."""
-        written = list(args)
+        written = ctx.meta[TYPED] = list(args)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimtune.cli import proposals
-from slimtune.cli.options import Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
+from slimtune.cli.options import TYPED, Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
 from slimtune.cli.push import push_trained
+from slimtune.console.process import this_process
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
     from slimtune.recipe.recipe import Recipe
 
-WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "trust_remote_code", "push_to_hub",
-                 "as_json")  # fmt: skip
+WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "launch", "trust_remote_code",
+                 "push_to_hub", "as_json")  # fmt: skip
 """Parameters that say how a recipe is run, not what it says."""
 
 
@@ -69,6 +70,14 @@ def train(
     plans: Annotated[
         bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")
     ] = True,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|FILE.yaml|COMMAND",
+            help="Train in several processes, one for each GPU: so many, as a file of accelerate says, or as "
+            '"torchrun ..." starts them.',
+        ),
+    ] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="REPO", help="Push to NAME or ORGANISATION/NAME of the Hub in the end; asked at once."),
@@ -91,6 +100,8 @@ def train(
     Example: slimtune train recipe.yaml training.learning_rate=1e-4
 
     Example: slimtune train smollm2-135m-instruct orders/train.jsonl data.held_out=0.1 --output tuned --max-steps 40
+
+    Example: slimtune train recipe.yaml --launch 4
     """
     from slimtune.pipeline.train import run
     from slimtune.storage.atomic import refuse_existing
@@ -100,8 +111,12 @@ def train(
     if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
-    repository = check_access(push_to_hub) if push_to_hub else None
+    repository = check_access(push_to_hub) if push_to_hub and this_process().is_main else None
+    if launch is not None:
+        raise typer.Exit(_launched(ctx, launch, recipe))
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
+    if not this_process().is_main:
+        return
     results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
     say_how_to_use(open_screen(as_json), recipe, results["task_type"])
     if repository:
@@ -113,6 +128,18 @@ def train(
         # A push that fails takes nothing back of the training.
         if as_json:
             print_json({"output": recipe.output, **results})
+
+
+def _launched(ctx: typer.Context, how: str, recipe: Recipe) -> int:
+    """Run the same command without `--launch` in the processes that it names; the exit code."""
+    from slimtune.models.device import pick_device
+    from slimtune.pipeline.launch import launch
+
+    typed = list(ctx.meta[TYPED])
+    place = next(i for i, word in enumerate(typed) if word.partition("=")[0] == "--launch")
+    del typed[place : place + (1 if "=" in typed[place] else 2)]
+    debug = ["--debug"] if ctx.parent is not None and ctx.parent.params.get("debug") else []
+    return launch(how, [*debug, "train", *typed], pick_device(recipe.model.device).partition(":")[0])
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
