@@ -1,6 +1,7 @@
 """Every command of every page is one that the parser takes, on files that the page has made; and all run (soak).
 
-What isn't run: blocks that say what they need, `pip install`, and `serve`, which runs until it is stopped (`test_serving` starts it).
+What isn't run: blocks that say what they need, `pip install`, and `serve`, which runs until it is stopped, as
+`test_serving` does it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from small_text_model import save_base
 IDS = {"ids": lambda page: str(page.relative_to(DOCS))}
 NEEDS = {
     "the Hub", "data sets of the Hub", "a T5 of the Hub", "vLLM on two machines with GPUs", "an Ollama that runs",
-    "labelled/train.jsonl and labelled/held_out.jsonl", "a download, and a checkout",
+    "four GPUs", "a checkout", "labelled/train.jsonl and labelled/held_out.jsonl", "a download, and a checkout",
 }  # fmt: skip
 """What blocks say that they need."""
 REAL = {"smollm2-135m-instruct": "base", "minilm-l6-v2": "encoder"}
