@@ -40,6 +40,7 @@ Adapters = Annotated[
     typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter's folder or Hub id; repeatable."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")]
+AdapterBase = Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace files in the output folder, once the new ones are whole.")
 ]
@@ -59,8 +60,16 @@ TrustRemoteCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; what is for people goes to stderr.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-
-
+Method = Annotated[str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.")]
+Rank = Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.")]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="By default the method's own.")]
+Epochs = Annotated[float, typer.Option(help="Times through the data.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop after these steps.")]
+BatchSize = Annotated[int, typer.Option(help="Examples at once.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Of an example, in tokens.")]
+Seed = Annotated[int, typer.Option(help="Of weights and order.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was broken off, to the same end.")]
+Plans = Annotated[bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")]
 Fields = Annotated[
     list[str],
     typer.Option(
@@ -166,6 +175,14 @@ def load_text_model(model: str, adapters: Sequence[str], options: LoadOptions) -
     named = parse(adapters)
     loaded, tokenizer = load_model(model, "text", options)
     return attach(loaded, named), tokenizer
+
+
+def load_merged(model: str, options: LoadOptions) -> tuple[Any, Any]:
+    """A plain model and its tokenizer; of an adapter, its base with the adapter in its weights."""
+    from slimtune.models.load import load_model
+
+    loaded, tokenizer = load_model(model, None, options)
+    return loaded.merge_and_unload() if getattr(loaded, "peft_config", None) else loaded, tokenizer
 
 
 def attach(model: Any, adapters: dict[str, str]) -> Any:

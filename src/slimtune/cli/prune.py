@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Model, Output, Overwrite, TrustRemoteCode
+from slimtune.cli.options import Device, Dtype, Json, Model, Output, Overwrite, TrustRemoteCode, load_merged
 from slimtune.console.screen import open_screen, print_json
 
 
@@ -39,7 +39,7 @@ def prune(
 
     Example: slimtune distill smollm2-135m-instruct shorter --data chats.jsonl --output recovered
     """
-    from slimtune.models.load import LoadOptions, load_model
+    from slimtune.models.load import LoadOptions
     from slimtune.slim.prune import PruneConfig, calibration, write_pruned
     from slimtune.slim.prune import prune as pruned
     from slimtune.storage.atomic import refuse_existing
@@ -47,9 +47,7 @@ def prune(
     refuse_existing(output, overwrite)
     config = PruneConfig(layers, ffn, kv_heads)
     screen = open_screen(as_json)
-    loaded, tokenizer = load_model(model, None, LoadOptions(dtype, device, trust_remote_code))
-    if getattr(loaded, "peft_config", None):
-        loaded = loaded.merge_and_unload()
+    loaded, tokenizer = load_merged(model, LoadOptions(dtype, device, trust_remote_code))
     batches = calibration(loaded, tokenizer, data)
     screen.print(f"choosing by {sum(batch['input_ids'].numel() for batch in batches):,} tokens", markup=False)
     smaller, report = pruned(loaded, config, batches)

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
+from slimtune.cli.options import (
+    BatchSize,
+    Epochs,
+    Fields,
+    Json,
+    LearningRate,
+    MaxLength,
+    MaxSteps,
+    Method,
+    Overwrite,
+    Plans,
+    Quantize,
+    Rank,
+    Resume,
+    Seed,
+    TrustRemoteCode,
+    columns_of,
+    flags,
+    written,
+)
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
@@ -43,26 +63,20 @@ def train(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="The folder to write; by default the recipe's."),
     ] = None,
-    method: Annotated[str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.")] = "lora",
-    rank: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.")] = None,
+    method: Method = "lora",
+    rank: Rank = None,
     alpha: Annotated[float | None, typer.Option(help="Scale is alpha / rank; 2 * rank for lora.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="By default the method's own.")
-    ] = None,
-    epochs: Annotated[float, typer.Option(help="Times through the data.")] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after these steps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples at once.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Of an example, in tokens.")] = 1024,
+    learning_rate: LearningRate = None,
+    epochs: Epochs = 3.0,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 1024,
     field: Fields = [],  # noqa: B006
     quantize: Quantize = None,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that was broken off, to the same end.")
-    ] = False,
-    plans: Annotated[
-        bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")
-    ] = True,
+    resume: Resume = False,
+    plans: Plans = True,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -84,37 +98,51 @@ def train(
     """
     from slimtune.pipeline.train import run
     from slimtune.storage.atomic import refuse_existing
-    from slimtune.train.results import RESULTS
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
-    results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
-    say_how_to_use(open_screen(as_json), recipe, results["task_type"])
-    if as_json:
-        print_json({"output": recipe.output, **results})
+    show_results(open_screen(as_json), recipe, as_json)
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
-    from slimtune.recipe.recipe import Recipe, overridden
-    from slimtune.storage.text_files import is_yaml, read_mapping
+    from slimtune.recipe.recipe import Recipe
+    from slimtune.storage.text_files import is_yaml
 
     typed = {name: value for name, value in written(ctx).items() if name not in WITH_A_RECIPE}
     target = {} if output is None else {"output": str(output)}
     if is_yaml(source):
-        if typed:
-            raise ConfigError(
-                f"{flags(typed)} does not go with a recipe; write settings as section.key=value behind it, for "
-                "example training.learning_rate=1e-4"
-            )
-        return Recipe.of(overridden(read_mapping(Path(source)), rest) | target)
+        return changed_recipe(Path(source), typed, rest, target, "training.learning_rate=1e-4")
     if not rest or ("=" in rest[0] and not Path(rest[0]).exists()):
         raise ConfigError(f"no data was named to train {source} on; pass a data file behind it, or a recipe.yaml")
     if output is None:
         raise ConfigError("no folder was named to write; pass --output DIR")
     sections = {"model": {"name": source}, "data": {"train": rest[0]}, **target}
     return Recipe.of(with_options(sections, typed, rest[1:]))
+
+
+def changed_recipe(
+    path: Path, typed: Iterable[str], overrides: Sequence[str], target: Mapping[str, str], example: str
+) -> Recipe:
+    """The recipe of a file, changed by `section.key=value` and by where it writes.
+
+    Args:
+        typed: options that make a recipe of their own, of which none goes with a file.
+        example: of what to write in their place.
+
+    Raises:
+        ConfigError: there are some, or the recipe can't be.
+    """
+    from slimtune.recipe.recipe import Recipe, overridden
+    from slimtune.storage.text_files import read_mapping
+
+    if typed:
+        raise ConfigError(
+            f"{flags(typed)} does not go with a recipe; write settings as section.key=value behind it, for example "
+            f"{example}"
+        )
+    return Recipe.of(overridden(read_mapping(path), overrides) | target)
 
 
 def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -150,10 +178,14 @@ def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: lis
     return overridden(sections, overrides)
 
 
-def say_how_to_use(screen: Console, recipe: Recipe, task_type: str) -> None:
-    """Print where the output is, and the command that tries it."""
+def show_results(screen: Console, recipe: Recipe, as_json: bool) -> None:
+    """Print where the output is and the command that tries it, and for machines what came out."""
     from slimtune.train.card import use_of
+    from slimtune.train.results import RESULTS
 
-    use = use_of(task_type, recipe.output)
+    results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
+    use = use_of(results["task_type"], recipe.output)
     use += f" --quantize {recipe.model.quantize}" if recipe.model.quantize else ""
     screen.print(f"written to {recipe.output}; try it:  {use}", markup=False)
+    if as_json:
+        print_json({"output": recipe.output, **results})
