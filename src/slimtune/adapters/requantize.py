@@ -61,7 +61,7 @@ class MergeDrift:
 
     @property
     def left(self) -> str:
-        """What is left in the weights, in words."""
+        """A sentence on what is left in the weights."""
         return (
             f"{self.survived:.1%} of the update is left, under noise of {self.noise:.2f} times its size; "
             f"{self.beyond:,} of {self.entries:,} entries were beyond the old scales, which were computed anew"

@@ -120,7 +120,7 @@ def _as_key(option: str, arguments: list[str], options: Iterable[str]) -> str:
 
 
 def written(ctx: Any) -> dict[str, Any]:
-    """The options and arguments that were typed, with their values; not those at their defaults."""
+    """The options and arguments that were typed, with their values; defaults are left out."""
     # The source by its name, for typer carries a copy of click whose place changes.
     return {
         name: value

@@ -60,7 +60,7 @@ class Training(_Strict):
     """Of the weights that are written."""
     learning_rate: float
     final_loss: float | None
-    """None where it was no number."""
+    """None where it was NaN or infinite."""
 
 
 class DomainLosses(_Strict):

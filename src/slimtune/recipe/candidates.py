@@ -50,7 +50,7 @@ class Candidate:
 
     @property
     def summary(self) -> str:
-        """What it is, in words."""
+        """A phrase that describes it, for tables."""
         if self.method is None:
             return _prompted(self.shots, self.random_labels)
         settings = ", ".join(f"{name}={value}" for name, value in self.fields)

@@ -334,7 +334,7 @@ def _with(values: Any, keys: Sequence[str], value: Any, place: str) -> Any:
 
 
 def _changed(settings: Any) -> list[str]:
-    """The fields of a dataclass that aren't at their defaults."""
+    """The fields of a dataclass that differ from their defaults."""
     fresh = type(settings)()
     return [
         field.name
