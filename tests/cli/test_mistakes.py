@@ -235,11 +235,11 @@ def test_a_real_process_ends_with_2_and_debug_shows_where(tmp_path: Path) -> Non
     assert "Traceback" in debugged.stderr
 
 
-def test_several_processes_are_refused_before_anything_is_read(
+def test_a_process_without_a_number_is_refused_before_anything_is_read(
     run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run("train", base, tmp_path / "none.jsonl", "--output", tmp_path / "tuned")
     assert result.exit_code == 2, result.output
-    assert "runs in one process" in result.stderr
+    assert "WORLD_SIZE says 2 processes, and RANK and LOCAL_RANK don't say which" in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -290,9 +290,9 @@ def test_a_scheduler_that_lacks_its_options_says_so(tmp_path: Path) -> None:
         train(tmp_path / "run", scheduler="linear", scheduler_options={"min_lr": 1e-5})
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"one process.*there are 2; with torchrun"):
+    with pytest.raises(ConfigError, match=r"2 processes, and RANK.*--launch 2"):
         train(tmp_path / "run")
 
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from slimtune.adapters.adopt import Adopted, adopt, attach_to
+from slimtune.adapters.constrain import constrained
 from slimtune.adapters.embeddings import base_copies, saved_whole
 from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.targets import resolve, walk
 from slimtune.bases import base_of, claim
 from slimtune.bases.foreign import ForeignLinear
 from slimtune.core.config import PeftConfig
+from slimtune.core.constrained import Constrained
 from slimtune.core.delta import Delta, Site, deltas_of
 from slimtune.errors import (
     AdapterExistsError,
@@ -83,6 +85,7 @@ def draft(
     placed = list(deltas.values())
     # All at once and before any is attached: what is tied must be known whole, and an error must leave nothing behind.
     resolved.link_deltas(model, placed)
+    placed = constrained(model, resolved, placed)
     if not resolved.inference_mode:
         _check_gradients(model, placed)
     return Draft(resolved, placed)
@@ -229,7 +232,7 @@ def conflict(model: Any, names: Sequence[str]) -> str | None:
     """The path of the first module that two of these adapters can't both change, or None."""
     for path, module in adopted_modules(model):
         together = [delta for name, delta in deltas_of(module).items() if name in names]
-        if any(one.excludes(other) for one, other in itertools.combinations(together, 2)):
+        if any(one.excludes(other) or other.excludes(one) for one, other in itertools.combinations(together, 2)):
             return path
     return None
 
@@ -306,6 +309,9 @@ def _fill(
             warnings.warn(f"'{source}' {what} {listing(names, 3)}, which stay as they are", stacklevel=3)
     # Everything that can be refused has been by here: from now on tensors are written into a live adapter.
     taken = {name: tensors[name] for name in matching - mismatched}
+    for site, delta in placed:
+        if isinstance(delta, Constrained):
+            delta.check_base(site, taken)
     with torch.no_grad():
         for site, delta, names in disk_names:
             # A delta reads all of its names or none (`from_disk` may take factors apart), so that what the file lacks

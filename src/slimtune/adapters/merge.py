@@ -87,6 +87,7 @@ def unmerge(model: Any) -> None:
     state.replaced, state.merged = [], ()
 
 
+@torch.no_grad()
 def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Dense:
     """The parameters of a module that these adapters change, with them written in; nothing is changed.
 

@@ -46,6 +46,7 @@ from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.adapters.unload import merge_plain, merge_quantized, released
 from slimtune.core.config import PeftConfig
+from slimtune.core.constrained import inner_of
 from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, listing
 from slimtune.methods.adalora import AdaLoraConfig
@@ -349,7 +350,7 @@ class PeftModel(PeftNames, Adopted):
                 raise ConfigError(
                     f"{config.peft_type} adapters keep their ranks while training; AdaLoRA's are shared out anew"
                 )
-            config.allocate(attached(self, name), global_step)
+            config.allocate([(site, inner_of(delta)) for site, delta in attached(self, name)], global_step)
 
     # -- Which adapters there are, which are in effect, and what they train.
 
@@ -483,7 +484,8 @@ class PeftModel(PeftNames, Adopted):
             progressbar: taken as in `peft`; a merge takes no time to speak of and shows none.
             safe_merge: compare the outputs before and after on probe inputs.
             requantize: leave a quantized base quantized; the merged weights are quantized again, which wipes small
-                updates out. What is lost is warned of and kept as the model's `merge_drift`.
+                updates out. What is lost is warned of and kept as the model's `merge_drift`. Of an adapter that was
+                trained on a grid (`constraint`) the codes are stored, and nothing is lost.
             drift_inputs: a batch to measure that on, with labels for the loss; without it, pseudo-random inputs.
 
         Raises:
@@ -495,7 +497,8 @@ class PeftModel(PeftNames, Adopted):
         names = self._chosen(adapter_names)
         if requantize:
             drift = merge_quantized(self, names, safe_merge, drift_inputs)
-            warnings.warn(f"merged into quantized weights: {drift}{drift.advice}", stacklevel=2)
+            if drift is not None:
+                warnings.warn(f"merged into quantized weights: {drift}{drift.advice}", stacklevel=2)
             return self
         return merge_plain(self, names, safe_merge)
 
@@ -557,7 +560,9 @@ class PeftModel(PeftNames, Adopted):
         methods = sorted({str(config.peft_type) for config in configs})
         # A module of one's own has no base on the Hub, whatever its config says.
         base = configs[0].base_model_name_or_path if hasattr(self, "config") else None
-        write_model_card(Path(output_dir), base, methods, configs[0].task_type)
+        in_peft = all(config.in_peft for config in configs)
+        constraints = [str(config.constraint) for config in configs if getattr(config, "constraint", None)]
+        write_model_card(Path(output_dir), base, methods, configs[0].task_type, in_peft, "; ".join(constraints))
 
     def _stored(self, name: str) -> dict[str, Any]:
         """The config of an adapter as it is stored."""

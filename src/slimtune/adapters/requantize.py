@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.adapters.adapter import attached
 from slimtune.adapters.merge import Drift, compare_outputs, merge, probe_inputs, unmerge
 from slimtune.bases import base_of
-from slimtune.bases.packed import PackedLinear
+from slimtune.bases.int4 import LinearInt4
+from slimtune.bases.int8 import LinearInt8
+from slimtune.bases.packed import PackedLinear, as_linear
+from slimtune.core.constrained import Constrained, Grid
 from slimtune.core.delta import Dense, with_tensors
 from slimtune.errors import MergeError
+from slimtune.quantization.integer import config_of, note_quantization
 
 _ADVICE = (
     "; most of the update is rounded away: merge into 16 bits, or for a model in few bits merge into the original "
@@ -104,6 +109,25 @@ def merge_requantized(
     outputs = compare_outputs(before[0], after[0]) if before and after else None
     losses = (before[1], after[1]) if before and after else (None, None)
     return MergeDrift(outputs, *losses, **store.figures())
+
+
+def grids_of(model: Any, names: tuple[str, ...]) -> dict[str, Grid]:
+    """The grid on which each weight lies under these adapters, by the path of its module."""
+    placed = [pair for name in names for pair in attached(model, name)]
+    return {
+        site.name: delta.constraints["grid"]  # pyright: ignore[reportReturnType]
+        for site, delta in placed
+        if isinstance(delta, Constrained) and "grid" in delta.constraints
+    }
+
+
+def pack_on_grids(model: Any, grids: Mapping[str, Grid]) -> None:
+    """Store weights that lie on grids as their codes and scales, which are the very same numbers."""
+    for path, grid in grids.items():
+        module: Any = as_linear(model.get_submodule(path))
+        kind = LinearInt4 if grid.bits == 4 else LinearInt8
+        kind.take(module, *grid.codes(module.weight.detach()))
+    note_quantization(model, config_of(model))
 
 
 class _Requantizer:

@@ -11,7 +11,7 @@ from torch import Tensor
 from slimtune.adapters.adapter import adopted_modules
 from slimtune.adapters.adopt import release
 from slimtune.adapters.merge import merge, unmerge
-from slimtune.adapters.requantize import MergeDrift, merge_requantized
+from slimtune.adapters.requantize import MergeDrift, grids_of, merge_requantized, pack_on_grids
 from slimtune.quantization.dequantize import expanded, make_plain, plain_dtype, untie_if_changed
 from slimtune.storage.quantization_metadata import mend_saving
 
@@ -33,12 +33,23 @@ def merge_plain(model: Any, names: tuple[str, ...], safe: bool) -> Any:
     return make_plain(released(model), weights)
 
 
-def merge_quantized(model: Any, names: tuple[str, ...], safe: bool, inputs: Mapping[str, Tensor] | None) -> MergeDrift:
+def merge_quantized(
+    model: Any, names: tuple[str, ...], safe: bool, inputs: Mapping[str, Tensor] | None
+) -> MergeDrift | None:
     """Merge these adapters and those that are merged into weights that stay quantized, and release the model.
 
-    What that loses is kept as the model's `merge_drift`. Raises: MergeError, and nothing is changed then.
+    What that loses is kept as the model's `merge_drift`; None of an adapter that was trained on a grid, whose codes are
+    stored as they are. Raises: MergeError, and nothing is changed then.
     """
-    together = tuple(dict.fromkeys((*model.adapter_state.merged, *names)))
+    merged = model.adapter_state.merged
+    together = tuple(dict.fromkeys((*merged, *names)))
+    grids = grids_of(model, together)
+    if grids:
+        if not set(together) <= set(merged):
+            merge(model, together, safe)
+        untie_if_changed(model)
+        pack_on_grids(released(model), grids)
+        return None
     with _as_before_on_failure(model):
         # What the outputs were is measured with all of them applied, which on merged weights would count some twice.
         unmerge(model)

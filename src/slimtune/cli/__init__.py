@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from slimtune.cli.chat import chat
 from slimtune.cli.compare import compare
+from slimtune.cli.completion import completion
 from slimtune.cli.data import data
 from slimtune.cli.demo import demo, demo_data
 from slimtune.cli.distill import distill
@@ -27,6 +28,7 @@ from slimtune.cli.options import RecipeCommand
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
 from slimtune.cli.prune import prune
+from slimtune.cli.push import push
 from slimtune.cli.quantize import quantize
 from slimtune.cli.recipe import recipe
 from slimtune.cli.serve import serve
@@ -36,6 +38,7 @@ from slimtune.cli.spectra import spectra
 from slimtune.cli.train import train
 from slimtune.console.failures import sentence_of
 from slimtune.console.noise import escape_logs, leave_out_noise
+from slimtune.console.process import report_failure
 from slimtune.console.screen import say, silence
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError, is_out_of_memory
 
@@ -73,7 +76,8 @@ class Commands(TyperGroup):
             Commands.is_out_of_memory = is_out_of_memory(error)
             # The work was right and its result was not: that is no mistake of the user.
             is_mistake = isinstance(error, SlimtuneError) and not isinstance(error, MergeError | DoesNotFitError)
-            _fail(sentence, getattr(error, "exit_code", MISTAKE if is_mistake else REFUSED))
+            code = getattr(error, "exit_code", MISTAKE if is_mistake else REFUSED)
+            _fail(sentence, code, follows=getattr(error, "follows_another", False))
 
 
 def _leave_closed_pipe() -> NoReturn:
@@ -86,6 +90,8 @@ def _leave_closed_pipe() -> NoReturn:
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    # `slimtune completion` prints the script, and writes into nobody's .bashrc.
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -140,8 +146,10 @@ for name, command in {
     "quantize": quantize,
     "export": export,
     "merge": merge,
+    "push": push,
     "doctor": doctor,
     "demo-data": demo_data,
+    "completion": completion,
 }.items():
     kind = RecipeCommand if command in (plan, train, distill) else None
     app.command(name, cls=kind, help=_folded(command.__doc__ or ""))(command)
@@ -161,7 +169,8 @@ def main() -> None:
         raise
 
 
-def _fail(sentence: str, code: int) -> NoReturn:
+def _fail(sentence: str, code: int, follows: bool = False) -> NoReturn:
     # Plain, because rich would read brackets in a name as markup and break the line.
-    say(f"slimtune: {sentence}", to_errors=True)
+    if report_failure(sentence, follows):
+        say(f"slimtune: {sentence}", to_errors=True)
     raise typer.Exit(code)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from slimtune.cli.proposals import dtypes, methods, models, quantizations, torch_devices
 from slimtune.errors import AdapterExistsError, AdapterFileError, ConfigError, listing
 
 if TYPE_CHECKING:
@@ -22,14 +23,24 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A model folder, a Hub id, the packaged [bold]smollm2-135m-instruct[/], or an adapter folder.",
+        autocompletion=models,
     ),
 ]
 Base = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/]."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/].",
+        autocompletion=models,
+    ),
 ]
 TunedModel = Annotated[
-    str, typer.Argument(metavar="TUNED", help="The folder of an adapter, or of a model that was tuned as a whole.")
+    str,
+    typer.Argument(
+        metavar="TUNED",
+        help="The folder of an adapter, or of a model that was tuned as a whole.",
+        autocompletion=models,
+    ),
 ]
 TunedBase = Annotated[
     str | None,
@@ -44,14 +55,20 @@ AdapterBase = Annotated[str | None, typer.Option(help="The base; without it, the
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace files in the output folder, once the new ones are whole.")
 ]
-Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.", autocompletion=dtypes),
+]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...", autocompletion=torch_devices)
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
         "--quantize",
         metavar="KIND",
         help="While loading: nf4, fp4, int8, int4, int8-torchao, int4-torchao.",
+        autocompletion=quantizations,
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -60,7 +77,7 @@ TrustRemoteCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; what is for people goes to stderr.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-Method = Annotated[str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.")]
+Method = Annotated[str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.", autocompletion=methods)]
 Rank = Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="By default the method's own.")]
 Epochs = Annotated[float, typer.Option(help="Times through the data.")]
@@ -78,12 +95,16 @@ Fields = Annotated[
 ]
 
 
+TYPED = "slimtune.typed"
+"""Where the context of a command has the arguments as they were typed."""
+
+
 class RecipeCommand(TyperCommand):
     """A command that takes `section.key=value` of a recipe, and names the key where it is written as an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments. Raises: ConfigError, with what to write instead of an option that is a key."""
-        written = list(args)
+        written = ctx.meta[TYPED] = list(args)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import (
+    TYPED,
     BatchSize,
     Epochs,
     Fields,
@@ -29,6 +31,8 @@ from slimtune.cli.options import (
     flags,
     written,
 )
+from slimtune.cli.push import push_trained
+from slimtune.console.process import this_process
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
 
@@ -37,7 +41,8 @@ if TYPE_CHECKING:
 
     from slimtune.recipe.recipe import Recipe
 
-WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "trust_remote_code", "as_json")
+WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "launch", "trust_remote_code",
+                 "push_to_hub", "as_json")  # fmt: skip
 """Parameters that say how a recipe is run, not what it says."""
 
 
@@ -48,6 +53,7 @@ def train(
         typer.Argument(
             metavar="RECIPE.yaml|MODEL",
             help="A recipe, or a model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/].",
+            autocompletion=proposals.models_and_recipes,
         ),
     ],
     rest: Annotated[
@@ -77,6 +83,18 @@ def train(
     overwrite: Overwrite = False,
     resume: Resume = False,
     plans: Plans = True,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|FILE.yaml|COMMAND",
+            help="Train in several processes, one for each GPU: so many, as a file of accelerate says, or as "
+            '"torchrun ..." starts them.',
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Push to NAME or ORGANISATION/NAME of the Hub in the end; asked at once."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -95,15 +113,34 @@ def train(
     Example: slimtune train recipe.yaml training.learning_rate=1e-4
 
     Example: slimtune train smollm2-135m-instruct orders/train.jsonl data.held_out=0.1 --output tuned --max-steps 40
+
+    Example: slimtune train recipe.yaml --launch 4
     """
     from slimtune.pipeline.train import run
     from slimtune.storage.atomic import refuse_existing
+    from slimtune.storage.push import check_access
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
+    repository = check_access(push_to_hub) if push_to_hub and this_process().is_main else None
+    if launch is not None:
+        raise typer.Exit(_launched(ctx, launch, recipe))
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
-    show_results(open_screen(as_json), recipe, as_json)
+    if this_process().is_main:
+        show_results(open_screen(as_json), recipe, as_json, repository)
+
+
+def _launched(ctx: typer.Context, how: str, recipe: Recipe) -> int:
+    """Run the same command without `--launch` in the processes that it names; the exit code."""
+    from slimtune.models.device import pick_device
+    from slimtune.pipeline.launch import launch
+
+    typed = list(ctx.meta[TYPED])
+    place = next(i for i, word in enumerate(typed) if word.partition("=")[0] == "--launch")
+    del typed[place : place + (1 if "=" in typed[place] else 2)]
+    debug = ["--debug"] if ctx.parent is not None and ctx.parent.params.get("debug") else []
+    return launch(how, [*debug, "train", *typed], pick_device(recipe.model.device).partition(":")[0])
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
@@ -178,8 +215,12 @@ def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: lis
     return overridden(sections, overrides)
 
 
-def show_results(screen: Console, recipe: Recipe, as_json: bool) -> None:
-    """Print where the output is and the command that tries it, and for machines what came out."""
+def show_results(screen: Console, recipe: Recipe, as_json: bool, repository: str | None = None) -> None:
+    """Print where the output is and the command that tries it, and for machines what came out.
+
+    Args:
+        repository: of the Hub, where the output is pushed.
+    """
     from slimtune.train.card import use_of
     from slimtune.train.results import RESULTS
 
@@ -187,5 +228,12 @@ def show_results(screen: Console, recipe: Recipe, as_json: bool) -> None:
     use = use_of(results["task_type"], recipe.output)
     use += f" --quantize {recipe.model.quantize}" if recipe.model.quantize else ""
     screen.print(f"written to {recipe.output}; try it:  {use}", markup=False)
-    if as_json:
-        print_json({"output": recipe.output, **results})
+    if repository:
+        results["pushed"] = None
+    try:
+        if repository:
+            results["pushed"] = push_trained(screen, Path(recipe.output), repository)
+    finally:
+        # A push that fails takes nothing back of the training.
+        if as_json:
+            print_json({"output": recipe.output, **results})

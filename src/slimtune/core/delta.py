@@ -244,6 +244,8 @@ class Delta(nn.Module):
     def fold(self, dense: Dense) -> Dense:
         """The equation written into dense parameters, as new tensors; what is held whole is there already.
 
+        It is differentiable as the forward is, where gradients are wanted: under a constraint it is what is trained.
+
         Raises:
             MergeError: the change can't be written into the weights.
         """

@@ -40,7 +40,7 @@ class Engine:
 
     Args:
         model: on its device; while the engine runs it belongs to it.
-        slots: the most answers that are written at once.
+        slots: the most answers that are written at once; None is 16, or as many as the free memory holds.
         context: the most tokens of a prompt with its answer; None is the model's limit, 2,048 at most.
         prefill_chunk: the most prompt tokens in a step, so that a long prompt doesn't hold the other answers up.
         rank_budget: factors of adapters that left the batch stay at hand up to this sum of ranks; None is a quarter of
@@ -56,19 +56,20 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, slots: int = 16, context: int | None = None, prefill_chunk: int = 256,
-        rank_budget: int | None = None,
+        self, model: Any, tokenizer: Any, *, slots: int | None = None, context: int | None = None,
+        prefill_chunk: int = 256, rank_budget: int | None = None,
     ) -> None:  # fmt: skip
-        check_whole("slots", slots)
+        if slots is not None:
+            check_whole("slots", slots)
         check_whole("prefill_chunk", prefill_chunk)
         check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.slots, self.prefill_chunk = slots, prefill_chunk
+        self.prefill_chunk = prefill_chunk
         if rank_budget is None:
             rank_budget = int(model.config.get_text_config().hidden_size // 4)
         check_whole("rank_budget", rank_budget, least=0)
         memory = causal_model_slots(model, slots, context)
-        self.context = memory.context
+        self.slots, self.context = memory.slots, memory.context
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._served = {name: served(model, name, name) for name in getattr(model, "peft_config", {})}
         # What others want done to the model between two steps; the loop's thread alone touches it.

@@ -16,12 +16,18 @@ from slimtune.models.device import ram
 LONGEST = 2048
 """The context where none is asked for, unless the model's own is shorter: memory for it is taken at the start."""
 
+SLOTS = 16
+"""Answers written at once where nothing else is asked for; fewer where the memory is short of them."""
+
 _PROBE = 7
 """Tokens by which a model is tried."""
 
 
-def causal_model_slots(model: Any, slots: int, context: int | None) -> KeyValueSlots:
+def causal_model_slots(model: Any, slots: int | None, context: int | None) -> KeyValueSlots:
     """Memory for the keys and values of a model that was tried in slots and answers there as by itself.
+
+    Args:
+        slots: None for the usual number, or as many as fit.
 
     Raises:
         ConfigError: it is no causal language model, its attention can't be run so, or the context is beyond its limit.
@@ -38,26 +44,40 @@ def causal_model_slots(model: Any, slots: int, context: int | None) -> KeyValueS
     if model.training:
         model.eval()
     shapes = _tried(model)
-    _check_memory(model, shapes, slots, length)
-    return KeyValueSlots(shapes, slots, length, torch.empty(0, dtype=model.dtype, device=like.device))
+    count = _fitting_slots(model, shapes, slots, length)
+    return KeyValueSlots(shapes, count, length, torch.empty(0, dtype=model.dtype, device=like.device))
 
 
-def _check_memory(model: Any, shapes: Sequence[tuple[int, int, int]], slots: int, context: int) -> None:
-    """Raises: DoesNotFitError, where the machine hasn't the memory for all slots."""
+def slot_bytes(shapes: Sequence[tuple[int, int, int]], context: int, itemsize: int, vocabulary: int) -> int:
+    """What a slot takes: keys and values of a whole context, and its share of a step's logits.
+
+    Args:
+        shapes: heads, width of keys and width of values of each layer.
+        itemsize: bytes of a number.
+    """
+    keys_values = context * itemsize * sum(heads * (keys + values) for heads, keys, values in shapes)
+    # The logits of a step, in float64 while tokens are drawn, with their sorted copy and its order.
+    return keys_values + 3 * 8 * vocabulary
+
+
+def _fitting_slots(model: Any, shapes: Sequence[tuple[int, int, int]], slots: int | None, context: int) -> int:
+    """How many slots are made. Raises: DoesNotFitError, where the machine hasn't the memory for them."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         machine = ram()
         free = machine.available if machine else None
-    per_slot = context * model.dtype.itemsize * sum(heads * (keys + values) for heads, keys, values in shapes)
-    # The logits of a step, in float64 while tokens are drawn, with their sorted copy and its order.
-    per_slot += 3 * 8 * model.get_input_embeddings().weight.shape[0]
-    if free is not None and slots * per_slot > free:
+    per_slot = slot_bytes(shapes, context, model.dtype.itemsize, model.get_input_embeddings().weight.shape[0])
+    count = SLOTS if slots is None else slots
+    if slots is None and free is not None:
+        count = max(1, min(SLOTS, int(free // per_slot)))
+    if free is not None and count * per_slot > free:
         raise DoesNotFitError(
-            f"{slots} slots of {context:,} tokens take {slots * per_slot / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            f"{count} slots of {context:,} tokens take {count * per_slot / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
             f"free; {int(free // per_slot)} slots would fit, or a shorter context"
         )
+    return count
 
 
 @torch.inference_mode()

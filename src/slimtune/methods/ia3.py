@@ -160,7 +160,7 @@ class IA3Delta(Delta):
 
     def fold(self, dense: Dense) -> Dense:
         """l_O W_OI and l_O b_O, or W_OI l_I."""
-        weight, vector = dense["weight"], self.ia3_l.detach().flatten()
+        weight, vector = dense["weight"], self.ia3_l.flatten()
         tail = (1,) * (len(weight.shape) - 2)
         if self.in_front:
             # In a grouped convolution each group of outputs reads its own inputs.

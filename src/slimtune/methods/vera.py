@@ -148,8 +148,7 @@ class VeraLinear(Delta):
 
     def fold(self, dense: Dense) -> Dense:
         a_RI, b_OR = self.corners
-        with torch.no_grad():
-            return added(dense, self.vera_lambda_b[:, None] * (b_OR @ (self.vera_lambda_d[:, None] * a_RI)))
+        return added(dense, self.vera_lambda_b[:, None] * (b_OR @ (self.vera_lambda_d[:, None] * a_RI)))
 
     def extra_repr(self) -> str:
         return f"r={self.vera_lambda_d.numel()}, dropout={self.vera_dropout:g}"

@@ -17,6 +17,7 @@ from slimtune.adapters.adapter import adopted_modules
 from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
 from slimtune.adapters.requantize import MergeDrift
 from slimtune.errors import MergeError
+from slimtune.models.load import read_as_stored
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import no_weight_bar
 
@@ -114,7 +115,7 @@ def merge_to_folder(
         _refuse(max_kl, adapter, merged, rounding, "the merged model", way_out)
         with no_weight_bar():
             model.save_pretrained(folder)
-            again = _read_again(model, folder, requantize)
+            again = _read_again(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         reloaded = compare_outputs(tuned, outputs_on(again, inputs))
@@ -129,13 +130,10 @@ _WAY_OUT_REQUANTIZED = (
 )
 
 
-def _read_again(model: Any, folder: Path, is_quantized: bool) -> Any:
+def _read_again(model: Any, folder: Path) -> Any:
+    config = type(model.config).from_pretrained(folder)
     options: dict[str, Any] = {"dtype": model.dtype, "use_safetensors": True}
-    if not is_quantized:
-        return type(model).from_pretrained(folder, **options).to(model.device)
-    from slimtune.quantization.load import load_as_stored
-
-    return load_as_stored(type(model), str(folder), str(model.device), **options)
+    return read_as_stored(type(model), str(folder), config, str(model.device), **options)
 
 
 def probe_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:

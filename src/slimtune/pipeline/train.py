@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimtune.adapters.constrain import PRUNED, constraint_of, keep_zeros, zero_share
 from slimtune.adapters.model import get_peft_model
+from slimtune.console.process import this_process, warn_of_one_process
 from slimtune.core.delta import dtypes_of
 from slimtune.data.features import check_solver
 from slimtune.data.tasks.base import EncodedDataset, splits_report
@@ -32,13 +34,14 @@ from slimtune.recipe.recipe import MethodSettings, ModelSettings, Recipe
 from slimtune.storage.atomic import staged
 from slimtune.storage.hub import parted
 from slimtune.storage.source import folder_of, refuse_adapter
-from slimtune.train.arguments import check_device, check_processes
+from slimtune.train.arguments import check_device
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
 from slimtune.train.eva_start import start_by_eva
 from slimtune.train.features import train_on_features
 from slimtune.train.loop import Outcome, fine_tune
 from slimtune.train.preferences import check_task, preference
+from slimtune.train.processes import check_processes, shards, share_of, start
 from slimtune.train.results import Memory, Results, check_dependencies, plot_losses, save_model
 from slimtune.train.run_folder import RunFolder, run_folder
 from slimtune.train.trainer import TrainerSpec
@@ -73,9 +76,18 @@ def run(
     # All that needs no model comes first: a slip of the pen must not cost a download.
     if resume and not takes_steps:
         raise ConfigError("--resume would change nothing with the method features, which takes no steps; leave it out")
-    check_processes()
+    process = this_process()
+    if process.count > 1 and not (takes_steps and teaching is None):
+        what = "a distillation" if takes_steps else "the method features, which takes no steps,"
+        raise ConfigError(f"{what} runs in one process, and there are {process.count}; start it without a launcher")
+    warn_of_one_process(screen)
     if takes_steps:
+        device = check_device(pick_device(recipe.model.device))
+        check_processes(device, recipe.training)
         check_dependencies()
+        process = start(device)
+    # One prints and writes: the others do the same, unheard.
+    screen.quiet = screen.quiet or not process.is_main
     with run_folder(output, recipe.to_dict(), overwrite, resume) as folder:
         data = read(recipe.data, recipe.task, recipe.training.seed)
         show_report(screen, splits_report(data.splits))
@@ -84,15 +96,16 @@ def run(
         refuse_adapter(recipe.model.source)
         if not takes_steps:
             return _train_features(screen, data, recipe, overwrite)
-        check_runs(recipe.training.optim, check_device(pick_device(recipe.model.device)))
-        if plans:
+        check_runs(recipe.training.optim, device)
+        if plans and process.is_main:
             check_memory(
-                screen, recipe.model, recipe.method, recipe.data, recipe.training, recipe.preferences, data.task
+                screen, recipe.model, recipe.method, recipe.data, share_of(recipe.training), recipe.preferences,
+                data.task,
             )  # fmt: skip
         Memory.watch()
         model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
         outcome = tune(screen, model, tokenizer, data, recipe, folder, autocast, teaching)
-    if recipe.evaluation and recipe.evaluation.forgetting:
+    if recipe.evaluation and recipe.evaluation.forgetting and process.is_main:
         # Two models at once may not fit.
         del model
         measure_forgetting(screen, recipe.model, output)
@@ -129,7 +142,7 @@ def tune(
     if teaching is not None:
         dataset, spec = teaching(model, tokenizer, data, dataset)
     outcome = _train(screen, model, tokenizer, dataset, recipe, spec, folder, autocast)
-    outcome = _write(screen, model, tokenizer, data, dataset, recipe, folder, outcome)
+    outcome = _write(screen, model, tokenizer, data, dataset, recipe, folder, outcome, autocast)
     for name, value in dataset.after().items():
         screen.print(f"{name}: {value:,}")
     show_outcome(screen, outcome, recipe.training.best_by)
@@ -145,20 +158,23 @@ def _write(
     recipe: Recipe,
     folder: RunFolder,
     outcome: Outcome,
+    autocast: bool,
 ) -> Outcome:
     """Write the weights, then evaluate them and write the results.
 
     Raises: TrainingError, where the evaluation or the results fail; the weights are in the output then, too.
     """
     output, failure = Path(recipe.output), None
+    if not this_process().is_main:
+        # A model that is sharded is saved, and answers, by all of them.
+        save_model(output, model, tokenizer, writes=False, half=autocast)
+        return _judged(screen, model, tokenizer, data, dataset, recipe, outcome)[0]
     with staged(output, folder.overwrite) as written:
         folder.hand_over(written)
-        save_model(written, model, tokenizer)
+        save_model(written, model, tokenizer, half=autocast)
         recipe.write(written / "recipe.yaml")
         try:
-            evaluation = evaluate_answers(screen, model, tokenizer, held_out_questions(recipe.evaluation, data))
-            answered = evaluation.scores if evaluation else {}
-            outcome = replace(outcome, scores=outcome.scores | dataset.judge(model) | answered)
+            outcome, evaluation = _judged(screen, model, tokenizer, data, dataset, recipe, outcome)
             plot_losses(written / "loss.jsonl", written / "loss.png")
             _card(output.name, model, data, dataset, recipe, outcome).write(written)
             _results(model, data, dataset, recipe, outcome, evaluation).write(written)
@@ -174,6 +190,15 @@ def _write(
     if failure is not None:
         raise failure
     return outcome
+
+
+def _judged(
+    screen: Console, model: Any, tokenizer: Any, data: Data, dataset: EncodedDataset, recipe: Recipe, outcome: Outcome
+) -> tuple[Outcome, Evaluation | None]:
+    """The outcome with the scores of the trained model, and how it answered held-out questions."""
+    evaluation = evaluate_answers(screen, model, tokenizer, held_out_questions(recipe.evaluation, data))
+    answered = evaluation.scores if evaluation else {}
+    return replace(outcome, scores=outcome.scores | dataset.judge(model) | answered), evaluation
 
 
 def check_preferences(recipe: Recipe, task: str) -> None:
@@ -199,14 +224,20 @@ def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, 
 
     # A new head is drawn while the model is loaded.
     set_seed(seed)
+    if shards() and this_process().count > 1:
+        # No GPU is to hold all of it: each gets its shard from main memory.
+        model = replace(model, device="cpu")
     if method.name != FULL:
         how = (model.dtype, model.device, model.trust_remote_code, model.quantize)
         loaded, tokenizer = load_model(model.source, data.model_task, LoadOptions(*how), data.names)
-        return adopt(loaded, method.config(), seed, data.task_type), tokenizer, False
+        config = method.config()
+        keep_zeros(loaded, config)
+        return adopt(loaded, config, seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
     options = LoadOptions("float32", model.device, model.trust_remote_code)
     loaded, tokenizer = load_model(model.source, data.model_task, options, data.names)
     loaded.requires_grad_(True)
+    keep_zeros(loaded)
     return loaded, tokenizer, (native_dtype() if model.dtype == "auto" else model.dtype) == "bfloat16"
 
 
@@ -241,6 +272,15 @@ def show_trained(screen: Console, model: Any) -> None:
         screen.print(str(model.coverage()), markup=False)
     else:
         screen.print(f"all weights are trained: {sum(p.numel() for p in trainable):,} parameters")
+    constraint = constraint_of(model)
+    if constraint:
+        screen.print(f"held to what the merged weights are to be: {constraint}", markup=False)
+    share = zero_share(model)
+    if share >= PRUNED:
+        keeps = constraint is None or constraint.mask
+        screen.print(
+            f"{share:.1%} of the weights of the blocks are zero{' and stay so' if keeps else ''}", markup=False
+        )
     screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
 
 
@@ -277,11 +317,12 @@ def _train(
     except DivergedError as error:
         if not error.kept_steps:
             raise
-        aside = output.with_name(f"{output.name}-until-step-{error.kept_steps}")
-        aside.mkdir(parents=True, exist_ok=True)
-        save_model(aside, model, tokenizer)
+        aside, writes = output.with_name(f"{output.name}-until-step-{error.kept_steps}"), this_process().is_main
+        if writes:
+            aside.mkdir(parents=True, exist_ok=True)
+        save_model(aside, model, tokenizer, writes)
         raise DivergedError(f"{error}; the state after step {error.kept_steps} is kept in {aside}", 0) from error
-    if autocast:
+    if autocast and not shards():
         import torch
 
         # The float32 weights were for training alone: what is judged and written are those that will be used.
@@ -294,12 +335,21 @@ def _card(name: str, model: Any, data: Data, dataset: EncodedDataset, recipe: Re
         name,
         base=parted(model.name_or_path)[0],
         task_type=data.task_type,
-        method=table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line},
+        method=_method_of(model, recipe) | {"base stored as": parts(model).line},
         data=dataset.facts | dataset.after(),
         settings=recipe.training,
         outcome=outcome,
         quantize=recipe.model.quantize,
         revision=recipe.model.revision,
+    )
+
+
+def _method_of(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """The method with the fields that aren't as they come; a constraint as it is, which zeros of the base may set."""
+    fields = table(recipe.method.method, recipe.method.config())
+    constraint = constraint_of(model)
+    return {name: f for name, f in fields.items() if name != "constraint"} | (
+        {"constraint": str(constraint)} if constraint else {}
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 
 from slimtune.errors import ConfigError, did_you_mean
@@ -78,6 +81,13 @@ def methods() -> dict[str, Method]:
     known.append(Method(FULL, str(FullTuning.__doc__), FullTuning))
     known.append(Method(FEATURES, _first_line(FeatureTuning), FeatureTuning))
     return {method.name: method for method in sorted(known, key=lambda method: method.name)}
+
+
+def names() -> list[str]:
+    """The names of all methods, read from their sources: a shell that completes one can't wait for torch."""
+    sources = (Path(__file__).parents[1] / "methods").rglob("*.py")
+    types = (re.findall(r'peft_type: str \| None = "(\w+)"', path.read_text(encoding="utf-8")) for path in sources)
+    return sorted([*map(_name, chain.from_iterable(types)), "dora", FULL, FEATURES])
 
 
 def find(name: str) -> Method:

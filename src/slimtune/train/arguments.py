@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from slimtune.console.process import this_process
 from slimtune.errors import ConfigError, listing
 from slimtune.recipe.optimizers import DEFAULT, OFFLOADED, check_runs
 from slimtune.recipe.training import TrainSettings, check_installed
 from slimtune.train.checkpointing import MAY_CHANGE
+from slimtune.train.processes import check_processes
 from slimtune.train.state import fingerprint_of_base, fingerprint_of_examples
 from slimtune.train.trainer import TrainerSpec
 
 
 def check_settings(settings: TrainSettings, device: str, held_out: Sequence[Any]) -> None:
     """See that a run with these settings can start. Raises: ConfigError, MissingDependencyError, TrainingError."""
-    check_processes()
+    check_processes(device, settings)
     check_runs(settings.optim, device)
     check_installed(settings.trackers)
     if settings.of_held_out and not held_out:
@@ -39,20 +41,13 @@ def check_settings(settings: TrainSettings, device: str, held_out: Sequence[Any]
         raise ConfigError(f"the scheduler {settings.scheduler} doesn't run with {given}: {error}") from error
 
 
-def check_processes() -> None:
-    """See that the run is in one process. Raises: ConfigError."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ConfigError(
-            f"this loop runs in one process, which holds the folder that it writes, and there are {processes}; with "
-            "torchrun, give the adopted model to transformers' Trainer"
-        )
-
-
 def check_device(device: str) -> str:
-    """The kind of a device that can train, such as "cuda". Raises: ConfigError, for a GPU but the first visible one."""
+    """The kind of a device that can train, such as "cuda". Raises: ConfigError, for a GPU but the first visible one.
+
+    Of several processes each has the GPU of its own number.
+    """
     kind, _, number = device.partition(":")
-    if kind == "cuda" and number not in ("", "0"):
+    if kind == "cuda" and number not in ("", str(this_process().local_rank)):
         named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         its_name = named[int(number)] if int(number) < len(named) else number
         raise ConfigError(
@@ -72,7 +67,11 @@ def arguments(
     evaluates: bool,
     autocast: bool,
 ) -> TrainingArguments:
-    """The settings as arguments of the Trainer."""
+    """The settings as arguments of the Trainer.
+
+    Args:
+        settings: with this process's share of a step (`train.processes.share_of`).
+    """
     return spec.arguments(
         output_dir=str(folder),
         learning_rate=rate,
@@ -96,6 +95,10 @@ def arguments(
         # By steps, so that a checkpoint is written after the evaluation of its step and not before.
         eval_strategy="steps" if evaluates else "no",
         eval_steps=settings.eval_steps or _steps_of_epoch(settings, examples),
+        # Each process reads a stream and takes its batches: one that reads for all would need them of one length.
+        accelerator_config={"dispatch_batches": False},
+        # Trainer's word is no where activations are checkpointed, which holds for reentrant checkpoints alone.
+        ddp_find_unused_parameters=True,
         prediction_loss_only=True,
         # A Checkpointer says when.
         save_strategy="no",
@@ -115,7 +118,8 @@ def _steps_of_epoch(settings: TrainSettings, examples: Any) -> int:
     """The optimizer steps of an epoch; of a stream, whose length isn't known, all of them."""
     if not hasattr(examples, "__len__"):
         return settings.max_steps or 1
-    return math.ceil(len(examples) / (settings.batch_size * settings.gradient_accumulation))
+    examples_of_step = settings.batch_size * settings.gradient_accumulation * this_process().count
+    return math.ceil(len(examples) / examples_of_step)
 
 
 def use_one_gpu(arguments: Any, log: Callable[[str], None]) -> Any:

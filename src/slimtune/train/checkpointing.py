@@ -26,10 +26,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from slimtune.console.process import this_process
 from slimtune.errors import ConfigError, OutputExistsError, TrainingError, did_you_mean, listing
 from slimtune.recipe.training import TrainSettings
 from slimtune.storage.atomic import sync
 from slimtune.storage.tensor_tree import read_tree, write_tree
+from slimtune.train.processes import from_main, largest, of_all
 from slimtune.train.state import environment, trained_state, training_state
 
 LOSS_LOG, SAMPLES_LOG = LOGS = ("loss.jsonl", "samples.jsonl")
@@ -108,6 +110,9 @@ class Checkpointer(TrainerCallback):
         folder: of the run.
         identity: what must be the same for a run to go on, as values by what they are about.
         log: shows a line to the user.
+
+    Attributes:
+        writes: whether this is the process that writes.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Checkpointer(TrainerCallback):
         log: Callable[[str], None],
     ) -> None:
         self.folder, self.settings, self.identity, self.best, self.log = folder, settings, dict(identity), best, log
+        self.writes = this_process().is_main
         self.resumed_from: Checkpoint | None = None
         self.facts: dict[str, Any] = {"seconds": 0.0, "finished": False}
         self.earlier_losses: dict[int, float] = {}
@@ -137,7 +143,7 @@ class Checkpointer(TrainerCallback):
             ConfigError: the checkpoint is of another run.
         """
         # Checksums of all files are computed here, once for a run.
-        checkpoint = last_whole(self.folder, self.log)
+        checkpoint = from_main(last_whole(self.folder, self.log) if self.writes else None)
         if checkpoint and not resume:
             raise OutputExistsError(
                 f"{self.folder} holds a run that was broken off, with a checkpoint of step {checkpoint.step}; pass "
@@ -145,8 +151,9 @@ class Checkpointer(TrainerCallback):
             )
         # Read before the file is replaced: a resumed run is compared with the losses beyond its checkpoint.
         self.earlier_losses = _read_losses(self.folder / LOSS_LOG)
-        for name in LOGS:
-            (self.folder / name).unlink(missing_ok=True)
+        if self.writes:
+            for name in LOGS:
+                (self.folder / name).unlink(missing_ok=True)
         if checkpoint:
             self._resume_from(checkpoint)
         elif resume:
@@ -155,11 +162,17 @@ class Checkpointer(TrainerCallback):
         return checkpoint
 
     def _resume_from(self, checkpoint: Checkpoint) -> None:
+        if not checkpoint.path.is_dir():
+            raise TrainingError(
+                f"this process doesn't see {checkpoint.path}, which the first one wrote; the output must be on a disk "
+                "that all machines of the run share"
+            )
         self.facts = json.loads((checkpoint.path / FACTS).read_text(encoding="utf-8"))
-        check_same_run(self.folder, self.facts["identity"], self.identity)
-        _copy_logs(checkpoint.path, self.folder)
+        if self.writes:
+            check_same_run(self.folder, self.facts["identity"], self.identity)
+            _copy_logs(checkpoint.path, self.folder)
         self.best.load_state_dict(self.facts["best"])
-        then, now = self.facts["environment"], environment()
+        then, now = {"processes": 1} | self.facts["environment"], environment()
         if then != now:
             changed = ", ".join(f"{k} {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v)
             self.log(
@@ -180,12 +193,14 @@ class Checkpointer(TrainerCallback):
             due = state.global_step % settings.save_steps == 0
         else:
             due = bool(settings.save_minutes) and waited >= settings.save_minutes * 60
-        if due or (state.global_step >= state.max_steps and waited > _WORTH_SAVING_SECONDS):
-            control.should_save = True
+        due |= state.global_step >= state.max_steps and waited > _WORTH_SAVING_SECONDS
+        # Clocks differ: what is due in one process is due in all.
+        control.should_save |= bool(largest(due))
 
     def save(self, trainer: Any) -> None:
-        """Write a checkpoint of a Trainer between two steps. Raises: TrainingError."""
+        """Write a checkpoint of a Trainer between two steps, in all processes at once. Raises: TrainingError."""
         state = trainer.state
+        losses = of_all(trainer._tr_loss.item())
         facts = {
             "identity": self.identity,
             "environment": environment(),
@@ -194,13 +209,19 @@ class Checkpointer(TrainerCallback):
             "finished": state.global_step >= state.max_steps or self.best.is_exhausted,
             "best": self.best.state_dict(),
             # What is summed up for the next line of the log.
-            "loss_since_logged": trainer._tr_loss.item(),
+            "loss_since_logged": sum(losses) / len(losses),
+            "losses_since_logged": losses,
             "last_logged": trainer._globalstep_last_logged,
         }
+        # Gathered from all of them, before one of them writes.
+        weights, training = trained_state(trainer.model), training_state(trainer)
+        self.saved_at = time.monotonic()
+        if not self.writes:
+            return
 
         def fill(folder: Path) -> None:
-            write_tree(folder, WEIGHTS, trained_state(trainer.model))
-            write_tree(folder, TRAINING, training_state(trainer))
+            write_tree(folder, WEIGHTS, weights)
+            write_tree(folder, TRAINING, training)
             state.save_to_json(str(folder / TRAINER_STATE))
             (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
             _copy_logs(self.folder, folder)

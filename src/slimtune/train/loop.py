@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from slimtune.data.batches import Objective, PadRight, pad_id_of
@@ -31,6 +32,7 @@ from slimtune.train.checkpointing import (
 )
 from slimtune.train.checks import DivergedError, EachDeltaLearns, InterruptedRunError, LastGood, StopOnSignal
 from slimtune.train.optimizer import OffloadedAdamW
+from slimtune.train.processes import is_lost_connection, lost, place_of, share_of, start
 from slimtune.train.progress import SCORES, LossLog, ProgressBar, ReproducibilityCheck, Samples
 from slimtune.train.sharing import sharing
 from slimtune.train.state import load_trained_state
@@ -76,6 +78,9 @@ def fine_tune(
     With `resume` the run that was broken off in `folder` goes on from its last whole checkpoint, on a model that was
     made as the first one was. On the CPU it ends with the same bits as if it had not been broken off.
 
+    Each of several processes calls it alike, with a console that is quiet in all but the first. They share the examples
+    of each step, so that the losses are those of one process.
+
     Args:
         objective: how examples become a batch and a batch a loss; the answers of texts if it isn't given.
         spec: for training that isn't by examples with labels.
@@ -89,8 +94,9 @@ def fine_tune(
         OutputExistsError: a run was begun in `folder`, and `resume` is off.
         ConfigError, MissingDependencyError: settings that can't run here, or aren't those of the checkpoint.
     """
-    device = check_device(str(model.device))
+    device = check_device(place_of(model))
     check_settings(settings, device, eval_examples)
+    process = start(device)
     if spec is None:
         objective = objective or Objective(PadRight(pad_id_of(tokenizer)))
         spec = supervised(objective)
@@ -106,10 +112,12 @@ def fine_tune(
     checkpoint = checkpointer.open(resume)
     stop, bar = StopOnSignal(log), ProgressBar(console)
     samples = (
-        [Samples(eval_examples, settings.samples, tokenizer, folder / SAMPLES_LOG, console)] if settings.samples else []
+        [Samples(eval_examples, settings.samples, tokenizer, folder / SAMPLES_LOG, console, process.is_main)]
+        if settings.samples
+        else []
     )
     with _key_value_cache_kept(model), _checkpointed(model, settings.gradient_checkpointing), spec.preserving(model):
-        args = arguments(spec, settings, rate, device, folder, examples, bool(eval_examples), autocast)
+        args = arguments(spec, share_of(settings), rate, device, folder, examples, bool(eval_examples), autocast)
         trainer = spec.trainer(
             model=model,
             args=use_one_gpu(args, log),
@@ -123,7 +131,7 @@ def fine_tune(
             callbacks=[
                 # The log before the checkpoints, which copy its file.
                 EachDeltaLearns(model, lambda line: log(f"warning: {line}")),
-                LossLog(folder / LOSS_LOG),
+                *([LossLog(folder / LOSS_LOG)] if process.is_main else []),
                 ReproducibilityCheck(checkpointer.earlier_losses, 0.0 if device == "cpu" else 1e-3, log),
                 bar,
                 *samples,
@@ -136,7 +144,10 @@ def fine_tune(
         trainer.remove_callback(PrinterCallback)
         with stop.listening():
             try:
-                with sharing(model, settings, examples, objective, console):
+                if process.rank:
+                    # Each draws dropout masks of its own; the first one's are those of a run that is alone.
+                    set_seed(settings.seed + process.rank)
+                with sharing(model, share_of(settings), examples, objective, console):
                     _train(trainer, checkpointer, checkpoint)
             finally:
                 bar.close()
@@ -177,6 +188,10 @@ def _train(trainer: AnswerTrainer, checkpointer: Checkpointer, checkpoint: Check
         raise TrainingError(
             f"step {trainer.state.global_step} was not written down: {error}; make room and go on with --resume"
         ) from error
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise lost() from error
+        raise
 
 
 def _check_interrupted(trainer: AnswerTrainer, stop: StopOnSignal, checkpointer: Checkpointer) -> None:

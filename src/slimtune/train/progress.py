@@ -112,11 +112,16 @@ class ReproducibilityCheck(TrainerCallback):
 class Samples(TrainerCallback):
     """Greedy answers to the first held-out questions, shown and appended to a file.
 
+    Args:
+        writes: off in all but one of several processes, which answer together where the model is sharded.
+
     Raises: ConfigError, where the examples are no texts with answers.
     """
 
-    def __init__(self, examples: Sequence[Any], count: int, tokenizer: Any, path: Path, console: Console) -> None:
-        self.tokenizer, self.path, self.console = tokenizer, path, console
+    def __init__(
+        self, examples: Sequence[Any], count: int, tokenizer: Any, path: Path, console: Console, writes: bool = True
+    ) -> None:
+        self.tokenizer, self.path, self.console, self.writes = tokenizer, path, console, writes
         self.questions = [_question(examples[index]) for index in range(min(count, len(examples)))]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -132,8 +137,9 @@ class Samples(TrainerCallback):
             self.console.print(shown)
             texts = {"prompt": self._text(prompt), "expected": self._text(expected), "answer": answer}
             lines.append(json.dumps({"step": state.global_step, **texts}, ensure_ascii=False) + "\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
         model.train(was_training)
 
     @torch.inference_mode()

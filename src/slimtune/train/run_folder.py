@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from slimtune.console.process import this_process
 from slimtune.errors import OutputExistsError, TrainingError
 from slimtune.storage.atomic import check_name, refuse_existing, remove_left_behind, staged_file
 from slimtune.train.checkpointing import LOGS, MAY_CHANGE, check_same_run, last_whole
+from slimtune.train.processes import wait
 
 try:
     import fcntl
@@ -35,11 +37,12 @@ _TRACKED = ("runs",)
 
 @dataclass
 class RunFolder:
-    """The folder of one run, locked by this process.
+    """The folder of one run, locked by this process, or by the first of several.
 
     Attributes:
         overwrite: whether files of the output may be replaced, as it was allowed when the run was begun.
         resume: whether the run of an earlier process goes on.
+        is_locked: whether this process holds the lock, and writes.
         is_begun: whether this process has written into it.
         is_done: whether the weights are in the output, so that nothing here is needed any more.
     """
@@ -48,20 +51,23 @@ class RunFolder:
     recipe: Mapping[str, Any]
     overwrite: bool
     resume: bool
+    is_locked: bool = True
     is_begun: bool = False
     is_done: bool = False
 
     def begin(self) -> None:
         """Remove what an earlier run left, unless it is resumed, and write the recipe."""
-        # Not before the model is loaded: a mistake found until then must not cost an older run its checkpoints.
-        if not self.resume:
-            _empty(self.path)
         self.is_begun = True
-        if not (self.path / _FACTS).is_file():
-            facts = {"overwrite": self.overwrite, "recipe": self.recipe}
-            with staged_file(self.path / _FACTS) as pending:
-                pending.write_text(json.dumps(facts), encoding="utf-8")
-        self.overwrite = self.overwrite or _facts(self.path)["overwrite"]
+        if self.is_locked:
+            # Not before the model is loaded: a mistake found until then must not cost an older run its checkpoints.
+            if not self.resume:
+                _empty(self.path)
+            if not (self.path / _FACTS).is_file():
+                facts = {"overwrite": self.overwrite, "recipe": self.recipe}
+                with staged_file(self.path / _FACTS) as pending:
+                    pending.write_text(json.dumps(facts), encoding="utf-8")
+            self.overwrite = self.overwrite or _facts(self.path)["overwrite"]
+        wait()
 
     def hand_over(self, output: Path) -> None:
         """Copy to the output what the run wrote step by step: its logs, and those of trackers that write files."""
@@ -92,6 +98,10 @@ def run_folder(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume:
     output = output.absolute()
     path = folder_of(output)
     check_name(output)
+    if not this_process().is_main:
+        wait()
+        yield RunFolder(path, recipe, overwrite, resume, is_locked=False)
+        return
     if resume:
         _check_resume(output, path)
     with _locked(path):
@@ -99,6 +109,7 @@ def run_folder(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume:
         folder = RunFolder(path, recipe, overwrite, resume)
         try:
             _check_start(folder, output)
+            wait()
             yield folder
         finally:
             is_empty = not any(entry.name != _LOCK for entry in path.iterdir())

@@ -28,7 +28,8 @@ from slimtune.storage.tensor_tree import read_tree
 from slimtune.train.checkpointing import TRAINING, WEIGHTS, Checkpointer
 from slimtune.train.checks import LastGood
 from slimtune.train.optimizer import lora_plus_groups
-from slimtune.train.state import load_rng_state, load_trained_state
+from slimtune.train.processes import from_main
+from slimtune.train.state import load_optimizer_state, load_rng_state, load_trained_state
 
 
 class HeldOutMean:
@@ -41,6 +42,7 @@ class HeldOutMean:
     accelerator: Any
     args: Any
     model_accepts_loss_kwargs: bool
+    _filled_up: Any = None
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; the loss is recorded with the number of its items."""
@@ -85,16 +87,33 @@ class HeldOutMean:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
         return float(sums[0] / sums[1])
 
+    def _own_rows(self, inputs: Any) -> int | None:
+        """Of a last batch of several processes, the number of rows that don't repeat others; None where all are own."""
+        state, rows = self.accelerator.gradient_state, find_batch_size(inputs) or 0
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        # Last batches are filled up to the size of all others. Examples that were packed into one row can't be told.
+        if rows != self.args.per_device_train_batch_size:
+            return None
+        # The rows are dealt out by process; those from `remainder` on are repeated.
+        return min(rows, max(0, state.remainder - self.args.process_index * rows))
+
     def _without_repeated(self, inputs: Any) -> Any:
         """The inputs with the labels ignored of examples that fill up the last batches of several processes."""
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
+        own = self._own_rows(inputs)
+        if own is None or "labels" not in inputs:
             return inputs
-        # The rows of a last batch are dealt out by process; those from `remainder` on are repeated.
-        first = self.args.process_index * (find_batch_size(inputs) or 0)
         labels = inputs["labels"].clone()
-        labels[max(0, state.remainder - first) :] = IGNORED
+        labels[own:] = IGNORED
         return {**inputs, "labels": labels}
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, for a step of training: of several processes, without what fills up their last batches."""
+        batches, counted = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if self.args.world_size == 1 or not self.accelerator.gradient_state.end_of_dataloader:
+            return batches, counted
+        batches[-1] = self._filled_up = self._without_repeated(batches[-1])
+        return batches, self._get_num_items_in_batch(batches, self.args.device)  # type: ignore[attr-defined]
 
 
 class ExactCheckpoints:
@@ -122,12 +141,15 @@ class ExactCheckpoints:
         if checkpoint is not None:
             # Called once the optimizer has its parameters, in the order in which they were saved.
             state = read_tree(Path(checkpoint), TRAINING)
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_rng_state(read_tree(Path(checkpoint), TRAINING)["random"], self.args.device)
+            random, process = read_tree(Path(checkpoint), TRAINING), self.args.process_index
+            own = [random["random"], *random.get("random_of_others", [])]
+            if process < len(own):
+                load_rng_state(own[process], self.args.device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; the first time in a resumed run, the loss that was summed up for the log is put back."""
@@ -135,7 +157,11 @@ class ExactCheckpoints:
         resumed_from, self.checkpointer.resumed_from = self.checkpointer.resumed_from, None
         if resumed_from is not None:
             facts = self.checkpointer.facts
-            self._tr_loss.fill_(facts["loss_since_logged"])  # type: ignore[attr-defined]
+            own = facts.get("losses_since_logged", [])
+            # Those of each process, or where there were other processes then, their mean.
+            is_same = len(own) == self.args.world_size
+            loss = own[self.args.process_index] if is_same else facts["loss_since_logged"]
+            self._tr_loss.fill_(loss)  # type: ignore[attr-defined]
             self._globalstep_last_logged = facts["last_logged"]
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
@@ -158,24 +184,25 @@ class RankAllocation(TrainerCallback):
             model.update_and_allocate(state.global_step)
 
 
-def with_penalty(model: Any, share: float, compute: Callable[[], Any]) -> Any:
+def with_penalty(model: Any, share: float, compute: Callable[[], Any], factor: int = 1) -> Any:
     """The loss that `compute` gives, or the first of what it gives, with AdaLoRA's distance from orthogonality once.
 
     The model adds it to a loss of its own. Another loss, made of the logits, would be without.
 
     Args:
         share: of the step's loss that is this batch's.
+        factor: by which `compute` multiplies the model's own loss.
     """
     deltas = [deltas_of(model)[n] for n in model.active_adapters if n in deltas_of(model)] if _schedules(model) else []
     penalties = [delta for delta in deltas if isinstance(delta, Orthogonality) and delta.training and delta.watched]
     for delta in penalties:
         # `joined` tells afterwards whether the model's own loss took the penalty in.
-        delta.share, delta.joined = share, False
+        delta.share, delta.joined = share / factor, False
     result = compute()
     loss: Tensor = result[0] if isinstance(result, tuple) else result
     for delta in penalties:
         if not delta.joined:
-            loss = loss + delta.penalty(loss.device)
+            loss = loss + factor * delta.penalty(loss.device)
         delta.share = 1.0
     return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
@@ -221,8 +248,10 @@ class AnswerTrainer(ExactCheckpoints, HeldOutMean, Trainer):
         # A loss over all tokens of a step adds up over its batches; others Trainer divides by their number.
         adds_up = counted or self.compute_loss_func is not None
         batches = getattr(self, "current_gradient_accumulation_steps", 1) if adds_up else 1
+        # Trainer multiplies a loss over the tokens of all processes by their number, for their gradients are averaged.
+        factor = self.args.world_size if counted and self.args.average_tokens_across_devices else 1
         compute = super().compute_loss
-        return with_penalty(self.model, 1 / batches, lambda: compute(model, inputs, *args, **kwargs))
+        return with_penalty(self.model, 1 / batches, lambda: compute(model, inputs, *args, **kwargs), factor)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Trainer's own, between backward and update; raises TrainingError if loss or gradient are no numbers."""
@@ -236,17 +265,22 @@ class AnswerTrainer(ExactCheckpoints, HeldOutMean, Trainer):
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Trainer's own, which counts padding where there is no attention mask, as in packed rows."""
+        if inputs is self._filled_up and (own := self._own_rows(inputs)) is not None:
+            inputs = {name: value[:own] if torch.is_tensor(value) else value for name, value in inputs.items()}
         if "attention_mask" in inputs or "position_ids" not in inputs:
             super()._track_num_input_tokens(inputs)
         else:
-            self.state.num_input_tokens_seen += count_packed(inputs["position_ids"])
+            tokens = torch.tensor(count_packed(inputs["position_ids"]), device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, with the judge's scores."""
         output = super().evaluation_loop(*args, **kwargs)
         if self.judge is not None:
             metrics = output.metrics or {}
-            metrics |= {f"eval_{name}": value for name, value in self.judge(self.model).items()}
+            # GPUs may differ in the last digits, and all processes must come to the same best step.
+            scores = from_main(dict(self.judge(self.model)))
+            metrics |= {f"eval_{name}": value for name, value in scores.items()}
         return output
 
 

@@ -205,6 +205,7 @@ def _changed_matrices(path: str, module: Any, name: str) -> list[tuple[str, int 
     return [(parameter, expert) for parameter in changed for expert in _experts(module, after[parameter])]
 
 
+@torch.no_grad()
 def _folded(path: str, module: Any, name: str) -> tuple[Dense, Dense]:
     """The matrices of a module without the adapter and with it, in float32: a sum in 16 bits would be mostly noise."""
     delta = deltas_of(module)[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def write_model(
     metadata = {
         "general.type": "model",
         "general.name": name,
-        "general.file_type": _FILE_TYPES[kind],
+        "general.file_type": _FILE_TYPES[_most(tensors) or kind],
         "general.quantization_version": 2,
         **{f"{architecture.name}.{key}": value for key, value in architecture.describe(config).items()},
         **vocabulary.metadata(),
@@ -94,6 +95,12 @@ def write_model(
     entries = [*_entries(architecture, config, tensors, places, kind)]
     write_file(path, architecture.name, metadata, entries)
     return _notes(config, entries, kind)
+
+
+def _most(tensors: Mapping[str, Tensor | Blocks]) -> str | None:
+    """The type of most matrices that come in blocks."""
+    kinds = Counter(tensor.kind for tensor in tensors.values() if isinstance(tensor, Blocks))
+    return kinds.most_common(1)[0][0] if kinds else None
 
 
 def _entries(
@@ -114,8 +121,9 @@ def _entries(
 
 def _entry(own: str, tensor: Tensor | Blocks, place: Place, kind: str) -> Entry:
     if isinstance(tensor, Blocks):
-        if place.is_transposed or place.offset:
-            raise ConfigError(f"'{own}' is stored the other way round in GGUF, so that its codes can't be kept")
+        if place.offset:
+            raise ConfigError(f"'{own}' has something added in GGUF, so that its codes can't be kept")
+        # Blocks are (out, in) already, whichever way round transformers has the matrix.
         rows = place.rows(tensor.shape[0])
         data = tensor.data if rows is None else tensor.data[rows.numpy()]
         return Entry(place.name, tensor.shape, tensor.kind, lambda: data)

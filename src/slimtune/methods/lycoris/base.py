@@ -135,8 +135,7 @@ class LycorisDelta(Delta):
         return kept_O / kept_O.mean().clamp_min(1 / len(kept_O)) if self.rescales_kept else kept_O
 
     def fold(self, dense: Dense) -> Dense:
-        with torch.no_grad():
-            return added(dense, self.update(*self.factors))
+        return added(dense, self.update(*self.factors))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
