@@ -39,12 +39,12 @@ from slimtune.adapters.adopt import (
 from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
 from slimtune.adapters.forward import check_head, is_around, is_from_trl, put_inside, wrapped
 from slimtune.adapters.fused_experts import onto_fused_experts
-from slimtune.adapters.merge import merge, unmerge
+from slimtune.adapters.merge import merge, merge_plain, released, unmerge
 from slimtune.adapters.model_views import PeftNames
 from slimtune.adapters.read_options import ReadOptions
+from slimtune.adapters.requantize import merge_quantized
 from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
-from slimtune.adapters.unload import merge_plain, merge_quantized, released
 from slimtune.core.config import PeftConfig
 from slimtune.core.constrained import inner_of
 from slimtune.core.delta import deltas_of

@@ -171,6 +171,7 @@ def _nearest(model: str, method: str, data: DataSettings, setting: Setting, task
     options |= {"optim": setting.optimizer, "trust_remote_code": setting.trust_remote_code}
     if setting.task == "grpo":
         options |= {"max_new_tokens": setting.answer, "generations": setting.generations}
+    # The planner takes a rank for these alone; others have theirs from their own defaults.
     rank = getattr(setting.method, "r", None) if method in ("lora", "dora") else None
     dtype = setting.dtype if setting.method is not None else "auto"
     bases = (setting.base,) if setting.base != "dense" else None
