@@ -123,12 +123,15 @@ def _as_key(option: str, arguments: list[str], options: Iterable[str]) -> str:
     from slimtune.recipe.recipe import keys, place_of, type_of
 
     name = option.lstrip("-").replace("-", "_")
+    # `--no-packing` is packing=false.
     place = place_of(name) or place_of(name.removeprefix("no_"))
     if not place:
         known = keys() | {own: f"--{own.replace('_', '-')}" for own in options}
+        # Among the command's own options too: most unknown options are misspelt ones.
         near = difflib.get_close_matches(name, known, n=1)
         return f"; did you mean {known[near[0]]}?" if near else ""
     index = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == option)
+    # Written as `--name=value`, or with the value as the next word.
     value = arguments[index].partition("=")[2] or "".join(arguments[index + 1 : index + 2])
     kind = type_of(place)
     if kind is bool:
@@ -202,6 +205,7 @@ def load_merged(model: str, options: LoadOptions) -> tuple[Any, Any]:
     """A plain model and its tokenizer; of an adapter, its base with the adapter in its weights."""
     from slimtune.models.load import load_model
 
+    # Merged: what comes next prunes or quantizes weights, and has no place for an adapter beside them.
     loaded, tokenizer = load_model(model, None, options)
     return loaded.merge_and_unload() if getattr(loaded, "peft_config", None) else loaded, tokenizer
 

@@ -137,8 +137,10 @@ def _launched(ctx: typer.Context, how: str, recipe: Recipe) -> int:
     from slimtune.pipeline.launch import launch
 
     typed = list(ctx.meta[TYPED])
+    # Taken out, or each of the processes would launch as many others.
     place = next(i for i, word in enumerate(typed) if word.partition("=")[0] == "--launch")
     del typed[place : place + (1 if "=" in typed[place] else 2)]
+    # It stands in front of the command, and so isn't among the command's own arguments.
     debug = ["--debug"] if ctx.parent is not None and ctx.parent.params.get("debug") else []
     return launch(how, [*debug, "train", *typed], pick_device(recipe.model.device).partition(":")[0])
 
@@ -151,6 +153,7 @@ def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | Non
     target = {} if output is None else {"output": str(output)}
     if is_yaml(source):
         return changed_recipe(Path(source), typed, rest, target, "training.learning_rate=1e-4")
+    # A data file may have an equals sign in its name.
     if not rest or ("=" in rest[0] and not Path(rest[0]).exists()):
         raise ConfigError(f"no data was named to train {source} on; pass a data file behind it, or a recipe.yaml")
     if output is None:
@@ -192,6 +195,7 @@ def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: lis
         sections["data"]["fields"] = fields
     sections["method"] = {"name": method.name}
     strangers: list[str] = []
+    # Options and overrides are one list of settings: the second one of a key isn't allowed to win in silence.
     twice = {f"data.fields.{name}" for name in sections["data"].get("fields", {})}
     for name, value in typed.items():
         place = f"method.{field_of(method, name)}" if name in ("rank", "alpha") else place_of(name)

@@ -159,6 +159,7 @@ class _Reporter:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
+        # The last report always goes out, so that no stage seems to end short of its total.
         if done >= total or now - self.last > REPORT_SECONDS:
             self.sender.send((done, total))
             self.last = now

@@ -18,6 +18,7 @@ RESULT = "result.json"
 
 
 class _Strict(BaseModel):
+    # Forbidden: what a later version adds means something, and would be lost where a file is written anew.
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 

@@ -182,6 +182,7 @@ class Constrained(Delta):
             own = base.bias
             bias_O = own if parts.bias is None else parts.bias if own is None else (own + parts.bias).to(own.dtype)
             return straight_linear(x, build, bias_O, parts.a, parts.b)
+        # Named one by one, since autograd doesn't see what `build` closes over.
         trained = [p for p in (*self.parameters(), *self.stand_ins().values()) if p.requires_grad]
         return rebuilt_linear(x, build, list(dict.fromkeys(trained)))
 
@@ -211,6 +212,7 @@ class Constrained(Delta):
         weight = folded["weight"]
         for constraint in self.constraints.values():
             weight = constraint.hold(weight, frozen["weight"])  # type: ignore[operator]
+        # The bias is left as it was folded: a grid or a mask is one of weights.
         return folded | {"weight": weight}
 
     def initialise(self, config: Any, site: Site) -> None:

@@ -148,6 +148,7 @@ def _encoded(splits: Splits, settings: DataSettings, tokenizer: Any, samples: in
 def _first(encoded: Sequence[EncodedRows], tokenizer: Any, samples: int) -> list[list[Piece]]:
     """The first examples, taken from all sources in turn, as text."""
     longest = max(len(rows.examples) for rows in encoded)
+    # In turn: the first rows of one source say nothing of how the others are read.
     turns = [rows.examples[i] for i in range(min(longest, samples)) for rows in encoded if i < len(rows.examples)]
     return [[(learned, tokenizer.decode(ids)) for learned, ids in pieces(example)] for example in turns[:samples]]
 

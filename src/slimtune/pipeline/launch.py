@@ -141,6 +141,7 @@ def check_devices(chosen: Launch, device: str) -> None:
     import torch
 
     here, visible = chosen.processes // chosen.machines, torch.get_device_module(device).device_count()
+    # Here and not by torchrun, whose processes would each fail on their own with a CUDA error.
     if here > visible:
         raise ConfigError(
             f"--launch asks for {here} processes on this machine, and {visible} GPUs are visible; pass --launch "

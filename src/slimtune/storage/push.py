@@ -207,6 +207,7 @@ def _local_base(folder: Path) -> str | None:
         named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         return None
+    # "organisation/name" is no path, unless a folder of that name lies here: then it was loaded from there.
     is_path = isinstance(named, str) and (Path(named).is_absolute() or named.startswith(".") or Path(named).is_dir())
     return named if is_path else None
 
@@ -226,6 +227,7 @@ def _asking(what: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
+        # The server's own words say which right is missing; the client's begin with the address.
         said = error.server_message or first_line(error)
         advice = {
             401: "log in with hf auth login",
