@@ -561,7 +561,8 @@ class PeftModel(PeftNames, Adopted):
         # A module of one's own has no base on the Hub, whatever its config says.
         base = configs[0].base_model_name_or_path if hasattr(self, "config") else None
         in_peft = all(config.in_peft for config in configs)
-        constraints = [str(config.constraint) for config in configs if getattr(config, "constraint", None)]
+        given = (getattr(config, "constraint", None) for config in configs)
+        constraints = [str(constraint) for constraint in given if constraint]
         write_model_card(Path(output_dir), base, methods, configs[0].task_type, in_peft, "; ".join(constraints))
 
     def _stored(self, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +163,7 @@ def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | Non
 
 
 def changed_recipe(
-    path: Path, typed: Iterable[str], overrides: Sequence[str], target: Mapping[str, str], example: str
+    path: Path, typed: Iterable[str], overrides: Sequence[str], target: dict[str, str], example: str
 ) -> Recipe:
     """The recipe of a file, changed by `section.key=value` and by where it writes.
 
