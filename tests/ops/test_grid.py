@@ -112,8 +112,8 @@ def test_an_asymmetric_grid_holds_zero_and_what_lies_on_one_side(bits: int, seed
     if abs(shift) >= 2:
         ones = torch.ones(64)
         assert lost(weight, new, ones) < lost(weight, grid.rounded(weight, 32, bits), ones)
-    # Half a step by rounding to a code; at the ends of the range half a step more by that of the zero point, and as much
-    # by that of the scale to bfloat16, of which there are 255.
+    # Half a step by rounding to a code; at the ends of the range half a step more by rounding the zero point, and as
+    # much by rounding the scale to bfloat16, which counts 255 times.
     if bits == 8:
         step = new.scales.float().abs().repeat_interleave(32, dim=1)
         assert ((expanded - weight).abs() <= 1.5 * step + 1e-6).all()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slimtune.errors import AdapterFileError, ModelNotFoundError, SlimtuneError, did_you_mean, listing
 from slimtune.models.compatibility import largest_rank, rank_pattern, verdicts
 from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from_hub, read_header, read_object
+from slimtune.storage.compressed import is_compressed, read_config, scheme_for
 from slimtune.storage.foreign import refuse_special_files
 from slimtune.storage.hub import fetched, is_id
 
@@ -82,7 +84,7 @@ def _of_model(folder: Folder) -> Facts:
     known = {name: config[name] for name in _MODEL if name in config}
     tuned = _trained(folder.path)
     origin = {"tuned_from": read_object(folder.path / "results.json").get("base")} if tuned else {}
-    return facts | origin | known | quantized | _stored(folder) | tuned
+    return facts | origin | known | quantized | _stored(_of_weights(folder)) | tuned
 
 
 def _classifier(path: Path) -> tuple[Facts, list[Any]]:
@@ -180,8 +182,34 @@ def _trained(path: Path) -> Facts:
     return {name: results[name] for name in _TRAINED if results.get(name) not in (None, {}, 0)}
 
 
+def _of_weights(folder: Folder) -> Folder:
+    """A folder of compressed-tensors with its codes counted one by one, and without what belongs to them."""
+    stored = folder.config.get("quantization_config")
+    if not is_compressed(stored):
+        return folder
+    try:
+        schemes, ignore = read_config(stored or {})
+    except SlimtuneError:
+        return folder
+    tensors = []
+    for tensor in folder.tensors:
+        module, _, part = tensor.name.rpartition(".")
+        scheme = scheme_for(module, "Linear", schemes, ignore)
+        if part == "weight_packed" and scheme is not None:
+            rows, words = tensor.shape
+            tensors.append(StoredTensor(f"{module}.weight", f"I{scheme.bits}", (rows, words * 32 // scheme.bits)))
+        elif part not in ("weight_scale", "weight_shape", "weight_zero_point"):
+            tensors.append(tensor)
+    return replace(folder, tensors=tensors)
+
+
 def _quantized(config: Facts) -> str:
     method = str(config.get("quant_method", "unknown"))
+    if is_compressed(config):
+        try:
+            return f"{method}, {', '.join(sorted({str(scheme) for scheme in read_config(config)[0]}))}"
+        except SlimtuneError:
+            return method
     if config.get("load_in_8bit"):
         return f"{method}, int8"
     if not config.get("load_in_4bit"):

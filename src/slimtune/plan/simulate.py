@@ -19,6 +19,7 @@ from slimtune.plan.extrapolate import TraceSummary, cut, extrapolate, find_repea
 from slimtune.plan.memory import TRAINING, MemoryPlan, Phase, Setting, Snapshot, Work, fullest
 from slimtune.plan.text_part import whole_of
 from slimtune.plan.trace import trace
+from slimtune.storage.compressed import is_compressed, read_config
 
 ORDER: tuple[Phase, ...] = (*TRAINING, "merge")
 
@@ -90,6 +91,13 @@ def _as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]
     if stored is None:
         return setting, ()
     how = stored if isinstance(stored, dict) else stored.to_dict()
+    if is_compressed(how):
+        schemes, _ = read_config(how)
+        del config.quantization_config
+        # The last is that of most layers. bitsandbytes' int8 has a scale a row, too, and takes as many bytes.
+        base = "int4" if schemes[-1].bits == 4 else "int8"
+        told = f"the model is stored as {schemes[-1]}, and planned as {base} with embedding and head in 16 bits"
+        return dataclasses.replace(setting, base=base), (told,)
     if how.get("quant_method", "bitsandbytes") != "bitsandbytes":
         raise PlanError(f"the model is stored by {how.get('quant_method')}, which can't be planned; use its dense form")
     base = how.get("bnb_4bit_quant_type", "fp4") if how.get("load_in_4bit") else "int8"

@@ -43,6 +43,12 @@ class WeightScheme:
     rounds_inputs: bool = False
     is_whole: bool = False
 
+    def __str__(self) -> str:
+        """As W4A16 in groups of 64."""
+        form = f"W{self.bits}A{8 if self.rounds_inputs else 16}"
+        form += f" in groups of {self.group_size}" if self.group_size else ""
+        return form + ("" if self.symmetric else " with zero points")
+
 
 def write_config(schemes: Sequence[WeightScheme], ignore: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a model that is stored so."""
