@@ -12,7 +12,6 @@ import transformers
 import slimtune
 from slimtune.errors import ConfigError, ModelNotFoundError
 from slimtune.plan.simulate import simulate
-from slimtune.storage.compressed import WeightScheme, write_config
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -142,17 +141,6 @@ def test_a_model_that_is_stored_in_4_bits_is_planned_so(tmp_path: Path) -> None:
     stored = simulate(tmp_path, slimtune.LoraConfig(), sequence=64, batch=2)
     assert stored.setting.base == "nf4"
     assert stored.peak_bytes == plan(slimtune.LoraConfig(), base="nf4").peak_bytes
-
-
-@pytest.mark.parametrize(("bits", "base"), [(4, "int4"), (8, "int8")])
-def test_a_model_that_slimtune_quantized_is_planned_so(bits: int, base: str, tmp_path: Path) -> None:
-    config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    how = write_config([WeightScheme(bits, 64 if bits == 4 else None)], ["lm_head"])
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": how}))
-    stored = simulate(tmp_path, slimtune.LoraConfig(), sequence=64, batch=2)
-    assert stored.setting.base == base
-    assert stored.peak_bytes == plan(slimtune.LoraConfig(), base=base).peak_bytes
 
 
 @pytest.mark.parametrize(

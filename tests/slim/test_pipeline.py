@@ -196,9 +196,22 @@ def test_a_step_that_loses_too_much_is_refused_and_a_looser_recipe_goes_on(
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.usefixtures("few_texts")
+def test_a_step_of_zeros_is_told_in_its_row(recipe: Path, tmp_path: Path) -> None:
+    steps = "steps=[{prune: {weights: {pattern: 2:4, method: wanda}}}]"
+    result = run("slim", recipe, steps, "evaluation=null", "--json")
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(result.stdout)["rows"]
+    assert (first["sparsity"], second["sparsity"]) == (0.0, 0.5)
+    assert second["bytes"] == first["bytes"]
+    assert "| 50.0% |" in (tmp_path / "out" / "slim_report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["steps=[{prune: {weights: {sparsity: 1.5}}}]"], "sparsity must be a number"),
+        (["steps=[{prune: {weights: {sparsty: 0.5}}}]"], "did you mean 'sparsity'"),
         (["steps=[{prun: {layers: 1}}]"], "did you mean 'prune'"),
         (["steps=[{prune: {layer: 1}}]"], "did you mean 'layers'"),
         (["steps=[{distill: {beta: 3}}]"], "from 0 to 1"),

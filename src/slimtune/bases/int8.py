@@ -72,6 +72,10 @@ class W8A8Linear(Int8Linear):
     def stored_as(self, module: Any) -> str:
         return "int8 (inputs too)" if self.is_packed(module) else super().stored_as(module)
 
+    def grid_of(self, module: Any) -> tuple[int, int] | None:
+        # Rounded inputs make more of the product than codes.
+        return None
+
     def quantize(self, module: Any, weight_OI: Tensor) -> Dense:
         codes_OI, scales_OG, _ = positive_rows(weight_OI)
         return {"weight": nn.Parameter(codes_OI, requires_grad=False), SCALE: scales_OG}

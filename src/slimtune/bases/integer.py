@@ -69,6 +69,10 @@ class IntegerLinear(PackedLinear):
         held = (module.weight.data, module.weight_scale, module._buffers.get(ZERO), module.compute_dtype)
         return functools.partial(self.expand, module, *held)
 
+    def grid_of(self, module: Any) -> tuple[int, int] | None:
+        has_zeros = ZERO in module._buffers
+        return (self.bits, self.group_size(module)) if self.is_packed(module) and not has_zeros else None
+
     def group_size(self, module: Any) -> int:
         """How many inputs share a scale."""
         return module.in_features // module.weight_scale.shape[1]

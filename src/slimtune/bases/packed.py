@@ -58,6 +58,10 @@ class PackedLinear(Base):
         # A merge puts a plain weight in the place of the codes, (out, in) in floating point; codes have neither.
         return not (weight.is_floating_point() and tuple(weight.shape) == (module.out_features, module.in_features))
 
+    def grid_of(self, module: Any) -> tuple[int, int] | None:
+        """Bits and group size of codes that stand for w = code * scale; None for any others."""
+        return None
+
     def stored_as(self, module: Any) -> str:
         """The type of a packed weight: 'Int8Tensor'."""
         return type(module.weight).__name__ if self.is_packed(module) else super().stored_as(module)

@@ -65,6 +65,7 @@ def export(source: str, to: str, output: Path, options: ExportOptions, overwrite
         raise ConfigError(f"--type is for GGUF, and {to} has none; leave it out")
     if options.converter is not None and to not in ("gguf", "ollama"):
         raise ConfigError(f"--converter is for GGUF of a model, and not for {to}; leave it out")
+    # A check that fails leaves nothing behind: what is there at the end was compared.
     with staged(output, overwrite) as folder:
         return FORMATS[to](source, folder, output, options)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from slimtune.bases.integer import PACKED, SCALE, SHAPE, ZERO
 from slimtune.errors import AdapterFileError, ModelNotFoundError, SlimtuneError, did_you_mean, listing
 from slimtune.models.compatibility import largest_rank, rank_pattern, verdicts
 from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from_hub, read_header, read_object
@@ -58,6 +58,8 @@ def _adapter(path: Path) -> tuple[Facts, list[Any]]:
     facts = {"kind": "adapter", "method": _method(config), "base": config.get("base_model_name_or_path")}
     if config.get("revision"):
         facts["revision"] = config["revision"]
+    if config.get("constraint"):
+        facts["constraint"] = {name: value for name, value in config["constraint"].items() if value}
     if config.get("r"):
         facts |= {"rank": config["r"], "alpha": config.get("lora_alpha"), "largest_rank": largest_rank(config)}
     targets = config.get("target_modules")
@@ -84,7 +86,7 @@ def _of_model(folder: Folder) -> Facts:
     known = {name: config[name] for name in _MODEL if name in config}
     tuned = _trained(folder.path)
     origin = {"tuned_from": read_object(folder.path / "results.json").get("base")} if tuned else {}
-    return facts | origin | known | quantized | _stored(_of_weights(folder)) | tuned
+    return facts | origin | known | quantized | _stored(folder) | _unpacked(folder) | tuned
 
 
 def _classifier(path: Path) -> tuple[Facts, list[Any]]:
@@ -182,33 +184,13 @@ def _trained(path: Path) -> Facts:
     return {name: results[name] for name in _TRAINED if results.get(name) not in (None, {}, 0)}
 
 
-def _of_weights(folder: Folder) -> Folder:
-    """A folder of compressed-tensors with its codes counted one by one, and without what belongs to them."""
-    stored = folder.config.get("quantization_config")
-    if not is_compressed(stored):
-        return folder
-    try:
-        schemes, ignore = read_config(stored or {})
-    except SlimtuneError:
-        return folder
-    tensors = []
-    for tensor in folder.tensors:
-        module, _, part = tensor.name.rpartition(".")
-        scheme = scheme_for(module, "Linear", schemes, ignore)
-        if part == "weight_packed" and scheme is not None:
-            rows, words = tensor.shape
-            tensors.append(StoredTensor(f"{module}.weight", f"I{scheme.bits}", (rows, words * 32 // scheme.bits)))
-        elif part not in ("weight_scale", "weight_shape", "weight_zero_point"):
-            tensors.append(tensor)
-    return replace(folder, tensors=tensors)
-
-
 def _quantized(config: Facts) -> str:
     method = str(config.get("quant_method", "unknown"))
     if is_compressed(config):
         try:
-            return f"{method}, {', '.join(sorted({str(scheme) for scheme in read_config(config)[0]}))}"
+            return ", ".join(dict.fromkeys(scheme.name for scheme in read_config(config)[0]))
         except SlimtuneError:
+            # Of another kind than is read here; its tensors can be told all the same.
             return method
     if config.get("load_in_8bit"):
         return f"{method}, int8"
@@ -222,6 +204,26 @@ def _stored(folder: Folder) -> Facts:
     return _counted(folder.tensors) | {"bytes": folder.stored_bytes}
 
 
+def _unpacked(folder: Folder) -> Facts:
+    """The numbers that integer codes stand for, where a folder holds them eight or four to an int32."""
+    stored = folder.config.get("quantization_config") or {}
+    if not is_compressed(stored):
+        return {}
+    try:
+        schemes, _ = read_config(stored)
+    except SlimtuneError:
+        return {}
+    count = 0
+    for tensor in folder.tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if part == PACKED:
+            scheme = scheme_for(module, "Linear", schemes, ()) or schemes[0]
+            count += tensor.parameters * 32 // scheme.bits
+        elif part not in (SCALE, SHAPE, ZERO):
+            count += tensor.parameters
+    return {"parameters": count}
+
+
 def _counted(tensors: list[StoredTensor]) -> Facts:
     return {
         "parameters": sum(tensor.parameters for tensor in tensors),
@@ -231,6 +233,9 @@ def _counted(tensors: list[StoredTensor]) -> Facts:
 
 
 def _method(config: Facts) -> str:
+    if config.get("constraint"):
+        # "CONSTRAINED_LORA", which no engine takes for the plain method.
+        config = config | {"peft_type": str(config.get("peft_type")).partition("_")[2]}
     if config.get("peft_type") == "FULL":
         whole = config.get("store") == "whole"
         return f"full tuning, {'weights stored whole' if whole else 'stored as a difference'}"

@@ -216,6 +216,7 @@ def _read_model(
         model_class = getattr(transformers, model_class)
     config = read_model_config(source, trusts)
     chosen = model_class or (own_auto_class(config) if trusts else None) or class_of(config)
+    # safetensors alone: a pickle can run code while it is read.
     how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
     # A class that was chosen brings a head of its own, which transformers would report as missing.
     with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():

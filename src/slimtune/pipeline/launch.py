@@ -88,6 +88,8 @@ def _of_file(file: Path) -> Launch:
     fsdp = {key.removeprefix("fsdp_"): value for key, value in (settings.get("fsdp_config") or {}).items()}
     if kind == "FSDP" and _whole(file, fsdp, "version") != 2:
         raise ConfigError(f"{file}: {REFUSED['FSDP1']}")
+    if kind == "FSDP" and processes < 2:
+        raise ConfigError(f"{file}: {REFUSED['FSDP alone']}")
     return Launch(
         ACCELERATE,
         ("--config_file", str(file)),

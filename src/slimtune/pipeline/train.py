@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimtune.adapters.constrain import PRUNED, constraint_of, keep_zeros, zero_share
 from slimtune.adapters.model import get_peft_model
 from slimtune.console.process import this_process, warn_of_one_process
 from slimtune.core.delta import dtypes_of
@@ -40,7 +41,7 @@ from slimtune.train.eva_start import start_by_eva
 from slimtune.train.features import train_on_features
 from slimtune.train.loop import Outcome, fine_tune
 from slimtune.train.preferences import check_task, preference
-from slimtune.train.processes import check_processes, share_of, start
+from slimtune.train.processes import check_processes, shards, share_of, start
 from slimtune.train.results import Memory, Results, check_dependencies, plot_losses, save_model
 from slimtune.train.run_folder import RunFolder, run_folder
 from slimtune.train.trainer import TrainerSpec
@@ -141,7 +142,7 @@ def tune(
     if teaching is not None:
         dataset, spec = teaching(model, tokenizer, data, dataset)
     outcome = _train(screen, model, tokenizer, dataset, recipe, spec, folder, autocast)
-    outcome = _write(screen, model, tokenizer, data, dataset, recipe, folder, outcome)
+    outcome = _write(screen, model, tokenizer, data, dataset, recipe, folder, outcome, autocast)
     for name, value in dataset.after().items():
         screen.print(f"{name}: {value:,}")
     show_outcome(screen, outcome, recipe.training.best_by)
@@ -157,6 +158,7 @@ def _write(
     recipe: Recipe,
     folder: RunFolder,
     outcome: Outcome,
+    autocast: bool,
 ) -> Outcome:
     """Write the weights, then evaluate them and write the results.
 
@@ -165,11 +167,11 @@ def _write(
     output, failure = Path(recipe.output), None
     if not this_process().is_main:
         # A model that is sharded is saved, and answers, by all of them.
-        save_model(output, model, tokenizer, writes=False)
+        save_model(output, model, tokenizer, writes=False, half=autocast)
         return _judged(screen, model, tokenizer, data, dataset, recipe, outcome)[0]
     with staged(output, folder.overwrite) as written:
         folder.hand_over(written)
-        save_model(written, model, tokenizer)
+        save_model(written, model, tokenizer, half=autocast)
         recipe.write(written / "recipe.yaml")
         try:
             outcome, evaluation = _judged(screen, model, tokenizer, data, dataset, recipe, outcome)
@@ -222,14 +224,20 @@ def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, 
 
     # A new head is drawn while the model is loaded.
     set_seed(seed)
+    if shards() and this_process().count > 1:
+        # No GPU is to hold all of it: each gets its shard from main memory.
+        model = replace(model, device="cpu")
     if method.name != FULL:
         how = (model.dtype, model.device, model.trust_remote_code, model.quantize)
         loaded, tokenizer = load_model(model.source, data.model_task, LoadOptions(*how), data.names)
-        return adopt(loaded, method.config(), seed, data.task_type), tokenizer, False
+        config = method.config()
+        keep_zeros(loaded, config)
+        return adopt(loaded, config, seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
     options = LoadOptions("float32", model.device, model.trust_remote_code)
     loaded, tokenizer = load_model(model.source, data.model_task, options, data.names)
     loaded.requires_grad_(True)
+    keep_zeros(loaded)
     return loaded, tokenizer, (native_dtype() if model.dtype == "auto" else model.dtype) == "bfloat16"
 
 
@@ -264,6 +272,15 @@ def show_trained(screen: Console, model: Any) -> None:
         screen.print(str(model.coverage()), markup=False)
     else:
         screen.print(f"all weights are trained: {sum(p.numel() for p in trainable):,} parameters")
+    constraint = constraint_of(model)
+    if constraint:
+        screen.print(f"held to what the merged weights are to be: {constraint}", markup=False)
+    share = zero_share(model)
+    if share >= PRUNED:
+        keeps = constraint is None or constraint.mask
+        screen.print(
+            f"{share:.1%} of the weights of the blocks are zero{' and stay so' if keeps else ''}", markup=False
+        )
     screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
 
 
@@ -305,7 +322,7 @@ def _train(
             aside.mkdir(parents=True, exist_ok=True)
         save_model(aside, model, tokenizer, writes)
         raise DivergedError(f"{error}; the state after step {error.kept_steps} is kept in {aside}", 0) from error
-    if autocast:
+    if autocast and not shards():
         import torch
 
         # The float32 weights were for training alone: what is judged and written are those that will be used.
@@ -318,12 +335,21 @@ def _card(name: str, model: Any, data: Data, dataset: EncodedDataset, recipe: Re
         name,
         base=parted(model.name_or_path)[0],
         task_type=data.task_type,
-        method=table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line},
+        method=_method_of(model, recipe) | {"base stored as": parts(model).line},
         data=dataset.facts | dataset.after(),
         settings=recipe.training,
         outcome=outcome,
         quantize=recipe.model.quantize,
         revision=recipe.model.revision,
+    )
+
+
+def _method_of(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """The method with the fields that aren't as they come; a constraint as it is, which zeros of the base may set."""
+    fields = table(recipe.method.method, recipe.method.config())
+    constraint = constraint_of(model)
+    return {name: f for name, f in fields.items() if name != "constraint"} | (
+        {"constraint": str(constraint)} if constraint else {}
     )
 
 

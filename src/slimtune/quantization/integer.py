@@ -18,17 +18,16 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimtune.bases import base_of
 from slimtune.bases.int4 import LinearInt4
 from slimtune.bases.int8 import EmbeddingInt8, LinearInt8, LinearW8A8
 from slimtune.bases.integer import CODES, PACKED, PARTS, SCALE, SHAPE, ZERO, HoldsCodes, grid_weight
 from slimtune.bases.packed import as_linear
-from slimtune.errors import ConfigError, DamagedBaseError, did_you_mean, listing
-from slimtune.ops.grid import GridWeight, rounded
-from slimtune.quantization.config import INTEGER_GROUPS, Quantization
+from slimtune.errors import DamagedBaseError, listing
+from slimtune.ops.grid import rounded
+from slimtune.quantization.config import Quantization
+from slimtune.quantization.linears import group_size_for, quantized_linears
 from slimtune.storage.compressed import PACKED_FORMAT, WeightScheme, read_config, scheme_for, write_config
 
 _DTYPES = {
@@ -110,42 +109,6 @@ def _stored_weights(folder: Path) -> dict[str, dict[str, str]]:
     return parts
 
 
-def group_size_for(model: nn.Module, names: list[str], group_size: int) -> None:
-    """See that groups divide the widths of these linear layers. Raises: ConfigError."""
-    layers = [model.get_submodule(name) for name in names]
-    widths = {base_of(layer).features(layer)[0] for layer in layers}
-    wrong = sorted(width for width in widths if width % group_size)
-    if wrong:
-        fitting = [size for size in INTEGER_GROUPS if not any(width % size for width in widths)]
-        advice = f"take groups of {' or '.join(map(str, fitting))}" if fitting else "leave those layers out with keep"
-        raise ConfigError(
-            f"groups of {group_size} don't divide linear layers of width {', '.join(map(str, wrong))}; {advice}"
-        )
-
-
-def quantized_linears(model: Any, keep: Any = ()) -> list[str]:
-    """The paths of the linear layers that are quantized: all but the output layer and what is to be kept.
-
-    Raises:
-        ConfigError: there is none, or a name to keep that none has.
-    """
-    linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
-    for pattern in keep:
-        if all(should_convert_module(name, [pattern]) for name in linear):
-            last = {name.rpartition(".")[2] for name in linear}
-            near = did_you_mean(pattern, [*last, *linear]) or f"; there are {listing(last)}"
-            raise ConfigError(f"keep names '{pattern}', but {type(model).__name__} has no such linear layer{near}")
-    # By the order in which the model makes its parts: a head comes last, also one with a bias.
-    last_module = list(model.named_parameters())[-1][0].rpartition(".")[0]
-    skipped = HfQuantizer.get_modules_to_not_convert(model, None, getattr(model, "_keep_in_fp32_modules", None))
-    kept = {*skipped, *keep, *({last_module} & set(linear))}
-    names = [name for name in linear if should_convert_module(name, list(kept))]
-    if not names:
-        beside = listing(linear) or "none at all"
-        raise ConfigError(f"{type(model).__name__} has no linear layer to quantize beside {beside}; leave it as it is")
-    return names
-
-
 @register_quantizer("slimtune_integer")
 class _Quantizer(HfQuantizer):
     """Both ways: `targets` are the paths of what is quantized while it is read."""
@@ -157,7 +120,7 @@ class _Quantizer(HfQuantizer):
         super().__init__(request, **options)
         self.request = request
         self.targets: set[str] = set()
-        self.read: dict[str, GridWeight] = {}
+        self.scales_read: dict[str, Tensor] = {}
 
     def is_serializable(self) -> Any:
         return True
@@ -181,7 +144,7 @@ class _Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         if self.request.settings is None:
             _fill_shells(model)
-        for path, (_, scales_OG, _) in self.read.items():
+        for path, scales_OG in self.scales_read.items():
             # Only now: buffers that aren't in the files are drawn anew once these are read.
             model.get_submodule(path).weight_scale = scales_OG
         note_quantization(model, config_of(model))
@@ -256,7 +219,9 @@ class _Round(ConversionOps):
             module: Any = model.get_submodule(path)
             # GPT-2's linear layers are stored as (in, out).
             weight_OI = weight.t() if isinstance(module, Conv1D) else weight
-            self.quantizer.read[path] = new = rounded(weight_OI, self.quantizer.request.settings.blocksize, 4)
+            new = rounded(weight_OI, self.quantizer.request.settings.blocksize, 4)
+            # The codes of a layer, a byte each, live until they are packed, and not until all layers are.
+            self.quantizer.scales_read[path] = new.scales
             LinearInt4.take(as_linear(module), *new)
             done[name] = module.weight
             # Or transformers would draw it, after the read, as a weight that was missing.

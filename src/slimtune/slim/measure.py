@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.adapters.constrain import zero_share
 from slimtune.console.screen import open_screen
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.registry import read
@@ -48,6 +49,7 @@ class SlimRow:
         kl: mean KL(first || this) a token, in nats.
         same_first: the share of tokens with the same likeliest one.
         forgetting: rise of the loss on the shipped texts, mean over domains, in nats a token.
+        sparsity: share of zeros among the weights of the blocks' layers, as they are stored or expanded.
         engines: the programs that read it.
         seconds: that the step took.
     """
@@ -66,6 +68,7 @@ class SlimRow:
     same_first: float
     forgetting: float
     engines: list[str]
+    sparsity: float = 0.0
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +111,8 @@ def measure(
         score=result.score if result else None,
         interval=result.intervals.get(result.metric) if result else None,
         kl=kl, same_first=same, forgetting=compare(passages, before, after).difference,
-        engines=engines_of(Path(folder), model, {"input_ids": long}) + engines_by_format(model), seconds=seconds,
+        engines=engines_of(Path(folder), model, {"input_ids": long}) + engines_by_format(model),
+        sparsity=zero_share(model), seconds=seconds,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from slimtune.slim.data import calibration_batches
 from slimtune.slim.distill import distill
 from slimtune.slim.folder import quantize_to_folder
 from slimtune.slim.measure import SlimRow, measured
-from slimtune.slim.prune import calibration, prune, write_pruned
+from slimtune.slim.prune import batches_for, prune, write_pruned
 from slimtune.slim.quantize import QuantizeConfig
 from slimtune.slim.recipe import SETTINGS
 from slimtune.slim.report import SlimReport, write_report
@@ -125,9 +125,9 @@ def _change(config: Any, model: Any, tokenizer: Any, data: Path | None, folder: 
         with Counting(screen) as counting:
             quantize_to_folder(model, tokenizer, folder, config, batches, watch=counting.watch)
         return
-    batches = calibration(model, tokenizer, data)
+    batches = batches_for(config, model, tokenizer, data)
     smaller, report = prune(model, config, batches)
-    write_pruned(smaller, tokenizer, report, folder, batches[0])
+    write_pruned(smaller, tokenizer, report, folder, batches[0] if batches else None)
 
 
 def _first(model: str, work: Path) -> str:

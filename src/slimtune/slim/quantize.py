@@ -18,7 +18,8 @@ from slimtune.core.delta import walk
 from slimtune.errors import ConfigError, DataError, check_choice, listing
 from slimtune.ops.grid import SCALE_DTYPE, GridWeight, rounded
 from slimtune.quantization.config import INTEGER_GROUPS
-from slimtune.quantization.integer import config_of, group_size_for, note_quantization, quantized_linears
+from slimtune.quantization.integer import config_of, note_quantization
+from slimtune.quantization.linears import group_size_for, quantized_linears
 from slimtune.recipe.validation import STRICT
 from slimtune.slim.awq import Pair, apply_awq, find_pairs
 from slimtune.slim.calibrate import Block, Moments, blocks_of, in_evaluation, moments_of, pass_on

@@ -29,15 +29,26 @@ model = AutoPeftModel.from_pretrained("the folder or id of this adapter")
 """
 _IN_PEFT = "\n`peft` reads the format, too.\n"
 
+CONSTRAINED = (
+    "What it was trained as is its merged weight, held to a constraint: {constraint}. slimtune alone takes it as an "
+    "adapter; every other program takes the model that `slimtune merge` writes, which is the very same."
+)
+
 
 def write_model_card(
-    folder: Path, base: str | None, methods: Sequence[str], task_type: str | None, in_peft: bool
+    folder: Path,
+    base: str | None,
+    methods: Sequence[str],
+    task_type: str | None,
+    in_peft: bool,
+    constraint: str = "",
 ) -> None:
     """Write the card of an adapter; of one that is there the text stays, and what its metadata says.
 
     Args:
         base: the Hub id of the base model; a path on this machine is left out, and so is what can be no id.
         in_peft: whether `peft` has the methods.
+        constraint: what the merged weights are held to, in words; empty for nothing.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -50,7 +61,7 @@ def write_model_card(
             return
     else:
         text = _TEXT.format(methods=", ".join(methods), base=f", `{on_hub}`" if on_hub else "")
-        text += _IN_PEFT if in_peft else ""
+        text += f"\n{CONSTRAINED.format(constraint=constraint)}\n" if constraint else _IN_PEFT if in_peft else ""
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
     tags = {method.lower() for method in methods} | {"slimtune"}
     tags |= {f"base_model:adapter:{on_hub}"} if on_hub else set()

@@ -32,7 +32,7 @@ from slimtune.train.checkpointing import (
 )
 from slimtune.train.checks import DivergedError, EachDeltaLearns, InterruptedRunError, LastGood, StopOnSignal
 from slimtune.train.optimizer import OffloadedAdamW
-from slimtune.train.processes import is_lost_connection, lost, share_of, start
+from slimtune.train.processes import is_lost_connection, lost, place_of, share_of, start
 from slimtune.train.progress import SCORES, LossLog, ProgressBar, ReproducibilityCheck, Samples
 from slimtune.train.sharing import sharing
 from slimtune.train.state import load_trained_state
@@ -94,7 +94,7 @@ def fine_tune(
         OutputExistsError: a run was begun in `folder`, and `resume` is off.
         ConfigError, MissingDependencyError: settings that can't run here, or aren't those of the checkpoint.
     """
-    device = check_device(str(model.device))
+    device = check_device(place_of(model))
     check_settings(settings, device, eval_examples)
     process = start(device)
     if spec is None:

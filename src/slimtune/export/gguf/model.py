@@ -70,6 +70,7 @@ def export_gguf(
     if tokenizer is None:
         raise ConfigError("a GGUF file holds its tokenizer, and this model has none; save one into its folder")
     architecture = None if converter else architecture_of(model)
+    # Before the merge: what is compared at the end includes what merging loses.
     inputs = probe_batches(model, tokenizer)
     before = outputs_on(model, inputs)
     if hasattr(model, "peft_config"):
@@ -97,6 +98,8 @@ def export_gguf(
     with torch.no_grad():
         own = tensors_of(dequantize(model))
         for name, tensor in read_tensors(path, architecture, model.config, list(own)):
+            # Into the model itself, as the file's numbers decode: transformers then computes what the file says,
+            # without llama.cpp.
             own[name].copy_(tensor)
     drift = compare_outputs(before, outputs_on(model, inputs))
     bound = _MAX_KL.get("Q8_0" if rounds_inputs and kind is None else written, _MAX_KL_FEW_BITS)

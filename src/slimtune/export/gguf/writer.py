@@ -46,6 +46,7 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
     seen: set[tuple[int, int]] = set()
     tensors = {}
     for name, tensor in model.state_dict().items():
+        # By address and offset: views into one buffer are different tensors unless they begin alike.
         place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         if place not in seen or not tensor.numel():
             tensors[name] = tensor
@@ -114,6 +115,7 @@ def _entries(
         if architecture.needs_head and place.name == "token_embd.weight" and "lm_head.weight" not in tensors:
             yield _entry(own, tensors[own], Place("output.weight"), kind)
     for name, factors in rope_factors(architecture, config).items():
+        # Bound as defaults: a closure would see the loop's last values when the bytes are written.
         yield Entry(name, tuple(factors.shape), "F32", lambda n=name, f=factors: encoded(n, f, "F32"))
 
 
@@ -127,6 +129,7 @@ def _entry(own: str, tensor: Tensor | Blocks, place: Place, kind: str) -> Entry:
         return Entry(place.name, tensor.shape, tensor.kind, lambda: data)
     shape = tuple(tensor.shape[::-1] if place.is_transposed else tensor.shape)
     stored = kind_of(place.name, shape, kind)
+    # Encoded when it is its turn: one tensor in float32 at a time, not the model twice.
     return Entry(place.name, shape, stored, lambda: encoded(own, place.to_file(tensor.float()), stored))
 
 
@@ -156,6 +159,7 @@ def _set(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
+        # llama.cpp reads its settings as unsigned 32 bits and refuses another width of the same number.
         writer.add_uint32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
