@@ -71,6 +71,8 @@ def quantize(
         print_json({"output": str(output), **report.to_dict()})
         return
     screen.print(str(report), markup=False)
+    if config.needs_data and data is None:
+        screen.print("calibrated on shipped texts; with --data like what the model will see it loses less there")
     size = sum(path.stat().st_size for path in output.iterdir())
     screen.print(f"{output}: {size / 1e6:,.0f} MB", markup=False)
 

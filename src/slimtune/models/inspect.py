@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimtune.bases.integer import PACKED, SCALE, SHAPE
+from slimtune.bases.integer import PACKED, SCALE, SHAPE, ZERO
 from slimtune.errors import AdapterFileError, ModelNotFoundError, SlimtuneError, did_you_mean, listing
 from slimtune.models.compatibility import largest_rank, rank_pattern, verdicts
 from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from_hub, read_header, read_object
@@ -227,7 +227,7 @@ def _unpacked(folder: Folder) -> Facts:
         if part == PACKED:
             scheme = scheme_for(module, "Linear", schemes, ()) or schemes[0]
             count += tensor.parameters * 32 // scheme.bits
-        elif part not in (SCALE, SHAPE):
+        elif part not in (SCALE, SHAPE, ZERO):
             count += tensor.parameters
     return {"parameters": count}
 
