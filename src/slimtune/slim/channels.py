@@ -41,7 +41,7 @@ def drop_channels(model: Any, batches: Sequence[Batch], share: float, watch: Wat
     if not batches:
         raise DataError("the network is traced with a batch; pass one, as it is called with")
     try:
-        import torch_pruning
+        import torch_pruning  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingDependencyError(
             "channels are pruned by torch-pruning: run `pip install 'slimtune[pruning]'`"
