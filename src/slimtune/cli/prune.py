@@ -69,7 +69,7 @@ def prune(
     refuse_existing(output, overwrite)
     zeros = {"sparsity": sparsity, "pattern": pattern, "method": method, "scope": scope, "ignore": ignore}
     said = {name: value for name, value in zeros.items() if value is not None}
-    config = PruneConfig(layers, ffn, kv_heads, WeightPruning(**said) if said else None)
+    config = PruneConfig(layers, ffn, kv_heads, weights=WeightPruning(**said) if said else None)
     screen = open_screen(as_json)
     loaded, tokenizer = load_merged(model, LoadOptions(dtype, device, trust_remote_code))
     if data is not None and not config.needs_data:

@@ -134,7 +134,10 @@ class _OnGrid(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (g_OI,) = received
-        return g_OI, _scale_gradient(g_OI, *ctx.saved_tensors, ctx.bits) if ctx.needs_input_grad[1] else None, None
+        if not ctx.needs_input_grad[1]:
+            return g_OI, None, None
+        weight_OI, scales_OG = ctx.saved_tensors
+        return g_OI, _scale_gradient(g_OI, weight_OI, scales_OG, ctx.bits), None
 
 
 def _scale_gradient(g_OI: Tensor, weight_OI: Tensor, scales_OG: Tensor, bits: int) -> Tensor:
