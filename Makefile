@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test lint bench dist clean
+.PHONY: demo demo-quick test nightly lint bench docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/slimtune demo --output runs/demo --overwrite
@@ -15,6 +15,10 @@ demo-quick: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# All of it: whole grids, real models, minutes of the same.
+nightly: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,6 +26,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# The pages of docs/ and the API as a site: build/site/index.html.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # A wheel in dist/: pip install 'dist/slimtune-0.1.0-py3-none-any.whl[train]'.
 dist:

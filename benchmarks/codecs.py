@@ -171,7 +171,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Draws of normally distributed weights.")] = 3,
     model: Annotated[str, typer.Option(help="A folder with SmolLM2, if not the packaged one.")] = "",
 ) -> None:
-    """Measure every codec on normally distributed weights and on SmolLM2, and write the table of docs/quantized.md."""
+    """Measure every codec on normally distributed weights and on SmolLM2, and write the table of docs/figures."""
     transformers.utils.logging.disable_progress_bar()
     folder = model or model_folder()
     smollm2 = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()

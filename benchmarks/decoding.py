@@ -61,7 +61,7 @@ def main(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the products run.")] = "cpu",
     small: Annotated[bool, typer.Option("--quick", help="One round; not kept.")] = False,
 ) -> None:
-    """Time linear layers and whole steps of SmolLM2 in NF4 for 1 to 16 tokens, and fill in docs/quantized.md."""
+    """Time linear layers and whole steps of SmolLM2 in NF4 for 1 to 16 tokens, and fill in docs/figures."""
     warn_if_busy()
     done: list[Round] = []
     settings: dict[str, Any] = {}

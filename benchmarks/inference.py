@@ -148,7 +148,7 @@ def main(
     document = {"machine": on, "commit": machine.commit(), "parameters": trainable, "seconds": found}
     target.write_text(json.dumps(document, indent=1) + "\n")
     if json_path is None:
-        page.fill(machine.ROOT / "docs" / "methods.md", "inference", published(document))
+        page.fill(machine.ROOT / "docs" / "figures" / "methods.md", "inference", published(document))
     console.print(f"Written: {os.path.relpath(target)}", highlight=False)
 
 

@@ -31,7 +31,7 @@ Examples:
 
     python -m benchmarks --case bf16 --case dropout   these cases only
 
-    python -m benchmarks --quantized                  quantized bases; fills in docs/quantized.md
+    python -m benchmarks --quantized                  quantized bases; fills in docs/figures/quantized.md
 
     python -m benchmarks --case bf16 --profile        where time and memory go
 

@@ -1,4 +1,4 @@
-"""The runs of all methods as the table and the plot of `docs/methods.md`."""
+"""The runs of all methods as the table and the plot of `docs/figures/methods.md`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from benchmarks.machine import ROOT
 from benchmarks.method_cases import METHODS, TASKS, Method, Task, settings_of
 from benchmarks.results import subtitle
 
-PAGE = ROOT / "docs" / "methods.md"
-PLOT = ROOT / "docs" / "methods.png"
+PAGE = ROOT / "docs" / "figures" / "methods.md"
+PLOT = ROOT / "docs" / "figures" / "methods.png"
 HEADER = (
     "method", "trained", "score", "score in peft", "step", "step, peft/ours", "memory", "memory, peft/ours", "on disk",
     "attach",

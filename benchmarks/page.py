@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 
-QUANTIZED = ROOT / "docs" / "quantized.md"
+QUANTIZED = ROOT / "docs" / "figures" / "quantized.md"
 SLIM = ROOT / "docs" / "quantizing.md"
 
 

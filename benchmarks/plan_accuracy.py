@@ -1,6 +1,6 @@
 """Planned memory beside what really is live: the same step, simulated and run on the CPU under the same counter.
 
-    python -m benchmarks.plan_accuracy          # all methods, bases and models; writes the table into docs/planning.md
+    python -m benchmarks.plan_accuracy          # all methods, bases and models; writes docs/figures/planning.md
     python -m benchmarks.plan_accuracy --tasks  # tagging, sequences and preferences likewise
     python -m benchmarks.plan_accuracy --rss    # SmolLM2 as a process: its peak above what it was before the model
 
@@ -34,7 +34,7 @@ from slimtune.plan.memory import PRECISIONS, MemoryPlan
 from slimtune.plan.simulate import plan_of, quiet, setting_of
 from slimtune.plan.trace import prepare, trace, train
 
-PAGE = Path(__file__).parent.parent / "docs" / "planning.md"
+PAGE = Path(__file__).parent.parent / "docs" / "figures" / "planning.md"
 RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = WIDE | {"vocab_size": 1000, "max_position_embeddings": 128, "pad_token_id": 0}

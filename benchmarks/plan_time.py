@@ -1,6 +1,6 @@
 """Planned seconds of a step beside measured ones: calibrates this machine as `slimtune plan --calibrate` does, first.
 
-    python -m benchmarks.plan_time     # writes the table into docs/planning.md
+    python -m benchmarks.plan_time     # writes the table into docs/figures/planning.md
 
 Each step is measured in a process of its own: the median of five, after one to warm up. A machine that is shared may
 change its speed meanwhile: it is calibrated once more at the end, and how far that is off is told.
@@ -31,7 +31,7 @@ from slimtune.plan.step import optimizer_for
 from slimtune.plan.time import calibrate, rates_of, step_seconds
 from slimtune.plan.trace import prepare
 
-PAGE = machine.ROOT / "docs" / "planning.md"
+PAGE = machine.ROOT / "docs" / "figures" / "planning.md"
 STEPS = 5
 TYPICAL = Work(flops=10**12, bytes_moved=10**10)
 """About a step of the cases."""

@@ -1,4 +1,4 @@
-"""The runs on quantized bases as the table of `docs/quantized.md`, beside LoRA in bf16."""
+"""The runs on quantized bases as the table of `docs/figures/quantized.md`, beside LoRA in bf16."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from urllib.parse import unquote, urlsplit
 
 
 @contextmanager
-def serving(root: Path) -> Iterator[str]:
+def serving(root: Path, handler: type[Hub] | None = None) -> Iterator[str]:
     """The address under which the repositories in a folder are served."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Hub, root))
+    handler = handler or Hub
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, root))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -36,7 +37,7 @@ def commit_of(snapshot: Path) -> str:
     return hashlib.sha1(str(snapshot.resolve()).encode()).hexdigest()
 
 
-class _Hub(BaseHTTPRequestHandler):
+class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def __init__(self, root: Path, *args: Any) -> None:
@@ -82,7 +83,8 @@ class _Hub(BaseHTTPRequestHandler):
             return
         self._json(
             {
-                "_id": "0", "id": name, "sha": commit_of(snapshot), "private": False, "gated": False, "disabled": False,
+                "_id": "0", "id": name, "sha": commit_of(snapshot), "private": self.is_private(name),
+                "gated": False, "disabled": False,
                 "downloads": 0, "likes": 0, "tags": [], "cardData": {}, "lastModified": "2026-01-01T00:00:00.000Z",
                 "siblings": [{"rfilename": str(path.relative_to(snapshot))} for path in files],
             },
@@ -110,6 +112,10 @@ class _Hub(BaseHTTPRequestHandler):
             content, status = content[first : last + 1], 206
             extra = {"Content-Range": f"bytes {first}-{last}/{size}"}
         self._send(status, content, {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit_of(snapshot), **extra})
+
+    def is_private(self, name: str) -> bool:
+        """Whether a repository is shown to its owners alone."""
+        return False
 
     def _snapshot(self, kind: str, name: str, revision: str) -> Path | None:
         """The folder of a branch or a commit; where there is none that is answered."""

@@ -78,6 +78,12 @@ class RefusedStepError(SlimtuneError, RuntimeError):
     exit_code = 1
 
 
+class PushError(SlimtuneError, RuntimeError):
+    """What the Hub did not take, or what must not be pushed to it."""
+
+    exit_code = 1
+
+
 class OutputExistsError(SlimtuneError, FileExistsError):
     """An output folder that already holds something."""
 

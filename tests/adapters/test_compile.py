@@ -27,6 +27,7 @@ def tuned(specimen: Specimen) -> Any:
     return randomize(slimtune, slimtune.get_peft_model(specimen.model(), config))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("specimen", [LLAMA, MIXTURE], ids=lambda specimen: specimen.name)
 def test_forward_and_backward(specimen: Specimen) -> None:
     """With `aot_eager` the graph is traced, split into forward and backward, and run without a C++ compiler."""
@@ -44,6 +45,7 @@ def test_forward_and_backward(specimen: Specimen) -> None:
     assert_all_near(found[1][1], found[0][1], 1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "LORA" in methods_for(kind)], ids=repr)
 def test_an_adopted_layer_is_one_graph(kind: Kind) -> None:
     config = slimtune.LoraConfig(r=kind.rank_step, target_modules=["site"], bias="lora_only")
@@ -61,6 +63,7 @@ WHOLE_MODELS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", WHOLE_MODELS)
 def test_a_model_whose_parameters_are_changed_is_one_graph(name: str) -> None:
     # In float64: the gradients of some biases are what is left of sums that cancel.
@@ -78,6 +81,7 @@ def test_a_model_whose_parameters_are_changed_is_one_graph(name: str) -> None:
     assert_all_near(found[1][1], found[0][1], 1e-5)
 
 
+@pytest.mark.slow
 def test_switching_adapters_reaches_the_compiled_model() -> None:
     model = tuned(LLAMA)
     model.add_adapter("other", slimtune.LoraConfig(r=2, **LLAMA.options()))
@@ -90,6 +94,7 @@ def test_switching_adapters_reaches_the_compiled_model() -> None:
         assert_near(predict(compiled, LLAMA.batch()), predict(LLAMA.model(), LLAMA.batch()), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_default_backend() -> None:
     """Inductor; one small module keeps it to seconds."""

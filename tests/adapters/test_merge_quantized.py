@@ -299,6 +299,7 @@ FOLDING = [name for name in sorted(methods()) if issubclass(methods()[name], Tar
 class TestMethods:
     """Every method that has a form as weights, on NF4 in float32."""
 
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize("method", FOLDING)
     @pytest.mark.parametrize("config", [NF4, INT8], ids=["nf4", "int8"])
     def test_merged_is_unmerged(self, method: str, config: Any, tmp_path: Path) -> None:

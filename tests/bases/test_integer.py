@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 import slimtune
 from kinds import Host
+from slimtune.adapters.merge import unmerge
+from slimtune.adapters.requantize import merge_requantized
 from slimtune.bases import base_of
 from slimtune.bases.int4 import LinearInt4
-from slimtune.bases.int8 import EmbeddingInt8, LinearInt8
-from slimtune.bases.integer import PACKED, SCALE, SHAPE
+from slimtune.bases.int8 import EmbeddingInt8, LinearInt8, LinearW8A8
+from slimtune.bases.integer import PACKED, SCALE, SHAPE, ZERO
 from slimtune.ops import int4_kernel
-from slimtune.ops.grid import nearest_codes, searched_scales
+from slimtune.ops.grid import nearest_codes, rounded, searched_scales
 from tensors import randomize
 
 BF16 = torch.bfloat16
@@ -75,6 +77,53 @@ def test_more_tokens_other_dtypes_and_odd_shapes_are_expanded(kind: Any) -> None
     odd = layer(kind, outputs=40)
     assert base_of(odd).for_few_tokens(odd, inputs(1, 128)) is None
     assert torch.equal(odd(inputs(1, 128)), F.linear(inputs(1, 128), weight(odd), odd.bias))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 20])
+@torch.no_grad()
+def test_zero_points_are_in_the_product_and_in_the_file(tokens: int) -> None:
+    torch.manual_seed(0)
+    # Weights that lie on one side: without zero points half of the codes would be for nothing.
+    plain = nn.Linear(128, 96, dtype=BF16).requires_grad_(False)
+    plain.weight.abs_()
+    exact = plain.weight.float().clone()
+    lost = {}
+    for symmetric in (True, False):
+        module: Any = copy.deepcopy(plain)
+        LinearInt4.take(module, *rounded(module.weight, 32, 4, symmetric=symmetric))
+        before, x = weight(module).float(), inputs(tokens, 128)
+        y = module(x).float()
+        assert (y - F.linear(x.float(), before, module.bias.float())).norm() < 8e-3 * y.norm()
+        # The kernel's order of the codes, where there was one, stands for the same weight.
+        assert torch.equal(weight(module).float(), before)
+        lost[symmetric] = float((before - exact).norm())
+        state = copy.deepcopy(module.state_dict())
+        assert (ZERO in state) != symmetric
+        other = layer(LinearInt4)
+        other.load_state_dict(state)
+        assert torch.equal(weight(other).float(), before)
+    assert lost[False] < 0.6 * lost[True]
+
+
+def test_scales_for_the_kernel_follow_a_merge_and_what_undoes_it() -> None:
+    host: Any = Host(layer(LinearInt4))
+    model = randomize(slimtune, slimtune.get_peft_model(host, slimtune.LoraConfig(r=4, target_modules=["site"]))).eval()
+    x = inputs(1, 128)
+    with torch.inference_mode(), model.disable_adapter():
+        before = model(x)
+    merge_requantized(model, ("default",), inputs={"x": inputs(1, 128).float().to(BF16)})
+    with torch.inference_mode():
+        assert not torch.equal(model(x), before)
+    unmerge(model)
+    with torch.inference_mode(), model.disable_adapter():
+        assert torch.equal(model(x), before)
+
+
+def test_a_plain_weight_is_not_cast_into_codes() -> None:
+    for kind in (LinearInt8, LinearInt4, LinearW8A8):
+        module = layer(kind)
+        with pytest.raises(RuntimeError, match=r"held as codes|weight_scale"):
+            module.load_state_dict(nn.Linear(128, 96).state_dict())
 
 
 def test_an_answer_leaves_one_copy_of_the_same_weight() -> None:

@@ -226,6 +226,7 @@ VARIANTS: dict[str, Any] = {
 UNMERGEABLE = {"bitfit-added", "pfeiffer", "parallel"}
 
 
+@pytest.mark.one_in(3)
 @each_specimen
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_starts_at_the_base_learns_folds_and_goes_again(

@@ -38,6 +38,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lines(tmp_path_factory.mktemp("fresh") / "rows.jsonl", *reviews(40, seed=5))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("method", "how"),
     [("lora", [*LEARN, 0.008]), ("ia3", [*LEARN, 0.03]), ("full", [*LEARN, 0.008]), ("features", [])],

@@ -88,6 +88,7 @@ def test_tensors_of_a_classifier_on_features(
     assert "the classifier" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_that_was_broken_off(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
     options = ["--max-steps", 200, "training.save_steps=2", "--rank", 2, "--batch-size", 2, "--no-plan"]
     train = ["train", base, data, "-o", tmp_path / "tuned", *options]

@@ -149,6 +149,7 @@ def test_labels_can_be_written_instead(run: Any, base: Path, sentiment: Path) ->
     assert found["metric"] == "exact_match"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pick", ["random", "similar"])
 @pytest.mark.parametrize("kind", ["task", "sentiment"])
 def test_examples_in_the_prompt(run: Any, base: Path, request: Any, tmp_path: Path, kind: str, pick: str) -> None:
@@ -292,6 +293,7 @@ def test_a_classifier_refuses_what_it_cannot_do(run: Any, task: Path, tmp_path: 
         assert said in result.stderr
 
 
+@pytest.mark.slow
 def test_the_real_model_learns_from_examples(run: Any, tmp_path: Path) -> None:
     rows = [{"messages": example.messages()} for example in orders(12)]
     task, examples = write_lines(tmp_path / "t.jsonl", *rows[:2]), write_lines(tmp_path / "e.jsonl", *rows[2:])

@@ -82,6 +82,7 @@ def test_spectra_as_json(run: Any, tuned: Path, base: Path) -> None:
         assert [i["index"] for i in one["intruders"]] == [i for i, c in enumerate(one["cosines"]) if c < 0.7]
 
 
+@pytest.mark.slow
 def test_intruders_scaled_down(run: Any, tuned: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "scaled"
     few = write_lines(tmp_path / "few.jsonl", *map(json.loads, data.read_text().splitlines()[:4]))

@@ -10,7 +10,7 @@ import pytest
 
 COMMANDS = ("demo", "plan", "train", "compare", "chat", "generate", "predict", "methods", "info", "merge", "doctor",
             "demo-data", "evaluate", "forgetting", "spectra", "recipe", "data", "serve", "serve-key", "quantize",
-            "distill", "prune", "slim", "export")  # fmt: skip
+            "distill", "prune", "slim", "export", "push", "completion")  # fmt: skip
 
 
 def test_help_lists_every_command_and_the_exit_codes(run: Any) -> None:

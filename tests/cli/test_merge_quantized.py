@@ -60,7 +60,7 @@ def test_a_base_is_quantized_as_it_was_in_training(
     assert not torch.allclose(logits(merged), logits(other), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
 def test_into_codes_again(kind: str, run: Any, tuned: Path, tmp_path: Path) -> None:
     options = ["--quantize", kind, "--requantize", "--max-kl", 5, "--output", tmp_path / "merged"]
     result = run("merge", tuned, *options, "--json")
@@ -90,6 +90,27 @@ def test_a_quantized_folder_stays_one_when_asked(run: Any, in_nf4: Path, tuned: 
     before, _ = load(str(in_nf4))
     assert again.config.to_dict()["quantization_config"] == before.config.to_dict()["quantization_config"]
     assert sorted(again.state_dict()) == sorted(before.state_dict())
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "W8A8"])
+def test_a_folder_of_whole_numbers_stays_one_when_asked(
+    scheme: str, run: Any, base: Path, tuned: Path, tmp_path: Path
+) -> None:
+    quantized = tmp_path / "quantized"
+    result = run("quantize", base, "--scheme", scheme, "--method", "rtn", "--output", quantized)
+    assert result.exit_code == 0, result.output
+    options = ["--requantize", "--max-kl", 5, "--output", tmp_path / "merged", "--json"]
+    result = run("merge", tuned, "--base", quantized, *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    # What was written has the answers of what was merged, in codes of the same kind.
+    assert report["reloaded"] == report["merged"]
+    again, before = load(str(tmp_path / "merged"))[0], load(str(quantized))[0]
+    assert [type(module) for module in again.modules()] == [type(module) for module in before.modules()]
+    assert again.config.quantization_config == before.config.quantization_config
+    unmerged = PeftModel.from_pretrained(before, tuned)
+    relative = (logits(again) - logits(unmerged)).norm() / logits(unmerged).norm()
+    assert float(relative) == pytest.approx(report["merged"]["relative"], rel=1)
 
 
 def test_a_drift_beyond_the_bound_is_refused(run: Any, tuned: Path, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_it_is_trained_written_loaded_and_shown(run: Any, base: Path, data: Path
     assert "".join(talked.stdout.split()) == "".join(answered.stdout.split())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_it_is_merged_or_refused_as_the_library_does(
     run: Any, base: Path, data: Path, tmp_path: Path, name: str
@@ -79,6 +80,7 @@ def test_it_is_merged_or_refused_as_the_library_does(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_it_trains_a_classifier_or_says_why_not(
     run: Any, classes: tuple[Path, Path], tmp_path: Path, name: str
@@ -124,6 +126,7 @@ def test_the_learning_rate_is_the_methods_own(run: Any, base: Path, data: Path, 
     assert f"| learning_rate | {method.config.learning_rate} |" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("options", "fields"),
     [

@@ -54,6 +54,18 @@ def test_a_model_data_and_a_gpu_give_the_answer_in_one_command(run: Any, base: P
         assert part in shown, part
 
 
+def test_what_rows_begin_with_alike_is_planned_once(run: Any, base: Path, data: Path) -> None:
+    options = ("--data", data, "--device", "T4", *LORA)
+    assert "is counted once" in " ".join(run("plan", base, *options).stdout.split())
+    shared = json.loads(run("plan", base, *options, "--json").stdout)["choices"][0]
+    whole = json.loads(run("plan", base, *options, "training.share_prefixes=false", "--json").stdout)["choices"][0]
+    assert 0 < shared["computed_share"] < 0.9
+    assert whole["computed_share"] is None
+    assert shared["peak_bytes"] < whole["peak_bytes"]
+    assert "training.share_prefixes=false" in whole["command"]
+    assert "share_prefixes" not in shared["command"]
+
+
 def test_the_command_that_is_told_runs(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
     told = json.loads(run("plan", base, "--data", data, "--device", "cpu", *LORA, "--json").stdout)
     command = shlex.split(told["choices"][0]["command"])
@@ -121,6 +133,7 @@ def test_the_memory_is_drawn(run: Any, base: Path, tmp_path: Path, name: str) ->
     assert (tmp_path / name).stat().st_size > 3000
 
 
+@pytest.mark.slow
 def test_the_classic_table(run: Any) -> None:
     result = run("plan", "--table")
     assert result.exit_code == 0, result.output
@@ -128,6 +141,7 @@ def test_the_classic_table(run: Any) -> None:
         assert part in result.stdout, part
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_calibration")
 def test_calibration_alone(run: Any, base: Path) -> None:
     measured = json.loads(run("plan", "--calibrate", "--json").stdout)
@@ -180,9 +194,46 @@ def test_code_from_a_models_folder_is_not_run(run: Any, base: Path, tmp_path: Pa
     refused(run("plan", tmp_path, "--device", "T4"), str(tmp_path), "--trust-remote-code")
 
 
-def test_a_model_of_pictures_and_texts_is_refused(run: Any, tmp_path: Path) -> None:
-    transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]).save_pretrained(tmp_path)
-    refused(run("plan", tmp_path, "--device", "T4"), "LlavaConfig", "get_text_config()")
+def test_a_model_of_pictures_and_texts_is_planned_for_its_part_for_texts(run: Any, tmp_path: Path) -> None:
+    text = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    config = transformers.LlavaConfig(text_config=text, architectures=["LlavaForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    result = run("plan", tmp_path, "--device", "T4", "--max-length", 16, *LORA)
+    assert result.exit_code == 0, result.output
+    assert "note: a LlavaConfig is planned for its part for texts; to train, save that part by itself" in result.stdout
+
+
+def test_a_model_of_pictures_that_writes_no_text_is_refused(run: Any, tmp_path: Path) -> None:
+    transformers.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path)
+    refused(run("plan", tmp_path, "--device", "T4"), "CLIPConfig", "get_text_config()")
+
+
+def test_the_runtime_is_counted_in_the_need_and_held_against_the_whole_card(run: Any, base: Path) -> None:
+    result = run("plan", base, "--device", "RTX 4090", "--max-length", 32, *LORA)
+    shown = " ".join(result.stdout.split())
+    assert "RTX 4090: 25.4 GB (sold as 24 GB), of which advice leaves 10% free" in shown
+    assert "needs of 25.4 GB" in shown
+    assert "r runtime" in shown
+    told = json.loads(run("plan", base, "--device", "RTX 4090", "--max-length", 32, *LORA, "--json").stdout)
+    (choice,) = told["choices"]
+    assert choice["needed_bytes"] == choice["peak_bytes"] + choice["runtime_bytes"]
+    assert choice["runtime_bytes"] > told["device"]["context_bytes"]
+
+
+def test_a_memory_that_is_given_is_not_called_by_a_label(run: Any, base: Path) -> None:
+    result = run("plan", base, "--device", "RTX 4090", "--memory", 20, "--max-length", 32, *LORA)
+    assert "RTX 4090: 20.0 GB, of which" in " ".join(result.stdout.split())
+
+
+def test_what_leaves_too_little_room_is_told_as_tight(run: Any, base: Path) -> None:
+    options = ("--device", "T4", "--max-length", 32, "--batch-size", 1, *LORA)
+    needed = json.loads(run("plan", base, *options, "--json").stdout)["choices"][0]["needed_bytes"]
+    tight = (*options, "training.gradient_checkpointing=false", "--memory", needed * 1.04 / 1e9)
+    result = run("plan", base, *tight)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"note: tight: 9[5-7]% of the memory", result.stdout)
 
 
 def test_pairs_of_answers_are_planned_on_several_devices(run: Any, base: Path, tmp_path: Path) -> None:
@@ -222,7 +273,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_plans_first_and_says_what_would_fit(
     run: Any, base: Path, data: Path, tmp_path: Path, small_machine: None
 ) -> None:
-    options = ["-o", tmp_path / "out", "--max-steps", 1, "model.device=cpu"]
+    options = ["-o", tmp_path / "out", "--max-steps", 1, "model.device=cpu", "training.share_prefixes=false"]
     result = run("train", base, data, *options, "--batch-size", 24)
     assert result.exit_code == 1, result.output
     assert "the training needs" in result.stderr

@@ -61,6 +61,7 @@ def test_a_recipe_is_trained_and_written_in_full(run: Any, recipe: Path, base: P
     assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["seed"] == 0
 
 
+@pytest.mark.slow
 def test_the_written_recipe_gives_the_same_adapter(run: Any, recipe: Path, tmp_path: Path) -> None:
     def weights(name: str, *arguments: Any) -> dict[str, torch.Tensor]:
         result = run("train", *arguments, "-o", tmp_path / name)
@@ -345,6 +346,7 @@ def rows_of(task: str) -> list[dict[str, Any]]:
     return [{name: f"{both[name]} {number}" for name in names[task]} for number in range(24)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["token-classification", "seq2seq", "dpo", "grpo"])
 def test_the_recipes_of_other_tasks_run_a_step(run: Any, base: Path, tmp_path: Path, name: str) -> None:
     from small_encoder import save_encoder

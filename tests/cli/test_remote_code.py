@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from small_text_model import orders, save_base, write_lines
 
 CODE = """
 from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 Path({mark!r}).open("a").write("ran\\n")
 class OwnConfig(LlamaConfig):
     model_type = "own"
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
+class OwnForSequenceClassification(LlamaPreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.score = LlamaModel(config), nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return SequenceClassifierOutput(logits=self.score(hidden[:, 0]))
 """
 FLAG = "--trust-remote-code"
 SHORT = ["--max-new-tokens", "2"]
@@ -84,6 +98,7 @@ def commands(tmp_path: Path, own: Path, rows: Path) -> dict[str, list[Any]]:
     }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "name", ["train", "train a recipe", "plan", "recipe check", "compare", "evaluate", "generate", "chat"]
 )
@@ -135,3 +150,31 @@ def test_what_was_trained_with_code_is_predicted_and_looked_at(
     assert not mark.exists()
     assert run("generate", tmp_path / "tuned", "hello", FLAG, *SHORT).exit_code == 0
     assert run("generate", own, "hello", "--adapter", tmp_path / "tuned", FLAG, *SHORT).exit_code == 0
+
+
+def test_a_classifier_of_a_folder_with_code_for_several_heads(run: Any, tmp_path: Path, own: Path, mark: Path) -> None:
+    folder = tmp_path / "classifier"
+    shutil.copytree(own, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] |= {"AutoModelForSequenceClassification": "own_model.OwnForSequenceClassification"}
+    config |= {
+        "architectures": ["OwnForSequenceClassification"],
+        "id2label": {"0": "bad", "1": "good"},
+        "pad_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("lm_head.weight", None)
+    hidden = config["hidden_size"]
+    save_file(weights | {"score.weight": torch.randn(2, hidden)}, folder / "model.safetensors", {"format": "pt"})
+    texts = write_lines(tmp_path / "texts.jsonl", {"text": "red wine"}, {"text": "blue cheese"})
+
+    forget(mark)
+    refused = run("predict", folder, texts)
+    assert refused.exit_code == 2, refused.output
+    assert FLAG in refused.output
+    assert not mark.exists()
+    answered = run("predict", folder, texts, FLAG)
+    assert answered.exit_code == 0, answered.output
+    assert set(answered.stdout.split()) <= {"bad", "good"}
+    assert mark.exists()

@@ -24,6 +24,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lines(tmp_path_factory.mktemp("rows") / "rows.jsonl", *translations())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_it_learns_to_write_the_completions(run: Any, kind: str, rows: Path, tmp_path: Path) -> None:
     base, out = save_seq2seq(tmp_path / "base", kind), tmp_path / "out"

@@ -82,6 +82,7 @@ def test_a_line_break_in_a_name_does_not_break_the_sentence(run: Any, base: Path
     assert is_text(result.output)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 @pytest.mark.parametrize(
     "command", [["recipe", "list"], ["methods"], ["plan", "--help"], ["info", "no such folder \u2713"]]

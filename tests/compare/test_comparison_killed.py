@@ -58,6 +58,7 @@ def wait_until(moment: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_in_the_middle_of_a_training(recipe: Path, tmp_path: Path) -> None:
     """Killed at some step with the training below it; afterwards the adapter is that of the run's own recipe."""
     output, screen = tmp_path / "out", tmp_path / "screen.txt"

@@ -128,7 +128,7 @@ def test_names_make_no_markdown_and_steer_no_terminal(tmp_path: Path) -> None:
 def test_everything_that_was_measured_is_told(page: Path) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.read_text()))
     for said in (
-        "Choose qlora", "0.910 to 0.987", "+0.210", "1.65 GB", "4,884,480", "269.0 MB", "2 of 3, 1 failed",
+        "Choose lora", "0.910 to 0.987", "+0.210", "1.65 GB", "4,884,480", "269.0 MB", "2 of 3, 1 failed",
         "the loss is not a number in step 17", "4-shot random labels", "Learning rate: full 2e-05",
         "Steps: 40 for every method", "seen here", "McNemar", "Question 1", "encyclopedia", "$0.60 an hour",
     ):  # fmt: skip

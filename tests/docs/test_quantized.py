@@ -1,4 +1,4 @@
-"""The page on quantized bases: its examples run, its commands, options, links and marks are there."""
+"""The pages on quantized bases: their examples run, their commands, options, links and marks are there."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from slimtune.cli import app
+from docs.page import check_options, commands, examples, read
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "quantized.md").read_text()
-SECTIONS = {part.split("\n")[0]: part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]}
-EXAMPLES = [
-    pytest.param(code, said, id=f"{title} {number}")
-    for title, text in SECTIONS.items()
-    for number, (code, said) in enumerate(
-        re.findall(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", text, re.MULTILINE | re.DOTALL)
-    )
-]
-COMMANDS = re.findall(r"^slimtune (\w+) (.*?)(?:#|$)", PAGE, re.MULTILINE)
+PAGE = "\n".join(read(name) for name in ("quantized.md", "quantized-merging.md", "torchao.md"))
+FIGURES = read("figures/quantized.md")
 
 
-@pytest.mark.parametrize(("code", "said"), EXAMPLES)
+@pytest.mark.parametrize(("code", "said"), examples(PAGE))
 def test_the_example_runs_and_prints_what_is_shown(
     code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -32,22 +22,12 @@ def test_the_example_runs_and_prints_what_is_shown(
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("command", "arguments"), COMMANDS)
+@pytest.mark.parametrize(("command", "arguments"), commands(PAGE))
 def test_the_commands_take_their_options(command: str, arguments: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-    for option in re.findall(r"--[\w-]+", arguments):
-        assert option in shown, (command, option)
-
-
-def test_every_link_leads_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", PAGE):
-        file, _, anchor = target.partition("#")
-        text = (DOCS / file).read_text() if file else PAGE
-        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-        assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    check_options(command, arguments)
 
 
 def test_the_marks_of_the_tables_come_in_pairs() -> None:
-    marks = re.findall(r"<!-- ([\w ]+) -->", PAGE)
+    marks = re.findall(r"<!-- ([\w ]+) -->", FIGURES)
     assert marks
     assert all(marks.count(mark) == 2 for mark in marks)

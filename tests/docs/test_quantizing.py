@@ -6,19 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from slimtune.cli import app
+from docs.page import check_links, check_options, commands, examples, read
 from slimtune.slim.data import TOKENS, WINDOW
 from slimtune.slim.quantize import BITS, METHODS
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "quantizing.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"^slimtune (\w+) (.*?)(?:#|$)", PAGE, re.MULTILINE)
+PAGE = read("quantizing.md")
 
 
-@pytest.mark.parametrize(("code", "said"), EXAMPLES)
+@pytest.mark.parametrize(("code", "said"), examples(PAGE))
 def test_the_example_runs_and_prints_what_is_shown(
     code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -27,19 +23,16 @@ def test_the_example_runs_and_prints_what_is_shown(
     assert said.strip() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("command", "arguments"), COMMANDS)
+@pytest.mark.parametrize(("command", "arguments"), commands(PAGE))
 def test_the_commands_take_their_options(command: str, arguments: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-    for option in re.findall(r"--[\w-]+", arguments):
-        assert option in shown, (command, option)
+    check_options(command, arguments)
 
 
 def test_what_the_page_lists_is_what_there_is() -> None:
     assert set(re.findall(r"^\| `(W\w+)` \|", PAGE, re.MULTILINE)) == set(BITS)
     assert set(re.findall(r"^\| `([a-z+]+)` \|", PAGE, re.MULTILINE)) == set(METHODS)
     assert f"at most {TOKENS:,} tokens in windows of {WINDOW}" in PAGE
-    for target in re.findall(r"\]\((\w+\.md)\)", PAGE):
-        assert (DOCS / target).is_file()
+    check_links(PAGE)
 
 
 def test_the_tables_are_where_the_benchmark_looks_for_them() -> None:

@@ -56,7 +56,7 @@ def test_every_module_of_the_core_is_in_the_tree() -> None:
 
 
 def test_the_figures_are_those_of_the_last_benchmarks() -> None:
-    shown = "".join((ROOT / "docs" / name).read_text() for name in ("speed.md", "methods.md", "quantized.md"))
+    shown = "".join(path.read_text() for path in (ROOT / "docs/speed.md", *(ROOT / "docs/figures").glob("*.md")))
     measured = list((ROOT / "benchmarks/results").glob("lora-*.md"))
     assert measured
     for path in measured:
@@ -68,7 +68,7 @@ def test_the_figures_are_those_of_the_last_benchmarks() -> None:
 def test_the_short_table_of_speed_repeats_the_whole_one() -> None:
     section = README.split("## Speed and memory")[1].split("\n## ")[0]
     numbers = re.findall(r"\d\.\d+(?= s| GB)", section)
-    whole = "".join((ROOT / "docs" / name).read_text() for name in ("speed.md", "quantized.md"))
+    whole = "".join((ROOT / "docs" / name).read_text() for name in ("speed.md", "figures/quantized.md"))
     assert len(numbers) == 20
     assert all(re.search(rf"\b{number}\d? (s|GB)", whole) for number in numbers)
 

@@ -227,6 +227,7 @@ def test_generation_with_a_cache_is_generation_without() -> None:
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same() -> None:
     torch.compiler.reset()
     model = tuned(LLAMA)

@@ -145,6 +145,7 @@ def test_positions_and_embeddings_of_one_s_own(kind: str) -> None:
     assert_near(model.eval()(ids)[0].detach(), expected)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("specimen", TEXTUAL, ids=lambda specimen: specimen.name)
 @pytest.mark.parametrize("kind", ["prompt", "p-mlp", "prefix", "projected-prefix"])
@@ -312,6 +313,7 @@ def test_the_formula_of_a_prefix_in_float64() -> None:
     assert_near(seen["y"][0], attention.c_proj(torch.cat(heads, dim=1)), 1e-12)
 
 
+@pytest.mark.slow
 def test_greedy_words_of_a_real_model_with_pads(smollm2: Any, smollm2_tokenizer: Any) -> None:
     for config in (
         slimtune.PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB"),

@@ -109,6 +109,7 @@ def attaching() -> list[str]:
     return names
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("specimen", [LLAMA, *QUANTIZED], ids=lambda specimen: specimen.name)
 @pytest.mark.parametrize("method", attaching())
 def test_every_method_learns_the_same(method: str, specimen: Specimen) -> None:

@@ -18,11 +18,11 @@ def normal(rows: int, columns: int, seed: int = 0) -> Tensor:
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 9))
 def test_nibbles_are_packed_and_unpacked_to_the_bit(rows: int, columns: int, seed: int) -> None:
     codes = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    packed = grid.pack_nibbles(codes)
+    packed = grid.pack(codes, 4)
     assert packed.shape == (rows, -(-columns // 8))
     # By the definition of the format: code + 8 in bits 4 i to 4 i + 3, the first lowest.
     assert (int(packed[0, 0]) & 0xF) - 8 == int(codes[0, 0])
-    assert torch.equal(grid.unpack_nibbles(packed, columns), codes)
+    assert torch.equal(grid.unpack(packed, columns, 4), codes)
 
 
 @given(blocks=st.integers(1, 11), groups=st.integers(1, 3), seed=st.integers(0, 9))

@@ -301,6 +301,7 @@ def smollm2_in_nf4() -> Any:
     return slimtune.get_peft_model(model, slimtune.LoraConfig(**options))
 
 
+@pytest.mark.slow
 def test_every_layer_of_smollm2_loses_less_with_every_rank(smollm2_in_nf4: Any) -> None:
     with safe_open(Path(resolve(SMOLLM2), "model.safetensors"), framework="pt") as file:
         weights = {f"{name}.weight": file.get_tensor(f"{name}.weight").float() for name in deltas(smollm2_in_nf4)}
@@ -316,6 +317,7 @@ def test_every_layer_of_smollm2_loses_less_with_every_rank(smollm2_in_nf4: Any) 
         assert rests[-1] < 0.9 * rests[0]
 
 
+@pytest.mark.slow
 def test_smollm2_answers_more_like_its_16_bits(smollm2_in_nf4: Any) -> None:
     folder = resolve(SMOLLM2)
     text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")

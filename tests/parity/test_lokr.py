@@ -105,6 +105,7 @@ def test_the_formula(factor: int) -> None:
 EFFECTIVE = {"use_effective_conv2d": True}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "module", [nn.Conv1d(9, 6, 3), nn.Conv2d(9, 6, (3, 2)), nn.Conv2d(8, 6, 3, groups=2)], ids=repr
 )

@@ -88,6 +88,7 @@ def whole(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[key].flatten() for key in sorted(gradients)])
 
 
+@pytest.mark.slow
 def test_the_first_step_on_nf4_in_bf16_is_peft_s(batch: dict[str, Tensor]) -> None:
     ours, theirs = (step(library, base(torch.bfloat16), batch, 0.0) for library in (slimtune, peft))
     # DoRA starts at the base too; peft's rounds its way to another loss, 5e-3 apart.
@@ -138,6 +139,7 @@ def test_a_later_step_in_float32_is_peft_s_and_that_on_the_expanded_weights(
         assert_all_near(found[1], other[1], 1e-3)
 
 
+@pytest.mark.slow
 def test_a_step_on_int8_is_near_to_peft_s(batch: dict[str, Tensor]) -> None:
     """bitsandbytes quantizes the inputs of its int8 products too, row by row; here they stay as they are."""
     ours, theirs = (step(library, base(torch.bfloat16, "int8"), batch, 0.0) for library in (slimtune, peft))

@@ -78,6 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, list
     return lambda case, files: of(case, *files)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_ends_as_one_that_was_not(
     case: str, tmp_path: Path, request: pytest.FixtureRequest, undisturbed: Any

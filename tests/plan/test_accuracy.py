@@ -38,6 +38,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model}-{case.method}-{case.base}")
 def test_the_simulated_peak_is_the_one_of_the_real_step(case: Case) -> None:
     error = case.error()
@@ -56,6 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS)
 def test_each_setting_is_simulated_as_it_runs(fields: dict[str, Any]) -> None:
     method = slimtune.LoraConfig(r=16, task_type="CAUSAL_LM")
@@ -67,6 +69,7 @@ def test_each_setting_is_simulated_as_it_runs(fields: dict[str, Any]) -> None:
     assert simulated.work["forward"].flops * 2 == really.work["forward"].flops
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in TORCHAO])
 def test_each_state_of_full_tuning_is_simulated_as_it_is_kept(optimizer: str) -> None:
     fields = {"optimizer": optimizer, "batch": 2, "sequence": 8, "device": "cpu", "task_type": "CAUSAL_LM"}
@@ -111,6 +114,7 @@ DEEP: dict[str, tuple[Any, dict[str, Any]]] = {
 KINDS = [(llama(10), *case) for case in DEEP.values()] + [(gemma(14), *DEEP["LoRA"])]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("config", "method", "fields"), KINDS, ids=[*DEEP, "two kinds of blocks"])
 def test_a_deep_model_is_continued_from_two_shallow_ones_to_the_byte(
     method: Any, fields: dict[str, Any], config: Any, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +135,7 @@ def test_a_deep_model_is_continued_from_two_shallow_ones_to_the_byte(
         assert continued.work[phase].bytes_moved == pytest.approx(work.bytes_moved, rel=0.02)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "method",
     [
@@ -153,6 +158,7 @@ def test_blocks_are_counted_from_the_nearer_end() -> None:
     assert blocks.unlabelled("model.layers.-1.mlp") == "model.layers.79.mlp"
 
 
+@pytest.mark.slow
 def test_a_real_model_trains_the_same_after_a_simulation() -> None:
     """What libraries keep for the whole process must not have become fake."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import ConfigError
+from slimtune.plan.devices import find
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import count, read_config, simulation
 from slimtune.plan.table import ROWS, SIZES, Bar, TableCell, classic_bars, classic_table, plot_bars
@@ -40,6 +41,13 @@ def test_cells_are_simulated_and_near_the_rules_of_thumb() -> None:
     assert [(cell.row.name, cell.size) for cell in cells()] == [(row.name, s) for row in ROWS for s in ("7B", "110B")]
     for cell in cells():
         assert 0.75 < cell.ratio < 1.15, (cell.row.name, cell.size, cell.gigabytes)
+
+
+def test_the_table_counts_as_a_plan_does() -> None:
+    for cell in cells():
+        assert cell.device.name == "H100"
+        assert cell.needed_bytes == find("H100").needed_bytes(cell.plan.peak_bytes) > cell.plan.peak_bytes
+        assert cell.gigabytes == cell.needed_bytes / 1e9
 
 
 def test_weights_take_the_bytes_of_their_precision() -> None:

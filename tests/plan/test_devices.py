@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,22 @@ def test_what_fits_is_what_is_left_beside_context_and_fragmentation() -> None:
     assert device.takes(device.room_bytes)
     assert not device.takes(device.room_bytes + 1)
     assert device.needed_bytes(device.room_bytes) == pytest.approx(device.memory_bytes, abs=2)
+
+
+@pytest.mark.parametrize("device", devices().values(), ids=lambda device: device.name)
+def test_a_device_is_called_by_the_size_that_it_is_sold_under(device: Device) -> None:
+    assert device.sold_gb is not None
+    assert device.sold_as == f" (sold as {device.sold_gb:g} GB)"
+    named = re.search(r"(\d+)GB$", device.name)
+    assert named is None or int(named[1]) == device.sold_gb
+    # Drivers take a part; of Apple's unified memory Metal takes three quarters.
+    assert 0.6 < device.memory_bytes / 2**30 / device.sold_gb <= 1
+
+
+def test_what_is_advised_leaves_a_tenth_of_a_gpu_free() -> None:
+    device = find("RTX 3090")
+    assert device.needed_bytes(device.advised_bytes) == pytest.approx(0.9 * device.memory_bytes, abs=2)
+    assert device.runtime_bytes(10**9) == device.needed_bytes(10**9) - 10**9 > device.context_bytes
 
 
 def test_memory_and_price_can_be_given() -> None:

@@ -65,6 +65,7 @@ def test_with_room_for_all_lora_on_the_16_bit_base_is_first() -> None:
     assert report.choices[-1].needed_bytes > 0
 
 
+@pytest.mark.slow
 def test_the_base_is_quantized_when_it_does_not_fit_in_16_bits() -> None:
     report = asked(int(0.95 * WEIGHTS))
     assert report.best is not None
@@ -96,6 +97,32 @@ def test_checkpoints_come_when_a_single_example_is_too_much() -> None:
     assert tight.parts.total < plain.parts.total
 
 
+def test_a_margin_is_left_free_where_smaller_batches_or_checkpoints_make_room() -> None:
+    options: dict[str, Any] = {"methods": ("lora",), "bases": ("dense",)}
+    (roomy,) = asked(batch_size=16, **options).choices
+    # The whole batch would fill 98% of it.
+    card = device(int(roomy.needed_bytes / 0.98))
+    (advised,) = plan(CONFIG, device=card, max_length=16, **options).choices
+    assert advised.fits
+    assert not advised.is_tight
+    assert advised.needed_bytes <= 0.9 * card.memory_bytes
+    assert advised.setting.batch < 16
+
+
+def test_the_margin_is_given_up_before_nothing_fits_and_comes_last() -> None:
+    options: dict[str, Any] = {"methods": ("lora",), "batch_size": 1, "gradient_checkpointing": True}
+    least = min(asked(bases=("dense",), **options).choices, key=lambda choice: choice.needed_bytes)
+    report = asked(int(least.needed_bytes / 0.97), bases=("dense", "nf4"), **options)
+    assert [(choice.base, choice.fits, choice.is_tight) for choice in report.choices] == [
+        ("nf4", True, False), ("dense", True, True),
+    ]  # fmt: skip
+
+
+def test_a_processor_has_no_margin_for_its_plans_were_measured() -> None:
+    assert find("cpu").advised_bytes == find("cpu").room_bytes
+
+
+@pytest.mark.slow
 def test_nothing_fits() -> None:
     report = asked(WEIGHTS // 10)
     assert report.best is None
@@ -148,6 +175,7 @@ def test_several_devices_share_the_examples_of_a_step() -> None:
     assert 0 < four.duration.exchange_seconds < four.duration.seconds
 
 
+@pytest.mark.slow
 def test_every_base_of_loading_can_be_asked_for() -> None:
     report = asked(bases=PRECISIONS[1:])
     assert {choice.base for choice in report.choices} == set(PRECISIONS) - {"dense"}

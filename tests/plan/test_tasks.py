@@ -53,6 +53,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("model", "fields"), TASKS.values(), ids=TASKS)
 def test_a_step_is_simulated_as_it_runs(model: str, fields: dict[str, Any]) -> None:
     setting = setting_of(lora(fields["task_type"]), BATCH | fields)
@@ -82,6 +83,7 @@ def test_the_reference_of_dpo_is_the_base_and_costs_a_forward_pass() -> None:
     assert 1.5 < pairs.work["forward"].flops / without.work["forward"].flops < 2
 
 
+@pytest.mark.slow
 def test_a_deep_model_of_pairs_is_continued_from_two_shallow_ones() -> None:
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=9, vocab_size=200
@@ -143,6 +145,7 @@ def rows_of(task: str) -> list[dict[str, Any]]:
     return [chosen(task)] * 7 + [chosen(task) | ({"label": False} if task == "kto" else {})]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("task", ["text", "token-classification", "seq2seq", "dpo", "kto", "orpo"])
 def test_a_training_takes_what_was_planned_for_it(task: str, tmp_path: Path) -> None:
     """The loop of `slimtune train` itself, from a file of data."""

@@ -136,3 +136,26 @@ def test_a_damaged_calibration_is_none(tmp_path: Path, monkeypatch: pytest.Monke
     calibration_file().parent.mkdir(parents=True)
     calibration_file().write_text(content)
     assert not rates_of(find("cpu")).is_measured
+
+
+def test_expanding_a_quantized_base_takes_as_long_as_its_bytes_twice_a_step_and_once_more_with_checkpointing() -> None:
+    rates = usual(find("A100 80GB"))
+    method = LoraConfig(r=8, task_type="CAUSAL_LM")
+
+    def longer(sequence: int, checkpointing: bool) -> tuple[float, float]:
+        dense, nf4 = (
+            step_seconds(
+                planned(method=method, base=base, batch=1, sequence=sequence, gradient_checkpointing=checkpointing,
+                        device="cuda"),
+                rates,
+            )
+            for base in ("dense", "nf4")
+        )  # fmt: skip
+        return nf4 - dense, nf4 / dense
+
+    for checkpointing, times in ((False, 2), (True, 3)):
+        # Half a byte is read and two are written a weight; scales come on top.
+        least = times * 2.5 * WEIGHTS / rates.bandwidth * rates.slack
+        assert least < longer(32, checkpointing)[0] < 1.3 * least
+        # It costs the same whatever the batch, and so counts most where there are few tokens.
+        assert longer(32, checkpointing)[1] > longer(512, checkpointing)[1] > 1

@@ -178,6 +178,7 @@ class TestLoading:
         expected = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=theirs("nf4", True))
         assert_same_storage(slimtune.load(tmp_path, quantize="nf4")[0], expected)
 
+    @pytest.mark.slow
     @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
     def test_the_peak_is_the_model_in_4_bits_and_about_a_layer(self, tmp_path: Path) -> None:
         shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}

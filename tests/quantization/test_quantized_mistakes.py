@@ -74,6 +74,7 @@ class TestAsked:
         with pytest.raises(ConfigError, match="is quantized already"):
             slimtune.load(stored[kind], quantize="nf4")
 
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize("missing", ["bitsandbytes", "accelerate"])
     def test_a_library_that_is_missing_is_named_with_what_installs_it(
         self, missing: str, base: Path, stored: dict[str, Path]

@@ -74,6 +74,7 @@ def fresh_compiler() -> Any:
     torch.compiler.reset()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("fresh_compiler")
 @each_quantizer
 @each_form
@@ -90,6 +91,7 @@ def test_a_compiled_layer_is_one_graph_with_the_same_gradients(quantizer: Quanti
     assert_all_near(found[1], found[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model() -> None:
     model = tuned(next(specimen for specimen in OF_BNB if specimen.name == "llama-in-nf4-double"), use_dora=True)

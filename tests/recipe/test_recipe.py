@@ -166,13 +166,19 @@ def test_overrides_that_are_refused(override: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [1e-4, 2e-5, 1e22, "1e-4", "1.5", "yes", "null", "2026-01-31", "", "a: b", "#x", "*a", [], {}, None, True]
+    "value",
+    [1e-4, 2e-5, 1e22, "1e-4", "1.5", "yes", "null", "2026-01-31", "", "a: b", "#x", "*a", "2:4", [], {}, None, True],
 )
 def test_what_is_dumped_is_parsed_as_it_was(value: Any) -> None:
     assert parse(dump({"key": value})) == {"key": value}
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("3", 3), (".5", 0.5), ("2026-01-31", "2026-01-31")])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("3", 3), ("-12", -12), ("0x1f", 31), (".5", 0.5), ("2026-01-31", "2026-01-31"), ("2:4", "2:4"),
+    ],
+)  # fmt: skip
 def test_numbers_are_numbers(text: str, value: Any) -> None:
     assert parse(text) == value
     assert type(parse(text)) is type(value)

@@ -22,7 +22,7 @@ from slimtune.quantization.integer import quantized_linears
 from slimtune.slim.awq import apply_awq, find_pairs
 from slimtune.slim.calibrate import blocks_of, in_evaluation, moments_of
 from slimtune.slim.gptq import gptq_codes
-from slimtune.slim.quantize import METHODS, QuantizeConfig, quantize_
+from slimtune.slim.quantize import BITS, METHODS, QuantizeConfig, quantize_
 from small_text_model import save_base, tiny_model
 from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QWEN2, T5, TIED_LLAMA, VIT, Specimen
 
@@ -179,13 +179,15 @@ class TestGPTQ:
 
 
 class TestModels:
-    @each_architecture
-    @pytest.mark.parametrize("method", ["rtn", "awq+gptq"])
-    def test_every_architecture_in_8_bits_answers_nearly_as_before(self, specimen: Specimen, method: str) -> None:
+    @pytest.mark.parametrize("specimen", [*ARCHITECTURES, GPT2], ids=lambda s: s.name)
+    @pytest.mark.parametrize(("scheme", "method"), [("W8A16", "rtn"), ("W8A16", "awq+gptq"), ("W8A8", "rtn")])
+    def test_every_architecture_in_8_bits_answers_nearly_as_before(
+        self, specimen: Specimen, scheme: str, method: str
+    ) -> None:
         model: Any = specimen.model().eval()
         batches = batches_for(specimen)
         before = answers(model, batches[0])
-        quantize_(model, QuantizeConfig("W8A16", method), batches)
+        quantize_(model, QuantizeConfig(scheme, method), batches)
         assert any(isinstance(module, HoldsCodes) for module in model.modules())
         assert (answers(model, batches[0]) - before).norm() < 0.1 * before.norm()
 
@@ -221,6 +223,16 @@ class TestModels:
         stored = load_file(tmp_path / "second" / "model.safetensors")
         assert any(name.startswith("lm_head") for name in stored) == (not tied)
         assert slimtune.parts(source).bytes == slimtune.parts(model).bytes
+
+    def test_tied_ends_in_int8_stay_tied_when_they_are_expanded(self, tmp_path: Path) -> None:
+        model = quantize_(TIED_LLAMA.model(), QuantizeConfig("W8A16", head="int8"))
+        expected = answers(model, {"input_ids": IDS % 40})
+        slimtune.dequantize(model)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.config.tie_word_embeddings
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert (answers(again, {"input_ids": IDS % 40}) - expected).norm() < 1e-3 * expected.norm()
 
     def test_transformers_reads_the_folder_to_the_same_weights(self, folder: Path) -> None:
         """By the library that the format is from."""
@@ -258,6 +270,46 @@ class TestModels:
         merged.save_pretrained(tmp_path / "merged")
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert (answers(plain, {"input_ids": IDS}) - tuned).norm() < 0.05 * tuned.norm()
+
+
+class TestConv1D:
+    """GPT-2's linear layers, which are stored as (in, out)."""
+
+    def made(self) -> Any:
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+        return transformers.GPT2LMHeadModel(config).eval()
+
+    @pytest.mark.parametrize("scheme", BITS)
+    def test_it_is_stored_read_and_expanded(self, scheme: str, tmp_path: Path) -> None:
+        model = quantize_(self.made(), QuantizeConfig(scheme, "rtn"))
+        expected = answers(model, {"input_ids": IDS})
+        assert sum(isinstance(module, HoldsCodes) for module in model.modules()) == 8
+        model.save_pretrained(tmp_path / "codes")
+        again, _ = slimtune.load(tmp_path / "codes")
+        assert torch.equal(answers(again, {"input_ids": IDS}), expected)
+        slimtune.dequantize(again)
+        again.save_pretrained(tmp_path / "plain")
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+        assert (answers(plain, {"input_ids": IDS}) - expected).norm() < 0.02 * expected.norm()
+
+    def test_it_is_rounded_as_it_is_read(self, tmp_path: Path) -> None:
+        plain = self.made()
+        plain.save_pretrained(tmp_path)
+        read, _ = slimtune.load(tmp_path, quantize="int4")
+        quantize_(plain, QuantizeConfig(method="rtn"))
+        assert torch.equal(answers(read, {"input_ids": IDS}), answers(plain, {"input_ids": IDS}))
+
+    def test_methods_that_look_at_data_lose_less(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        batches = [{"input_ids": torch.randint(0, 64, (4, 48), generator=generator)} for _ in range(4)]
+        lost = {}
+        for method in ("rtn", "gptq"):
+            model = self.made()
+            before = answers(model, batches[-1])
+            quantize_(model, QuantizeConfig(method=method), batches[:3])
+            lost[method] = float((answers(model, batches[-1]) - before).norm() / before.norm())
+        assert lost["gptq"] < lost["rtn"]
 
 
 class TestWhileLoading:
@@ -311,7 +363,7 @@ class TestMistakes:
 
     def test_what_else_can_not_be_quantized(self) -> None:
         with pytest.raises(ConfigError, match="no linear layer"):
-            quantize_(GPT2.model(), QuantizeConfig("W8A16"))
+            quantize_(GPT2.model(), QuantizeConfig("W8A16", ignore=["c_attn", "c_proj", "c_fc"]))
         with pytest.raises(ConfigError, match="merge them first"):
             quantize_(slimtune.get_peft_model(tiny_model(), slimtune.LoraConfig(task_type="CAUSAL_LM")))
         with pytest.raises(DataError, match="pass batches"):
@@ -337,11 +389,10 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            ({"symmetric": False}, "zero points"),
             ({"num_bits": 3}, "3 bits"),
             ({"type": "float"}, "float"),
             ({"actorder": "group"}, "activation order"),
-            ({"strategy": "tensor"}, "strategy tensor"),
+            ({"strategy": "block"}, "strategy block"),
         ],
     )
     def test_what_others_write_and_is_not_read_here(

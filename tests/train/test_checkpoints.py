@@ -79,6 +79,7 @@ def adapter(model: Any, folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "given",
     [

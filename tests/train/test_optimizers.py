@@ -48,6 +48,7 @@ def adopted() -> Any:
     return slimtune.get_peft_model(tiny_model(hidden_size=128), config)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ON_THE_CPU)
 def test_it_learns(name: str, tmp_path: Path) -> None:
     rate = RATES.get(name, 1e-3 if "lion" in name or "rmsprop" in name else 1e-2)
@@ -79,6 +80,7 @@ CONTINUED: dict[str, dict[str, Any]] = {
 } | {OFFLOADED: {"optimizer_cls_and_kwargs": (OffloadedAdamW, {"lr": 1e-2})}}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", CONTINUED)
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     options = CONTINUED[name]

@@ -184,6 +184,7 @@ def bases() -> int:
     return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("task", ["dpo", "kto", "grpo"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_there_is_one_base_in_memory(method: str, task: str, base: Path, tmp_path: Path) -> None:
@@ -317,6 +318,7 @@ class BrokenOffError(Exception):
     """Where a test breaks a run off."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("task", "rows"), [("dpo", pairs()), ("kto", judged()), ("orpo", pairs()), ("grpo", questions())]
 )

@@ -39,6 +39,7 @@ def train(files: list[Path], output: Path, *more: Any) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("option", [[], ["--overwrite"], ["--resume"]])
 def test_a_second_run_touches_nothing_of_the_one_under_way(
     option: list[str], files: list[Path], tmp_path: Path
@@ -93,6 +94,7 @@ def test_a_library_that_is_missing_is_missed_before_the_data_is_read(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stage", ["plot_losses", "_card", "_results", "evaluate_answers"])
 @pytest.mark.parametrize("error", [ValueError("no room"), KeyboardInterrupt()], ids=["fault", "ctrl-c"])
 def test_what_fails_after_training_leaves_the_weights(

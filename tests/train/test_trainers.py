@@ -65,6 +65,7 @@ def losses(done: transformers.Trainer) -> torch.Tensor:
     return torch.tensor([entry["loss"] for entry in done.state.log_history if "loss" in entry])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "changes", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=["plain", "acc", "gc"]
 )

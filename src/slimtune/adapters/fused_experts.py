@@ -80,6 +80,7 @@ def _put_together(
 ) -> tuple[Tensor, Tensor, float] | None:
     """A (E * R, in), B (out, R * E) and the scale for one tensor (E, out, in); what is used is taken out of `found`."""
     experts, features_out, features_in = weight.shape
+    # Rows of one layer in the stack: gate_up_proj is (E, 2 * width, dim), of which each half is `height`.
     height, scales, a_ERI, b_EOR = features_out // len(layers), set[float](), [], []
     used: list[tuple[str, int, str, str]] = []
     for expert in range(experts):
@@ -99,7 +100,9 @@ def _put_together(
         if not a_parts or any(len(b) != height for b in b_parts):
             return None
         a_ERI.append(torch.cat(a_parts))
+        # Each layer's B meets its own A alone: [[B1, 0], [0, B3]] (2 * width, r1 + r3).
         b_EOR.append(torch.block_diag(*b_parts).to(a_parts[0].dtype))
+    # One parameter has one rank and one scale: experts that were trained with different ones have no such form.
     if len(scales) != 1 or len({a.shape for a in a_ERI}) != 1:
         return None
     for place in used:

@@ -50,10 +50,12 @@ def merge(
         _check_compatible(model, names)
         probe = probe_inputs(model) if safe else None
         with state.using(applied=names):
+            # Under the adapters that are about to be merged, whichever are active.
             before = outputs(model, probe) if probe else None
         for path, module in adopted_modules(model):
             if any(name in deltas_of(module) for name in names):
                 tensors = _folded_at(path, module, names, dtype, store)
+                # After each module: an error in a later one finds here what to put back.
                 state.replaced.append((module, _exchange(module, tensors)))
         _tie_again(state.replaced)
         state.merged = names
@@ -85,6 +87,7 @@ def unmerge(model: Any) -> None:
     state.replaced, state.merged = [], ()
 
 
+@torch.no_grad()
 def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Dense:
     """The parameters of a module that these adapters change, with them written in; nothing is changed.
 
@@ -98,6 +101,7 @@ def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) 
     """
     base = base_of(module)
     deltas = [deltas_of(module)[name] for name in names if name in deltas_of(module)]
+    # Clones, for the model may go on training its copies after `unmerge`.
     held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
     expands_to = None if base.dequantizer(module) is None else dtype or base.spec(module).dtype
     frozen = base.dense(with_tensors(module, held))  # the weight as (out, in, ...), expanded where it is codes
@@ -142,6 +146,7 @@ def _exchange(module: nn.Module, tensors: Dense) -> Dense:
     for name, tensor in tensors.items():
         slots = _slots(module, name)
         own = slots[name]
+        # A view of the own storage is no new tensor: put in as a parameter, it would break the tie that it is part of.
         if tensor is own or (slots is module._parameters and _begin_alike(tensor, own)):
             continue
         before[name] = own
@@ -168,6 +173,7 @@ def _tie_again(replaced: list[tuple[nn.Module, Dense]]) -> None:
     for module, before in replaced:
         for name, own in before.items():
             slots = _slots(module, name)
+            # Only where both came out equal: an adapter on one end of a tie makes two weights of it.
             first = merged.setdefault(id(own), slots[name])
             if first is not slots[name] and torch.equal(first, slots[name]):
                 slots[name] = first
@@ -218,8 +224,10 @@ def _module_probe(module: Any, kind: str) -> Tensor:
     weight = module.weight
     generator = torch.Generator().manual_seed(0)
     if kind == "embedding":
+        # Ids in order: an embedding's fold is a matter of rows, and these are different ones.
         return torch.arange(min(module.num_embeddings, 64), device=weight.device)
     if kind == "conv":
+        # The least extent at which a dilated kernel still gives several outputs.
         reach = [d * (k - 1) + 4 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         shape: tuple[int, ...] = (1, module.in_channels, *reach)
     else:
@@ -297,6 +305,7 @@ def compare_outputs(before: torch.Tensor, after: torch.Tensor) -> Drift:
         max_abs=gap.max().item(),
         mean_abs=gap.mean().item(),
         relative=((p - q).norm() / p.norm().clamp_min(torch.finfo(torch.float64).tiny)).item(),
+        # Rounding may leave a KL of equal distributions at -1e-17.
         kl=kl.clamp_min(0).item(),
         top1_agreement=(p.argmax(-1) == q.argmax(-1)).double().mean().item(),
     )

@@ -43,10 +43,11 @@ from slimtune.adapters.fused_experts import onto_fused_experts
 from slimtune.adapters.merge import merge, unmerge
 from slimtune.adapters.model_views import PeftNames
 from slimtune.adapters.read_options import ReadOptions
-from slimtune.adapters.requantize import merge_requantized
+from slimtune.adapters.requantize import grids_of, merge_requantized, pack_on_grids
 from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.core.config import PeftConfig
+from slimtune.core.constrained import inner_of
 from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, listing
 from slimtune.methods.adalora import AdaLoraConfig
@@ -352,7 +353,7 @@ class PeftModel(PeftNames, Adopted):
                 raise ConfigError(
                     f"{config.peft_type} adapters keep their ranks while training; AdaLoRA's are shared out anew"
                 )
-            config.allocate(attached(self, name), global_step)
+            config.allocate([(site, inner_of(delta)) for site, delta in attached(self, name)], global_step)
 
     # -- Which adapters there are, which are in effect, and what they train.
 
@@ -486,7 +487,8 @@ class PeftModel(PeftNames, Adopted):
             progressbar: taken as in `peft`; a merge takes no time to speak of and shows none.
             safe_merge: compare the outputs before and after on probe inputs.
             requantize: leave a quantized base quantized; the merged weights are quantized again, which wipes small
-                updates out. What is lost is warned of and kept as the model's `merge_drift`.
+                updates out. What is lost is warned of and kept as the model's `merge_drift`. Of an adapter that was
+                trained on a grid (`constraint`) the codes are stored, and nothing is lost.
             drift_inputs: a batch to measure that on, with labels for the loss; without it, pseudo-random inputs.
 
         Raises:
@@ -512,6 +514,14 @@ class PeftModel(PeftNames, Adopted):
     def _merged_requantized(self, names: Sequence[str] | None, safe: bool, inputs: Mapping[str, Tensor] | None) -> Any:
         merged = self.adapter_state.merged
         chosen = tuple(dict.fromkeys((*merged, *self._chosen(names))))
+        grids = grids_of(self, chosen)
+        if grids:
+            if not set(chosen) <= set(merged):
+                merge(self, chosen, safe)
+            untie_if_changed(self)
+            model = self._released()
+            pack_on_grids(model, grids)
+            return model
         self.unmerge_adapter()
         try:
             drift = merge_requantized(self, chosen, safe, inputs)
@@ -601,7 +611,9 @@ class PeftModel(PeftNames, Adopted):
         methods = sorted({str(config.peft_type) for config in configs})
         # A module of one's own has no base on the Hub, whatever its config says.
         base = configs[0].base_model_name_or_path if hasattr(self, "config") else None
-        write_model_card(Path(output_dir), base, methods, configs[0].task_type)
+        in_peft = all(config.in_peft for config in configs)
+        constraints = [str(config.constraint) for config in configs if getattr(config, "constraint", None)]
+        write_model_card(Path(output_dir), base, methods, configs[0].task_type, in_peft, "; ".join(constraints))
 
     def _stored(self, name: str) -> dict[str, Any]:
         """The config of an adapter as it is stored."""

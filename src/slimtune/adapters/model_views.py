@@ -42,6 +42,7 @@ class BaseModelView:
     """
 
     def __init__(self, model: Any, inner: Any) -> None:
+        # Past `__setattr__`, which hands everything on to the model.
         vars(self).update(_model=model, _inner=inner)
 
     @property
@@ -268,6 +269,8 @@ def get_model_status(model: Any) -> ModelStatus:
         num_adapter_layers=len(layers),
         enabled=_alike({layer.enabled for layer in layers}, True),
         active_adapters=list(model.active_adapters),
+        # An adapter that is merged in some layers and merely there in others; one that a layer doesn't have is no
+        # matter.
         merged_adapters="irregular" if is_partial else merged,
         requires_grad={
             name: _alike({layer.requires_grad[name] for layer in layers if name in layer.requires_grad}, False)

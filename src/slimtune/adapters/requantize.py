@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.adapters.adapter import attached
 from slimtune.adapters.merge import Drift, compare_outputs, merge, probe_inputs, unmerge
 from slimtune.bases import base_of
-from slimtune.bases.packed import PackedLinear
+from slimtune.bases.int4 import LinearInt4
+from slimtune.bases.int8 import LinearInt8
+from slimtune.bases.packed import PackedLinear, as_linear
+from slimtune.core.constrained import Constrained, Grid
 from slimtune.core.delta import Dense, with_tensors
 from slimtune.errors import MergeError
+from slimtune.quantization.integer import config_of, note_quantization
 
 _ADVICE = (
     "; most of the update is rounded away: merge into 16 bits, or for a model in few bits merge into the original "
@@ -99,10 +104,30 @@ def merge_requantized(
         unmerge(model)
         raise
     for module, base in store.modules:
+        # After the checks: until here a failure gives back the old tensors, and with them the old state.
         base.sync_state(module)
     outputs = compare_outputs(before[0], after[0]) if before and after else None
     losses = (before[1], after[1]) if before and after else (None, None)
     return MergeDrift(outputs, *losses, **store.figures())
+
+
+def grids_of(model: Any, names: tuple[str, ...]) -> dict[str, Grid]:
+    """The grid on which each weight lies under these adapters, by the path of its module."""
+    placed = [pair for name in names for pair in attached(model, name)]
+    return {
+        site.name: delta.constraints["grid"]  # pyright: ignore[reportReturnType]
+        for site, delta in placed
+        if isinstance(delta, Constrained) and "grid" in delta.constraints
+    }
+
+
+def pack_on_grids(model: Any, grids: Mapping[str, Grid]) -> None:
+    """Store weights that lie on grids as their codes and scales, which are the very same numbers."""
+    for path, grid in grids.items():
+        module: Any = as_linear(model.get_submodule(path))
+        kind = LinearInt4 if grid.bits == 4 else LinearInt8
+        kind.take(module, *grid.codes(module.weight.detach()))
+    note_quantization(model, config_of(model))
 
 
 class _Requantizer:
@@ -118,8 +143,10 @@ class _Requantizer:
         base = base_of(module)
         if not isinstance(base, PackedLinear) or "weight" not in folded or not base.is_packed(module):
             return folded
+        # (out, in) in 16 or 32 bits: the sum, before it is put back onto a grid of 4 or 8 bits.
         merged_OI = folded["weight"]
         packed = base.quantize(module, merged_OI)
+        # Expanded from the codes that are there: quantization's first loss is not counted as this merge's.
         before_OI = base.weight(module).float()
         after_OI = base.weight(with_tensors(module, packed)).float()
         if not torch.isfinite(after_OI).all():
@@ -160,5 +187,6 @@ def _answers(model: Any, inputs: Mapping[str, Tensor] | None) -> tuple[Tensor, f
     logits = output if isinstance(output, Tensor) else output["logits"] if "logits" in output else output[0]
     loss, mask = getattr(output, "loss", None), inputs.get("attention_mask")
     if mask is not None and mask.shape == logits.shape[:-1]:
+        # Outputs at pads are noise that no one reads, and would dilute or swamp the drift.
         logits = logits[mask.bool()]
     return logits.float(), None if loss is None else float(loss)

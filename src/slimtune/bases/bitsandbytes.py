@@ -31,8 +31,7 @@ from bitsandbytes.functional import (
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 from bitsandbytes.nn.modules import Linear4bit as Stored4bit
 from bitsandbytes.nn.modules import Linear8bitLt as Stored8bit
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.delta import Base, Dense
@@ -41,7 +40,7 @@ from slimtune.ops.few_tokens import few_tokens_4bit, few_tokens_8bit
 
 _NOTED = (
     "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
-    "state", "index", "source_cls",
+    "state", "index",
 )  # fmt: skip
 """What bitsandbytes and transformers note in a quantized module."""
 
@@ -50,20 +49,13 @@ class BnbLinear(PackedLinear):
     """What both storages have in common."""
 
     def make_plain(self, module: Any, weight_OI: Tensor) -> None:
-        """Make the module, in place, what it was before it was quantized: an `nn.Linear`, or GPT-2's `Conv1D`."""
-        is_conv1d = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
         for name in _NOTED:
             module.__dict__.pop(name, None)
         # They would look for codes in the state dict of what is a plain layer now.
         hooks = module._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("bitsandbytes")]:
             del hooks[key]
-        if is_conv1d:
-            module.nx, module.nf = module.in_features, module.out_features
-            del module.in_features, module.out_features
-            weight_OI = weight_OI.t().contiguous()
-        module.__class__ = Conv1D if is_conv1d else nn.Linear
-        module._parameters["weight"] = nn.Parameter(weight_OI, requires_grad=False)
+        super().make_plain(module, weight_OI)
 
 
 class Bnb4bitLinear(BnbLinear):

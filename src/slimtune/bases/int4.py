@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import HoldsCodes, IntegerLinear
+from slimtune.bases.integer import ZERO, HoldsCodes, IntegerLinear
 from slimtune.core.delta import Base
 from slimtune.ops import grid, int4_kernel
 from slimtune.ops.autograd import reads_codes
@@ -25,25 +25,23 @@ class Int4Linear(IntegerLinear):
     bits = 4
     module_types = ("slimtune.bases.int4.LinearInt4",)
 
-    def pack(self, codes_OI: Tensor) -> Tensor:
-        return grid.pack_nibbles(codes_OI)
-
-    def unpack(self, packed: Tensor, inputs: int) -> Tensor:
-        return grid.unpack_nibbles(packed, inputs)
-
     def hold_codes(self, codes_OI: Tensor) -> Tensor:
-        return grid.pack_nibbles(codes_OI)
+        return grid.pack(codes_OI, 4)
 
     def codes(self, module: Any) -> Tensor:
         return _codes(module.weight.data, module.in_features).contiguous()
 
     @torch.no_grad()
-    def expand(self, module: Any, codes: Tensor, scales_OG: Tensor, dtype: torch.dtype) -> Tensor:
+    def expand(
+        self, module: Any, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         if codes.dtype == torch.uint8:
             # (in, out), as the kernel's order unpacks without a transpose; the product takes either.
             groups_GSO = int4_kernel.from_kernel(codes).to(dtype).view(scales_OG.shape[1], -1, scales_OG.shape[0])
+            if zeros_OG is not None:
+                groups_GSO.sub_(zeros_OG.t().to(dtype).unsqueeze(1))
             return groups_GSO.mul_(scales_OG.t().to(dtype).unsqueeze(1)).view(-1, scales_OG.shape[0]).t()
-        return grid.expand(_codes(codes, module.in_features), scales_OG, dtype)
+        return grid.expand(_codes(codes, module.in_features), scales_OG, dtype, zeros_OG)
 
     def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         dtype = self.product_dtype(module, x) if self.is_packed(module) else torch.float32
@@ -58,7 +56,7 @@ class Int4Linear(IntegerLinear):
 
 def _codes(held: Tensor, inputs: int) -> Tensor:
     """Codes in either order as int8 (out, in)."""
-    return int4_kernel.from_kernel(held).t() if held.dtype == torch.uint8 else grid.unpack_nibbles(held, inputs)
+    return int4_kernel.from_kernel(held).t() if held.dtype == torch.uint8 else grid.unpack(held, inputs, 4)
 
 
 def _for_kernel(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -68,9 +66,10 @@ def _for_kernel(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         packed = int4_kernel.to_kernel(_codes(codes.data, module.in_features))
         # In one step: another thread that reads the weight sees the codes in the one order or in the other.
         codes = module._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
-        scales = None
-    if scales is None or scales.dtype != dtype:
-        scales = int4_kernel.kernel_scales(module.weight_scale, dtype)
+    # A merge, and what undoes it, exchange the scales: those for the kernel remember which they were made from.
+    if scales is None or scales.dtype != dtype or scales.__dict__.get("made_from") is not module.weight_scale:
+        scales = int4_kernel.kernel_scales(module.weight_scale, module._buffers.get(ZERO), dtype)
+        scales.made_from = module.weight_scale  # type: ignore[attr-defined]
         module.register_buffer("kernel_scale", scales, persistent=False)
     return codes.data, scales
 

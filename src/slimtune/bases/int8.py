@@ -1,7 +1,7 @@
 """Weights in 8 bits: codes from -128 to 127 with a scale for each row or group of inputs, w = code * scale.
 
 Linear layers and embeddings. A tied embedding and output layer hold the same codes: the one looks rows up in them, the
-other multiplies by them.
+other multiplies by them. `LinearW8A8` rounds its inputs to 8 bits as well, each token with a scale of its own.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import HoldsCodes, IntegerLinear
+from slimtune.bases.integer import CODES, SCALE, ZERO, HoldsCodes, IntegerLinear
 from slimtune.core.delta import Base, Dense, TensorSpec
-from slimtune.ops import grid
-from slimtune.ops.autograd import reads_codes
+from slimtune.ops import grid, int8_kernel
+from slimtune.ops.autograd import is_traced, reads_codes
+from slimtune.ops.frozen_linear import frozen_linear
+from slimtune.ops.grid import GridWeight
 
 MOST_TOKENS = 16
 """From here on expanding and multiplying is quicker."""
-_LANES = 32
-"""The kernel takes whole blocks of so many rows and columns; beyond them it reads what isn't its own."""
 
 
 class Int8Linear(IntegerLinear):
@@ -29,14 +29,6 @@ class Int8Linear(IntegerLinear):
     bits = 8
     module_types = ("slimtune.bases.int8.LinearInt8",)
 
-    def pack(self, codes_OI: Tensor) -> Tensor:
-        padded = nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % 4))
-        # Each code plus 128, four an int32, the first lowest.
-        return (padded.view(torch.uint8) ^ 0x80).contiguous().view(torch.int32)
-
-    def unpack(self, packed: Tensor, inputs: int) -> Tensor:
-        return (packed.contiguous().view(torch.uint8)[:, :inputs] ^ 0x80).contiguous().view(torch.int8)
-
     def hold_codes(self, codes_OI: Tensor) -> Tensor:
         return codes_OI.contiguous()
 
@@ -44,29 +36,79 @@ class Int8Linear(IntegerLinear):
         return module.weight.data
 
     @torch.no_grad()
-    def expand(self, module: Any, codes: Tensor, scales_OG: Tensor, dtype: torch.dtype) -> Tensor:
-        return grid.expand(codes, scales_OG, dtype)
+    def expand(
+        self, module: Any, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        return grid.expand(codes, scales_OG, dtype, zeros_OG)
 
     def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         dtype = self.product_dtype(module, x) if self.is_packed(module) else torch.float32
-        if not reads_codes(x, dtype, MOST_TOKENS) or module.weight.device.type != "cpu":
+        if not reads_codes(x, dtype, MOST_TOKENS) or ZERO in module._buffers:
             return None
-        if module.weight_scale.shape[1] != 1 or module.out_features % _LANES or module.in_features % _LANES:
+        if not int8_kernel.takes(module.weight, module.weight_scale):
             return None
-        scales_O = module.weight_scale.to(dtype).view(-1)
-
-        def product(x: Tensor) -> Tensor:
-            x_TI = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-            y_TO = torch.ops.aten._weight_int8pack_mm(x_TI, module.weight.data, scales_O)
-            return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
-
-        return product
+        codes_OI, scales_O = module.weight.data, module.weight_scale.to(dtype).view(-1)
+        return lambda x: int8_kernel.product(x.to(dtype), codes_OI, scales_O)
 
 
 class LinearInt8(HoldsCodes, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]
     """An `nn.Linear` in 8 bits."""
 
     packed_base = Int8Linear()
+
+
+class W8A8Linear(Int8Linear):
+    """Weights in 8 bits with a scale a row, and inputs in 8 bits with a scale a token, found as they come.
+
+    The product of codes is one of whole numbers. Gradients pass through the rounding of the inputs as if it weren't
+    there. A plain weight in place of the codes, as of a merge, is multiplied by rounded inputs too.
+    """
+
+    format = "int-quantized"
+    parts = (CODES, SCALE)
+    rounds_inputs = True
+    module_types = ("slimtune.bases.int8.LinearW8A8",)
+
+    def stored_as(self, module: Any) -> str:
+        return "int8 (inputs too)" if self.is_packed(module) else super().stored_as(module)
+
+    def grid_of(self, module: Any) -> tuple[int, int] | None:
+        # Rounded inputs make more of the product than codes.
+        return None
+
+    def quantize(self, module: Any, weight_OI: Tensor) -> Dense:
+        codes_OI, scales_OG, _ = positive_rows(weight_OI)
+        return {"weight": nn.Parameter(codes_OI, requires_grad=False), SCALE: scales_OG}
+
+    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        # Which is for kernels that take the inputs as they are.
+        return None
+
+    def may_fuse(self, module: Any) -> bool:
+        # The fused products multiply inputs that aren't rounded.
+        return False
+
+
+def positive_rows(weight_OI: Tensor) -> GridWeight:
+    """In 8 bits with a positive scale a row, as engines' kernels for 8 bits have them."""
+    scales_OG = grid.symmetric_scales(weight_OI, weight_OI.shape[1], 8).to(grid.SCALE_DTYPE)
+    return GridWeight(grid.nearest_codes(weight_OI, scales_OG, 8), scales_OG)
+
+
+class LinearW8A8(HoldsCodes, nn.Linear):
+    """An `nn.Linear` in 8 bits that rounds its inputs to 8 bits."""
+
+    packed_base = W8A8Linear()
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x (..., in) to (..., out), in the dtype of x."""
+        base = self.packed_base
+        if not base.is_packed(self) or is_traced():
+            weight_OI = base.weight(self)
+            return frozen_linear(int8_kernel.on_token_grid(x), weight_OI, self.bias, None, weight_OI.dtype)
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        y = int8_kernel.token_product(x, self.weight.data, self.weight_scale, self.bias, base.product_dtype(self, x))
+        return y if is_cast else y.to(x.dtype)
 
 
 class Int8Embedding(Int8Linear):
@@ -83,8 +125,10 @@ class Int8Embedding(Int8Linear):
         return not module.weight.is_floating_point()
 
     @torch.no_grad()
-    def expand(self, module: Any, codes: Tensor, scales_OG: Tensor, dtype: torch.dtype) -> Tensor:
-        return grid.expand(codes, scales_OG, dtype).t()
+    def expand(
+        self, module: Any, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        return grid.expand(codes, scales_OG, dtype, zeros_OG).t()
 
     def weight(self, module: Any) -> Tensor:
         return self.expansion(module)() if self.is_packed(module) else module.weight.t()
@@ -123,8 +167,11 @@ class EmbeddingInt8(HoldsCodes, nn.Embedding):
         """The rows of these ids, (..., embedding_dim)."""
         if not self.packed_base.is_packed(self):
             return nn.Embedding.forward(self, ids)
-        rows, scales = self.weight.data[ids], self.weight_scale[ids]
-        return rows.to(self.compute_dtype) * scales.to(self.compute_dtype)
+        zeros_OG = self._buffers.get(ZERO)
+        shape = (*ids.shape, self.embedding_dim)
+        ids = ids.reshape(-1)
+        zeros = None if zeros_OG is None else zeros_OG[ids]
+        return grid.expand(self.weight.data[ids], self.weight_scale[ids], self.compute_dtype, zeros).view(shape)
 
 
-BASES: tuple[Base, ...] = (Int8Linear(), Int8Embedding())
+BASES: tuple[Base, ...] = (Int8Linear(), W8A8Linear(), Int8Embedding())

@@ -1,8 +1,11 @@
-"""What weights stored as integers have in common: codes and a scale for each group of inputs, w = code * scale.
+"""What weights stored as integers have in common: codes and a scale for each group of inputs.
 
-In a state dict, and so on disk, such a module has the tensors of compressed-tensors' "pack-quantized" format, which
-vLLM, SGLang and transformers read: `weight_packed` (codes, several an int32), `weight_scale` (out, groups) and
-`weight_shape` (out, in).
+    w = code * scale,  or (code - zero) * scale on an asymmetric grid
+
+In a state dict, and so on disk, such a module has the tensors of a format of compressed-tensors, which vLLM, SGLang and
+transformers read. "pack-quantized": `weight_packed` (codes, several an int32), `weight_scale` (out, groups),
+`weight_shape` (out, in) and, asymmetric, `weight_zero_point`. "int-quantized": `weight` (codes, int8) and
+`weight_scale`.
 """
 
 from __future__ import annotations
@@ -21,27 +24,31 @@ from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.delta import Base, Dense
 from slimtune.errors import DamagedBaseError
 from slimtune.ops import grid
+from slimtune.ops.grid import GridWeight
 
-PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
-"""The tensors of one weight in a file."""
+PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+CODES = "weight"
+"""The tensors of one weight in a file: codes, as PACKED with their SHAPE or as they are, and what they stand for."""
+PARTS = (PACKED, SCALE, SHAPE, ZERO)
+"""Those that no plain module has."""
 
 
 class IntegerLinear(PackedLinear):
     """`y = x W^T + b` with W (out, in) as codes and a scale (out, groups) for each group of inputs."""
 
     bits: ClassVar[int]
+    format: ClassVar[str] = "pack-quantized"
+    """Of compressed-tensors, in which it is stored."""
+    parts: ClassVar[tuple[str, ...]] = (PACKED, SCALE, SHAPE)
+    """The tensors of a file that it always has."""
+    rounds_inputs: ClassVar[bool] = False
+    """Whether the product is one with inputs that are rounded to 8 bits."""
 
     @abstractmethod
-    def expand(self, module: Any, codes: Tensor, scales_OG: Tensor, dtype: torch.dtype) -> Tensor:
-        """code * scale, (out, in), of codes as the module may hold them."""
-
-    @abstractmethod
-    def pack(self, codes_OI: Tensor) -> Tensor:
-        """int8 codes as they stand in a file."""
-
-    @abstractmethod
-    def unpack(self, packed: Tensor, inputs: int) -> Tensor:
-        """The inverse of `pack`."""
+    def expand(
+        self, module: Any, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """The weight (out, in), of codes as the module may hold them."""
 
     @abstractmethod
     def hold_codes(self, codes_OI: Tensor) -> Tensor:
@@ -59,22 +66,24 @@ class IntegerLinear(PackedLinear):
 
     def expansion(self, module: Any) -> Callable[[], Tensor]:
         # Bound to the tensors and not to the module, whose own may have been exchanged by the time of the backward.
-        return functools.partial(self.expand, module, module.weight.data, module.weight_scale, module.compute_dtype)
+        held = (module.weight.data, module.weight_scale, module._buffers.get(ZERO), module.compute_dtype)
+        return functools.partial(self.expand, module, *held)
+
+    def grid_of(self, module: Any) -> tuple[int, int] | None:
+        has_zeros = ZERO in module._buffers
+        return (self.bits, self.group_size(module)) if self.is_packed(module) and not has_zeros else None
 
     def group_size(self, module: Any) -> int:
         """How many inputs share a scale."""
         return module.in_features // module.weight_scale.shape[1]
 
     def quantize(self, module: Any, weight_OI: Tensor) -> Dense:
-        scales_OG = grid.searched_scales(weight_OI, self.group_size(module), self.bits)
-        codes = self.hold_codes(grid.nearest_codes(weight_OI, scales_OG, self.bits))
-        return {"weight": nn.Parameter(codes, requires_grad=False), "weight_scale": scales_OG}
+        new = grid.rounded(weight_OI, self.group_size(module), self.bits, symmetric=ZERO not in module._buffers)
+        codes = nn.Parameter(self.hold_codes(new.codes), requires_grad=False)
+        return {"weight": codes, SCALE: new.scales} | ({} if new.zeros is None else {ZERO: new.zeros})
 
     def beyond(self, module: Any, weight_OI: Tensor) -> int:
-        scales_OG = module.weight_scale.float().repeat_interleave(self.group_size(module), dim=1)
-        lowest, highest = grid.code_range(self.bits)
-        codes = weight_OI.float() / torch.where(scales_OG == 0, torch.inf, scales_OG)
-        return int(((codes < lowest - 0.5) | (codes > highest + 0.5)).sum())
+        return grid.beyond(weight_OI, module.weight_scale, self.bits, module._buffers.get(ZERO))
 
     def make_plain(self, module: Any, weight_OI: Tensor) -> None:
         module.drop_codes()
@@ -94,37 +103,41 @@ class HoldsCodes(Packed):
     weight_scale: Tensor
 
     @classmethod
-    def take(cls, module: Any, codes_OI: Tensor, scales_OG: Tensor) -> None:
-        """Re-class a plain layer in place: it computes in the dtype that it had, from these codes and scales."""
+    def take(cls, module: Any, codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None) -> None:
+        """Re-class a plain layer in place: it computes in the dtype that it had, from this weight."""
         dtype = module.weight.dtype
         module.__class__ = cls
-        module.put_codes(codes_OI, scales_OG, dtype)
+        module.put_codes(codes_OI, scales_OG, zeros_OG, dtype)
 
-    def put_codes(self, codes_OI: Tensor, scales_OG: Tensor, dtype: torch.dtype) -> None:
-        """Hold these in place of the weight, int8 (out, in) and (out, groups)."""
+    def put_codes(self, codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None, dtype: torch.dtype) -> None:
+        """Hold these in place of the weight."""
         module: Any = self
+        self.drop_codes()
         module._parameters["weight"] = nn.Parameter(self.packed_base.hold_codes(codes_OI), requires_grad=False)
         module.compute_dtype = dtype
         # They are no statistics that a module trained whole would copy, and are stored by the codes' own names.
-        module.register_buffer("weight_scale", scales_OG, persistent=False)
+        module.register_buffer(SCALE, scales_OG, persistent=False)
+        if zeros_OG is not None:
+            module.register_buffer(ZERO, zeros_OG, persistent=False)
 
     @torch.no_grad()
-    def _replace_codes(self, codes_OI: Tensor, scales_OG: Any) -> None:
+    def _replace_codes(self, new: GridWeight) -> None:
         module: Any = self
-        held = self.packed_base.hold_codes(codes_OI)
-        if (held.dtype, held.shape) == (module.weight.dtype, module.weight.shape):
+        held, zeros_OG = self.packed_base.hold_codes(new.codes), module._buffers.get(ZERO)
+        is_alike = (held.dtype, held.shape) == (module.weight.dtype, module.weight.shape)
+        if is_alike and new.scales.shape == self.weight_scale.shape and zeros_OG is None and new.zeros is None:
             # In place, so that a tie to another module holds; no cached form of the old codes may outlive them.
             module.weight.data.copy_(held)
-            self.weight_scale.copy_(scales_OG)
+            self.weight_scale.copy_(new.scales)
             _STORED.pop(module.weight, None)
+            module._buffers.pop("kernel_scale", None)
         else:
-            self.put_codes(codes_OI, scales_OG, self.compute_dtype)
-        module._buffers.pop("kernel_scale", None)
+            self.put_codes(*new, self.compute_dtype)
 
     def drop_codes(self) -> None:
         """Forget all that is known beside a plain weight."""
         module: Any = self
-        for name in ("weight_scale", "kernel_scale"):
+        for name in (SCALE, ZERO, "kernel_scale"):
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)
         module.__dict__.pop("compute_dtype", None)
@@ -139,15 +152,9 @@ class HoldsCodes(Packed):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         module: Any = self
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        base = self.packed_base
-        if base.is_packed(module):
+        if self.packed_base.is_packed(module):
             del destination[f"{prefix}weight"]
-            packed, shape = _stored(module)
-            destination |= {
-                f"{prefix}{PACKED}": packed,
-                f"{prefix}{SCALE}": self.weight_scale,
-                f"{prefix}{SHAPE}": shape,
-            }
+            destination |= {f"{prefix}{part}": tensor for part, tensor in _stored(module).items()}
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -155,59 +162,93 @@ class HoldsCodes(Packed):
     ) -> None:  # fmt: skip
         module: Any = self
         base, rest = self.packed_base, dict(state_dict)
-        names = [f"{prefix}{name}" for name in (PACKED, SCALE, SHAPE)]
-        stored = [rest.pop(name, None) for name in names]
-        if base.is_packed(module) and any(part is not None for part in stored):
-            absent = [name for name, part in zip(names, stored, strict=True) if part is None]
-            missing_keys += absent
-            if not absent:
-                try:
-                    codes_OI = unpacked(base, *stored, shape=self.stored_shape)
-                    self._replace_codes(codes_OI, stored[1])
-                except DamagedBaseError as error:
-                    error_msgs.append(f"'{prefix}weight': {error}")
-            absent_before = len(missing_keys)
+        if not base.is_packed(module):
             super()._load_from_state_dict(  # type: ignore[misc]
                 rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-            # The weight is there by its other names.
-            missing_keys[absent_before:] = [k for k in missing_keys[absent_before:] if k != f"{prefix}weight"]
             return
+        parts = [part for part in (*base.parts, ZERO) if f"{prefix}{part}" in rest]
+        stored = {part: rest.pop(f"{prefix}{part}") for part in parts}
+        plain = rest.pop(f"{prefix}weight", None)
+        if stored and set(base.parts) <= stored.keys():
+            try:
+                self._replace_codes(grid_weight(stored, base.bits, self.stored_shape))
+            except DamagedBaseError as error:
+                error_msgs.append(f"'{prefix}weight': {error}")
+        elif stored or plain is None:
+            missing_keys += [f"{prefix}{part}" for part in base.parts if part not in stored]
+        if plain is not None:
+            error_msgs.append(f"'{prefix}weight' is held as codes, and can't be loaded from a plain weight")
+        absent_before = len(missing_keys)
         super()._load_from_state_dict(  # type: ignore[misc]
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        # The weight is there by its other names.
+        missing_keys[absent_before:] = [k for k in missing_keys[absent_before:] if k != f"{prefix}weight"]
 
 
 _STORED: Any = WeakIdKeyDictionary()
-"""By weight, what a state dict has of it for as long as that is there."""
+"""By weight, what a state dict has of its codes for as long as that is there."""
 
 
-def _stored(module: Any) -> tuple[Tensor, Tensor]:
-    """Codes and shape as a file has them; of one weight in two modules the same tensors, so that it is stored once."""
+def _stored(module: Any) -> dict[str, Tensor]:
+    """What a file has of a weight; of one in two modules the same tensors, so that it is stored once."""
+    base, zeros_OG = module.packed_base, module._buffers.get(ZERO)
+    stored = {SCALE: module.weight_scale}
+    if CODES in base.parts:
+        return stored | {CODES: module.weight.data} | ({} if zeros_OG is None else {ZERO: zeros_OG})
     known = [reference() for reference in _STORED.get(module.weight, ())]
-    if known and all(tensor is not None for tensor in known):
-        return known[0], known[1]  # type: ignore[return-value]
-    base = module.packed_base
-    packed, shape = base.pack(base.codes(module)), torch.tensor(module.stored_shape)
-    _STORED[module.weight] = (weakref.ref(packed), weakref.ref(shape))
-    return packed, shape
+    if not known or any(tensor is None for tensor in known):
+        known = [grid.pack(base.codes(module), base.bits), torch.tensor(module.stored_shape)]
+        _STORED[module.weight] = tuple(weakref.ref(tensor) for tensor in known)
+    # Zero points are packed along the outputs.
+    zeros = {} if zeros_OG is None else {ZERO: grid.pack(zeros_OG.t(), base.bits).t().contiguous()}
+    return stored | {PACKED: known[0], SHAPE: known[1]} | zeros  # type: ignore[dict-item]
 
 
-def unpacked(base: IntegerLinear, packed: Any, scales_OG: Any, stored_shape: Any, shape: tuple[int, int]) -> Tensor:
-    """int8 codes (out, in) of the tensors in a file. Raises: DamagedBaseError, where they don't fit together."""
+def grid_weight(stored: Mapping[str, Any], bits: int, shape: tuple[int, int]) -> GridWeight:
+    """The weight (out, in) of the tensors in a file, by their names there.
+
+    Raises:
+        DamagedBaseError: they don't fit together.
+    """
     outputs, inputs = shape
-    if tuple(stored_shape.tolist()) != shape:
-        raise DamagedBaseError(f"it was quantized from {tuple(stored_shape.tolist())}, not from {shape}")
-    words = -(-inputs * base.bits // 32)
-    if packed.dtype != torch.int32 or tuple(packed.shape) != (outputs, words):
-        raise DamagedBaseError(
-            f"its codes are {tuple(packed.shape)} in {packed.dtype}, not {(outputs, words)} in torch.int32"
-        )
+    if PACKED in stored:
+        was = tuple(stored[SHAPE].tolist())
+        if was != shape:
+            raise DamagedBaseError(f"it was quantized from {was}, not from {shape}")
+        _check_tensor("codes", stored[PACKED], (outputs, -(-inputs * bits // 32)), torch.int32)
+        codes_OI = grid.unpack(stored[PACKED], inputs, bits)
+    else:
+        codes_OI = stored[CODES]
+        _check_tensor("codes", codes_OI, shape, torch.int8)
+    scales_OG = stored[SCALE]
+    if scales_OG.numel() == 1:
+        # One for the whole weight stands as one for each row, which all that reads scales knows.
+        scales_OG = scales_OG.reshape(1, 1).expand(outputs, 1).contiguous()
     if scales_OG.dim() != 2 or scales_OG.shape[0] != outputs or not scales_OG.shape[1] or inputs % scales_OG.shape[1]:
         raise DamagedBaseError(f"its scales are {tuple(scales_OG.shape)}, which {shape} can't have")
     if not torch.isfinite(scales_OG).all():
         raise DamagedBaseError("a scale is not finite")
-    return base.unpack(packed, inputs)
+    zeros = stored.get(ZERO)
+    return GridWeight(codes_OI, scales_OG, None if zeros is None else _zeros(zeros, bits, scales_OG))
+
+
+def _zeros(stored: Tensor, bits: int, scales_OG: Tensor) -> Tensor:
+    """Zero points int8 (out, groups), packed along the outputs or as they are."""
+    outputs, groups = scales_OG.shape
+    if stored.dtype == torch.int32:
+        _check_tensor("zero points", stored, (-(-outputs * bits // 32), groups), torch.int32)
+        return grid.unpack(stored.t(), outputs, bits).t().contiguous()
+    if stored.numel() == 1:
+        stored = stored.reshape(1, 1).expand(outputs, 1)
+    _check_tensor("zero points", stored, (outputs, groups), torch.int8)
+    return stored.contiguous()
+
+
+def _check_tensor(what: str, stored: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if stored.dtype != dtype or tuple(stored.shape) != shape:
+        raise DamagedBaseError(f"its {what} are {tuple(stored.shape)} in {stored.dtype}, not {shape} in {dtype}")
 
 
 BASES: tuple[Base, ...] = ()

@@ -12,10 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from slimtune.core.delta import Base, Dense, TensorSpec
 from slimtune.errors import MergeError
 from slimtune.ops.frozen_linear import frozen_linear
+
+
+def as_linear(module: Any) -> nn.Linear:
+    """Make GPT-2's `Conv1D`, in place, the `nn.Linear` of the same product; a linear layer stays as it is.
+
+    It remembers what it was, as bitsandbytes' layers do (`source_cls`).
+    """
+    if isinstance(module, Conv1D):
+        module.in_features, module.out_features, module.source_cls = module.nx, module.nf, Conv1D  # type: ignore
+        del module.nx, module.nf
+        needs_gradient = module.weight.requires_grad
+        module._parameters["weight"] = nn.Parameter(module.weight.detach().t().contiguous(), needs_gradient)
+        module.__class__ = nn.Linear
+    return module
 
 
 class PackedLinear(Base):
@@ -42,6 +57,10 @@ class PackedLinear(Base):
         weight = module.weight
         # A merge puts a plain weight in the place of the codes, (out, in) in floating point; codes have neither.
         return not (weight.is_floating_point() and tuple(weight.shape) == (module.out_features, module.in_features))
+
+    def grid_of(self, module: Any) -> tuple[int, int] | None:
+        """Bits and group size of codes that stand for w = code * scale; None for any others."""
+        return None
 
     def stored_as(self, module: Any) -> str:
         """The type of a packed weight: 'Int8Tensor'."""
@@ -71,8 +90,13 @@ class PackedLinear(Base):
         return isinstance(module, Packed)
 
     def make_plain(self, module: Any, weight_OI: Tensor) -> None:
-        """Make the module, in place, the plain one that it was before its library quantized it, with this weight."""
-        module.__class__ = nn.Linear
+        """Make the module, in place, what it was before it was quantized, an `nn.Linear` or GPT-2's `Conv1D`."""
+        is_conv1d = issubclass(module.__dict__.pop("source_cls", nn.Linear), Conv1D)
+        if is_conv1d:
+            module.nx, module.nf = module.in_features, module.out_features
+            del module.in_features, module.out_features
+            weight_OI = weight_OI.t().contiguous()
+        module.__class__ = Conv1D if is_conv1d else nn.Linear
         module._parameters["weight"] = nn.Parameter(weight_OI, requires_grad=False)
 
     def quantize(self, module: Any, weight_OI: Tensor) -> Dense:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from slimtune.cli.chat import chat
 from slimtune.cli.compare import compare
+from slimtune.cli.completion import completion
 from slimtune.cli.data import data
 from slimtune.cli.demo import demo, demo_data
 from slimtune.cli.distill import distill
@@ -27,6 +28,7 @@ from slimtune.cli.options import RecipeCommand
 from slimtune.cli.plan import plan
 from slimtune.cli.predict import predict
 from slimtune.cli.prune import prune
+from slimtune.cli.push import push
 from slimtune.cli.quantize import quantize
 from slimtune.cli.recipe import recipe
 from slimtune.cli.serve import serve
@@ -88,6 +90,8 @@ def _leave_closed_pipe() -> NoReturn:
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    # `slimtune completion` prints the script, and writes into nobody's .bashrc.
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -142,8 +146,10 @@ for name, command in {
     "quantize": quantize,
     "export": export,
     "merge": merge,
+    "push": push,
     "doctor": doctor,
     "demo-data": demo_data,
+    "completion": completion,
 }.items():
     kind = RecipeCommand if command in (plan, train, distill) else None
     app.command(name, cls=kind, help=_folded(command.__doc__ or ""))(command)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Json, TrustRemoteCode
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
@@ -34,6 +35,7 @@ def compare(
             help="Between commas: any of [bold]slimtune methods[/], qlora (lora on a base in NF4), and variants with "
             "fields, such as lora:r=64. '' for none.",
             rich_help_panel=WHAT,
+            autocompletion=proposals.lists_of_methods,
         ),
     ] = None,
     shots: Annotated[

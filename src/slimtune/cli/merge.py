@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, attach
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import AdapterFileError, ConfigError
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter folder.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="The adapter folder.", autocompletion=proposals.models)
+    ],
     output: Output,
     base: Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")] = None,
     quantize: Annotated[
@@ -21,7 +24,9 @@ def merge(
     ] = None,
     requantize: Annotated[
         bool,
-        typer.Option("--requantize", help="Leave a quantized base quantized; what is lost of the update is reported."),
+        typer.Option(
+            "--requantize", help="Write codes: of a quantized base, with what is lost of the update, or of a grid."
+        ),
     ] = False,
     max_kl: Annotated[
         float | None,
@@ -47,7 +52,8 @@ def merge(
     An adapter that was trained on a quantized base (QLoRA) belongs into the numbers that the codes stand for: with the
     same --quantize, or on a quantized folder, the written 16-bit model is the one that was trained. Merged into the
     original 16-bit base it is another model; where it was measured, a worse one. A merge back into codes (--requantize)
-    rounds a small update away: for a model in few bits merge into the original base and quantize what that gives.
+    rounds a small update away: for a model in few bits merge into the original base and quantize what that gives. An
+    adapter that was trained on the grid of its codes (method.constraint.num_bits=4) loses nothing by --requantize.
     """
     from slimtune.models.export import merge_to_folder
     from slimtune.models.load import LoadOptions, load_base
@@ -59,9 +65,14 @@ def merge(
         raise AdapterFileError(f"{adapter} is no adapter folder: adapter_config.json is missing; pass what train wrote")
     source = base or base_of(adapter)
     model, tokenizer = load_base(adapter, source, LoadOptions(dtype, device, trust_remote_code, quantize))
-    if requantize and not getattr(model, "is_quantized", False):
-        raise ConfigError(f"{source} isn't quantized, so that there is nothing to quantize again; pass --quantize nf4")
+    is_quantized = getattr(model, "is_quantized", False)
     model = attach(model, {"default": adapter})
+    constraint = getattr(model.active_peft_config, "constraint", None)
+    if requantize and not is_quantized and not (constraint and constraint.num_bits):
+        raise ConfigError(
+            f"{source} isn't quantized, so that there is nothing to quantize again; pass --quantize nf4, or train the "
+            "adapter on a grid (method.constraint.num_bits=4)"
+        )
     report = merge_to_folder(model, tokenizer, output, max_kl, overwrite, requantize)
     if as_json:
         print_json({"output": str(output), "base": source, **report.to_dict()})
@@ -80,5 +91,5 @@ def merge(
         screen.print(report.verdict, markup=False)
     else:
         screen.print(f"[yellow]warning:[/] {report.verdict}")
-    kind = "a plain model" if report.requantized is None else "a quantized model"
+    kind = "a quantized model" if requantize else "a plain model"
     screen.print(f"{output}: {size / 1e6:,.0f} MB, {kind}", markup=False)

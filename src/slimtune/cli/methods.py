@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Json
 from slimtune.console.screen import open_screen, print_json, print_table
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show the fields of this method, with their defaults.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show the fields of this method, with their defaults.", autocompletion=proposals.methods),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the tuning methods, or the fields of one that a recipe has as method.NAME.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from slimtune.cli.proposals import dtypes, models, quantizations, torch_devices
 from slimtune.errors import AdapterExistsError, AdapterFileError, ConfigError, listing
 
 if TYPE_CHECKING:
@@ -22,14 +23,24 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A model folder, a Hub id, the packaged [bold]smollm2-135m-instruct[/], or an adapter folder.",
+        autocompletion=models,
     ),
 ]
 Base = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/]."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/].",
+        autocompletion=models,
+    ),
 ]
 TunedModel = Annotated[
-    str, typer.Argument(metavar="TUNED", help="The folder of an adapter, or of a model that was tuned as a whole.")
+    str,
+    typer.Argument(
+        metavar="TUNED",
+        help="The folder of an adapter, or of a model that was tuned as a whole.",
+        autocompletion=models,
+    ),
 ]
 TunedBase = Annotated[
     str | None,
@@ -43,14 +54,20 @@ Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace files in the output folder, once the new ones are whole.")
 ]
-Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.", autocompletion=dtypes),
+]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...", autocompletion=torch_devices)
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
         "--quantize",
         metavar="KIND",
         help="While loading: nf4, fp4, int8, int4, int8-torchao, int4-torchao.",
+        autocompletion=quantizations,
     ),
 ]
 TrustRemoteCode = Annotated[

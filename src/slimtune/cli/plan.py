@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Fields, Json, TrustRemoteCode, columns_of
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError, did_you_mean
@@ -14,10 +15,11 @@ from slimtune.errors import ConfigError, did_you_mean
 NOTHING_FITS = 3
 KEYS = (
     "task", "model.dtype", "data.held_out", "training.epochs", "training.optim", "training.gradient_accumulation",
-    "training.gradient_checkpointing", "preferences.generations", "preferences.max_new_tokens",
+    "training.gradient_checkpointing", "training.share_prefixes", "preferences.generations",
+    "preferences.max_new_tokens",
 )  # fmt: skip
 """What of a recipe a plan depends on, beside its options."""
-WHAT, HOW, WHERE = "What is tuned", "Settings (by default the best that fit)", "Where"
+WHAT, HOW, WHERE, SERVED = "What is tuned", "Settings (by default the best that fit)", "Where", "Serving"
 
 
 def plan(
@@ -28,6 +30,7 @@ def plan(
             help="A folder with a config.json, a Hub id, a packaged name, or one of the classic table: llama-2-7b, "
             "llama-2-13b, llama-30b, llama-3-70b, qwen1.5-110b.",
             show_default=False,
+            autocompletion=proposals.models_and_recipes,
         ),
     ] = None,
     overrides: Annotated[
@@ -42,7 +45,11 @@ def plan(
     goal: Annotated[str, typer.Option(help="task, quality, fast, domain or tiny.", rich_help_panel=WHAT)] = "task",
     method: Annotated[
         list[str],
-        typer.Option(help="Only these methods, by their name in train; repeatable.", rich_help_panel=WHAT),
+        typer.Option(
+            help="Only these methods, by their name in train; repeatable.",
+            rich_help_panel=WHAT,
+            autocompletion=proposals.methods,
+        ),
     ] = [],  # noqa: B006
     base: Annotated[
         list[str],
@@ -52,7 +59,12 @@ def plan(
         ),
     ] = [],  # noqa: B006
     device: Annotated[
-        str, typer.Option(help="A GPU's name, cpu, or auto for this machine.", rich_help_panel=WHERE)
+        str,
+        typer.Option(
+            help="A GPU's name, cpu, or auto for this machine.",
+            rich_help_panel=WHERE,
+            autocompletion=proposals.devices,
+        ),
     ] = "auto",
     devices: Annotated[
         int | None, typer.Option(help="GPUs that share the work, by FSDP2 or as --launch says.", rich_help_panel=WHERE)
@@ -66,10 +78,14 @@ def plan(
         ),
     ] = None,
     serve_on: Annotated[
-        str | None, typer.Option(help="The device that has to run the result.", rich_help_panel=WHERE)
+        str | None,
+        typer.Option(
+            help="The device that has to run the result.", rich_help_panel=WHERE, autocompletion=proposals.devices
+        ),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="Memory of the device, if other.", rich_help_panel=WHERE)
+        float | None,
+        typer.Option(metavar="GB", help="Memory of the device, if other, in GB of 10^9 bytes.", rich_help_panel=WHERE),
     ] = None,
     price: Annotated[
         float | None, typer.Option(metavar="USD", help="Price of an hour of it, if other.", rich_help_panel=WHERE)
@@ -84,6 +100,13 @@ def plan(
     merge: Annotated[
         bool, typer.Option("--merge", help="Say what merging the adapter takes too.", rich_help_panel=HOW)
     ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="What serving takes instead, and how fast it is.", rich_help_panel=SERVED)
+    ] = False,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Answers at once; 16, or as many as fit.", rich_help_panel=SERVED)
+    ] = None,
+    adapters: Annotated[int, typer.Option(min=0, help="Loaded at once, LoRA of --rank.", rich_help_panel=SERVED)] = 0,
     table: Annotated[
         bool, typer.Option("--table", help="The classic table: four methods by five sizes of model.")
     ] = False,
@@ -109,6 +132,8 @@ def plan(
 
     slimtune plan llama-3-70b --device H100 --devices 4 --base nf4 task=dpo
 
+    slimtune plan smollm2-135m-instruct --serve --slots 32 --adapters 8
+
     slimtune plan llama-3-70b --device H100 --devices 8 --launch docs/scale/fsdp2.yaml
 
     slimtune plan --table --plot table.svg
@@ -124,13 +149,19 @@ def plan(
         _calibrate(as_json, is_all=model is None and not table)
     if table:
         _classic(
-            plot, as_json, batch_size or 1, max_length or 512, rank or 16, settings.get("gradient_checkpointing", True)
-        )
+            plot, as_json, batch_size or 1, max_length or 512, rank or 16, settings.get("gradient_checkpointing", True),
+            None if device == "auto" else device,
+        )  # fmt: skip
         return
     if model is None:
         if calibrate:
             return
         raise ConfigError("plan needs a MODEL, --table or --calibrate; try `slimtune plan llama-2-7b`")
+    if serve:
+        _serving(model, as_json, device, memory, base, slots, max_length, adapters, rank or 16, trust_remote_code)
+        return
+    if slots is not None or adapters:
+        raise ConfigError("--slots and --adapters would change nothing without --serve; leave them out")
     from slimtune.cli.plan_view import show
     from slimtune.plan.plan import plan as ask
 
@@ -147,13 +178,49 @@ def plan(
     if plot is not None:
         from slimtune.plan.table import Bar, plot_bars
 
-        bars = [Bar(f"{choice.label}, batch {choice.setting.batch}", choice.parts) for choice in report.choices]
-        plot_bars(bars, plot, f"{model} on {report.request.device.name}", report.request.device.room_bytes)
+        bars = [
+            Bar(f"{choice.label}, batch {choice.setting.batch}", choice.parts, choice.runtime_bytes)
+            for choice in report.choices
+        ]
+        plot_bars(bars, plot, f"{model} on {report.request.device.name}", report.request.device.memory_bytes)
     if as_json:
         print_json(report.to_dict())
     else:
         show(screen, report, launch)
     if report.best is None:
+        raise typer.Exit(NOTHING_FITS)
+
+
+def _serving(
+    model: str, as_json: bool, device_name: str, memory: float | None, base: list[str], slots: int | None,
+    context: int | None, adapters: int, rank: int, trust_remote_code: bool,
+) -> None:  # fmt: skip
+    from slimtune.cli.plan_view import show_serving
+    from slimtune.plan.devices import find
+    from slimtune.plan.memory import Setting
+    from slimtune.plan.plan import count, dtype_on, read_config
+    from slimtune.plan.serving import plan_serving
+    from slimtune.plan.time import rates_of
+
+    if len(base) > 1:
+        raise ConfigError("--serve plans one --base at a time; pass one, or none for the model as it is stored")
+    screen, device = open_screen(as_json), find(device_name).changed(memory)
+    with screen.status("simulating..."):
+        config = read_config(model, trust_remote_code)
+        numbers = count(config, "CAUSAL_LM", trust_remote_code)[1] * rank if adapters else 0
+        setting = Setting(
+            base=base[0] if base else "dense",  # type: ignore[arg-type]
+            dtype=dtype_on(config, device),
+            device="cpu" if device.is_cpu else "cuda",
+            trust_remote_code=trust_remote_code,
+        )
+        planned = plan_serving(config, device, slots, context, adapters, numbers, setting)
+    rates = rates_of(device)
+    if as_json:
+        print_json({"model": model, **planned.to_dict(rates)})
+    else:
+        show_serving(screen, model, planned, rates)
+    if not planned.fits:
         raise typer.Exit(NOTHING_FITS)
 
 
@@ -211,8 +278,11 @@ def _calibrate(as_json: bool, is_all: bool) -> None:
         print_json({"device": device.name, **asdict(rates)})
 
 
-def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool) -> None:
+def _classic(
+    plot: Path | None, as_json: bool, batch: int, sequence: int, rank: int, checkpointing: bool, device: str | None
+) -> None:
     from slimtune.cli.plan_view import show_classic
+    from slimtune.plan.devices import find
     from slimtune.plan.plan import read_config, simulation
     from slimtune.plan.table import classic_bars, classic_table, plot_bars
 
@@ -221,6 +291,7 @@ def _classic(plot: Path | None, as_json: bool, batch: int, sequence: int, rank: 
         cells = classic_table(
             lambda name, setting: simulation(read_config(name))(setting),
             batch=batch, sequence=sequence, rank=rank, checkpointing=checkpointing,
+            device=find(device) if device else None,
         )  # fmt: skip
     if plot is not None:
         plot_bars(classic_bars(cells), plot, f"tuning, batch {batch} x {sequence} tokens")

@@ -19,6 +19,9 @@ from slimtune.plan.table import COLOURS, ROWS, SIZES, TableCell
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.plan.serving import ServingPlan
+    from slimtune.plan.time import Rates
+
 BAR_WIDTH = 22
 LETTERS = {
     "weights": "w",
@@ -28,6 +31,7 @@ LETTERS = {
     "activations": "h",
     "loss": "l",
     "workspace": "t",
+    "runtime": "r",
 }
 """Of each part, where there are no colours."""
 
@@ -59,6 +63,12 @@ def show(screen: Console, report: PlanReport, launch: str | None = None) -> None
 
 def _notes(choice: Choice, report: PlanReport) -> list[str]:
     notes, duration, devices = list(choice.plan.notes), choice.duration, report.request.devices
+    if choice.is_tight:
+        device = report.request.device
+        notes.append(
+            f"tight: {choice.needed_bytes / device.memory_bytes:.0%} of the memory, and no plan was held against a GPU "
+            "yet; a shorter --max-length, a smaller rank or batch gives it room"
+        )
     sharing = report.request.sharing
     if choice.merge_bytes is not None:
         notes.append(f"merging takes {_bytes(choice.merge_bytes)} of live tensors")
@@ -81,6 +91,35 @@ def _notes(choice: Choice, report: PlanReport) -> list[str]:
     return notes
 
 
+def show_serving(screen: Console, model: str, planned: ServingPlan, rates: Rates) -> None:
+    """What serving takes, line by line, and about how fast it is."""
+    device = planned.device
+    free = f", of which advice leaves {device.margin:.0%} free" if device.margin else ""
+    screen.print(
+        f"serving {model} on {device.name}: {device.memory_bytes / 1e9:.1f} GB{device.sold_as}{free}", markup=False
+    )
+    lines = [("base", _bytes(planned.weights_bytes), "")]
+    if planned.adapters:
+        each = f"{planned.adapters:,} x {_bytes(planned.adapter_bytes)}"
+        lines.append(("adapters", _bytes(planned.adapters * planned.adapter_bytes), each))
+    each = f"{planned.slots:,} x {_bytes(planned.slot_bytes)}, each a context of {planned.context:,} tokens"
+    lines.append(("slots", _bytes(planned.slots * planned.slot_bytes), each))
+    lines.append(("runtime", _bytes(planned.needed_bytes - planned.live_bytes), "context and fragmentation"))
+    lines.append(("needs", _bytes(planned.needed_bytes), f"{planned.most_slots:,} slots would fit at most"))
+    for name, size, why in lines:
+        screen.print(f"  {name:<9}{size:>9}  {why}".rstrip(), markup=False)
+    for note in planned.notes:
+        screen.print(f"  note: {note}", markup=False)
+    if not planned.fits:
+        screen.print("[bold red]it doesn't fit[/]: take fewer --slots, a shorter --max-length or a quantized --base")
+    speeds = " and ".join(
+        f"{planned.tokens_per_second(rates, n):,.0f} with {counted(n, 'answer')} at once"
+        for n in sorted({1, planned.slots})
+    )
+    how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
+    screen.print(f"tokens a second: about {speeds} ({how})")
+
+
 def show_classic(screen: Console, cells: Sequence[TableCell]) -> None:
     """The classic table: simulated gigabytes, and the rule of thumb beside them."""
     from rich.table import Table
@@ -98,7 +137,7 @@ def show_classic(screen: Console, cells: Sequence[TableCell]) -> None:
     screen.print(
         f"\nsimulated (and the rule of thumb): batch {setting.batch} x {setting.sequence} tokens, bf16, "
         f"{'with' if setting.gradient_checkpointing else 'without'} checkpointing, AdamW, LoRA on all linear layers; "
-        "live tensors at their peak, to which a device adds its context and fragmentation"
+        f"needed at the peak, with the runtime of an {cells[0].device.name}"
     )
     screen.print("when the rules of thumb hold:")
     for row in ROWS:
@@ -109,10 +148,10 @@ def show_classic(screen: Console, cells: Sequence[TableCell]) -> None:
 def _show_question(screen: Console, report: PlanReport) -> None:
     request, device, lengths = report.request, report.request.device, report.request.lengths
     several = f"{request.devices} x " if request.devices > 1 else ""
+    free = f", of which advice leaves {device.margin:.0%} free" if device.margin else ""
     screen.print(
-        f"{report.model} on {several}{device.name}: {device.memory_bytes / 1e9:.1f} GB, of which "
-        f"{device.room_bytes / 1e9:.1f} are left beside context and fragmentation; goal {request.goal}: "
-        f"{GOALS[request.goal]}",
+        f"{report.model} on {several}{device.name}: {device.memory_bytes / 1e9:.1f} GB{device.sold_as}{free}; "
+        f"goal {request.goal}: {GOALS[request.goal]}",
         markup=False,
     )
     if report.data is None:
@@ -138,6 +177,19 @@ def _show_question(screen: Console, report: PlanReport) -> None:
         f"padding: {lengths.padding_waste(batch):.0%} of a batch of {batch}; packed rows of {request.sequence:,} "
         f"tokens would compute {1 / gain:.2f} times as many"
     )
+    if shared := _sharing(report):
+        screen.print(shared)
+
+
+def _sharing(report: PlanReport) -> str | None:
+    """How much is computed once for several rows, of the first choice that shares."""
+    shared = next((choice.setting.shared for choice in report.choices if choice.setting.shared), None)
+    if shared is None:
+        return None
+    return (
+        f"what rows begin with alike is counted once, and padding not at all: {1 / shared.share:.2f} times fewer "
+        "tokens (training.share_prefixes=false computes all); whether this model can is tried before training"
+    )
 
 
 def _learned(report: PlanReport) -> str:
@@ -154,11 +206,11 @@ def _learned(report: PlanReport) -> str:
 def _show_choices(screen: Console, report: PlanReport) -> None:
     from rich.table import Table
 
-    scale = max(report.request.device.room_bytes, 1)
+    scale = max(report.request.device.memory_bytes, 1)
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     table.add_column("needs", justify="right", no_wrap=True)
-    table.add_column(f"live, of {scale / 1e9:.1f} GB", width=BAR_WIDTH + 1, no_wrap=True)
+    table.add_column(f"of {scale / 1e9:.1f} GB", width=BAR_WIDTH + 1, no_wrap=True)
     for name in ("batch", "time", "cost", "adapter"):
         table.add_column(name, justify="right", no_wrap=True)
     for choice in report.choices:
@@ -167,7 +219,7 @@ def _show_choices(screen: Console, report: PlanReport) -> None:
         table.add_row(
             Text(choice.label, style=mark),
             Text(_bytes(choice.needed_bytes), style=mark),
-            bar(choice.parts, scale, has_colour=screen.color_system is not None),
+            bar(choice.parts, choice.runtime_bytes, scale, has_colour=screen.color_system is not None),
             _batch(choice),
             _time(choice.duration.seconds) if choice.fits else "no",
             "" if cost is None or not choice.fits else _dollars(cost),
@@ -182,6 +234,7 @@ def _show_choices(screen: Console, report: PlanReport) -> None:
     screen.print(legend)
     if any(choice.setting.gradient_checkpointing for choice in report.choices):
         screen.print("* with gradient checkpointing")
+    screen.print("runtime: the context of the device, and what its allocator leaves unused; in all figures of need")
     rates = report.rates
     how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
     price = report.request.device.price_per_hour
@@ -199,11 +252,12 @@ def _show_refusal(screen: Console, report: PlanReport) -> None:
     )
 
 
-def bar(parts: MemoryBreakdown, scale: int, has_colour: bool = True, width: int = BAR_WIDTH) -> Text:
-    """The parts of a peak, `width` characters for `scale` bytes; cut with an arrow where it is longer."""
+def bar(parts: MemoryBreakdown, runtime: int, scale: int, has_colour: bool = True, width: int = BAR_WIDTH) -> Text:
+    """The parts of a need, `width` characters for `scale` bytes; cut with an arrow where it is longer."""
     text, drawn, reached = Text(), 0, 0.0
+    needed = parts.named() | {"runtime": runtime}
     for part, colour in COLOURS.items():
-        reached += getattr(parts, part) / scale * width
+        reached += needed[part] / scale * width
         count = min(round(reached), width) - drawn
         text.append(("█" if has_colour else LETTERS[part]) * max(count, 0), style=colour)
         drawn += max(count, 0)

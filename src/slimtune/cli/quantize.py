@@ -14,14 +14,23 @@ from slimtune.console.screen import open_screen, print_json
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, a packaged name or an adapter.")],
     output: Output,
-    scheme: Annotated[str, typer.Option(help="W4A16 (weights in 4 bits) or W8A16.")] = "W4A16",
+    scheme: Annotated[
+        str, typer.Option(help="W4A16 (weights in 4 bits), W8A16, or W8A8 (inputs in 8 bits too).")
+    ] = "W4A16",
     method: Annotated[
         str | None,
         typer.Option(help="awq+gptq (in 4 bits the default), awq, gptq, or rtn (in 8 bits the default; no data)."),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="How many inputs share a scale in W4A16: 32, 64 (default), 128 or 256.")
+        int | None, typer.Option(help="How many inputs share a scale in groups: 32, 64 (default), 128 or 256.")
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="What shares a scale: group (default in 4 bits), channel (default in 8) or tensor."),
+    ] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="With zero points, which fewer engines read.")
+    ] = False,
     data: Annotated[
         Path | None,
         typer.Option(help="What to calibrate on, as slimtune train reads it; without it, texts that are shipped."),
@@ -51,7 +60,7 @@ def quantize(
     from slimtune.slim.quantize import QuantizeConfig
     from slimtune.storage.atomic import refuse_existing
 
-    config = QuantizeConfig(scheme, method, group_size, head, ignore or ())
+    config = QuantizeConfig(scheme, method, group_size, head, ignore or (), strategy, not asymmetric)
     refuse_existing(output, overwrite)
     loaded, tokenizer = load_model(model, None, LoadOptions(dtype, device, trust_remote_code))
     if hasattr(loaded, "peft_config"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import Json, Overwrite, TrustRemoteCode
 from slimtune.console.screen import open_screen, print_json, print_table, say
 from slimtune.errors import OutputExistsError, SlimtuneError
@@ -25,7 +26,12 @@ recipe = typer.Typer(
     "Example: slimtune recipe init recipe.yaml --for chat",
 )
 
-Shipped = Annotated[str, typer.Argument(metavar="NAME", help="One that [bold]slimtune recipe list[/] shows.")]
+Shipped = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="One that [bold]slimtune recipe list[/] shows.", autocompletion=proposals.recipes
+    ),
+]
 Path_ = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")]
 Overrides = Annotated[
     list[str],
@@ -37,7 +43,13 @@ Overrides = Annotated[
 def init(
     path: Annotated[Path, typer.Argument(metavar="[RECIPE.yaml]", help="The file to write.")] = Path("recipe.yaml"),
     purpose: Annotated[
-        str, typer.Option("--for", metavar="NAME", help="One that [bold]slimtune recipe list[/] shows.")
+        str,
+        typer.Option(
+            "--for",
+            metavar="NAME",
+            help="One that [bold]slimtune recipe list[/] shows.",
+            autocompletion=proposals.recipes,
+        ),
     ] = "chat",
     overwrite: Overwrite = False,
 ) -> None:

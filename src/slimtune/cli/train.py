@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimtune.cli import proposals
 from slimtune.cli.options import TYPED, Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
+from slimtune.cli.push import push_trained
 from slimtune.console.process import this_process
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
     from slimtune.recipe.recipe import Recipe
 
-WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "launch", "trust_remote_code", "as_json")
+WITH_A_RECIPE = ("source", "rest", "output", "overwrite", "resume", "plans", "launch", "trust_remote_code",
+                 "push_to_hub", "as_json")  # fmt: skip
 """Parameters that say how a recipe is run, not what it says."""
 
 
@@ -29,6 +32,7 @@ def train(
         typer.Argument(
             metavar="RECIPE.yaml|MODEL",
             help="A recipe, or a model folder, a Hub id or the packaged [bold]smollm2-135m-instruct[/].",
+            autocompletion=proposals.models_and_recipes,
         ),
     ],
     rest: Annotated[
@@ -44,7 +48,9 @@ def train(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="The folder to write; by default the recipe's."),
     ] = None,
-    method: Annotated[str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.")] = "lora",
+    method: Annotated[
+        str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.", autocompletion=proposals.methods)
+    ] = "lora",
     rank: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale is alpha / rank; 2 * rank for lora.")] = None,
     learning_rate: Annotated[
@@ -72,6 +78,10 @@ def train(
             '"torchrun ..." starts them.',
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Push to NAME or ORGANISATION/NAME of the Hub in the end; asked at once."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -95,11 +105,13 @@ def train(
     """
     from slimtune.pipeline.train import run
     from slimtune.storage.atomic import refuse_existing
+    from slimtune.storage.push import check_access
     from slimtune.train.results import RESULTS
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
     recipe = _recipe(ctx, source, rest, output).trusting(trust_remote_code)
+    repository = check_access(push_to_hub) if push_to_hub and this_process().is_main else None
     if launch is not None:
         raise typer.Exit(_launched(ctx, launch, recipe))
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
@@ -107,8 +119,15 @@ def train(
         return
     results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
     say_how_to_use(open_screen(as_json), recipe, results["task_type"])
-    if as_json:
-        print_json({"output": recipe.output, **results})
+    if repository:
+        results["pushed"] = None
+    try:
+        if repository:
+            results["pushed"] = push_trained(open_screen(as_json), Path(recipe.output), repository)
+    finally:
+        # A push that fails takes nothing back of the training.
+        if as_json:
+            print_json({"output": recipe.output, **results})
 
 
 def _launched(ctx: typer.Context, how: str, recipe: Recipe) -> int:

@@ -1,8 +1,18 @@
-"""Which candidate to choose and how sure that is, by rules: each sentence follows from figures of the summary."""
+"""Which candidate to choose and how sure that is, by rules: each sentence follows from figures of the summary.
+
+The rule (docs/adr/0021-what-is-chosen.md):
+
+1. What is shown to be worse than another candidate is out.
+2. Of the rest the best by score is chosen, unless another one *does as well for less*: its score is within 2% of the
+   best, as measured, and it needs no training, or saves more than a tenth of memory, time or room on disk and takes a
+   tenth more of none of them.
+
+A difference that is not shown is not equality, so it never makes the lower score the better choice by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from slimtune.compare import format as figures
@@ -10,8 +20,10 @@ from slimtune.compare.summary import CandidateRow, Summary
 from slimtune.metrics.seeds import MeanInterval
 
 ENOUGH_SEEDS = 3
-ALIKE = 1.05
-"""Costs within this factor are no reason to choose."""
+AS_GOOD = 0.02
+"""The share of the best score that a cheaper candidate may give up."""
+ALIKE = 0.1
+"""Costs that differ by this share or less are no reason to choose."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Recommendation:
 
 
 def choose(summary: Summary) -> Recommendation:
-    """The best by score; of those not shown to differ from it the cheapest, and no training where none is needed."""
+    """By the rule above: the best by score, or what does as well for less."""
     ranked = summary.scored
     if not ranked:
         return Recommendation(None, "Nothing can be chosen", ("No run gave a score.",), tuple(_warnings(summary, None)))
@@ -38,13 +50,13 @@ def choose(summary: Summary) -> Recommendation:
     near = [row for row in ranked[1:] if not summary.is_shown(best, row)]
     # What is as good as the best as far as was seen, but worse than a third, is no candidate.
     peers = [best, *(row for row in near if summary.beaten_by(row) is None)]
-    chosen, reason = _cheapest(best, peers)
+    chosen = for_less(best, [row for row in peers if gives_up(row, best) <= AS_GOOD])
     sentences = [
         _best(summary, best, near),
         *_beaten(summary, near),
-        reason,
+        _reason(chosen, best, peers),
         *_against_base(summary, chosen),
-        *_in_context(summary, chosen, peers),
+        *_in_context(summary, chosen),
         *_control(summary),
         *_forgetting(summary, chosen),
     ]
@@ -52,26 +64,59 @@ def choose(summary: Summary) -> Recommendation:
     return Recommendation(chosen.name, headline, tuple(sentences), tuple(_warnings(summary, best)))
 
 
+def gives_up(row: CandidateRow, best: CandidateRow) -> float:
+    """The share of the better score that a candidate falls short of it by; 0 where both are 0."""
+    largest = max(abs(row.mean), abs(best.mean))
+    return abs(best.mean - row.mean) / largest if largest else 0.0
+
+
+def for_less(best: CandidateRow, alike: Sequence[CandidateRow]) -> CandidateRow:
+    """Of candidates that do as well as the best, which is one of them: what costs least, as far as costs differ.
+
+    No training comes before training. Of those that are cheaper than the best it is the first by score that none of
+    them is cheaper than.
+    """
+    untrained = [row for row in alike if not row.candidate.is_trained]
+    if untrained:
+        return min(untrained, key=lambda row: row.candidate.shots)
+    cheaper = [row for row in alike if is_cheaper(row, best)]
+    return next((row for row in cheaper if not any(is_cheaper(other, row) for other in cheaper)), best)
+
+
+def is_cheaper(row: CandidateRow, other: CandidateRow) -> bool:
+    """Whether a candidate saves more than a tenth of some cost of another one and takes a tenth more of none."""
+    ratios = [ratio for _, ratio in _ratios(row, other)]
+    return any(ratio < 1 - ALIKE for ratio in ratios) and all(ratio <= 1 + ALIKE for ratio in ratios)
+
+
 def _headline(chosen: CandidateRow, best: CandidateRow, peers: list[CandidateRow], summary: Summary) -> str:
-    name = "the model as it comes" if chosen is summary.base else chosen.name
+    """One sentence, with what is given up for what."""
     if len(summary.scored) == 1:
-        return f"Only {name} has a score"
+        return f"Only {'the model as it comes' if chosen is summary.base else chosen.name} has a score"
     if len(peers) == 1:
+        name = "the model as it comes" if chosen is summary.base else chosen.name
         return f"Choose {name}: it is shown to be better than everything else here"
+    if chosen is not best:
+        less = figures.score(abs(best.mean - chosen.mean))
+        name = "Keep the model as it comes" if chosen is summary.base else f"Choose {chosen.name}"
+        more = _costs_more(best, chosen) if chosen.candidate.is_trained else "has to be trained"
+        return f"{name}: {best.name} scores {less} better, which is not shown, and {more}"
     if chosen is summary.base:
-        return "Keep the model as it comes: nothing is shown to be better"
-    if chosen is best:
-        return f"Choose {name}: it scores best, though {_others(peers, best)} {_be(peers)} not shown to be worse"
-    why = "nothing is trained" if not chosen.candidate.is_trained else "it costs less to train"
-    return f"Choose {name}: not shown to be worse than the best, {best.name}, and {why}"
+        return "Keep the model as it comes: nothing scores better"
+    rival = peers[1]
+    lead = figures.score(abs(best.mean - rival.mean))
+    if is_cheaper(rival, best) or not rival.candidate.is_trained:
+        cost = "has to be trained" if not rival.candidate.is_trained else _costs_more(best, rival)
+        return f"Choose {best.name}: it scores {lead} better than {_called(rival)}, which is not shown, but {cost}"
+    return f"Choose {best.name}: it scores best, {lead} better than {_called(rival)}, which is not shown"
 
 
 def _others(rows: list[CandidateRow], best: CandidateRow) -> str:
     return figures.names([row.name for row in rows if row is not best])
 
 
-def _be(peers: list[CandidateRow]) -> str:
-    return "is" if len(peers) == 2 else "are"
+def _called(row: CandidateRow) -> str:
+    return "the model as it comes" if row.name == "base" else row.name
 
 
 def _best(summary: Summary, best: CandidateRow, near: list[CandidateRow]) -> str:
@@ -103,40 +148,63 @@ def _beaten(summary: Summary, near: list[CandidateRow]) -> Iterator[str]:
             yield f"{row.name} is shown to be worse than {better.name}."
 
 
-def _cheapest(best: CandidateRow, peers: list[CandidateRow]) -> tuple[CandidateRow, str]:
-    """No training before training; then the least memory, time and size, each where it tells them apart."""
-    untrained = sorted((row for row in peers if not row.candidate.is_trained), key=lambda row: row.candidate.shots)
-    if untrained:
-        row = untrained[0]
-        if len(peers) == 1:
-            return row, f"{_name(row)} needs no training."
-        return row, f"Of these {row.name} needs no training, so nothing speaks for paying for one on these figures."
-    if len(peers) == 1:
-        return best, f"Its training took {_costs(best)}."
-    for what, cost in COSTS.items():
-        known = [(value, row) for row in peers if (value := cost(row)) is not None]
-        if len(known) < len(peers):
-            continue
-        least, row = min(known, key=lambda pair: pair[0])
-        others = [(value, other) for value, other in known if other is not row]
-        if all(value > ALIKE * least for value, _ in others):
-            beside = figures.names([f"{SHOWN[what](value)} ({other.name})" for value, other in others])
-            below = "" if row is best else f" ({figures.score(abs(best.mean - row.mean))} from the best)"
-            return row, f"Of these {row.name}{below} takes the least {what}: {SHOWN[what](least)} against {beside}."
-    return best, f"Their costs hardly differ, so the score decides: {best.name} took {_costs(best)}."
-
-
 COSTS: dict[str, Callable[[CandidateRow], float | None]] = {
     "memory to train": lambda row: row.peak_bytes,
     "time to train": lambda row: row.train_seconds,
     "room on disk": lambda row: row.size_bytes,
 }
-"""What a method costs, what weighs most first."""
+"""What a method costs."""
 SHOWN: dict[str, Callable[[float | None], str]] = {
     "memory to train": figures.size,
     "time to train": figures.duration,
     "room on disk": figures.size,
 }
+
+
+def _ratios(row: CandidateRow, other: CandidateRow) -> list[tuple[str, float]]:
+    """Each cost of a candidate against that of another one, where both are known."""
+    known = [(what, cost(row), cost(other)) for what, cost in COSTS.items()]
+    return [(what, one / another) for what, one, another in known if one is not None and another]
+
+
+def _reason(chosen: CandidateRow, best: CandidateRow, peers: list[CandidateRow]) -> str:
+    """Why this one, with the costs that speak for and against it."""
+    if not chosen.candidate.is_trained:
+        if len(peers) == 1:
+            return f"{_name(chosen)} needs no training."
+        return f"Of these {chosen.name} needs no training, so nothing speaks for paying for one on these figures."
+    if len(peers) == 1:
+        return f"Its training took {_costs(best)}."
+    if chosen is not best:
+        saves = [what for what, ratio in _ratios(chosen, best) if ratio < 1 - ALIKE]
+        beside = figures.names([_beside(what, chosen, best) for what in saves])
+        gap = figures.score(abs(best.mean - chosen.mean))
+        return f"{chosen.name} ({gap} from the best) does as well for less {beside}."
+    trained = [row for row in peers[1:] if row.candidate.is_trained]
+    cheaper = [row for row in trained if is_cheaper(row, best)]
+    if cheaper:
+        row = cheaper[0]
+        costs = figures.names([_beside(what, row, best) for what, ratio in _ratios(row, best) if ratio < 1 - ALIKE])
+        return (
+            f"{row.name} takes less {costs}, but its score is {figures.score(abs(best.mean - row.mean))} lower, and a "
+            "difference that is not shown is not equality, so the score decides."
+        )
+    alike = all(abs(ratio - 1) <= ALIKE for row in trained for _, ratio in _ratios(row, best))
+    if alike:
+        return f"Their costs hardly differ, so the score decides: {best.name} took {_costs(best)}."
+    return f"None of the others is cheaper in all, so the score decides: {best.name} took {_costs(best)}."
+
+
+def _beside(what: str, row: CandidateRow, other: CandidateRow) -> str:
+    """A cost of two candidates: `time to train: 60 s against 90 s (dora)`."""
+    one, another = (SHOWN[what](COSTS[what](each)) for each in (row, other))
+    return f"{what}: {one} against {another} ({other.name})"
+
+
+def _costs_more(dear: CandidateRow, cheap: CandidateRow) -> str:
+    """Of which cost a candidate takes most beside another one."""
+    what, ratio = max(_ratios(dear, cheap), key=lambda pair: pair[1], default=("to train", 1.0))
+    return f"takes {ratio:.1f} times the {what}"
 
 
 def _costs(row: CandidateRow) -> str:
@@ -164,7 +232,7 @@ def _against_base(summary: Summary, chosen: CandidateRow) -> Iterator[str]:
         )
 
 
-def _in_context(summary: Summary, chosen: CandidateRow, peers: list[CandidateRow]) -> Iterator[str]:
+def _in_context(summary: Summary, chosen: CandidateRow) -> Iterator[str]:
     prompts = [row for row in summary.scored if not row.candidate.is_trained and row.candidate.shots > 0]
     methods = [row for row in summary.scored if row.candidate.is_trained]
     if not prompts or not methods:
@@ -193,7 +261,7 @@ def _in_context(summary: Summary, chosen: CandidateRow, peers: list[CandidateRow
 
 def _price_of_asking(prompt: CandidateRow, method: CandidateRow) -> str:
     longer, shorter = prompt.answer_seconds, method.answer_seconds
-    if not longer or not shorter or longer <= ALIKE * shorter:
+    if not longer or not shorter or longer <= (1 + ALIKE) * shorter:
         return ""
     return f"; each answer then takes {figures.duration(longer)} instead of {figures.duration(shorter)}"
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from slimtune.core.constraint import ConstraintConfig
 from slimtune.core.delta import Delta, Site
 from slimtune.core.field_types import check_types
 from slimtune.core.roles import Role
@@ -45,6 +46,9 @@ class MethodName(str):
     def name(self) -> str:
         return str(self)
 
+
+CONSTRAINED = "CONSTRAINED_"
+"""What stands before the `peft_type` of an adapter whose merged weights are held to a constraint."""
 
 C = TypeVar("C", bound="PeftConfig")
 
@@ -142,6 +146,11 @@ class PeftConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, those included that were only passed through."""
         own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        constraint = own.pop("constraint", None)
+        if constraint and self.constraint:  # pyright: ignore[reportAttributeAccessIssue]
+            # By another name: who reads the weights without the constraint computes something else.
+            own |= {"constraint": constraint, "peft_type": f"{CONSTRAINED}{self.peft_type}"}
+        # The order is one of precedence: what is unknown to the class never hides a field that it has.
         return dict(self.inert) | self.foreign | own
 
     @classmethod
@@ -152,12 +161,17 @@ class PeftConfig:
             ConfigError: an unknown method, or an unknown field that is set to something.
         """
         peft_type = fields.get("peft_type")
+        if fields.get("constraint"):
+            peft_type = str(peft_type).removeprefix(CONSTRAINED)
+            fields = {**fields, "peft_type": peft_type}
+        # From the file and not from `cls`: `PeftConfig.from_pretrained` is how callers ask before they know the method.
         owner = method(str(peft_type)) if peft_type else cls
         if owner is PeftConfig:
             raise ConfigError(f"peft_type must name a method, found {peft_type!r}; known are {listing(methods())}")
         if not issubclass(owner, cls):
             raise ConfigError(f"this is a {peft_type} adapter, not one for {cls.__name__}")
         known = {f.name for f in dataclasses.fields(owner)}
+        # Unknown fields are kept apart and written back by `to_dict`: reading and saving must lose nothing of a file.
         config = owner(**{name: value for name, value in fields.items() if name in known})
         config.foreign = {name: value for name, value in fields.items() if name not in known}
         for name, value in config.foreign.items():
@@ -188,9 +202,21 @@ class PeftConfig:
 
         write_config(save_directory, self.to_dict())
 
+    def push_to_hub(self, repo_id: str, **hub: Any) -> Any:
+        """Push `adapter_config.json` alone; takes what transformers' `push_to_hub` takes."""
+        from transformers.utils.hub import PushToHubMixin
+
+        class Pushed(PushToHubMixin):
+            def save_pretrained(self, folder: str, **_: Any) -> None:
+                config.save_pretrained(folder)
+
+        config = self
+        return Pushed().push_to_hub(repo_id, **hub)
+
     @classmethod
     def check_foreign(cls, name: str, value: Any) -> None:
         """Let a field pass that changes nothing. Raises: ConfigError, for one that would."""
+        # At its neutral value the field changes nothing, whatever it is called: files of a newer `peft` stay readable.
         if name in cls.inert and value == cls.inert[name]:
             return
         if name not in cls.inert and value in (None, False, "", [], {}):
@@ -204,15 +230,19 @@ class TargetedConfig(PeftConfig):
     """What methods share that change chosen modules.
 
     `target_modules`: names (the last components of module paths), a regular expression over whole paths,
-    `"all-linear"`, or None for the places where the method belongs.
+    `"all-linear"`, or None for the places where the method belongs. `constraint`: what the merged weights are held to,
+    see `slimtune.ConstraintConfig`; `peft` has no such thing, and refuses the file.
     """
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
+    constraint: ConstraintConfig | dict[str, Any] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.constraint = ConstraintConfig.of(self.constraint)
+        # A set, as `peft` makes it: the order of names has no meaning, and two configs compare equal.
         self.target_modules = _names(self.target_modules)
         self.exclude_modules = _names(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
@@ -264,6 +294,7 @@ _methods: dict[str, type[PeftConfig]] = {}
 def register(config: type[C]) -> type[C]:
     """Enrol a method by its config; constructor arguments that don't exist are refused with a suggestion."""
     plain_init = config.__init__
+    # Before it is wrapped: the wrapper's own signature takes anything.
     known = [name for name in inspect.signature(plain_init).parameters if name != "self"]
 
     @functools.wraps(plain_init)
@@ -289,6 +320,8 @@ def register(config: type[C]) -> type[C]:
     config.__init__ = checked_init
     # Of this very class: a method derived from LoRA's config isn't one that `peft` reads.
     config.in_peft = vars(config).get("in_peft", False)
+    # An instance by defaults, since `peft_type` is a field and not a class attribute; every method must be
+    # constructible so.
     _methods[config().peft_type or ""] = config
     return config
 

@@ -139,6 +139,7 @@ def make_orders(train: int = 640, held_out: int = 100, seed: int = 0) -> tuple[l
     examples: dict[str, Example] = {}
     while len(examples) < train + held_out:
         example = _speak(rng)
+        # By the sentence: two orders that sound the same would make one of them impossible to learn.
         examples.setdefault(example.sentence, example)
     # A set of sentences of their own: what is held out never occurs in training.
     everything = list(examples.values())

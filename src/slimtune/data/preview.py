@@ -130,6 +130,7 @@ def preview(settings: DataSettings, tokenizer: Any = None, task: str = "auto", s
 
 def _encoded(splits: Splits, settings: DataSettings, tokenizer: Any, samples: int) -> Preview:
     """The preview of what a model that writes text learns from, as training encodes it but at full length."""
+    # At full length, since the preview is what a maximum is chosen by.
     encoded = encode_sources(splits.train, replace(settings, max_length=sys.maxsize, too_long="error"), tokenizer)
     examples = mixed(splits.train, encoded, seed=0)
     lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))

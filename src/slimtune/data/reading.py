@@ -91,6 +91,7 @@ def read_splits(settings: DataSettings, task: str = "auto", seed: int = 0) -> Sp
         return Splits(task, train, [_read(source, settings, task) for source in settings.held_out_sources])
     if not settings.held_out_share:
         return Splits(task, train)
+    # Source by source: a share of the whole could leave a small source out of either half.
     halves = [_split(rows, settings.held_out_share, seed) for rows in train]
     return Splits(task, [rest for rest, _ in halves], [held_out for _, held_out in halves])
 
@@ -157,6 +158,7 @@ def _task(sources: Sequence[SourceRows], task: str) -> str:
 def _split(source: SourceRows, share: float, seed: int) -> tuple[SourceRows, SourceRows]:
     """The rows to train on, and a share of them drawn to be held out; raises DataError if either is empty."""
     order = list(range(len(source.rows)))
+    # Shuffled before it is cut: files are often sorted by label or by date.
     random.Random(seed).shuffle(order)
     count = round(len(order) * share)
     if not 0 < count < len(order):
@@ -191,6 +193,7 @@ def exact_shares(sources: Sequence[SourceRows], counts: Sequence[int] | None = N
 def drawn(examples: Sequence[T], count: int, seed: int) -> list[T]:
     """Draw `count` examples: all of them, in their order, as often as they go into it, and the rest by seed."""
     times, rest = divmod(count, len(examples))
+    # Without replacement: no example is seen three times before all are seen twice.
     return [*list(examples) * times, *random.Random(seed).sample(list(examples), rest)]
 
 

@@ -41,6 +41,7 @@ class Turn(BaseModel):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
+    # Excluded from what the template is shown: a mark for the training is not part of the conversation.
     weight: Literal[0, 1] = Field(1, exclude=True)
 
     @model_validator(mode="before")
@@ -133,6 +134,7 @@ def _with_object(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
+        # OpenAI's API writes arguments as text, chat templates apply `tojson` to them.
         function = function | {"arguments": parse_json(function["arguments"])}
     except ValueError as error:
         raise ValueError(f"the arguments of the call of {function.get('name')} are not JSON ({error})") from error
@@ -242,6 +244,7 @@ class Labelled(Unlabelled):
     @field_validator("label", mode="before")
     @classmethod
     def _as_name(cls, value: Any) -> Any:
+        # Not floats: 0.5 as a label is a score, and a model of classes would be the wrong one for it.
         return str(value) if isinstance(value, bool | int) else value
 
     @field_validator("label")

@@ -78,6 +78,8 @@ class RowProduct:
     ) -> JointFactors:
         """The factors of the adapters in the batch, and of those that were, as far as the budget reaches."""
         base, own = Frozen(module, module.adopted_base, frozen), deltas_of(module)
+        # Adapters come and go by the step: without those that left, two clients in turn would have all factors joined
+        # anew each time.
         left = [name for name in (known.ranks if known else ()) if name in own and name not in present]
         parts: dict[str, RowParts] = {}
         for name in (*present, *left):
@@ -95,6 +97,7 @@ class RowProduct:
         if not joint.ranks:
             return frozen(module, x)
         x_TI = x.reshape(-1, x.shape[-1])
+        # The order of the names is part of the key: a table's rows lie in it, and it differs between layers.
         index_T = rows.cached(("index", *joint.ranks), x, lambda: _index(joint, rows, x))
         if joint.inputs is not None:
             x_TI = x_TI * joint.inputs[index_T]
@@ -102,6 +105,7 @@ class RowProduct:
         y_TO = frozen(module, x_TI)
         if joint.a is not None and joint.b is not None:
             if len(x_TI) * len(joint.a) <= MOST_WORK:
+                # With the ranks in the key: layers may have other ranks by `rank_pattern`.
                 others_TR = rows.cached(("others", *joint.key), x, lambda: _others(joint, index_T))
                 # Written over and not multiplied by zero: what one adapter makes infinite must not reach other rows.
                 z_TR = F.linear(x_TI, joint.a).masked_fill_(others_TR, 0.0)
@@ -166,6 +170,7 @@ def _add_by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Map
     for name, rank in joint.ranks.items():
         end = begin + rank
         if rank and name in groups:
+            # Sum of ranks times rows is what the joint product costs; here each adapter meets its own rows alone.
             change = F.linear(x_TI[groups[name]], joint.a[begin:end]) @ joint.b[begin:end]
             y_TO.index_add_(0, groups[name], change.to(y_TO.dtype))
         begin = end

@@ -78,6 +78,7 @@ def _shipped_pairs(name: str) -> Callable[[], list[Text]]:
 
 def _arithmetic() -> list[Text]:
     """Word problems with two numbers, worked out in the answer."""
+    # Drawn by Python's generator, whose sequence for a seed is the same in all versions.
     rng = random.Random(0)
     problems: list[Text] = []
     for number in range(_PROBLEMS):
@@ -111,6 +112,7 @@ def _code() -> list[Text]:
             source = inspect.getsource(importlib.import_module(name))
             lines = source.splitlines()
             functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+            # Source lines and not `ast.unparse`, which drops the comments that are half of a code's text.
             code = [lines[function.lineno - 1 : function.end_lineno] for function in functions]
             functions_found += ["\n".join(own) for own in code if len(own) in FUNCTION_LINES][:2]
     except (OSError, TypeError) as error:

@@ -137,6 +137,7 @@ def summarised(
     """Scores over all answers, which all have the same names."""
     names = list(answers[0].scores)
     by_name = {name: [answer.scores[name] for answer in answers] for name in names}
+    # `fsum` is exact whatever the order: a resumed run gives the same mean to the last bit.
     means = {name: math.fsum(values) / len(values) for name, values in by_name.items()}
     intervals = {name: interval_of_mean(values) for name, values in by_name.items()}
     if CHOICE in names:

@@ -58,6 +58,7 @@ def prepare(
     if chooses and settings.max_new_tokens is not None:
         raise ConfigError("max_new_tokens would change nothing where the likeliest label is taken; leave it out")
     task = _with_all_labels(task, examples, chooses)
+    # After the labels: they are those of the whole task, or a limit would make the choice easier.
     questions = task.questions[: settings.limit]
     return PreparedTask(task, questions, settings, shots, draw_shots(task, questions, examples, shots), scorers)
 

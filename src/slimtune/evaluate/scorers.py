@@ -207,6 +207,7 @@ def _last_number(text: str) -> Decimal | None:
 
 def _as_number(text: str) -> Decimal | None:
     try:
+        # Decimal: 0.1 is 0.10 and 1e3 is 1000, while floats would also call 0.1 + 2e-17 equal.
         number = Decimal(text.strip().replace(",", ""))
     except InvalidOperation:
         return None

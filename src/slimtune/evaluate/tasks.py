@@ -128,6 +128,7 @@ def answered(
     opening = _turns(tokenizer, question, shots, instruction)
     turns = [*opening, {"role": "assistant", "content": answer}]
     is_last = [turn is turns[-1] for turn in turns]
+    # The span by the template itself: behind `end` some templates write a line break that no model has to say.
     whole, ((begin, end),) = assistant_spans(tokenizer, turns, is_last, question.tools)
     return whole[:end], begin
 

@@ -137,6 +137,8 @@ class TokenRows(Delta):
         # For any id the place where it would stand among the N trained ones; it is one of them if it stands there.
         place = torch.searchsorted(self.sorted_indices, ids).clamp_(max=len(self.sorted_indices) - 1)
         trained = (self.sorted_indices[place] == ids).unsqueeze(-1)
+        # For an untrained id some trained row is looked up too, and thrown away by the `where`, whose gradient for it
+        # is zero: no masked gather, whose length would have to be read from the device.
         looked_up = F.embedding(self.order[place], self.rows, self.padding_row).to(y.dtype)
         # Gemma's embedding multiplies what it looks up.
         scale = getattr(base.module, "embed_scale", 1.0)
@@ -146,6 +148,7 @@ class TokenRows(Delta):
 
     def _projected(self, base: Frozen, x: Tensor, y: Tensor) -> Tensor:
         # Only the difference is added, in place: neither the logits nor their gradients are copied.
+        # (N, dim) in the rows' float32, then cast: a small step of a row is not rounded away before it is a difference.
         difference = (self.rows - base.weight[self.token_indices]).to(x.dtype)
         return y.index_add_(-1, self.token_indices, F.linear(x, difference).to(y.dtype))
 
@@ -155,6 +158,7 @@ class TokenRows(Delta):
         return {"weight": weight_VD.index_copy(0, self.token_indices, self.rows.to(weight_VD.dtype))}
 
     def fold(self, dense: Dense) -> Dense:
+        # An embedding's table (rows, dim) is "transposed" here, its dense form being (out, in) = (dim, rows).
         dim = 1 if self.kind == "embedding" else 0
         rows = self.rows.detach().to(dense["weight"].dtype)
         return dense | {"weight": dense["weight"].index_copy(dim, self.token_indices, rows.t() if dim else rows)}

@@ -94,7 +94,10 @@ def own_auto_class(config: Any) -> Any:
     import transformers
 
     offered = getattr(config, "auto_map", None) or {}
-    name = next((name for name in offered if name.startswith(("AutoModelFor", "AutoModelWith"))), None)
+    with_head = [name for name in offered if name.startswith(("AutoModelFor", "AutoModelWith"))]
+    # A folder may bring code for several heads; which of them its weights have, `architectures` says.
+    stored = [name for name in with_head if str(offered[name]).rpartition(".")[2] in (config.architectures or [])]
+    name = next(iter(stored + with_head), None)
     return getattr(transformers, str(name), None)
 
 

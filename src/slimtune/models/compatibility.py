@@ -12,6 +12,7 @@ from slimtune.models.headers import StoredTensor
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What its --max-lora-rank accepts."""
+_CONSTRAINED = "its merged weights are held to a constraint, which is unknown to it; merge it first (slimtune merge)"
 SERVED_WHOLE = {"classifier", "score"}
 
 
@@ -51,6 +52,8 @@ def rank_pattern(config: dict[str, Any]) -> dict[str, int]:
 
 def _peft(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list[str], str]:
     peft_type = config.get("peft_type")
+    if config.get("constraint"):
+        return [_CONSTRAINED], ""
     if peft_type == "LORA":
         # Which every engine here began with; the other methods say it in their files, and those import torch.
         return [], "PeftModel.from_pretrained(model, folder)"
@@ -73,8 +76,10 @@ def _vllm(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list
     others = [t.name for t in tensors if not _is_low_rank(t.name) and not _is_named(t.name, SERVED_WHOLE)]
     if others and not against:
         against.append(f"tensors beside A and B ({listing(others, 2)}) are refused")
+    # By the tensors too: what a config said of ranks may be gone, or have been edited.
     stored = [t.shape[0] for t in tensors if ".lora_A." in t.name or ".lora_embedding_A" in t.name]
     rank = max([largest_rank(config), *stored])
+    # It takes these values alone, and pads smaller ranks.
     room = next((size for size in VLLM_RANKS if size >= rank), None)
     if room is None:
         against.append(f"rank {rank} is above its largest, {VLLM_RANKS[-1]}")
@@ -101,6 +106,8 @@ def _is_named(name: str, modules: set[str]) -> bool:
 
 def _not_plain(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> list[str]:
     """Why this is not a plain LoRA; an empty list if it is."""
+    if config.get("constraint"):
+        return [_CONSTRAINED]
     if config.get("peft_type") != "LORA":
         return [f"{config.get('peft_type')} is not LoRA"]
     init = config.get("init_lora_weights", True)

@@ -137,6 +137,7 @@ def _config(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> PeftCon
         return PeftConfig.from_dict({"peft_type": "LORA", **fields})
     ranks = {name.partition(".lora_A")[0]: len(tensor) for name, tensor in tensors.items() if ".lora_A" in name}
     rank = max(ranks.values())
+    # Escaped: keys of rank_pattern are expressions, in which a dot means any letter.
     others = {name.replace(".", r"\."): own for name, own in ranks.items() if own != rank}
     return LoraConfig(
         r=rank,

@@ -17,6 +17,7 @@ from slimtune.adapters.adapter import adopted_modules
 from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
 from slimtune.adapters.requantize import MergeDrift
 from slimtune.errors import MergeError
+from slimtune.models.load import read_as_stored
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import no_weight_bar
 
@@ -98,6 +99,8 @@ def merge_to_folder(
         inputs = probe_batches(model, tokenizer)
         tuned = outputs_on(model, inputs)
         with _rounded_once_more(model):
+            # What the same model answers when each product is off by as much as its dtype allows: the yardstick for all
+            # below.
             rounding = compare_outputs(tuned, outputs_on(model, inputs))
         with model.disable_adapter():
             base = outputs_on(model, inputs)
@@ -112,7 +115,7 @@ def merge_to_folder(
         _refuse(max_kl, adapter, merged, rounding, "the merged model", way_out)
         with no_weight_bar():
             model.save_pretrained(folder)
-            again = _read_again(model, folder, requantize)
+            again = _read_again(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         reloaded = compare_outputs(tuned, outputs_on(again, inputs))
@@ -127,13 +130,10 @@ _WAY_OUT_REQUANTIZED = (
 )
 
 
-def _read_again(model: Any, folder: Path, is_quantized: bool) -> Any:
+def _read_again(model: Any, folder: Path) -> Any:
+    config = type(model.config).from_pretrained(folder)
     options: dict[str, Any] = {"dtype": model.dtype, "use_safetensors": True}
-    if not is_quantized:
-        return type(model).from_pretrained(folder, **options).to(model.device)
-    from slimtune.quantization.load import load_as_stored
-
-    return load_as_stored(type(model), str(folder), str(model.device), **options)
+    return read_as_stored(type(model), str(folder), config, str(model.device), **options)
 
 
 def probe_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
@@ -197,7 +197,9 @@ def _rounded_once_more(model: Any) -> Iterator[None]:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         draw = torch.rand(output.shape, generator=generator).to(output.device)
+        # +1 with probability 1/24, -1 with 1/24: variance 1/12 of a squared step, like rounding's own.
         steps = (draw < 1 / 24).to(output.dtype) - (draw > 23 / 24).to(output.dtype)
+        # frexp's mantissa lies in [0.5, 1): one less gives the exponent of [1, 2), whose step is eps times 2^exponent.
         exponent = torch.frexp(output.float()).exponent - 1
         return (
             output

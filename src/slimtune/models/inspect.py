@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slimtune.bases.integer import PACKED, SCALE, SHAPE
 from slimtune.errors import AdapterFileError, ModelNotFoundError, SlimtuneError, did_you_mean, listing
 from slimtune.models.compatibility import largest_rank, rank_pattern, verdicts
 from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from_hub, read_header, read_object
+from slimtune.storage.compressed import is_compressed, read_config, scheme_for
 from slimtune.storage.foreign import refuse_special_files
 from slimtune.storage.hub import fetched, is_id
 
@@ -56,6 +58,8 @@ def _adapter(path: Path) -> tuple[Facts, list[Any]]:
     facts = {"kind": "adapter", "method": _method(config), "base": config.get("base_model_name_or_path")}
     if config.get("revision"):
         facts["revision"] = config["revision"]
+    if config.get("constraint"):
+        facts["constraint"] = {name: value for name, value in config["constraint"].items() if value}
     if config.get("r"):
         facts |= {"rank": config["r"], "alpha": config.get("lora_alpha"), "largest_rank": largest_rank(config)}
     targets = config.get("target_modules")
@@ -82,7 +86,7 @@ def _of_model(folder: Folder) -> Facts:
     known = {name: config[name] for name in _MODEL if name in config}
     tuned = _trained(folder.path)
     origin = {"tuned_from": read_object(folder.path / "results.json").get("base")} if tuned else {}
-    return facts | origin | known | quantized | _stored(folder) | tuned
+    return facts | origin | known | quantized | _stored(folder) | _unpacked(folder) | tuned
 
 
 def _classifier(path: Path) -> tuple[Facts, list[Any]]:
@@ -182,6 +186,12 @@ def _trained(path: Path) -> Facts:
 
 def _quantized(config: Facts) -> str:
     method = str(config.get("quant_method", "unknown"))
+    if is_compressed(config):
+        try:
+            return ", ".join(dict.fromkeys(scheme.name for scheme in read_config(config)[0]))
+        except SlimtuneError:
+            # Of another kind than is read here; its tensors can be told all the same.
+            return method
     if config.get("load_in_8bit"):
         return f"{method}, int8"
     if not config.get("load_in_4bit"):
@@ -194,6 +204,26 @@ def _stored(folder: Folder) -> Facts:
     return _counted(folder.tensors) | {"bytes": folder.stored_bytes}
 
 
+def _unpacked(folder: Folder) -> Facts:
+    """The numbers that integer codes stand for, where a folder holds them eight or four to an int32."""
+    stored = folder.config.get("quantization_config") or {}
+    if not is_compressed(stored):
+        return {}
+    try:
+        schemes, _ = read_config(stored)
+    except SlimtuneError:
+        return {}
+    count = 0
+    for tensor in folder.tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if part == PACKED:
+            scheme = scheme_for(module, "Linear", schemes, ()) or schemes[0]
+            count += tensor.parameters * 32 // scheme.bits
+        elif part not in (SCALE, SHAPE):
+            count += tensor.parameters
+    return {"parameters": count}
+
+
 def _counted(tensors: list[StoredTensor]) -> Facts:
     return {
         "parameters": sum(tensor.parameters for tensor in tensors),
@@ -203,6 +233,9 @@ def _counted(tensors: list[StoredTensor]) -> Facts:
 
 
 def _method(config: Facts) -> str:
+    if config.get("constraint"):
+        # "CONSTRAINED_LORA", which no engine takes for the plain method.
+        config = config | {"peft_type": str(config.get("peft_type")).partition("_")[2]}
     if config.get("peft_type") == "FULL":
         whole = config.get("store") == "whole"
         return f"full tuning, {'weights stored whole' if whole else 'stored as a difference'}"

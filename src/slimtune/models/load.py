@@ -215,15 +215,35 @@ def _read_model(
     if isinstance(model_class, str):
         model_class = getattr(transformers, model_class)
     config = read_model_config(source, trusts)
-    chosen = model_class or (own_auto_class(config) if trusts else None) or _model_class(config)
+    chosen = model_class or (own_auto_class(config) if trusts else None) or class_of(config)
+    # safetensors alone: a pickle can run code while it is read.
     how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
     # A class that was chosen brings a head of its own, which transformers would report as missing.
     with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
-        if settings is not None or stored_by_bitsandbytes(config) or stored_by_compressed_tensors(config):
+        if settings is not None:
             return _quantized(chosen, source, config, settings, device, **how)
-        with reading_model("the model", source):
-            model = chosen.from_pretrained(source, **how)
-        return model.to(device)
+        return read_as_stored(chosen, source, config, device, **how)
+
+
+def read_as_stored(model_class: Any, source: str, config: Any, device: str, **options: Any) -> Any:
+    """`model_class.from_pretrained` of a folder in the numbers that it is stored in, plain or in codes of any kind.
+
+    Args:
+        config: of the folder.
+    """
+    if stored_by_compressed_tensors(config):
+        require("accelerate", "quantized")
+        from slimtune.quantization.integer import load_compressed
+
+        return load_compressed(model_class, source, config, device, **options)
+    if stored_by_bitsandbytes(config):
+        require("accelerate", "quantized")
+        require("bitsandbytes", "quantized")
+        from slimtune.quantization.load import load_as_stored
+
+        return load_as_stored(model_class, source, device, **options)
+    with reading_model("the model", source):
+        return model_class.from_pretrained(source, **options).to(device)
 
 
 def read_model_config(source: str, trust_remote_code: bool = False) -> Any:
@@ -247,13 +267,8 @@ def _quantized(
     device: str,
     **options: Any,
 ) -> Any:
-    if settings is not None and getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source} is quantized already; load it without quantize, or pass the folder in 16 bits")
-    if settings is None and stored_by_compressed_tensors(config):
-        require("accelerate", "quantized")
-        from slimtune.quantization.integer import load_compressed
-
-        return load_compressed(chosen, source, config, device, **options)
     by_torchao = type(settings).__name__ == "TorchAoConfig"
     require("accelerate", "torchao" if by_torchao else "quantized")
     if by_torchao:
@@ -265,14 +280,13 @@ def _quantized(
 
         return load_integer(chosen, source, settings, device, **options)
     require("bitsandbytes", "quantized")
-    from slimtune.quantization.load import load_as_stored, load_quantized
+    from slimtune.quantization.load import load_quantized
 
-    if settings is None:
-        return load_as_stored(chosen, source, device, **options)
     return load_quantized(chosen, source, settings, device, **options)
 
 
-def _model_class(config: Any) -> Any:
+def class_of(config: Any) -> Any:
+    """The class of transformers that a config names, or else the one for language models."""
     import transformers
 
     named = [getattr(transformers, name, None) for name in config.architectures or []]

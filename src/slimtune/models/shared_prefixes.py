@@ -27,6 +27,8 @@ from slimtune.ops.prefix_tree import Family, PrefixTree, prefix_tree, tree_atten
 
 WORTHWHILE = 0.9
 """A batch stays as it is where its tree has more than this share of its tokens."""
+SAMPLED = 4
+"""Batches that are looked at to see whether sharing pays."""
 PROBED = 20
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of hidden states that counts as rounding, by their dtype."""
@@ -61,7 +63,7 @@ def shared_prefixes(model: Any, always: bool = False) -> Iterator[SharedTokens]:
 
     Raises: ConfigError, for a kind of model that can't; whether this one can is for `check_shares` to say.
     """
-    config = _check_kind(model)
+    config = check_kind(model)
     own, tokens, decoder = config._attn_implementation, SharedTokens(), model.get_decoder()
     hooks = [
         decoder.register_forward_pre_hook(_Flatten(model, decoder, tokens, always), with_kwargs=True),
@@ -83,7 +85,7 @@ def check_shares(model: Any) -> None:
     Raises: ConfigError, for a model that isn't causal, that doesn't attend through transformers' registry, or whose
         layers see more than attention shows them, as in recurrent models.
     """
-    _check_kind(model)
+    check_kind(model)
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False):
             raise ConfigError(
@@ -109,6 +111,7 @@ def check_shares(model: Any) -> None:
         raise ConfigError(f"{type(model).__name__} can't share prefixes: {first_line(error)}") from error
     finally:
         model.train(was_training)
+    # Padding aside, whose states are some other token's here.
     difference, whole = ((x[mask.bool()].float()) for x in (together - apart, apart))
     moved = float(difference.norm() / whole.norm().clamp_min(1e-12))
     if not moved < ROUNDING.get(apart.dtype, ROUNDING_16_BITS) or not tokens.computed:
@@ -214,11 +217,16 @@ _MASKS: dict[str, Callable[..., Tensor | None]] = {
 }  # fmt: skip
 
 
-def _check_kind(model: Any) -> Any:
-    """The decoder's config. Raises: ConfigError, for a kind of model that is known not to share."""
+def check_kind(model: Any) -> Any:
+    """The config of the decoder of a kind of model that may share; nothing is run.
+
+    Raises: ConfigError, for a kind that is known not to share.
+    """
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
         raise ConfigError(f"{name} can't share prefixes: it is no decoder alone")
+    if any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules()):
+        raise ConfigError(f"{name} can't share prefixes: its tokens see those behind them, as in encoders")
     config = model.get_decoder().config
     own = getattr(config, "_attn_implementation", None)
     if own not in _MASKS:

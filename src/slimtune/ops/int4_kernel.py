@@ -59,10 +59,11 @@ def _unpacked(packed: Tensor, rows: int, inputs: int) -> Tensor | None:
     return ordered.permute(1, 0, 2).reshape(inputs, -1)
 
 
-def kernel_scales(scales_OG: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as the kernel reads them: (groups, out, 2), with zero points that are zero."""
-    scales_GO = scales_OG.t().to(dtype)
-    return torch.stack([scales_GO, torch.zeros_like(scales_GO)], dim=-1).contiguous()
+def kernel_scales(scales_OG: Tensor, zeros_OG: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scales as the kernel reads them, (groups, out, 2), with what it adds to code * scale: -zero * scale."""
+    scales_GO = scales_OG.t().float()
+    offsets_GO = torch.zeros_like(scales_GO) if zeros_OG is None else -zeros_OG.t() * scales_GO
+    return torch.stack([scales_GO, offsets_GO], dim=-1).to(dtype).contiguous()
 
 
 def product(x: Tensor, packed: Tensor, group_size: int, scales_GO2: Tensor) -> Tensor:

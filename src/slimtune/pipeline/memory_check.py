@@ -16,7 +16,7 @@ from slimtune.plan.build import positions_of
 from slimtune.plan.data import measure
 from slimtune.plan.devices import Device, find, this_device
 from slimtune.plan.memory import MemoryPlan, Setting
-from slimtune.plan.plan import count, plan, read_config, simulation, task_type_of, tokenizer_of
+from slimtune.plan.plan import beginnings_of, count, plan, read_config, simulation, task_type_of, tokenizer_of
 from slimtune.plan.recommend import Choice
 from slimtune.recipe.method import FULL
 from slimtune.recipe.preference import PREFERENCE_TASKS
@@ -98,6 +98,9 @@ def plan_training(
     )
     if lengths.labels:
         config.num_labels = len(lengths.labels)
+    beginnings = beginnings_of(config, measured, setting.sequence, training.share_prefixes, model.trust_remote_code)
+    if beginnings is not None:
+        setting = beginnings.shared_in(setting)
     planned = simulation(config, evaluation=bool(data.held_out))(setting)
     if not device.takes(planned.peak_bytes):
         raise DoesNotFitError(
@@ -164,6 +167,7 @@ def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
 def _nearest(model: str, method: str, data: DataSettings, setting: Setting, task: str, device: Device) -> Choice | None:
     """The same method with a smaller micro-batch, checkpointing or a quantized base; None if nothing helps."""
     options: dict[str, Any] = {"device": device, "methods": (method,), "max_length": setting.sequence, "task": task}
+    options |= {"share_prefixes": None if setting.shared else False}
     options |= {"optim": setting.optimizer, "trust_remote_code": setting.trust_remote_code}
     if setting.task == "grpo":
         options |= {"max_new_tokens": setting.answer, "generations": setting.generations}

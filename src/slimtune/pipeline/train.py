@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimtune.adapters.constrain import PRUNED, constraint_of, keep_zeros, zero_share
 from slimtune.adapters.model import get_peft_model
 from slimtune.console.process import this_process, warn_of_one_process
 from slimtune.core.delta import dtypes_of
@@ -229,11 +230,14 @@ def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, 
     if method.name != FULL:
         how = (model.dtype, model.device, model.trust_remote_code, model.quantize)
         loaded, tokenizer = load_model(model.source, data.model_task, LoadOptions(*how), data.names)
-        return adopt(loaded, method.config(), seed, data.task_type), tokenizer, False
+        config = method.config()
+        keep_zeros(loaded, config)
+        return adopt(loaded, config, seed, data.task_type), tokenizer, False
     # Updates of 1e-5 vanish in weights of 16 bits, so a full tuning holds them in 32.
     options = LoadOptions("float32", model.device, model.trust_remote_code)
     loaded, tokenizer = load_model(model.source, data.model_task, options, data.names)
     loaded.requires_grad_(True)
+    keep_zeros(loaded)
     return loaded, tokenizer, (native_dtype() if model.dtype == "auto" else model.dtype) == "bfloat16"
 
 
@@ -268,6 +272,15 @@ def show_trained(screen: Console, model: Any) -> None:
         screen.print(str(model.coverage()), markup=False)
     else:
         screen.print(f"all weights are trained: {sum(p.numel() for p in trainable):,} parameters")
+    constraint = constraint_of(model)
+    if constraint:
+        screen.print(f"held to what the merged weights are to be: {constraint}", markup=False)
+    share = zero_share(model)
+    if share >= PRUNED:
+        keeps = constraint is None or constraint.mask
+        screen.print(
+            f"{share:.1%} of the weights of the blocks are zero{' and stay so' if keeps else ''}", markup=False
+        )
     screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
 
 
@@ -322,12 +335,21 @@ def _card(name: str, model: Any, data: Data, dataset: EncodedDataset, recipe: Re
         name,
         base=parted(model.name_or_path)[0],
         task_type=data.task_type,
-        method=table(recipe.method.method, recipe.method.config()) | {"base stored as": parts(model).line},
+        method=_method_of(model, recipe) | {"base stored as": parts(model).line},
         data=dataset.facts | dataset.after(),
         settings=recipe.training,
         outcome=outcome,
         quantize=recipe.model.quantize,
         revision=recipe.model.revision,
+    )
+
+
+def _method_of(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """The method with the fields that aren't as they come; a constraint as it is, which zeros of the base may set."""
+    fields = table(recipe.method.method, recipe.method.config())
+    constraint = constraint_of(model)
+    return {name: f for name, f in fields.items() if name != "constraint"} | (
+        {"constraint": str(constraint)} if constraint else {}
     )
 
 

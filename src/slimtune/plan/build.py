@@ -22,6 +22,7 @@ from slimtune.models.auto import BY_TASK, own_auto_class
 from slimtune.models.load import read_model_config
 from slimtune.ops import cross_entropy
 from slimtune.plan.memory import Setting
+from slimtune.plan.text_part import text_part, whole_of
 from slimtune.storage.foreign import refuse_code
 from slimtune.storage.source import PACKAGED, folder_of, is_adapter
 
@@ -37,23 +38,28 @@ FALLBACKS = (
 def config_of(source: Any, trust_remote_code: bool = False) -> Any:
     """The configuration of a model by folder, Hub id or packaged name; one that is given is copied.
 
+    Of a model that reads pictures or sounds beside texts it is that of the part for texts.
+
     Raises:
         ModelNotFoundError: there is none, it can't be reached or read, or it needs code from the model's folder.
         ConfigError: it is an adapter.
     """
     if isinstance(source, transformers.PreTrainedConfig):
-        return copy.deepcopy(source)
+        return text_part(copy.deepcopy(source))
     source = os.fspath(source)
     if is_adapter(source):
         raise ConfigError(f"{source} is an adapter; plan with its base")
     has_config = (Path(source) / "config.json").is_file()
     is_folder = has_config and source not in PACKAGED
     folder = source if is_folder else folder_of(source, weights=False, code=trust_remote_code)
-    return read_model_config(folder, trust_remote_code)
+    return text_part(read_model_config(folder, trust_remote_code))
 
 
 def model_class(config: Any, task_type: str | None, trust_remote_code: bool = False) -> Any:
     """The transformers class for a task, or the one that the configuration names. Raises: PlanError."""
+    whole = whole_of(config)
+    if whole is not None and task_type in (None, "CAUSAL_LM"):
+        return whole.text_class
     if task_type is not None:
         return getattr(transformers, BY_TASK[str(task_type)])
     own = own_auto_class(config) if trust_remote_code else None
@@ -87,11 +93,6 @@ def positions_of(config: Any) -> int | None:
 
 def build(config: Any, setting: Setting, task_type: str | None) -> Any:
     """The model in training mode, its weights as the setting stores them. Raises: PlanError."""
-    if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
-        raise PlanError(
-            f"a {type(config).__name__} is for a model that reads pictures or sounds beside texts, whose step can't "
-            "be planned; in Python, slimtune.plan(config.get_text_config()) plans its part for texts"
-        )
     made = model_class(config, task_type, setting.trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": setting.attention} if setting.attention else {}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ class MeasuredData:
         task: as a recipe names it.
         lengths: of what is read at once: of a pair of answers the longer one with its prompt, for grpo the prompt.
         answer: the most tokens that a decoder writes; None where what is written is part of what is read.
+        examples: token ids of texts, of which batches are drawn.
     """
 
     task: str
     lengths: Lengths
     answer: int | None = None
+    examples: Sequence[Sequence[int]] = ()
 
 
 def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto") -> MeasuredData:
@@ -56,7 +58,8 @@ def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto")
     measured = _MEASURES.get(splits.task, _preferred)(splits, whole, tokenizer)
     if not settings.packing:
         return measured
-    return replace(measured, lengths=uniform(settings.max_length, measured.lengths.packed_rows(settings.max_length)))
+    rows = measured.lengths.packed_rows(settings.max_length)
+    return replace(measured, lengths=uniform(settings.max_length, rows), examples=())
 
 
 def uniform(length: int, examples: int) -> Lengths:
@@ -68,7 +71,8 @@ def uniform(length: int, examples: int) -> Lengths:
 
 def _texts(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
     examples = mixed(splits.train, encode_sources(splits.train, settings, tokenizer), seed=0)
-    return MeasuredData("text", sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples)))
+    lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))
+    return MeasuredData("text", lengths, examples=[e.input_ids for e in examples])
 
 
 def _classes(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:

@@ -30,14 +30,20 @@ _CPU_16BIT_GAIN = 4
 """How much faster products in bfloat16 are where a processor has them; the README's steps differ by 2.7 in all."""
 _CPU_BANDWIDTH = 4e10
 """Two channels of DDR5, of which a process gets about half: a guess, as above."""
+GPU_MARGIN = 0.1
+"""The share of a GPU's memory that advice leaves free, until plans were held against a GPU."""
 
 
 @dataclass(frozen=True)
 class Device:
     """One device, in bytes, operations and seconds.
 
+    A training needs its live tensors and the *runtime*: the context, and what fragmentation leaves unused. What is
+    needed is held against the whole memory, so that the runtime is counted once, on the side of the need.
+
     Attributes:
         memory_bytes: what programs can use of it.
+        sold_gb: the size that it is sold under, in the GiB that makers call GB; None for a processor's memory.
         context_bytes: what a process takes beside its tensors: the CUDA context, libraries' workspaces, on a CPU Python
             and its libraries.
         fragmentation: the share of the allocator's memory that stays unused.
@@ -58,6 +64,17 @@ class Device:
     link_bandwidth: float | None = None
     price_per_hour: float | None = None
     price_date: str = ""
+    sold_gb: float | None = None
+
+    @property
+    def margin(self) -> float:
+        """The share of the memory that advice leaves free; none on a processor, whose plans were measured."""
+        return 0.0 if self.is_cpu else GPU_MARGIN
+
+    @property
+    def sold_as(self) -> str:
+        """` (sold as 24 GB)`, for sentences; empty for a memory that is not on a label."""
+        return f" (sold as {self.sold_gb:g} GB)" if self.sold_gb else ""
 
     @property
     def room_bytes(self) -> int:
@@ -87,12 +104,21 @@ class Device:
         return self.flops_16bit if dtype in HALF_PRECISIONS else self.flops_32bit
 
     def needed_bytes(self, peak_bytes: int) -> int:
-        """What of the memory a peak of live tensors takes up, context and fragmentation included."""
+        """What of the memory a peak of live tensors takes up, the runtime included."""
         return int(peak_bytes / (1 - self.fragmentation)) + self.context_bytes
+
+    def runtime_bytes(self, peak_bytes: int) -> int:
+        """What is needed beside a peak of live tensors: context and fragmentation."""
+        return self.needed_bytes(peak_bytes) - peak_bytes
 
     def takes(self, peak_bytes: int) -> bool:
         """Whether a peak of live tensors fits."""
         return peak_bytes <= self.room_bytes
+
+    @property
+    def advised_bytes(self) -> int:
+        """The largest peak of live tensors that leaves the margin free."""
+        return replace(self, memory_bytes=int(self.memory_bytes * (1 - self.margin))).room_bytes
 
     def link(self) -> float:
         """Bytes by second to another such device; raises ConfigError where several can't share a training."""
@@ -101,11 +127,11 @@ class Device:
         return self.link_bandwidth
 
     def changed(self, memory_gb: float | None = None, price_per_hour: float | None = None) -> Device:
-        """The device with another memory (in GB) or price; raises ConfigError for what can't be."""
+        """The device with another memory (in GB of 10^9 bytes) or price; raises ConfigError for what can't be."""
         device = self
         if memory_gb is not None:
             check_number("memory", memory_gb, 0.1, 1e6)
-            device = replace(device, memory_bytes=int(memory_gb * 1e9))
+            device = replace(device, memory_bytes=int(memory_gb * 1e9), sold_gb=None)
         if price_per_hour is not None:
             check_number("price", price_per_hour, 0, 1e6)
             device = replace(device, price_per_hour=float(price_per_hour), price_date="given")
@@ -231,5 +257,6 @@ def _read(entry: dict[str, Any], shared: dict[str, Any]) -> Device:
         has_bf16=entry.get("has_bf16", True),
         link_bandwidth=entry["link_gb"] * 1e9 if "link_gb" in entry else None,
         price_per_hour=entry.get("price"),
+        sold_gb=entry["sold_gb"],
         **shared,
     )

@@ -5,15 +5,19 @@ Bytes are split by what they are for (`MemoryBreakdown`), at the peak of each ph
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from slimtune.core.config import PeftConfig
 from slimtune.errors import check_choice, check_whole
 from slimtune.quantization.config import KINDS, TORCHAO_KINDS
 from slimtune.recipe.optimizers import DEFAULT, check_name
 from slimtune.recipe.preference import PREFERENCE_TASKS
+from slimtune.storage.compressed import WeightScheme
 
 Precision = Literal["dense", "nf4", "fp4", "int8", "int4", "int8-torchao", "int4-torchao"]
 Preference = Literal["dpo", "kto", "orpo", "grpo"]
@@ -26,6 +30,40 @@ DRAWN_TOKENS = 512
 
 
 @dataclass(frozen=True)
+class StoredIntegers:
+    """Weights as compressed-tensors stores them: schemes, and the modules that are left as they are."""
+
+    schemes: tuple[WeightScheme, ...]
+    ignore: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As people call it: W4A16 in groups of 64, and what else there is."""
+        return ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes))
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """A micro-batch whose rows begin alike, which training computes as a tree.
+
+    Attributes:
+        rows: token ids of each row.
+        tokens: of the tree.
+        share: of all tokens of batches, padding included, those that are computed, a mean over batches.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    tokens: int
+    share: float
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids_BT and mask_BT of rows of different length, padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+
+
 class Sharing:
     """How several devices share a training.
 
@@ -56,6 +94,7 @@ class Setting:
         method: the adapter's config, or None for tuning all weights themselves.
         base: how the linear layers of the base are stored.
         double_quantization: whether the block maxima of a 4-bit base are quantized too.
+        stored: how a model that is stored in integers holds its weights; `base` says nothing of those then.
         dtype: of the weights that aren't quantized, and of the products.
         autocast: whether products are computed in bfloat16 over float32 weights.
         batch: examples in a micro-batch.
@@ -68,6 +107,7 @@ class Setting:
         answer: tokens of an answer that is apart from the example: what a decoder writes (None: as many as are read),
             and what grpo draws to a prompt of `sequence` tokens (None: 512). A pair of answers is two examples.
         generations: answers that grpo draws to each prompt.
+        shared: the micro-batch itself, where its rows begin alike and that is computed once.
         device: whose kernels are meant: attention and the loss take other memory on a CPU.
         trust_remote_code: run Python code that comes with the model.
 
@@ -78,6 +118,7 @@ class Setting:
     method: PeftConfig | None = None
     base: Precision = "dense"
     double_quantization: bool = True
+    stored: StoredIntegers | None = None
     dtype: str = "bfloat16"
     autocast: bool = False
     batch: int = 1
@@ -91,6 +132,7 @@ class Setting:
     task: Preference | None = None
     answer: int | None = None
     generations: int = 8
+    shared: SharedRows | None = None
     device: Literal["cuda", "cpu"] = "cuda"
     trust_remote_code: bool = False
 
@@ -106,6 +148,11 @@ class Setting:
         check_whole("generations", self.generations, 2)
         if self.answer is not None:
             check_whole("answer", self.answer)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are held in few bits."""
+        return self.base != "dense" or self.stored is not None
 
     @property
     def drawn_tokens(self) -> int:

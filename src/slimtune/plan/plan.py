@@ -13,6 +13,7 @@ from typing import Any
 from slimtune.data.lengths import PERCENTILES
 from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, ModelNotFoundError, check_choice, check_number, check_whole, did_you_mean
+from slimtune.plan.beginnings import Beginnings, can_share
 from slimtune.plan.build import build, config_of, positions_of, task_of
 from slimtune.plan.data import ASSUMED_EXAMPLES, MeasuredData, measure, uniform
 from slimtune.plan.devices import Device, find
@@ -87,6 +88,8 @@ class PlanReport:
         batches = setting.accumulation * self.request.devices
         words += [f"training.gradient_accumulation={batches}"] if batches > 1 else []
         words += ["training.gradient_checkpointing=true"] if setting.gradient_checkpointing else []
+        if self.request.share_prefixes is not None:
+            words += [f"training.share_prefixes={str(self.request.share_prefixes).lower()}"]
         words += [f"training.optim={setting.optimizer}"] if setting.optimizer != DEFAULT else []
         words += ["--epochs", f"{self.request.epochs:g}"] if self.request.epochs != PlanRequest.epochs else []
         words += ["--max-length", setting.sequence] if self.cut or setting.sequence > TRAIN_LENGTH else []
@@ -117,7 +120,7 @@ class PlanReport:
         }
         return {
             "model": self.model,
-            "device": device | {"room_bytes": self.request.device.room_bytes},
+            "device": device | {"room_bytes": self.request.device.room_bytes, "margin": self.request.device.margin},
             "devices": self.request.devices,
             "sharing": self.request.sharing.label if self.request.devices > 1 else None,
             "goal": self.request.goal,
@@ -137,7 +140,9 @@ class PlanReport:
             "base": choice.base,
             "fits": choice.fits,
             "peak_bytes": choice.parts.total,
+            "is_tight": choice.is_tight,
             "needed_bytes": choice.needed_bytes,
+            "runtime_bytes": choice.runtime_bytes,
             "parts": choice.parts.named(),
             "merge_bytes": choice.merge_bytes,
             "peak_at": {"phase": peak.phase, "module": peak.module, "operation": peak.operation},
@@ -150,6 +155,7 @@ class PlanReport:
             "batch_size": batch,
             "gradient_accumulation": setting.accumulation,
             "gradient_checkpointing": setting.gradient_checkpointing,
+            "computed_share": setting.shared.share if setting.shared else None,
             "max_length": setting.sequence,
             "padding_waste": self.request.lengths.padding_waste(batch),
             "packing_gain": self.request.lengths.packing_gain(setting.sequence, batch),
@@ -190,6 +196,7 @@ def plan(
     attention: str | None = None,
     evaluation: bool = False,
     merge: bool = False,
+    share_prefixes: bool | None = None,
 ) -> PlanReport:
     """What tuning a model takes on a device, by method, and which to choose. No weights are read and no GPU is needed.
 
@@ -210,6 +217,7 @@ def plan(
         attention: "sdpa" or "eager"; None for what transformers takes.
         evaluation: count an evaluation step too, on batches of the same size.
         merge: simulate merging the adapter too.
+        share_prefixes: whether what rows begin with alike is computed once; None where it pays, as in training.
 
     Raises:
         ModelNotFoundError: no configuration, or one that needs code from the model's folder.
@@ -222,7 +230,7 @@ def plan(
     if devices > 1:
         chosen.link()
     config = read_config(model, trust_remote_code)
-    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    stored = _stored_dtype(config)
     measured = _measured(model, config, data, task, max_length, trust_remote_code)
     _check_answers(measured.task, max_new_tokens, generations)
     limit = _limit(config, measured, max_length, max_new_tokens)
@@ -251,8 +259,11 @@ def plan(
         optim=optim,
         attention=attention,
         devices=devices,
+        is_stored_quantized=getattr(config, "quantization_config", None) is not None,
         sharing=sharing,
         parameters=parameters,
+        beginnings=beginnings_of(config, measured, limit, share_prefixes, trust_remote_code),
+        share_prefixes=share_prefixes,
         served_on=_device(served_on) if served_on else None,
         trust_remote_code=trust_remote_code,
     )
@@ -287,6 +298,16 @@ def read_config(model: Any, trust_remote_code: bool = False) -> Any:
     if is_bare and (near := did_you_mean(model, SIZES.values())):
         raise ModelNotFoundError(f"no model '{model}'{near}")
     return config_of(model, trust_remote_code)
+
+
+def beginnings_of(
+    config: Any, measured: MeasuredData, limit: int, share_prefixes: bool | None, trust_remote_code: bool = False
+) -> Beginnings | None:
+    """The examples of which batches share what they begin with; None where nothing is to be shared."""
+    task_type = task_type_of(measured.task)
+    if share_prefixes is False or not measured.examples or not can_share(config, task_type, trust_remote_code):
+        return None
+    return Beginnings([row[:limit] for row in measured.examples])
 
 
 def count(config: Any, task_type: str | None, trust_remote_code: bool = False) -> tuple[int, int]:
@@ -346,6 +367,15 @@ def _dtype(wanted: str, stored: str, device: Device) -> str:
             raise ConfigError(f"no dtype '{wanted}'; pass auto, {', '.join(DTYPES)}{did_you_mean(wanted, DTYPES)}")
         return wanted
     return stored if device.is_cpu and stored in DTYPES else device.half_precision
+
+
+def dtype_on(config: Any, device: Device) -> str:
+    """The type of numbers in which a model computes on a device, where none is asked for."""
+    return _dtype("auto", _stored_dtype(config), device)
+
+
+def _stored_dtype(config: Any) -> str:
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
 def task_type_of(task: str) -> str | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from typing import Any
 
 from slimtune.data.lengths import Lengths
 from slimtune.errors import ConfigError, check_choice, listing
 from slimtune.models.compatibility import Verdict, verdicts
 from slimtune.plan import rules
+from slimtune.plan.beginnings import Beginnings
 from slimtune.plan.devices import Device
 from slimtune.plan.memory import FSDP2, PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting, Sharing
 from slimtune.plan.rules import Case, Rule
@@ -49,7 +52,9 @@ class PlanRequest:
         answer, generations: as in a `Setting`.
         optim, attention: by name.
         devices: GPUs that share the training, by `sharing`.
+        is_stored_quantized: whether the base is stored in few bits, and so has no other precision to choose.
         parameters: of the base, 0 if they weren't counted.
+        beginnings: of the examples, where training shares what rows begin with alike; `share_prefixes` as given.
         served_on: the device that the result has to run on, where that is another one.
     """
 
@@ -74,7 +79,10 @@ class PlanRequest:
     attention: str | None = None
     devices: int = 1
     sharing: Sharing = FSDP2
+    is_stored_quantized: bool = False
     parameters: int = 0
+    beginnings: Beginnings | None = None
+    share_prefixes: bool | None = None
     served_on: Device | None = None
     trust_remote_code: bool = False
 
@@ -85,7 +93,8 @@ class Choice:
 
     Attributes:
         fits: whether the device holds it.
-        needed_bytes: of each device's memory, context and fragmentation included.
+        is_tight: whether it fits, but into the margin that advice leaves free.
+        needed_bytes: of each device's memory, the runtime (context and fragmentation) included.
         adapter_bytes: what is written at the end.
         reasons: the rules that speak for it and for its settings.
     """
@@ -95,6 +104,7 @@ class Choice:
     plan: MemoryPlan
     parts: MemoryBreakdown
     fits: bool
+    is_tight: bool
     needed_bytes: int
     adapter_bytes: int
     learning_rate: float
@@ -107,6 +117,11 @@ class Choice:
     def setting(self) -> Setting:
         """Batch, precision, checkpointing."""
         return self.plan.setting
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What is needed beside the live tensors."""
+        return self.needed_bytes - self.parts.total
 
     @property
     def merge_bytes(self) -> int | None:
@@ -126,7 +141,7 @@ Simulate = Callable[[Setting], MemoryPlan]
 def recommend(
     request: PlanRequest, simulate: Simulate, rates: Rates, numbers_per_rank: int = 0
 ) -> tuple[Case, list[Choice]]:
-    """All candidates of a goal, those that fit first and in the goal's order, then the others by what they need.
+    """All candidates of a goal: those that fit in its order, then the others by what they need.
 
     Raises:
         ConfigError: a method, a goal or a setting that can't be.
@@ -141,13 +156,36 @@ def recommend(
     choices = [_choice(method, base, request, case, simulate, rates) for method, base in _candidates(request)]
     case = _judged(case, choices, request)
     reasoned = [replace(choice, reasons=tuple(_reasons(choice, case))) for choice in choices]
-    order = {candidate: number for number, candidate in enumerate(_preferred(case, request))}
+    order = _order_with_room(reasoned, _preferred(case, request))
     return case, sorted(
         reasoned,
-        key=lambda choice: (
-            (False, order.get((choice.method, choice.base), len(order))) if choice.fits else (True, choice.needed_bytes)
-        ),
+        key=lambda choice: (False, order[choice.method, choice.base]) if choice.fits else (True, choice.needed_bytes),
     )
+
+
+def _order_with_room(
+    choices: Sequence[Choice], preferred: Sequence[tuple[str, Precision]]
+) -> dict[tuple[str, Precision], float]:
+    """The order of preference, in which what is tight comes behind the same kind of method with room, if there is any.
+
+    It doesn't come behind other kinds: LoRA that fills a card is still more than IA3 that doesn't.
+    """
+    order = {candidate: float(number) for number, candidate in enumerate(preferred)}
+    with_room: dict[str, float] = {}
+    for choice in choices:
+        if choice.fits and not choice.is_tight:
+            kind = _kind(choice.method)
+            with_room[kind] = max(order[choice.method, choice.base], with_room.get(kind, 0.0))
+    behind = {
+        (c.method, c.base): with_room[_kind(c.method)] + 0.5
+        for c in choices
+        if c.is_tight and _kind(c.method) in with_room
+    }
+    return order | behind
+
+
+def _kind(method: str) -> str:
+    return LOW_RANK[0] if method in LOW_RANK else method
 
 
 def _candidates(request: PlanRequest) -> list[tuple[str, Precision]]:
@@ -159,11 +197,23 @@ def _candidates(request: PlanRequest) -> list[tuple[str, Precision]]:
         if find(method).name == FEATURES:
             raise ConfigError("--method features trains nothing of the model; plan another method")
     # All weights of a quantized base can't be trained in place.
-    order = _order(request)
+    order = _as_it_is(request) if request.is_stored_quantized else _order(request)
     candidates: list[tuple[str, Precision]] = [one for one in order if one[0] != FULL or one[1] == "dense"]
     if not candidates:
         raise ConfigError(f"full tuning needs a dense base, found {listing(request.bases or ())}; plan it on dense")
     return candidates
+
+
+def _as_it_is(request: PlanRequest) -> list[tuple[str, Precision]]:
+    """The methods of the request on a base that is stored in few bits: each on that. Raises: ConfigError."""
+    if request.bases is not None:
+        raise ConfigError(
+            "the model is stored in few bits already, so that no other base can be planned; leave --base out"
+        )
+    methods = dict.fromkeys(method for method, _ in _order(replace(request, bases=None)))
+    if list(methods) == [FULL]:
+        raise ConfigError("full tuning needs a dense base, and the model is stored in few bits; plan its dense form")
+    return [(method, "dense") for method in methods if method != FULL]
 
 
 def _order(request: PlanRequest) -> list[tuple[str, Precision]]:
@@ -191,12 +241,12 @@ def _preferred(case: Case, request: PlanRequest) -> list[tuple[str, Precision]]:
 
 def _judged(case: Case, choices: Sequence[Choice], request: PlanRequest) -> Case:
     """The case with what the simulations have shown."""
-    fits = {(choice.method, choice.base): choice.fits for choice in choices}
+    fits = {(choice.method, choice.base): choice.fits and not choice.is_tight for choice in choices}
     dense = [choice for choice in choices if choice.base == "dense" and choice.method != FULL]
     served = request.served_on
     return replace(
         case,
-        dense_fits=any(choice.fits for choice in dense) if dense else True,
+        dense_fits=any(fits[choice.method, choice.base] for choice in dense) if dense else True,
         full_fits=fits.get((FULL, "dense"), False),
         is_served_tight=bool(served and dense and not served.takes(dense[0].plan.peak.parts.weights)),
     )
@@ -220,6 +270,7 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
         plan=plan,
         parts=parts,
         fits=request.device.takes(parts.total),
+        is_tight=request.device.advised_bytes < parts.total <= request.device.room_bytes,
         needed_bytes=request.device.needed_bytes(parts.total),
         adapter_bytes=plan.peak.parts.weights if method == FULL else plan.adapter_bytes,
         learning_rate=known.config.learning_rate * share,
@@ -254,9 +305,10 @@ def _first_setting(method: str, base: Precision, config: Any, request: PlanReque
 
 
 def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate) -> MemoryPlan:
-    """The plan of the largest micro-batch that fits, without checkpointing if any does; the smallest if none does.
+    """The plan of the largest micro-batch that leaves the margin free, without checkpointing if any does.
 
-    What is accumulated makes up for a smaller micro-batch.
+    Where none does, the margin is given up; where nothing fits, it is the smallest micro-batch. What is accumulated
+    makes up for a smaller one.
     """
     # Each device has a micro-batch of its own.
     # Examples a step as wanted, divided by the devices and rounded up.
@@ -266,19 +318,24 @@ def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate
         else -(-rules.effective_batch(case) // request.devices)
     )
 
+    @cache
     def planned(batch: int, checkpointing: bool) -> MemoryPlan:
         accumulation = request.accumulation or _accumulation(batch, effective, first)
-        return simulate(replace(first, batch=batch, accumulation=accumulation, gradient_checkpointing=checkpointing))
+        setting = replace(first, batch=batch, accumulation=accumulation, gradient_checkpointing=checkpointing)
+        return simulate(setting if request.beginnings is None else request.beginnings.shared_in(setting))
 
     options = (False, True) if request.checkpointing is None else (request.checkpointing,)
-    for checkpointing in options:
+    is_hopeless = _is_hopeless(first, request)
+    # One room on a processor, which has no margin.
+    rooms = dict.fromkeys((request.device.advised_bytes, request.device.room_bytes))
+    for room, checkpointing in product(rooms, options):
         # Halving: powers of two are what batches are, and each simulation costs seconds.
-        batch = 0 if _is_hopeless(first, request) else request.batch or effective
+        batch = 0 if is_hopeless else request.batch or effective
         while batch:
             plan = planned(batch, checkpointing)
-            if request.device.takes(plan.sharded(request.devices, request.sharing).total):
+            if plan.sharded(request.devices, request.sharing).total <= room:
                 return plan
-            batch = 0 if request.batch else _smaller(plan, request)
+            batch = 0 if request.batch else _smaller(plan, request, room)
     return planned(request.batch or 1, options[-1])
 
 
@@ -295,6 +352,8 @@ def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
     # Bytes a parameter: 4 or 2 dense, 0.5 for 4-bit codes without their scales, 1 for int8: a lower bound of all.
     dense = 4 if setting.dtype == "float32" else 2
     stored = {"dense": dense, "nf4": 0.5, "fp4": 0.5}.get(setting.base, 1)
+    if request.is_stored_quantized:
+        stored = 0.5
     if setting.method is None:
         # The gradients, and Adam's two moments; the state of other optimizers may be smaller, or lie elsewhere.
         # Weights, gradients and Adam's two moments of the same type: four times the weights.
@@ -304,13 +363,13 @@ def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
     return request.parameters * stored > request.device.room_bytes * (request.devices if request.sharing.shards else 1)
 
 
-def _smaller(plan: MemoryPlan, request: PlanRequest) -> int:
+def _smaller(plan: MemoryPlan, request: PlanRequest, room: int) -> int:
     """The largest half of a half of a plan's micro-batch that may fit; 0 if not even a single example can."""
     parts = plan.sharded(request.devices, request.sharing)
     # Activations are linear in the micro-batch, all else does not depend on it.
     lasting = parts.weights + parts.adapter + parts.gradients + parts.optimizer
     batch = plan.setting.batch // 2
-    while batch and lasting + parts.activations * batch / plan.setting.batch > request.device.room_bytes:
+    while batch and lasting + parts.activations * batch / plan.setting.batch > room:
         batch //= 2
     return batch
 

@@ -182,7 +182,8 @@ def dora(case: Case) -> str | None:
     "A 4-bit base (QLoRA: NF4 with double quantization) where the 16-bit one does not fit.",
     f"{QLORA}: no loss against 16 bits on instruction tuning, up to 65B",
     "Li et al. 2023, arXiv:2310.08659 (LoftQ): a gap to 16 bits remains on harder tasks; each weight is expanded twice "
-    "a step, which takes time.",
+    "a step, three times with checkpointing, which the times above count: little where a micro-batch has a thousand "
+    "tokens (1.05 times a step in bf16 on a CPU, docs/quantized.md), half as much again where it has a hundred.",
 )
 def qlora(case: Case) -> str | None:
     """The base's precision."""

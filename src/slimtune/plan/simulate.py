@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from slimtune.core.config import PeftConfig
 from slimtune.errors import ConfigError, PlanError, did_you_mean
 from slimtune.plan.build import build, config_of
 from slimtune.plan.extrapolate import TraceSummary, cut, extrapolate, find_repeating_blocks
-from slimtune.plan.memory import TRAINING, MemoryPlan, Phase, Setting, Snapshot, Work, fullest
+from slimtune.plan.memory import TRAINING, MemoryPlan, Phase, Setting, Snapshot, StoredIntegers, Work, fullest
+from slimtune.plan.text_part import whole_of
 from slimtune.plan.trace import trace
+from slimtune.storage.compressed import is_compressed, read_config
 
 ORDER: tuple[Phase, ...] = (*TRAINING, "merge")
 
@@ -49,7 +52,8 @@ def simulate(
     """
     resolved = setting_of(method, setting | {"trust_remote_code": trust_remote_code})
     config = config_of(model, trust_remote_code)
-    resolved, notes = _as_stored(config, resolved)
+    resolved, notes = as_stored(config, resolved)
+    part_of = whole_of(config)
     task_type = resolved.task_type or getattr(method, "task_type", None)
     options: Any = {"evaluation": evaluation, "merge": merge, "rounded": rounded}
     with quiet():
@@ -65,7 +69,9 @@ def simulate(
             summary = extrapolate(small, large, blocks)
         if summary is None:
             summary = trace(config, resolved, task_type, **options)
-    return plan_of(summary, resolved, notes)
+    beside = 0 if part_of is None else part_of.other_parameters * getattr(torch, resolved.dtype).itemsize
+    notes += () if part_of is None else (part_of.note(beside),)
+    return plan_of(summary, resolved, notes, beside)
 
 
 def setting_of(method: PeftConfig | None, fields: dict[str, Any]) -> Setting:
@@ -79,12 +85,19 @@ def setting_of(method: PeftConfig | None, fields: dict[str, Any]) -> Setting:
     return setting
 
 
-def _as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]:
+def as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]:
     """The setting for a model that is stored quantized already: that is the base then. Raises: PlanError."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return setting, ()
     how = stored if isinstance(stored, dict) else stored.to_dict()
+    if is_compressed(how):
+        schemes, ignore = read_config(how)
+        del config.quantization_config
+        integers = StoredIntegers(tuple(schemes), tuple(ignore))
+        if setting.method is None:
+            raise ConfigError(f"the weights of a model that is stored as {integers.name} can't be tuned themselves")
+        return dataclasses.replace(setting, base="dense", stored=integers), (f"the model is stored as {integers.name}",)
     if how.get("quant_method", "bitsandbytes") != "bitsandbytes":
         raise PlanError(f"the model is stored by {how.get('quant_method')}, which can't be planned; use its dense form")
     base = how.get("bnb_4bit_quant_type", "fp4") if how.get("load_in_4bit") else "int8"
@@ -93,10 +106,12 @@ def _as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]
     return dataclasses.replace(setting, base=base, double_quantization=nested), (f"the model is stored as {base}",)
 
 
-def plan_of(summary: TraceSummary, setting: Setting, notes: tuple[str, ...] = ()) -> MemoryPlan:
-    """The plan that a run comes to."""
+def plan_of(summary: TraceSummary, setting: Setting, notes: tuple[str, ...] = (), beside_bytes: int = 0) -> MemoryPlan:
+    """The plan that a run comes to, with weights that lie beside what was run."""
     by_phase: dict[Phase, list[Snapshot]] = {}
-    for snapshot in summary.snapshots.values():
+    for traced in summary.snapshots.values():
+        weights = traced.parts.weights + beside_bytes
+        snapshot = dataclasses.replace(traced, parts=dataclasses.replace(traced.parts, weights=weights))
         by_phase.setdefault(snapshot.phase, []).append(snapshot)
     return MemoryPlan(
         setting=setting,

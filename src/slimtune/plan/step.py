@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from slimtune.data.batches import IGNORED, classification, token_loss
 from slimtune.errors import MissingDependencyError, PlanError
 from slimtune.plan.build import positions_of
-from slimtune.plan.memory import MemoryBreakdown, Setting, Snapshot, Work
+from slimtune.plan.memory import MemoryBreakdown, Setting, Snapshot, Work, padded
 from slimtune.recipe.optimizers import BITSANDBYTES, OFFLOADED, PAGED, TORCHAO
 from slimtune.recipe.preference import PreferenceSettings
 from slimtune.recipe.training import TrainSettings
@@ -85,6 +85,9 @@ def batch_for(model: Any, setting: Setting) -> Batch:
         return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
     if main != "input_ids":
         raise PlanError(f"a {kind} reads {main}, of which no batch can be planned; it takes texts or images")
+    if setting.shared is not None:
+        ids, mask = padded(setting.shared.rows)
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
     # (B, T) ids, mask and labels: a real batch, for code that looks at ids and masks takes its usual way.
     check_length(config, tokens)
     ids = torch.ones(rows, tokens, dtype=torch.long)

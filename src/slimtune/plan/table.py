@@ -10,6 +10,7 @@ from typing import Any
 from slimtune.console.figure import check_picture, new_figure, write
 from slimtune.errors import check_choice
 from slimtune.methods.lora.config import LoraConfig
+from slimtune.plan.devices import Device, find
 from slimtune.plan.memory import MemoryBreakdown, MemoryPlan, Precision, Setting
 
 SIZES = {
@@ -20,6 +21,8 @@ SIZES = {
     "110B": "qwen1.5-110b",
 }
 """The model of each size, whose configuration comes with the library."""
+USUAL_DEVICE = "H100"
+"""Whose runtime is counted where no device is named."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,17 @@ class TableCell:
     size: str
     plan: MemoryPlan
     rule_of_thumb_gb: int
+    device: Device
+
+    @property
+    def needed_bytes(self) -> int:
+        """The simulated peak with the runtime of the device, as `plan` counts it."""
+        return self.device.needed_bytes(self.plan.peak_bytes)
 
     @property
     def gigabytes(self) -> float:
-        """The simulated peak."""
-        return self.plan.peak_bytes / 1e9
+        """What is needed, in GB of 10^9 bytes."""
+        return self.needed_bytes / 1e9
 
     @property
     def ratio(self) -> float:
@@ -91,7 +100,8 @@ class TableCell:
         """For JSON; bytes, and the rule of thumb in gigabytes."""
         return {
             "method": self.row.name, "size": self.size, "model": SIZES[self.size], "peak_bytes": self.plan.peak_bytes,
-            "parts": self.plan.peak.parts.named(), "rule_of_thumb_gb": self.rule_of_thumb_gb, "holds": self.row.holds,
+            "needed_bytes": self.needed_bytes, "parts": self.plan.peak.parts.named(),
+            "rule_of_thumb_gb": self.rule_of_thumb_gb, "holds": self.row.holds,
         }  # fmt: skip
 
 
@@ -115,24 +125,27 @@ def classic_table(
     sequence: int = 512,
     rank: int = 16,
     checkpointing: bool = True,
+    device: Device | None = None,
 ) -> list[TableCell]:
     """All cells, row by row.
 
     Args:
         simulate: a plan for a model's name and a setting.
+        device: whose runtime is counted; None for a usual one of data centres.
 
     Raises:
         ConfigError: an unknown size, or settings that can't be.
     """
     for size in sizes:
         check_choice("size", size, tuple(SIZES))
+    device = device or find(USUAL_DEVICE)
     cells = []
     # One simulation a cell: 4 methods by 5 sizes, about a second each.
     for row in ROWS:
         for size, figure in zip(SIZES, row.rule_of_thumb, strict=True):
             if size in sizes:
                 plan = simulate(SIZES[size], setting(row, batch, sequence, rank, checkpointing))
-                cells.append(TableCell(row, size, plan, figure))
+                cells.append(TableCell(row, size, plan, figure, device))
     return cells
 
 
@@ -144,6 +157,7 @@ COLOURS = {
     "activations": "#8172b3",
     "loss": "#937860",
     "workspace": "#8c8c8c",
+    "runtime": "#c9c9c9",
 }
 """Of each part, on paper and on the screen."""
 
@@ -154,6 +168,7 @@ class Bar:
 
     label: str
     parts: MemoryBreakdown
+    runtime_bytes: int = 0
     rule_of_thumb_bytes: float | None = None
 
 
@@ -170,7 +185,7 @@ def plot_bars(bars: Sequence[Bar], picture: Path, title: str, limit_bytes: float
     rows = range(len(bars))
     left = [0.0] * len(bars)
     for part, colour in COLOURS.items():
-        widths = [getattr(bar.parts, part) / 1e9 for bar in bars]
+        widths = [(bar.parts.named() | {"runtime": bar.runtime_bytes})[part] / 1e9 for bar in bars]
         axes.barh(rows, widths, left=left, color=colour, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     rules = [(row, bar.rule_of_thumb_bytes / 1e9) for row, bar in enumerate(bars) if bar.rule_of_thumb_bytes]
@@ -187,4 +202,12 @@ def plot_bars(bars: Sequence[Bar], picture: Path, title: str, limit_bytes: float
 
 def classic_bars(cells: Sequence[TableCell]) -> list[Bar]:
     """The classic table's cells with their rules of thumb."""
-    return [Bar(f"{cell.row.name}, {cell.size}", cell.plan.peak.parts, cell.rule_of_thumb_gb * 1e9) for cell in cells]
+    return [
+        Bar(
+            f"{cell.row.name}, {cell.size}",
+            cell.plan.peak.parts,
+            cell.needed_bytes - cell.plan.peak_bytes,
+            cell.rule_of_thumb_gb * 1e9,
+        )
+        for cell in cells
+    ]

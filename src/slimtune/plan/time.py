@@ -140,10 +140,12 @@ def duration(
     steps = max(1, math.ceil(batches / setting.accumulation))
     # Rows are padded to the longest of their batch; each drawn answer of grpo is as long as it may be.
     tokens = (lengths.padded(setting.batch) + lengths.examples * longer) * drawn * epochs
+    computed = tokens * (setting.shared.share if setting.shared else 1)
     # Tokens of one simulated step, by which its seconds are scaled to all tokens of the data.
-    planned = setting.batch * setting.accumulation * (setting.sequence + longer) * devices
+    rows = setting.shared.tokens if setting.shared else setting.batch * (setting.sequence + longer)
+    planned = rows * setting.accumulation * devices
     exchange = batches * _exchange_seconds(plan, device, devices, sharing)
-    seconds = step_seconds(plan, rates) * tokens / planned + exchange
+    seconds = step_seconds(plan, rates) * computed / planned + exchange
     # US dollars: every device is rented for the whole time.
     cost = None if device.price_per_hour is None else devices * seconds / 3600 * device.price_per_hour
     return Duration(steps, seconds / steps, seconds, round(tokens), cost, rates.is_measured, exchange)

@@ -16,6 +16,7 @@ from torch import nn
 
 from slimtune.adapters.model import get_peft_model
 from slimtune.errors import ConfigError, MergeError
+from slimtune.models.shared_prefixes import shared_prefixes
 from slimtune.plan.build import build, kernels_of
 from slimtune.plan.extrapolate import Blocks, Key, ModelCounts, TraceSummary, block_list
 from slimtune.plan.memory import MemoryBreakdown, Phase, Setting, Snapshot, Work
@@ -90,11 +91,12 @@ def trace(
     """
     with kernels_of(setting, fake), taken_for_real() if fake else contextlib.nullcontext():
         run = prepare(config, setting, task_type, fake, rounded)
-        train(run, steps)
-        if setting.task == "grpo":
-            _generate(run)
-        if evaluation:
-            _evaluate(run)
+        with shared_prefixes(run.model) if setting.shared else contextlib.nullcontext():
+            train(run, steps)
+            if setting.task == "grpo":
+                _generate(run)
+            if evaluation:
+                _evaluate(run)
         if merge:
             _merge(run)
     return _summary(run, blocks)
@@ -123,7 +125,7 @@ def prepare(
     overhead = 0
     with _tracking(builder, "load"), no_init_weights() if fake else contextlib.nullcontext():
         model = build(config, setting, task_type)
-        if setting.base != "dense":
+        if setting.is_quantized:
             overhead = quantize(model, setting, builder)
     tracker = (
         FakeMemoryTracker(rounded, builder.fake) if isinstance(builder, FakeMemoryTracker) else MemoryTracker(rounded)
@@ -172,7 +174,7 @@ def _count(parameter: Any) -> int:
 
 
 def _stored_tensors(model: nn.Module, setting: Setting) -> list[torch.Tensor]:
-    if setting.base == "dense":
+    if not setting.is_quantized:
         return [*model.parameters(), *model.buffers()]
     return tensors_of(model)
 

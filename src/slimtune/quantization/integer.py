@@ -6,7 +6,8 @@ modules have the tensors of the file as parameters, and are made ours once all i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,23 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimtune.bases.int4 import LinearInt4
-from slimtune.bases.int8 import EmbeddingInt8, LinearInt8
-from slimtune.bases.integer import PACKED, SCALE, SHAPE, HoldsCodes, unpacked
-from slimtune.errors import ConfigError, DamagedBaseError, did_you_mean, listing
-from slimtune.ops.grid import SCALE_DTYPE, nearest_codes, searched_scales
-from slimtune.quantization.config import INTEGER_GROUPS, Quantization
-from slimtune.storage.compressed import WeightScheme, read_config, scheme_for, write_config
+from slimtune.bases.int8 import EmbeddingInt8, LinearInt8, LinearW8A8
+from slimtune.bases.integer import CODES, PACKED, PARTS, SCALE, SHAPE, ZERO, HoldsCodes, grid_weight
+from slimtune.bases.packed import as_linear
+from slimtune.errors import DamagedBaseError, listing
+from slimtune.ops.grid import rounded
+from slimtune.quantization.config import Quantization
+from slimtune.quantization.linears import group_size_for, quantized_linears
+from slimtune.storage.compressed import PACKED_FORMAT, WeightScheme, read_config, scheme_for, write_config
 
-_PARTS = (PACKED, SCALE, SHAPE)
+_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+"""By their names in a file."""
 
 
 class Request(QuantizationConfigMixin):
@@ -37,13 +43,16 @@ class Request(QuantizationConfigMixin):
     Attributes:
         settings: how a plain model is quantized while it is read; None for one that is stored quantized.
         stored: the `quantization_config` of a stored one.
-        modules: those whose weights its files have.
+        modules: those whose quantized weights its files have: the tensors of each, and their dtypes.
     """
 
     def __init__(
-        self, settings: Quantization | None, stored: dict[str, Any] | None = None, modules: frozenset[str] = frozenset()
+        self,
+        settings: Quantization | None,
+        stored: dict[str, Any] | None = None,
+        modules: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        self.settings, self.stored, self.modules = settings, stored, modules
+        self.settings, self.stored, self.modules = settings, stored, modules or {}
         self.quant_method: Any = "slimtune_integer"
 
 
@@ -69,8 +78,10 @@ def load_compressed(chosen: Any, source: str, config: Any, device: str, **option
     fields = {name: options.pop(name) for name in list(options) if hasattr(config, name) and name != "dtype"}
     for name, value in fields.items():
         setattr(config, name, value)
-    stored = config.__dict__.pop("quantization_config")
-    request = Request(None, stored if isinstance(stored, dict) else stored.to_dict(), _stored_weights(Path(source)))
+    noted = config.__dict__.pop("quantization_config")
+    stored = noted if isinstance(noted, dict) else noted.to_dict()
+    read_config(stored)  # what isn't read here is refused before the files are looked at
+    request = Request(None, stored, _stored_weights(Path(source)))
     try:
         return chosen.from_pretrained(
             source, config=config, quantization_config=request, device_map={"": device}, **options
@@ -84,63 +95,18 @@ def load_compressed(chosen: Any, source: str, config: Any, device: str, **option
         ) from error
 
 
-def _stored_weights(folder: Path) -> frozenset[str]:
-    """The modules of which a folder has a quantized weight.
-
-    Raises:
-        DamagedBaseError: a part of one is missing.
-    """
-    names: set[str] = set()
+def _stored_weights(folder: Path) -> dict[str, dict[str, str]]:
+    """The modules of which a folder has a quantized weight: the tensors of each, and their dtypes."""
+    dtypes: dict[str, str] = {}
     for file in folder.glob("*.safetensors"):
         with safetensors.safe_open(file, framework="pt") as stored:
-            names |= set(stored.keys())
-    modules = {name.rpartition(".")[0] for name in names if name.endswith(_PARTS)}
-    for module in sorted(modules):
-        absent = [part for part in _PARTS if f"{module}.{part}" not in names]
-        if absent:
-            raise DamagedBaseError(
-                f"the quantized weight '{module}.weight' is damaged: {listing(absent)} is missing; fetch the model "
-                "again"
-            )
-    return frozenset(modules)
-
-
-def group_size_for(model: nn.Module, names: list[str], group_size: int) -> None:
-    """See that groups divide the widths of these linear layers. Raises: ConfigError."""
-    layers: list[Any] = [model.get_submodule(name) for name in names]
-    widths: set[int] = {layer.in_features for layer in layers}
-    wrong = sorted(width for width in widths if width % group_size)
-    if wrong:
-        fitting = [size for size in INTEGER_GROUPS if not any(width % size for width in widths)]
-        advice = f"take groups of {' or '.join(map(str, fitting))}" if fitting else "leave those layers out with keep"
-        raise ConfigError(
-            f"groups of {group_size} don't divide linear layers of width {', '.join(map(str, wrong))}; {advice}"
-        )
-
-
-def quantized_linears(model: Any, keep: Any = ()) -> list[str]:
-    """The paths of the linear layers that are quantized: all but the output layer and what is to be kept.
-
-    Raises:
-        ConfigError: there is none, or a name to keep that none has.
-    """
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    for pattern in keep:
-        if all(should_convert_module(name, [pattern]) for name in linear):
-            last = {name.rpartition(".")[2] for name in linear}
-            near = did_you_mean(pattern, [*last, *linear]) or f"; there are {listing(last)}"
-            raise ConfigError(f"keep names '{pattern}', but {type(model).__name__} has no such linear layer{near}")
-    # By the order in which the model makes its parts: a head comes last, also one with a bias.
-    last_module = list(model.named_parameters())[-1][0].rpartition(".")[0]
-    skipped = HfQuantizer.get_modules_to_not_convert(model, None, getattr(model, "_keep_in_fp32_modules", None))
-    kept = {*skipped, *keep, *({last_module} & set(linear))}
-    names = [name for name in linear if should_convert_module(name, list(kept))]
-    if not names:
-        has_conv1d = any(isinstance(module, Conv1D) for module in model.modules())
-        advice = "nf4 takes GPT-2's Conv1D, which the format of integers doesn't" if has_conv1d else "leave it as it is"
-        beside = listing(linear) or "none at all"
-        raise ConfigError(f"{type(model).__name__} has no linear layer to quantize beside {beside}; {advice}")
-    return names
+            dtypes |= {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 - no mapping
+    parts: dict[str, dict[str, str]] = {}
+    for name, dtype in dtypes.items():
+        module, _, part = name.rpartition(".")
+        if part in PARTS or (part == CODES and dtype == "I8"):
+            parts.setdefault(module, {})[part] = dtype
+    return parts
 
 
 @register_quantizer("slimtune_integer")
@@ -154,7 +120,7 @@ class _Quantizer(HfQuantizer):
         super().__init__(request, **options)
         self.request = request
         self.targets: set[str] = set()
-        self.scales: dict[str, Tensor] = {}
+        self.scales_read: dict[str, Tensor] = {}
 
     def is_serializable(self) -> Any:
         return True
@@ -178,32 +144,47 @@ class _Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         if self.request.settings is None:
             _fill_shells(model)
-        for path, scales_OG in self.scales.items():
+        for path, scales_OG in self.scales_read.items():
             # Only now: buffers that aren't in the files are drawn anew once these are read.
             model.get_submodule(path).weight_scale = scales_OG
-        note_quantization(model, self.request.stored or config_of(model))
+        note_quantization(model, config_of(model))
         return model
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
     """The `quantization_config` of a model whose modules hold codes."""
     held = {name: module for name, module in model.named_modules() if isinstance(module, HoldsCodes)}
-    groups: dict[tuple[int, int | None, bool], list[str]] = {}
+    groups: dict[tuple[str, WeightScheme], list[str]] = {}
     for name, module in held.items():
         base = module.packed_base
         size = base.group_size(module)
-        row = base.features(module)[base.is_transposed]
-        groups.setdefault((base.bits, None if size == row else size, base.is_transposed), []).append(name)
-    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
-    rest = [name for name, kind in kinds.items() if kind == "Linear" and name not in held]
+        scheme = WeightScheme(
+            base.bits,
+            None if size == module.stored_shape[1] else size,
+            (),
+            base.format,
+            symmetric=ZERO not in module._buffers,
+            rounds_inputs=base.rounds_inputs,
+        )
+        groups.setdefault((_kind(module), scheme), []).append(name)
+    rest = [name for name, module in model.named_modules() if _kind(module) in _LINEAR and name not in held]
     # The one scheme of most layers by their class, as engines fuse some of them; others by their names.
-    most = max(groups, key=lambda key: (not key[2], len(groups[key])), default=None)
+    most = max(groups, key=lambda key: (key[0] in _LINEAR, len(groups[key])), default=None)
     schemes = [
-        WeightScheme(bits, size, ("Linear",) if key == most else tuple(names))
-        for key, names in sorted(groups.items(), key=lambda pair: pair[0] == most)
-        for bits, size, _ in [key]
+        replace(scheme, targets=(kind,) if (kind, scheme) == most else tuple(names))
+        for (kind, scheme), names in sorted(groups.items(), key=lambda pair: pair[0] == most)
     ]
     return write_config(schemes, rest)
+
+
+_LINEAR = ("Linear", "Conv1D")
+
+
+def _kind(module: Any) -> str:
+    """The name of the class that a module had before it held codes."""
+    if not isinstance(module, HoldsCodes):
+        return type(module).__name__
+    return "Embedding" if module.packed_base.kind == "embedding" else vars(module).get("source_cls", nn.Linear).__name__
 
 
 def note_quantization(model: Any, stored: dict[str, Any]) -> None:
@@ -216,7 +197,7 @@ def note_quantization(model: Any, stored: dict[str, Any]) -> None:
         f"{end.removesuffix('weight')}{part}": f"{source.removesuffix('weight')}{part}"
         for end, source in tied.items()
         if end.endswith(".weight") and isinstance(model.get_submodule(end.rpartition(".")[0]), HoldsCodes)
-        for part in _PARTS
+        for part in PARTS
     }
     if more:
         model.all_tied_weights_keys = tied | more
@@ -233,12 +214,15 @@ class _Round(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *, model: Any, **others: Any) -> dict[str, Tensor]:  # type: ignore[override]
         done = {}
         for name, value in input_dict.items():
-            weight_OI: Tensor = value[0] if isinstance(value, list) else value
+            weight: Tensor = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
             module: Any = model.get_submodule(path)
-            scales_OG = searched_scales(weight_OI, self.quantizer.request.settings.blocksize, 4)
-            self.quantizer.scales[path] = scales_OG
-            LinearInt4.take(module, nearest_codes(weight_OI, scales_OG, 4), scales_OG)
+            # GPT-2's linear layers are stored as (in, out).
+            weight_OI = weight.t() if isinstance(module, Conv1D) else weight
+            new = rounded(weight_OI, self.quantizer.request.settings.blocksize, 4)
+            # The codes of a layer, a byte each, live until they are packed, and not until all layers are.
+            self.quantizer.scales_read[path] = new.scales
+            LinearInt4.take(as_linear(module), *new)
             done[name] = module.weight
             # Or transformers would draw it, after the read, as a weight that was missing.
             module._is_hf_initialized = True
@@ -250,40 +234,81 @@ def _make_shells(model: Any, request: Request) -> None:
     schemes, ignore = read_config(request.stored or {})
     tied_ends = {end.rpartition(".")[0] for end in model.all_tied_weights_keys}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding):
+        if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             continue
         scheme = scheme_for(name, type(module).__name__, schemes, ignore)
-        if scheme is None:
-            continue
         # A file may have been written from a model with another prefix before its names, or without its head.
-        is_stored = any(
-            f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}") for other in request.modules
-        )
-        if not is_stored and name not in tied_ends:
-            raise DamagedBaseError(f"the quantized weight '{name}.weight' is missing; fetch the model again")
-        rows, columns = module.weight.shape
-        if scheme.group_size is not None and columns % scheme.group_size:
-            raise DamagedBaseError(f"the quantized weight '{name}.weight' of width {columns} can't have its groups")
-        groups = 1 if scheme.group_size is None else columns // scheme.group_size
-        module.was_dtype, module.bits = module.weight.dtype, scheme.bits  # type: ignore[assignment]
-        del module._parameters["weight"]
-        words = -(-columns * scheme.bits // 32)
-        for part, shape, dtype in (
-            (PACKED, (rows, words), torch.int32), (SCALE, (rows, groups), SCALE_DTYPE), (SHAPE, (2,), torch.int64),
-        ):  # fmt: skip
+        stored = next((parts for other, parts in request.modules.items() if _is_same(name, other)), None)
+        if scheme is None and stored is None:
+            continue
+        shell: Any = as_linear(module)
+        rows, columns = shell.weight.shape
+        try:
+            shapes = _shapes(scheme, rows, columns, stored, is_tied=name in tied_ends)
+        except DamagedBaseError as error:
+            raise DamagedBaseError(
+                f"the quantized weight '{name}.weight' is damaged: {error}; fetch the model again"
+            ) from error
+        shell.was_dtype, shell.scheme = shell.weight.dtype, scheme
+        del shell._parameters["weight"]
+        for part, (shape, dtype) in shapes.items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
-            module.register_parameter(part, nn.Parameter(empty, requires_grad=False))
-        module._is_hf_initialized = True  # type: ignore[assignment]
+            shell.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+        if CODES not in shapes:
+            # For modules around it that draw the weights in them, as GPT-2's do before they are read.
+            vars(shell)["weight"] = torch.empty(0)
+        shell._is_hf_initialized = True
     # Ties are of what the modules have now, and are made before the shells are filled.
-    shells = {name for name, module in model.named_modules() if PACKED in module._parameters}
+    shells = {name: list(module._parameters) for name, module in model.named_modules() if "scheme" in vars(module)}
     ties = dict(model.all_tied_weights_keys)
     model.all_tied_weights_keys = dict(_tied_parts(ties, shells))
 
 
-def _tied_parts(ties: dict[str, str], shells: set[str]) -> Iterator[tuple[str, str]]:
+def _is_same(name: str, other: str) -> bool:
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
+
+
+def _shapes(
+    scheme: WeightScheme | None, rows: int, columns: int, stored: Mapping[str, str] | None, is_tied: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What the file has of a weight.
+
+    Raises:
+        DamagedBaseError: it has something else, which transformers would cast, or leave as memory that was there.
+    """
+    if scheme is None:
+        raise DamagedBaseError("the file has it in codes, and config.json says that it is plain")
+    if stored is None and not is_tied:
+        raise DamagedBaseError("it is missing")
+    if scheme.group_size is not None and columns % scheme.group_size:
+        raise DamagedBaseError(f"a width of {columns} can't have groups of {scheme.group_size}")
+    bits, groups = scheme.bits, columns // scheme.group_size if scheme.group_size else 1
+    scales = (1,) if scheme.is_whole else (rows, groups)
+    # A tied end has no tensors of its own, and takes those of the other.
+    scale_dtype = _DTYPES.get((stored or {}).get(SCALE, "BF16"), torch.bfloat16)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {SCALE: (scales, scale_dtype)}
+    if scheme.format == PACKED_FORMAT:
+        shapes |= {PACKED: ((rows, -(-columns * bits // 32)), torch.int32), SHAPE: ((2,), torch.int64)}
+    else:
+        shapes |= {CODES: ((rows, columns), torch.int8)}
+    if not scheme.symmetric:
+        is_packed = scheme.format == PACKED_FORMAT and not scheme.is_whole
+        shapes |= {ZERO: ((-(-rows * bits // 32), groups), torch.int32) if is_packed else (scales, torch.int8)}
+    if stored is not None:
+        absent = [part for part in shapes if part not in stored]
+        if absent:
+            raise DamagedBaseError(f"{listing(absent)} is missing")
+        wrong = [part for part, (_, dtype) in shapes.items() if _DTYPES.get(stored[part]) != dtype]
+        if wrong:
+            raise DamagedBaseError(f"its {wrong[0]} is stored as {stored[wrong[0]]}")
+    return shapes
+
+
+def _tied_parts(ties: dict[str, str], shells: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
     for end, source in ties.items():
-        if source.rpartition(".")[0] in shells:
-            for part in _PARTS:
+        parts = shells.get(source.rpartition(".")[0])
+        if parts is not None:
+            for part in parts:
                 yield f"{end.removesuffix('weight')}{part}", f"{source.removesuffix('weight')}{part}"
         else:
             yield end, source
@@ -292,36 +317,48 @@ def _tied_parts(ties: dict[str, str], shells: set[str]) -> Iterator[tuple[str, s
 def _fill_shells(model: Any) -> None:
     """Make shells ours. Raises: DamagedBaseError, where what was read doesn't fit together."""
     filled: dict[int, Any] = {}
-    shells: Iterable[tuple[str, Any]] = model.named_modules()
-    for name, module in shells:
-        if PACKED not in module._parameters:
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    for name, module in modules:
+        if "scheme" not in vars(module):
             continue
-        packed, scales_OG, shape = (module._parameters.pop(part) for part in _PARTS)
-        dtype, bits = (module.__dict__.pop(mark) for mark in ("was_dtype", "bits"))
-        kind: Any = EmbeddingInt8 if isinstance(module, nn.Embedding) else LinearInt4 if bits == 4 else LinearInt8
+        scheme: WeightScheme = module.__dict__.pop("scheme")
+        dtype = module.__dict__.pop("was_dtype")
+        vars(module).pop("weight", None)
+        stored = {part: module._parameters.pop(part) for part in (*PARTS, CODES) if part in module._parameters}
+        kind: Any = _class_for(module, scheme)
         # With a weight in its place again it is a whole module, whose codes can be checked against it.
         module.__class__ = kind
-        shell: Any = module
-        other = filled.get(id(packed))
+        other = filled.get(id(stored[SCALE]))
         try:
-            if any(part is None or part.is_meta for part in (packed, scales_OG, shape)):
+            if any(part is None or part.is_meta for part in stored.values()):
                 raise DamagedBaseError("its codes, scales or shape are missing")
-            codes_OI = other.weight.data if other else unpacked(
-                kind.packed_base, packed, scales_OG, shape, shell.stored_shape
-            )  # fmt: skip
+            if other is None:
+                data = {part: tensor.data for part, tensor in stored.items()}
+                module.put_codes(*grid_weight(data, scheme.bits, module.stored_shape), dtype)
         except DamagedBaseError as error:
             raise DamagedBaseError(
                 f"the quantized weight '{name}.weight' is damaged: {error}; fetch the model again"
             ) from error
-        shell.put_codes(codes_OI, scales_OG.data, dtype)
         if other is not None:
             # Tied: the very same codes and scales.
-            module._parameters["weight"], module._buffers["weight_scale"] = other.weight, other.weight_scale
-        filled[id(packed)] = module
+            module.compute_dtype = dtype
+            module._parameters["weight"] = other.weight
+            for part in (SCALE, ZERO):
+                if part in other._buffers:
+                    module.register_buffer(part, other._buffers[part], persistent=False)
+        filled[id(stored[SCALE])] = module
     ties = {
-        f"{end.removesuffix(PACKED)}weight": f"{source.removesuffix(PACKED)}weight"
+        f"{end.removesuffix(SCALE)}weight": f"{source.removesuffix(SCALE)}weight"
         for end, source in model.all_tied_weights_keys.items()
-        if end.endswith(PACKED)
+        if end.endswith(f".{SCALE}")
     }
-    rest = {e: s for e, s in model.all_tied_weights_keys.items() if not e.endswith(_PARTS)}
-    model.all_tied_weights_keys = ties | rest
+    rest = {e: s for e, s in model.all_tied_weights_keys.items() if not e.endswith(PARTS)}
+    model.all_tied_weights_keys = rest | ties
+
+
+def _class_for(module: nn.Module, scheme: WeightScheme) -> type[HoldsCodes]:
+    if isinstance(module, nn.Embedding):
+        return EmbeddingInt8
+    if scheme.rounds_inputs:
+        return LinearW8A8
+    return LinearInt4 if scheme.bits == 4 else LinearInt8

@@ -45,6 +45,7 @@ class Candidate:
     @property
     def slug(self) -> str:
         """The name as part of a path."""
+        # Letters, digits and dots alone, on any file system; two candidates of one slug are refused.
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 
 from slimtune.errors import ConfigError, did_you_mean
@@ -61,6 +64,7 @@ class Method:
         from slimtune.core.config import PeftConfig
 
         shared = {field.name for field in dataclasses.fields(PeftConfig)} if self.is_adapter else set()
+        # From an instance: defaults that `__post_init__` fills in are the ones that a recipe is to show.
         default = dataclasses.asdict(self.config())
         return {name: value for name, value in default.items() if name not in shared | set(self.fixed)}
 
@@ -72,10 +76,18 @@ def methods() -> dict[str, Method]:
 
     configs = registered()
     known = [Method(_name(peft_type), _first_line(config), config) for peft_type, config in configs.items()]
+    # A name of its own, for people look for it by that; `fixed` keeps it from being turned off again.
     known.append(Method("dora", "DoRA: LoRA with use_dora=True.", configs["LORA"], {"use_dora": True}))
     known.append(Method(FULL, str(FullTuning.__doc__), FullTuning))
     known.append(Method(FEATURES, _first_line(FeatureTuning), FeatureTuning))
     return {method.name: method for method in sorted(known, key=lambda method: method.name)}
+
+
+def names() -> list[str]:
+    """The names of all methods, read from their sources: a shell that completes one can't wait for torch."""
+    sources = (Path(__file__).parents[1] / "methods").rglob("*.py")
+    types = (re.findall(r'peft_type: str \| None = "(\w+)"', path.read_text(encoding="utf-8")) for path in sources)
+    return sorted([*map(_name, chain.from_iterable(types)), "dora", FULL, FEATURES])
 
 
 def find(name: str) -> Method:

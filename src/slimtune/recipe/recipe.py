@@ -59,6 +59,7 @@ class ModelSettings:
         name, behind = parted(self.name)
         if behind is not None and self.revision not in (None, behind):
             raise ConfigError(f"name says revision {behind}, and revision says {self.revision}; give one of them")
+        # Parted in one place: everything behind reads name and revision apart, however they were written.
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "revision", self.revision or behind)
         if self.revision is not None and (name in PACKAGED or Path(name).exists() or not is_id(name)):
@@ -203,6 +204,8 @@ class Recipe:
         if isinstance(training, Mapping) and training.get("learning_rate") is None:
             rate = method.method.config.learning_rate
             rate = rate * SHARE_OF_RATE if sections.get("task") in PREFERENCE_TASKS else rate
+            # Written into the recipe, which then says what a run depends on even where a later version has another
+            # default.
             training = {**training, "learning_rate": rate}
         return read_as(cls, sections | {"training": training})
 
@@ -233,6 +236,7 @@ class Recipe:
                 "the recipe wants Python code to be run that comes with its model (model.trust_remote_code); pass "
                 "--trust-remote-code if you trust it"
             )
+        # From whoever types the command, never from the file: a recipe is data, and running code is a decision.
         return replace(self, model=replace(self.model, trust_remote_code=trust_remote_code))
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,6 +284,7 @@ def keys() -> dict[str, str]:
     for section, kind in Recipe.sections().items():
         # Written with their section always: an alpha alone is LoRA's.
         if section != "distillation":
+            # The earlier section wins: `| places` puts what was there before on top.
             places = {name: f"{section}.{name}" for name in kind.__dataclass_fields__} | places
     return places
 
@@ -310,6 +315,7 @@ def _methods() -> list[Method]:
 def _with(values: Any, keys: Sequence[str], value: Any, place: str) -> Any:
     """The values with another one at this place; what was given stays as it is."""
     key, *further = keys
+    # `data.train.0.weight=2`: a number counts into a list, where there is one.
     if isinstance(values, list) and key.isdecimal() and int(key) < len(values):
         number = int(key)
         return [

@@ -36,6 +36,7 @@ class EncoderBackend:
         self.model, self.tokenizer = model, tokenizer
         self.context = longest_input(model, tokenizer, None)
         self.pooling, self.is_normalised = _stored_pooling(folder)
+        # One thread: torch uses all cores in it, and the event loop goes on answering.
         self._working = ThreadPoolExecutor(1, "slimtune-embed")
 
     async def start(self) -> None:
@@ -57,6 +58,7 @@ class EncoderBackend:
         return await asyncio.get_running_loop().run_in_executor(self._working, self._embed, texts)
 
     def _embed(self, texts: list[str]) -> tuple[list[list[float]], int]:
+        # Counted here and refused: OpenAI's API cuts nothing off, and neither does this one.
         lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
         if max(lengths) > self.context:
             message = f"a text has {max(lengths):,} tokens, and the model reads {self.context:,}; shorten it"

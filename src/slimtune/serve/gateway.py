@@ -55,6 +55,7 @@ class Gateway:
         self.metrics.watch(self._gauges)
         self.is_draining = False
         self.started = time.time()
+        # The loop holds tasks weakly: without this set one could be collected in the middle of an answer.
         self._running: set[asyncio.Task[None]] = set()
 
     def resolve(self, tenant: Tenant, model: str) -> Adapter | None:
@@ -62,6 +63,7 @@ class Gateway:
         if model in (BASE, self.settings.base) and tenant.may_use(BASE):
             return None
         adapter = self.registry.find(model)
+        # One error for both: a 403 would tell that another tenant's adapter exists.
         if adapter is None or not tenant.may_use(adapter.name):
             raise not_found(model, [entry["id"] for entry in self.models(tenant)])
         return adapter
@@ -98,8 +100,10 @@ class Gateway:
         adapter = self.resolve(tenant, asked.model)
         if asked.choices() > 1 and asked.temperature == 0 and asked.n > 1:
             raise bad_request("n answers at temperature 0 are all the same; raise temperature or leave n out", "n")
+        # After the name is resolved: a misspelt model costs no part of the tenant's rate.
         self.limits.admit(tenant)
         answer = Answer(adapter.versioned if adapter else BASE)
+        # A task of its own and not the request's: a slow reader of the stream must not hold a slot's pieces up.
         task = asyncio.create_task(self._produce(tenant, asked, adapter, answer))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -142,6 +146,7 @@ class Gateway:
         if adapter is None:
             raise not_found(name, [known.name for known in self.registry])
         if force:
+            # A copy: a task that ends takes itself out of the set.
             for task in list(self._running):
                 if task.get_name() == adapter.versioned:
                     task.cancel("the adapter was unloaded")
@@ -169,6 +174,7 @@ class Gateway:
         task.set_name(answer.model)
         began = last = time.monotonic()
         try:
+            # The limit runs over waiting and writing together, as a client's own clock does.
             async with asyncio.timeout(self.settings.request_timeout), self.queue.turn(tenant, asked.choices()):
                 self.metrics.queue_seconds.observe(time.monotonic() - began)
                 async with (
@@ -199,6 +205,7 @@ class Gateway:
         except Exception as error:
             answer.inbox.put_nowait(_internal(error, answer.model))
         finally:
+            # Always the last one: whoever reads waits for it, whatever has happened before.
             answer.inbox.put_nowait(None)
 
     @asynccontextmanager
@@ -212,6 +219,7 @@ class Gateway:
     def _count(self, tenant: Tenant, model: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
         if not prompt_tokens and not tokens:
             return
+        # Piece by piece: a long answer counts against its tenant while it is still written.
         self.queue.charge(tenant, prompt_tokens, tokens)
         self.limits.spend(tenant, prompt_tokens + tokens)
         for kind, count in (("prompt", prompt_tokens), ("generated", tokens)):

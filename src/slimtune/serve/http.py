@@ -56,6 +56,7 @@ _PAGE_HEADERS = {
 def create_app(gateway: Gateway) -> FastAPI:
     """The application that a server such as uvicorn runs."""
     app = FastAPI(title="slimtune", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    # Read at the start: a server whose files are replaced under it goes on showing the page that fits it.
     page = (Path(__file__).parent / "page" / "index.html").read_text(encoding="utf-8")
 
     @app.post("/v1/chat/completions")
@@ -149,12 +150,14 @@ class _Stream(StreamingResponse):
 
     def __init__(self, answer: Answer, responses: Responses, first: bytes) -> None:
         self.answer, self.responses, self.first = answer, responses, first
+        # nginx would collect tokens into blocks otherwise.
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(self._events(), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
+            # Starlette cancels the response where the client goes, and never tells the generator before its first step.
             await super().__call__(scope, receive, send)
         finally:
             self.answer.cancel()
@@ -196,6 +199,7 @@ def _embeddings(body: EmbeddingRequest, vectors: list[list[float]], tokens: int)
     def shown(vector: list[float]) -> Any:
         if body.encoding_format == "float":
             return vector
+        # Little-endian float32, which OpenAI's Python client asks for unless it is told otherwise.
         return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
     data = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
@@ -248,6 +252,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
+        # Our own id, never the client's: it goes into the log, where a made-up one could forge lines.
         request_id, began = secrets.token_hex(8), time.monotonic()
         status = 500
 
@@ -286,6 +291,7 @@ class Guard:
         most, parts, size = self.gateway.settings.max_body, [], 0
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         too_long = ApiError(413, f"the body may have {most:,} bytes", "body_too_long")
+        # Before anything is read; a chunked body declares nothing and is counted as it comes.
         if declared.isdigit() and int(declared) > most:
             raise too_long
         try:

@@ -47,6 +47,7 @@ class EngineBackend:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.slots, self.context = engine.slots, engine.context
+        # The width of the logits, which may be padded beyond the tokenizer's tokens.
         self.vocabulary: int = engine.model.get_output_embeddings().weight.shape[0]
         self._grammars = Grammars(self.tokenizer, self.vocabulary, sorted(stop_tokens(engine.model, self.tokenizer)))
         # One thread, for a tokenizer is not safe in several; and apart from the loop, which long prompts would hold up.
@@ -87,7 +88,9 @@ class EngineBackend:
         """The answers, piece by piece, in the order in which their tokens come."""
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._encoding, self._prepare, asked)
+        # Told before the first token: the prompt is charged for, though the client may go while it is read.
         yield Piece(prompt_tokens=sum(map(len, prepared.prompts)))
+        # Without a bound: the engine's thread must never wait for a client; `max_tokens` bounds what can pile up.
         inbox: asyncio.Queue[tuple[int, Sequence[TokenEvent]]] = asyncio.Queue()
         readers = [self._reader(asked) for _ in prepared.sampling]
         mailbox = self._mailbox
@@ -95,6 +98,7 @@ class EngineBackend:
         handles: list[Handle] = []
         try:
             for choice, sampling in enumerate(prepared.sampling):
+                # Choices are numbered prompt by prompt, n of each, as OpenAI numbers them.
                 request = Request(prepared.prompts[choice // asked.n], sampling, adapter, tenant)
                 handles.append(self._submit(request, mailbox.address(inbox, choice)))
             running = len(handles)
@@ -234,6 +238,7 @@ class Mailbox:
                 return
             with self._lock:
                 self._letters.append((inbox, (choice, tuple(events))))
+                # Each wake-up of the loop is a write to a pipe: one for all answers of a step, not one for each.
                 wakes, self._is_woken = not self._is_woken, True
             if wakes and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._deliver)
@@ -242,6 +247,7 @@ class Mailbox:
 
     def _deliver(self) -> None:
         with self._lock:
+            # Taken out before any is delivered: what is posted meanwhile wakes the loop again.
             letters, self._letters, self._is_woken = self._letters, deque(), False
         for inbox, letter in letters:
             inbox.put_nowait(letter)

@@ -118,6 +118,7 @@ class RemoteBackend:
             return LoadedAdapter(name, "remote", None, 0)
         folder = await asyncio.to_thread(self._as_lora, folder)
         method, rank, stored_bytes = checked_for_vllm(folder)
+        # vLLM keeps keys and values by the name of an adapter: a name must never stand for other weights.
         remote = f"{name.replace('@', '-v')}-{await asyncio.to_thread(_digest, folder)}"
         done: list[Replica] = []
         for replica in self.replicas:
@@ -179,6 +180,7 @@ class RemoteBackend:
     # -- Answers.
 
     def _order(self) -> list[Replica]:
+        # Stable: of equally busy ones the first, so that a quiet gateway fills one cache of prefixes and not several.
         return sorted(self.replicas, key=lambda replica: replica.running)
 
     async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
@@ -216,6 +218,7 @@ class RemoteBackend:
                         async for piece in _pieces(response, choices):
                             yield piece
                         return
+            # Only before a byte was sent is it safe to ask another server: else one request may run twice.
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 raise _NotBegunError(_down(replica, error)) from error
             except httpx.HTTPError as error:
@@ -320,6 +323,7 @@ def _message(text: str) -> str:
 def _digest(folder: Path) -> str:
     """What an adapter's files hold, in short: part of its name on a server, which may keep what it cached of a name."""
     digest = hashlib.sha256()
+    # Config and weights: the same matrices under another alpha are another adapter.
     for file in sorted(folder.glob("adapter_*")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

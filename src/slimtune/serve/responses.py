@@ -59,6 +59,7 @@ class Responses:
         lines = []
         for piece in pieces:
             self._count(piece)
+            # Pieces without text are common: half a character, or what may begin a stop string.
             if piece.text or piece.logprobs or piece.tool_calls or piece.finish_reason:
                 lines.append(_event(self._chunk(piece)))
         return b"".join(lines)

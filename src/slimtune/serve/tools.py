@@ -101,6 +101,7 @@ class ToolReader:
         wrapped = _WRAPPED.findall(self._held)
         values = [value for text in wrapped or [self._held] for value in _values(text)]
         calls = [call for value in values if (call := self._call(value))]
+        # All or none: a call beside something unreadable would lose what the model meant by that.
         if not self._is_call or not calls or len(calls) < len(values):
             return self._held, ()
         if self._only_one:

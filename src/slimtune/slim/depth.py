@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimtune.console.progress import Watch
 from slimtune.errors import ConfigError
 from slimtune.slim.structure import Batch, Structure, rebuilt, run_through, state_of
 
 
-def block_influence(structure: Structure, batches: Sequence[Batch]) -> list[float]:
+def block_influence(structure: Structure, batches: Sequence[Batch], watch: Watch) -> list[float]:
     """How much each block changes its input: 0 for not at all."""
     sums: dict[nn.Module, list[float]] = {block.module: [0.0, 0.0] for block in structure.blocks}
 
-    def watch(module: nn.Module) -> Callable[[Tensor, Tensor], None]:
+    def hook_for(module: nn.Module) -> Callable[[Tensor, Tensor], None]:
         def add(x: Tensor, y: Tensor) -> None:
             alike = F.cosine_similarity(x.float(), y.float(), dim=-1)
             sums[module][0] += float((1 - alike).sum())
@@ -31,11 +32,11 @@ def block_influence(structure: Structure, batches: Sequence[Batch]) -> list[floa
 
         return add
 
-    run_through(structure.model, batches, {m: watch(m) for m in sums}, before=False)
+    run_through(structure.model, batches, {m: hook_for(m) for m in sums}, before=False, watch=watch)
     return [total / count for total, count in sums.values()]
 
 
-def drop_layers(model: Any, batches: Sequence[Batch], layers: int) -> tuple[Any, dict[str, Any]]:
+def drop_layers(model: Any, batches: Sequence[Batch], layers: int, watch: Watch) -> tuple[Any, dict[str, Any]]:
     """A model with so many layers left, in their order, and what was chosen by which influence.
 
     Raises:
@@ -47,7 +48,7 @@ def drop_layers(model: Any, batches: Sequence[Batch], layers: int) -> tuple[Any,
         raise ConfigError(
             f"layers says how many are left, from 1 to {count - 1} of this model's {count}, found {layers}"
         )
-    influence = block_influence(structure, batches)
+    influence = block_influence(structure, batches, watch)
     chosen = sorted(torch.tensor(influence).topk(layers).indices.tolist())
     config = copy.deepcopy(model.config)
     part = config.get_text_config()

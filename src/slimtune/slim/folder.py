@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
 from slimtune.bases import base_of
+from slimtune.bases.integer import ZERO
 from slimtune.console.progress import Watch
 from slimtune.core.delta import Base, walk
 from slimtune.errors import MergeError
 from slimtune.evaluate.language_loss import has_language_loss
-from slimtune.quantization.integer import load_compressed
+from slimtune.models.load import read_as_stored
 from slimtune.quantization.report import parts
 from slimtune.slim.data import measured_ids
+from slimtune.slim.engines import engines_of
 from slimtune.slim.quantize import QuantizeConfig, quantize_
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import no_weight_bar
@@ -128,9 +130,9 @@ def quantize_to_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         layers, bits = _stored(model)
-        report = QuantizeReport(
-            config, before, after, compare_outputs(expected, got), bits, layers, seconds, *_readers(model, config)
-        )
+        readers = engines_of(folder, model, inputs[0])
+        drift = compare_outputs(expected, got)
+        report = QuantizeReport(config, before, after, drift, bits, layers, seconds, readers, _notes(config, readers))
         (folder / "slim_report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "slim_report.md").write_text(f"# Quantized\n\n```text\n{report}\n```\n", encoding="utf-8")
     return report
@@ -166,9 +168,8 @@ def _measured(model: Any, inputs: Sequence[dict[str, Tensor]]) -> tuple[Measured
 
 def _check_reread(model: Any, folder: Path, inputs: dict[str, Tensor], expected: Tensor) -> None:
     config = type(model.config).from_pretrained(folder)
-    again = load_compressed(
-        type(model), str(folder), config, str(model.device), dtype=model.dtype, use_safetensors=True
-    )
+    options: dict[str, Any] = {"dtype": model.dtype, "use_safetensors": True}
+    again = read_as_stored(type(model), str(folder), config, str(model.device), **options)
     got = outputs(again, inputs).flatten(0, -2)[:_COMPARED]
     # Written so that outputs that are no numbers are refused as well.
     if not (got - expected).norm() <= _REREAD * expected.norm():
@@ -183,19 +184,19 @@ def _stored(model: nn.Module) -> tuple[int, float]:
     held: list[tuple[Any, Base]] = [(m, base_of(m)) for _, m in walk(model) if base_of(m).dequantizer(m) is not None]
     linear = [(m, base) for m, base in held if base.kind == "linear"]
     weights = sum(math.prod(base.features(m)) for m, base in linear)
-    stored = sum(t.nbytes for m, base in linear for t in (m.weight, m.weight_scale))
+    stored = sum(t.nbytes for m, _ in linear for t in (m.weight, m.weight_scale, m._buffers.get(ZERO)) if t is not None)
     return len(linear), 8 * stored / max(1, weights)
 
 
-def _readers(model: Any, config: QuantizeConfig) -> tuple[list[str], list[str]]:
+def _notes(config: QuantizeConfig, readers: Sequence[str]) -> list[str]:
+    notes = []
     if config.head == "int8":
-        return ["slimtune"], [
-            "transformers and vLLM don't read an embedding in int8; for those, quantize with --head keep"
-        ]
-    notes = ["vLLM and SGLang read the format too; whether their kernels take negative scales wasn't tried"]
+        notes.append("vLLM and transformers have no embedding in int8; for those, quantize with --head keep")
+    elif any("vLLM" in reader for reader in readers):
+        notes.append("vLLM and SGLang read the format too; whether their kernels take negative scales wasn't tried")
     if "awq" in str(config.method):
         notes.append(
             "AWQ scaled weights and norms: an adapter that was trained on the model before doesn't fit this one; merge "
             "it first"
         )
-    return ["slimtune", "transformers"], notes
+    return notes

@@ -23,8 +23,10 @@ _PIECE = 128
 
 
 @torch.no_grad()
-def gptq_codes(weight_OI: Tensor, scales_OG: Tensor, square_II: Tensor, bits: int) -> Tensor:
-    """Codes int8 (out, in) for scales that stay as they are.
+def gptq_codes(
+    weight_OI: Tensor, scales_OG: Tensor, square_II: Tensor, bits: int, zeros_OG: Tensor | None = None
+) -> Tensor:
+    """Codes int8 (out, in) for scales and zero points that stay as they are.
 
     Args:
         weight_OI: of layers with the same inputs, below each other.
@@ -36,9 +38,14 @@ def gptq_codes(weight_OI: Tensor, scales_OG: Tensor, square_II: Tensor, bits: in
     order = square_II.diagonal().argsort(descending=True)
     upper_II = inverse_factor(square_II[order][:, order])
     group_size = weight_OI.shape[1] // scales_OG.shape[1]
-    scales_OI = scales_OG.float().repeat_interleave(group_size, dim=1)[:, order]
+    zeros_OG = torch.zeros_like(scales_OG) if zeros_OG is None else zeros_OG
+
+    def by_input(of_groups_OG: Tensor) -> Tensor:
+        return of_groups_OG.float().repeat_interleave(group_size, dim=1)[:, order].t().contiguous()
+
     # Transposed, so that an input is a row: rows are contiguous, and each step reads and writes one.
-    rest_IO, scales_IO = weight_OI.float()[:, order].t().contiguous(), scales_OI.t().contiguous()
+    rest_IO = weight_OI.float()[:, order].t().contiguous()
+    scales_IO, zeros_IO = by_input(scales_OG), by_input(zeros_OG)
     codes_IO = torch.empty_like(rest_IO, dtype=torch.int8)
     divisors_IO = torch.where(scales_IO == 0, 1.0, scales_IO)
     lowest, highest = code_range(bits)
@@ -46,9 +53,9 @@ def gptq_codes(weight_OI: Tensor, scales_OG: Tensor, square_II: Tensor, bits: in
         stop = min(start + _PIECE, rest_IO.shape[0])
         errors = torch.empty_like(rest_IO[start:stop])
         for i in range(start, stop):
-            code = (rest_IO[i] / divisors_IO[i]).round_().clamp_(lowest, highest)
+            code = (rest_IO[i] / divisors_IO[i] + zeros_IO[i]).round_().clamp_(lowest, highest)
             codes_IO[i] = code
-            errors[i - start] = (rest_IO[i] - code * scales_IO[i]) / upper_II[i, i]
+            errors[i - start] = (rest_IO[i] - (code - zeros_IO[i]) * scales_IO[i]) / upper_II[i, i]
             rest_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], errors[i - start], alpha=-1)
         rest_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), errors, alpha=-1)
     codes_OI = torch.empty_like(codes_IO.t().contiguous())

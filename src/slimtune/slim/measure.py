@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.adapters.constrain import zero_share
 from slimtune.console.screen import open_screen
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.registry import read
@@ -27,6 +28,7 @@ from slimtune.evaluate.language_loss import Passage, losses
 from slimtune.evaluate.scorers import EvaluationSettings
 from slimtune.models.load import load_model
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions
+from slimtune.slim.engines import engines_of
 
 TURNS, DECODED, PREFILL = 5, 24, 256
 COMPARED_TOKENS = 2048
@@ -47,6 +49,8 @@ class SlimRow:
         kl: mean KL(first || this) a token, in nats.
         same_first: the share of tokens with the same likeliest one.
         forgetting: rise of the loss on the shipped texts, mean over domains, in nats a token.
+        sparsity: share of zeros among the weights of the blocks' layers, as they are stored or expanded.
+        engines: the programs that read it.
         seconds: that the step took.
     """
 
@@ -63,6 +67,8 @@ class SlimRow:
     kl: float
     same_first: float
     forgetting: float
+    engines: list[str]
+    sparsity: float = 0.0
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +110,8 @@ def measure(
         perplexity=math.exp(after.sum() / sum(passage.tokens for passage in passages)),
         score=result.score if result else None,
         interval=result.intervals.get(result.metric) if result else None,
-        kl=kl, same_first=same, forgetting=compare(passages, before, after).difference, seconds=seconds,
+        kl=kl, same_first=same, forgetting=compare(passages, before, after).difference,
+        engines=engines_of(Path(folder), model, {"input_ids": long}), sparsity=zero_share(model), seconds=seconds,
     )  # fmt: skip
 
 

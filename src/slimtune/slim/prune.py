@@ -1,4 +1,4 @@
-"""Structured pruning: a smaller model of the same class, written as a folder that `from_pretrained` loads.
+"""Pruning: a model of the same class with less in it, written as a folder that `from_pretrained` loads.
 
 Each kind of pruning is a file of its own with one function, from a model and calibration batches to the smaller model
 and what was done; `KINDS` names them in the order in which they are applied.
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from slimtune.adapters.merge import compare_outputs, outputs
+from slimtune.adapters.merge import compare_outputs, outputs, probe_inputs
+from slimtune.console.progress import Watch
 from slimtune.errors import ConfigError, DataError, MergeError
 from slimtune.evaluate.domain_texts import read_texts, texts
 from slimtune.evaluate.language_loss import passages
@@ -22,6 +23,7 @@ from slimtune.quantization.report import parts
 from slimtune.recipe.validation import STRICT
 from slimtune.slim.depth import drop_layers
 from slimtune.slim.structure import Batch
+from slimtune.slim.weights import WeightPruning, zero_weights
 from slimtune.slim.width import drop_kv_groups, narrow_feed_forward
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import no_weight_bar
@@ -38,21 +40,34 @@ class PruneConfig:
         layers: how many layers.
         ffn: which share of the feed-forward neurons.
         kv_heads: how many key-value heads, each with the query heads that read it.
+        weights: which single weights become zero, after all others; the shapes stay.
     """
 
     layers: int | None = None
     ffn: float | None = None
     kv_heads: int | None = None
+    weights: WeightPruning | None = None
 
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if all(getattr(self, field.name) is None for field in fields(self)):
-            raise ConfigError("nothing was said to prune; give layers, ffn or kv_heads")
+            raise ConfigError("nothing was said to prune; give layers, ffn, kv_heads or weights")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything is chosen by what the model computes."""
+        structured = (self.layers, self.ffn, self.kv_heads)
+        return any(value is not None for value in structured) or bool(self.weights and self.weights.needs_data)
 
 
-Kind = Callable[[Any, Sequence[Batch], Any], tuple[Any, dict[str, Any]]]
-KINDS: Mapping[str, Kind] = {"layers": drop_layers, "ffn": narrow_feed_forward, "kv_heads": drop_kv_groups}
+Kind = Callable[[Any, Sequence[Batch], Any, Watch], tuple[Any, dict[str, Any]]]
+KINDS: Mapping[str, Kind] = {
+    "layers": drop_layers,
+    "ffn": narrow_feed_forward,
+    "kv_heads": drop_kv_groups,
+    "weights": zero_weights,
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,12 @@ class PruneReport:
         return asdict(self)
 
 
-def prune(model: Any, config: PruneConfig, batches: Sequence[Batch]) -> tuple[Any, PruneReport]:
+def prune(
+    model: Any,
+    config: PruneConfig,
+    batches: Sequence[Batch],
+    watch: Watch = Watch(),  # noqa: B008 - it has no state
+) -> tuple[Any, PruneReport]:
     """A smaller model from a plain one, which stays as it is.
 
     Args:
@@ -86,10 +106,15 @@ def prune(model: Any, config: PruneConfig, batches: Sequence[Batch]) -> tuple[An
     smaller, done = model.eval(), {}
     for name, kind in KINDS.items():
         if (value := getattr(config, name)) is not None:
-            smaller, done[name] = kind(smaller, batches, value)
+            smaller, done[name] = kind(smaller, batches, value, watch)
     sizes = [(sum(p.numel() for p in m.parameters()), sum(p.nbytes for p in m.parameters())) for m in (model, smaller)]
     (count, size), (left, bytes_left) = sizes
     return smaller, PruneReport(count, left, size, bytes_left, done)
+
+
+def batches_for(config: PruneConfig, model: Any, tokenizer: Any, data: Path | None = None) -> list[Batch]:
+    """What `prune` calibrates on: `calibration`, or nothing where nothing is chosen by it. Raises: as that."""
+    return calibration(model, tokenizer, data) if config.needs_data else []
 
 
 def calibration(model: Any, tokenizer: Any, data: Path | None = None) -> list[Batch]:
@@ -130,14 +155,23 @@ def calibration(model: Any, tokenizer: Any, data: Path | None = None) -> list[Ba
 
 
 def write_pruned(
-    model: Any, tokenizer: Any, report: PruneReport, output: Path, probe: Batch, overwrite: bool = False
+    model: Any, tokenizer: Any, report: PruneReport, output: Path, probe: Batch | None = None, overwrite: bool = False
 ) -> None:
     """Write a plain model folder with its report, read it again and compare; nothing is written if they differ.
 
+    Args:
+        probe: what is compared on; pseudo-random inputs without it.
+
     Raises:
         OutputExistsError: the folder holds something.
-        MergeError: what was read again computes something else.
+        MergeError: what was read again computes something else, or no inputs are known for the model.
     """
+    probe = probe_inputs(model) if probe is None else probe
+    if probe is None:
+        raise MergeError(
+            f"no inputs are known for a {type(model).__name__}, so that what is written can't be compared; prune it in "
+            "Python and save it with save_pretrained"
+        )
     with staged(output, overwrite) as folder, no_weight_bar():
         model.save_pretrained(folder)
         if tokenizer is not None:

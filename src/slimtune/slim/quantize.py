@@ -10,20 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.bases.int4 import LinearInt4
-from slimtune.bases.int8 import EmbeddingInt8, LinearInt8
+from slimtune.bases.int8 import EmbeddingInt8, LinearInt8, LinearW8A8, positive_rows
 from slimtune.bases.integer import HoldsCodes
+from slimtune.bases.packed import as_linear
 from slimtune.console.progress import Watch
 from slimtune.core.delta import walk
 from slimtune.errors import ConfigError, DataError, check_choice, listing
-from slimtune.ops.grid import SCALE_DTYPE, nearest_codes, searched_scales, symmetric_scales
+from slimtune.ops.grid import SCALE_DTYPE, GridWeight, rounded
 from slimtune.quantization.config import INTEGER_GROUPS
-from slimtune.quantization.integer import config_of, group_size_for, note_quantization, quantized_linears
+from slimtune.quantization.integer import config_of, note_quantization
+from slimtune.quantization.linears import group_size_for, quantized_linears
+from slimtune.recipe.validation import STRICT
 from slimtune.slim.awq import Pair, apply_awq, find_pairs
 from slimtune.slim.calibrate import Block, Moments, blocks_of, in_evaluation, moments_of, pass_on
 from slimtune.slim.gptq import gptq_codes
 
-BITS = {"W4A16": 4, "W8A16": 8}
+BITS = {"W4A16": 4, "W8A16": 8, "W8A8": 8}
 METHODS = ("awq+gptq", "awq", "gptq", "rtn")
+STRATEGIES = ("group", "channel", "tensor")
 HEADS = ("keep", "int8")
 
 
@@ -32,12 +36,16 @@ class QuantizeConfig:
     """How a model is quantized.
 
     Attributes:
-        scheme: W4A16 (weights in 4 bits, inputs as they are) or W8A16.
+        scheme: W4A16 (weights in 4 bits, inputs as they are), W8A16, or W8A8 (inputs in 8 bits too, each token with a
+            scale of its own).
         method: awq+gptq (the best), awq, gptq, or rtn (rounded to the nearest, which takes no data); by default
             awq+gptq in 4 bits and rtn in 8, where it loses next to nothing.
-        group_size: how many inputs share a scale: 32, 64, 128 or 256. W8A16 has a scale a row.
+        group_size: how many inputs share a scale: 32, 64, 128 or 256, where the strategy is group.
         head: keep the output layer and the embedding, or have them in int8.
         ignore: more linear layers to leave as they are: names, ends of paths or regular expressions.
+        strategy: what shares a scale: a group of inputs (W4A16's default), a channel, which is a row of the weight
+            (the default in 8 bits), or the whole tensor.
+        symmetric: no zero points, which all engines read.
 
     Raises:
         ConfigError: a value that can't be.
@@ -48,18 +56,31 @@ class QuantizeConfig:
     group_size: int | None = None
     head: str = "keep"
     ignore: Sequence[str] = ()
+    strategy: str | None = None
+    symmetric: bool = True
+
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         check_choice("scheme", self.scheme, tuple(BITS))
         check_choice("head", self.head, HEADS)
+        check_choice("symmetric", self.symmetric, (True, False))
         if self.method is None:
             object.__setattr__(self, "method", "awq+gptq" if self.bits == 4 else "rtn")
         check_choice("method", self.method, METHODS)
-        if self.bits == 8 and self.group_size is not None:
-            raise ConfigError("W8A16 has a scale for each row; leave group_size out")
-        if self.bits == 4 and self.group_size is None:
+        if self.strategy is None:
+            if self.bits == 8 and self.group_size is not None:
+                beside = "" if self.rounds_inputs else ", or pass strategy group"
+                raise ConfigError(f"{self.scheme} has a scale for each row; leave group_size out{beside}")
+            object.__setattr__(self, "strategy", "group" if self.bits == 4 else "channel")
+        check_choice("strategy", self.strategy, STRATEGIES)
+        if self.strategy == "group" and self.group_size is None:
             object.__setattr__(self, "group_size", 64)
+        if self.strategy != "group" and self.group_size is not None:
+            raise ConfigError(f"strategy {self.strategy} has no groups; leave group_size out")
         check_choice("group_size", self.group_size, (None, *INTEGER_GROUPS))
+        if self.rounds_inputs and (self.strategy == "group" or not self.symmetric):
+            raise ConfigError("W8A8 takes a scale for each channel or one for the tensor, and no zero points")
         if isinstance(self.ignore, str) or not all(isinstance(name, str) for name in self.ignore):
             raise ConfigError(f"ignore must be a list of module names, found {self.ignore!r}")
 
@@ -67,6 +88,11 @@ class QuantizeConfig:
     def bits(self) -> int:
         """Of a code."""
         return BITS[self.scheme]
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs are rounded, too."""
+        return self.scheme == "W8A8"
 
     @property
     def needs_data(self) -> bool:
@@ -102,6 +128,8 @@ def quantize_(
         group_size_for(model, names, config.group_size)
     if config.needs_data and not batches:
         raise DataError(f"{config.method} looks at the inputs of the layers; pass batches, or method='rtn'")
+    for name in names:
+        as_linear(model.get_submodule(name))
     with in_evaluation(model):
         if config.needs_data:
             _fit(model, names, config, batches, watch)
@@ -182,23 +210,43 @@ def _hold_group(block: Block, group: Moments, config: QuantizeConfig) -> None:
         for module in modules:
             _hold(module, config, group.importance)
         return
+    grids = [_rounded(module.weight, config, group.importance) for module in modules]
     # Below each other: GPTQ works on rows, and one pass over the inputs serves all of them.
     weight_OI = torch.cat([module.weight for module in modules]).float()
-    scales_OG = searched_scales(weight_OI, config.group(weight_OI.shape[1]), config.bits, group.importance)
-    codes_OI = gptq_codes(weight_OI, scales_OG, group.square, config.bits)
+    scales_OG = torch.cat([grid.scales for grid in grids])
+    zeros = [grid.zeros for grid in grids if grid.zeros is not None]
+    codes_OI = gptq_codes(weight_OI, scales_OG, group.square, config.bits, torch.cat(zeros) if zeros else None)
     rows = [module.out_features for module in modules]
-    for module, codes, scales in zip(modules, codes_OI.split(rows), scales_OG.split(rows), strict=True):
-        _class_for(config).take(module, codes.clone(), scales.clone())
+    for module, codes, grid in zip(modules, codes_OI.split(rows), grids, strict=True):
+        _class_for(config).take(module, codes.clone(), grid.scales, grid.zeros)
 
 
 def _hold(module: Any, config: QuantizeConfig, importance_I: Tensor | None) -> None:
     """Quantize a layer, each weight rounded to the nearest code."""
-    weight_OI = module.weight.float()
-    scales_OG = searched_scales(weight_OI, config.group(weight_OI.shape[1]), config.bits, importance_I)
-    _class_for(config).take(module, nearest_codes(weight_OI, scales_OG, config.bits), scales_OG)
+    _class_for(config).take(module, *_rounded(module.weight, config, importance_I))
 
 
-def _class_for(config: QuantizeConfig) -> type[LinearInt4 | LinearInt8]:
+def _rounded(weight_OI: Tensor, config: QuantizeConfig, importance_I: Tensor | None) -> GridWeight:
+    weight_OI = weight_OI.float()
+    if config.strategy == "tensor":
+        # As one row; the scale then stands for each row.
+        one = None if importance_I is None else importance_I.repeat(weight_OI.shape[0])
+        row, rows = weight_OI.reshape(1, -1), weight_OI.shape[0]
+        grid = (
+            positive_rows(row)
+            if config.rounds_inputs
+            else rounded(row, row.numel(), config.bits, one, config.symmetric)
+        )
+        zeros_OG = None if grid.zeros is None else grid.zeros.expand(rows, 1).contiguous()
+        return GridWeight(grid.codes.view(weight_OI.shape), grid.scales.expand(rows, 1).contiguous(), zeros_OG)
+    if config.rounds_inputs:
+        return positive_rows(weight_OI)
+    return rounded(weight_OI, config.group(weight_OI.shape[1]), config.bits, importance_I, config.symmetric)
+
+
+def _class_for(config: QuantizeConfig) -> type[HoldsCodes]:
+    if config.rounds_inputs:
+        return LinearW8A8
     return LinearInt4 if config.bits == 4 else LinearInt8
 
 
@@ -213,9 +261,7 @@ def _quantize_ends(model: Any) -> None:
         raise ConfigError(f"head int8 takes a plain embedding and output layer, found {ends}; pass head='keep'")
     is_tied = head is not None and head.weight is embedding.weight
     for module, kind in ((embedding, EmbeddingInt8), *([] if head is None or is_tied else [(head, LinearInt8)])):
-        # With positive scales, as engines' kernels for 8 bits have them.
-        scales = symmetric_scales(module.weight, module.weight.shape[1], 8).to(SCALE_DTYPE)
-        kind.take(module, nearest_codes(module.weight, scales, 8), scales)
+        kind.take(module, *positive_rows(module.weight))
     if head is not None and is_tied:
         LinearInt8.take(head, embedding.weight.data, embedding.weight_scale)
         # The very same tensors, not equal ones.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from slimtune.console.progress import Watch
 from slimtune.core.roles import Role, role_of
 from slimtune.errors import ConfigError
 from slimtune.evaluate.generation import kept_logits
@@ -124,15 +125,17 @@ def state_of(model: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def run_through(
-    model: Any, batches: Iterable[Batch], hooks: Mapping[nn.Module, Callable[..., None]], before: bool
+    model: Any, batches: Sequence[Batch], hooks: Mapping[nn.Module, Callable[..., None]], before: bool, watch: Watch
 ) -> None:
     """Run the model on each batch, and call a module's hook with its input, or with its input and its output."""
     run: Any = functools.partial(model, **kept_logits(model, 1))
+    watch.start("running batches", len(batches))
     with _hooked(hooks, before):
         for batch in batches:
             # Nobody looks at the logits: of a small model they are half of the work.
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             run(**inputs)
+            watch.step(1)
 
 
 @contextmanager
@@ -158,19 +161,24 @@ def _hooked(hooks: Mapping[nn.Module, Callable[..., None]], before: bool) -> Any
             handle.remove()
 
 
-def importance(structure: Structure, batches: Sequence[Batch], role: Role) -> list[Tensor]:
+def importance(
+    structure: Structure,
+    batches: Sequence[Batch],
+    role: Role,
+    watch: Watch = Watch(),  # noqa: B008 - it has no state
+) -> list[Tensor]:
     """How much each input of the layers with a role moves their output: sqrt(E[x_j^2]) * |W_j|, (in,) a block."""
     model = structure.model
     layers = [model.get_submodule(structure.only(block, role)) for block in structure.blocks]
     squares: dict[nn.Module, Tensor] = {}
 
-    def watch(layer: nn.Module) -> Callable[[Tensor], None]:
+    def hook_for(layer: nn.Module) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
             squares[layer] = squares.get(layer, 0) + x.float().flatten(0, -2).square().sum(0)
 
         return add
 
-    run_through(model, batches, {layer: watch(layer) for layer in layers}, before=True)
+    run_through(model, batches, {layer: hook_for(layer) for layer in layers}, before=True, watch=watch)
     columns = [_dense_weight(layer).float().norm(dim=0) for layer in layers]
     return [squares[layer].sqrt() * norm for layer, norm in zip(layers, columns, strict=True)]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.console.progress import Watch
 from slimtune.core.roles import Role
 from slimtune.errors import ConfigError
 from slimtune.slim.structure import FEED_FORWARD_WIDTH, Batch, Structure, importance, kept, rebuilt, state_of
@@ -21,7 +22,7 @@ MULTIPLE = 32
 """Widths stay multiples of it where they were: 4-bit groups and fast products want them so."""
 
 
-def narrow_feed_forward(model: Any, batches: Sequence[Batch], share: float) -> tuple[Any, dict[str, Any]]:
+def narrow_feed_forward(model: Any, batches: Sequence[Batch], share: float, watch: Watch) -> tuple[Any, dict[str, Any]]:
     """A model with this share of its feed-forward neurons, and what became of the width.
 
     Raises:
@@ -36,7 +37,7 @@ def narrow_feed_forward(model: Any, batches: Sequence[Batch], share: float) -> t
     if left == width:
         raise ConfigError(f"ffn {share:g} leaves all {width} neurons, in steps of {step}; take less")
     tensors = state_of(model)
-    for block, scores in zip(structure.blocks, importance(structure, batches, "feed_forward_out"), strict=True):
+    for block, scores in zip(structure.blocks, importance(structure, batches, "feed_forward_out", watch), strict=True):
         chosen = scores.topk(left).indices.sort().values
         tensors |= kept(model, tensors, structure.only(block, "feed_forward_out"), into=chosen)
         for name in block.layers["feed_forward_in"]:
@@ -52,7 +53,7 @@ def narrow_feed_forward(model: Any, batches: Sequence[Batch], share: float) -> t
     return rebuilt(model, config, tensors), {"feed-forward neurons": left, "of": width}
 
 
-def drop_kv_groups(model: Any, batches: Sequence[Batch], groups: int) -> tuple[Any, dict[str, Any]]:
+def drop_kv_groups(model: Any, batches: Sequence[Batch], groups: int, watch: Watch) -> tuple[Any, dict[str, Any]]:
     """A model with so many key-value heads in each layer, each with the query heads that read it.
 
     Raises:
@@ -71,7 +72,7 @@ def drop_kv_groups(model: Any, batches: Sequence[Batch], groups: int) -> tuple[A
         )
     readers = heads // before
     tensors = state_of(model)
-    for block, scores in zip(structure.blocks, importance(structure, batches, "attention_out"), strict=True):
+    for block, scores in zip(structure.blocks, importance(structure, batches, "attention_out", watch), strict=True):
         # (groups, readers * size): the inputs of the output projection by the group that they come from.
         of_group = scores.reshape(before, readers * size).square().sum(-1)
         chosen = of_group.topk(groups).indices.sort().values

@@ -4,7 +4,7 @@
     ignore: ["lm_head"]
 
 Targets and what is ignored are names of modules, names of their classes, or regular expressions behind `re:`. What is
-written here is read by vLLM, SGLang and transformers; of what others write, symmetric integers in 4 and 8 bits are.
+written here is read by vLLM, SGLang and transformers; of what others write, integers in 4 and 8 bits are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from slimtune.errors import ConfigError, DamagedBaseError
 
 METHOD = "compressed-tensors"
-PACKED_FORMAT = "pack-quantized"
+PACKED_FORMAT, PLAIN_FORMAT, MIXED_FORMAT = "pack-quantized", "int-quantized", "mixed-precision"
+"""Codes several an int32; codes as int8; groups of modules that differ."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,32 @@ class WeightScheme:
         bits: 4 or 8.
         group_size: how many inputs share a scale; None for a scale a row.
         targets: which modules, as the format has it.
+        format: PACKED_FORMAT or PLAIN_FORMAT.
+        symmetric: whether there are no zero points.
+        rounds_inputs: whether inputs are rounded to 8 bits, too, each token with a scale of its own.
+        is_whole: whether one scale is that of all rows.
     """
 
     bits: int
     group_size: int | None
     targets: tuple[str, ...] = ("Linear",)
+    format: str = PACKED_FORMAT
+    symmetric: bool = True
+    rounds_inputs: bool = False
+    is_whole: bool = False
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"W{self.bits}A16" + (f" in groups of {self.group_size}" if self.group_size else "")
 
 
 def write_config(schemes: Sequence[WeightScheme], ignore: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a model that is stored so."""
+    formats = {scheme.format for scheme in schemes} or {PACKED_FORMAT}
     return {
         "quant_method": METHOD,
-        "format": PACKED_FORMAT,
+        "format": MIXED_FORMAT if len(formats) > 1 else formats.pop(),
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": _group(scheme) for number, scheme in enumerate(schemes)},
         "ignore": sorted(ignore),
@@ -48,17 +63,22 @@ def write_config(schemes: Sequence[WeightScheme], ignore: Iterable[str]) -> dict
     }
 
 
+_PLAIN_FIELDS = {"type": "int", "group_size": None, "actorder": None, "block_structure": None, "observer_kwargs": {}}
+_TOKENS = _PLAIN_FIELDS | {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token", "observer": None}
+"""Inputs in 8 bits, the scale of each token taken from itself."""
+
+
 def _group(scheme: WeightScheme) -> dict[str, Any]:
-    weights = {
-        "num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False,
-        "strategy": "channel" if scheme.group_size is None else "group", "group_size": scheme.group_size,
-        # Columns are put back into their order after GPTQ, so that no g_idx is needed.
-        "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
+    strategy = "group" if scheme.group_size else "tensor" if scheme.is_whole else "channel"
+    # Columns are put back into their order after GPTQ, so that no g_idx is needed.
+    weights = _PLAIN_FIELDS | {
+        "num_bits": scheme.bits, "symmetric": scheme.symmetric, "dynamic": False, "strategy": strategy,
+        "group_size": scheme.group_size, "observer": "minmax",
     }  # fmt: skip
     # The format stands in each group as well: vLLM reads it there where groups differ in their bits.
     return {
-        "targets": list(scheme.targets), "weights": weights, "input_activations": None, "output_activations": None,
-        "format": PACKED_FORMAT,
+        "targets": list(scheme.targets), "weights": weights, "format": scheme.format,
+        "input_activations": dict(_TOKENS) if scheme.rounds_inputs else None, "output_activations": None,
     }  # fmt: skip
 
 
@@ -87,23 +107,32 @@ def read_config(stored: Mapping[str, Any]) -> tuple[list[WeightScheme], list[str
 
 
 def _scheme(group: Mapping[str, Any], stored: Mapping[str, Any]) -> WeightScheme:
-    weights = group["weights"]
+    weights, inputs = group["weights"], group.get("input_activations")
     format_name = group.get("format") or stored.get("format")
-    bits, strategy = weights["num_bits"], weights.get("strategy")
+    bits, strategy, symmetric = weights["num_bits"], weights.get("strategy"), bool(weights.get("symmetric", True))
+    is_known = weights.get("type") == "int" and bits in (4, 8)
+    # As vLLM has it: inputs in 8 bits beside weights of a scale a row or one for all.
+    rounds_inputs = bool(inputs) and all(inputs.get(name) == _TOKENS[name] for name in _DECISIVE)
+    rounds_inputs = rounds_inputs and bits == 8 and symmetric and strategy != "group"
     faults = [
-        *([f"{weights.get('type')} in {bits} bits"] if weights.get("type") != "int" or bits not in (4, 8) else []),
-        *([] if weights.get("symmetric", True) else ["zero points"]),
-        *([f"the strategy {strategy}"] if strategy not in ("group", "channel") else []),
+        *([] if is_known else [f"{weights.get('type')} in {bits} bits"]),
+        *([] if strategy in ("group", "channel", "tensor") else [f"the strategy {strategy}"]),
         *(["groups by activation order"] if weights.get("actorder") in ("group", True) else []),
-        *(["quantized inputs"] if group.get("input_activations") else []),
-        *([f"the format {format_name}"] if format_name != PACKED_FORMAT else []),
+        *(["inputs that are quantized otherwise than in 8 bits a token"] if inputs and not rounds_inputs else []),
+        *([] if format_name in (PACKED_FORMAT, PLAIN_FORMAT) else [f"the format {format_name}"]),
     ]
     if faults:
         raise ConfigError(
             f"the model's weights are stored by compressed-tensors with {' and '.join(faults)}, which isn't read here; "
-            "symmetric integers in 4 or 8 bits are: load the model in 16 bits and quantize it with slimtune quantize"
+            "integers in 4 or 8 bits are: load the model in 16 bits and quantize it with slimtune quantize"
         )
-    return WeightScheme(bits, weights["group_size"] if strategy == "group" else None, tuple(group["targets"]))
+    group_size = weights["group_size"] if strategy == "group" else None
+    targets = tuple(group["targets"])
+    return WeightScheme(bits, group_size, targets, format_name, symmetric, rounds_inputs, strategy == "tensor")
+
+
+_DECISIVE = ("num_bits", "type", "symmetric", "dynamic", "strategy")
+"""The fields that say how inputs are quantized."""
 
 
 def scheme_for(name: str, kind: str, schemes: Sequence[WeightScheme], ignore: Sequence[str]) -> WeightScheme | None:
@@ -120,6 +149,7 @@ def scheme_for(name: str, kind: str, schemes: Sequence[WeightScheme], ignore: Se
 
 def _matches(name: str, kind: str, patterns: Sequence[str]) -> bool:
     return any(
+        # `match`, anchored at the start alone: that is what the format's own reader does.
         re.match(pattern.removeprefix("re:"), name) if pattern.startswith("re:") else pattern in (name, kind)
         for pattern in patterns
     )

@@ -56,9 +56,10 @@ def fetched(source: str, weights: bool = True, code: bool = False) -> Path:
     )
 
     name, revision = parted(source)
+    # Without patterns a repository comes whole: original checkpoints, GGUF and ONNX copies, several times the model.
     patterns = [*SMALL, *(WEIGHTS if weights else ()), *(CODE if code else ())]
     try:
-        with _quiet(not weights or not sys.stderr.isatty()):
+        with without_bars(not weights or not sys.stderr.isatty()):
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         why, advice = "has conditions", f"accept them on its page of the Hub and log in with hf auth login ({name})"
@@ -87,7 +88,7 @@ def fetched(source: str, weights: bool = True, code: bool = False) -> Path:
 
 
 @contextmanager
-def _quiet(wanted: bool) -> Iterator[None]:
+def without_bars(wanted: bool) -> Iterator[None]:
     """Without bars for what takes no time, or where nobody watches."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

@@ -36,6 +36,7 @@ def read_text(path: Path) -> str:
 
 def _read(path: Path, most: int) -> bytes:
     with open_file(path) as file:
+        # One more than allowed tells a longer file, without `stat`: a file may grow meanwhile.
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most:,} bytes")
@@ -90,6 +91,12 @@ for _kind in (_Loader, _Dumper):
         for first, pairs in _kind.yaml_implicit_resolvers.items()
     }
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+# No numbers to the base of sixty: a pattern is called 2:4. What writes still quotes such texts, for other readers.
+_INT = re.compile(r"^[-+]?(0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _INT if tag.endswith(":int") else pattern) for tag, pattern in pairs]
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def parse(text: str) -> Any:

@@ -14,7 +14,7 @@ from slimtune.models.auto import BY_TASK
 from slimtune.recipe.method import find
 from slimtune.recipe.training import TrainSettings
 from slimtune.storage.hub import at_revision
-from slimtune.storage.model_card import PIPELINES
+from slimtune.storage.model_card import CONSTRAINED, PIPELINES
 from slimtune.storage.source import PACKAGED
 from slimtune.train.loop import Outcome
 from slimtune.train.results import versions
@@ -109,6 +109,7 @@ class Card:
             text
             + "\n\nor on a base that is loaded already:\n\n".join([loading, self._attaching(auto, "slimtune")])
             + (f"\n\nWith peft:\n\n{self._attaching(auto, 'peft')}" if self._is_known_to_peft() else "")
+            + (f"\n\n{CONSTRAINED.format(**self.method)}" if self.method.get("constraint") else "")
         )
 
     def _attaching(self, auto: str, library: str) -> str:
@@ -132,7 +133,7 @@ class Card:
         )
 
     def _is_known_to_peft(self) -> bool:
-        return find(self.method["method"]).in_peft
+        return find(self.method["method"]).in_peft and not self.method.get("constraint")
 
 
 def _quoted(text: str) -> str:

@@ -12,12 +12,9 @@ from rich.markup import escape
 
 from slimtune.data.batches import Objective
 from slimtune.errors import ConfigError
-from slimtune.models.shared_prefixes import WORTHWHILE, SharedTokens, check_shares, shared_prefixes
+from slimtune.models.shared_prefixes import SAMPLED, WORTHWHILE, SharedTokens, check_kind, check_shares, shared_prefixes
 from slimtune.ops.prefix_tree import prefix_tree
 from slimtune.recipe.training import TrainSettings
-
-SAMPLED = 4
-"""Batches that are looked at."""
 
 
 def sharing(
@@ -32,6 +29,11 @@ def sharing(
     """
     if settings.share_prefixes is False:
         return nullcontext()
+    try:
+        # Before anything is drawn: an encoder can't, whatever its batches share.
+        check_kind(model)
+    except ConfigError as error:
+        return _not_shared(error, settings)
     tokens = _sample(examples, objective, settings)
     pays = tokens is None or tokens.computed <= WORTHWHILE * tokens.given
     if not settings.share_prefixes and not pays:
@@ -39,9 +41,7 @@ def sharing(
     try:
         check_shares(model)
     except ConfigError as error:
-        if settings.share_prefixes:
-            raise ConfigError(f"{error}; leave training.share_prefixes out") from error
-        return nullcontext()
+        return _not_shared(error, settings)
     if tokens is not None:
         console.print(
             escape(
@@ -50,6 +50,13 @@ def sharing(
             )
         )
     return shared_prefixes(model)
+
+
+def _not_shared(error: ConfigError, settings: TrainSettings) -> AbstractContextManager[Any]:
+    """Nothing is shared. Raises: ConfigError, where the settings ask for it."""
+    if settings.share_prefixes:
+        raise ConfigError(f"{error}; leave training.share_prefixes out") from error
+    return nullcontext()
 
 
 def _sample(examples: Sequence[Any], objective: Objective | None, settings: TrainSettings) -> SharedTokens | None:

@@ -60,6 +60,7 @@ class Conversations:
         if self.settings.chat_template is not None:
             use_template(tokenizer, self.settings.chat_template)
         if self.settings.packing:
+            # Before hours of encoding and training: a model that mixes up its examples would learn all the same.
             check_packs(model)
 
     def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:

@@ -134,6 +134,7 @@ def lengths_of(row: Any, tokenizer: Any) -> list[int]:
     if isinstance(row, Prompt):
         return [len(prompt_ids(tokenizer, render(tokenizer, row.turns(), for_answer=True)))] * 2
     encoded = [encode_row(as_conversation(row.prompt, answer), tokenizer) for answer in _answers(row)]
+    # The earliest learned token of both: tokens across the boundary may differ between two answers.
     before = min(next(i for i, label in enumerate(e.labels) if label != IGNORED) for e in encoded)
     return [before, *(len(e.input_ids) for e in encoded)]
 

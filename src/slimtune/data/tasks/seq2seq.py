@@ -45,6 +45,7 @@ def encode_pair(row: Pair, tokenizer: Any) -> EncodedPair:
     if not completion:
         raise DataError("the completion is empty, so nothing would be learned from it; add the answer")
     ids = tokenizer(prompt, add_special_tokens=not has_template(tokenizer), verbose=False)["input_ids"]
+    # `text_target`: mBART, NLLB and others write another language token for the decoder.
     labels = tokenizer(text_target=completion, verbose=False)["input_ids"]
     ends = [] if labels[-1:] == [tokenizer.eos_token_id] or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return EncodedPair(list(ids), [*labels, *ends])

@@ -209,6 +209,7 @@ def change_of(update: Update) -> Decomposition:
 
 def _cosines(update: Update, change: Decomposition, top: int, left: Tensor | None) -> tuple[list[float], list[float]]:
     """The leading singular values of W', and how near each one's left singular vector comes to one of W."""
+    # No change, no intruder: W' = W, and the cosines would be 1 but for degenerate singular values.
     if not change.values.any():
         return [], []
     after = decompose(update.after)
@@ -222,12 +223,14 @@ def _overlap(matrix: TunedMatrix, change: Decomposition, other: TunedMatrix, top
         raise BaseMismatchError(
             f"'{matrix.name}' has other shapes in the two models; compare what was tuned from the same base"
         )
+    # Directions beyond an update's rank are rounding's: orthonormal, and about nothing.
     n = min(top, change.rank, theirs.rank)
     rows, columns = len(change.left), len(change.right)
     left, right = (
         overlap(mine[:, :n], its[:, :n])
         for mine, its in ((change.left, theirs.left), (change.right, theirs.right))
     )  # fmt: skip
+    # By chance phi is max(i, j) / d, here with i = j = n.
     return Overlap(n, left, right, n / rows, n / columns)
 
 

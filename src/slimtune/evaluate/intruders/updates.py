@@ -133,6 +133,7 @@ def model_updates(before: Any, after: Any, embeddings: bool = False) -> Updates:
                     f"'{path}.{parameter}' is {tuple(tensor.shape)} in the tuned model and {what} in the base; name "
                     "the model that it was tuned from with --base"
                 )
+            # Bit by bit: frozen layers of a full fine-tune come out of the file as they went in.
             if not torch.equal(frozen, tensor):
                 changed += [(parameter, expert) for expert in _experts(module, tensor)]
         matrices = [
@@ -200,6 +201,7 @@ def _changed_matrices(path: str, module: Any, name: str) -> list[tuple[str, int 
     return [(parameter, expert) for parameter in changed for expert in _experts(module, after[parameter])]
 
 
+@torch.no_grad()
 def _folded(path: str, module: Any, name: str) -> tuple[Dense, Dense]:
     """The matrices of a module without the adapter and with it, in float32: a sum in 16 bits would be mostly noise."""
     delta = deltas_of(module)[name]
@@ -210,6 +212,7 @@ def _folded(path: str, module: Any, name: str) -> tuple[Dense, Dense]:
         trained = base_of(module).dense(with_tensors(module, held))
         own |= {n: t.float() for n, t in trained.items() if n in held}
     try:
+        # As merges do it, so that any method with a merge has a spectrum, without a word of its own.
         folded = delta.fold_beside(own, own)
     except MergeError as error:
         raise ConfigError(

@@ -150,7 +150,7 @@ class DoraDelta(LoraDelta):
         # c is of the base alone: other adapters may be in `dense` by now, and the forward's norm doesn't see them
         # either.
         norms = self.norms(own, _squares(own))
-        magnitude = self.lora_magnitude_vector.detach().flatten().to(norms.dtype)
+        magnitude = self.lora_magnitude_vector.flatten().to(norms.dtype)
         ratio = quotient(magnitude, norms).view(-1, *[1] * (own.ndim - 1))
         weight = dense["weight"]
         folded = weight.to(norms.dtype).add(self.product(), alpha=self.scaling).mul_(ratio)

@@ -146,7 +146,7 @@ class LoraDelta(Delta):
     def product(self) -> Tensor:
         """B A as (out, in, ...) in float32: the update without its scale."""
         # (out, r) by (r, in, ...) over r.
-        a, b = (factor.detach().float() for factor in self.pair)
+        a, b = (factor.float() for factor in self.pair)
         return torch.tensordot(b, a, dims=1)
 
     def fold(self, dense: Dense) -> Dense:
@@ -160,7 +160,7 @@ class LoraDelta(Delta):
                 )
             bias = dense["bias"]
             # With the same scale: B's bias is behind s, as its weight is.
-            folded["bias"] = bias.float().add(self.lora_bias.detach(), alpha=self.scaling).to(bias.dtype)
+            folded["bias"] = bias.float().add(self.lora_bias, alpha=self.scaling).to(bias.dtype)
         return dense | folded
 
     @classmethod
@@ -317,6 +317,7 @@ class LoraConv(LoraDelta):
         super().__init__(site, r, scaling, dropout, autocast)
         self.groups: int = conv.groups
         self.strides: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        # By the number of the kernel's axes; a transposed convolution never comes here, for it is no `conv` base.
         self.convolve = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
         self.pad: tuple[list[int], str] | None = None
         if conv.padding_mode != "zeros":
@@ -344,7 +345,7 @@ class LoraConv(LoraDelta):
                 "an update of a grouped convolution is not grouped itself and can't be merged; "
                 "exclude that module, or keep the adapter apart"
             )
-        a, b = (factor.detach().float() for factor in self.pair)
+        a, b = (factor.float() for factor in self.pair)
         return torch.tensordot(b.flatten(1), a, dims=1)
 
 

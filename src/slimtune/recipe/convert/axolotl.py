@@ -192,6 +192,7 @@ def translate(values: Mapping[str, Any], folder: Path) -> Imported:
         part(recipe, values)
     _train_data(recipe, values)
     _held_out(recipe, values)
+    # The single keys last: what several keys decide together has been taken by now, and is passed over.
     recipe.apply_rules(values, RULES)
     return recipe.done()
 
@@ -234,6 +235,7 @@ def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
     recipe.put("method.name", "dora" if dora else "lora", "adapter", *given(values, "peft_use_dora"))
     if taken(values, "lora_r") is None:
         recipe.refused["adapter"] = "lora_r is missing"
+    # Before the rules: the file's own value, if it has one, is put over it.
     recipe.put("method.lora_alpha", 8)
     _targets(recipe, values)
     inner = taken(values, "peft", {})

@@ -220,6 +220,7 @@ def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
         *given(values, "lora_target"),
     )
     steps = taken(values, "pissa_iter", 16)
+    # -1 is the exact decomposition there, and 16 power iterations the default.
     start = "pissa" if steps == -1 else f"pissa_niter_{steps}"
     if recipe.switch(values, "pissa_init", "method.init_lora_weights", start) and "pissa_iter" in values:
         recipe.translated["pissa_iter"] = "method.init_lora_weights"
@@ -258,6 +259,7 @@ def _run(recipe: Imported, values: Mapping[str, Any]) -> None:
 
 def _packing(recipe: Imported, values: Mapping[str, Any]) -> None:
     packed, neat = taken(values, "packing"), bool(taken(values, "neat_packing"))
+    # Pretraining packs there unless it is told not to.
     packs = neat or (taken(values, "stage", "sft") == "pt" if packed is None else bool(packed))
     recipe.put("data.packing", packs, *given(values, "packing", "neat_packing"))
     if packs and not neat:
@@ -353,6 +355,7 @@ def _source(entry: Mapping[str, Any], name: str, folder: Path, most: int | None)
         _refuse_more_rows(folder / entry["file_name"], most)
     split = entry.get("split") or ("train" if not local else None)
     source: dict[str, Any] = {"path": str(folder / entry["file_name"]) if local else entry["hf_hub_url"]}
+    # `datasets` reads a slice of a split from its name; a local file has none.
     source |= {"split": f"{split}[:{most}]" if most else split} if split and not local else {}
     source |= {"subset": entry["subset"]} if entry.get("subset") else {}
     if entry.get("folder"):

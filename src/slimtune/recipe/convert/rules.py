@@ -111,6 +111,7 @@ class Imported:
         if rule.without_effect:
             self.without_effect[key] = rule.without_effect
         elif rule.refused:
+            # With the type: 0 == False and 1 == True in Python, and in these files they are different answers.
             is_neutral = any(value is one or (type(value) is type(one) and value == one) for one in rule.neutral)
             reasons = self.without_effect if is_neutral else self.refused
             reasons[key] = "as here" if is_neutral else rule.refused
