@@ -1,6 +1,7 @@
 """Every command of every page is one that the parser takes, on files that the page has made; and all run (soak).
 
-What isn't run: blocks that say what they need, `pip install`, and `serve`, which runs until it is stopped (`test_serving` starts it).
+What isn't run: blocks that say what they need, `pip install`, and `serve`, which runs until it is stopped
+(`test_serving` starts it).
 """
 
 from __future__ import annotations
