@@ -66,7 +66,17 @@ def plan(
             autocompletion=proposals.devices,
         ),
     ] = "auto",
-    devices: Annotated[int, typer.Option(help="GPUs that share the work (FSDP2).", rich_help_panel=WHERE)] = 1,
+    devices: Annotated[
+        int | None, typer.Option(help="GPUs that share the work, by FSDP2 or as --launch says.", rich_help_panel=WHERE)
+    ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|FILE.yaml",
+            help="How slimtune train would be launched: so many copies (DDP), or a file of accelerate.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     serve_on: Annotated[
         str | None,
         typer.Option(
@@ -124,6 +134,8 @@ def plan(
 
     slimtune plan smollm2-135m-instruct --serve --slots 32 --adapters 8
 
+    slimtune plan llama-3-70b --device H100 --devices 8 --launch docs/scale/fsdp2.yaml
+
     slimtune plan --table --plot table.svg
     """
     if model is not None and "=" in model and not Path(model).exists():
@@ -154,10 +166,12 @@ def plan(
     from slimtune.plan.plan import plan as ask
 
     screen = open_screen(as_json)
+    count, sharing = _sharing(devices, launch)
     with screen.status("simulating..."):
         report = ask(
             model, _data(data, field), device, goal, method or None, base or None,  # type: ignore[arg-type]
-            rank=rank, batch_size=batch_size, max_length=max_length, devices=devices, served_on=serve_on,
+            rank=rank, batch_size=batch_size, max_length=max_length, devices=count, sharing=sharing,
+            served_on=serve_on,
             memory_gb=memory, price_per_hour=price, trust_remote_code=trust_remote_code, attention=attention,
             evaluation=bool(settings.pop("held_out", 0)), merge=merge, **settings,
         )  # fmt: skip
@@ -172,7 +186,7 @@ def plan(
     if as_json:
         print_json(report.to_dict())
     else:
-        show(screen, report)
+        show(screen, report, launch)
     if report.best is None:
         raise typer.Exit(NOTHING_FITS)
 
@@ -208,6 +222,22 @@ def _serving(
         show_serving(screen, model, planned, rates)
     if not planned.fits:
         raise typer.Exit(NOTHING_FITS)
+
+
+def _sharing(devices: int | None, launch: str | None) -> tuple[int, Any]:
+    """How many devices share the work, and how. Raises: ConfigError."""
+    from slimtune.pipeline.launch import read_launch
+    from slimtune.plan.memory import FSDP2, Sharing
+
+    if launch is None:
+        return 1 if devices is None else devices, FSDP2
+    chosen = read_launch(launch)
+    count = devices or chosen.processes
+    if count is None:
+        raise ConfigError(f"--launch {launch!r} doesn't say how many devices there are; pass --devices, too")
+    if chosen.processes not in (None, count) and not Path(launch).is_file():
+        raise ConfigError(f"--launch starts {chosen.processes} processes, and --devices says {devices}; leave one out")
+    return count, Sharing(chosen.shards, chosen.offloads, chosen.regathers)
 
 
 def _data(file: Path | None, field: list[str]) -> Any:

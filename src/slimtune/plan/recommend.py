@@ -14,7 +14,7 @@ from slimtune.models.compatibility import Verdict, verdicts
 from slimtune.plan import rules
 from slimtune.plan.beginnings import Beginnings
 from slimtune.plan.devices import Device
-from slimtune.plan.memory import PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting
+from slimtune.plan.memory import FSDP2, PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting, Sharing
 from slimtune.plan.rules import Case, Rule
 from slimtune.plan.time import Duration, Rates, duration
 from slimtune.recipe.optimizers import DEFAULT
@@ -51,7 +51,7 @@ class PlanRequest:
         task: as a recipe names it; `task_type` as an adapter's config does.
         answer, generations: as in a `Setting`.
         optim, attention: by name.
-        devices: GPUs that share the training, by FSDP2.
+        devices: GPUs that share the training, by `sharing`.
         is_stored_quantized: whether the base is stored in few bits, and so has no other precision to choose.
         parameters: of the base, 0 if they weren't counted.
         beginnings: of the examples, where training shares what rows begin with alike; `share_prefixes` as given.
@@ -78,6 +78,7 @@ class PlanRequest:
     optim: str = DEFAULT
     attention: str | None = None
     devices: int = 1
+    sharing: Sharing = FSDP2
     is_stored_quantized: bool = False
     parameters: int = 0
     beginnings: Beginnings | None = None
@@ -260,7 +261,7 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
     if config is not None and request.task_type is not None:
         config.task_type = request.task_type
     plan = _fitted(_first_setting(method, base, config, request), request, case, simulate)
-    parts = plan.sharded(request.devices)
+    parts = plan.sharded(request.devices, request.sharing)
     # Preferences are learned at a share of the rate that suits supervised tuning.
     share = SHARE_OF_RATE if request.task in PREFERENCE_TASKS else 1
     return Choice(
@@ -274,7 +275,9 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
         adapter_bytes=plan.peak.parts.weights if method == FULL else plan.adapter_bytes,
         learning_rate=known.config.learning_rate * share,
         rank=size,
-        duration=duration(plan, request.lengths, request.epochs, request.device, rates, request.devices),
+        duration=duration(
+            plan, request.lengths, request.epochs, request.device, rates, request.devices, request.sharing
+        ),
         reasons=(),
         engines=tuple(verdicts(config.to_dict(), [])) if config is not None else (),
     )
@@ -330,7 +333,7 @@ def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate
         batch = 0 if is_hopeless else request.batch or effective
         while batch:
             plan = planned(batch, checkpointing)
-            if plan.sharded(request.devices).total <= room:
+            if plan.sharded(request.devices, request.sharing).total <= room:
                 return plan
             batch = 0 if request.batch else _smaller(plan, request, room)
     return planned(request.batch or 1, options[-1])
@@ -355,12 +358,14 @@ def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
         # The gradients, and Adam's two moments; the state of other optimizers may be smaller, or lie elsewhere.
         # Weights, gradients and Adam's two moments of the same type: four times the weights.
         stored *= 4 if setting.optimizer == DEFAULT else 2
-    return request.parameters * stored > request.device.room_bytes * request.devices
+    if request.sharing.offloads:
+        return False
+    return request.parameters * stored > request.device.room_bytes * (request.devices if request.sharing.shards else 1)
 
 
 def _smaller(plan: MemoryPlan, request: PlanRequest, room: int) -> int:
     """The largest half of a half of a plan's micro-batch that may fit; 0 if not even a single example can."""
-    parts = plan.sharded(request.devices)
+    parts = plan.sharded(request.devices, request.sharing)
     # Activations are linear in the micro-batch, all else does not depend on it.
     lasting = parts.weights + parts.adapter + parts.gradients + parts.optimizer
     batch = plan.setting.batch // 2
