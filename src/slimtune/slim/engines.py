@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,22 @@ _FAR = 0.1
 
 @torch.no_grad()
 def engines_of(folder: Path, model: Any, inputs: dict[str, Tensor]) -> list[str]:
-    """The programs that read a folder.
+    """The programs that loaded a folder and gave the same answers.
 
     Args:
         model: the folder as it was loaded here; its class is what transformers is asked for.
         inputs: on which the two are compared.
     """
-    found = ["slimtune"]
-    found += _by_transformers(folder, model, inputs)
+    return ["slimtune", *_by_transformers(folder, model, inputs)]
+
+
+def engines_by_format(model: Any) -> list[str]:
+    """The programs that read such a folder by their own account, and weren't tried."""
     held = [module for module in model.modules() if isinstance(module, HoldsCodes)]
+    # vLLM has no embedding in int8 and no Conv1D in codes, and its kernels for zero points are those of GPUs alone.
     ends = any(module.packed_base.kind == "embedding" or "source_cls" in vars(module) for module in held)
-    # Of vLLM's rules: it has no embedding in int8, and its kernels for zero points are those of GPUs alone.
-    if not ends and not any(ZERO in module._buffers for module in held) and model.can_generate():
-        found.append("vLLM (by its format, not tried)")
-    return found
+    is_plain = not ends and not any(ZERO in module._buffers for module in held)
+    return ["vLLM (by its format, not tried)"] if is_plain and model.can_generate() else []
 
 
 def _by_transformers(folder: Path, model: Any, inputs: dict[str, Tensor]) -> list[str]:
@@ -46,7 +50,8 @@ def _by_transformers(folder: Path, model: Any, inputs: dict[str, Tensor]) -> lis
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     try:
-        with no_weight_bar(), warnings.catch_warnings():
+        # compressed-tensors has progress bars of its own, which tell nothing here.
+        with no_weight_bar(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             kind = class_of(read_model_config(str(folder)))
             theirs = kind.from_pretrained(folder, dtype=model.dtype, device_map={"": str(model.device)})

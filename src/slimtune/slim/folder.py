@@ -24,7 +24,7 @@ from slimtune.evaluate.language_loss import has_language_loss
 from slimtune.models.load import read_as_stored
 from slimtune.quantization.report import parts
 from slimtune.slim.data import measured_ids
-from slimtune.slim.engines import engines_of
+from slimtune.slim.engines import engines_by_format, engines_of
 from slimtune.slim.quantize import QuantizeConfig, quantize_
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import no_weight_bar
@@ -132,7 +132,7 @@ def quantize_to_folder(
         layers, bits = _stored(model)
         readers = engines_of(folder, model, inputs[0])
         drift = compare_outputs(expected, got)
-        report = QuantizeReport(config, before, after, drift, bits, layers, seconds, readers, _notes(config, readers))
+        report = QuantizeReport(config, before, after, drift, bits, layers, seconds, readers, _notes(config, model))
         (folder / "slim_report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "slim_report.md").write_text(f"# Quantized\n\n```text\n{report}\n```\n", encoding="utf-8")
     return report
@@ -188,11 +188,11 @@ def _stored(model: nn.Module) -> tuple[int, float]:
     return len(linear), 8 * stored / max(1, weights)
 
 
-def _notes(config: QuantizeConfig, readers: Sequence[str]) -> list[str]:
+def _notes(config: QuantizeConfig, model: Any) -> list[str]:
     notes = []
     if config.head == "int8":
         notes.append("vLLM and transformers have no embedding in int8; for those, quantize with --head keep")
-    elif any("vLLM" in reader for reader in readers):
+    elif engines_by_format(model):
         notes.append("vLLM and SGLang read the format too; whether their kernels take negative scales wasn't tried")
     if "awq" in str(config.method):
         notes.append(

@@ -28,7 +28,7 @@ from slimtune.evaluate.language_loss import Passage, losses
 from slimtune.evaluate.scorers import EvaluationSettings
 from slimtune.models.load import load_model
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions
-from slimtune.slim.engines import engines_of
+from slimtune.slim.engines import engines_by_format, engines_of
 
 TURNS, DECODED, PREFILL = 5, 24, 256
 COMPARED_TOKENS = 2048
@@ -111,7 +111,8 @@ def measure(
         score=result.score if result else None,
         interval=result.intervals.get(result.metric) if result else None,
         kl=kl, same_first=same, forgetting=compare(passages, before, after).difference,
-        engines=engines_of(Path(folder), model, {"input_ids": long}), sparsity=zero_share(model), seconds=seconds,
+        engines=engines_of(Path(folder), model, {"input_ids": long}) + engines_by_format(model),
+        sparsity=zero_share(model), seconds=seconds,
     )  # fmt: skip
 
 

@@ -46,7 +46,9 @@ class WeightScheme:
     @property
     def name(self) -> str:
         """As people call it."""
-        return f"W{self.bits}A16" + (f" in groups of {self.group_size}" if self.group_size else "")
+        form = f"W{self.bits}A{8 if self.rounds_inputs else 16}"
+        form += f" in groups of {self.group_size}" if self.group_size else ""
+        return form + ("" if self.symmetric else " with zero points")
 
 
 def write_config(schemes: Sequence[WeightScheme], ignore: Iterable[str]) -> dict[str, Any]:
