@@ -36,8 +36,8 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
     kept: Counter[str] = Counter()
     expanded: Counter[str] = Counter()
     rounded = rounds_inputs = 0
-    held = {path: module for path, module in model.named_modules() if isinstance(module, HoldsCodes)}
-    held = {path: module for path, module in held.items() if _is_packed(module)}
+    modules: dict[str, Any] = dict(model.named_modules())
+    held = {path: module for path, module in modules.items() if isinstance(module, HoldsCodes) and _is_packed(module)}
     for path, module in held.items():
         if _is_first(module.weight, seen):
             reason = _misfit(module, kind)
@@ -62,7 +62,7 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
 
 
 def _is_first(tensor: Tensor, seen: set[tuple[int, int]]) -> bool:
-    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    place = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
     is_first = place not in seen or not tensor.numel()
     seen.add(place)
     return is_first
