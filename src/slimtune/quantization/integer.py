@@ -222,7 +222,7 @@ class _Round(ConversionOps):
             path = name.rpartition(".")[0]
             module: Any = model.get_submodule(path)
             # GPT-2's linear layers are stored as (in, out).
-            weight_OI = weight.t() if isinstance(module, Conv1D) else weight
+            weight_OI = weight.t() if issubclass(type(module), Conv1D) else weight
             new = rounded(weight_OI, self.quantizer.request.settings.blocksize, 4)
             # The codes of a layer, a byte each, live until they are packed, and not until all layers are.
             self.quantizer.scales_read[path] = new.scales

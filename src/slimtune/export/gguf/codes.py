@@ -37,7 +37,7 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
     expanded: Counter[str] = Counter()
     rounded = rounds_inputs = 0
     modules: dict[str, Any] = dict(model.named_modules())
-    held = {path: module for path, module in modules.items() if isinstance(module, HoldsCodes) and _is_packed(module)}
+    held: dict[str, Any] = {p: m for p, m in modules.items() if isinstance(m, HoldsCodes) and _is_packed(m)}
     for path, module in held.items():
         if _is_first(module.weight, seen):
             reason = _misfit(module, kind)
