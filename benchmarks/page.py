@@ -9,6 +9,7 @@ from benchmarks.machine import ROOT
 
 QUANTIZED = ROOT / "docs" / "figures" / "quantized.md"
 SLIM = ROOT / "docs" / "quantizing.md"
+PRUNED = ROOT / "docs" / "slim.md"
 
 
 def fill(page: Path, name: str, text: str) -> None:

@@ -1,6 +1,7 @@
 """Every command of every page is one that the parser takes, on files that the page has made; and all run (soak).
 
-What isn't run: blocks that say what they need, and `serve`, which runs until it is stopped (`test_serving` starts it).
+What isn't run: blocks that say what they need, `pip install`, and `serve`, which runs until it is stopped
+(`test_serving` starts it).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def test_the_commands_run(page: Path, models: Path, tmp_path: Path, monkeypatch:
     for step in told:
         if step.file:
             Path(step.file).write_text(step.text)
-        elif not step.needs and step.words[:1] != ["serve"]:
+        elif not step.needs and step.words[:1] != ["serve"] and not step.text.startswith("pip install "):
             run(step, models)
             for recipe in Path.cwd().glob("*.yaml"):
                 text = recipe.read_text()
@@ -94,8 +95,9 @@ def run(step: Step, models: Path) -> None:
         words += ["training.max_steps=1"] if is_recipe else quick
     words += ["--max-kl", "1"] if "Q8_0" in words else []
     result = typed(words)
-    if "--resume" in words:
-        assert "nothing to resume" in result.output
+    if "--resume" in words or "--scale-intruders" in words:
+        # A run that was not broken off, and a tiny model's weights, in which nothing intrudes.
+        assert result.exit_code == 0 or re.search("nothing to (resume|scale)", result.output), result.output
     elif "pip install" not in result.output or result.exit_code == 0:
         assert result.exit_code == 0, (step.text, result.output)
     if target := re.search(r" > (\S+)$", step.text):

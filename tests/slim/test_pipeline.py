@@ -198,11 +198,14 @@ def test_a_step_that_loses_too_much_is_refused_and_a_looser_recipe_goes_on(
 
 @pytest.mark.usefixtures("few_texts")
 def test_a_step_of_zeros_is_told_in_its_row(recipe: Path, tmp_path: Path) -> None:
-    steps = "steps=[{prune: {weights: {pattern: 2:4, method: wanda}}}]"
+    distill = "{distill: {method: {name: lora, r: 4}, training: {max_steps: 2, batch_size: 4}}}"
+    steps = f"steps=[{{prune: {{weights: {{pattern: 2:4, method: wanda}}}}}}, {distill}]"
     result = run("slim", recipe, steps, "evaluation=null", "--json")
     assert result.exit_code == 0, result.output
-    first, second = json.loads(result.stdout)["rows"]
-    assert (first["sparsity"], second["sparsity"]) == (0.0, 0.5)
+    first, second, third = json.loads(result.stdout)["rows"]
+    # The zeros stay through the recovery and its merge.
+    assert (first["sparsity"], second["sparsity"], third["sparsity"]) == (0.0, 0.5, 0.5)
+    assert third["kl"] != second["kl"]
     assert second["bytes"] == first["bytes"]
     assert "| 50.0% |" in (tmp_path / "out" / "slim_report.md").read_text()
 

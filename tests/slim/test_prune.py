@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,9 +24,11 @@ from transformers import (
 from typer.testing import CliRunner, Result
 
 from slimtune.cli import app
-from slimtune.errors import ConfigError
-from slimtune.slim.prune import KINDS, PruneConfig, prune
+from slimtune.errors import ConfigError, DataError, MissingDependencyError
+from slimtune.models.load import load_model
+from slimtune.slim.prune import KINDS, PruneConfig, calibration, prune
 from slimtune.slim.structure import Structure, importance
+from slimtune.slim.weights import WeightPruning
 from small_text_model import orders, save_base, tiny_model, write_lines
 from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QWEN2, T5, TIED_LLAMA, VIT, VOCABULARY, Specimen, causal_batch
 
@@ -136,6 +139,70 @@ def test_what_is_refused(specimen: Specimen, config: dict[str, Any], said: str) 
 
 def test_every_field_of_the_config_has_its_kind() -> None:
     assert set(KINDS) == set(PruneConfig.__dataclass_fields__)
+
+
+class Network(nn.Module):
+    """Two convolutions beside each other, added up, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(16), nn.Linear(16, 5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.norm(self.first(pixels)).relu()
+        return self.head((x + self.second(x)).mean((2, 3)))
+
+
+def test_channels_go_with_all_that_depends_on_them() -> None:
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    network, batch = Network().eval(), {"pixels": torch.randn(2, 3, 8, 8)}
+    smaller, report = prune(network, PruneConfig(channels=0.5), [batch])
+    assert report.done["channels"] == {"channels": 16, "of": 32}
+    assert (smaller.first.out_channels, smaller.second.in_channels, smaller.head.in_features) == (8, 8, 8)
+    assert smaller(**batch).shape == (2, 5)
+    assert network.first.out_channels == 16
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.0, "between 0 and 1"), (1.5, "between 0 and 1"), (True, "between")])
+def test_a_share_of_channels_out_of_range(share: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        prune(Network(), PruneConfig(channels=share), [{"pixels": torch.randn(2, 3, 8, 8)}])
+
+
+def test_what_loses_no_channels() -> None:
+    with pytest.raises(ConfigError, match="0 convolutions, and channels are those between several"):
+        prune(LLAMA.model(), PruneConfig(channels=0.5), batches(LLAMA))
+    with pytest.raises(DataError, match="traced with a batch"):
+        prune(Network(), PruneConfig(channels=0.5), [])
+
+
+def test_without_torch_pruning_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(MissingDependencyError, match=r"slimtune\[pruning\]"):
+        prune(Network(), PruneConfig(channels=0.5), [{"pixels": torch.randn(2, 3, 8, 8)}])
+
+
+@pytest.mark.soak
+def test_minilm_loses_layers_neurons_and_weights() -> None:
+    model, tokenizer = load_model("minilm-l6-v2", None)
+    texts = calibration(model, tokenizer)[:6]
+
+    def embedded(of: Any) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([of(**text)[0].mean(1)[0] for text in texts])
+
+    before, alike = embedded(model), {}
+    for name, config in {
+        "layers": PruneConfig(layers=5),
+        "ffn": PruneConfig(ffn=0.75),
+        **{method: PruneConfig(weights=WeightPruning(0.5, method=method)) for method in ("magnitude", "wanda")},
+    }.items():
+        smaller, _ = prune(model, config, texts)
+        alike[name] = float(torch.cosine_similarity(embedded(smaller), before).mean())
+    assert min(alike["layers"], alike["ffn"]) > 0.8
+    assert alike["magnitude"] < alike["wanda"]
 
 
 def run(*arguments: Any) -> Result:

@@ -39,7 +39,7 @@ def initialize_lora_eva_weights(
     Of several processes the first one reads its data, and all start from what it finds.
 
     Args:
-        dataloader: batches of the data to be tuned on; it is run through until the directions have settled.
+        dataloader: batches of the data to be tuned on; read again and again until the directions have converged.
         eva_state_dict: in its place, the directions (rank, in) by the name of the layer, found before.
         forward_fn: how the model is called with a batch.
 
@@ -107,10 +107,10 @@ def principal_directions(
             for batch in dataloader:
                 batch = _moved(batch, device)
                 search = search or _Search(config, sites, _same_inputs(model, sites, batch, forward_fn))
-                if search.settled:
+                if search.converged:
                     return search.directions()
                 mask = _counting_tokens(model, search.settings, batch)
-                with _reading(sites, search.unsettled, functools.partial(search.take, mask)):
+                with _reading(sites, search.unconverged, functools.partial(search.take, mask)):
                     forward_fn(model, batch)
                 search.share_out()
             if search is None or search.taken == taken:
@@ -153,7 +153,7 @@ class _Search:
         return sum(analysis.count for analysis in self.analyses.values())
 
     @property
-    def unsettled(self) -> set[str]:
+    def unconverged(self) -> set[str]:
         """The leaders with a direction in use that the last batch turned too far."""
         analyses, tau = self.analyses, self.settings.tau
         return {
@@ -161,8 +161,8 @@ class _Search:
         }
 
     @property
-    def settled(self) -> bool:
-        return not self.unsettled
+    def converged(self) -> bool:
+        return not self.unconverged
 
     def take(self, mask: Tensor | None, leader: str, x: Tensor) -> None:
         """Take what a layer reads into its analysis, if enough of it counts."""

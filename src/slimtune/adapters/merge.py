@@ -1,5 +1,7 @@
 """Folding adapters into the weights, taking them out again to the bit, and measuring how far outputs move by it.
 
+And how a model becomes a plain one again, the same object: with its adapters in its weights, or without them.
+
 A module is folded alone (`fold`), its new tensors take the place of its own (`_exchange`), and the old ones are kept
 for `unmerge`. What a fold means for a forward is tried on probe inputs: always for a module whose forward isn't its
 kind's own (`_check_fold`), and for the whole model in a safe merge.
@@ -7,7 +9,8 @@ kind's own (`_check_fold`), and for the whole model in a safe merge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adapters.adapter import adopted_modules, conflict
-from slimtune.adapters.adopt import frozen_forward, run
+from slimtune.adapters.adopt import frozen_forward, release, run
 from slimtune.bases import base_of
 from slimtune.core.delta import Delta, Dense, Difference, call_under, deltas_of, with_tensors
 from slimtune.errors import MergeError, listing
+from slimtune.quantization.dequantize import expanded, make_plain, plain_dtype, untie_if_changed
 
 MAX_RELATIVE_DRIFT = 0.1
 """A safe merge refuses when the outputs change by more than this part of their norm; bf16 rounding stays far below."""
@@ -88,6 +92,48 @@ def unmerge(model: Any) -> None:
 
 
 @torch.no_grad()
+def merge_plain(model: Any, names: tuple[str, ...], safe: bool) -> Any:
+    """Merge these adapters beside those that are merged, and release the model; a quantized base is expanded.
+
+    Raises:
+        MergeError: it can't be done or strays too far; nothing is changed then.
+        ConfigError: the base is quantized in a way that can't be expanded.
+    """
+    # One dtype for the modules that an adapter changes and for those that none does.
+    dtype = plain_dtype(model)
+    with as_before_on_failure(model):
+        if not set(names) <= set(model.adapter_state.merged):
+            merge(model, names, safe, dtype)
+        weights = expanded(model, dtype)
+    untie_if_changed(model)
+    return make_plain(released(model), weights)
+
+
+@contextmanager
+def as_before_on_failure(model: Any) -> Iterator[None]:
+    """The adapters that are merged now merged again, and no others, should the block raise."""
+    merged = model.adapter_state.merged
+    try:
+        yield
+    except BaseException:
+        unmerge(model)
+        if merged:
+            merge(model, merged)
+        raise
+
+
+def released(model: Any) -> Any:
+    """The model with its classes from before it was adopted, whatever its weights are now."""
+    trained_before = model.adapter_state.trained_before
+    for _, module in adopted_modules(model):
+        release(module)
+    # That of another merge, before these adapters came.
+    vars(model).pop("merge_drift", None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained_before)
+    return model
+
+
 def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Dense:
     """The parameters of a module that these adapters change, with them written in; nothing is changed.
 

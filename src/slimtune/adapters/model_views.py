@@ -92,6 +92,7 @@ class PeftNames:
     def base_model(self) -> Any:
         """The base under `.model`, as `peft` has it, and transformers' base model else."""
         prefix = getattr(self, "base_model_prefix", None)
+        # Past `__getattr__`, which a model may have changed: `_modules` holds what was registered under the name.
         inner = self._modules.get(prefix) if prefix else None  # pyright: ignore[reportAttributeAccessIssue]
         return BaseModelView(self, self if inner is None else inner)
 

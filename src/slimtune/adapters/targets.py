@@ -110,6 +110,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
 def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:
     targets, exclude = _targets(config), getattr(config, "exclude_modules", None)
     layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    # `classifier` in modules_to_save means `classifier.dense` as well, and no other module that only begins so.
     inside_saved = [re.compile(rf"(^|.*\.){re.escape(m)}($|\..*)") for m in config.modules_to_save or []]
     names = [name for name in modules if name and not any(p.match(name) for p in inside_saved)]
     if targets is None or targets == ALL_LINEAR:
@@ -152,7 +153,9 @@ def _by_names(
     names: list[str], targets: Iterable[str], strict: bool, saved: Set[str] = frozenset(), takes_blocks: bool = False
 ) -> list[str]:
     matched: dict[str, None] = {}
+    # Sorted: peft stores a set, and the first mistake that is reported shouldn't change from run to run.
     for target in sorted(targets):
+        # By whole parts of the path, as peft does: "proj" doesn't mean "q_proj".
         hits = [name for name in names if name == target or name.endswith(f".{target}")]
         if strict and not hits and any(name == target or name.endswith(f".{target}") for name in saved):
             raise TargetError(
@@ -238,6 +241,7 @@ def _is_there(modules: Modules, name: str, place: str) -> bool:
     if place == "bias":
         return "bias" in own
     if place == "norm":
+        # By name, as every architecture has its own class (LlamaRMSNorm, ...), with (features,) to scale.
         return type(site.module).__name__.endswith("Norm") and "weight" in own and own["weight"].ndim == 1
     return site.role == place and site.kind == "linear" and not _is_bypassed(modules, name)
 
@@ -307,6 +311,7 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
 
 def _heads(model: Any) -> list[str]:
     """Children of the root outside its backbone that have parameters: classifiers, which start untrained."""
+    # An empty prefix gives the attribute "", which no module has.
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     head = _output_layer(model)
     if not isinstance(backbone, nn.Module) or backbone is model:

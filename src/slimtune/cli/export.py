@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from slimtune.cli import proposals
-from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode
+from slimtune.cli.options import AdapterBase, Device, Dtype, Json, Output, Overwrite, TrustRemoteCode
 from slimtune.console.screen import open_screen, print_json
 
 
@@ -35,7 +35,7 @@ def export(
             "By default F16, and what slimtune quantize wrote keeps its codes.",
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")] = None,
+    base: AdapterBase = None,
     converter: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="llama.cpp's convert_hf_to_gguf.py, for architectures not known here."),

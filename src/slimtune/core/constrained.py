@@ -54,7 +54,10 @@ class Mask(Constraint):
     def __init__(self, site: Site, holds_weight: bool) -> None:
         super().__init__()
         weight_OI = site.base.weight(site.module)
+        # Counts and not the mask itself: (out,) int32 goes into the adapter's file and tells bases apart nearly as
+        # well.
         self.register_buffer("kept", _kept(weight_OI))
+        # A trained copy may take any value, 0 included, so that what it was at the start has to be remembered.
         self.register_buffer("bits", weight_OI != 0 if holds_weight else None, persistent=False)
 
     def hold(self, folded_OI: Tensor, frozen_OI: Tensor) -> Tensor:
@@ -63,6 +66,7 @@ class Mask(Constraint):
 
 
 def _kept(weight: Tensor) -> Tensor:
+    # A convolution's (out, in, kh, kw) counts as (out, in kh kw).
     return (weight != 0).flatten(1).sum(1, dtype=torch.int32)
 
 
@@ -85,6 +89,7 @@ class Grid(Constraint):
         self.bits, self.group_size = bits, group_size
         self._start_OG = start_OG
         spec = site.spec
+        # (out, groups): input i of row o has the scale [o, i // group_size].
         groups = 1 if group_size is None else spec.shape[1] // group_size
         scales = torch.zeros(spec.shape[0], groups, device=spec.device)
         if learns:
@@ -99,6 +104,7 @@ class Grid(Constraint):
         if self._start_OG is None:
             self._start_OG = grid.searched_scales(weight_OI, self.group_size or weight_OI.shape[1], self.bits)
         self.scales.copy_(self._start_OG)
+        # Let go of: the base's own tensor, which would stay alive with the module.
         self._start_OG = None
 
     def hold(self, folded_OI: Tensor, frozen_OI: Tensor) -> Tensor:
@@ -116,9 +122,11 @@ class _OnGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_OI: Tensor, scales_OG: Tensor, bits: int) -> Tensor:
         stored = scales_OG.to(grid.SCALE_DTYPE)
+        # By the scales as they are stored, in 16 bits: codes of finer scales would be others than those in the file.
         codes = grid.nearest_codes(weight_OI, stored, bits)
         ctx.bits = bits
         if ctx.needs_input_grad[1]:
+            # Only for scales that learn; without, the backward pass needs nothing but the gradient itself.
             ctx.save_for_backward(weight_OI, stored)
         return grid.expand(codes, stored, weight_OI.dtype)
 
@@ -126,7 +134,10 @@ class _OnGrid(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (g_OI,) = received
-        return g_OI, _scale_gradient(g_OI, *ctx.saved_tensors, ctx.bits) if ctx.needs_input_grad[1] else None, None
+        if not ctx.needs_input_grad[1]:
+            return g_OI, None, None
+        weight_OI, scales_OG = ctx.saved_tensors
+        return g_OI, _scale_gradient(g_OI, weight_OI, scales_OG, ctx.bits), None
 
 
 def _scale_gradient(g_OI: Tensor, weight_OI: Tensor, scales_OG: Tensor, bits: int) -> Tensor:
@@ -134,8 +145,10 @@ def _scale_gradient(g_OI: Tensor, weight_OI: Tensor, scales_OG: Tensor, bits: in
     shape = (*scales_OG.shape, -1)
     codes = grid.nearest_codes(weight_OI, scales_OG, bits).float().view(shape)
     scales = scales_OG.float().unsqueeze(-1)
+    # A scale of 0 is that of a group of zeros: 0 / 1 rounds to 0 as well, without a NaN.
     ratio = weight_OI.float().view(shape) / torch.where(scales == 0, 1.0, scales)
     lowest, highest = grid.code_range(bits)
+    # With r = w / s: d(s round(r))/ds = round(r) - r inside of the codes, and the outermost code beyond them.
     slope = codes - ratio.masked_fill((ratio < lowest) | (ratio > highest), 0.0)
     # LSQ's factor: a scale moves all weights of its group, and its gradient would be as much larger.
     factor = (shape[-1] if shape[-1] > 0 else slope.shape[-1]) * highest
@@ -156,18 +169,23 @@ class Constrained(Delta):
 
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         module = base.module
+        # A forward that isn't x W^T + b is run as it is, on a module that reads the merged weight in place of its own.
         if base.base.kind != "linear" or not base.base.is_textbook(module) or args or kwargs:
             return base.under(self.read_as(module), x, *args, **kwargs)
 
+        # Called in the forward pass and again in the backward: the merged weight, as large as the base's, isn't kept
+        # between.
         def build() -> tuple[Tensor, Tensor | None]:
             dense = self._merged(module)
             return dense["weight"], dense.get("bias")
 
+        # Low-rank parts with the gradient straight through: dL/dA and dL/dB follow without dL/dW, which is (out, in).
         parts = self.inner.row_parts(base) if self._is_straight and not is_traced() else None
         if parts is not None and parts.input is None and parts.output is None:
             own = base.bias
             bias_O = own if parts.bias is None else parts.bias if own is None else (own + parts.bias).to(own.dtype)
             return straight_linear(x, build, bias_O, parts.a, parts.b)
+        # Named one by one, since autograd doesn't see what `build` closes over.
         trained = [p for p in (*self.parameters(), *self.stand_ins().values()) if p.requires_grad]
         return rebuilt_linear(x, build, list(dict.fromkeys(trained)))
 
@@ -175,6 +193,7 @@ class Constrained(Delta):
     def _is_straight(self) -> bool:
         """Whether the gradient of the merged weight is that of the folded one."""
         grids = [each for each in self.constraints.values() if isinstance(each, Grid)]
+        # A mask zeroes some of the gradient, and scales that learn need all of it.
         return len(grids) == len(self.constraints) > 0 and not any(each.scales.requires_grad for each in grids)
 
     def _merged(self, module: Any) -> Dense:
@@ -196,6 +215,7 @@ class Constrained(Delta):
         weight = folded["weight"]
         for constraint in self.constraints.values():
             weight = constraint.hold(weight, frozen["weight"])  # type: ignore[operator]
+        # The bias is left as it was folded: a grid or a mask is one of weights.
         return folded | {"weight": weight}
 
     def initialise(self, config: Any, site: Site) -> None:
@@ -228,6 +248,7 @@ class Constrained(Delta):
 
     def excludes(self, other: Any) -> bool:
         """Beside any other: their sum would be off the constraint."""
+        # One adapter at a time: each is on the grid by itself, and the sum of two is on none.
         return True
 
     def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

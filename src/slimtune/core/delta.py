@@ -383,7 +383,7 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 def dtypes_of(tensors: Iterable[Tensor]) -> str:
-    """The types of number of some tensors, in words."""
+    """Names of the dtypes of some tensors, e.g. 'float32/uint8'."""
     return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 

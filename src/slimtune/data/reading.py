@@ -122,6 +122,7 @@ def _read(source: Source, settings: DataSettings, task: str, first: bool = False
 
     for given, where in records(source, first, bad):
         try:
+            # The first row that can be read decides; the others are read as it, or refused with what they lack.
             layout = layout or recognize(given, where, task)
             value = renamed(given, where, layout.fields)
             rows.append(read_as(layout.format, value, where))
@@ -129,6 +130,7 @@ def _read(source: Source, settings: DataSettings, task: str, first: bool = False
             bad(error)
             continue
         places.append(where)
+        # A table has every column in every row, null where a row hasn't one.
         columns.update(column for column, content in value.items() if content is not None)
         if first:
             columns = Counter(dict.fromkeys(columns, 0))
@@ -184,6 +186,7 @@ def exact_shares(sources: Sequence[SourceRows], counts: Sequence[int] | None = N
         return available
     exact = [sum(available) * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
+    # Largest remainder first, since floor minus exact is its negative; `sorted` is stable, so that ties go by place.
     by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
     for index in by_remainder[: sum(available) - sum(shares)]:
         shares[index] += 1

@@ -93,10 +93,11 @@ def _tried(model: Any) -> list[tuple[int, int, int]]:
             # (heads, head_dim of keys, of values): DeepSeek's values are narrower than its keys.
             shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]
             expected_V = by_itself.logits[0, -1].float()
-            found_V = _in_slots(model, ids, KeyValueSlots(shapes, 2, _PROBE, layers[0][0])).float()
+            in_slots_V = _in_slots(model, ids, KeyValueSlots(shapes, 2, _PROBE, layers[0][0])).float()
         spread = float(expected_V.std())
         # 16 bits differ by the order of sums; another attention would differ by much more.
-        is_alike = float((found_V - expected_V).abs().max()) <= max(1e-5, spread * (0.02 if _is_wide(model) else 0.3))
+        most = max(1e-5, spread * (0.02 if _is_wide(model) else 0.3))
+        is_alike = float((in_slots_V - expected_V).abs().max()) <= most
     except Exception as error:
         is_alike, reason = False, first_line(error)
     if not is_alike:

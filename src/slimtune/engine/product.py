@@ -28,14 +28,14 @@ class JointFactors:
     """What several adapters change at one layer, in the dtype of its inputs.
 
     Attributes:
-        asked: the adapters that were looked at; some may have no form of this kind.
+        seen: the adapters that were looked at; some may have no form of this kind.
         ranks: of the others by name; their factors lie behind each other in A and B.
         a, b: A (R, in) and B (R, out) of all; None without any.
         inputs, outputs, biases: tables of i, o and p, a row for each adapter and a neutral one at the end; None where
             all are neutral.
     """
 
-    asked: frozenset[str]
+    seen: frozenset[str]
     ranks: Mapping[str, int]
     a: Tensor | None
     b: Tensor | None
@@ -69,7 +69,7 @@ class RowProduct:
         joint = self._joint.get(module)
         own = deltas_of(module)
         present = [name for name in rows.groups(x) if name in own]
-        if joint is None or not joint.asked.issuperset(present):
+        if joint is None or not joint.seen.issuperset(present):
             joint = self._joint[module] = self._joined(module, frozen, present, joint, x.dtype)
         return self._product(module, frozen, joint, rows, x), joint.ranks
 
@@ -84,11 +84,11 @@ class RowProduct:
         parts: dict[str, RowParts] = {}
         for name in (*present, *left):
             # What is held whole replaces parameters of the layer, so that the frozen product isn't a part of it.
-            found = None if own[name].holds else own[name].row_parts(base)
-            if found is None:
+            change = None if own[name].holds else own[name].row_parts(base)
+            if change is None:
                 continue
-            if name in present or sum(map(_rank, (*parts.values(), found))) <= self.rank_budget:
-                parts[name] = found
+            if name in present or sum(map(_rank, (*parts.values(), change))) <= self.rank_budget:
+                parts[name] = change
         return _side_by_side(frozenset(present) | parts.keys(), parts, dtype)
 
     def _product(
@@ -123,7 +123,7 @@ def _rank(parts: RowParts) -> int:
     return 0 if parts.a is None else len(parts.a)
 
 
-def _side_by_side(asked: frozenset[str], parts: Mapping[str, RowParts], dtype: torch.dtype) -> JointFactors:
+def _side_by_side(seen: frozenset[str], parts: Mapping[str, RowParts], dtype: torch.dtype) -> JointFactors:
     factors_a = [each.a for each in parts.values() if each.a is not None]
     factors_b = [each.b.t() for each in parts.values() if each.b is not None]
 
@@ -136,7 +136,7 @@ def _side_by_side(asked: frozenset[str], parts: Mapping[str, RowParts], dtype: t
         return torch.stack([*(none if vector is None else vector for vector in vectors), none]).to(dtype)
 
     return JointFactors(
-        asked=asked,
+        seen=seen,
         ranks={name: _rank(each) for name, each in parts.items()},
         a=torch.cat(factors_a).to(dtype) if factors_a else None,
         b=torch.cat(factors_b).to(dtype) if factors_b else None,

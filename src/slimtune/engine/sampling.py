@@ -104,10 +104,10 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken 
         drawn = _draw(logits_NV[rows], [samplers[row] for row in rows], is_filtered) if rows else []
         for row, token in zip(rows, drawn, strict=True):
             tokens[row] = token
-    told = _reported(logprobs_NV, tokens, params) if logprobs_NV is not None else [(None, ())] * len(tokens)
+    reported = _reported(logprobs_NV, tokens, params) if logprobs_NV is not None else [(None, ())] * len(tokens)
     return [
         failed.get(row) or SampledToken(token, *report)
-        for row, (token, report) in enumerate(zip(tokens, told, strict=True))
+        for row, (token, report) in enumerate(zip(tokens, reported, strict=True))
     ]
 
 

@@ -56,7 +56,7 @@ class KeyValueSlots:
     def clear_unless_finite(self, slot: int, length: int) -> bool:
         """Zeros in a slot whose numbers aren't finite; gives back whether they are.
 
-        A later sequence masks what it hasn't written over, and zero times infinity is no number. The last layer shows
+        A later sequence masks what it hasn't written over, and zero times infinity is NaN. The last layer shows
         it: what isn't finite in one layer makes keys and values of all behind it so.
         """
         last = (self.keys[-1][slot, :, :length], self.values[-1][slot, :, :length])
@@ -138,7 +138,7 @@ class Step:
         # The mask is the same in all layers with one window; -1 stands for the decoding rows, 0 and up for pieces.
         if (-1, window) not in self._masks:
             device = self.position_T.device
-            # A slot that doesn't decode sees its first key: of nothing at all the mean is no number.
+            # A slot that doesn't decode sees its first key: the mean over no keys at all is NaN.
             last_B = torch.zeros(self.span, dtype=torch.long, device=device)
             last_B[self.decoding_B] = self.position_T[: len(self.decoding)]
             self._masks[-1, window] = _sees(last_B[:, None], self.longest, window)[:, None]

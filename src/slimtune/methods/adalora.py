@@ -219,8 +219,8 @@ class SvdDelta(LoraDelta):
     def progress(self) -> dict[str, Tensor]:
         """The smoothed importance with its variation, and the ranks that are left."""
         parts = zip(("mean", "variation"), zip(*self.smoothed.values(), strict=True), strict=False)
-        found = {f"{part}.{n}": t for part, tensors in parts for n, t in zip(self.smoothed, tensors, strict=True)}
-        return found if self.kept is None else {**found, "kept": torch.tensor(self.kept, dtype=torch.bool)}
+        progress = {f"{part}.{n}": t for part, tensors in parts for n, t in zip(self.smoothed, tensors, strict=True)}
+        return progress if self.kept is None else {**progress, "kept": torch.tensor(self.kept, dtype=torch.bool)}
 
     def restore_progress(self, stored: Mapping[str, Tensor]) -> None:
         names = [name.removeprefix("mean.") for name in stored if name.startswith("mean.")]
@@ -236,18 +236,18 @@ class SvdDelta(LoraDelta):
         return super().to_disk({**own, **factors})
 
     def from_disk(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = super().from_disk(stored)
+        state = super().from_disk(stored)
         for name, factor in self.state_dict().items():
             # The file has the kept ranks alone. A pruned one gets E = 0 and with it no part in the product, whatever
             # its A and B, which stay as they were drawn and could come back in training.
             if name in SVD and self.kept is not None:
                 whole = torch.zeros_like(factor) if name == "lora_E" else factor.clone()
-                part = found[name].to(whole)
+                part = state[name].to(whole)
                 whole.flatten(1)[(slice(None), self.kept) if name == "lora_B" else self.kept] = part
-                found[name] = whole
+                state[name] = whole
             else:
-                found[name] = found[name].reshape(factor.shape)
-        return found
+                state[name] = state[name].reshape(factor.shape)
+        return state
 
 
 class AdaLoraLinear(SvdDelta, LoraLinear):

@@ -321,11 +321,11 @@ def _parents(path: str) -> list[str]:
 
 def _by_parent(names: Iterable[str]) -> dict[str, list[str]]:
     """The names inside of each module around them."""
-    found: dict[str, list[str]] = {}
+    inside: dict[str, list[str]] = {}
     for name in names:
         for parent in _parents(name):
-            found.setdefault(parent, []).append(name)
-    return found
+            inside.setdefault(parent, []).append(name)
+    return inside
 
 
 def _smallest(path: str, around: Mapping[str, Any]) -> str:

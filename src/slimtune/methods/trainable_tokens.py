@@ -216,17 +216,17 @@ def token_modules(
         embedding = input_embeddings(model)
         tokens = {next((name for name, module in modules.items() if module is embedding), "embed_tokens"): list(tokens)}
     first = {id(module): name for name, module in reversed(list(modules.items()))}
-    found: dict[str, list[int]] = {}
+    tokens_of: dict[str, list[int]] = {}
     for wanted, indices in tokens.items():
         names = {first[id(m)] for name, m in modules.items() if name == wanted or name.endswith(f".{wanted}")}
         if not names:
             near = did_you_mean(wanted, {name.rpartition(".")[2] for name in modules})
             raise TargetError(f"trainable_token_indices names '{wanted}', which no module is called{near}")
-        found |= dict.fromkeys(sorted(names), indices)
-    for name, indices in list(found.items()):
+        tokens_of |= dict.fromkeys(sorted(names), indices)
+    for name, indices in list(tokens_of.items()):
         for tied in tied_to([name], modules):
-            found.setdefault(first[id(modules[tied])], indices)
-    return found
+            tokens_of.setdefault(first[id(modules[tied])], indices)
+    return tokens_of
 
 
 def check_module(site: Site) -> None:

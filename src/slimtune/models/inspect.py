@@ -31,7 +31,10 @@ def contents(source: str) -> tuple[Facts, list[Any]]:
         AdapterFileError: a file in it is damaged.
     """
     path = Path(source)
+    # Where the first half of the name is a folder here, the second was mistyped; it isn't looked for on the Hub then.
     if not path.exists() and not path.parent.is_dir() and is_id(source):
+        # The headers of a safetensors file are its first bytes, which the Hub serves by range: no weights are
+        # downloaded.
         path = fetched(source, weights=False)
         if (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             return _of_model(read_from_hub(source, path)), []
@@ -48,6 +51,7 @@ def contents(source: str) -> tuple[Facts, list[Any]]:
         return reader(path)
     except SlimtuneError:
         raise
+    # Whatever a reader trips over in a file of foreign origin is that file's damage, and not a bug to be shown as one.
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"a configuration in {path} is damaged: {error}; restore it") from error
 
@@ -62,6 +66,8 @@ def _adapter(path: Path) -> tuple[Facts, list[Any]]:
         facts["constraint"] = {name: value for name, value in config["constraint"].items() if value}
     if config.get("r"):
         facts |= {"rank": config["r"], "alpha": config.get("lora_alpha"), "largest_rank": largest_rank(config)}
+    # A list is shown sorted, because peft writes a set, in another order each time; a string is an expression or a
+    # name.
     targets = config.get("target_modules")
     facts["targets"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
     ranks = config | {"rank_pattern": rank_pattern(config)}
@@ -109,6 +115,7 @@ def _run(path: Path) -> tuple[Facts, list[Any]]:
     checkpoints = (name for name in _inside(path, "manifest.json") if _CHECKPOINT.fullmatch(name))
     steps = sorted(int(name.rpartition("-")[2]) for name in checkpoints)
     facts = {"kind": "run that was not finished", "base": base.get("name"), "method": method.get("name")}
+    # From the recipe that is kept with the run: a run that broke off has written nothing to its output yet.
     return facts | {"writes": recipe.get("output"), "checkpoints": steps, "bytes": _bytes(path)}, []
 
 
@@ -194,6 +201,7 @@ def _quantized(config: Facts) -> str:
             return method
     if config.get("load_in_8bit"):
         return f"{method}, int8"
+    # GPTQ, AWQ and the like say all in their name; bitsandbytes alone has one method for three formats.
     if not config.get("load_in_4bit"):
         return method
     double = ", double" if config.get("bnb_4bit_use_double_quant") else ""

@@ -105,6 +105,7 @@ def run(
         Memory.watch()
         model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
         outcome = tune(screen, model, tokenizer, data, recipe, folder, autocast, teaching)
+    # After the folder is written: the base and the tuned model are read from disk, one after the other.
     if recipe.evaluation and recipe.evaluation.forgetting and process.is_main:
         # Two models at once may not fit.
         del model
@@ -134,6 +135,7 @@ def tune(
     trainable(model)
     show_trained(screen, model)
     dataset = encode(screen, data, model, tokenizer)
+    # From here on there is something to go on with; what fails before leaves no run behind.
     folder.begin()
     start_by_eva(model, tokenizer, dataset, recipe.training, folder.path, screen.print)
     spec = None
@@ -317,6 +319,7 @@ def _train(
     except DivergedError as error:
         if not error.kept_steps:
             raise
+        # Beside the output and not in it: a folder of that name would look like a training that succeeded.
         aside, writes = output.with_name(f"{output.name}-until-step-{error.kept_steps}"), this_process().is_main
         if writes:
             aside.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,7 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
 
 
+@dataclass(frozen=True)
 class Sharing:
     """How several devices share a training.
 

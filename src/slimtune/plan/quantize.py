@@ -109,7 +109,7 @@ def _as_stored(model: Any, stored: StoredIntegers) -> dict[str, int]:
         other = taken.get(id(weight))
         taken[id(weight)] = module
         rows, columns = weight.shape
-        codes = torch.zeros(rows, columns, dtype=torch.int8) if other is None else other.weight
+        codes: Any = torch.zeros(rows, columns, dtype=torch.int8) if other is None else other.weight
         groups = columns // scheme.group_size if scheme.group_size else 1
         scales = torch.zeros(rows, groups, dtype=SCALE_DTYPE) if other is None else other.weight_scale
         if other is None:

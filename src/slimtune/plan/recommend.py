@@ -176,7 +176,7 @@ def _order_with_room(
         if choice.fits and not choice.is_tight:
             kind = _kind(choice.method)
             with_room[kind] = max(order[choice.method, choice.base], with_room.get(kind, 0.0))
-    behind = {
+    behind: dict[tuple[str, Precision], float] = {
         (c.method, c.base): with_room[_kind(c.method)] + 0.5
         for c in choices
         if c.is_tight and _kind(c.method) in with_room

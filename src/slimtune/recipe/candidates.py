@@ -50,7 +50,7 @@ class Candidate:
 
     @property
     def summary(self) -> str:
-        """What it is, in words."""
+        """A phrase that describes it, for tables."""
         if self.method is None:
             return _prompted(self.shots, self.random_labels)
         settings = ", ".join(f"{name}={value}" for name, value in self.fields)
@@ -108,6 +108,7 @@ def candidates_of(methods: Sequence[str], shots: Sequence[int], random_labels: b
     if random_labels and max(shots, default=0) > 0:
         candidates.append(prompted(max(shots), random_labels=True))
     candidates += [trained(method) for method in methods]
+    # By slug, since that is the name of the folder: values that differ in "_" and "-" alone share one.
     slugs = [candidate.slug for candidate in candidates]
     twice = next((candidate.name for candidate in candidates if slugs.count(candidate.slug) > 1), None)
     if twice:

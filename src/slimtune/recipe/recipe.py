@@ -104,6 +104,7 @@ class MethodSettings:
             raise ConfigError(f"method takes a mapping with a name, found {values!r}; write method: {{name: lora}}")
         fields = {str(name): value for name, value in values.items()}
         name = fields.pop("name", "lora")
+        # YAML reads `name: 3` and `name: off` as other types; as text they get the message of an unknown name.
         method = find(name if isinstance(name, str) else str(name))
         return cls(method.name, plain_fields(method, configure(method, fields, base)))
 
@@ -199,10 +200,12 @@ class Recipe:
         base = sections.get("model")
         name = base.get("name", "") if isinstance(base, Mapping) else ""
         method = MethodSettings.of(sections.get("method", {}), str(name))
+        # With all fields of the method's config, so that a later default changes no recipe that was written before.
         sections["method"] = dataclasses.asdict(method)
         training = sections.get("training", {})
         if isinstance(training, Mapping) and training.get("learning_rate") is None:
             rate = method.method.config.learning_rate
+            # Preferences are learned by a model that answers already, in smaller steps than supervised tuning takes.
             rate = rate * SHARE_OF_RATE if sections.get("task") in PREFERENCE_TASKS else rate
             # Written into the recipe, which then says what a run depends on even where a later version has another
             # default.
@@ -247,6 +250,7 @@ class Recipe:
             del sections["preferences"]
         if self.distillation is None:
             del sections["distillation"]
+        # For whoever reads the file: what is trained on what stands first.
         order = ("task", "model", "data", "method")
         return {name: sections[name] for name in order} | sections | {"method": method}
 
@@ -330,7 +334,7 @@ def _with(values: Any, keys: Sequence[str], value: Any, place: str) -> Any:
 
 
 def _changed(settings: Any) -> list[str]:
-    """The fields of a dataclass that aren't at their defaults."""
+    """The fields of a dataclass that differ from their defaults."""
     fresh = type(settings)()
     return [
         field.name

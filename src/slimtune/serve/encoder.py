@@ -14,7 +14,7 @@ from slimtune.data.features import extract
 from slimtune.data.texts import longest_input
 from slimtune.engine.request import LoadedAdapter
 from slimtune.errors import ConfigError
-from slimtune.serve.backend import Asked, Piece
+from slimtune.serve.backend import GenerationRequest, Piece
 from slimtune.serve.openai import bad_request
 from slimtune.storage.text_files import read_json
 
@@ -68,7 +68,7 @@ class EncoderBackend:
             vectors_ND = normalize(vectors_ND, dim=-1)
         return vectors_ND.tolist(), sum(lengths)
 
-    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    async def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """Raises: ApiError."""
         raise bad_request("this base is an encoder and writes no text; ask /v1/embeddings", "model")
         yield Piece()

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slimtune.serve.backend import Asked
+from slimtune.serve.backend import GenerationRequest
 from slimtune.serve.gateway import Answer, Gateway
 from slimtune.serve.openai import (
     ApiError,
@@ -126,14 +126,14 @@ def _tenant(request: Request) -> Tenant:
     return request.scope["state"]["tenant"]
 
 
-async def _respond(gateway: Gateway, asked: Asked, request: Request) -> Response:
-    answer = gateway.begin(_tenant(request), asked)
+async def _respond(gateway: Gateway, body: GenerationRequest, request: Request) -> Response:
+    answer = gateway.begin(_tenant(request), body)
     request.scope["state"]["model"] = answer.model
-    responses = Responses(asked, answer.model)
+    responses = Responses(body, answer.model)
     try:
         # The first pieces are awaited before the status is sent, for a refusal needs a status of its own.
         pieces = await _unless_gone(request, answer.next())
-        if asked.stream:
+        if body.stream:
             return _Stream(answer, responses, responses.events(pieces))
         while pieces:
             for piece in pieces:

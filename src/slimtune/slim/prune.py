@@ -21,6 +21,7 @@ from slimtune.evaluate.domain_texts import read_texts, texts
 from slimtune.evaluate.language_loss import passages
 from slimtune.quantization.report import parts
 from slimtune.recipe.validation import STRICT
+from slimtune.slim.channels import drop_channels
 from slimtune.slim.depth import drop_layers
 from slimtune.slim.structure import Batch
 from slimtune.slim.weights import WeightPruning, zero_weights
@@ -40,24 +41,27 @@ class PruneConfig:
         layers: how many layers.
         ffn: which share of the feed-forward neurons.
         kv_heads: how many key-value heads, each with the query heads that read it.
+        channels: which share of the channels of a convolutional network, by torch-pruning; in Python alone, as no
+            config can say it.
         weights: which single weights become zero, after all others; the shapes stay.
     """
 
     layers: int | None = None
     ffn: float | None = None
     kv_heads: int | None = None
+    channels: float | None = None
     weights: WeightPruning | None = None
 
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if all(getattr(self, field.name) is None for field in fields(self)):
-            raise ConfigError("nothing was said to prune; give layers, ffn, kv_heads or weights")
+            raise ConfigError("nothing was said to prune; give layers, ffn, kv_heads, channels or weights")
 
     @property
     def needs_data(self) -> bool:
         """Whether anything is chosen by what the model computes."""
-        structured = (self.layers, self.ffn, self.kv_heads)
+        structured = (self.layers, self.ffn, self.kv_heads, self.channels)
         return any(value is not None for value in structured) or bool(self.weights and self.weights.needs_data)
 
 
@@ -66,6 +70,7 @@ KINDS: Mapping[str, Kind] = {
     "layers": drop_layers,
     "ffn": narrow_feed_forward,
     "kv_heads": drop_kv_groups,
+    "channels": drop_channels,
     "weights": zero_weights,
 }
 

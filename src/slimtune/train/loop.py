@@ -131,7 +131,7 @@ def fine_tune(
             callbacks=[
                 # The log before the checkpoints, which copy its file.
                 EachDeltaLearns(model, lambda line: log(f"warning: {line}")),
-                *([LossLog(folder / LOSS_LOG)] if process.is_main else []),
+                LossLog(folder / LOSS_LOG, process.is_main),
                 ReproducibilityCheck(checkpointer.earlier_losses, 0.0 if device == "cpu" else 1e-3, log),
                 bar,
                 *samples,

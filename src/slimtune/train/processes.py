@@ -81,6 +81,11 @@ def shards() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def offloads() -> bool:
+    """Whether accelerate was told to keep what it divides in main memory."""
+    return os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+
+
 def share_of(settings: TrainSettings) -> TrainSettings:
     """The settings with this process's share of a step: fewer batches, or where those don't divide, smaller ones.
 

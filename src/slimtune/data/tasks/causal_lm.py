@@ -91,6 +91,7 @@ class Conversations:
         }
         if not self.settings.packing:
             return EncodedDataset(examples, held_out, facts, report)
+        # Held-out examples stay one a row, so that their loss compares with that of a run without packing.
         rows = pack(examples, room := self.settings.max_length)
         full = tokens / (len(rows) * room)
         report.append(Remark(f"packed into {len(rows):,} rows of at most {room:,} tokens, {full:.0%} full"))

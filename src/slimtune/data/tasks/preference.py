@@ -22,6 +22,7 @@ def trl_columns(row: Preference | Judged | Prompt, tokenizer: Any) -> dict[str, 
     """A row as TRL wants it: messages for a tokenizer with a chat template, else texts; raises DataError."""
     columns: dict[str, Any] = {"prompt": _said(row.prompt, "user", tokenizer)}
     if isinstance(row, Prompt):
+        # TRL hands every other column to the reward functions, by its name.
         return columns | (row.model_extra or {})
     for name in ("chosen", "rejected", "completion"):
         if hasattr(row, name):

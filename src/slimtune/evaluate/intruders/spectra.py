@@ -157,6 +157,7 @@ def measure(
         BaseMismatchError: the models are of different shapes.
     """
     check_whole("top", top)
+    # `below` is an open bound, and epsilon = 1 is allowed: every vector that isn't the base's own counts then.
     check_number("epsilon", epsilon, 0, 1.0 + 1e-9)
     began = time.monotonic()
     others = {one.name: one for one in against.matrices} if against else {}
@@ -212,6 +213,7 @@ def _cosines(update: Update, change: Decomposition, top: int, left: Tensor | Non
     # No change, no intruder: W' = W, and the cosines would be 1 but for degenerate singular values.
     if not change.values.any():
         return [], []
+    # Against all of W's vectors, not its leading ones: a vector that only moved to another place is no intruder.
     after = decompose(update.after)
     cosines = nearest_cosines(after.left[:, :top], decompose(update.before).left if left is None else left)
     return after.values[:top].tolist(), cosines.tolist()

@@ -36,8 +36,8 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
     kept: Counter[str] = Counter()
     expanded: Counter[str] = Counter()
     rounded = rounds_inputs = 0
-    modules: dict[str, Any] = dict(model.named_modules())
-    held: dict[str, Any] = {p: m for p, m in modules.items() if isinstance(m, HoldsCodes) and _is_packed(m)}
+    held = {path: module for path, module in model.named_modules() if isinstance(module, HoldsCodes)}
+    held = {path: module for path, module in held.items() if _is_packed(module)}
     for path, module in held.items():
         if _is_first(module.weight, seen):
             reason = _misfit(module, kind)
@@ -45,6 +45,7 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
             tensors[f"{path}.weight"] = weight
             kept.update([] if reason else [_KINDS[module.packed_base.bits][0]])
             expanded.update([reason] if reason else [])
+            # GGUF's blocks hold a float16 scale each; one in bfloat16 or float32 may lie between two of those.
             scales = module.weight_scale
             rounded += not reason and not torch.equal(scales.to(torch.float16).float(), scales.float())
             rounds_inputs += module.packed_base.rounds_inputs
@@ -62,7 +63,9 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
 
 
 def _is_first(tensor: Tensor, seen: set[tuple[int, int]]) -> bool:
-    place = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
+    # Not by the object: a state dict hands out a new tensor for each end of a tie.
+    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    # Empty tensors all have the address 0, and are no ties.
     is_first = place not in seen or not tensor.numel()
     seen.add(place)
     return is_first
@@ -88,6 +91,7 @@ def _misfit(module: Any, kind: str | None) -> str:
 def _blocks(module: Any) -> Blocks:
     base = module.packed_base
     per_group = base.group_size(module) // BLOCK
+    # (out, groups) to (out, in / 32): a group of 64 inputs is two blocks of 32 with the same scale.
     scales_OG = module.weight_scale.float().repeat_interleave(per_group, dim=1)
     return _KINDS[base.bits][1](base.codes(module), scales_OG)
 
@@ -95,5 +99,6 @@ def _blocks(module: Any) -> Blocks:
 def _expanded(module: Any) -> Tensor:
     """As a plain module stores it."""
     weight_OI = module.packed_base.weight(module)
+    # GPT-2's Conv1D stores (in, out).
     is_turned = module.packed_base.is_transposed or "source_cls" in vars(module)
     return weight_OI.t() if is_turned else weight_OI

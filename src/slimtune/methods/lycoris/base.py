@@ -248,5 +248,5 @@ class _Recomputed(torch.autograd.Function):
         leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad(), torch.autocast(ctx.device, *ctx.autocast):
             result = ctx.function(*leaves)
-        found = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], gradients))
-        return None, *(next(found) if need else None for need in needed)
+        of_leaves = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], gradients))
+        return None, *(next(of_leaves) if need else None for need in needed)

@@ -318,8 +318,8 @@ class Prefix(VirtualTokens):
 def _rows(call: Call, of: str) -> int:
     """The number of sequences in this call."""
     names = (f"{of}input_ids", f"{of}inputs_embeds", "labels", "input_ids", "inputs_embeds")
-    found = next((call[name] for name in names if call.get(name) is not None), None)
-    return len(call.tokens(of) if found is None else found)
+    tensor = next((call[name] for name in names if call.get(name) is not None), None)
+    return len(call.tokens(of) if tensor is None else tensor)
 
 
 def _empty_cache(model: Any, whole: bool = False) -> Any:

@@ -1,0 +1,204 @@
+"""What zeros and grids cost SmolLM2, and what recovery under them brings back.
+
+`quality` prunes by magnitude, Wanda and SparseGPT, to half and to 2:4, and tunes each under its mask by the dense
+model's distribution; `qat` does the same on the grid of 4 bits, off the packaged grid, beside rounding after training;
+`step` times a training step with a mask or a grid against plain LoRA's, in turns. Perplexity is on shipped prose that
+nothing is calibrated on or tuned by. One seed is an anecdote: `--seeds` draws the order of the batches and the adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Sequence
+from statistics import mean, median, stdev
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+import typer
+from rich.console import Console
+from torch import Tensor
+
+import slimtune
+from benchmarks import machine, page
+from benchmarks.off_grid import off_grid_
+from benchmarks.prepare import model_folder
+from benchmarks.results import FOLDER, subtitle
+from slimtune.core.constraint import ConstraintConfig
+from slimtune.ops.grid import expand, rounded
+from slimtune.quantization.linears import quantized_linears
+from slimtune.slim.data import calibration_batches, measured_ids
+from slimtune.slim.weights import WeightPruning, zero_weights
+
+PRUNED = {
+    f"{pattern or '50%'} {method}": WeightPruning(None if pattern else 0.5, pattern or "unstructured", method)
+    for pattern in ("", "2:4")
+    for method in ("magnitude", "wanda", "sparsegpt")
+}
+RANK, RATE = 16, 5e-4
+
+app = typer.Typer(add_completion=False)
+console = Console()
+
+
+def dense() -> tuple[Any, Any]:
+    """SmolLM2 in float32 and its tokenizer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(model_folder())
+
+
+@torch.inference_mode()
+def perplexity(model: Any, ids_RT: Tensor) -> float:
+    losses = []
+    for row in ids_RT.split(1):
+        logits = model(input_ids=row).logits[:, :-1]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="none"))
+    return math.exp(torch.cat(losses).mean())
+
+
+def recovered(
+    model: Any, teacher: Any, batches: Sequence[Any], steps: int, seed: int, constraint: ConstraintConfig
+) -> Any:
+    """The model after so many steps of LoRA under a constraint, towards the teacher's distribution, and merged."""
+    torch.manual_seed(seed)
+    config = slimtune.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", constraint=constraint)
+    model = slimtune.get_peft_model(model, config).train()
+    model.return_logits = True
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    rows = torch.cat([batch["input_ids"] for batch in batches])
+    order = torch.randperm(len(rows)).repeat(1 + steps * 2 // len(rows))
+    for step in range(steps):
+        ids = rows[order[2 * step : 2 * step + 2]]
+        with torch.no_grad():
+            target = teacher(input_ids=ids).logits.log_softmax(-1)
+        loss = F.kl_div(model(input_ids=ids).logits.log_softmax(-1), target, reduction="none", log_target=True)
+        loss.sum(-1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval().merge_and_unload()
+
+
+def over(values: Sequence[float]) -> str:
+    """Mean and 95% interval over seeds; of one seed the value alone."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):.2f} ± {half:.2f}"
+
+
+def write(name: str, header: tuple[str, ...], rows: list[tuple[str, ...]], facts: dict[str, Any], note: str) -> None:
+    """The figures as JSON, and as a table of docs/slim.md."""
+    on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
+    document = {"machine": on, "date": machine.today(), "commit": machine.commit(), **facts, "rows": rows}
+    (FOLDER / f"pruning-{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    page.fill(page.PRUNED, name, f"{page.table(header, rows)}\n\n{note} {subtitle(on)} {document['date']}.")
+
+
+Tokens = Annotated[int, typer.Option(min=1024, help="Tokens to calibrate on and to learn from.")]
+Measured = Annotated[int, typer.Option(min=512, help="Tokens that perplexity is measured on.")]
+Steps = Annotated[int, typer.Option(min=0, help="Steps of recovery, of 512 tokens; 0 for none.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How often each recovery is run.")]
+
+
+@app.command()
+def quality(tokens: Tokens = 4096, measured: Measured = 2048, steps: Steps = 20, seeds: Seeds = 3) -> None:
+    """Perplexity of each way of pruning, without and with recovery under the mask."""
+    model, tokenizer = dense()
+    batches, ids = calibration_batches(tokenizer, tokens=tokens), measured_ids(tokenizer, measured)
+    rows = [("dense", f"{perplexity(model, ids):.2f}", "", "")]
+    for name, config in PRUNED.items():
+        given = batches if config.needs_data else []
+        began = time.perf_counter()
+        sparse, facts = zero_weights(model, given, config)
+        seconds = time.perf_counter() - began
+        untouched = perplexity(sparse, ids)
+        after = [
+            perplexity(recovered(copy.deepcopy(sparse), model, batches, steps, seed, ConstraintConfig(mask=True)), ids)
+            for seed in range(seeds if steps else 0)
+        ]
+        rows.append((name, f"{untouched:.2f}", over(after), f"{seconds:.0f} s, {facts['sparsity']:.1%} zeros"))
+        console.print("  ".join(rows[-1]), highlight=False)
+    header = ("model", "perplexity", f"after {steps} steps under the mask", "pruning took")
+    note = f"{len(ids.flatten()):,} tokens of shipped prose, calibrated on {tokens:,} others; {seeds} seeds;"
+    write("quality", header, rows, {"tokens": tokens, "steps": steps, "seeds": seeds}, note)
+
+
+@app.command()
+def qat(tokens: Tokens = 4096, measured: Measured = 2048, steps: Steps = 20, seeds: Seeds = 3) -> None:
+    """Perplexity on the grid of 4 bits: rounded after training, and tuned on the grid, with and without its scales."""
+    model, tokenizer = dense()
+    off_grid_(model)
+    batches, ids = calibration_batches(tokenizer, tokens=tokens), measured_ids(tokenizer, measured)
+    rows = [("dense, off the packaged grid", f"{perplexity(model, ids):.2f}")]
+
+    def copied() -> Any:
+        return off_grid_(dense()[0])
+
+    nearest = copied()
+    for path in quantized_linears(nearest):
+        weight = nearest.get_submodule(path).weight.data
+        new = rounded(weight, 64, 4)
+        weight.copy_(expand(new.codes, new.scales, weight.dtype))
+    rows.append(("rounded to the nearest", f"{perplexity(nearest, ids):.2f}"))
+    for name, learns in (("LoRA on the grid", False), ("LoRA and scales on the grid", True)):
+        constraint = ConstraintConfig(num_bits=4, learn_scales=learns)
+        values = [
+            perplexity(recovered(copied(), model, batches, steps, seed, constraint), ids) for seed in range(seeds)
+        ]
+        rows.append((f"{name}, {steps} steps", over(values)))
+        console.print("  ".join(rows[-1]), highlight=False)
+    note = f"{len(ids.flatten()):,} tokens of shipped prose; {seeds} seeds;"
+    write("qat", ("model", "perplexity"), rows, {"tokens": tokens, "steps": steps, "seeds": seeds}, note)
+
+
+@app.command()
+def step(
+    rounds: Annotated[int, typer.Option(min=1, help="How often all take turns.")] = 5,
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    length: Annotated[int, typer.Option(min=8)] = 256,
+    dtype: Annotated[str, typer.Option(help="Of the base; bfloat16 needs a processor that multiplies it.")] = "float32",
+) -> None:
+    """Seconds of a LoRA step with a mask or a grid against one without, in turns."""
+    constraints = {
+        "plain LoRA": None,
+        "mask": ConstraintConfig(mask=True),
+        "grid of 4 bits": ConstraintConfig(num_bits=4),
+        "grid of 4 bits, scales learned": ConstraintConfig(num_bits=4, learn_scales=True),
+    }
+    ids = torch.randint(5, 2000, (batch, length), generator=torch.Generator().manual_seed(0))
+    runs: dict[str, Any] = {}
+    for name, constraint in constraints.items():
+        model = dense()[0].to(getattr(torch, dtype))
+        if constraint is not None and constraint.mask:
+            model = zero_weights(model, [], WeightPruning(pattern="2:4", method="magnitude"))[0]
+        config = slimtune.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", constraint=constraint)
+        model = slimtune.get_peft_model(model, config).train()
+        runs[name] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, (model, optimizer) in runs.items():
+            began = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            # The first round warms up.
+            seconds[name] += [time.perf_counter() - began] if number else []
+    rows = []
+    for name, own in seconds.items():
+        ratios = [mine / plain for mine, plain in zip(own, seconds["plain LoRA"], strict=True)]
+        rows.append((name, f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"))
+        console.print("  ".join((*rows[-1], f"{median(own):.2f} s")), highlight=False)
+    note = f"Median and range of {rounds} rounds in turns, r={RANK}, all linear layers, {batch} x {length}, {dtype};"
+    write("step", ("a step with", "/ plain LoRA's"), rows, {"seconds": seconds}, note)
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    app()
