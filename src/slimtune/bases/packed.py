@@ -24,13 +24,14 @@ def as_linear(module: Any) -> nn.Linear:
 
     It remembers what it was, as bitsandbytes' layers do (`source_cls`).
     """
+    layer: Any = module
     if isinstance(module, Conv1D):
-        module.in_features, module.out_features, module.source_cls = module.nx, module.nf, Conv1D  # type: ignore
-        del module.nx, module.nf
-        needs_gradient = module.weight.requires_grad
-        module._parameters["weight"] = nn.Parameter(module.weight.detach().t().contiguous(), needs_gradient)
-        module.__class__ = nn.Linear
-    return module
+        layer.in_features, layer.out_features, layer.source_cls = layer.nx, layer.nf, Conv1D
+        del layer.nx, layer.nf
+        needs_gradient = layer.weight.requires_grad
+        layer._parameters["weight"] = nn.Parameter(layer.weight.detach().t().contiguous(), needs_gradient)
+        layer.__class__ = nn.Linear
+    return layer
 
 
 class PackedLinear(Base):

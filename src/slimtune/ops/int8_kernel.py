@@ -90,7 +90,8 @@ class _TokenProduct(torch.autograd.Function):
 def _sums(q_TI: Tensor, codes_OI: Tensor) -> Tensor:
     """q C^T in float32."""
     if _multiplies_int8(q_TI, codes_OI):
-        return torch._int_mm(q_TI.to(torch.int8), codes_OI.t()).float()
+        # torch has no public name for it.
+        return torch._int_mm(q_TI.to(torch.int8), codes_OI.t()).float()  # pyright: ignore[reportPrivateImportUsage]
     return F.linear(q_TI, codes_OI.float())
 
 

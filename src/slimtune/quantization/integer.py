@@ -29,6 +29,7 @@ from slimtune.ops.grid import rounded
 from slimtune.quantization.config import Quantization
 from slimtune.quantization.linears import group_size_for, quantized_linears
 from slimtune.storage.compressed import PACKED_FORMAT, WeightScheme, read_config, scheme_for, write_config
+from slimtune.storage.foreign import read_not_mapped
 
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -62,7 +63,8 @@ def load_integer(chosen: Any, source: str, settings: Quantization, device: str, 
     Raises:
         ConfigError: there is no linear layer, or one whose width the groups don't divide.
     """
-    return chosen.from_pretrained(source, quantization_config=Request(settings), device_map={"": device}, **options)
+    with read_not_mapped():
+        return chosen.from_pretrained(source, quantization_config=Request(settings), device_map={"": device}, **options)
 
 
 def load_compressed(chosen: Any, source: str, config: Any, device: str, **options: Any) -> Any:
@@ -83,9 +85,11 @@ def load_compressed(chosen: Any, source: str, config: Any, device: str, **option
     read_config(stored)  # what isn't read here is refused before the files are looked at
     request = Request(None, stored, _stored_weights(Path(source)))
     try:
-        return chosen.from_pretrained(
-            source, config=config, quantization_config=request, device_map={"": device}, **options
-        )
+        # The codes are packed anew, and what is mapped would stay beside them.
+        with read_not_mapped():
+            return chosen.from_pretrained(
+                source, config=config, quantization_config=request, device_map={"": device}, **options
+            )
     except RuntimeError as error:
         # transformers reports tensors of other shapes so, after a table of them.
         if "mismatch" not in str(error):
@@ -153,7 +157,7 @@ class _Quantizer(HfQuantizer):
 
 def config_of(model: nn.Module) -> dict[str, Any]:
     """The `quantization_config` of a model whose modules hold codes."""
-    held = {name: module for name, module in model.named_modules() if isinstance(module, HoldsCodes)}
+    held: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, HoldsCodes)}
     groups: dict[tuple[str, WeightScheme], list[str]] = {}
     for name, module in held.items():
         base = module.packed_base
@@ -218,7 +222,7 @@ class _Round(ConversionOps):
             path = name.rpartition(".")[0]
             module: Any = model.get_submodule(path)
             # GPT-2's linear layers are stored as (in, out).
-            weight_OI = weight.t() if isinstance(module, Conv1D) else weight
+            weight_OI = weight.t() if issubclass(type(module), Conv1D) else weight
             new = rounded(weight_OI, self.quantizer.request.settings.blocksize, 4)
             # The codes of a layer, a byte each, live until they are packed, and not until all layers are.
             self.quantizer.scales_read[path] = new.scales

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers.modeling_utils
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor, nn
@@ -32,7 +29,7 @@ from slimtune.bases import base_of, claim
 from slimtune.bases.bitsandbytes import packed_4bit, packed_8bit
 from slimtune.errors import ConfigError, DamagedBaseError, did_you_mean, listing
 from slimtune.quantization.config import Quantization
-from slimtune.storage.foreign import open_tensors, reading_model
+from slimtune.storage.foreign import open_tensors, read_not_mapped, reading_model
 from slimtune.storage.quantization_metadata import mend_saving
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -51,7 +48,7 @@ def load_quantized(
     if device == "mps":
         raise ConfigError("bitsandbytes can't quantize for mps; pass device='cpu'")
     # Quantized as they are read: the peak is the model in few bits and one layer in 16, not the model in 16.
-    with _read_not_mapped(), reading_model("the model", source):
+    with read_not_mapped(), reading_model("the model", source):
         model = chosen.from_pretrained(
             source, quantization_config=Request(settings), device_map={"": device}, **options
         )
@@ -219,25 +216,6 @@ class _Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):
 
     def quantized(self, weight_OI: Tensor, module: Any) -> Tensor:
         return packed_8bit(weight_OI)
-
-
-@contextmanager
-def _read_not_mapped() -> Iterator[None]:
-    """Let transformers read tensors, not map their files: what is mapped stays in memory as long as the model does.
-
-    transformers has no option for it, but does the same on Windows. Another load at the same time is read as well.
-    """
-
-    def reading(*arguments: Any, **options: Any) -> Any:
-        return safetensors.safe_open(*arguments, **options | {"backend": "pread"})
-
-    library: Any = transformers.modeling_utils
-    # transformers holds the function by its own name; nothing else of the library is touched.
-    library.safe_open = reading
-    try:
-        yield
-    finally:
-        library.safe_open = safetensors.safe_open
 
 
 def _check_files(folder: Path) -> None:

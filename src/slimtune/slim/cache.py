@@ -112,7 +112,8 @@ class TeacherCache:
     def answers(self, numbers: Sequence[int]) -> TopKTeacher:
         """What is stored of these examples, one behind the other. Raises: DataError."""
         parts = [self._of(number) for number in numbers]
-        return TopKTeacher(*(torch.cat(column) for column in zip(*parts, strict=True)), self.drawn)
+        ids, log_probs, rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        return TopKTeacher(ids, log_probs, rest, self.drawn)
 
     def _of(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         shard = next(shard for shard in self.shards if shard["start"] <= number < shard["stop"])
@@ -164,7 +165,9 @@ def _ask(
             own = Readout(readout.hidden[row, places], readout.head)
             answers[number] = _top_k(own, request, _generator(examples[number], teacher.device))
         on_examples(len(chosen))
-    return TopKTeacher(*(torch.cat(c) for c in zip(*(answers[n] for n in range(len(examples))), strict=True)))
+    in_order = zip(*(answers[number] for number in range(len(examples))), strict=True)
+    ids, log_probs, rest = (torch.cat(column) for column in in_order)
+    return TopKTeacher(ids, log_probs, rest)
 
 
 def _batches(examples: Sequence[Encoded]) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def engines_of(folder: Path, model: Any, inputs: dict[str, Tensor]) -> list[str]
 
 def engines_by_format(model: Any) -> list[str]:
     """The programs that read such a folder by their own account, and weren't tried."""
-    held = [module for module in model.modules() if isinstance(module, HoldsCodes)]
+    held: list[Any] = [module for module in model.modules() if isinstance(module, HoldsCodes)]
     # vLLM has no embedding in int8 and no Conv1D in codes, and its kernels for zero points are those of GPUs alone.
     ends = any(module.packed_base.kind == "embedding" or "source_cls" in vars(module) for module in held)
     is_plain = not ends and not any(ZERO in module._buffers for module in held)
@@ -48,7 +49,7 @@ def _by_transformers(folder: Path, model: Any, inputs: dict[str, Tensor]) -> lis
 
     ours = outputs(model, inputs)
     verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
     try:
         # compressed-tensors has progress bars of its own, which tell nothing here.
         with no_weight_bar(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

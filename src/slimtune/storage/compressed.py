@@ -110,7 +110,7 @@ def read_config(stored: Mapping[str, Any]) -> tuple[list[WeightScheme], list[str
 
 def _scheme(group: Mapping[str, Any], stored: Mapping[str, Any]) -> WeightScheme:
     weights, inputs = group["weights"], group.get("input_activations")
-    format_name = group.get("format") or stored.get("format")
+    format_name = str(group.get("format") or stored.get("format"))
     bits, strategy, symmetric = weights["num_bits"], weights.get("strategy"), bool(weights.get("symmetric", True))
     is_known = weights.get("type") == "int" and bits in (4, 8)
     # As vLLM has it: inputs in 8 bits beside weights of a scale a row or one for all.

@@ -116,3 +116,24 @@ def open_tensors(path: str | os.PathLike[str], device: str = "cpu") -> Iterator[
             yield file
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"'{path}' is no whole safetensors file ({error}); copy or download it again") from error
+
+
+@contextlib.contextmanager
+def read_not_mapped() -> Iterator[None]:
+    """Let transformers read tensors, not map their files: what is mapped stays in memory as long as the model does.
+
+    transformers has no option for it, but does the same on Windows. Another load at the same time is read as well.
+    """
+    import safetensors
+    import transformers.modeling_utils
+
+    def reading(*arguments: Any, **options: Any) -> Any:
+        return safetensors.safe_open(*arguments, **options | {"backend": "pread"})
+
+    library: Any = transformers.modeling_utils
+    # transformers holds the function by its own name; nothing else of the library is touched.
+    library.safe_open = reading
+    try:
+        yield
+    finally:
+        library.safe_open = safetensors.safe_open

@@ -36,8 +36,8 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
     kept: Counter[str] = Counter()
     expanded: Counter[str] = Counter()
     rounded = rounds_inputs = 0
-    held = {path: module for path, module in model.named_modules() if isinstance(module, HoldsCodes)}
-    held = {path: module for path, module in held.items() if _is_packed(module)}
+    modules: dict[str, Any] = dict(model.named_modules())
+    held: dict[str, Any] = {p: m for p, m in modules.items() if isinstance(m, HoldsCodes) and _is_packed(m)}
     for path, module in held.items():
         if _is_first(module.weight, seen):
             reason = _misfit(module, kind)
@@ -64,7 +64,7 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
 
 def _is_first(tensor: Tensor, seen: set[tuple[int, int]]) -> bool:
     # Not by the object: a state dict hands out a new tensor for each end of a tie.
-    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    place = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
     # Empty tensors all have the address 0, and are no ties.
     is_first = place not in seen or not tensor.numel()
     seen.add(place)
