@@ -18,7 +18,8 @@ from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig, methods
 from slimtune.core.constrained import Constrained, Grid
 from slimtune.core.delta import Site, walk
-from slimtune.errors import BaseMismatchError, ConfigError
+from slimtune.errors import AdapterFileError, BaseMismatchError, ConfigError
+from slimtune.serve.convert import convert_to_lora
 from slimtune.slim.weights import WeightPruning, pruned_layers, zero_weights
 from zoo import GPT2, LLAMA, VOCABULARY
 
@@ -369,3 +370,9 @@ def test_peft_refuses_the_file(tmp_path: Path) -> None:
     tuned("lora", CONSTRAINTS["mask"]).save_pretrained(tmp_path)
     with pytest.raises((KeyError, ValueError)):
         peft.PeftModel.from_pretrained(neox(), tmp_path)
+
+
+def test_it_is_not_written_as_a_plain_lora(tmp_path: Path) -> None:
+    tuned("vera", CONSTRAINTS["mask"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match="merge it first"):
+        convert_to_lora(tmp_path / "adapter", tmp_path / "lora")
