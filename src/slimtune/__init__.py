@@ -111,6 +111,7 @@ if TYPE_CHECKING:
     from slimtune.adapters.model_views import get_model_status as get_model_status
     from slimtune.core.config import PeftConfig as PeftConfig
     from slimtune.core.config import TaskType as TaskType
+    from slimtune.core.constraint import ConstraintConfig as ConstraintConfig
     from slimtune.engine.engine import Engine as Engine
     from slimtune.engine.request import Request as Request
     from slimtune.engine.request import SamplingParams as SamplingParams

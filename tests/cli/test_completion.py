@@ -20,16 +20,13 @@ from small_text_model import write_lines
 HERE = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 CASES = {
     "slimtune tra": {"train"},
-    "slimtune recipe i": {"init", "import"},
     "slimtune train x --me": {"--method"},
     "slimtune train x --method lo": {"loha", "lokr", "lora"},
-    "slimtune methods ia": {"ia3"},
     "slimtune compare r.yaml --methods full,qlo": {"full,qlora"},
     "slimtune recipe init --for compare": {"compare", "compare-classification"},
     "slimtune plan m --device RTX-40": {name.replace(" ", "-") for name in devices() if name.startswith("RTX 40")},
     "slimtune chat a --device c": {"cpu", "cuda"},
     "slimtune chat ad": {"adapter"},
-    "slimtune train smollm2-1": {"smollm2-135m-instruct"},
     "slimtune completion ": {"bash", "zsh", "fish"},
 }
 

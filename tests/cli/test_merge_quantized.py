@@ -99,6 +99,9 @@ def test_a_folder_of_whole_numbers_stays_one_when_asked(
     quantized = tmp_path / "quantized"
     result = run("quantize", base, "--scheme", scheme, "--method", "rtn", "--output", quantized)
     assert result.exit_code == 0, result.output
+    told, plain = (json.loads(run("info", folder, "--json").stdout) for folder in (quantized, base))
+    assert scheme in told["quantized"]
+    assert told["parameters"] == plain["parameters"]
     options = ["--requantize", "--max-kl", 5, "--output", tmp_path / "merged", "--json"]
     result = run("merge", tuned, "--base", quantized, *options)
     assert result.exit_code == 0, result.output

@@ -249,7 +249,8 @@ def test_pairs_of_answers_are_planned_on_several_devices(run: Any, base: Path, t
         "merging takes",
         "2 devices are estimates for FSDP2",
         "over 31.5 GB/s",
-        "on one device it would be: slimtune train",
+        "run it: slimtune train",
+        "--launch docs/scale/fsdp2.yaml",
         "task=dpo",
     ):
         assert part in shown, part

@@ -33,14 +33,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     invoke("demo-data", "-o", folder / "orders", "--train", 12, "--held-out", 4)
     save_base(folder / "base")
-    invoke("train", folder / "base", folder / "orders/train.jsonl", "-o", folder / "tuned", "--max-steps", 1)
-    (folder / "reviews").mkdir()
-    rows = write_lines(folder / "reviews" / "held_out.jsonl", *reviews(8))
+    invoke("train", folder / "base", folder / "orders/train.jsonl", "-o", folder / "my-adapter", "--max-steps", 1)
+    rows = write_lines(folder / "reviews.jsonl", *reviews(8))
     invoke("train", save_encoder(folder / "encoder"), rows, "-o", folder / "judge", "--max-steps", 1)
-    (folder / "tagged").mkdir()
     words = {"tokens": ["the", "film", "was", "good"], "tags": ["O", "B-PART", "O", "B-OPINION"]}
-    tagged = write_lines(folder / "tagged" / "held_out.jsonl", *[words] * 4)
-    invoke("train", folder / "encoder", tagged, "-o", folder / "tagger", "--max-steps", 1)
+    tagged = write_lines(folder / "tagged.jsonl", *[words] * 4)
+    invoke("train", folder / "encoder", tagged, "-o", folder / "tuned-tagger", "--max-steps", 1)
     (block,) = re.findall(r"^```python\n# scorer.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     (folder / "scorer.py").write_text(block)
     return folder
@@ -54,14 +52,14 @@ def test_the_commands_run(command: list[str], place: Path, monkeypatch: pytest.M
     for path in answers:
         path.unlink(missing_ok=True)
     options = [] if "--limit" in command else ["--limit", 2]
-    printed = invoke(*command, *options, *([] if {"tagger", "judge"} & set(command) else ["--max-new-tokens", 8]))
+    printed = invoke(*command, *options, *([] if {"tuned-tagger", "judge"} & set(command) else ["--max-new-tokens", 8]))
     assert not {"--json"} & set(command) or json.loads(printed)["count"] == 2
     assert any(path.exists() for path in answers) == ("--answers" in command)
 
 
 def test_a_line_of_tags_has_the_keys_that_are_shown(place: Path) -> None:
     (shown,) = re.findall(r'^(\{"question".*?\}\]\})$', PAGE, re.MULTILINE | re.DOTALL)
-    invoke("evaluate", place / "tagger", place / "tagged/held_out.jsonl", "--answers", place / "lines.jsonl")
+    invoke("evaluate", place / "tuned-tagger", place / "tagged.jsonl", "--answers", place / "lines.jsonl")
     line = json.loads((place / "lines.jsonl").read_text().splitlines()[0])
     assert json.loads(shown).keys() == line.keys()
     assert all(set(json.loads(shown)[name][0]) == {"kind", "start", "end", "text"} for name in ("missed", "wrong"))

@@ -18,7 +18,8 @@ PAGES = {name: (DOCS / f"{name}.md").read_text() for name in ("forgetting", "spe
 
 
 def code(name: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[name], re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGES[name], re.MULTILINE | re.DOTALL)
+    return [text for kind, text in blocks if kind == language]
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_base(tmp_path / "base")
     save_encoder(tmp_path / "encoder")
     save_seq2seq(tmp_path / "t5", "t5")
-    (row,) = re.findall(r"^\{\"tokens.*$", PAGES["tasks"], re.MULTILINE)
-    (tmp_path / "tagged.jsonl").write_text(f"{row}\n" * 8)
-    write_lines(tmp_path / "sentences.jsonl", {"text": "Maria flew to New York"})
-    write_lines(tmp_path / "questions.jsonl", *({"prompt": f"{number} teas", "answer": "yes"} for number in range(4)))
+    for page in PAGES.values():
+        for command in re.findall(r"^cat > \S+ <<'END'\n.*?^END$", page, re.MULTILINE | re.DOTALL):
+            subprocess.run(["bash", "-c", command], check=True)
     (code,) = re.findall(r"^```python\n# judge.py\n(.*?)^```", PAGES["preferences"], re.MULTILINE | re.DOTALL)
     (tmp_path / "judge.py").write_text(code)
     return tmp_path
@@ -45,7 +45,7 @@ def test_the_commands_run_one_after_the_other(page: str, folder: Path) -> None:
     commands = re.findall(r"^slimtune .*$", PAGES[page], re.MULTILINE)
     assert len(commands) > 3
     for line in commands:
-        words = [MODELS.get(word, word) for word in shlex.split(line)[1:]]
+        words = [MODELS.get(word, word) for word in shlex.split(line, comments=True)[1:]]
         result = CliRunner().invoke(app, words, input="/exit\n" if words[0] == "chat" else None)
         assert result.exit_code == 0, (line, result.output)
 

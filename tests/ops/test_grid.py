@@ -74,3 +74,46 @@ def test_groups_of_zeros_stay_zeros(bits: int) -> None:
     assert expanded.isfinite().all()
     assert not expanded[1:].any()
     assert not expanded[0, 8:].any()
+
+
+def lost(weight: Tensor, new: grid.GridWeight, importance: Tensor) -> float:
+    expanded = grid.expand(new.codes, new.scales, torch.float32, new.zeros)
+    return float(((expanded - weight).square() * importance).sum())
+
+
+@given(symmetric=st.booleans(), group_size=st.sampled_from([8, 16, 32]), seed=st.integers(0, 9))
+def test_a_range_is_clipped_by_the_error_that_is_asked(symmetric: bool, group_size: int, seed: int) -> None:
+    """By the plain squared error without activations, and by theirs with them: each is best by its own measure."""
+    weight, importance = normal(8, 32, seed), normal(1, 32, seed + 100).square()[0] + 0.01
+    plain = grid.rounded(weight, group_size, 4, None, symmetric)
+    weighted = grid.rounded(weight, group_size, 4, importance, symmetric)
+    ones = torch.ones(32)
+    assert (plain.zeros is None) == symmetric
+    assert lost(weight, plain, ones) <= lost(weight, weighted, ones) * (1 + 1e-5)
+    assert lost(weight, weighted, importance) <= lost(weight, plain, importance) * (1 + 1e-5)
+    # What isn't clipped is among the candidates.
+    if symmetric:
+        whole = grid.extreme_scales(weight, group_size, 4).to(grid.SCALE_DTYPE)
+        whole = grid.GridWeight(grid.nearest_codes(weight, whole, 4), whole)
+        assert lost(weight, plain, ones) < lost(weight, whole, ones)
+
+
+@given(bits=st.sampled_from([4, 8]), seed=st.integers(0, 9), shift=st.sampled_from([0.0, 2.0, -5.0]))
+def test_an_asymmetric_grid_holds_zero_and_what_lies_on_one_side(bits: int, seed: int, shift: float) -> None:
+    weight = normal(6, 64, seed) + shift
+    weight[0, :32] = 0.0
+    new = grid.rounded(weight, 32, bits, symmetric=False)
+    assert new.zeros is not None
+    expanded = grid.expand(new.codes, new.scales, torch.float32, new.zeros)
+    assert (expanded[0, :32] == 0).all()
+    lowest, highest = grid.code_range(bits)
+    assert int(new.zeros.min()) >= lowest
+    assert int(new.zeros.max()) <= highest
+    if abs(shift) >= 2:
+        ones = torch.ones(64)
+        assert lost(weight, new, ones) < lost(weight, grid.rounded(weight, 32, bits), ones)
+    # Half a step by rounding to a code; at the ends of the range half a step more by rounding the zero point, and as
+    # much by rounding the scale to bfloat16, which counts 255 times.
+    if bits == 8:
+        step = new.scales.float().abs().repeat_interleave(32, dim=1)
+        assert ((expanded - weight).abs() <= 1.5 * step + 1e-6).all()

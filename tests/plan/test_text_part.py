@@ -15,7 +15,7 @@ from slimtune.plan.plan import read_config
 from slimtune.plan.simulate import simulate
 from slimtune.plan.text_part import whole_of
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip

@@ -32,6 +32,7 @@ INFO = {
         "columns": {"prompt": "q", "chosen": "chosen", "rejected": "rejected"},
     },
     "hub": {"hf_hub_url": "someone/rows", "subset": "en", "split": "test"},
+    "drawn": {"hf_hub_url": "someone/rows", "num_samples": 5},
     "pictures": {"file_name": "p.json", "formatting": "sharegpt", "columns": {"images": "images"}},
     "tagged": {"file_name": "t.json", "formatting": "sharegpt", "tags": {"role_tag": "who", "content_tag": "what"}},
     "talks": {"file_name": "h.json", "columns": {"prompt": "p", "response": "r", "history": "past"}},
@@ -181,6 +182,9 @@ def test_the_data_of_llama_factory(names: str, expected: list[Any]) -> None:
 def test_parts_and_weights_of_data() -> None:
     _, recipe = imported(LLAMA_FACTORY | {"dataset": "hub", "max_samples": 7})
     assert (recipe.data.train[0].split, recipe.data.train[0].subset) == ("test[:7]", "en")
+    for most, split in ((None, "train[:5]"), (7, "train[:5]"), (3, "train[:3]")):
+        _, recipe = imported(LLAMA_FACTORY | {"dataset": "drawn", "max_samples": most})
+        assert recipe.data.train[0].split == split
     mix = {"dataset": "mine,chats", "mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3"}
     found, recipe = imported(LLAMA_FACTORY | mix)
     assert [one.weight for one in recipe.data.train] == [0.7, 0.3]

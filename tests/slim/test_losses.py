@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.slim import losses
+from slimtune.slim.cache import Request, _top_k, drawn_of
 from slimtune.slim.losses import Distance, TopKTeacher, WholeTeacher, distillation_loss, plain_divergence
 from slimtune.slim.readout import Readout
+from tensors import assert_near
 
 N, D, V, K = 7, 5, 23, 4
 DISTANCES = [Distance(b, t, a) for b, t, a in [(0, 1, 1), (1, 1, 0.5), (0.5, 2, 1), (0.1, 0.7, 0.3), (0, 3, 0.5)]]
@@ -135,3 +137,55 @@ def test_no_tensor_has_the_size_of_all_tokens_times_the_vocabulary() -> None:
         distillation_loss(Readout(many, head), WholeTeacher(teacher), labels.repeat(8), Distance(0.5), V).backward()
     # Three tokens' logits are held at a time.
     assert largest <= max(3 * V, many.numel())
+
+
+class TestDrawnTokens:
+    """The stored answers of a whole vocabulary: likely tokens, and some drawn from the others."""
+
+    def made(self, count: int, width: int = 2048) -> tuple[Tensor, Tensor]:
+        """Logits of a teacher as sharp as a language model, and of a student that is some way off."""
+        generator = torch.Generator().manual_seed(0)
+        teacher_z = 2.5 * torch.randn(count, width, generator=generator)
+        return teacher_z, teacher_z + 0.8 * torch.randn(count, width, generator=generator)
+
+    def stored(self, teacher_z: Tensor, k: int, seed: int = 0) -> TopKTeacher:
+        request = Request("", "", teacher_z.shape[1], k, 1.0, drawn_of(k))
+        generator = torch.Generator().manual_seed(seed)
+        return TopKTeacher(*_top_k(Readout(teacher_z, lambda h: h), request, generator), drawn_of(k))
+
+    def test_the_stored_loss_is_that_of_the_whole_vocabulary(self) -> None:
+        teacher_z, z = self.made(400)
+        log_p, log_q = teacher_z.log_softmax(-1), z.log_softmax(-1)
+        whole = plain_divergence(log_p, log_q, 0).mean()
+        teacher = self.stored(teacher_z, 64)
+        assert teacher.ids.shape == teacher.log_probs.shape == (400, 64)
+        found, _ = teacher.compare(log_q, slice(None), Distance(0.0))
+        assert float(found.mean() / whole) == pytest.approx(1, abs=0.02)
+        # The others as one outcome miss a good part of it.
+        lumped, _ = self.stored(teacher_z, 64).compare(log_q, slice(None), Distance(1e-9))
+        top = teacher.log_probs[:, :48].float().exp().sum(-1).mean()
+        assert top < 0.8
+        assert float(lumped.mean() / 1e-9 / whole) < 0.9
+
+    def test_value_and_gradient_are_right_on_average_over_draws(self) -> None:
+        teacher_z, z = self.made(1, width=64)
+        log_p, log_q = teacher_z.log_softmax(-1), z.log_softmax(-1)
+        draws = [self.stored(teacher_z, 8, seed).compare(log_q, slice(None), Distance(0.0)) for seed in range(3000)]
+        value = torch.stack([value for value, _ in draws])
+        slope = torch.stack([slope for _, slope in draws])
+        whole = plain_divergence(log_p, log_q, 0)
+        assert abs(float(value.mean() - whole)) < 4 * float(value.std()) / 3000**0.5 + 1e-3
+        expected = log_q.exp() - log_p.exp()
+        assert float((slope.mean(0) - expected).norm() / expected.norm()) < 0.05
+
+    def test_the_gradient_is_that_of_the_value(self) -> None:
+        teacher_z, z = self.made(5, width=64)
+        teacher = self.stored(teacher_z, 16)
+        z = z.double().requires_grad_()
+        log_q = z.log_softmax(-1)
+        _, slope = teacher.compare(log_q.detach(), slice(None), Distance(0.0))
+        ids, drawn = teacher.ids, teacher.drawn
+        weights = teacher.log_probs.double().exp()
+        weights[:, -drawn:] = teacher.rest.double().exp()[:, None] / drawn
+        (-(weights * log_q.gather(-1, ids)).sum()).backward()
+        assert_near(slope, z.grad, 1e-6)

@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
+import slimtune
 from slimtune.cli import app
 from slimtune.data.settings import DataSettings
 from slimtune.evaluate.domain_texts import texts
+from slimtune.export.formats import ExportOptions, export
 from slimtune.slim import measure as module
 from slimtune.slim import pipeline
-from slimtune.slim.recipe import shipped
+from slimtune.slim.engines import engines_of
+from slimtune.slim.quantize import QuantizeConfig, quantize_
+from slimtune.slim.recipe import SlimRecipe, shipped
+from slimtune.slim.target import ENGINES, recipe_for
 from small_text_model import orders, save_base, write_lines
 
 
@@ -79,6 +85,97 @@ def test_a_row_a_step(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_texts")
+def test_a_model_is_tuned_and_quantized_and_exported(recipe: Path, tmp_path: Path) -> None:
+    tune = "tune: {method: {name: lora, r: 4}, training: {max_steps: 2, batch_size: 4}}"
+    steps = f"steps=[{{{tune}}}, {{quantize: {{scheme: W8A16, head: int8}}}}]"
+    result = run("slim", recipe, steps, "stop.perplexity=1.05", "export=gguf", "--json")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    first, tuned, quantized = json.loads(result.stdout)["rows"]
+    assert tuned["kl"] > 0
+    assert quantized["bytes"] < 0.7 * tuned["bytes"]
+    # Found by loading: transformers takes no embedding in int8 for one.
+    assert first["engines"] == tuned["engines"] == ["slimtune", "transformers", "vLLM (by its format, not tried)"]
+    assert quantized["engines"] == ["slimtune"]
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert (out / "model.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_what_others_read_is_found_by_loading(tmp_path: Path) -> None:
+    ids = {"input_ids": torch.arange(3, 40)[None]}
+    for number, (config, reads) in enumerate(
+        [
+            (QuantizeConfig(method="rtn", group_size=32), True),
+            (QuantizeConfig("W8A8"), True),
+            (QuantizeConfig("W8A16", head="int8"), False),
+        ]
+    ):
+        save_base(tmp_path / f"{number}")
+        model, _ = slimtune.load(tmp_path / f"{number}", dtype="float32")
+        quantize_(model, config).save_pretrained(tmp_path / f"{number}-quantized")
+        assert ("transformers" in engines_of(tmp_path / f"{number}-quantized", model, ids)) == reads
+    # A folder that loads and answers otherwise isn't read.
+    other = save_base(tmp_path / "other", seed=1)
+    assert "transformers" not in engines_of(other, model, ids)
+
+
+class TestTarget:
+    """A recipe by what it is for and how large it may be."""
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_the_size_is_what_is_written(self, engine: str, tmp_path: Path) -> None:
+        base = save_base(tmp_path / "base")
+        whole = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2  # it is stored in float32
+        seen = set()
+        for share in (0.9, 0.75, 0.6):
+            *pruned, (_, fields) = [
+                next(iter(step.items()))
+                for step in recipe_for(str(base), engine, f"{share * whole / 1e3:.3f}KB")["steps"]
+            ]
+            if pruned:
+                continue
+            config = QuantizeConfig(**fields | {"method": "rtn"})
+            model, tokenizer = slimtune.load(base, dtype="bfloat16")
+            quantize_(model, config).save_pretrained(tmp_path / f"{share}")
+            tokenizer.save_pretrained(tmp_path / f"{share}")
+            folder = tmp_path / f"{share}"
+            if engine == "llama.cpp":
+                export(str(folder), "gguf", tmp_path / f"{share}-gguf", ExportOptions())
+                folder = tmp_path / f"{share}-gguf"
+            size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+            # Beside the numbers there are names, shapes and a vocabulary, which in so small a model weigh.
+            assert size < share * whole + 40_000
+            seen.add(str(fields))
+        assert seen
+
+    def test_the_command_prints_a_recipe_that_is_whole(self, tmp_path: Path) -> None:
+        base = save_base(tmp_path / "base", num_hidden_layers=4, tie_word_embeddings=True)
+        options = ("--for", "cpu", "--under", "0.11MB", "data.train=rows.jsonl", "--output", "small")
+        result = run("slim", base, *options)
+        assert result.exit_code == 0, result.output
+        values = yaml.safe_load(result.stdout)
+        assert values["data"]["train"] == "rows.jsonl"
+        assert [next(iter(step)) for step in values["steps"]] == ["prune", "distill", "quantize"]
+        (tmp_path / "recipe.yaml").write_text(result.stdout)
+        assert SlimRecipe.read(tmp_path / "recipe.yaml").output == "small"
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (("--for", "cpu"), "go together"),
+            (("--for", "gpu", "--under", "1MB"), "cpu"),
+            (("--for", "cpu", "--under", "small"), "such as 100MB"),
+            (("--for", "cpu", "--under", "1GB"), "as it is"),
+            (("--for", "cpu", "--under", "1KB"), "no recipe brings"),
+        ],
+    )
+    def test_what_can_not_be(self, options: tuple[str, ...], said: str, tmp_path: Path) -> None:
+        result = run("slim", save_base(tmp_path / "base"), *options)
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.output.split())
+
+
+@pytest.mark.usefixtures("few_texts")
 def test_a_step_that_loses_too_much_is_refused_and_a_looser_recipe_goes_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +219,12 @@ def test_a_step_of_zeros_is_told_in_its_row(recipe: Path, tmp_path: Path) -> Non
         (["steps=[{prune: {layer: 1}}]"], "did you mean 'layers'"),
         (["steps=[{distill: {beta: 3}}]"], "from 0 to 1"),
         (["steps=[]"], "steps is empty"),
+        (["steps=[{quantize: {scheme: W4A15}}]"], "did you mean 'W4A16'"),
+        (["steps=[{quantize: {}}, {prune: {layers: 2}}]"], "prune can't follow quantize"),
+        (["steps=[{quantize: {}}, {quantize: {}}]"], "quantize can't follow quantize"),
+        (["steps=[{quantize: {}}, {distill: {}}]"], "distill can't follow quantize"),
+        (["steps=[{tune: {beta: 1}}]"], "tune has no beta"),
+        (["export=onnx"], "export"),
         (["stop.task=0.5"], "from -1 to 0"),
         (["stop.perplexity=0.5"], "stop.perplexity"),
         (["data.held_out=0"], "nothing is held out"),
@@ -139,8 +242,6 @@ def test_mistakes_are_found_before_anything_is_loaded(
 
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_recipes_are_whole(name: str, tmp_path: Path) -> None:
-    from slimtune.slim.recipe import SlimRecipe
-
     printed = run("slim", name, "--example")
     (tmp_path / "recipe.yaml").write_text(printed.stdout)
     assert SlimRecipe.read(tmp_path / "recipe.yaml").steps

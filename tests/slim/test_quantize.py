@@ -224,6 +224,16 @@ class TestModels:
         assert any(name.startswith("lm_head") for name in stored) == (not tied)
         assert slimtune.parts(source).bytes == slimtune.parts(model).bytes
 
+    def test_tied_ends_in_int8_stay_tied_when_they_are_expanded(self, tmp_path: Path) -> None:
+        model = quantize_(TIED_LLAMA.model(), QuantizeConfig("W8A16", head="int8"))
+        expected = answers(model, {"input_ids": IDS % 40})
+        slimtune.dequantize(model)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.config.tie_word_embeddings
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert (answers(again, {"input_ids": IDS % 40}) - expected).norm() < 1e-3 * expected.norm()
+
     def test_transformers_reads_the_folder_to_the_same_weights(self, folder: Path) -> None:
         """By the library that the format is from."""
         pytest.importorskip("compressed_tensors")

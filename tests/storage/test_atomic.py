@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ import pytest
 
 from killed import holding
 from slimtune.errors import ConfigError
-from slimtune.storage.atomic import refuse_existing, remove_left_behind, staged, staged_file
+from slimtune.storage.atomic import refuse_existing, remove_left_behind, staged, staged_file, write_file
 
 WRITES = """
 import os, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from slimtune.storage.atomic import staged, staged_file
 with {kind}(Path(sys.argv[1])) as scratch:
@@ -81,6 +85,7 @@ def test_a_name_that_leaves_no_room_for_those_beside_it_is_refused_first(tmp_pat
 
 SWAP = """
 import os, shutil, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from slimtune.storage import atomic
 output, at, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -165,3 +170,24 @@ def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
         (folder / "config.json").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "config.json").read_text() == "new"
+
+
+def test_files_written_by_several_threads_leave_the_umask_of_the_process_alone(tmp_path: Path) -> None:
+    def put_off(frame: Any, event: str, function: Any) -> None:
+        # Between reading the umask, which sets it, and setting it back: other threads have their turn there.
+        if event == "c_return" and function is os.umask:
+            time.sleep(0.005)
+
+    def write(number: int) -> None:
+        write_file(tmp_path / str(number), "text")
+
+    before = os.umask(0o027)
+    threading.setprofile(put_off)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(12)))
+    finally:
+        threading.setprofile(None)
+        after = os.umask(before)
+    assert oct(after) == "0o27"
+    assert {oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()} == {"0o640"}

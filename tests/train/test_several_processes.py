@@ -29,7 +29,7 @@ from slimtune.recipe.training import TrainSettings
 from slimtune.train import processes
 from slimtune.train.processes import check_processes, share_of
 from small_text_model import save_base
-from tensors import assert_all_near
+from tensors import assert_all_near, assert_same
 
 TWO = read_launch("2")
 SCRIPT = Path(__file__).with_name("several_processes.py")
@@ -38,7 +38,7 @@ TESTS = SCRIPT.parents[1]
 # 20 examples: the last step of each epoch has four, of which the processes get an uneven share.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"training": {"gradient_accumulation": 3, "batch_size": 2}},
-    "dora": {"method": {"name": "dora"}},
+    "dora": {"method": {"name": "dora"}, "training": {"logging_steps": 4}},
     "qlora": {"model": {"quantize": "nf4"}},
     "full": {"method": {"name": "full"}},
     "adalora": {"method": {"name": "adalora"}, "training": {"max_steps": 4}},
@@ -95,14 +95,14 @@ def trained(output: Path) -> Mapping[str, Any]:
 
 
 def assert_two_are_one(
-    work: Path, cases: Mapping[str, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: Any
+    work: Path, cases: Mapping[str, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: Any, *options: str
 ) -> None:
     """The same processes run all cases, one after the other; one process runs each again."""
     file = work / "recipes.json"
     file.write_text(json.dumps([recipe(work, f"two/{name}", changes) for name, changes in cases.items()]))
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    assert start(TWO, [str(SCRIPT), str(file)]) == 0, capfd.readouterr().err[-6000:]
+    assert start(TWO, [str(SCRIPT), str(file), *options]) == 0, capfd.readouterr().err[-6000:]
     shown = capfd.readouterr().out
     for name, changes in cases.items():
         run(Recipe.of(recipe(work, f"one/{name}", changes)), open_screen(True), plans=False)
@@ -112,7 +112,7 @@ def assert_two_are_one(
             assert after == pytest.approx(before, rel=1e-5, abs=1e-9), name
         assert_all_near(trained(work / "two" / name), trained(work / "one" / name), 1e-4)
         results = [json.loads((work / n / name / "results.json").read_text()) for n in ("one", "two")]
-        assert results[0]["steps"] == results[1]["steps"] == len({entry["step"] for entry in two})
+        assert results[0]["steps"] == results[1]["steps"] == two[-1]["step"]
         assert results[1]["tokens"] == results[0]["tokens"]
     assert shown.count("trained in float32") == len(cases)
 
@@ -126,6 +126,24 @@ def test_two_processes_train_other_methods_and_settings_as_one(
     work: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     assert_two_are_one(work, MORE, monkeypatch, capfd)
+
+
+@pytest.mark.soak
+def test_two_processes_that_shard_the_model_train_as_one_and_go_on(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    cases = {name: METHODS[name] for name in ("lora", "dora", "qlora", "full")}
+    assert_two_are_one(work, cases, monkeypatch, capfd, "--sharded")
+    for name in cases:
+        shutil.move(work / "two" / name, work / "whole" / name)
+    # Broken off after step 3, where a process is told to stop, and gone on with.
+    for options in (["--stop-after", "3"], ["--resume"]):
+        assert start(TWO, [str(SCRIPT), str(work / "recipes.json"), "--sharded", *options]) == 0
+        assert all((work / "two" / name).exists() == (options == ["--resume"]) for name in cases)
+    for name in cases:
+        assert lines(work / "two" / name) == lines(work / "whole" / name)
+        tensors = trained(work / "whole" / name)
+        assert_same(trained(work / "two" / name), tensors)
 
 
 FAILING = """
@@ -274,6 +292,7 @@ class TestWhatCannotStart:
             ("distributed_type: DEEPSPEED", "DeepSpeed keeps.*fsdp2.yaml"),
             ("distributed_type: MEGATRON_LM", "Megatron-LM replaces"),
             ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "set fsdp_version: 2"),
+            ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}", "there is one; .*optim=adamw_offload"),
             ("parallelism_config: {parallelism_config_tp_size: 2}", "tensor parallelism splits"),
             ("mixed_precision: bf16", "model.dtype"),
             ("num_processes: two", "num_processes must be a whole number"),
@@ -309,6 +328,11 @@ class TestWhatCannotStart:
         monkeypatch.setenv(variable, "true" if "USE" in variable else "bf16")
         with pytest.raises(ConfigError, match="DeepSpeed" if "USE" in variable else "mixed_precision"):
             check_processes("cpu", TrainSettings())
+
+    def test_state_in_main_memory_for_each_of_several(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(processes, "this_process", lambda: Process(0, 2, 0, 2))
+        with pytest.raises(ConfigError, match=r"for one GPU; for several, offload with FSDP2"):
+            check_processes("cuda", TrainSettings(optim="adamw_offload"))
 
     def test_a_launch_within_a_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():

@@ -25,7 +25,9 @@ class _Frugal(Adopted):
         module: Any = self
         if "deltas" in module._modules or "instance_forward" in module.__dict__:
             return super().forward(*args, **kwargs)
+        # The class's own and not `super()`: the mixin's next class is `Adopted`, which would look for deltas again.
         own = functools.partial(self.adopted_from.forward, module)
+        # Inference and frozen prefixes take the plain path: there is no backward pass that could keep anything.
         if kwargs or not _passes_gradients(*args):
             return own(*args, **kwargs)
         return self.frugally(own, *args)
@@ -71,6 +73,8 @@ def adopt_frugal(model: nn.Module, adapter_state: AdapterState) -> None:
 
 def _is_activation(module: Any) -> bool:
     known = type(module) in _ACTIVATIONS or type(module).__module__ == "transformers.activations"
+    # A parameter (PReLU) would need a gradient of its own, and an inplace function has no input left to be called again
+    # on.
     return known and not list(module.parameters()) and not getattr(module, "inplace", False)
 
 

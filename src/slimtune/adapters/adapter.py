@@ -70,16 +70,20 @@ def draft(
         raise AdapterExistsError(
             f"the model already has an adapter '{name}'; choose another name or delete it with delete_adapter"
         )
+    # Before anything is resolved: the kinds of bases, and with them what "linear" means, follow from the classes.
     claim(model)
     targets = resolve(model, config, strict)
     resolved = targets.config
+    # By identity: a module that stands at two paths gets one delta, as it has one weight.
     deltas = {id(site.module): (site, resolved.delta_for(site, autocast_adapter_dtype)) for site in targets.sites}
     for site in targets.whole:
         deltas[id(site.module)] = (site, Delta())
         deltas[id(site.module)][1].hold_all(site)
+    # `setdefault`: where the method has a delta already, its bias is held in that one and not in a second.
     for site in targets.biases:
         deltas.setdefault(id(site.module), (site, Delta()))[1].hold(site, "bias")
     placed = list(deltas.values())
+    # All at once and before any is attached: what is tied must be known whole, and an error must leave nothing behind.
     resolved.link_deltas(model, placed)
     placed = constrained(model, resolved, placed)
     if not resolved.inference_mode:
@@ -90,6 +94,7 @@ def draft(
 def _check_gradients(model: nn.Module, placed: Placed) -> None:
     """See that gradients come through the modules from the first delta on. Raises: TargetError."""
     sites = {id(site.module) for site, _ in placed}
+    # Below the first delta nothing learns, so that a layer that swallows gradients there does no harm.
     for path, module in itertools.dropwhile(lambda named: id(named[1]) not in sites, walk(model)):
         base = base_of(module)
         if isinstance(base, ForeignLinear) and base.loses_gradient(module):
@@ -114,6 +119,8 @@ def draft_stored(
         BaseMismatchError: the tensors were made for another base, or the config asks for far larger ones.
         TargetError, ConfigError, AdapterExistsError: as `draft`.
     """
+    # A file's config may ask for r = 10^9: the memory is taken before any shape is compared, and that would end the
+    # process.
     longest = max([_ALWAYS_TAKEN, *(side for tensor in tensors.values() for side in tensor.shape)])
     for field in config.sizes:
         size = getattr(config, field, None)
@@ -165,6 +172,7 @@ def draft_combined(
             "adapters that train whole modules or biases can't be combined; leave out modules_to_save and bias"
         )
     resolved, placed = draft(model, name, config, True, strict=False)
+    # Joined expressions may match more than the parts did together.
     placed = [(site, target) for site, target in placed if id(site.module) in sources]
     for site, target in placed:
         deltas, factors = zip(*sources[id(site.module)], strict=True)
@@ -190,6 +198,7 @@ def _given_memory(placed: Placed) -> Iterator[None]:
 
 
 def _replace_parameters(placed: Placed, change: Callable[[Site, nn.Parameter], Tensor]) -> None:
+    # One new parameter for each old one: deltas that share a parameter share it afterwards as well.
     changed: dict[nn.Parameter, nn.Parameter] = {}
     for site, delta in placed:
         # Copies of the base's own have their values.
@@ -204,6 +213,8 @@ def _replace_parameters(placed: Placed, change: Callable[[Site, nn.Parameter], T
 def attach(model: Any, name: str, placed: Placed) -> None:
     """Put the deltas at their sites, not active yet."""
     for site, delta in placed:
+        # Frozen until it is active: else an optimizer that is built now would take parameters that no forward runs
+        # through.
         delta.train(site.module.training).requires_grad_(False)
         attach_to(adopt(site.module, model.adapter_state), name, delta)
 
@@ -275,6 +286,7 @@ def _fill(
     ignore_mismatched_sizes: bool,
 ) -> _IncompatibleKeys:  # fmt: skip
     tensors = config.read(tensors, placed, source)
+    # From what the deltas hold now: it gives each stored name with the shape that it must have.
     disk_names = [(site, delta, delta.to_disk(delta.state_dict())) for site, delta in placed]
     own = {key(site.name, name): tensor for site, _, names in disk_names for name, tensor in names.items()}
     missing, strange = own.keys() - tensors.keys(), _strangers(model, placed, tensors, {*own})
@@ -295,15 +307,19 @@ def _fill(
     for names, what in ((missing, "lacks"), (strange, "holds besides"), (mismatched, "has in another shape")):
         if names:
             warnings.warn(f"'{source}' {what} {listing(names, 3)}, which stay as they are", stacklevel=3)
+    # Everything that can be refused has been by here: from now on tensors are written into a live adapter.
     taken = {name: tensors[name] for name in matching - mismatched}
     for site, delta in placed:
         if isinstance(delta, Constrained):
             delta.check_base(site, taken)
     with torch.no_grad():
         for site, delta, names in disk_names:
+            # A delta reads all of its names or none (`from_disk` may take factors apart), so that what the file lacks
+            # is filled up with what is there.
             whole = {name: taken.get(key(site.name, name), tensor) for name, tensor in names.items()}
             inside = delta.from_disk(whole)
             for name, tensor in delta.state_dict().items():
+                # In place: optimizers, compiled code and tied deltas all hold on to the very parameters.
                 tensor.copy_(inside[name])
     return _IncompatibleKeys(sorted(missing), sorted(strange))
 
@@ -334,6 +350,7 @@ def _way_to_mend(site: Site, own: Tensor, stored: Tensor) -> str:
     """What to do where the base had another number of tokens or labels when the adapter was made."""
     differing = [pair for pair in zip(own.shape, stored.shape, strict=False) if len(set(pair)) > 1]
     rows = site.base.features(site.module)[0 if site.kind == "embedding" else 1]
+    # One side differs, and it is the side of the module's rows: then it is the vocabulary or the number of labels.
     if own.ndim != stored.ndim or len(differing) != 1 or differing[0][0] != rows:
         return ""
     resize = f"call model.resize_token_embeddings({differing[0][1]}) before loading"
@@ -349,6 +366,7 @@ def _strangers(model: Any, placed: Placed, tensors: Mapping[str, Tensor], own: s
 
 
 def _is_copy(stored: Tensor, own: Tensor) -> bool:
+    # In the file's dtype: what was stored of a 32-bit base in 16 bits is still a copy of it.
     return stored.shape == own.shape and torch.equal(own.to(stored.device, stored.dtype), stored)
 
 
@@ -361,6 +379,7 @@ def adapter_tensors(model: Any, name: str, state_dict: Mapping[str, Tensor] | No
     tensors: dict[str, Tensor] = {}
     given = {without_wrappers(path): tensor for path, tensor in (state_dict or {}).items()}
     for site, delta in attached(model, name):
+        # FSDP and DeepSpeed hand the gathered tensors over as a state dict of the whole model.
         prefix = f"{site.name}.deltas.{name}." if site.name else f"deltas.{name}."
         own = {inside: gathered(given.get(prefix + inside, tensor)) for inside, tensor in delta.state_dict().items()}
         tensors |= {key(site.name, stored): tensor for stored, tensor in delta.to_disk(own).items()}
@@ -369,6 +388,7 @@ def adapter_tensors(model: Any, name: str, state_dict: Mapping[str, Tensor] | No
 
 def base_tensors(model: Any) -> dict[str, Tensor]:
     """The base's own tensors by their names without adapters, from before a merge where one is on."""
+    # While merged, the module's own weight holds the sum; what the base has lies here.
     before = {id(module): tensors for module, tensors in model.adapter_state.replaced}
     tensors: dict[str, Tensor] = {}
     for path, module in walk(model):

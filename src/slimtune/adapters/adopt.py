@@ -47,6 +47,7 @@ class Call:
 _PLAIN_CALL = Call()
 _calls: ContextVar[Mapping[int, Call]] = ContextVar("calls", default=MappingProxyType({}))
 """By the id of an `AdapterState`; it is alive as long as it is in here."""
+# Reentrant: `unmerged` merges under it, and a merge opens calls of its own.
 _lock = threading.RLock()
 
 
@@ -91,6 +92,7 @@ class AdapterState:
     @property
     def applied(self) -> tuple[str, ...]:
         """The adapters that a forward runs through."""
+        # None means "the active ones", and () means none at all: not to be mixed up by truth.
         chosen = self.call.applied
         if chosen is not None:
             return chosen
@@ -114,6 +116,7 @@ class AdapterState:
     def using(self, **settings: Any) -> Iterator[None]:
         """Settings of `Call` for the calls inside, of this thread or task alone."""
         call = replace(self.call, **settings)
+        # A new mapping and not an update of the old one: another context may be holding that.
         token = _calls.set({**_calls.get(), id(self): call})
         with _lock:
             self.open_calls.append(call)
@@ -122,6 +125,7 @@ class AdapterState:
             yield
         finally:
             with _lock:
+                # By identity: two threads may hold calls that are equal.
                 self.open_calls = [each for each in self.open_calls if each is not call]
                 self.latest_call = self.open_calls[-1] if self.open_calls else _PLAIN_CALL
             _calls.reset(token)
@@ -165,6 +169,7 @@ class Adopted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.adapter_state.call
         frozen = frozen_forward(self)
+        # Only inside of a model's own forward that computes a loss: whoever calls the head elsewhere gets real logits.
         if call.lazy_head is self:
             return LazyLogits(args[0], self, functools.partial(run, self, frozen))
         if call.rows is not None:
@@ -173,6 +178,7 @@ class Adopted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle and deepcopy can't find it by its name.
+        # What follows is the instance's whole state, hooks included, so that nn.Module's own unpickling isn't needed.
         return _rebuild, (self.adopted_from, self.adopted_by), self.__dict__.copy()
 
     @staticmethod
@@ -182,6 +188,7 @@ class Adopted(nn.Module):
 
 
 def _rebuild(module_type: type[nn.Module], mixin: type[Adopted]) -> nn.Module:
+    # `__new__` without `__init__`: the tensors come with the state, and are not to be allocated twice.
     made = adopted_class(module_type, mixin)
     return made.__new__(made)
 
@@ -231,6 +238,7 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
     call = frozen
     own = deltas_of(module)
     deltas = [own[name] for name in names if name in own]
+    # Of the class and not looked up: this runs in every layer at every step of decoding.
     base = module.adopted_base
     for delta in deltas:
         # The compiler fuses the plain formula itself, and can't trace the look-up in the table; transforms take no node
@@ -239,6 +247,7 @@ def _composed(module: Any, frozen: Callable[..., Any], names: tuple[str, ...]) -
         fused = fused_for(type(delta), type(base)) if may_fuse else None
         call = functools.partial(_around, delta, fused, base, call)
     for delta in deltas:
+        # Outermost: stand-ins must be there when the innermost formula reads the module's weight.
         if delta.holds:
             call = functools.partial(_held, delta, call)
     return call
@@ -261,6 +270,7 @@ def adopt(module: nn.Module, adapter_state: AdapterState, mixin: type[Adopted] =
     if "forward" in module.__dict__:
         module.__dict__["instance_forward"] = module.__dict__.pop("forward")
     module.__class__ = adopted_class(type(module), mixin)
+    # Past nn.Module's `__setattr__`, which a PeftModel has one of its own in front of.
     vars(module)["adapter_state"] = adapter_state
     return module
 
@@ -278,6 +288,7 @@ def release(module: Any) -> None:
         module.__dict__["forward"] = module.__dict__.pop("instance_forward")
     if "deltas" in module._modules:
         del module.deltas
+    # The order matters: the class goes last, for the deletions above are those of an adopted module.
     del module.adapter_state
     module.__class__ = type(module).adopted_from
 
@@ -290,5 +301,6 @@ def adopted_class(module_type: type[nn.Module], mixin: type[Adopted]) -> type[nn
     """
     members = {name: getattr(module_type, name) for name in ("__module__", "__qualname__", "__doc__")}
     members |= {"adopted_from": module_type, "adopted_by": mixin, "adopted_base": base_of_type(module_type)}
+    # Behind what the mixin has: on the root `set_adapter` is PeftModel's, on a layer it is the view.
     views = {name: view for name, view in layer_views().items() if not hasattr(mixin, name)}
     return type(module_type.__name__, (mixin, module_type), views | members | mixin._members_for(module_type))

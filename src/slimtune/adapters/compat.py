@@ -198,6 +198,7 @@ def inject_adapter_in_model(
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} changes no module that it could be put into; use get_peft_model")
     if state_dict is not None:
+        # `peft` compares keys by whole paths here, too; the factors' names begin behind `.lora_`.
         paths = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in state_dict} - {""}
         if paths:
             peft_config.target_modules = paths  # pyright: ignore[reportAttributeAccessIssue]
@@ -241,6 +242,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
             f"Missing key(s): {listing(missing, 3) or 'none'}. Unexpected key(s): {listing(strange, 3) or 'none'}"
         )
     shared = own.keys() & state_dict.keys()
+    # All shapes before the first tensor is written: half a state dict in a base is worse than none.
     for name in shared:
         if own[name].shape != state_dict[name].shape:
             raise BaseMismatchError(
@@ -257,6 +259,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
         raise ConfigError(f"dtype must be torch.float16 or torch.bfloat16, found {dtype}")
     for parameter in model.parameters():
         if parameter.is_floating_point():
+            # Through `.data`: the parameter stays the object that an optimizer and tied modules hold.
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
@@ -325,6 +328,7 @@ def prepare_model_for_compiled_hotswap(
         for site, delta in attached(model, name):
             if isinstance(delta, LoraDelta):
                 _pad(delta, target_rank)
+                # s = alpha / r stays as it is with alpha = s r for the padded rank, and alpha = s sqrt(r) with rsLoRA.
                 patterns[site.name] = delta.scaling * (math.sqrt(target_rank) if own.use_rslora else target_rank)
         if patterns:
             own.r, own.rank_pattern, own.alpha_pattern = target_rank, {}, patterns
@@ -400,6 +404,7 @@ def _padded(site: Any, delta: Any, config: Any, tensors: Mapping[str, Tensor], f
             if new.shape != own.shape:
                 _check_can_pad(delta)
             padded[tuple(slice(side) for side in new.shape)] = new.to(own.device, own.dtype)
+        # A module that the new adapter leaves alone: with B zero any A does, and DoRA's m must stay ||W||, not zero.
         elif name.startswith(("lora_A", "lora_magnitude")):
             padded = own
         stored[name] = padded

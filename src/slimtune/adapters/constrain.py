@@ -36,6 +36,7 @@ def constrained(model: nn.Module, config: Any, placed: Placed) -> Placed:
     _check_config(config)
     on_grid: set[str] = set()
     if wanted.num_bits is not None:
+        # Codes that are there decide which layers are on the grid; only a plain base is asked which would be quantized.
         packed = [name for name, module in walk(model) if _grid_of(Site(name, module, base_of(module)))]
         on_grid = set(packed or quantized_linears(model, wanted.ignore))
         if wanted.group_size is not None and not packed:
@@ -78,9 +79,11 @@ def _constrained(site: Site, delta: Delta, wanted: ConstraintConfig, is_on_grid:
         _check_stored(site, wanted)
     if is_on_grid:
         assert wanted.num_bits is not None
+        # A base of codes keeps its scales: searched anew they would move weights that nothing has trained yet.
         start_OG = getattr(site.module, "weight_scale", None)
         constraints["grid"] = Grid(site, wanted.num_bits, wanted.group_size, wanted.learn_scales, start_OG)
     if wanted.mask and _has_zeros(site):
+        # Behind the grid, which rounds what the adapter adds to a zero to some code: the mask sets it to 0 again.
         constraints["mask"] = Mask(site, holds_weight="weight" in delta.stand_ins())
     if not constraints:
         return delta
@@ -123,7 +126,9 @@ def _has_zeros(site: Site) -> bool:
     """Whether a matrix or kernel that the module itself owns has a weight of exactly zero."""
     if site.kind == "embedding":
         return False
+    # Vectors are left out: biases and shifts are often exactly 0 in a model that nobody pruned.
     own = [p for p in site.module.parameters(recurse=False) if p.ndim > 1 and p.is_floating_point()]
+    # On the meta device, where a plan simulates, there are no values to ask.
     return any(not p.is_meta and bool((p == 0).any()) for p in own)
 
 
@@ -169,6 +174,7 @@ def keep_zeros(model: nn.Module, config: Any = None) -> None:
     if config is None:
         for module in block_layers(model).values():
             weight: Any = module.weight
+            # On `.grad` in place, before the optimizer reads it; a tensor's own hook would have to copy each gradient.
             weight.register_post_accumulate_grad_hook(_without_zeros)
     elif getattr(config, "constraint", False) is None:
         config.constraint = ConstraintConfig(mask=True)

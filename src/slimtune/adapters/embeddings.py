@@ -78,6 +78,7 @@ def _untrained(model: Any, placed: Placed, before: int | None) -> dict[str, nn.M
     if now is None or before is None or before == now:
         return {}
     deltas = {id(site.module): delta for site, delta in placed}
+    # Empty where the embeddings became smaller: then every row is an old one, and yet the table isn't the file's.
     new = set(range(before, now))
     return {
         path: module
@@ -139,7 +140,9 @@ def saved_whole(model: Any, placed: Placed, save_embedding_layers: str | bool) -
         delta = deltas.get(id(module))
         if delta is not None and "weight" in delta.stand_ins():
             continue
+        # From before a merge: the file must hold the base's rows, not the base's with the adapter in them.
         own = dict(module.named_parameters(recurse=False)) | frozen.get(id(module), {})
+        # `peft` wraps a module that an adapter changes; its own tensors then stand under `base_layer`.
         inside = "" if delta is None else "base_layer."
         tensors |= {f"{KEY_PREFIX}{path}.{inside}{name}": tensor.detach() for name, tensor in own.items()}
     if tensors and save_embedding_layers == "auto":
@@ -194,6 +197,8 @@ def resize_as_stored(model: Any, folder: Path) -> None:
                 continue
             stored = file.get_slice(f"{KEY_PREFIX}{name}.{inside}")
             if len(stored.get_shape()) == 2 and stored.get_shape()[0] != len(module.get_parameter("weight")):
+                # Without the mean of the old rows: the rows are overwritten from the file, and the mean costs a
+                # covariance of the table.
                 model.resize_token_embeddings(stored.get_shape()[0], mean_resizing=False)
         for name, module in token_embeddings(model).items():
             key, own = f"{KEY_PREFIX}{name}.base_layer.weight", module.get_parameter("weight")

@@ -39,7 +39,7 @@ def initialize_lora_eva_weights(
     Of several processes the first one reads its data, and all start from what it finds.
 
     Args:
-        dataloader: batches of the data to be tuned on; it is run through until the directions have settled.
+        dataloader: batches of the data to be tuned on; read again and again until the directions have converged.
         eva_state_dict: in its place, the directions (rank, in) by the name of the layer, found before.
         forward_fn: how the model is called with a batch.
 
@@ -83,6 +83,7 @@ def _of_first_process(model: Any, find: Callable[[], dict[str, Tensor]]) -> dict
     outcome: list[Any] = [{}, None]  # directions, error
     if processes.get_rank() == 0:
         try:
+            # On the CPU: pickled tensors come back on the device that they had, which is the first process's GPU.
             outcome[0] = {name: rows.cpu() for name, rows in find().items()}
         except ConfigError as error:
             outcome[1] = str(error)
@@ -102,13 +103,14 @@ def principal_directions(
         search: _Search | None = None
         while True:
             taken = search.taken if search else 0
+            # Over and over: a small set of data may need several rounds until its directions stand still.
             for batch in dataloader:
                 batch = _moved(batch, device)
                 search = search or _Search(config, sites, _same_inputs(model, sites, batch, forward_fn))
-                if search.settled:
+                if search.converged:
                     return search.directions()
                 mask = _counting_tokens(model, search.settings, batch)
-                with _reading(sites, search.unsettled, functools.partial(search.take, mask)):
+                with _reading(sites, search.unconverged, functools.partial(search.take, mask)):
                     forward_fn(model, batch)
                 search.share_out()
             if search is None or search.taken == taken:
@@ -134,11 +136,14 @@ class _Search:
         own = {name: config.rank_for(name) for name in sites}
         self.budget = sum(own.values())
         self.most = {
+            # No layer can have more directions than its input is wide, nor a useful B more than its output.
             name: min(round(own[name] * self.settings.rho), *site.base.features(site.module))
             for name, (site, _) in sites.items()
         }
         self.ranks = dict(self.most)
         self.analyses = {
+            # q, k and v read the same activations: one analysis for three layers, with as many directions as the
+            # greediest may get.
             leader: IncrementalPCA(max(self.most[name] for name in sites if leaders[name] == leader))
             for leader in leaders.values()
         }
@@ -148,7 +153,7 @@ class _Search:
         return sum(analysis.count for analysis in self.analyses.values())
 
     @property
-    def unsettled(self) -> set[str]:
+    def unconverged(self) -> set[str]:
         """The leaders with a direction in use that the last batch turned too far."""
         analyses, tau = self.analyses, self.settings.tau
         return {
@@ -156,8 +161,8 @@ class _Search:
         }
 
     @property
-    def settled(self) -> bool:
-        return not self.unsettled
+    def converged(self) -> bool:
+        return not self.unconverged
 
     def take(self, mask: Tensor | None, leader: str, x: Tensor) -> None:
         """Take what a layer reads into its analysis, if enough of it counts."""
@@ -171,6 +176,7 @@ class _Search:
         if not all(len(shares_K) for _, shares_K in shares):
             return
         owners = [name for name, shares_K in shares for _ in shares_K]
+        # Stable, so that equal shares fall to the earlier layer on every machine.
         best = torch.cat([shares_K for _, shares_K in shares]).argsort(descending=True, stable=True)[: self.budget]
         counts = Counter(owners[i] for i in best.tolist())
         self.ranks = {name: counts[name] for name in self.leaders}
@@ -190,6 +196,7 @@ def _start(model: Any, adapter_name: str, config: LoraConfig, sites: Sites, dire
     assert isinstance(config.eva_config, EvaConfig)
     changed = {name: len(rows) for name, rows in directions.items() if len(rows) != config.rank_for(name)}
     if config.eva_config.adjust_scaling_factors:
+        # Anchored: a pattern without `^` is an ending, and would mean other layers of that name too.
         alphas = {f"^{n}": config.alpha_for(n) * rank / config.rank_for(n) for n, rank in changed.items() if rank}
         config.alpha_pattern = alphas | config.alpha_pattern
     config.rank_pattern = {f"^{name}": rank for name, rank in changed.items() if rank} | config.rank_pattern
@@ -239,6 +246,7 @@ def _counting_tokens(model: Any, settings: EvaConfig, batch: Any) -> Tensor | No
     # The labels of an encoder-decoder are another text than what it reads.
     aligned = isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape
     if settings.use_label_mask and aligned and not getattr(model.config, "is_encoder_decoder", False):
+        # Tokens that give no loss shall have no say in where training starts.
         masks.append(labels != settings.label_mask_value)
     return functools.reduce(torch.logical_and, masks) if masks else None
 
@@ -264,6 +272,7 @@ def _same_inputs(model: Any, sites: Sites, batch: Any, forward_fn: Callable[[Any
     leaders: dict[str, str] = {}
 
     def note(name: str, x: Tensor) -> None:
+        # By the bits: equal inputs are the same activations, and no layout of any architecture has to be known.
         bits = x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
         leaders.setdefault(name, firsts.setdefault((x.shape, hash(bits)), name))
 

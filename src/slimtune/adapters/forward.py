@@ -50,6 +50,7 @@ def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[st
         return inside(*args, **kwargs)
     if model.training and torch.is_grad_enabled():
         args = tuple(_tracked(model, value) for value in args)
+        # Some models' masks are of numbers too, and none of them is to get a gradient.
         kwargs = {name: v if name.endswith("mask") else _tracked(model, v) for name, v in kwargs.items()}
     function = functools.partial(run if deltas_of(model) else _frozen, model, frozen_forward(model))
     head = lazy_head(model) if kwargs.get("labels") is not None else None
@@ -59,6 +60,7 @@ def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[st
     if head is None:
         with _rows(model, adapter_names, args, kwargs):
             return function(*args, **kwargs)
+    # The lazy head is on for this call alone: hooks and callers behind it see real tensors.
     with _rows(model, adapter_names, args, kwargs), model.adapter_state.using(lazy_head=head):
         return without_lazy(function(*args, **kwargs))
 
@@ -95,6 +97,7 @@ def _check_count(adapter_names: Sequence[str], model: Any, args: Sequence[Any], 
     """See that each row of the batch has a name. Raises: ConfigError."""
     named = (getattr(model, "main_input_name", None), "input_ids", "inputs_embeds", "inputs")
     candidates = [*args, *(kwargs.get(str(name)) for name in named), *kwargs.values()]
+    # The first argument with rows: callers pass ids, embeddings or pixels, by position or by name.
     batch = next((value for value in candidates if isinstance(value, Tensor) and value.ndim), None)
     if batch is not None and len(batch) != len(adapter_names):
         raise ConfigError(
@@ -146,6 +149,7 @@ def _resize_token_embeddings(model_type: Any, model: Any, *args: Any, **kwargs: 
 def is_from_trl(forward: Any) -> bool:
     """Whether TRL made this forward, by an argument that it gives it."""
     code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    # By its argument, for it is made in a closure and has no name to be known by (TRL 1.16).
     return code is not None and "fused_lm_head" in code.co_varnames
 
 
@@ -188,6 +192,7 @@ def _run_inside(model: Any, own: Callable[..., Any], forward: Callable[..., Any]
         return forward(*args, **kwargs)
     head = model.get_output_embeddings()
     with adapter_state.using(inside=own), ExitStack() as stack:
+        # TRL reads `head.weight` past the head's forward: the trained weight has to stand there meanwhile.
         for name in adapter_state.applied if kwargs.get("fused_lm_head") else ():
             if name in deltas_of(head):
                 stack.enter_context(standing_in(head, deltas_of(head)[name].read_as(head)))

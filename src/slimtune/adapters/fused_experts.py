@@ -37,14 +37,14 @@ def onto_fused_experts(model: Any, config: Any, tensors: Mapping[str, Tensor]) -
 
     What doesn't fit together is left as it is, for the error to name.
     """
-    found: Factors = {}
+    factors: Factors = {}
     names: dict[str, str] = {}
     for name in tensors:
         match = _LAYER.fullmatch(name.removeprefix(KEY_PREFIX))
         if match:
-            found[match["block"], int(match["expert"]), match["layer"], match["factor"]] = tensors[name]
+            factors[match["block"], int(match["expert"]), match["layer"], match["factor"]] = tensors[name]
             names[name] = match["layer"]
-    if not found or config.peft_type != "LORA" or config.use_dora:
+    if not factors or config.peft_type != "LORA" or config.use_dora:
         return dict(tensors)
     fused: dict[str, Tensor] = {}
     patterns: dict[str, tuple[int, float]] = {}
@@ -54,7 +54,7 @@ def onto_fused_experts(model: Any, config: Any, tensors: Mapping[str, Tensor]) -
             continue
         made = {}
         for parameter, layers in _FUSED.items():
-            pair = _put_together(config, path, module.get_parameter(parameter), block, layers, found)
+            pair = _put_together(config, path, module.get_parameter(parameter), block, layers, factors)
             if pair is not None:
                 made[parameter] = pair
         for parameter, (a, b, scale) in made.items():
@@ -63,7 +63,7 @@ def onto_fused_experts(model: Any, config: Any, tensors: Mapping[str, Tensor]) -
             # As `peft` nests its wrappers of one module: that of the first parameter lies inside.
             inside = "base_layer." if parameter == "gate_up_proj" and len(made) > 1 else ""
             fused |= {key(path, f"{inside}lora_A.weight"): a, key(path, f"{inside}lora_B.weight"): b}
-    if len(fused) == 0 or found:
+    if len(fused) == 0 or factors:
         return dict(tensors)
     _rename_targets(model, config, set(names.values()), patterns)
     return {name: tensor for name, tensor in tensors.items() if name not in names} | fused
@@ -76,34 +76,37 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _put_together(
-    config: Any, path: str, weight: Tensor, block: str, layers: tuple[tuple[str, str], ...], found: Factors
+    config: Any, path: str, weight: Tensor, block: str, layers: tuple[tuple[str, str], ...], factors: Factors
 ) -> tuple[Tensor, Tensor, float] | None:
-    """A (E * R, in), B (out, R * E) and the scale for one tensor (E, out, in); what is used is taken out of `found`."""
+    """A (E * R, in), B (out, R * E) and the scale for one tensor (E, out, in); what is used leaves `factors`."""
     experts, features_out, features_in = weight.shape
+    # Rows of one layer in the stack: gate_up_proj is (E, 2 * width, dim), of which each half is `height`.
     height, scales, a_ERI, b_EOR = features_out // len(layers), set[float](), [], []
     used: list[tuple[str, int, str, str]] = []
     for expert in range(experts):
         a_parts, b_parts = [], []
         for names in layers:
-            layer = next((name for name in names if (block, expert, name, "A") in found), None)
+            layer = next((name for name in names if (block, expert, name, "A") in factors), None)
             if layer is None:
                 # A layer that isn't adapted has rows of zeros in B.
                 b_parts.append(weight.new_zeros(height, 0, dtype=torch.float32, device="cpu"))
                 continue
             used += [(block, expert, layer, factor) for factor in "AB"]
-            a_parts.append(found[used[-2]])
+            a_parts.append(factors[used[-2]])
             if a_parts[-1].shape[1:] != (features_in,):
                 return None
-            b_parts.append(found.get(used[-1], torch.empty(0, 0)))
+            b_parts.append(factors.get(used[-1], torch.empty(0, 0)))
             scales.add(config.scale_for(f"{path}.{expert}.{layer}"))
         if not a_parts or any(len(b) != height for b in b_parts):
             return None
         a_ERI.append(torch.cat(a_parts))
+        # Each layer's B meets its own A alone: [[B1, 0], [0, B3]] (2 * width, r1 + r3).
         b_EOR.append(torch.block_diag(*b_parts).to(a_parts[0].dtype))
+    # One parameter has one rank and one scale: experts that were trained with different ones have no such form.
     if len(scales) != 1 or len({a.shape for a in a_ERI}) != 1:
         return None
     for place in used:
-        del found[place]
+        del factors[place]
     # In A the experts lie one after the other, in B their columns take turns: see `methods/lora/experts.py`.
     b = torch.stack(b_EOR).permute(1, 2, 0).reshape(features_out, -1)
     return torch.cat(a_ERI), b.contiguous(), scales.pop()

@@ -81,6 +81,8 @@ class LayerView:
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None:
             raise AttributeError(self._name)
+        # A data descriptor would win over the instance; this one gives way by hand, since nn.Module keeps its tensors
+        # in dicts.
         for own in (module._parameters, module._buffers, module._modules):
             if self._name in own:
                 return own[self._name]
@@ -98,6 +100,7 @@ def _tensors(module: Any, name: str) -> ByAdapter | None:
 
 def _of(delta: Any, name: str) -> dict[str, Tensor]:
     """The tensors that a delta stores under a name, by what stands behind it and a dot."""
+    # With `keep_vars`, so that these are the parameters themselves and not detached copies.
     stored = delta.to_disk(delta.state_dict(keep_vars=True))
     heads = {key: key.partition(".") for key in stored}
     return {rest: stored[key] for key, (head, _, rest) in heads.items() if head == name}
@@ -109,6 +112,7 @@ def _layer(tensors: dict[str, Tensor], name: str) -> Any:
         return tensors[""]
     weight = tensors.get("weight", tensors.get(""))
     if weight is not None and weight.ndim == 2:
+        # On "meta": no memory for a weight that is replaced in the next line.
         module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors, device="meta")
     else:
         module = nn.Module()
@@ -153,6 +157,7 @@ def _delta_weight(module: Any, name: str) -> Callable[[str], Tensor]:
         """What the adapter adds to the weight when it is merged, in the layout of the weight."""
         base, delta = module.adopted_base, deltas_of(module)[adapter]
         with torch.no_grad():
+            # The difference of two 16-bit weights would have lost most of a small update.
             dense = {name: tensor.float() for name, tensor in base.dense(module).items()}
             return base.turned(delta.fold(dict(dense))["weight"] - dense["weight"])
 

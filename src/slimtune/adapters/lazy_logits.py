@@ -82,12 +82,14 @@ class LazyLogits(Lazy):
 
     def reshape(self, *shape: Any) -> Any:
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        # A reshape that leaves the last axis alone is one of the hidden state: (..., V) follows from (..., features).
         if len(sizes) >= 1 and sizes[-1] == self._vocabulary:
             return self._lazily(self._hidden.reshape(*sizes[:-1], self._hidden.shape[-1]))
         return self.tensor().reshape(sizes)
 
     def __getitem__(self, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
+        # `logits[..., :-1, :]`, transformers' shift of a causal loss, is the case that matters.
         whole_rows = parts[-1] == slice(None) and (Ellipsis in parts[:-1] or len(parts) == self.dim())
         if all(isinstance(part, slice) or part is Ellipsis for part in parts) and whole_rows:
             return self._lazily(self._hidden[index])
@@ -104,6 +106,7 @@ class LazyLogits(Lazy):
     def _cross_entropy(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         reduction, ignore_index = kwargs.pop("reduction", "mean"), kwargs.pop("ignore_index", -100)
         smoothed = kwargs.pop("label_smoothing", 0.0)
+        # Class weights, smoothing, soft targets: rare in fine-tuning, and the real logits are right for all of them.
         unusual = args or smoothed or any(value is not None for value in kwargs.values())
         if unusual or reduction not in ("mean", "sum") or target.is_floating_point():
             return None
@@ -112,6 +115,7 @@ class LazyLogits(Lazy):
         # A compiler may trace this part of a forward that it gave up on; torch 2.11 loses what the node fills in.
         if is_traced():
             return None
+        # (vocabulary, features), read here and not when the logits were made: a lazily moved weight is at hand now.
         weight, bias = base_of(self._head).weight(self._head), self._head.bias
         return chunked_cross_entropy(self._hidden, weight, bias, target, ignore_index, reduction)
 

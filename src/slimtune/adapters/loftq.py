@@ -51,6 +51,7 @@ def replace_lora_weights_loftq(
     start = replace(config, init_lora_weights="loftq", eva_config=None)
     start.originals = Originals.of(peft_model, model_path)
     for site, delta in placed:
+        # Clones, one layer at a time: `state_dict` gives views, which the new start would overwrite.
         before = {name: tensor.clone() for name, tensor in delta.state_dict().items()}
         delta.initialise(start, site)
         if callback is not None and not callback(peft_model, site.name):

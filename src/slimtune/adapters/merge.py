@@ -1,5 +1,7 @@
 """Folding adapters into the weights, taking them out again to the bit, and measuring how far outputs move by it.
 
+And how a model becomes a plain one again, the same object: with its adapters in its weights, or without them.
+
 A module is folded alone (`fold`), its new tensors take the place of its own (`_exchange`), and the old ones are kept
 for `unmerge`. What a fold means for a forward is tried on probe inputs: always for a module whose forward isn't its
 kind's own (`_check_fold`), and for the whole model in a safe merge.
@@ -7,7 +9,8 @@ kind's own (`_check_fold`), and for the whole model in a safe merge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.adapters.adapter import adopted_modules, conflict
-from slimtune.adapters.adopt import frozen_forward, run
+from slimtune.adapters.adopt import frozen_forward, release, run
 from slimtune.bases import base_of
 from slimtune.core.delta import Delta, Dense, Difference, call_under, deltas_of, with_tensors
 from slimtune.errors import MergeError, listing
+from slimtune.quantization.dequantize import expanded, make_plain, plain_dtype, untie_if_changed
 
 MAX_RELATIVE_DRIFT = 0.1
 """A safe merge refuses when the outputs change by more than this part of their norm; bf16 rounding stays far below."""
@@ -50,10 +54,12 @@ def merge(
         _check_compatible(model, names)
         probe = probe_inputs(model) if safe else None
         with state.using(applied=names):
+            # Under the adapters that are about to be merged, whichever are active.
             before = outputs(model, probe) if probe else None
         for path, module in adopted_modules(model):
             if any(name in deltas_of(module) for name in names):
                 tensors = _folded_at(path, module, names, dtype, store)
+                # After each module: an error in a later one finds here what to put back.
                 state.replaced.append((module, _exchange(module, tensors)))
         _tie_again(state.replaced)
         state.merged = names
@@ -86,6 +92,48 @@ def unmerge(model: Any) -> None:
 
 
 @torch.no_grad()
+def merge_plain(model: Any, names: tuple[str, ...], safe: bool) -> Any:
+    """Merge these adapters beside those that are merged, and release the model; a quantized base is expanded.
+
+    Raises:
+        MergeError: it can't be done or strays too far; nothing is changed then.
+        ConfigError: the base is quantized in a way that can't be expanded.
+    """
+    # One dtype for the modules that an adapter changes and for those that none does.
+    dtype = plain_dtype(model)
+    with as_before_on_failure(model):
+        if not set(names) <= set(model.adapter_state.merged):
+            merge(model, names, safe, dtype)
+        weights = expanded(model, dtype)
+    untie_if_changed(model)
+    return make_plain(released(model), weights)
+
+
+@contextmanager
+def as_before_on_failure(model: Any) -> Iterator[None]:
+    """The adapters that are merged now merged again, and no others, should the block raise."""
+    merged = model.adapter_state.merged
+    try:
+        yield
+    except BaseException:
+        unmerge(model)
+        if merged:
+            merge(model, merged)
+        raise
+
+
+def released(model: Any) -> Any:
+    """The model with its classes from before it was adopted, whatever its weights are now."""
+    trained_before = model.adapter_state.trained_before
+    for _, module in adopted_modules(model):
+        release(module)
+    # That of another merge, before these adapters came.
+    vars(model).pop("merge_drift", None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained_before)
+    return model
+
+
 def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Dense:
     """The parameters of a module that these adapters change, with them written in; nothing is changed.
 
@@ -99,6 +147,7 @@ def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) 
     """
     base = base_of(module)
     deltas = [deltas_of(module)[name] for name in names if name in deltas_of(module)]
+    # Clones, for the model may go on training its copies after `unmerge`.
     held = {name: tensor.detach().clone() for delta in deltas for name, tensor in delta.stand_ins().items()}
     expands_to = None if base.dequantizer(module) is None else dtype or base.spec(module).dtype
     frozen = base.dense(with_tensors(module, held))  # the weight as (out, in, ...), expanded where it is codes
@@ -143,6 +192,7 @@ def _exchange(module: nn.Module, tensors: Dense) -> Dense:
     for name, tensor in tensors.items():
         slots = _slots(module, name)
         own = slots[name]
+        # A view of the own storage is no new tensor: put in as a parameter, it would break the tie that it is part of.
         if tensor is own or (slots is module._parameters and _begin_alike(tensor, own)):
             continue
         before[name] = own
@@ -169,6 +219,7 @@ def _tie_again(replaced: list[tuple[nn.Module, Dense]]) -> None:
     for module, before in replaced:
         for name, own in before.items():
             slots = _slots(module, name)
+            # Only where both came out equal: an adapter on one end of a tie makes two weights of it.
             first = merged.setdefault(id(own), slots[name])
             if first is not slots[name] and torch.equal(first, slots[name]):
                 slots[name] = first
@@ -219,8 +270,10 @@ def _module_probe(module: Any, kind: str) -> Tensor:
     weight = module.weight
     generator = torch.Generator().manual_seed(0)
     if kind == "embedding":
+        # Ids in order: an embedding's fold is a matter of rows, and these are different ones.
         return torch.arange(min(module.num_embeddings, 64), device=weight.device)
     if kind == "conv":
+        # The least extent at which a dilated kernel still gives several outputs.
         reach = [d * (k - 1) + 4 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         shape: tuple[int, ...] = (1, module.in_channels, *reach)
     else:
@@ -298,6 +351,7 @@ def compare_outputs(before: torch.Tensor, after: torch.Tensor) -> Drift:
         max_abs=gap.max().item(),
         mean_abs=gap.mean().item(),
         relative=((p - q).norm() / p.norm().clamp_min(torch.finfo(torch.float64).tiny)).item(),
+        # Rounding may leave a KL of equal distributions at -1e-17.
         kl=kl.clamp_min(0).item(),
         top1_agreement=(p.argmax(-1) == q.argmax(-1)).double().mean().item(),
     )

@@ -35,15 +35,14 @@ from slimtune.adapters.adopt import (
     WithoutFastPath,
     adopt,
     adopt_head,
-    release,
 )
 from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
 from slimtune.adapters.forward import check_head, is_around, is_from_trl, put_inside, wrapped
 from slimtune.adapters.fused_experts import onto_fused_experts
-from slimtune.adapters.merge import merge, unmerge
+from slimtune.adapters.merge import merge, merge_plain, released, unmerge
 from slimtune.adapters.model_views import PeftNames
 from slimtune.adapters.read_options import ReadOptions
-from slimtune.adapters.requantize import grids_of, merge_requantized, pack_on_grids
+from slimtune.adapters.requantize import merge_quantized
 from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.core.config import PeftConfig
@@ -51,7 +50,6 @@ from slimtune.core.constrained import inner_of
 from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, listing
 from slimtune.methods.adalora import AdaLoraConfig
-from slimtune.quantization.dequantize import expanded, make_plain, plain_dtype, untie_if_changed
 from slimtune.storage.hub import parted
 from slimtune.storage.model_card import write_model_card
 from slimtune.storage.peft_format import (
@@ -62,7 +60,6 @@ from slimtune.storage.peft_format import (
     read_adapter,
     save_adapter,
 )
-from slimtune.storage.quantization_metadata import mend_saving
 
 _NOT_QUANTIZED = {
     name: property(lambda self: False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -497,49 +494,13 @@ class PeftModel(PeftNames, Adopted):
         """
         if drift_inputs is not None and not requantize:
             raise ConfigError("drift_inputs measure what requantize=True loses; pass both or none")
-        merged = self.adapter_state.merged
+        names = self._chosen(adapter_names)
         if requantize:
-            return self._merged_requantized(adapter_names, safe_merge, drift_inputs)
-        dtype = plain_dtype(self)
-        if not set(self._chosen(adapter_names)) <= set(merged):
-            merge(self, self._chosen(adapter_names), safe_merge, dtype)
-        try:
-            weights = expanded(self, dtype)
-        except BaseException:
-            self._merged_as(merged)
-            raise
-        untie_if_changed(self)
-        return make_plain(self._released(), weights)
-
-    def _merged_requantized(self, names: Sequence[str] | None, safe: bool, inputs: Mapping[str, Tensor] | None) -> Any:
-        merged = self.adapter_state.merged
-        chosen = tuple(dict.fromkeys((*merged, *self._chosen(names))))
-        grids = grids_of(self, chosen)
-        if grids:
-            if not set(chosen) <= set(merged):
-                merge(self, chosen, safe)
-            untie_if_changed(self)
-            model = self._released()
-            pack_on_grids(model, grids)
-            return model
-        self.unmerge_adapter()
-        try:
-            drift = merge_requantized(self, chosen, safe, inputs)
-        except BaseException:
-            self._merged_as(merged)
-            raise
-        untie_if_changed(self)
-        model = self._released()
-        mend_saving(model)
-        model.merge_drift = drift
-        warnings.warn(f"merged into quantized weights: {drift}{drift.advice}", stacklevel=3)
-        return model
-
-    def _merged_as(self, names: tuple[str, ...]) -> None:
-        """These adapters merged and no others."""
-        self.unmerge_adapter()
-        if names:
-            merge(self, names)
+            drift = merge_quantized(self, names, safe_merge, drift_inputs)
+            if drift is not None:
+                warnings.warn(f"merged into quantized weights: {drift}{drift.advice}", stacklevel=2)
+            return self
+        return merge_plain(self, names, safe_merge)
 
     def _chosen(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         """These adapters, or the active ones. Raises: AdapterNotFoundError."""
@@ -549,20 +510,8 @@ class PeftModel(PeftNames, Adopted):
 
     def unload(self) -> Any:
         """The plain model without any adapter; it is this very object, with its own class and tensors."""
-        self.unmerge_adapter()
-        return self._released()
-
-    def _released(self) -> Any:
-        """This object with its classes from before it was adopted, whatever its weights are now."""
-        model: Any = self
-        trained_before = self.adapter_state.trained_before
-        for _, module in adopted_modules(self):
-            release(module)
-        # That of another merge, before these adapters came.
-        vars(model).pop("merge_drift", None)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained_before)
-        return model
+        unmerge(self)
+        return released(self)
 
     # -- On disk.
 
@@ -612,7 +561,8 @@ class PeftModel(PeftNames, Adopted):
         # A module of one's own has no base on the Hub, whatever its config says.
         base = configs[0].base_model_name_or_path if hasattr(self, "config") else None
         in_peft = all(config.in_peft for config in configs)
-        constraints = [str(config.constraint) for config in configs if getattr(config, "constraint", None)]
+        given = (getattr(config, "constraint", None) for config in configs)
+        constraints = [str(constraint) for constraint in given if constraint]
         write_model_card(Path(output_dir), base, methods, configs[0].task_type, in_peft, "; ".join(constraints))
 
     def _stored(self, name: str) -> dict[str, Any]:

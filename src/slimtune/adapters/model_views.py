@@ -42,6 +42,7 @@ class BaseModelView:
     """
 
     def __init__(self, model: Any, inner: Any) -> None:
+        # Past `__setattr__`, which hands everything on to the model.
         vars(self).update(_model=model, _inner=inner)
 
     @property
@@ -91,6 +92,7 @@ class PeftNames:
     def base_model(self) -> Any:
         """The base under `.model`, as `peft` has it, and transformers' base model else."""
         prefix = getattr(self, "base_model_prefix", None)
+        # Past `__getattr__`, which a model may have changed: `_modules` holds what was registered under the name.
         inner = self._modules.get(prefix) if prefix else None  # pyright: ignore[reportAttributeAccessIssue]
         return BaseModelView(self, self if inner is None else inner)
 
@@ -268,6 +270,8 @@ def get_model_status(model: Any) -> ModelStatus:
         num_adapter_layers=len(layers),
         enabled=_alike({layer.enabled for layer in layers}, True),
         active_adapters=list(model.active_adapters),
+        # An adapter that is merged in some layers and merely there in others; one that a layer doesn't have is no
+        # matter.
         merged_adapters="irregular" if is_partial else merged,
         requires_grad={
             name: _alike({layer.requires_grad[name] for layer in layers if name in layer.requires_grad}, False)

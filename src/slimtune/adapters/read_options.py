@@ -51,6 +51,7 @@ class ReadOptions:
                 "use_safetensors=False asks for a pickle, which can run code when it is read; adapters are read from "
                 "safetensors alone"
             )
+        # The older name of `token`, which scripts for `peft` still pass.
         auth = left.pop("use_auth_token", None)
         if auth is not None:
             left.setdefault("token", auth)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from slimtune.adapters.adapter import attached
-from slimtune.adapters.merge import Drift, compare_outputs, merge, probe_inputs, unmerge
+from slimtune.adapters.merge import (
+    Drift,
+    as_before_on_failure,
+    compare_outputs,
+    merge,
+    probe_inputs,
+    released,
+    unmerge,
+)
 from slimtune.bases import base_of
 from slimtune.bases.int4 import LinearInt4
 from slimtune.bases.int8 import LinearInt8
@@ -18,7 +26,9 @@ from slimtune.bases.packed import PackedLinear, as_linear
 from slimtune.core.constrained import Constrained, Grid
 from slimtune.core.delta import Dense, with_tensors
 from slimtune.errors import MergeError
+from slimtune.quantization.dequantize import untie_if_changed
 from slimtune.quantization.integer import config_of, note_quantization
+from slimtune.storage.quantization_metadata import mend_saving
 
 _ADVICE = (
     "; most of the update is rounded away: merge into 16 bits, or for a model in few bits merge into the original "
@@ -66,11 +76,39 @@ class MergeDrift:
 
     @property
     def left(self) -> str:
-        """What is left in the weights, in words."""
+        """A sentence on what is left in the weights."""
         return (
             f"{self.survived:.1%} of the update is left, under noise of {self.noise:.2f} times its size; "
             f"{self.beyond:,} of {self.entries:,} entries were beyond the old scales, which were computed anew"
         )
+
+
+def merge_quantized(
+    model: Any, names: tuple[str, ...], safe: bool, inputs: Mapping[str, Tensor] | None
+) -> MergeDrift | None:
+    """Merge these adapters and those that are merged into weights that stay quantized, and release the model.
+
+    What that loses is kept as the model's `merge_drift`; None of an adapter that was trained on a grid, whose codes are
+    stored as they are. Raises: MergeError, and nothing is changed then.
+    """
+    merged = model.adapter_state.merged
+    together = tuple(dict.fromkeys((*merged, *names)))
+    grids = grids_of(model, together)
+    if grids:
+        if not set(together) <= set(merged):
+            merge(model, together, safe)
+        untie_if_changed(model)
+        pack_on_grids(released(model), grids)
+        return None
+    with as_before_on_failure(model):
+        # What the outputs were is measured with all of them applied, which on merged weights would count some twice.
+        unmerge(model)
+        drift = merge_requantized(model, together, safe, inputs)
+    untie_if_changed(model)
+    released(model)
+    mend_saving(model)
+    model.merge_drift = drift
+    return drift
 
 
 def merge_requantized(
@@ -104,6 +142,7 @@ def merge_requantized(
         unmerge(model)
         raise
     for module, base in store.modules:
+        # After the checks: until here a failure gives back the old tensors, and with them the old state.
         base.sync_state(module)
     outputs = compare_outputs(before[0], after[0]) if before and after else None
     losses = (before[1], after[1]) if before and after else (None, None)
@@ -142,8 +181,10 @@ class _Requantizer:
         base = base_of(module)
         if not isinstance(base, PackedLinear) or "weight" not in folded or not base.is_packed(module):
             return folded
+        # (out, in) in 16 or 32 bits: the sum, before it is put back onto a grid of 4 or 8 bits.
         merged_OI = folded["weight"]
         packed = base.quantize(module, merged_OI)
+        # Expanded from the codes that are there: quantization's first loss is not counted as this merge's.
         before_OI = base.weight(module).float()
         after_OI = base.weight(with_tensors(module, packed)).float()
         if not torch.isfinite(after_OI).all():
@@ -184,5 +225,6 @@ def _answers(model: Any, inputs: Mapping[str, Tensor] | None) -> tuple[Tensor, f
     logits = output if isinstance(output, Tensor) else output["logits"] if "logits" in output else output[0]
     loss, mask = getattr(output, "loss", None), inputs.get("attention_mask")
     if mask is not None and mask.shape == logits.shape[:-1]:
+        # Outputs at pads are noise that no one reads, and would dilute or swamp the drift.
         logits = logits[mask.bool()]
     return logits.float(), None if loss is None else float(loss)

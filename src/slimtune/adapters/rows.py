@@ -48,6 +48,7 @@ class RowAdapters:
 
     def dim(self, x: Tensor) -> int:
         """The axis of a module's input along which rows lie."""
+        # Two lengths: all tokens of the step inside of the layers, the kept ones alone at the head.
         counts = (len(self.names), len(self.kept or ()))
         return 1 if self.packed and x.ndim > 1 and x.shape[0] == 1 and x.shape[1] in counts else 0
 
@@ -123,6 +124,7 @@ def run_rows(
         composed: the same under the adapter of this name.
     """
     own = deltas_of(module)
+    # No adapter of this batch is here: the plain product, without an index or a copy.
     if own.keys().isdisjoint(rows.distinct):
         return frozen(module, x, *args, **kwargs)
     check_rows(module, rows)
@@ -149,4 +151,5 @@ def run_rows(
                 y_rows = own[name](base, x_rows, *args, **kwargs)
         parts.append(y_rows)
         order.append(positions)
+    # Rows were taken out by adapter; argsort of where they came from is where they go back to.
     return torch.cat(parts, dim).index_select(dim, torch.cat(order).argsort())

@@ -27,6 +27,7 @@ def on_model(
     mapped = {_mapped(name, key_mapping or {}): tensor for name, tensor in tensors.items()}
     plain = {_unwrapped(name): tensor for name, tensor in mapped.items()}
     paths = {path for path, _ in walk(model)}
+    # The usual case ends here: transformers' renamings are read only for files that don't fit.
     if all(_is_at(name, paths) for name in plain):
         return plain
     renamings = _renamings(model)

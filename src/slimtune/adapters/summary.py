@@ -80,4 +80,5 @@ def summary_of(model: Any, adapter_name: str) -> Summary:
 def parameter_count(parameter: Any) -> int:
     """How many numbers a parameter stands for, which is more than what is stored of codes."""
     state = getattr(parameter, "quant_state", None)
+    # bitsandbytes packs two 4-bit codes into a byte: `numel` counts bytes, the state has the shape.
     return parameter.numel() if state is None else math.prod(state.shape)

@@ -72,6 +72,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
     Raises:
         TargetError: nothing matches, with what there is and the nearest name.
     """
+    # Shallow: fields are replaced below, never changed in place.
     config = copy.copy(config)
     modules = Modules(walk(model))
     # A new head is drawn at each load, so that a difference from it would mean nothing: it is kept whole.
@@ -80,6 +81,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
     if keep:
         config.modules_to_save = [*(config.modules_to_save or []), *keep]
     whole = _whole(modules, config.modules_to_save or [], strict)
+    # What is trained whole takes no delta of the method: both would change the same weight.
     taken = {id(site.module) for site in whole}
     wanted = [name for name in _wanted(model, modules, config, strict) if id(modules[name]) not in taken]
     further = config.further_modules(model, modules, wanted)
@@ -108,6 +110,7 @@ def resolve(model: nn.Module, config: Any, strict: bool = True) -> Targets:
 def _wanted(model: nn.Module, modules: Modules, config: Any, strict: bool) -> list[str]:
     targets, exclude = _targets(config), getattr(config, "exclude_modules", None)
     layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    # `classifier` in modules_to_save means `classifier.dense` as well, and no other module that only begins so.
     inside_saved = [re.compile(rf"(^|.*\.){re.escape(m)}($|\..*)") for m in config.modules_to_save or []]
     names = [name for name in modules if name and not any(p.match(name) for p in inside_saved)]
     if targets is None or targets == ALL_LINEAR:
@@ -150,7 +153,9 @@ def _by_names(
     names: list[str], targets: Iterable[str], strict: bool, saved: Set[str] = frozenset(), takes_blocks: bool = False
 ) -> list[str]:
     matched: dict[str, None] = {}
+    # Sorted: peft stores a set, and the first mistake that is reported shouldn't change from run to run.
     for target in sorted(targets):
+        # By whole parts of the path, as peft does: "proj" doesn't mean "q_proj".
         hits = [name for name in names if name == target or name.endswith(f".{target}")]
         if strict and not hits and any(name == target or name.endswith(f".{target}") for name in saved):
             raise TargetError(
@@ -184,6 +189,7 @@ def _in_layers(names: list[str], layers: Any, pattern: Any) -> list[str]:
         return names
     wanted = {layers} if isinstance(layers, int) else set(layers)
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
+    # Lazy, so that the first number counts: `blocks.3.experts.7.w1` is in layer 3.
     searches = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
     numbers = {name: _first_match(searches, name) for name in names}
     missing = wanted - set(numbers.values())
@@ -235,6 +241,7 @@ def _is_there(modules: Modules, name: str, place: str) -> bool:
     if place == "bias":
         return "bias" in own
     if place == "norm":
+        # By name, as every architecture has its own class (LlamaRMSNorm, ...), with (features,) to scale.
         return type(site.module).__name__.endswith("Norm") and "weight" in own and own["weight"].ndim == 1
     return site.role == place and site.kind == "linear" and not _is_bypassed(modules, name)
 
@@ -259,6 +266,7 @@ def _linear_layers(model: nn.Module, modules: Modules, names: list[str], blocks_
         if base_of(modules[name]).kind == "linear" and modules[name] is not head and not _is_bypassed(modules, name)
     ]
     lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    # Heads and projectors outside of the repeated blocks are few and odd; the defaults leave them alone.
     in_blocks = [name for name in linear if any(name.startswith(prefix) for prefix in lists)]
     return in_blocks if blocks_only and in_blocks else linear
 
@@ -303,6 +311,7 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
 
 def _heads(model: Any) -> list[str]:
     """Children of the root outside its backbone that have parameters: classifiers, which start untrained."""
+    # An empty prefix gives the attribute "", which no module has.
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     head = _output_layer(model)
     if not isinstance(backbone, nn.Module) or backbone is model:
@@ -374,6 +383,7 @@ def _check_patterns(config: Any, sites: list[Site]) -> None:
 
 def _suffixes(names: list[str], others: set[str]) -> set[str]:
     """The shortest endings that mean these modules and no others."""
+    # A set of every ending of every other path: large, and yet quicker than comparing each pair of paths.
     other_endings = {ending for other in others for ending in _endings(other)}
     return {next((e for e in _endings(name) if e not in other_endings), name) for name in names}
 

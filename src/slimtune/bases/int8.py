@@ -66,6 +66,7 @@ class W8A8Linear(Int8Linear):
 
     format = "int-quantized"
     parts = (CODES, SCALE)
+    rounds_inputs = True
     module_types = ("slimtune.bases.int8.LinearW8A8",)
 
     def stored_as(self, module: Any) -> str:

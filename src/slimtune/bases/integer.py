@@ -41,6 +41,8 @@ class IntegerLinear(PackedLinear):
     """Of compressed-tensors, in which it is stored."""
     parts: ClassVar[tuple[str, ...]] = (PACKED, SCALE, SHAPE)
     """The tensors of a file that it always has."""
+    rounds_inputs: ClassVar[bool] = False
+    """Whether the product is one with inputs that are rounded to 8 bits."""
 
     @abstractmethod
     def expand(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from typer.completion import completion_init, shell_complete
+from typer.completion import get_completion_inspect_parameters, shell_complete
 
 from slimtune.errors import check_choice
 
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM, VARIABLE = "slimtune", "_SLIMTUNE_COMPLETE"
 
-completion_init()
+# Makes the shells known to typer, which does so by itself only where it brings options of its own for this.
+get_completion_inspect_parameters()
 
 
 def completion(

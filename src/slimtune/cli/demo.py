@@ -47,6 +47,7 @@ def demo(
 
     refuse_existing(output, overwrite)
     if quick:
+        # Smaller numbers that were typed stay.
         steps, held_out = min(steps, 12), min(held_out, 24)
     if not Demo(open_screen(works_on=True), output, steps, held_out, seed, is_quick=quick).run():
         raise typer.Exit(1)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Json, Overwrite, Quantize, TrustRemoteCode, flags, written
-from slimtune.cli.train import say_how_to_use, with_options
-from slimtune.console.screen import open_screen, print_json
+from slimtune.cli.options import (
+    BatchSize,
+    Epochs,
+    Json,
+    LearningRate,
+    MaxLength,
+    MaxSteps,
+    Method,
+    Overwrite,
+    Plans,
+    Quantize,
+    Rank,
+    Resume,
+    Seed,
+    TrustRemoteCode,
+    flags,
+    written,
+)
+from slimtune.cli.train import changed_recipe, show_results, with_options
+from slimtune.console.screen import open_screen
 from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,24 +81,18 @@ def distill(
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Where the teacher's stored tokens are kept.")
     ] = None,
-    method: Annotated[str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.")] = "lora",
-    rank: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="By default the method's own.")
-    ] = None,
-    epochs: Annotated[float, typer.Option(help="Times through the data.")] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after these steps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples at once.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Of an example, in tokens.")] = 1024,
+    method: Method = "lora",
+    rank: Rank = None,
+    learning_rate: LearningRate = None,
+    epochs: Epochs = 3.0,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 1024,
     quantize: Quantize = None,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that was broken off, to the same end.")
-    ] = False,
-    plans: Annotated[
-        bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")
-    ] = True,
+    resume: Resume = False,
+    plans: Plans = True,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -100,7 +110,6 @@ def distill(
     from slimtune.pipeline.train import run
     from slimtune.slim.distill import distill as distilled
     from slimtune.storage.atomic import refuse_existing
-    from slimtune.train.results import RESULTS
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
@@ -111,29 +120,21 @@ def distill(
         run(recipe, screen, overwrite, plans, resume)
     else:
         distilled(recipe, screen, overwrite, plans, resume, cache)
-    results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
-    say_how_to_use(screen, recipe, results["task_type"])
-    if as_json:
-        print_json({"output": recipe.output, **results})
+    show_results(screen, recipe, as_json)
 
 
 def _recipe(
     ctx: typer.Context, source: str, rest: list[str], data: str | None, output: Path | None, seq_kd: bool
 ) -> Recipe:
     """The recipe that the command line says. Raises: ConfigError."""
-    from slimtune.recipe.recipe import Recipe, overridden
-    from slimtune.storage.text_files import is_yaml, read_mapping
+    from slimtune.recipe.recipe import Recipe
+    from slimtune.storage.text_files import is_yaml
 
     typed = {name: value for name, value in written(ctx).items() if name not in AROUND}
     target = {} if output is None else {"output": str(output)}
     if is_yaml(source):
-        strange = {**typed, **({"data": data} if data else {}), **({"seq_kd": True} if seq_kd else {})}
-        if strange:
-            raise ConfigError(
-                f"{flags(strange)} does not go with a recipe; write settings as section.key=value behind it, for "
-                "example distillation.beta=0.5"
-            )
-        return Recipe.of(overridden(read_mapping(Path(source)), rest) | target)
+        strange = [*typed, *(["data"] if data else []), *(["seq_kd"] if seq_kd else [])]
+        return changed_recipe(Path(source), strange, rest, target, "distillation.beta=0.5")
     if not rest or "=" in rest[0]:
         raise ConfigError(f"no student was named to learn from {source}; pass a model behind it")
     if output is None:

@@ -120,6 +120,7 @@ def evaluate(
     _refuse_what_changes_nothing(typed, lm_eval, task, shots)
     source = EvaluatedModel(model, LoadOptions(dtype, device, trust_remote_code, quantize))
     if lm_eval is not None:
+        # None and not 0: a task of the harness has a number of its own.
         few = shots if "shots" in typed else None
         evaluation = _by_harness(source, lm_eval.split(","), lm_eval_path, batch_size, limit, few, lm_eval_chat)
     else:

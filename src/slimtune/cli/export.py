@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from slimtune.cli import proposals
-from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode
+from slimtune.cli.options import AdapterBase, Device, Dtype, Json, Output, Overwrite, TrustRemoteCode
 from slimtune.console.screen import open_screen, print_json
 
 
@@ -31,10 +31,11 @@ def export(
         typer.Option(
             "--type",
             metavar="TYPE",
-            help="Of the numbers in GGUF: F32, F16, BF16, Q8_0, Q4_0; a K-quant such as Q4_K_M by llama.cpp's program.",
+            help="Of the numbers in GGUF: F32, F16, BF16, Q8_0, Q4_0; a K-quant such as Q4_K_M by llama.cpp's program. "
+            "By default F16, and what slimtune quantize wrote keeps its codes.",
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")] = None,
+    base: AdapterBase = None,
     converter: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="llama.cpp's convert_hf_to_gguf.py, for architectures not known here."),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from slimtune.cli import proposals
-from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, attach
+from slimtune.cli.options import AdapterBase, Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, attach
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import AdapterFileError, ConfigError
 
@@ -17,7 +17,7 @@ def merge(
         str, typer.Argument(metavar="ADAPTER", help="The adapter folder.", autocompletion=proposals.models)
     ],
     output: Output,
-    base: Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")] = None,
+    base: AdapterBase = None,
     quantize: Annotated[
         str | None,
         typer.Option(metavar="KIND", help="Quantize the base first, as it was in training: nf4, fp4, int8 or int4."),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from slimtune.cli.proposals import dtypes, models, quantizations, torch_devices
+from slimtune.cli.proposals import dtypes, methods, models, quantizations, torch_devices
 from slimtune.errors import AdapterExistsError, AdapterFileError, ConfigError, listing
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ Adapters = Annotated[
     typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="An adapter's folder or Hub id; repeatable."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")]
+AdapterBase = Annotated[str | None, typer.Option(help="The base; without it, the one that the adapter names.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace files in the output folder, once the new ones are whole.")
 ]
@@ -76,8 +77,16 @@ TrustRemoteCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; what is for people goes to stderr.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-
-
+Method = Annotated[str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.", autocompletion=methods)]
+Rank = Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.")]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="By default the method's own.")]
+Epochs = Annotated[float, typer.Option(help="Times through the data.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop after these steps.")]
+BatchSize = Annotated[int, typer.Option(help="Examples at once.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Of an example, in tokens.")]
+Seed = Annotated[int, typer.Option(help="Of weights and order.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was broken off, to the same end.")]
+Plans = Annotated[bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")]
 Fields = Annotated[
     list[str],
     typer.Option(
@@ -114,12 +123,15 @@ def _as_key(option: str, arguments: list[str], options: Iterable[str]) -> str:
     from slimtune.recipe.recipe import keys, place_of, type_of
 
     name = option.lstrip("-").replace("-", "_")
+    # `--no-packing` is packing=false.
     place = place_of(name) or place_of(name.removeprefix("no_"))
     if not place:
         known = keys() | {own: f"--{own.replace('_', '-')}" for own in options}
+        # Among the command's own options too: most unknown options are misspelt ones.
         near = difflib.get_close_matches(name, known, n=1)
         return f"; did you mean {known[near[0]]}?" if near else ""
     index = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == option)
+    # Written as `--name=value`, or with the value as the next word.
     value = arguments[index].partition("=")[2] or "".join(arguments[index + 1 : index + 2])
     kind = type_of(place)
     if kind is bool:
@@ -132,7 +144,7 @@ def _as_key(option: str, arguments: list[str], options: Iterable[str]) -> str:
 
 
 def written(ctx: Any) -> dict[str, Any]:
-    """The options and arguments that were typed, with their values; not those at their defaults."""
+    """The options and arguments that were typed, with their values; defaults are left out."""
     # The source by its name, for typer carries a copy of click whose place changes.
     return {
         name: value
@@ -187,6 +199,15 @@ def load_text_model(model: str, adapters: Sequence[str], options: LoadOptions) -
     named = parse(adapters)
     loaded, tokenizer = load_model(model, "text", options)
     return attach(loaded, named), tokenizer
+
+
+def load_merged(model: str, options: LoadOptions) -> tuple[Any, Any]:
+    """A plain model and its tokenizer; of an adapter, its base with the adapter in its weights."""
+    from slimtune.models.load import load_model
+
+    # Merged: what comes next prunes or quantizes weights, and has no place for an adapter beside them.
+    loaded, tokenizer = load_model(model, None, options)
+    return loaded.merge_and_unload() if getattr(loaded, "peft_config", None) else loaded, tokenizer
 
 
 def attach(model: Any, adapters: dict[str, str]) -> Any:

@@ -19,7 +19,7 @@ KEYS = (
     "preferences.max_new_tokens",
 )  # fmt: skip
 """What of a recipe a plan depends on, beside its options."""
-WHAT, HOW, WHERE = "What is tuned", "Settings (by default the best that fit)", "Where"
+WHAT, HOW, WHERE, SERVED = "What is tuned", "Settings (by default the best that fit)", "Where", "Serving"
 
 
 def plan(
@@ -66,7 +66,17 @@ def plan(
             autocompletion=proposals.devices,
         ),
     ] = "auto",
-    devices: Annotated[int, typer.Option(help="GPUs that share the work (FSDP2).", rich_help_panel=WHERE)] = 1,
+    devices: Annotated[
+        int | None, typer.Option(help="GPUs that share the work, by FSDP2 or as --launch says.", rich_help_panel=WHERE)
+    ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|FILE.yaml",
+            help="How slimtune train would be launched: so many copies (DDP), or a file of accelerate.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     serve_on: Annotated[
         str | None,
         typer.Option(
@@ -90,6 +100,13 @@ def plan(
     merge: Annotated[
         bool, typer.Option("--merge", help="Say what merging the adapter takes too.", rich_help_panel=HOW)
     ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="What serving takes instead, and how fast it is.", rich_help_panel=SERVED)
+    ] = False,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Answers at once; 16, or as many as fit.", rich_help_panel=SERVED)
+    ] = None,
+    adapters: Annotated[int, typer.Option(min=0, help="Loaded at once, LoRA of --rank.", rich_help_panel=SERVED)] = 0,
     table: Annotated[
         bool, typer.Option("--table", help="The classic table: four methods by five sizes of model.")
     ] = False,
@@ -115,6 +132,10 @@ def plan(
 
     slimtune plan llama-3-70b --device H100 --devices 4 --base nf4 task=dpo
 
+    slimtune plan smollm2-135m-instruct --serve --slots 32 --adapters 8
+
+    slimtune plan llama-3-70b --device H100 --devices 8 --launch docs/scale/fsdp2.yaml
+
     slimtune plan --table --plot table.svg
     """
     if model is not None and "=" in model and not Path(model).exists():
@@ -136,14 +157,21 @@ def plan(
         if calibrate:
             return
         raise ConfigError("plan needs a MODEL, --table or --calibrate; try `slimtune plan llama-2-7b`")
+    if serve:
+        _serving(model, as_json, device, memory, base, slots, max_length, adapters, rank or 16, trust_remote_code)
+        return
+    if slots is not None or adapters:
+        raise ConfigError("--slots and --adapters would change nothing without --serve; leave them out")
     from slimtune.cli.plan_view import show
     from slimtune.plan.plan import plan as ask
 
     screen = open_screen(as_json)
+    count, sharing = _sharing(devices, launch)
     with screen.status("simulating..."):
         report = ask(
             model, _data(data, field), device, goal, method or None, base or None,  # type: ignore[arg-type]
-            rank=rank, batch_size=batch_size, max_length=max_length, devices=devices, served_on=serve_on,
+            rank=rank, batch_size=batch_size, max_length=max_length, devices=count, sharing=sharing,
+            served_on=serve_on,
             memory_gb=memory, price_per_hour=price, trust_remote_code=trust_remote_code, attention=attention,
             evaluation=bool(settings.pop("held_out", 0)), merge=merge, **settings,
         )  # fmt: skip
@@ -158,9 +186,58 @@ def plan(
     if as_json:
         print_json(report.to_dict())
     else:
-        show(screen, report)
+        show(screen, report, launch)
     if report.best is None:
         raise typer.Exit(NOTHING_FITS)
+
+
+def _serving(
+    model: str, as_json: bool, device_name: str, memory: float | None, base: list[str], slots: int | None,
+    context: int | None, adapters: int, rank: int, trust_remote_code: bool,
+) -> None:  # fmt: skip
+    from slimtune.cli.plan_view import show_serving
+    from slimtune.plan.devices import find
+    from slimtune.plan.memory import Setting
+    from slimtune.plan.plan import count, dtype_on, read_config
+    from slimtune.plan.serving import plan_serving
+    from slimtune.plan.time import rates_of
+
+    if len(base) > 1:
+        raise ConfigError("--serve plans one --base at a time; pass one, or none for the model as it is stored")
+    screen, device = open_screen(as_json), find(device_name).changed(memory)
+    with screen.status("simulating..."):
+        config = read_config(model, trust_remote_code)
+        numbers = count(config, "CAUSAL_LM", trust_remote_code)[1] * rank if adapters else 0
+        setting = Setting(
+            base=base[0] if base else "dense",  # type: ignore[arg-type]
+            dtype=dtype_on(config, device),
+            device="cpu" if device.is_cpu else "cuda",
+            trust_remote_code=trust_remote_code,
+        )
+        planned = plan_serving(config, device, slots, context, adapters, numbers, setting)
+    rates = rates_of(device)
+    if as_json:
+        print_json({"model": model, **planned.to_dict(rates)})
+    else:
+        show_serving(screen, model, planned, rates)
+    if not planned.fits:
+        raise typer.Exit(NOTHING_FITS)
+
+
+def _sharing(devices: int | None, launch: str | None) -> tuple[int, Any]:
+    """How many devices share the work, and how. Raises: ConfigError."""
+    from slimtune.pipeline.launch import read_launch
+    from slimtune.plan.memory import FSDP2, Sharing
+
+    if launch is None:
+        return 1 if devices is None else devices, FSDP2
+    chosen = read_launch(launch)
+    count = devices or chosen.processes
+    if count is None:
+        raise ConfigError(f"--launch {launch!r} doesn't say how many devices there are; pass --devices, too")
+    if chosen.processes not in (None, count) and not Path(launch).is_file():
+        raise ConfigError(f"--launch starts {chosen.processes} processes, and --devices says {devices}; leave one out")
+    return count, Sharing(chosen.shards, chosen.offloads, chosen.regathers)
 
 
 def _data(file: Path | None, field: list[str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -18,6 +19,9 @@ from slimtune.plan.table import COLOURS, ROWS, SIZES, TableCell
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.plan.serving import ServingPlan
+    from slimtune.plan.time import Rates
+
 BAR_WIDTH = 22
 LETTERS = {
     "weights": "w",
@@ -32,7 +36,7 @@ LETTERS = {
 """Of each part, where there are no colours."""
 
 
-def show(screen: Console, report: PlanReport) -> None:
+def show(screen: Console, report: PlanReport, launch: str | None = None) -> None:
     """All of a report."""
     _show_question(screen, report)
     _show_choices(screen, report)
@@ -52,8 +56,9 @@ def show(screen: Console, report: PlanReport) -> None:
         screen.print(f"  {verdict.engine} {'takes' if verdict.takes else 'refuses'} it: {verdict.note}", markup=False)
     if not best.engines:
         screen.print("  any engine takes it: the result is a whole model", markup=False)
-    screen.print("\nrun it:" if report.request.devices == 1 else "\non one device it would be:")
-    screen.print(f"  {report.command(best)}", markup=False)
+    screen.print("\nrun it:")
+    how = launch or ("docs/scale/fsdp2.yaml" if report.request.devices > 1 else "")
+    screen.print(f"  {report.command(best)}{f' --launch {how}' if how else ''}", markup=False)
 
 
 def _notes(choice: Choice, report: PlanReport) -> list[str]:
@@ -64,16 +69,55 @@ def _notes(choice: Choice, report: PlanReport) -> list[str]:
             f"tight: {choice.needed_bytes / device.memory_bytes:.0%} of the memory, and no plan was held against a GPU "
             "yet; a shorter --max-length, a smaller rank or batch gives it room"
         )
+    sharing = report.request.sharing
     if choice.merge_bytes is not None:
         notes.append(f"merging takes {_bytes(choice.merge_bytes)} of live tensors")
     if devices > 1:
         notes.append(
-            f"memory and time of {devices} devices are estimates for FSDP2: parameters and examples are divided, and "
+            f"memory and time of {devices} devices are estimates for {sharing.label}: "
+            f"{'parameters and examples' if sharing.shards else 'examples'} are divided, and "
             f"{duration.exchange_seconds / duration.seconds:.0%} of the time goes to what they exchange over "
-            f"{(report.request.device.link_bandwidth or 0) / 1e9:g} GB/s; slimtune train runs on one device, several "
-            "take the adopted model in transformers' Trainer under torchrun"
+            f"{(report.request.device.link_bandwidth or 0) / 1e9:g} GB/s"
         )
+        parts = asdict(choice.parts)
+        notes.append("each device holds " + ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items() if size))
+    if sharing.shards and devices > 1:
+        notes.append(
+            f"each process loads the base into main memory before it is divided: {devices} x "
+            f"{_bytes(choice.plan.peak.parts.weights)}"
+        )
+    if sharing.offloads:
+        notes.append("the times leave out what moves between main memory and the devices")
     return notes
+
+
+def show_serving(screen: Console, model: str, planned: ServingPlan, rates: Rates) -> None:
+    """What serving takes, line by line, and about how fast it is."""
+    device = planned.device
+    free = f", of which advice leaves {device.margin:.0%} free" if device.margin else ""
+    screen.print(
+        f"serving {model} on {device.name}: {device.memory_bytes / 1e9:.1f} GB{device.sold_as}{free}", markup=False
+    )
+    lines = [("base", _bytes(planned.weights_bytes), "")]
+    if planned.adapters:
+        each = f"{planned.adapters:,} x {_bytes(planned.adapter_bytes)}"
+        lines.append(("adapters", _bytes(planned.adapters * planned.adapter_bytes), each))
+    each = f"{planned.slots:,} x {_bytes(planned.slot_bytes)}, each a context of {planned.context:,} tokens"
+    lines.append(("slots", _bytes(planned.slots * planned.slot_bytes), each))
+    lines.append(("runtime", _bytes(planned.needed_bytes - planned.live_bytes), "context and fragmentation"))
+    lines.append(("needs", _bytes(planned.needed_bytes), f"{planned.most_slots:,} slots would fit at most"))
+    for name, size, why in lines:
+        screen.print(f"  {name:<9}{size:>9}  {why}".rstrip(), markup=False)
+    for note in planned.notes:
+        screen.print(f"  note: {note}", markup=False)
+    if not planned.fits:
+        screen.print("[bold red]it doesn't fit[/]: take fewer --slots, a shorter --max-length or a quantized --base")
+    speeds = " and ".join(
+        f"{planned.tokens_per_second(rates, n):,.0f} with {counted(n, 'answer')} at once"
+        for n in sorted({1, planned.slots})
+    )
+    how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
+    screen.print(f"tokens a second: about {speeds} ({how})")
 
 
 def show_classic(screen: Console, cells: Sequence[TableCell]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Model, Output, Overwrite, TrustRemoteCode
+from slimtune.cli.options import Device, Dtype, Json, Model, Output, Overwrite, TrustRemoteCode, load_merged
 from slimtune.console.progress import Counting
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
@@ -60,7 +60,7 @@ def prune(
 
     Example: slimtune distill smollm2-135m-instruct shorter --data chats.jsonl --output recovered
     """
-    from slimtune.models.load import LoadOptions, load_model
+    from slimtune.models.load import LoadOptions
     from slimtune.slim.prune import PruneConfig, batches_for, write_pruned
     from slimtune.slim.prune import prune as pruned
     from slimtune.slim.weights import WeightPruning, sparsity_line
@@ -71,9 +71,7 @@ def prune(
     said = {name: value for name, value in zeros.items() if value is not None}
     config = PruneConfig(layers, ffn, kv_heads, weights=WeightPruning(**said) if said else None)
     screen = open_screen(as_json)
-    loaded, tokenizer = load_model(model, None, LoadOptions(dtype, device, trust_remote_code))
-    if getattr(loaded, "peft_config", None):
-        loaded = loaded.merge_and_unload()
+    loaded, tokenizer = load_merged(model, LoadOptions(dtype, device, trust_remote_code))
     if data is not None and not config.needs_data:
         raise ConfigError("--data would change nothing with the method magnitude alone; leave it out")
     batches = batches_for(config, loaded, tokenizer, data)

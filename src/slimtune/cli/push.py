@@ -15,6 +15,8 @@ from slimtune.errors import PushError, SlimtuneError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.storage.push import Contents
+
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What train, merge, slim or export wrote.")],
@@ -38,16 +40,7 @@ def push(
     screen = open_screen(as_json)
     contents = contents_of(folder)
     whole = check_access(repository, private)
-    screen.print(
-        f"{contents.kind}: {len(contents.files)} files, {contents.bytes / 1e6:,.1f} MB, to {whole}"
-        + (f"; not pushed: {', '.join(contents.left_out)}" if contents.left_out else ""),
-        markup=False,
-    )
-    if contents.local_base:
-        screen.print(
-            f"[yellow]warning:[/] its base is {contents.local_base}, a folder of this machine; who loads the adapter "
-            "elsewhere has to pass the base"
-        )
+    _show(screen, contents, whole)
     pushed = upload(contents, whole, private, revision)
     if as_json:
         print_json({**vars(pushed), "files": contents.files, "bytes": contents.bytes, "left_out": contents.left_out})
@@ -62,10 +55,26 @@ def push_trained(screen: Console, output: Path, repository: str) -> str:
 
     try:
         contents = contents_of(output)
-        screen.print(f"pushing {len(contents.files)} files, {contents.bytes / 1e6:,.1f} MB, to {repository}")
+        _show(screen, contents, repository)
         pushed = upload(contents, repository)
     except SlimtuneError as error:
         again = shlex.join(["slimtune", "push", str(output), repository])
         raise PushError(f"the training is whole and in {output}, but {error}: {again}") from error
     screen.print(f"pushed to {pushed.url}", markup=False)
     return pushed.url
+
+
+def _show(screen: Console, contents: Contents, repository: str) -> None:
+    """Print what is pushed where, what stays, and that a base of this machine is nobody else's."""
+    from rich.markup import escape
+
+    screen.print(
+        f"{contents.kind}: {len(contents.files)} files, {contents.bytes / 1e6:,.1f} MB, to {repository}"
+        + (f"; not pushed: {', '.join(contents.left_out)}" if contents.left_out else ""),
+        markup=False,
+    )
+    if contents.local_base:
+        screen.print(
+            f"[yellow]warning:[/] its base is {escape(contents.local_base)}, a folder of this machine; who loads the "
+            "adapter elsewhere has to pass the base"
+        )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode
+from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, load_merged
 from slimtune.console.screen import open_screen, print_json
 
 
@@ -54,7 +54,7 @@ def quantize(
     after the other (GPTQ) by what the layers get to see on the data: take data like that which the model will see.
     """
     from slimtune.console.progress import Counting
-    from slimtune.models.load import LoadOptions, load_model
+    from slimtune.models.load import LoadOptions
     from slimtune.slim.data import calibration_batches
     from slimtune.slim.folder import quantize_to_folder
     from slimtune.slim.quantize import QuantizeConfig
@@ -62,9 +62,7 @@ def quantize(
 
     config = QuantizeConfig(scheme, method, group_size, head, ignore or (), strategy, not asymmetric)
     refuse_existing(output, overwrite)
-    loaded, tokenizer = load_model(model, None, LoadOptions(dtype, device, trust_remote_code))
-    if hasattr(loaded, "peft_config"):
-        loaded = loaded.merge_and_unload()
+    loaded, tokenizer = load_merged(model, LoadOptions(dtype, device, trust_remote_code))
     batches = _batches(loaded, tokenizer, data, calibration_batches) if config.needs_data else []
     screen = open_screen(as_json)
     with Counting(screen) as counting:
@@ -73,6 +71,8 @@ def quantize(
         print_json({"output": str(output), **report.to_dict()})
         return
     screen.print(str(report), markup=False)
+    if config.needs_data and data is None:
+        screen.print("calibrated on shipped texts; with --data like what the model will see it loses less there")
     size = sum(path.stat().st_size for path in output.iterdir())
     screen.print(f"{output}: {size / 1e6:,.0f} MB", markup=False)
 

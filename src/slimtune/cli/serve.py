@@ -33,7 +33,9 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Another one than the own machine needs --keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
-    slots: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Answers written at once; by default 16, or as many as fit.")
+    ] = None,
     context: Annotated[int | None, typer.Option(min=1, help="The most tokens of a prompt and its answer.")] = None,
     adapter_memory: Annotated[
         int | None, typer.Option(min=1, metavar="BYTES", help="What loaded adapters may take; idle ones make room.")
@@ -79,6 +81,7 @@ def serve(
     Example: slimtune serve smollm2-135m-instruct --adapters adapters --keys keys.yaml --host 0.0.0.0
     """
     _require_libraries()
+    from slimtune.engine.model import SLOTS
     from slimtune.models.load import LoadOptions
     from slimtune.serve.gateway import Gateway, GatewaySettings
     from slimtune.serve.registry import Registry
@@ -101,7 +104,7 @@ def serve(
     if engine == "embedded":
         backend = _backend(base, LoadOptions(dtype, device, trust_remote_code, quantize), slots, context)
     else:
-        backend = RemoteBackend(url, base, slots, url_key, loads=engine == "vllm", converted=converted)
+        backend = RemoteBackend(url, base, slots or SLOTS, url_key, loads=engine == "vllm", converted=converted)
     registry = Registry(backend, adapter_memory)
     if engine == "openai":
         for name, model in named.items():
@@ -133,7 +136,7 @@ def _require_libraries() -> None:
         raise MissingDependencyError(f"serving needs {error.name}: run `pip install 'slimtune[serve]'`") from error
 
 
-def _backend(base: str, options: LoadOptions, slots: int, context: int | None) -> Backend:
+def _backend(base: str, options: LoadOptions, slots: int | None, context: int | None) -> Backend:
     """What answers: an engine for a base that writes text, or an encoder. Raises: ConfigError."""
     from slimtune.engine.engine import Engine
     from slimtune.models.load import load_model

@@ -14,7 +14,11 @@ from slimtune.errors import ConfigError
 
 def slim(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE.yaml|NAME", help="A recipe; with --example the name of one that ships.")
+        str,
+        typer.Argument(
+            metavar="RECIPE.yaml|NAME|MODEL",
+            help="A recipe; with --example the name of one that ships; with --for a model or an adapter.",
+        ),
     ],
     overrides: Annotated[
         list[str], typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings changed.", show_default=False)
@@ -23,12 +27,17 @@ def slim(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="The folder to write; by default the recipe's.")
     ] = None,
     example: Annotated[
-        bool, typer.Option("--example", help="Print the recipe of that name: slim-depth or slim-width.")
+        bool, typer.Option("--example", help="Print the recipe of that name, such as slim-int4 or slim-all.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option("--for", metavar="ENGINE", help="Print the recipe for cpu, vllm or llama.cpp that fits --under."),
+    ] = None,
+    under: Annotated[str | None, typer.Option(metavar="SIZE", help="The most that is written, such as 100MB.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Prune and distil a model as a recipe says, with size, speed and quality measured after each step.
+    """Tune, prune, distil and quantize a model as a recipe says, with size, speed and quality after each step.
 
     Writes the last step's model with its report as HTML, Markdown, JSON and a picture. A step that loses more than the
     recipe's section stop allows is refused, and no output is written. Run again, it goes on behind the last step that
@@ -36,10 +45,18 @@ def slim(
 
     Example: slimtune slim slim-depth --example > recipe.yaml
 
+    Example: slimtune slim my-adapter --for cpu --under 100MB data.train=orders.jsonl > recipe.yaml
+
     Example: slimtune slim recipe.yaml data.train=orders.jsonl --output small
     """
     from slimtune.errors import did_you_mean
     from slimtune.slim.recipe import SlimRecipe, shipped
+
+    if engine is not None or under is not None:
+        if engine is None or under is None or example:
+            raise ConfigError("--for and --under go together, as --for cpu --under 100MB, and not with --example")
+        _print_recipe(recipe, engine, under, overrides, output)
+        return
 
     if example:
         known = shipped()
@@ -65,3 +82,17 @@ def slim(
         shown.add_row(*row.values())
     screen.print(shown)
     screen.print(f"written to {chosen.output}, with slim_report.html", markup=False)
+
+
+def _print_recipe(model: str, engine: str, under: str, overrides: list[str], output: Path | None) -> None:
+    """The recipe that fits, as YAML that this command takes."""
+    from slimtune.recipe.recipe import overridden
+    from slimtune.recipe.validation import read_as
+    from slimtune.slim.recipe import SlimRecipe
+    from slimtune.slim.target import recipe_for
+    from slimtune.storage.text_files import dump
+
+    values = recipe_for(model, engine, under, str(output or "small"))
+    values = overridden({"model": model, "data": {"train": "train.jsonl", "held_out": 0.1}} | values, overrides)
+    read_as(SlimRecipe, values)
+    say(dump(values), end="")

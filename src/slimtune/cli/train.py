@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slimtune.cli import proposals
-from slimtune.cli.options import TYPED, Fields, Json, Overwrite, Quantize, TrustRemoteCode, columns_of, flags, written
+from slimtune.cli.options import (
+    TYPED,
+    BatchSize,
+    Epochs,
+    Fields,
+    Json,
+    LearningRate,
+    MaxLength,
+    MaxSteps,
+    Method,
+    Overwrite,
+    Plans,
+    Quantize,
+    Rank,
+    Resume,
+    Seed,
+    TrustRemoteCode,
+    columns_of,
+    flags,
+    written,
+)
 from slimtune.cli.push import push_trained
 from slimtune.console.process import this_process
 from slimtune.console.screen import open_screen, print_json
@@ -48,28 +69,20 @@ def train(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="The folder to write; by default the recipe's."),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="One of those that [bold]slimtune methods[/] lists.", autocompletion=proposals.methods)
-    ] = "lora",
-    rank: Annotated[int | None, typer.Option("--rank", "--r", help="Rank of the update; 16 for lora.")] = None,
+    method: Method = "lora",
+    rank: Rank = None,
     alpha: Annotated[float | None, typer.Option(help="Scale is alpha / rank; 2 * rank for lora.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="By default the method's own.")
-    ] = None,
-    epochs: Annotated[float, typer.Option(help="Times through the data.")] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after these steps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples at once.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Of an example, in tokens.")] = 1024,
+    learning_rate: LearningRate = None,
+    epochs: Epochs = 3.0,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 1024,
     field: Fields = [],  # noqa: B006
     quantize: Quantize = None,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that was broken off, to the same end.")
-    ] = False,
-    plans: Annotated[
-        bool, typer.Option("--plan/--no-plan", help="Refuse what can't fit before anything is loaded.")
-    ] = True,
+    resume: Resume = False,
+    plans: Plans = True,
     launch: Annotated[
         str | None,
         typer.Option(
@@ -106,7 +119,6 @@ def train(
     from slimtune.pipeline.train import run
     from slimtune.storage.atomic import refuse_existing
     from slimtune.storage.push import check_access
-    from slimtune.train.results import RESULTS
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
@@ -115,19 +127,8 @@ def train(
     if launch is not None:
         raise typer.Exit(_launched(ctx, launch, recipe))
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
-    if not this_process().is_main:
-        return
-    results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
-    say_how_to_use(open_screen(as_json), recipe, results["task_type"])
-    if repository:
-        results["pushed"] = None
-    try:
-        if repository:
-            results["pushed"] = push_trained(open_screen(as_json), Path(recipe.output), repository)
-    finally:
-        # A push that fails takes nothing back of the training.
-        if as_json:
-            print_json({"output": recipe.output, **results})
+    if this_process().is_main:
+        show_results(open_screen(as_json), recipe, as_json, repository)
 
 
 def _launched(ctx: typer.Context, how: str, recipe: Recipe) -> int:
@@ -136,31 +137,52 @@ def _launched(ctx: typer.Context, how: str, recipe: Recipe) -> int:
     from slimtune.pipeline.launch import launch
 
     typed = list(ctx.meta[TYPED])
+    # Taken out, or each of the processes would launch as many others.
     place = next(i for i, word in enumerate(typed) if word.partition("=")[0] == "--launch")
     del typed[place : place + (1 if "=" in typed[place] else 2)]
+    # It stands in front of the command, and so isn't among the command's own arguments.
     debug = ["--debug"] if ctx.parent is not None and ctx.parent.params.get("debug") else []
     return launch(how, [*debug, "train", *typed], pick_device(recipe.model.device).partition(":")[0])
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
-    from slimtune.recipe.recipe import Recipe, overridden
-    from slimtune.storage.text_files import is_yaml, read_mapping
+    from slimtune.recipe.recipe import Recipe
+    from slimtune.storage.text_files import is_yaml
 
     typed = {name: value for name, value in written(ctx).items() if name not in WITH_A_RECIPE}
     target = {} if output is None else {"output": str(output)}
     if is_yaml(source):
-        if typed:
-            raise ConfigError(
-                f"{flags(typed)} does not go with a recipe; write settings as section.key=value behind it, for "
-                "example training.learning_rate=1e-4"
-            )
-        return Recipe.of(overridden(read_mapping(Path(source)), rest) | target)
+        return changed_recipe(Path(source), typed, rest, target, "training.learning_rate=1e-4")
+    # A data file may have an equals sign in its name.
     if not rest or ("=" in rest[0] and not Path(rest[0]).exists()):
         raise ConfigError(f"no data was named to train {source} on; pass a data file behind it, or a recipe.yaml")
     if output is None:
         raise ConfigError("no folder was named to write; pass --output DIR")
     sections = {"model": {"name": source}, "data": {"train": rest[0]}, **target}
     return Recipe.of(with_options(sections, typed, rest[1:]))
+
+
+def changed_recipe(
+    path: Path, typed: Iterable[str], overrides: Sequence[str], target: dict[str, str], example: str
+) -> Recipe:
+    """The recipe of a file, changed by `section.key=value` and by where it writes.
+
+    Args:
+        typed: options that make a recipe of their own, of which none goes with a file.
+        example: of what to write in their place.
+
+    Raises:
+        ConfigError: there are some, or the recipe can't be.
+    """
+    from slimtune.recipe.recipe import Recipe, overridden
+    from slimtune.storage.text_files import read_mapping
+
+    if typed:
+        raise ConfigError(
+            f"{flags(typed)} does not go with a recipe; write settings as section.key=value behind it, for example "
+            f"{example}"
+        )
+    return Recipe.of(overridden(read_mapping(path), overrides) | target)
 
 
 def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -173,6 +195,7 @@ def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: lis
         sections["data"]["fields"] = fields
     sections["method"] = {"name": method.name}
     strangers: list[str] = []
+    # Options and overrides are one list of settings: the second one of a key isn't allowed to win in silence.
     twice = {f"data.fields.{name}" for name in sections["data"].get("fields", {})}
     for name, value in typed.items():
         place = f"method.{field_of(method, name)}" if name in ("rank", "alpha") else place_of(name)
@@ -196,10 +219,25 @@ def with_options(sections: dict[str, Any], typed: dict[str, Any], overrides: lis
     return overridden(sections, overrides)
 
 
-def say_how_to_use(screen: Console, recipe: Recipe, task_type: str) -> None:
-    """Print where the output is, and the command that tries it."""
-    from slimtune.train.card import use_of
+def show_results(screen: Console, recipe: Recipe, as_json: bool, repository: str | None = None) -> None:
+    """Print where the output is and the command that tries it, and for machines what came out.
 
-    use = use_of(task_type, recipe.output)
+    Args:
+        repository: of the Hub, where the output is pushed.
+    """
+    from slimtune.train.card import use_of
+    from slimtune.train.results import RESULTS
+
+    results = json.loads((Path(recipe.output) / RESULTS).read_text(encoding="utf-8"))
+    use = use_of(results["task_type"], recipe.output)
     use += f" --quantize {recipe.model.quantize}" if recipe.model.quantize else ""
     screen.print(f"written to {recipe.output}; try it:  {use}", markup=False)
+    if repository:
+        results["pushed"] = None
+    try:
+        if repository:
+            results["pushed"] = push_trained(screen, Path(recipe.output), repository)
+    finally:
+        # A push that fails takes nothing back of the training.
+        if as_json:
+            print_json({"output": recipe.output, **results})

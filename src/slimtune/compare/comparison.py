@@ -52,6 +52,8 @@ class Comparison:
 
         folder = self.setup.folder
         try:
+            # Not waiting: a second command in the same folder is a mistake. The system frees the lock of a process that
+            # was killed.
             with FileLock(folder / ".lock", timeout=0):
                 run_all(self.setup, self.runs, watcher, self._write)
                 return self._write()
@@ -102,6 +104,7 @@ def prepare(
     settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
     base = Recipe.of(values).trusting(trust_remote_code)
     if trust_remote_code:
+        # Into the values as well, for the processes of the runs read those and not this object.
         values["model"] |= {"trust_remote_code": True}
     data = output / DATA if scratch is None else scratch
     setup = ComparisonSetup(output, values, settings, data / TRAIN, data / QUESTIONS)
@@ -162,6 +165,7 @@ def _writes_text(model: ModelSettings) -> bool:
     from slimtune.plan.build import config_of
 
     named = config_of(model.source, model.trust_remote_code).architectures or []
+    # Classes of code that comes with the model aren't transformers'; they are taken to write text.
     return all(getattr(transformers, name).can_generate() for name in named if hasattr(transformers, name))
 
 
@@ -183,6 +187,7 @@ def _written(base: Recipe, settings: CompareSettings, data: Path, before: Compar
             # The source is gone, and what was written of it is all that is needed.
             return before.data
         written = (TRAIN, QUESTIONS)
+        # By bytes: the file is written by this code in a fixed order, so that equal rows are equal bytes.
         changed = any((Path(fresh) / name).read_bytes() != (data / name).read_bytes() for name in written)
     if changed:
         raise OutputExistsError(

@@ -54,6 +54,7 @@ class Estimate:
     def seconds(self) -> float | None:
         """Of all that is still to be done."""
         left = [line.seconds_left for line in self.lines]
+        # One unknown makes the sum unknown: a total that leaves something out reads like a total.
         return None if None in left else sum(value for value in left if value is not None)
 
 
@@ -92,12 +93,15 @@ def estimate(setup: ComparisonSetup, runs: Sequence[Run]) -> Estimate:
 def _seconds(setup: ComparisonSetup, run: Any, planned: Planned) -> float:
     candidate = run.candidate
     questions = sum(1 for _ in setup.questions.open(encoding="utf-8"))
+    # Of one example; questions come from the same file and are taken to be as long.
     tokens = planned.tokens_a_step / _batch(setup, run)
     seconds = START_SECONDS
     for stage in stages_of(setup, run):
+        # Each stage reads the weights again, whatever the one before it had in memory.
         seconds += LOAD_SECONDS
         if stage.name == "train":
             known = planned.steps.get((candidate.method or "", _base(setup, candidate)))
+            # Of a method and base that the planner left out, the slowest step of the others is the safer guess.
             seconds += _steps(setup, run) * (known or max(planned.steps.values()))
         elif stage.name == "evaluate" and setup.kind == "classification" and candidate.is_trained:
             seconds += questions * tokens * planned.read_seconds
@@ -107,6 +111,7 @@ def _seconds(setup: ComparisonSetup, run: Any, planned: Planned) -> float:
             seconds += math.ceil(questions / ASKED_AT_ONCE) * ANSWER_TOKENS * planned.write_seconds
         elif stage.name == "forgetting":
             share = 1.0 if setup.settings.texts is None else min(1.0, setup.settings.texts / 20)
+            # Twice: the base and the tuned model read the same texts.
             seconds += 2 * share * TEXTS_TOKENS * planned.read_seconds
         else:
             seconds += SPECTRA_SECONDS
@@ -138,6 +143,7 @@ def _plan(setup: ComparisonSetup, candidates: Sequence[Candidate]) -> tuple[Plan
     try:
         report = plan(
             recipe.model.source, setup.train,
+            # Without a trained candidate the planner still says how fast this machine reads the weights.
             methods=sorted({candidate.method or "" for candidate in candidates}) or ["lora"],
             bases=sorted({_base(setup, candidate) for candidate in candidates}) or None, batch_size=training.batch_size,
             gradient_accumulation=training.gradient_accumulation,

@@ -60,10 +60,12 @@ def run(stages: Sequence[Stage], folder: Path, log: Path, listener: Listener) ->
     Ctrl-C asks the process to end, waits, and goes on upwards: unlike in a shell, the process doesn't hear it itself,
     and so can't take it for the wish to keep half a training.
     """
+    # Not forked: CUDA can't be used in a fork of a process that has used it.
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(list(stages), folder, log, sender))
     process.start()
+    # The parent's end: while it is open, the reader never sees the end of the pipe.
     sender.close()
     try:
         stage, failure = _listen(receiver, process, stages[0].name, listener)
@@ -133,7 +135,9 @@ def _work(stages: Sequence[Stage], folder: Path, log: Path, sender: Connection) 
 
 def _leave_the_terminal(log: Path) -> None:
     """Print to the log, hear no Ctrl-C, and end with the parent: else it would compete with the run that goes on."""
+    # Tables in a log have no terminal to take their width from; tokenizers warns of every fork after it ran in threads.
     os.environ |= {"COLUMNS": "200", "TOKENIZERS_PARALLELISM": "false"}
+    # A session of its own, since a terminal sends Ctrl-C to all processes of its session's foreground group.
     if hasattr(os, "setsid"):
         os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -155,6 +159,7 @@ class _Reporter:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
+        # The last report always goes out, so that no stage seems to end short of its total.
         if done >= total or now - self.last > REPORT_SECONDS:
             self.sender.send((done, total))
             self.last = now
@@ -170,6 +175,7 @@ def _sentence(error: Exception) -> str:
 
 def _free_memory() -> None:
     """The model of a stage must not stand beside that of the next one."""
+    # Models refer to themselves through hooks, so that they aren't freed by count alone.
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

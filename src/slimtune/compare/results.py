@@ -18,6 +18,7 @@ RESULT = "result.json"
 
 
 class _Strict(BaseModel):
+    # Forbidden: what a later version adds means something, and would be lost where a file is written anew.
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
@@ -60,7 +61,7 @@ class Training(_Strict):
     """Of the weights that are written."""
     learning_rate: float
     final_loss: float | None
-    """None where it was no number."""
+    """None where it was NaN or infinite."""
 
 
 class DomainLosses(_Strict):

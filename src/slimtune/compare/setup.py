@@ -50,6 +50,7 @@ def recipe_of(setup: ComparisonSetup, run: Run) -> dict[str, Any]:
     candidate, sections = run.candidate, setup.recipe
     fields = {name: _value(text) for name, text in candidate.fields if name != LEARNING_RATE}
     training = {**(sections.get("training") or {}), "seed": run.seed}
+    # Dropped first: where nothing names a rate for this method, it is to have its own and not the recipe's.
     training.pop(LEARNING_RATE, None)
     training |= {LEARNING_RATE: rate} if (rate := _learning_rate(setup, candidate)) is not None else {}
     if setup.settings.max_steps is not None:
@@ -142,6 +143,7 @@ def _learning_rate(setup: ComparisonSetup, candidate: Candidate) -> float | None
     if named is not None:
         return rates[named]
     own = (setup.recipe.get("method") or {}).get("name", "lora")
+    # By the class of the config, which lora and dora share.
     is_alike = find(own).config is find(candidate.method or own).config
     return (setup.recipe.get("training") or {}).get(LEARNING_RATE) if is_alike else None
 

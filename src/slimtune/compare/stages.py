@@ -58,12 +58,14 @@ def _can_resume(place: Path) -> bool:
     from slimtune.train.run_folder import folder_of
 
     broken_off = folder_of(place / TUNED)
+    # A result there says that the run ended by itself: as a failure, whose checkpoint may be what it failed with.
     return not (place / RESULT).is_file() and broken_off.is_dir() and last_whole(broken_off) is not None
 
 
 def _source(setup: ComparisonSetup, run: Run, name: str) -> EvaluatedModel:
     """The model of this name, loaded as it was while it was tuned."""
     fields = ("dtype", "device", "trust_remote_code", "quantize")
+    # Quantized as it was trained: an adapter on the 16-bit base would answer for weights that it never saw.
     given = {key: value for key, value in model_of(setup, run.candidate).items() if key in fields and value}
     return EvaluatedModel(name, LoadOptions(**given))
 
@@ -118,6 +120,7 @@ def evaluate(
     from slimtune.evaluate.scorers import EvaluationSettings
     from slimtune.evaluate.tasks import open_task
 
+    # Over a finished file only: what a killed run has answered lies beside it, and is gone on from.
     file = source.answer_file(answers, overwrite=True)
     former = None if examples is None else open_task(str(examples))
     settings = EvaluationSettings(scorer, max_new_tokens)
@@ -179,6 +182,8 @@ def _score(path: Path, answers: Path) -> RunScore:
     lines = _answer_lines(answers)
     with reading(path):
         evaluation = json.loads(path.read_bytes())
+        # Two files, written one after the other: a kill between them leaves answers of one evaluation beside the score
+        # of another.
         if len(lines) != evaluation["count"]:
             raise DataError(
                 f"{answers} has {len(lines)} answers of {evaluation['count']}; delete its folder to run it again"

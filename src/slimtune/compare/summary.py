@@ -147,6 +147,8 @@ class Summary:
 
     def pair(self, first: CandidateRow, second: CandidateRow) -> PairedTest | None:
         """Their test, whichever came first; None where no seed was done by both."""
+        # A set, since a pair is tested once: its sign is the first one's minus the second's, which `is_better` turns
+        # round.
         names = {first.name, second.name}
         return next((pair for pair in self.pairs if {pair.first, pair.second} == names), None)
 
@@ -187,6 +189,7 @@ def summarize(candidates: Sequence[Candidate], results: Sequence[Result], seeds:
 
 def _scorer(scores: Sequence[RunScore]) -> tuple[str, bool]:
     """What all scores are and whether more is better; raises DataError if they differ."""
+    # The number of questions, too: paired tests take question i of one run with question i of the other.
     kinds = {(score.name, score.higher_is_better, len(score.per_question)) for score in scores}
     if len(kinds) > 1:
         listed = ", ".join(f"{name} on {count} questions" for name, _, count in sorted(kinds))
@@ -206,6 +209,7 @@ def _pairs(rows: Sequence[CandidateRow]) -> list[tuple[str, str]]:
 
 def _row(candidate: Candidate, results: Sequence[Result], seeds: int) -> CandidateRow:
     wanted = seeds if candidate.is_seeded else 1
+    # Runs of more seeds may lie in the folder from before; a mean over them would have more runs than it says.
     inside = sorted((result for result in results if result.seed < wanted), key=lambda result: result.seed)
     done = tuple(result for result in inside if result.status == "done")
     failed = tuple(result for result in inside if result.status == "failed")
@@ -218,6 +222,7 @@ def _scores(row: CandidateRow) -> SeedScores:
 
 
 def _have_common_seed(first: SeedScores, second: SeedScores) -> bool:
+    # A candidate without training has one result for all seeds, which pairs with each of the other's.
     return not (first.is_seeded and second.is_seeded) or bool(set(first.by_seed) & set(second.by_seed))
 
 

@@ -15,5 +15,6 @@ def sentence_of(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return "main memory ran out; lower --batch-size or --max-length, or take a smaller model"
     if isinstance(error, OSError):
+        # `strerror` and not `str(error)`, which begins with a number of the system's that says nothing to most.
         return one_line(f"{error.filename or 'the file system'}: {error.strerror or error}")
     return None

@@ -22,6 +22,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("a plot needs matplotlib: run `pip install 'slimtune[train]'`") from error
+    # The class itself and not pyplot, which keeps every figure alive and looks for a display.
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -14,6 +14,8 @@ def escaped(text: str) -> str:
 
 def code(text: str) -> str:
     """Text as code, behind more backticks than it has in a row."""
+    # A run of n backticks inside ends only at a fence of more than n (CommonMark, 6.1).
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     inner = one_line(" ".join(text.split())).replace("<", "&lt;")
+    # A space at either end keeps a backtick of the text from joining the fence; a page shows it without them.
     return f"{fence}{inner}{fence}" if len(fence) == 1 else f"{fence} {inner} {fence}"

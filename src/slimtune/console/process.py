@@ -47,6 +47,7 @@ class Process:
 def this_process() -> Process:
     """This process; of one alone, rank 0 of 1. Raises: ConfigError, for an environment that says half of it."""
     count = _number(_COUNT)
+    # Some schedulers set WORLD_SIZE=1 for whatever they start.
     if count in (None, 1):
         return Process()
     rank, local_rank = _number(_RANK), _number(_LOCAL_RANK)

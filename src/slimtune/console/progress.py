@@ -49,6 +49,7 @@ class Counting:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=screen,
+            # A pipe has no line to write over: there each refresh would be a line of its own.
             disable=not screen.is_terminal,
         )
         self.what, self.total, self.done, self.first = "", 0, 0, 0
@@ -94,6 +95,7 @@ class Counting:
         if Counting.report is not None:
             Counting.report(done, self.total)
         now = time.monotonic()
+        # The mean since the stage began, and not that of the last units: the time left would jump otherwise.
         rate = (done - self.first) / max(now - self.began, 1e-9)
         beside = beside or f"{rate:,.{0 if rate >= 10 else 1}f}/s"
         self.bar.update(self.task, completed=done, total=self.total, beside=beside)

@@ -34,6 +34,7 @@ def printable(text: str, layout: frozenset[str] = _LAYOUT) -> str:
     Args:
         layout: control characters that stay; line breaks and tabs, unless the text has to stay on one line.
     """
+    # Nearly all text ends here, at the speed of C.
     if text.isprintable():
         return text
     kept = layout | _JOINERS
@@ -56,6 +57,7 @@ def open_screen(as_json: bool = False, works_on: bool = False) -> Console:
         works_on: whether the work goes on, unheard, once the reader of the output has gone (`| head`); for what
             writes to disk. Otherwise that is a BrokenPipeError.
     """
+    # Soft-wrapped, so that rich breaks no line: a sentence that is copied has no line breaks in it.
     screen: Any = _console_class()(stderr=as_json, highlight=False, soft_wrap=True)
     screen.works_on = works_on
     return screen
@@ -64,6 +66,7 @@ def open_screen(as_json: bool = False, works_on: bool = False) -> Console:
 def silence(stream: TextIO) -> None:
     """Send nowhere what a stream whose reader has gone still holds, and what is written to it from now on."""
     with contextlib.suppress(OSError, ValueError):
+        # At the descriptor and not the object: Python flushes the stream once more as it ends, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -150,6 +150,7 @@ class PeftConfig:
         if constraint and self.constraint:  # pyright: ignore[reportAttributeAccessIssue]
             # By another name: who reads the weights without the constraint computes something else.
             own |= {"constraint": constraint, "peft_type": f"{CONSTRAINED}{self.peft_type}"}
+        # The order is one of precedence: what is unknown to the class never hides a field that it has.
         return dict(self.inert) | self.foreign | own
 
     @classmethod
@@ -163,12 +164,14 @@ class PeftConfig:
         if fields.get("constraint"):
             peft_type = str(peft_type).removeprefix(CONSTRAINED)
             fields = {**fields, "peft_type": peft_type}
+        # From the file and not from `cls`: `PeftConfig.from_pretrained` is how callers ask before they know the method.
         owner = method(str(peft_type)) if peft_type else cls
         if owner is PeftConfig:
             raise ConfigError(f"peft_type must name a method, found {peft_type!r}; known are {listing(methods())}")
         if not issubclass(owner, cls):
             raise ConfigError(f"this is a {peft_type} adapter, not one for {cls.__name__}")
         known = {f.name for f in dataclasses.fields(owner)}
+        # Unknown fields are kept apart and written back by `to_dict`: reading and saving must lose nothing of a file.
         config = owner(**{name: value for name, value in fields.items() if name in known})
         config.foreign = {name: value for name, value in fields.items() if name not in known}
         for name, value in config.foreign.items():
@@ -201,7 +204,7 @@ class PeftConfig:
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> Any:
         """Push `adapter_config.json` alone; takes what transformers' `push_to_hub` takes."""
-        from transformers.utils import PushToHubMixin
+        from transformers.utils.hub import PushToHubMixin
 
         class Pushed(PushToHubMixin):
             def save_pretrained(self, folder: str, **_: Any) -> None:
@@ -213,6 +216,7 @@ class PeftConfig:
     @classmethod
     def check_foreign(cls, name: str, value: Any) -> None:
         """Let a field pass that changes nothing. Raises: ConfigError, for one that would."""
+        # At its neutral value the field changes nothing, whatever it is called: files of a newer `peft` stay readable.
         if name in cls.inert and value == cls.inert[name]:
             return
         if name not in cls.inert and value in (None, False, "", [], {}):
@@ -238,6 +242,7 @@ class TargetedConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.constraint = ConstraintConfig.of(self.constraint)
+        # A set, as `peft` makes it: the order of names has no meaning, and two configs compare equal.
         self.target_modules = _names(self.target_modules)
         self.exclude_modules = _names(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
@@ -289,6 +294,7 @@ _methods: dict[str, type[PeftConfig]] = {}
 def register(config: type[C]) -> type[C]:
     """Enrol a method by its config; constructor arguments that don't exist are refused with a suggestion."""
     plain_init = config.__init__
+    # Before it is wrapped: the wrapper's own signature takes anything.
     known = [name for name in inspect.signature(plain_init).parameters if name != "self"]
 
     @functools.wraps(plain_init)
@@ -314,6 +320,8 @@ def register(config: type[C]) -> type[C]:
     config.__init__ = checked_init
     # Of this very class: a method derived from LoRA's config isn't one that `peft` reads.
     config.in_peft = vars(config).get("in_peft", False)
+    # An instance by defaults, since `peft_type` is a field and not a class attribute; every method must be
+    # constructible so.
     _methods[config().peft_type or ""] = config
     return config
 

@@ -54,7 +54,10 @@ class Mask(Constraint):
     def __init__(self, site: Site, holds_weight: bool) -> None:
         super().__init__()
         weight_OI = site.base.weight(site.module)
+        # Counts and not the mask itself: (out,) int32 goes into the adapter's file and tells bases apart nearly as
+        # well.
         self.register_buffer("kept", _kept(weight_OI))
+        # A trained copy may take any value, 0 included, so that what it was at the start has to be remembered.
         self.register_buffer("bits", weight_OI != 0 if holds_weight else None, persistent=False)
 
     def hold(self, folded_OI: Tensor, frozen_OI: Tensor) -> Tensor:
@@ -63,6 +66,7 @@ class Mask(Constraint):
 
 
 def _kept(weight: Tensor) -> Tensor:
+    # A convolution's (out, in, kh, kw) counts as (out, in kh kw).
     return (weight != 0).flatten(1).sum(1, dtype=torch.int32)
 
 
@@ -85,6 +89,7 @@ class Grid(Constraint):
         self.bits, self.group_size = bits, group_size
         self._start_OG = start_OG
         spec = site.spec
+        # (out, groups): input i of row o has the scale [o, i // group_size].
         groups = 1 if group_size is None else spec.shape[1] // group_size
         scales = torch.zeros(spec.shape[0], groups, device=spec.device)
         if learns:
@@ -99,6 +104,7 @@ class Grid(Constraint):
         if self._start_OG is None:
             self._start_OG = grid.searched_scales(weight_OI, self.group_size or weight_OI.shape[1], self.bits)
         self.scales.copy_(self._start_OG)
+        # Let go of: the base's own tensor, which would stay alive with the module.
         self._start_OG = None
 
     def hold(self, folded_OI: Tensor, frozen_OI: Tensor) -> Tensor:
@@ -116,9 +122,11 @@ class _OnGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_OI: Tensor, scales_OG: Tensor, bits: int) -> Tensor:
         stored = scales_OG.to(grid.SCALE_DTYPE)
+        # By the scales as they are stored, in 16 bits: codes of finer scales would be others than those in the file.
         codes = grid.nearest_codes(weight_OI, stored, bits)
         ctx.bits = bits
         if ctx.needs_input_grad[1]:
+            # Only for scales that learn; without, the backward pass needs nothing but the gradient itself.
             ctx.save_for_backward(weight_OI, stored)
         return grid.expand(codes, stored, weight_OI.dtype)
 
@@ -136,10 +144,12 @@ def _scale_gradient(g_OI: Tensor, weight_OI: Tensor, scales_OG: Tensor, bits: in
     """dL/ds: of each weight its code less w / s within the codes, its code beyond them; (out, groups)."""
     shape = (*scales_OG.shape, -1)
     scales = scales_OG.float().unsqueeze(-1)
+    # A scale of 0 is that of a group of zeros: 0 / 1 rounds to 0 as well, without a NaN.
     ratio = weight_OI.float().view(shape) / torch.where(scales == 0, 1.0, scales)
     lowest, highest = grid.code_range(bits)
     codes = ratio.round().clamp_(lowest, highest)
-    # In place from here on: each tensor is as large as the weight, in float32.
+    # With r = w / s: d(s round(r))/ds = round(r) - r inside of the codes, and the outermost code beyond them. In place:
+    # each tensor is as large as the weight, in float32.
     slope = codes.sub_(ratio.masked_fill_((ratio < lowest) | (ratio > highest), 0.0))
     gradient_OG = torch.linalg.vecdot(g_OI.float().view(shape), slope)
     # LSQ's factor: a scale moves all weights of its group, and its gradient would be as much larger.
@@ -160,18 +170,23 @@ class Constrained(Delta):
 
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         module = base.module
+        # A forward that isn't x W^T + b is run as it is, on a module that reads the merged weight in place of its own.
         if base.base.kind != "linear" or not base.base.is_textbook(module) or args or kwargs:
             return base.under(self.read_as(module), x, *args, **kwargs)
 
+        # Called in the forward pass and again in the backward: the merged weight, as large as the base's, isn't kept
+        # between.
         def build() -> tuple[Tensor, Tensor | None]:
             dense = self._merged(module)
             return dense["weight"], dense.get("bias")
 
+        # Low-rank parts with the gradient straight through: dL/dA and dL/dB follow without dL/dW, which is (out, in).
         parts = self.inner.row_parts(base) if self._is_straight and not is_traced() else None
         if parts is not None and parts.input is None and parts.output is None:
             own = base.bias
             bias_O = own if parts.bias is None else parts.bias if own is None else (own + parts.bias).to(own.dtype)
             return straight_linear(x, build, bias_O, parts.a, parts.b)
+        # Named one by one, since autograd doesn't see what `build` closes over.
         trained = [p for p in (*self.parameters(), *self.stand_ins().values()) if p.requires_grad]
         return rebuilt_linear(x, build, list(dict.fromkeys(trained)))
 
@@ -179,6 +194,7 @@ class Constrained(Delta):
     def _is_straight(self) -> bool:
         """Whether the gradient of the merged weight is that of the folded one."""
         grids = [each for each in self.constraints.values() if isinstance(each, Grid)]
+        # A mask zeroes some of the gradient, and scales that learn need all of it.
         return len(grids) == len(self.constraints) > 0 and not any(each.scales.requires_grad for each in grids)
 
     def _merged(self, module: Any) -> Dense:
@@ -200,6 +216,7 @@ class Constrained(Delta):
         weight = folded["weight"]
         for constraint in self.constraints.values():
             weight = constraint.hold(weight, frozen["weight"])  # type: ignore[operator]
+        # The bias is left as it was folded: a grid or a mask is one of weights.
         return folded | {"weight": weight}
 
     def initialise(self, config: Any, site: Site) -> None:
@@ -232,6 +249,7 @@ class Constrained(Delta):
 
     def excludes(self, other: Any) -> bool:
         """Beside any other: their sum would be off the constraint."""
+        # One adapter at a time: each is on the grid by itself, and the sum of two is on none.
         return True
 
     def to_disk(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

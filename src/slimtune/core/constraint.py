@@ -45,6 +45,7 @@ class ConstraintConfig:
         if self.num_bits != 4 and self.group_size is not None:
             raise ConfigError("constraint.group_size is of 4 bits, and 8 bits have a scale a row; leave it out")
         if self.num_bits == 4 and self.group_size is None:
+            # Written in, so that a stored config says what it was trained with even where a later default is another.
             object.__setattr__(self, "group_size", DEFAULT_GROUP)
         if self.group_size not in (None, *GROUPS):
             known = ", ".join(map(str, GROUPS))

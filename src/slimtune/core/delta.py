@@ -95,10 +95,13 @@ class Base(ABC):
 
     def repack(self, module: nn.Module, dense: Dense) -> Dense:
         """The inverse of `dense`: the tensors as the module stores them."""
+        # Contiguous: safetensors refuses strided tensors, and a Conv1D's product wants its rows in order.
         return dense | {"weight": dense["weight"].t().contiguous()} if self.is_transposed else dense
 
     def is_textbook(self, module: nn.Module) -> bool:
         """Whether the module computes its kind's textbook product and nothing else."""
+        # By the function and not by the class: a subclass that leaves `forward` alone is as good, one with its own
+        # isn't.
         forward = getattr(type(module), "adopted_from", type(module)).forward
         return forward in {kind.forward for kind in self.module_types if not isinstance(kind, str)}
 
@@ -144,6 +147,7 @@ class Frozen:
 
     def __init__(self, module: Any, base: Base, call: Callable[..., Any]) -> None:
         self.module, self.base, self.call = module, base, call
+        # For this call alone: kept beyond it, an expanded weight would undo what the codes save.
         self._weight: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,6 +267,7 @@ class Delta(nn.Module):
     def hold(self, site: Site, *names: str) -> None:
         """Train copies of these parameters of the module in place of its own."""
         own = {name: site.base.floating(site.module, name) for name in names}
+        # Clones: the base stays frozen and shared, whatever this delta learns.
         self.whole = nn.ParameterDict({name: p.detach().clone() for name, p in own.items() if p is not None})
 
     def hold_all(self, site: Site) -> None:
@@ -275,6 +280,8 @@ class Delta(nn.Module):
         self.whole = self.whole if self.holds else nn.ParameterDict()
         self.running = BufferDict()
         for name, buffer in statistics(module).items():
+            # A batch norm in training updates its statistics even with frozen weights; they'd leak into the base
+            # otherwise.
             self.running.register_buffer(name, buffer.detach().clone())
 
     def hold_beside(self, name: str, tensor: Tensor) -> None:
@@ -322,9 +329,11 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 
     The module itself isn't touched, so that other threads may run it meanwhile.
     """
+    # Without `__init__`, which would allocate and initialise a weight as large as the module's.
     copied: Any = object.__new__(getattr(type(module), "adopted_from", type(module)))
     own = vars(module)
     vars(copied).update(own)
+    # New dictionaries, the old tensors: an assignment on the copy can't reach the module.
     vars(copied)["_parameters"] = {name: tensors.get(name, own) for name, own in module._parameters.items()}
     vars(copied)["_buffers"] = {name: tensors.get(name, own) for name, own in module._buffers.items()}
     vars(copied)["_modules"] = {n: child for n, child in module._modules.items() if not holds_deltas(module, n)}
@@ -337,6 +346,7 @@ def call_under(module: Any, tensors: Mapping[str, Tensor], call: Callable[..., A
         # A compiler traces an exchange and never does it; a forward that was put on the instance is bound to it.
         with standing_in(module, tensors):
             return call(module, *args, **kwargs)
+    # A copy and not an exchange: threads of a server run one module under several adapters at once.
     copied = with_tensors(module, tensors)
     before = dict(vars(copied))
     result = call(copied, *args, **kwargs)
@@ -373,12 +383,13 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 def dtypes_of(tensors: Iterable[Tensor]) -> str:
-    """The types of number of some tensors, in words."""
+    """Names of the dtypes of some tensors, e.g. 'float32/uint8'."""
     return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def trainable_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
     """The dtype of a delta on a weight of this dtype: 16-bit steps are too coarse for small updates."""
+    # Only 16 bits are widened: float64 stays, and 8-bit floats never come here as what is computed in.
     return torch.float32 if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -428,12 +439,14 @@ class Difference(Delta):
     def read_as(self, module: Any) -> dict[str, Tensor]:
         sums = {}
         for name, d in self.differences.items():
+            # Read at each call and not kept: adapters underneath may have put another tensor there by now.
             own = self.base.floating(module, name)
             sums[name] = d.to(self.base.spec(module).dtype) if own is None else (own + d).to(own.dtype)
         return sums
 
     def fold(self, dense: Dense) -> Dense:
         """W + D. Raises: MergeError, where the module has no place for it."""
+        # D lies as the module stores its weight, a dense weight lies as (out, in).
         changes = {n: self.base.turned(d) if n == "weight" else d for n, d in self.differences.items()}
         for name in changes.keys() - dense.keys():
             raise MergeError(

@@ -23,7 +23,9 @@ def check_types(config: Any) -> None:
     """See that each field of a dataclass holds what its annotation says. Raises: ConfigError, with the field's name."""
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
+        # With a default: a check of the method's own may have failed before the field was set.
         value = getattr(config, field.name, field.default)
+        # Defaults pass unseen: `None` for "not set" is the default of fields whose annotation doesn't name it.
         if value is not field.default and not fits(value, hints[field.name]):
             shown = repr(value)
             shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
@@ -46,6 +48,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in inner
     if origin in (list, set, tuple):
+        # A text is a sequence of its letters to Python, and never meant as one here.
         is_list = isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
         return is_list and all(fits(item, one) for one in inner[:1] for item in value)
     if origin is dict:
@@ -55,6 +58,7 @@ def fits(value: Any, hint: Any) -> bool:
             and (not inner or all(fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()))
         )
     if origin in (int, float):
+        # numpy's numbers are Integral and Real, too; True is an int to Python.
         is_number = isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
         return is_number and (not isinstance(value, Integral) or abs(int(value)) < MOST)
     return origin is Any or not isinstance(origin, type) or isinstance(value, origin)

@@ -44,6 +44,7 @@ class Pattern:
     def _timed(self, work: Callable[..., Any], text: str) -> Any:
         began = time.monotonic()
         try:
+            # Never below zero, which `regex` takes for no limit at all.
             result = work(text, timeout=max(self._left, 0.01))
         except (TimeoutError, MemoryError) as error:
             raise ConfigError(
@@ -53,6 +54,7 @@ class Pattern:
         except (regex.error, IndexError) as error:
             raise ConfigError(f"{self.expression!r} can't be replaced: {error}") from error
         taken = time.monotonic() - began
+        # Only slow matches are charged: thousands of names at a microsecond each are no attack.
         if taken > 0.01:
             self._left -= taken
         return result
@@ -71,6 +73,7 @@ def matching(expression: str, names: Iterable[str]) -> list[str]:
 
 def means(key: str, name: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern`, a name or expression, means the module of that path."""
+    # As `peft` builds it: a key means an ending of the path that begins at a dot, unless it begins with `^`.
     return compiled(rf"(.*\.)?({key})$").match(name) is not None
 
 

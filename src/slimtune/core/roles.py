@@ -15,6 +15,7 @@ _ATTENTION = re.compile(
 )
 
 _IN_ATTENTION: Mapping[Role, str] = {
+    # Read with the ending of the path alone: Llama's q_proj, GPT-2's c_attn, DistilBERT's q_lin, diffusers' to_q.
     "query": "q|query|q_proj|query_proj|q_lin|q_attn|to_q|wq|add_q_proj",
     "key": "k|key|k_proj|key_proj|k_lin|to_k|wk|add_k_proj",
     "value": "v|value|v_proj|value_proj|v_lin|to_v|wv|add_v_proj",
@@ -43,6 +44,7 @@ def has_gate(module: Any) -> bool:
 
 def role_of(path: str) -> Role | None:
     """The role of the linear layer at this path in its block, or None where the name doesn't say."""
+    # GPT-2 calls the output of both parts c_proj, and T5 both wo and o: only the parent tells which it is.
     roles = _IN_ATTENTION if _ATTENTION.search(path) else _IN_FEED_FORWARD
     return next((role for role, names in roles.items() if re.search(rf"(^|\.)({names})$", path)), None)
 

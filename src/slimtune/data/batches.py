@@ -83,6 +83,7 @@ def classification(tokenizer: Any) -> Objective:
 
     def collate(examples: Sequence[dict[str, Any]]) -> Mapping[str, torch.Tensor]:
         batch = tokenizer.pad([{k: v for k, v in e.items() if k != "labels"} for e in examples], return_tensors="pt")
+        # `pad` knows nothing of labels of one number: it would pad them as if they were tokens.
         return {**batch, "labels": torch.tensor([example["labels"] for example in examples])}
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -141,6 +142,7 @@ class PackRows:
         """The batch, as long as its longest row; an example outside of a row becomes a row of its own."""
         packed = [[row] if isinstance(row, Encoded) else list(row) for row in rows]
         if self.is_flat:
+            # Flash attention takes one row (1, all tokens) and finds the examples by where positions are 0 again.
             packed = [[example for row in packed for example in row]]
         # All three tensors are (rows, longest).
         longest = max(sum(len(example.input_ids) for example in row) for row in packed)
@@ -163,6 +165,7 @@ class PackRows:
 
 def count_packed(position_ids: torch.Tensor) -> int:
     """Count the tokens of packed rows without padding: each example has one token at position 1, and one before it."""
+    # Padding has position 0 throughout, so that counting zeros would count it in.
     return int((position_ids > 0).sum() + (position_ids == 1).sum())
 
 

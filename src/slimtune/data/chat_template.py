@@ -103,6 +103,7 @@ def _require_said(message: Message, index: int, rendered: str) -> None:
     """Raises: DataError, if the template leaves out a turn's content, or a tool that was called."""
     calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
     for said in (message.get("content") or "", *calls):
+        # White space aside: templates trim contents.
         if said not in rendered and "".join(said.split()) not in "".join(rendered.split()):
             raise DataError(
                 f"the tokenizer's chat template leaves out what turn {index + 1} says ({message['role']}: "
@@ -128,12 +129,14 @@ def _start(tokenizer: Any, before: Sequence[Message], through: str, tools: Seque
         return len(opened)
     # Some open the answer with what only a reasoning model writes: the turn begins where both part.
     shared = _shared(opened, through)
+    # Shared beyond the turns before: else the answer itself would have parted from them.
     return shared if shared > len(render(tokenizer, before, tools=tools).rstrip()) else None
 
 
 def _start_of_first(tokenizer: Any, message: Message, through: str, tools: Sequence[Any] | None) -> int:
     """The start of a first turn's content: where its rendering parts from that of another content."""
     # Nothing stands before it that could be rendered with an open answer, as `_start` does it.
+    # Any other first letter does: both renderings are the same up to where the content begins.
     other = "b" if str(message.get("content")).startswith("a") else "a"
     return _shared(through, render(tokenizer, [{"role": message["role"], "content": other}], tools=tools))
 
@@ -167,6 +170,7 @@ def use_template(tokenizer: Any, name: str) -> None:
         raise DataError(f"the chat template '{name}' can't be read: {first_line(error)}; pass a text file") from error
     try:
         text = render(tokenizer, [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
+        # One id, or the model reads `<|im_start|>` as six ordinary tokens that it never saw in this role.
         for token in dict.fromkeys(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", text)):
             if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
                 raise DataError(

@@ -77,6 +77,7 @@ def other_names(value: Value, known: Format, optional: Sequence[str] = ()) -> di
                 if names or column not in optional:
                     # With two columns that could be meant, taking either would be a guess.
                     fields[column] = names[0] if len(names) == 1 else ""
+            # No column may stand for two.
             if fields and all(fields.values()) and len(set(fields.values())) == len(fields):
                 return fields
     return {}

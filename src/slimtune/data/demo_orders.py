@@ -126,11 +126,11 @@ class Example:
     def is_answered_by(self, answer: str) -> bool:
         """Whether `answer` is exactly this order as JSON, and nothing besides."""
         try:
-            found = json.loads(answer)
+            parsed = json.loads(answer)
         except ValueError:
             return False
         # The type as well: in Python, true equals 1.
-        return found == asdict(self.order) and type(found["quantity"]) is int
+        return parsed == asdict(self.order) and type(parsed["quantity"]) is int
 
 
 def make_orders(train: int = 640, held_out: int = 100, seed: int = 0) -> tuple[list[Example], list[Example]]:
@@ -139,6 +139,7 @@ def make_orders(train: int = 640, held_out: int = 100, seed: int = 0) -> tuple[l
     examples: dict[str, Example] = {}
     while len(examples) < train + held_out:
         example = _speak(rng)
+        # By the sentence: two orders that sound the same would make one of them impossible to learn.
         examples.setdefault(example.sentence, example)
     # A set of sentences of their own: what is held out never occurs in training.
     everything = list(examples.values())

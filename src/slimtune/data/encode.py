@@ -112,6 +112,7 @@ def encode_row(row: Row, tokenizer: Any) -> Encoded:
     """Encode a row as ids and labels; the end of turn is learned, too. Raises: DataError."""
     if isinstance(row, Document):
         ids = list(tokenizer(row.text, verbose=False)["input_ids"])
+        # Some tokenizers put their end there already; twice would teach the model to go on behind it.
         ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id not in (None, ids[-1]) else []
         return _unlearnable_first(ids, list(ids))
     text, spans, templated = _text(row, tokenizer)
@@ -126,6 +127,7 @@ def encode_row(row: Row, tokenizer: Any) -> Encoded:
     labels = [IGNORED] * len(ids)
     for position, (start, end) in enumerate(offsets):
         # A token that begins in the template and ends in the answer is learned: the answer begins with it.
+        # Overlap and not containment; tokens without extent (special ones of the tokenizer) belong to nobody.
         if end > start and any(start < high and end > low for low, high in spans):
             labels[position] = ids[position]
     return _ended(ids, labels, tokenizer)
@@ -137,6 +139,7 @@ def fit(example: Encoded, limit: Limit) -> list[Encoded]:
     if len(ids) <= size:
         return [example]
     if limit.too_long == "truncate":
+        # Cut at the end, where the answer is: its beginning is learned with its whole question.
         return [Encoded(ids[:size], labels[:size])]
     if limit.too_long == "split":
         # Each piece begins with the last token of the one before, so that every token is predicted once.

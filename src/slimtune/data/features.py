@@ -150,12 +150,15 @@ class FeatureClassifier:
         Raises:
             MissingDependencyError: the solver is scikit-learn, which is not installed.
         """
+        # The population's deviation, as scikit-learn's StandardScaler has it.
         mean_D, std_D = features_ND.double().mean(0), features_ND.double().std(0, correction=0)
+        # A feature that never varies says nothing; divided by 0 it would spoil all others.
         std_D = torch.where(std_D > 0, std_D, 1.0)
         target_N = torch.tensor([list(names).index(label) for label in labels])
         solve = {"sklearn": _by_sklearn, "torch": _by_torch}[how.solver]
         weight_KD, bias_K = solve((features_ND.double() - mean_D) / std_D, target_N, len(names), how)
         # The standardisation goes into the weights, so that what is stored is one linear map.
+        # W' = W / s and b' = b - W' m: W ((f - m) / s) + b = W' f + b', exact but for rounding.
         weight_KD = weight_KD / std_D
         bias_K = bias_K - weight_KD @ mean_D
         return cls(list(names), weight_KD.float().contiguous(), bias_K.float(), how.pooling, base, max_length)
@@ -235,6 +238,8 @@ def _by_sklearn(f_ND: Tensor, target_N: Tensor, labels: int, how: FeatureTuning)
 
 
 def _by_torch(f_ND: Tensor, target_N: Tensor, labels: int, how: FeatureTuning) -> tuple[Tensor, Tensor]:
+    # Two labels need one row: with two the penalty would be split between them, and the optimum another one than
+    # scikit-learn's.
     rows = 1 if labels == 2 else labels
     weight_KD = torch.zeros(rows, f_ND.shape[1], dtype=f_ND.dtype, requires_grad=True)
     bias_K = torch.zeros(rows, dtype=f_ND.dtype, requires_grad=True)
@@ -246,6 +251,8 @@ def _by_torch(f_ND: Tensor, target_N: Tensor, labels: int, how: FeatureTuning) -
     def loss() -> Tensor:
         solver.zero_grad()
         mean = F.cross_entropy(_logits(f_ND, weight_KD, bias_K), target_N)
+        # scikit-learn's objective divided by C N: the same minimum, with a loss of the size of one text's. The bias is
+        # free of the penalty.
         value = mean + weight_KD.square().sum() / (2 * how.strength * len(f_ND))
         value.backward()
         return value
@@ -285,8 +292,10 @@ def _hidden(model: Any, batch: Any) -> Tensor:
 def _pooled(h_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
     if pooling == "mean":
         weight_BT1 = mask_BT.unsqueeze(-1).float()
+        # In float32: a sum over hundreds of tokens in bfloat16 keeps two digits.
         return (h_BTD.float() * weight_BT1).sum(1) / weight_BT1.sum(1)
     # Padding may stand on either side.
+    # `argmax` gives the first of equal ones: flipped, that is the last token that isn't a pad.
     last = mask_BT.shape[1] - 1 - mask_BT.flip(1).argmax(1)
     position_B = mask_BT.argmax(1) if pooling == "cls" else last
     return h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), position_B]

@@ -89,6 +89,8 @@ class Format:
 def formats_of(task: str) -> list[Format]:
     """The formats that a task takes, the more demanding first; raises ConfigError for an unknown task."""
     if task == "auto":
+        # Every row with a prompt or with messages fits it, whatever else it has; it is meant only where the task says
+        # so.
         return [known for known in FORMATS.values() if known.name != "prompt-only"]
     if task not in TASKS:
         raise ConfigError(f"no task '{task}'; there are auto, {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
@@ -109,6 +111,8 @@ def read_as(known: Format, value: Value, where: str) -> Any:
     if not known.fits(value):
         fields = f"has the fields {listing(value)}" if value else "has no fields"
         raise DataError(f"{where} {fields}, but format {known.name} needs {known.needs}; correct the row")
+    # Refused and not ignored: a column such as `weight` would change what is learned, and nobody would notice that it
+    # didn't.
     for column, advice in known.refused.items():
         if column in value and not known.owns(column) and not _is_neutral(column, value[column]):
             raise DataError(
@@ -118,6 +122,7 @@ def read_as(known: Format, value: Value, where: str) -> Any:
     try:
         return known.read(value, where)
     except DataError as error:
+        # Some readers know the place more closely, such as the turn; it is named once.
         raise error if where in str(error) else DataError(f"{where}: {error}") from error
 
 
@@ -125,6 +130,7 @@ def _is_neutral(column: str, content: Any) -> bool:
     """Whether a column's content asks for nothing beyond what is done anyway."""
     if column in WEIGHTS:
         return content in (None, 1, "train")
+    # Even False: in a row of one judged answer it means that the answer is a bad one.
     if column in ("label", "kto_tag"):
         return content is None
     return content in (None, False, "", [], {}, ["assistant"], ["gpt", "assistant"])
@@ -134,6 +140,7 @@ def _conversation(value: Value, where: str, column: str = "messages") -> Convers
     row = _all_turns(value, where, column)
     roles = [turn.role for turn in row.messages]
     for number, (before, role) in enumerate(zip(["none", *roles], roles, strict=False), 1):
+        # Several results may follow one turn with several calls.
         if role == "tool" and before not in ("assistant", "tool"):
             raise DataError(f"{where}: turn {number} is a tool's, but no assistant turn that calls it stands before it")
     if "assistant" not in roles:
@@ -167,6 +174,7 @@ def _with_system(turns: list[Turn], value: Value, where: str) -> list[Turn]:
     opening = checked(Turn, {"role": "system", "content": value["system"]}, f"{where}, column system")
     if turns[0].role != "system":
         return [opening, *turns]
+    # Some data sets have the message twice, in a column and as the first turn; templates would write it twice as well.
     if turns[0].content != opening.content:
         raise DataError(f"{where} has two system messages that differ, one as a column and one as a turn; keep one")
     return turns
@@ -226,6 +234,8 @@ def _pair(value: Value, where: str) -> Pair | Conversation:
 
 def _preference(value: Value, where: str) -> Preference:
     chosen, rejected = ([said] if isinstance(said, dict) else said for said in (value["chosen"], value["rejected"]))
+    # One as text and one as messages would be written by different rules, and the template's marks alone would tell
+    # them apart.
     if type(chosen) is not type(rejected):
         raise DataError(f"{where}: chosen and rejected must both be texts, or both lists of messages; correct the row")
     prompt = _prompt_of_answers(value, where)
@@ -273,6 +283,7 @@ def _judged(value: Value, where: str) -> Judged:
     if column is None or "prompt" in value:
         row = checked(Judged, value | {"label": label}, where)
         return row.model_copy(update={"prompt": _prompt_with_system(row.prompt, value, where)})
+    # The label is of the last turn; what the assistant said before is context.
     *before, answer = _all_turns(value, where, column).messages
     if answer.role != "assistant" or not before:
         raise DataError(f"{where} has a label, and its conversation ends in no answer that it judges; correct the row")
@@ -295,6 +306,7 @@ def _prompt(value: Value, where: str) -> Prompt:
         row = checked(Prompt, value, where)
         return row.model_copy(update={"prompt": _prompt_with_system(row.prompt, value, where)})
     turns = list(_all_turns(value, where, "messages").messages)
+    # Rows for supervised tuning can be used for rewards: their answers are what is to be drawn.
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns:

@@ -45,6 +45,7 @@ class Lengths:
 
     def percentile(self, share: float) -> int:
         """The length that `share` per cent of the examples don't exceed."""
+        # Nearest rank, without interpolation: a length that an example really has.
         return self.tokens[max(0, math.ceil(share / 100 * self.examples) - 1)]
 
     def over(self, max_length: int) -> int:
@@ -72,6 +73,7 @@ class Lengths:
             mean += weight * self.tokens[k - 1]
             # C(k-2, B-1) / C(k-1, B-1) = (k - B) / (k - 1).
             weight *= (k - size) / (k - 1) if k > 1 else 0.0
+        # N / B batches of B rows, each as long as the expected longest: N times that.
         return mean * self.examples
 
     def padding_waste(self, batch_size: int) -> float:

@@ -53,11 +53,13 @@ def check_packs(model: Any) -> None:
                 f"packing can't go with {config.peft_type} (adapter {name}): the virtual tokens stand in front of a "
                 f"row, and only its first example would have them; leave packing out"
             )
+    # Random ids and not a text: a leak must move the logits, and unlikely tokens move them most.
     drawn = torch.randint(0, model.get_input_embeddings().num_embeddings, (3, PROBED_TOKENS), generator=_generator())
     first, other, second = (Encoded(ids, [IGNORED] * PROBED_TOKENS) for ids in drawn.tolist())
     # (PROBED_TOKENS, vocabulary) of the same example: behind two different ones, and by itself.
     behind, behind_other = _logits(model, (first, second)), _logits(model, (other, second))
     alone = _logits(model, (second,))
+    # Two tests, for a model may be wrong in one way alone: relative positions hide a wrong start, a leak hides nothing.
     seen, moved = _distance(behind, behind_other), _distance(behind, alone)
     if seen > LEAK or moved > ROUNDING:
         # A leak moves the logits with the example before; wrong positions move them whatever stands there.

@@ -108,12 +108,14 @@ def preview(settings: DataSettings, tokenizer: Any = None, task: str = "auto", s
         tokenizer: of the model to train; without it rows are shown as they are read, and measured in characters.
         samples: how many examples are shown.
     """
+    # All rows are shown: which of them a seed would hold out is no property of the data.
     splits = read_splits(replace(settings, held_out=0.0), task)
     if settings.packing and splits.task != "text":
         raise ConfigError(f"packing is for models that write text, and not for task {splits.task}; leave it out")
     if tokenizer is not None and settings.chat_template is not None:
         use_template(tokenizer, settings.chat_template)
     if tokenizer is not None and splits.task == "text":
+        # Through the template, whose marks are tokens as well, and which alone says which tokens are learned.
         return _encoded(splits, settings, tokenizer, samples)
     rows = [row for source in splits.train for row in source.rows]
     labels = dict(Counter(row.label for row in rows if isinstance(row, Labelled)).most_common())
@@ -130,7 +132,9 @@ def preview(settings: DataSettings, tokenizer: Any = None, task: str = "auto", s
 
 def _encoded(splits: Splits, settings: DataSettings, tokenizer: Any, samples: int) -> Preview:
     """The preview of what a model that writes text learns from, as training encodes it but at full length."""
+    # At full length, since the preview is what a maximum is chosen by.
     encoded = encode_sources(splits.train, replace(settings, max_length=sys.maxsize, too_long="error"), tokenizer)
+    # One epoch with its weights, since lengths are those that training will see: a source may come several times.
     examples = mixed(splits.train, encoded, seed=0)
     lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))
     shares = exact_shares(splits.train, [len(rows.examples) for rows in encoded])
@@ -144,6 +148,7 @@ def _encoded(splits: Splits, settings: DataSettings, tokenizer: Any, samples: in
 def _first(encoded: Sequence[EncodedRows], tokenizer: Any, samples: int) -> list[list[Piece]]:
     """The first examples, taken from all sources in turn, as text."""
     longest = max(len(rows.examples) for rows in encoded)
+    # In turn: the first rows of one source say nothing of how the others are read.
     turns = [rows.examples[i] for i in range(min(longest, samples)) for rows in encoded if i < len(rows.examples)]
     return [[(learned, tokenizer.decode(ids)) for learned, ids in pieces(example)] for example in turns[:samples]]
 

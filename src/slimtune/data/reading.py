@@ -91,6 +91,7 @@ def read_splits(settings: DataSettings, task: str = "auto", seed: int = 0) -> Sp
         return Splits(task, train, [_read(source, settings, task) for source in settings.held_out_sources])
     if not settings.held_out_share:
         return Splits(task, train)
+    # Source by source: a share of the whole could leave a small source out of either half.
     halves = [_split(rows, settings.held_out_share, seed) for rows in train]
     return Splits(task, [rest for rest, _ in halves], [held_out for _, held_out in halves])
 
@@ -121,6 +122,7 @@ def _read(source: Source, settings: DataSettings, task: str, first: bool = False
 
     for given, where in records(source, first, bad):
         try:
+            # The first row that can be read decides; the others are read as it, or refused with what they lack.
             layout = layout or recognize(given, where, task)
             value = renamed(given, where, layout.fields)
             rows.append(read_as(layout.format, value, where))
@@ -128,6 +130,7 @@ def _read(source: Source, settings: DataSettings, task: str, first: bool = False
             bad(error)
             continue
         places.append(where)
+        # A table has every column in every row, null where a row hasn't one.
         columns.update(column for column, content in value.items() if content is not None)
         if first:
             columns = Counter(dict.fromkeys(columns, 0))
@@ -157,6 +160,7 @@ def _task(sources: Sequence[SourceRows], task: str) -> str:
 def _split(source: SourceRows, share: float, seed: int) -> tuple[SourceRows, SourceRows]:
     """The rows to train on, and a share of them drawn to be held out; raises DataError if either is empty."""
     order = list(range(len(source.rows)))
+    # Shuffled before it is cut: files are often sorted by label or by date.
     random.Random(seed).shuffle(order)
     count = round(len(order) * share)
     if not 0 < count < len(order):
@@ -182,6 +186,7 @@ def exact_shares(sources: Sequence[SourceRows], counts: Sequence[int] | None = N
         return available
     exact = [sum(available) * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
+    # Largest remainder first, since floor minus exact is its negative; `sorted` is stable, so that ties go by place.
     by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
     for index in by_remainder[: sum(available) - sum(shares)]:
         shares[index] += 1
@@ -191,6 +196,7 @@ def exact_shares(sources: Sequence[SourceRows], counts: Sequence[int] | None = N
 def drawn(examples: Sequence[T], count: int, seed: int) -> list[T]:
     """Draw `count` examples: all of them, in their order, as often as they go into it, and the rest by seed."""
     times, rest = divmod(count, len(examples))
+    # Without replacement: no example is seen three times before all are seen twice.
     return [*list(examples) * times, *random.Random(seed).sample(list(examples), rest)]
 
 

@@ -41,6 +41,7 @@ class Turn(BaseModel):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
+    # Excluded from what the template is shown: a mark for the training is not part of the conversation.
     weight: Literal[0, 1] = Field(1, exclude=True)
 
     @model_validator(mode="before")
@@ -91,8 +92,10 @@ def _with_weight(turn: dict[str, Any]) -> dict[str, Any]:
     for name, mark in marks.items():
         if name != "weight" and mark not in (0, 1):
             raise ValueError(f"{name} must be true or false, found {mark!r}")
+        # Falsy marks on other turns are common and harmless: those turns aren't learned anyway.
         if name != "weight" and mark and turn.get("role") in ("system", "user", "tool"):
             raise ValueError(f"{name} marks a turn of the {turn['role']} as learned, and only the assistant's are")
+    # By truth: `weight: 1` beside `train: true` is one statement made twice.
     if len({bool(mark) for mark in marks.values()}) > 1:
         raise ValueError(f"{' and '.join(marks)} contradict each other")
     for name, mark in marks.items():
@@ -109,6 +112,7 @@ def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
             kind = next((word for word in ("image", "video", "audio") if word in str(part.get("type"))), None)
             if kind:
                 raise ValueError(f"its content holds {'a' if kind == 'video' else 'an'} {kind}: {ONLY_TEXT}")
+        # Parts of a type that isn't known leave the list as it is, which the field's type then refuses by its place.
         texts = [part.get("text") for part in parts if part.get("type") == "text"]
         if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
             turn["content"] = "".join(str(text) for text in texts)
@@ -124,6 +128,7 @@ def _calls_from_json(text: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"a call of a tool is not JSON ({error})") from error
     several = calls if isinstance(calls, list) else [calls]
+    # ShareGPT rows have the bare {"name", "arguments"}; templates look for it under "function".
     return [call if "function" in call else {"type": "function", "function": call} for call in several]
 
 
@@ -133,6 +138,7 @@ def _with_object(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
+        # OpenAI's API writes arguments as text, chat templates apply `tojson` to them.
         function = function | {"arguments": parse_json(function["arguments"])}
     except ValueError as error:
         raise ValueError(f"the arguments of the call of {function.get('name')} are not JSON ({error})") from error
@@ -242,6 +248,7 @@ class Labelled(Unlabelled):
     @field_validator("label", mode="before")
     @classmethod
     def _as_name(cls, value: Any) -> Any:
+        # Not floats: 0.5 as a label is a score, and a model of classes would be the wrong one for it.
         return str(value) if isinstance(value, bool | int) else value
 
     @field_validator("label")
@@ -266,6 +273,7 @@ class Tagged(Words):
     @field_validator("tags", mode="before")
     @classmethod
     def _as_names(cls, value: Any) -> Any:
+        # Data sets on the Hub have tags as numbers, with their names in the features, which a JSONL file has lost.
         return [str(tag) if isinstance(tag, int) else tag for tag in value] if isinstance(value, list) else value
 
 
@@ -322,6 +330,7 @@ def checked(model: type[M], value: dict[str, Any], where: str) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
+        # One fault at a time: the branches of a union each complain, and all but the first of that is noise.
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         fault = first["msg"].removeprefix("Value error, ")

@@ -36,11 +36,14 @@ class Source:
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # The dataclass is frozen; this is its own way in, before anybody has seen it.
         object.__setattr__(self, "path", str(self.path))
+        # Path("") is ".", the working directory, which nobody means as a data set.
         if not self.path or self.path == ".":
             raise ConfigError("a data source needs a path: a file, a folder or the id of a data set on the Hub")
         if self.weight is not None:
             check_number(f"the weight of {self.path}", self.weight, 0)
+            # 0 of an epoch, and rows that are read, checked and never learned.
             if not self.weight:
                 raise ConfigError(f"the weight of {self.path} is 0; give it more, or leave the source out")
         _check_fields(f"fields of {self.path}", self.fields)
@@ -95,6 +98,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         _check_fields("fields", self.fields)
         object.__setattr__(self, "train", _sources(self.train, self.fields))
+        # `bool` so that True is refused by check_number; it would be a share of 1 otherwise.
         if isinstance(self.held_out, bool | int | float):
             check_number("held_out as a share", self.held_out, 0, 1)
         else:
@@ -107,6 +111,7 @@ class DataSettings:
         for name in ("packing", "streaming"):
             check_choice(name, getattr(self, name), (True, False))
         weighted = [source.weight is not None for source in self.train]
+        # No number says how much "all rows" is beside a weight.
         if any(weighted) and not all(weighted):
             raise ConfigError("some data sources have a weight and some have none; give all of them one, or none")
 

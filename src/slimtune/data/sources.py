@@ -125,6 +125,7 @@ def _lines(path: Path, bad: OnBad) -> Iterator[Record]:
 
 def _json(path: Path, bad: OnBad) -> Iterator[Record]:
     with _open(path) as file:
+        # An array or lines: many `.json` files of data sets hold one object a line.
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         if not start.startswith(b"["):
             yield from _lines(path, bad)
@@ -145,6 +146,7 @@ def _json(path: Path, bad: OnBad) -> Iterator[Record]:
 
 def _csv(path: Path, bad: OnBad) -> Iterator[Record]:
     delimiter = delimiter_of(path)
+    # The default of 131,072 characters is less than a long document; a C long ends the range on Windows.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path) as file:
         lines = (_decoded(line, f"{path}, line {number}") for number, line in enumerate(file, 1))
@@ -155,6 +157,7 @@ def _csv(path: Path, bad: OnBad) -> Iterator[Record]:
                 raise DataError(f"{path} has more than one column {listing(twice)}; give each a name of its own")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
+                # DictReader puts surplus fields under None, and None under names without a field.
                 if None in row or None in row.values():
                     bad(DataError(f"{where} has another number of fields than the first line; {_QUOTE}"))
                 else:
@@ -302,6 +305,7 @@ def _label_names(datasets: Any, features: Mapping[str, Any]) -> dict[str, Any]:
 def _said(value: Any, names: list[str] | None) -> Any:
     """A value of a table as it was said: a label by its name, and no fields that only other rows have."""
     if names is not None:
+        # -1 stands for "no label" in the test splits of GLUE and others; as an index it would be the last one.
         return [names[item] for item in value] if isinstance(value, list) else names[value] if value >= 0 else value
     if isinstance(value, list):
         return [_said(item, None) for item in value]
@@ -387,6 +391,7 @@ def is_packed(path: Path) -> bool:
 
 def opened(path: Path) -> Any:
     """The bytes of a file, unpacked where it is packed; raises OSError, and DataError while a packed one is read."""
+    # A buffer of 1 MiB: without it each line would be a call through zlib.
     return io.BufferedReader(_Unpacked(path), 2**20) if is_packed(path) else open_file(path)
 
 

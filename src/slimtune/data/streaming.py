@@ -89,6 +89,7 @@ class Endless(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for time in itertools.count():
+            # `datasets` adds the epoch to the seed of its shuffle: another order each time, the same again on resuming.
             self.stream.set_epoch(time)
             left = 0
             for left, example in enumerate(self.stream, 1):  # noqa: B007 - counts
@@ -166,9 +167,12 @@ class Streamed(Conversations):
         weights = [source.weight for source in self.settings.train if source.weight is not None]
         if weights:
             shares = [weight / sum(weights) for weight in weights]
+            # "all_exhausted": a source that ends begins anew until the longest has ended, so that the weights hold to
+            # the end.
             stream = datasets.interleave_datasets(streams, shares, self.seed, stopping_strategy="all_exhausted")
         else:
             stream = datasets.interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
+        # A buffer and not a shuffle: the order is random within a thousand examples, and the source's beyond that.
         return stream.shuffle(seed=self.seed, buffer_size=BUFFERED)
 
     def _report(self, held_out: int) -> Report:

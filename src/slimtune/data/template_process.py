@@ -48,6 +48,7 @@ def render(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None,
             "conversations": [present], "tools": list(tools) if tools else None, "chat_template": template,
             "add_generation_prompt": for_answer,
         }  # fmt: skip
+        # Pickled here and read by our own worker: whatever a turn holds goes over as it is, dates included.
         data = pickle.dumps(request)
     except (TypeError, ValueError, AttributeError, pickle.PicklingError) as error:
         raise TemplateError(str(error)) from error
@@ -77,6 +78,7 @@ class _Process:
 
     def ask(self, request: bytes) -> dict[str, str]:
         """The answer to a request, as `template_worker` gives it; "excess" too where the process came to its end."""
+        # One at a time: a pipe has no way to tell whose answer comes out.
         with self.lock:
             process = self.running = self.running or _start()
             assert process.stdin
@@ -84,6 +86,8 @@ class _Process:
             try:
                 process.stdin.write(len(request).to_bytes(8, "little") + request)
                 process.stdin.flush()
+                # Blocks until the answer is there; a process that was ended by its limits closes the pipe, which reads
+                # as nothing.
                 length = process.stdout.read(8)
                 data = process.stdout.read(int.from_bytes(length, "little")) if length else b""
             except BrokenPipeError:
@@ -110,6 +114,7 @@ class _Process:
 
     def forget(self) -> None:
         """Leave the process to the one that this was forked from."""
+        # A new lock: the old one may be held by a thread that the fork didn't take along.
         self.lock, self.running = threading.Lock(), None
 
 

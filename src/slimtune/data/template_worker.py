@@ -65,6 +65,7 @@ def _limit_memory() -> None:
         return  # Windows has no such limit
     used = Path("/proc/self/statm")
     pages = int(used.read_text().split()[0]) if used.is_file() else 0
+    # What the process has mapped when it is ready, libraries included, and room for the work on top.
     most = pages * resource.getpagesize() + BYTES
     if pages:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -44,6 +44,7 @@ def positions_of(model: Any) -> int | None:
 
 def longest_input(model: Any, tokenizer: Any, max_length: int | None) -> int:
     """How many tokens a text may have: `max_length`, and no more than the model has positions."""
+    # A tokenizer without a limit says 1e30, which never wins here.
     return min(n for n in (max_length, positions_of(model), tokenizer.model_max_length) if n is not None)
 
 

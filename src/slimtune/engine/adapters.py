@@ -56,6 +56,7 @@ def detach_served(model: Any, adapter: ServedAdapter) -> None:
 def served(model: Any, name: str, attached_as: str) -> ServedAdapter:
     """What an engine must know of an adapter that is on the model."""
     deltas = [delta for _, delta in attached(model, attached_as)]
+    # By identity: VeRA's projection is one pair of tensors in all layers, and counts once.
     own = {id(tensor): tensor for delta in deltas for tensor in (*delta.parameters(), *delta.buffers())}
     ranks: list[int] = [rank for rank in (getattr(delta, "r", None) for delta in deltas) if isinstance(rank, int)]
     loaded = LoadedAdapter(
@@ -65,9 +66,11 @@ def served(model: Any, name: str, attached_as: str) -> ServedAdapter:
         bytes=sum(tensor.nbytes for tensor in own.values()),
     )
     at_root = dict(deltas_of(model).items()).get(attached_as)
+    # The root apart: a soft prompt wraps the whole model and yet changes no parameter.
     result = ServedAdapter(name, attached_as, loaded, any(d.reweighs for d in deltas if d is not at_root))
     if isinstance(at_root, SoftPrompt):
         result.virtual = at_root.count
+        # Computed once: at rest P is constant, and an encoder in front of it has done its work.
         result.embeddings = at_root.prompt()[: at_root.count].detach()
     elif isinstance(at_root, Prefix):
         result.virtual = at_root.count

@@ -47,11 +47,13 @@ class Answer:
         """The vector (dim,) of a virtual token, whose positions count up to -1."""
         assert self.adapter is not None
         assert self.adapter.embeddings is not None
+        # A negative index reads from the end: position -1 is the last virtual token, right before the text.
         return self.adapter.embeddings[position]
 
     @property
     def pending(self) -> int:
         """How many positions are still to be read before the next token can be chosen."""
+        # 1 while decoding: the token that was chosen last, whose keys and values aren't in the slot yet.
         return self.virtual + len(self.tokens) - self.read
 
     @property

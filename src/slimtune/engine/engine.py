@@ -40,7 +40,7 @@ class Engine:
 
     Args:
         model: on its device; while the engine runs it belongs to it.
-        slots: the most answers that are written at once.
+        slots: the most answers that are written at once; None is 16, or as many as the free memory holds.
         context: the most tokens of a prompt with its answer; None is the model's limit, 2,048 at most.
         prefill_chunk: the most prompt tokens in a step, so that a long prompt doesn't hold the other answers up.
         rank_budget: factors of adapters that left the batch stay at hand up to this sum of ranks; None is a quarter of
@@ -56,27 +56,31 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, slots: int = 16, context: int | None = None, prefill_chunk: int = 256,
-        rank_budget: int | None = None,
+        self, model: Any, tokenizer: Any, *, slots: int | None = None, context: int | None = None,
+        prefill_chunk: int = 256, rank_budget: int | None = None,
     ) -> None:  # fmt: skip
-        check_whole("slots", slots)
+        if slots is not None:
+            check_whole("slots", slots)
         check_whole("prefill_chunk", prefill_chunk)
         check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.slots, self.prefill_chunk = slots, prefill_chunk
+        self.prefill_chunk = prefill_chunk
         if rank_budget is None:
             rank_budget = int(model.config.get_text_config().hidden_size // 4)
         check_whole("rank_budget", rank_budget, least=0)
         memory = causal_model_slots(model, slots, context)
-        self.context = memory.context
+        self.slots, self.context = memory.slots, memory.context
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._served = {name: served(model, name, name) for name in getattr(model, "peft_config", {})}
+        # What others want done to the model between two steps; the loop's thread alone touches it.
         self._commands: deque[Callable[[], None]] = deque()
         self._attachments = 0
+        # One lock for all that threads share here; reentrant, because `fail` and `_finish` take it inside of it.
         self._wakes = threading.Condition(threading.RLock())
         self._scheduler = Scheduler(
             model, memory, prefill_chunk, rank_budget, stop_tokens(model, tokenizer), self._wakes
         )
+        # Held by whoever drives the steps: a generate() of one thread waits for that of another.
         self._turn = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -128,6 +132,7 @@ class Engine:
         """Step until the engine is stopped and all answers have ended."""
         while True:
             with self._wakes:
+                # In a loop: a condition may wake without cause, and what woke it may be gone.
                 while not (self._commands or self._scheduler.answers or self._stopping):
                     self._wakes.wait()
                 if self._stopping and not (self._commands or self._scheduler.answers):
@@ -153,6 +158,8 @@ class Engine:
 
     def _run_commands(self) -> None:
         with self._wakes:
+            # Taken out under the lock and run outside of it: an attach takes seconds, and submit() must not wait for
+            # it.
             commands, self._commands = self._commands, deque()
         for command in commands:
             command()
@@ -234,6 +241,8 @@ class Engine:
                 handles.append(self.submit(request, lambda new, index=index: receive(index, new)))
             with nullcontext() if is_served else self._driving():
                 for count in range(len(requests)):
+                    # Served, another thread steps and this one sleeps; else it steps by itself whenever no answer is
+                    # done.
                     while not done.acquire(blocking=is_served):
                         self._step()
                     if progress:

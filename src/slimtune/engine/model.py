@@ -16,12 +16,18 @@ from slimtune.models.device import ram
 LONGEST = 2048
 """The context where none is asked for, unless the model's own is shorter: memory for it is taken at the start."""
 
+SLOTS = 16
+"""Answers written at once where nothing else is asked for; fewer where the memory is short of them."""
+
 _PROBE = 7
 """Tokens by which a model is tried."""
 
 
-def causal_model_slots(model: Any, slots: int, context: int | None) -> KeyValueSlots:
+def causal_model_slots(model: Any, slots: int | None, context: int | None) -> KeyValueSlots:
     """Memory for the keys and values of a model that was tried in slots and answers there as by itself.
+
+    Args:
+        slots: None for the usual number, or as many as fit.
 
     Raises:
         ConfigError: it is no causal language model, its attention can't be run so, or the context is beyond its limit.
@@ -38,26 +44,40 @@ def causal_model_slots(model: Any, slots: int, context: int | None) -> KeyValueS
     if model.training:
         model.eval()
     shapes = _tried(model)
-    _check_memory(model, shapes, slots, length)
-    return KeyValueSlots(shapes, slots, length, torch.empty(0, dtype=model.dtype, device=like.device))
+    count = _fitting_slots(model, shapes, slots, length)
+    return KeyValueSlots(shapes, count, length, torch.empty(0, dtype=model.dtype, device=like.device))
 
 
-def _check_memory(model: Any, shapes: Sequence[tuple[int, int, int]], slots: int, context: int) -> None:
-    """Raises: DoesNotFitError, where the machine hasn't the memory for all slots."""
+def slot_bytes(shapes: Sequence[tuple[int, int, int]], context: int, itemsize: int, vocabulary: int) -> int:
+    """What a slot takes: keys and values of a whole context, and its share of a step's logits.
+
+    Args:
+        shapes: heads, width of keys and width of values of each layer.
+        itemsize: bytes of a number.
+    """
+    keys_values = context * itemsize * sum(heads * (keys + values) for heads, keys, values in shapes)
+    # The logits of a step, in float64 while tokens are drawn, with their sorted copy and its order.
+    return keys_values + 3 * 8 * vocabulary
+
+
+def _fitting_slots(model: Any, shapes: Sequence[tuple[int, int, int]], slots: int | None, context: int) -> int:
+    """How many slots are made. Raises: DoesNotFitError, where the machine hasn't the memory for them."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         machine = ram()
         free = machine.available if machine else None
-    per_slot = context * model.dtype.itemsize * sum(heads * (keys + values) for heads, keys, values in shapes)
-    # The logits of a step, in float64 while tokens are drawn, with their sorted copy and its order.
-    per_slot += 3 * 8 * model.get_input_embeddings().weight.shape[0]
-    if free is not None and slots * per_slot > free:
+    per_slot = slot_bytes(shapes, context, model.dtype.itemsize, model.get_input_embeddings().weight.shape[0])
+    count = SLOTS if slots is None else slots
+    if slots is None and free is not None:
+        count = max(1, min(SLOTS, int(free // per_slot)))
+    if free is not None and count * per_slot > free:
         raise DoesNotFitError(
-            f"{slots} slots of {context:,} tokens take {slots * per_slot / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            f"{count} slots of {context:,} tokens take {count * per_slot / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
             f"free; {int(free // per_slot)} slots would fit, or a shorter context"
         )
+    return count
 
 
 @torch.inference_mode()
@@ -70,12 +90,14 @@ def _tried(model: Any) -> list[tuple[int, int, int]]:
         with frozen_alone(model):
             by_itself = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True)
             layers = [(layer.keys, layer.values) for layer in by_itself.past_key_values.layers]
+            # (heads, head_dim of keys, of values): DeepSeek's values are narrower than its keys.
             shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]
             expected_V = by_itself.logits[0, -1].float()
-            found_V = _in_slots(model, ids, KeyValueSlots(shapes, 2, _PROBE, layers[0][0])).float()
+            in_slots_V = _in_slots(model, ids, KeyValueSlots(shapes, 2, _PROBE, layers[0][0])).float()
         spread = float(expected_V.std())
         # 16 bits differ by the order of sums; another attention would differ by much more.
-        is_alike = float((found_V - expected_V).abs().max()) <= max(1e-5, spread * (0.02 if _is_wide(model) else 0.3))
+        most = max(1e-5, spread * (0.02 if _is_wide(model) else 0.3))
+        is_alike = float((in_slots_V - expected_V).abs().max()) <= most
     except Exception as error:
         is_alike, reason = False, first_line(error)
     if not is_alike:
@@ -91,7 +113,9 @@ def _in_slots(model: Any, ids: list[int], memory: KeyValueSlots) -> Tensor:
     """The last logits of a prompt that is read in two pieces and a token, in the second slot."""
     logits_NV = torch.empty(0)
     with attention_by_name(model, ATTENTION):
+        # A piece from nothing, one behind others, and a decoding step: the three paths of `Step.attend`.
         for start, end in ((0, 4), (4, _PROBE - 1), (_PROBE - 1, _PROBE)):
+            # The second slot: in the first, a mistake in the slot's index would not show.
             piece = [Piece(1, start, end - start)]
             step = Step(memory, *((piece, []) if end - start == 1 else ([], piece)))
             with step.running():

@@ -28,14 +28,14 @@ class JointFactors:
     """What several adapters change at one layer, in the dtype of its inputs.
 
     Attributes:
-        asked: the adapters that were looked at; some may have no form of this kind.
+        seen: the adapters that were looked at; some may have no form of this kind.
         ranks: of the others by name; their factors lie behind each other in A and B.
         a, b: A (R, in) and B (R, out) of all; None without any.
         inputs, outputs, biases: tables of i, o and p, a row for each adapter and a neutral one at the end; None where
             all are neutral.
     """
 
-    asked: frozenset[str]
+    seen: frozenset[str]
     ranks: Mapping[str, int]
     a: Tensor | None
     b: Tensor | None
@@ -69,7 +69,7 @@ class RowProduct:
         joint = self._joint.get(module)
         own = deltas_of(module)
         present = [name for name in rows.groups(x) if name in own]
-        if joint is None or not joint.asked.issuperset(present):
+        if joint is None or not joint.seen.issuperset(present):
             joint = self._joint[module] = self._joined(module, frozen, present, joint, x.dtype)
         return self._product(module, frozen, joint, rows, x), joint.ranks
 
@@ -78,15 +78,17 @@ class RowProduct:
     ) -> JointFactors:
         """The factors of the adapters in the batch, and of those that were, as far as the budget reaches."""
         base, own = Frozen(module, module.adopted_base, frozen), deltas_of(module)
+        # Adapters come and go by the step: without those that left, two clients in turn would have all factors joined
+        # anew each time.
         left = [name for name in (known.ranks if known else ()) if name in own and name not in present]
         parts: dict[str, RowParts] = {}
         for name in (*present, *left):
             # What is held whole replaces parameters of the layer, so that the frozen product isn't a part of it.
-            found = None if own[name].holds else own[name].row_parts(base)
-            if found is None:
+            change = None if own[name].holds else own[name].row_parts(base)
+            if change is None:
                 continue
-            if name in present or sum(map(_rank, (*parts.values(), found))) <= self.rank_budget:
-                parts[name] = found
+            if name in present or sum(map(_rank, (*parts.values(), change))) <= self.rank_budget:
+                parts[name] = change
         return _side_by_side(frozenset(present) | parts.keys(), parts, dtype)
 
     def _product(
@@ -95,6 +97,7 @@ class RowProduct:
         if not joint.ranks:
             return frozen(module, x)
         x_TI = x.reshape(-1, x.shape[-1])
+        # The order of the names is part of the key: a table's rows lie in it, and it differs between layers.
         index_T = rows.cached(("index", *joint.ranks), x, lambda: _index(joint, rows, x))
         if joint.inputs is not None:
             x_TI = x_TI * joint.inputs[index_T]
@@ -102,6 +105,7 @@ class RowProduct:
         y_TO = frozen(module, x_TI)
         if joint.a is not None and joint.b is not None:
             if len(x_TI) * len(joint.a) <= MOST_WORK:
+                # With the ranks in the key: layers may have other ranks by `rank_pattern`.
                 others_TR = rows.cached(("others", *joint.key), x, lambda: _others(joint, index_T))
                 # Written over and not multiplied by zero: what one adapter makes infinite must not reach other rows.
                 z_TR = F.linear(x_TI, joint.a).masked_fill_(others_TR, 0.0)
@@ -119,7 +123,7 @@ def _rank(parts: RowParts) -> int:
     return 0 if parts.a is None else len(parts.a)
 
 
-def _side_by_side(asked: frozenset[str], parts: Mapping[str, RowParts], dtype: torch.dtype) -> JointFactors:
+def _side_by_side(seen: frozenset[str], parts: Mapping[str, RowParts], dtype: torch.dtype) -> JointFactors:
     factors_a = [each.a for each in parts.values() if each.a is not None]
     factors_b = [each.b.t() for each in parts.values() if each.b is not None]
 
@@ -132,7 +136,7 @@ def _side_by_side(asked: frozenset[str], parts: Mapping[str, RowParts], dtype: t
         return torch.stack([*(none if vector is None else vector for vector in vectors), none]).to(dtype)
 
     return JointFactors(
-        asked=asked,
+        seen=seen,
         ranks={name: _rank(each) for name, each in parts.items()},
         a=torch.cat(factors_a).to(dtype) if factors_a else None,
         b=torch.cat(factors_b).to(dtype) if factors_b else None,
@@ -166,6 +170,7 @@ def _add_by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Map
     for name, rank in joint.ranks.items():
         end = begin + rank
         if rank and name in groups:
+            # Sum of ranks times rows is what the joint product costs; here each adapter meets its own rows alone.
             change = F.linear(x_TI[groups[name]], joint.a[begin:end]) @ joint.b[begin:end]
             y_TO.index_add_(0, groups[name], change.to(y_TO.dtype))
         begin = end

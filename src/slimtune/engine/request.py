@@ -65,6 +65,8 @@ class SamplingParams:
     constraint: TokenConstraint | None = None
 
     def __post_init__(self) -> None:
+        # Checked here and not only by the server: a bad value found in the step of a batch would end every answer in
+        # it.
         check_whole("max_tokens", self.max_tokens)
         check_whole("top_k", self.top_k, least=0)
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):

@@ -66,6 +66,8 @@ class Sampler:
         p, device = self.params, logits_V.device
         if p.repetition_penalty != 1.0:
             seen = torch.tensor([*(self.prompt | self.counts.keys())], device=device)
+            # A positive logit is divided and a negative one multiplied, so that both fall; the paper (Keskar et al.
+            # 2019, arXiv:1909.05858) divides alone.
             own = logits_V[seen]
             logits_V[seen] = torch.where(own > 0, own / p.repetition_penalty, own * p.repetition_penalty)
         if self.counts:
@@ -80,6 +82,7 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken 
     changes = any(s.penalizes or s.params.constraint is not None or s.params.temperature > 0 for s in samplers)
     reports = any(p.logprobs is not None for p in params)
     if changes or reports:
+        # Greedy rows without a report are spared this: the greatest of 16-bit logits is the greatest.
         logits_NV = logits_NV.float()
     # What the model itself says, before penalties and temperature.
     logprobs_NV = logits_NV.log_softmax(-1) if reports else None
@@ -101,10 +104,10 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken 
         drawn = _draw(logits_NV[rows], [samplers[row] for row in rows], is_filtered) if rows else []
         for row, token in zip(rows, drawn, strict=True):
             tokens[row] = token
-    told = _reported(logprobs_NV, tokens, params) if logprobs_NV is not None else [(None, ())] * len(tokens)
+    reported = _reported(logprobs_NV, tokens, params) if logprobs_NV is not None else [(None, ())] * len(tokens)
     return [
         failed.get(row) or SampledToken(token, *report)
-        for row, (token, report) in enumerate(zip(tokens, told, strict=True))
+        for row, (token, report) in enumerate(zip(tokens, reported, strict=True))
     ]
 
 
@@ -133,12 +136,14 @@ def _draw(logits_NV: Tensor, samplers: Sequence[Sampler], is_filtered: bool) -> 
     # Divided after the greatest was taken off: a temperature near zero gives zero and minus infinity, and no overflow.
     logits_NV = (logits_NV.double() - logits_NV.amax(-1, keepdim=True)) / column("temperature")
     probs_NV = logits_NV.softmax(-1)
+    # One number a row from its own generator, so that no row's draw depends on how many rows there are.
     uniform = torch.tensor([s.random.random() for s in samplers], device=logits_NV.device, dtype=torch.float64)[:, None]
     if not is_filtered:
         return _by_quantile(probs_NV, uniform)
     vocabulary = probs_NV.shape[1]
     most = max(MOST_LIKELY, *(p.top_k for p in params))
     sorted_NK, order_NK = probs_NV.topk(min(most, vocabulary))
+    # Rows with a small top-k need no more candidates than that, whatever top_p says.
     needed = column("top_p").where((column("top_k") == 0) | (column("top_k") > most), 0.0)
     if bool((sorted_NK.sum(-1, keepdim=True) < needed).any()):
         sorted_NK, order_NK = probs_NV.sort(-1, descending=True)

@@ -57,6 +57,7 @@ class Scheduler:
         self.waiting: deque[Answer] = deque()
         self.running: dict[int, Answer] = {}
         self.counters = Counters()
+        # A free slot's keys and values stay where they are until the slot is written over.
         self._remains: dict[int, Remains] = {}
 
     @property
@@ -74,6 +75,7 @@ class Scheduler:
         """A token for each answer that is being written, and a piece of the prompts."""
         self.drop_cancelled()
         self._admit()
+        # None for all whose adapters go together: BitFit beside LoRA beside the base, one forward.
         groups: dict[ServedAdapter | None, list[Answer]] = {}
         for answer in self.running.values():
             groups.setdefault(answer.adapter if answer.adapter and answer.adapter.alone else None, []).append(answer)
@@ -103,7 +105,9 @@ class Scheduler:
         free = [slot for slot in range(self._memory.slots) if slot not in self.running]
         known = {slot: self._shared(answer, remains.owner, remains.tokens) for slot, remains in self._remains.items()}
         for slot, other in self.running.items():
+            # Running answers count too: requests with one system prompt share what the first of them has read.
             known[slot] = self._shared(answer, other.owner, other.tokens[: max(0, other.read - other.virtual)])
+        # Of equally long ones a free slot, which needs no copy.
         best = max(known, key=lambda slot: (known[slot], slot in free), default=-1)
         if best >= 0 and known[best]:
             # The last token of a prompt is always read, for the logits behind it.
@@ -154,8 +158,10 @@ class Scheduler:
     def _forward(self, answers: list[Answer], alone: ServedAdapter | None) -> tuple[list[Answer], Tensor]:
         """The answers whose next token can be chosen now, with their logits (answers, vocabulary)."""
         decoding = [answer for answer in answers if answer.pending == 1]
+        # Ascending slots, so that those which decode may be one contiguous view of the memory.
         decoding.sort(key=lambda answer: answer.slot)
         taken = [(answer, 1) for answer in decoding]
+        # Decoding rows aren't charged: a long prompt may delay others by one chunk a step and no more.
         budget = self._prefill_chunk
         for answer in answers:
             length = 0 if answer.pending == 1 else min(answer.pending, budget)
@@ -174,10 +180,13 @@ class Scheduler:
             if length == answer.pending:
                 kept.append(len(ids) - 1)
                 ready.append(answer)
+        # With nothing to choose yet one row of logits is computed all the same: no rows can't be shared out among
+        # adapters.
         settings = self._settings(alone, names, kept or [0])
         with step.running(), settings:
             logits_NV = forward_of(self._model, ids, step.position_T, kept or [0], virtual)
         for answer, length in taken:
+            # After the forward: one that failed has written nothing that counts.
             answer.read += length
         return ready, logits_NV
 

@@ -50,12 +50,13 @@ class KeyValueSlots:
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin as another one does."""
         for tensor in (*self.keys, *self.values):
+            # (heads, length, head_dim) a layer: a copy on the device, far cheaper than reading the tokens again.
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def clear_unless_finite(self, slot: int, length: int) -> bool:
         """Zeros in a slot whose numbers aren't finite; gives back whether they are.
 
-        A later sequence masks what it hasn't written over, and zero times infinity is no number. The last layer shows
+        A later sequence masks what it hasn't written over, and zero times infinity is NaN. The last layer shows
         it: what isn't finite in one layer makes keys and values of all behind it so.
         """
         last = (self.keys[-1][slot, :, :length], self.values[-1][slot, :, :length])
@@ -114,6 +115,7 @@ class Step:
         count = len(self.decoding)
         outputs = []
         if count:
+            # A slice and not an index: `keys[[0, 2, 3]]` would copy all keys of these slots at each layer of each step.
             own = slice(self.first, self.first + self.span)
             rows_BHD = query_HTD[:, :count].transpose(0, 1)
             if not self.is_whole_span:
@@ -123,6 +125,7 @@ class Step:
             outputs.append(y_BHD if self.is_whole_span else y_BHD.index_select(0, self.decoding_B))
         for index, piece in enumerate(self.prompts):
             end = piece.start + piece.length
+            # (1, G, end, D), a view: prompts are attended to one by one, for their lengths differ.
             k, v = keys[piece.slot, None, :, :end], values[piece.slot, None, :, :end]
             q = query_HTD[None, :, count : count + piece.length]
             y_HTD = _attention(q, k, v, self._prompt_mask(index, piece, window), scale)[0]
@@ -132,9 +135,10 @@ class Step:
 
     def _decoding_mask(self, window: int | None) -> Tensor:
         """(slots of the span, 1, 1, longest): what each slot's one token sees."""
+        # The mask is the same in all layers with one window; -1 stands for the decoding rows, 0 and up for pieces.
         if (-1, window) not in self._masks:
             device = self.position_T.device
-            # A slot that doesn't decode sees its first key: of nothing at all the mean is no number.
+            # A slot that doesn't decode sees its first key: the mean over no keys at all is NaN.
             last_B = torch.zeros(self.span, dtype=torch.long, device=device)
             last_B[self.decoding_B] = self.position_T[: len(self.decoding)]
             self._masks[-1, window] = _sees(last_B[:, None], self.longest, window)[:, None]
@@ -163,6 +167,7 @@ def _attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor, sca
     groups = k_BGSD.shape[1]
     # (rows, G, H / G * T, D): without a copy of the keys for each head, which would be most of the work in decoding.
     q = q_BHTD.reshape(rows, groups, heads // groups * length, -1)
+    # Row h * T + t of the joined heads is head h's token t, and sees what token t sees.
     mask = mask.expand(-1, -1, length, -1).repeat(1, 1, heads // groups, 1) if length > 1 else mask
     y = F.scaled_dot_product_attention(q, k_BGSD, v_BGSD, attn_mask=mask, scale=scale)
     return y.reshape(rows, heads, length, -1)
@@ -182,6 +187,7 @@ def _slot_attention(
             "engine's does not; use model.generate()"
         )
     memory, layer = step.memory, module.layer_idx
+    # Advanced indices on both sides of a slice come out in front: (T, heads, head_dim), hence the transposed keys.
     memory.keys[layer][step.slot_T, :, step.position_T] = key[0].transpose(0, 1)
     memory.values[layer][step.slot_T, :, step.position_T] = value[0].transpose(0, 1)
     step.layers += 1

@@ -29,6 +29,8 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.text, self.stopped = "", False
+        # It decodes behind the tokens before: a character's missing bytes depend on them, and SentencePiece's first
+        # space.
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
         self._decoded = 0
@@ -59,6 +61,7 @@ class TextStream:
         elif is_last:
             given, self._held = held, ""
         else:
+            # What may be the beginning of a stop string waits: text that was given out can't be taken back.
             keep = max((_overlap(held, text) for text in self.stop), default=0)
             given, self._held = held[: len(held) - keep], held[len(held) - keep :]
         self.text += given

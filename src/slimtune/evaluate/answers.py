@@ -30,6 +30,7 @@ class AnswerFile:
 
     def begin(self, prompts: Sequence[str], max_new_tokens: int) -> dict[int, Reply]:
         """What a killed run of the same prompts has answered already, by the number of the question."""
+        # The whole prompts, shots and template included: a changed template must not go on with old answers.
         facts = json.dumps([self.about, max_new_tokens, list(prompts)], sort_keys=True, default=str)
         key = hashlib.sha256(facts.encode()).hexdigest()
         known = _read(self.part, key)
@@ -41,6 +42,7 @@ class AnswerFile:
 
     def add(self, replies: Mapping[int, Reply]) -> None:
         """Keep the answers of a batch."""
+        # Appended and not synced: a power cut costs a batch of answers at most, and the next run asks them again.
         lines = [json.dumps([number, *reply]) for number, reply in replies.items()]
         with self.part.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
@@ -74,5 +76,6 @@ def weights_of(source: str) -> list[Any]:
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [
         source,
+        # Sizes and times, not hashes: reading 16 GB to begin an evaluation would take longer than many evaluations.
         *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.suffix in (".safetensors", ".json")),
     ]

@@ -78,6 +78,7 @@ def _shipped_pairs(name: str) -> Callable[[], list[Text]]:
 
 def _arithmetic() -> list[Text]:
     """Word problems with two numbers, worked out in the answer."""
+    # Drawn by Python's generator, whose sequence for a seed is the same in all versions.
     rng = random.Random(0)
     problems: list[Text] = []
     for number in range(_PROBLEMS):
@@ -105,19 +106,20 @@ _PROBLEM_KINDS: tuple[Callable[[int, int], tuple[str, str]], ...] = (
 
 def _code() -> list[Text]:
     """The first two functions of each module that are neither trivial nor long."""
-    functions_found: list[Text] = []
+    functions_read: list[Text] = []
     try:
         for name in MODULES:
             source = inspect.getsource(importlib.import_module(name))
             lines = source.splitlines()
             functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+            # Source lines and not `ast.unparse`, which drops the comments that are half of a code's text.
             code = [lines[function.lineno - 1 : function.end_lineno] for function in functions]
-            functions_found += ["\n".join(own) for own in code if len(own) in FUNCTION_LINES][:2]
+            functions_read += ["\n".join(own) for own in code if len(own) in FUNCTION_LINES][:2]
     except (OSError, TypeError) as error:
         raise DataError(
             f"the source of Python's standard library isn't installed here ({error}); leave the domain 'code' out"
         ) from error
-    return functions_found
+    return functions_read
 
 
 DOMAINS: dict[str, Callable[[], list[Text]]] = {

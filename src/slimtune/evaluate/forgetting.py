@@ -129,9 +129,11 @@ def measure(
 
     after = scored(model, "reading tokens, tuned")
     if tuned.is_adapter:
+        # The same model with the adapter off: no second copy, and the very same kernels for both losses.
         with model.disable_adapter():
             before = scored(model, "reading tokens, base")
     else:
+        # The only reference: two whole models need not fit side by side.
         del model
         before = scored(tuned.load_base(), "reading tokens, base")
     return compare(read, before, after, worst, time.monotonic() - began)
@@ -155,6 +157,8 @@ def compare(
     rng = np.random.default_rng(0)
     for name in dict.fromkeys(passage.domain for passage in read):
         own = np.array([index for index, passage in enumerate(read) if passage.domain == name])
+        # (texts,) each: tokens and summed losses; a ratio of sums and not a mean of ratios, so that long texts weigh
+        # more.
         n, b, a = tokens[own], before[own], after[own]
         drawn = _drawn_differences(a - b, n, rng)
         draws.append(drawn)
@@ -165,11 +169,13 @@ def compare(
             [rise for rise in rises if rise.rise > 0],
         )  # fmt: skip
     mean = float(np.mean([change.difference for change in changes.values()]))
+    # Domains are fixed and texts within them drawn: the mean over domains is taken draw by draw.
     return Forgetting(changes, mean, _interval(np.mean(draws, axis=0), len(read)), seconds)
 
 
 def _drawn_differences(rises: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The difference per token in each draw of the bootstrap."""
+    # (draws, texts). Numerator and denominator are drawn together, for the length of a text is chance as well.
     chosen = rng.integers(0, len(rises), (DRAWS, len(rises)))
     return rises[chosen].sum(1) / tokens[chosen].sum(1)
 

@@ -72,6 +72,7 @@ def generate_replies(
         prompts = [prompt.removesuffix("\n") for prompt in prompts]
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    # A system prompt or a set of shots is often most of a prompt: read once, not once for each question.
     prefix, cache = read_shared_prefix(model, rows)
     replies: dict[int, Reply] = {}
     options = sampling(temperature) | ({"stop_strings": stop, "tokenizer": tokenizer} if stop else {})
@@ -88,6 +89,7 @@ def generate_replies(
                 pad_token_id=pad_id_of(tokenizer),
                 **options,
             )
+        # A decoder of its own begins with one start token; a causal model gives the prompt back in front.
         answers = produced[:, 1:] if model.config.is_encoder_decoder else produced[:, ids.shape[1] :]
         answered = _replies(model, tokenizer, answers, max_new_tokens, stop)
         batch = dict(zip(chosen, answered, strict=True))
@@ -102,6 +104,7 @@ def _replies(model: Any, tokenizer: Any, produced: torch.Tensor, most: int, stop
     """What was produced as text; `produced` holds ids_BT of at most `most` tokens a row."""
     ends = model.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=produced.device).flatten()
+    # Shorter than the limit, every row of the batch has ended, by an end token or a stop string.
     has_end = torch.isin(produced, ends).any(-1).tolist() if produced.shape[1] >= most else [True] * len(produced)
     texts = tokenizer.batch_decode(produced, skip_special_tokens=True)
     # White space in front is no end: the answer hasn't begun.
@@ -129,6 +132,7 @@ def read_shared_prefix(model: Any, rows: Sequence[list[int]]) -> tuple[list[int]
 
 def kept_logits(model: Any, count: int) -> dict[str, int]:
     """The argument by which a model computes the logits of the last tokens alone, where it knows of it."""
+    # All of the MRO: an adopted model's wrapped forward, or one behind a decorator, may show another signature.
     forwards = [vars(known)["forward"] for known in type(model).__mro__ if "forward" in vars(known)]
     knows = any("logits_to_keep" in inspect.signature(forward).parameters for forward in forwards)
     return {"logits_to_keep": count} if knows else {}
@@ -148,6 +152,7 @@ def repeated(cache: Any, rows: int) -> Any:
     """A copy of the shared keys and values for so many rows."""
     if cache is None:
         return None
+    # `generate` appends to its cache in place: the next batch needs the prefix alone.
     own = copy.deepcopy(cache)
     own.batch_repeat_interleave(rows)
     return own
@@ -160,6 +165,7 @@ def _padded(model: Any, prefix: list[int], rows: Sequence[list[int]], pad_id: in
     for row in rows:
         gap = longest - len(row)
         before, behind = (0, gap) if model.config.is_encoder_decoder else (gap, 0)
+        # Pads between prefix and row, never before the prefix: its keys are cached at positions 0 to n - 1.
         ids.append(prefix + [pad_id] * before + row + [pad_id] * behind)
         mask.append([1] * len(prefix) + [0] * before + [1] * len(row) + [0] * behind)
     return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)

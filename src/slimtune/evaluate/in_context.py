@@ -63,6 +63,7 @@ def draw_shots(task: Task, questions: Sequence[Question], examples: Task | None,
         return DrawnShots([[] for _ in questions], 0, "without examples")
     if examples is None:
         raise ConfigError(f"{shots.count} shots were asked for, but no examples were given; pass a file of examples")
+    # By their text without the system message: a leaked question under another instruction is still one.
     held_out = {question.user_text for question in task.questions}
     pool = [example for example in examples.questions if example.user_text not in held_out]
     leaked = len(examples.questions) - len(pool)
@@ -91,6 +92,7 @@ def _draw(pool: Sequence[Question], count: int, has_labels: bool, rng: random.Ra
     piles = rng.sample(list(by_label.values()), len(by_label))
     drawn: list[Question] = []
     while len(drawn) < count:
+        # One from each label in turn; labels that ran out are passed over.
         drawn += [pile.pop() for pile in piles if pile]
     drawn = drawn[:count]
     # Labels in turn would show a pattern that is none.
@@ -128,6 +130,7 @@ def nearest(texts: Sequence[str], pool: Sequence[str], count: int) -> tuple[list
     except MissingDependencyError:
         text_ND, pool_MD = _tf_idf([*texts, *pool]).split([len(texts), len(pool)])
         by = f"most similar by TF-IDF, as {ENCODER} is not installed"
+    # Rows of unit length (both TF-IDF's and the encoder's): the product is the cosine.
     similarity_NM = text_ND @ pool_MD.T
     # Stable, so that ties fall the same way everywhere.
     order_NM = similarity_NM.sort(dim=1, descending=True, stable=True).indices

@@ -75,6 +75,7 @@ def evaluate_classifier(
             f"{prepared.task.source} has labels that {source} doesn't know: {listing(unknown)}; it has {labels}"
         )
     refuse_no_number(p_NL.sum(-1).tolist())
+    # 1e-38 is about the smallest that float32 holds: a certain mistake is dear, and not infinite.
     losses_NL = -p_NL.clamp_min(1e-38).log()
     scored = []
     for row, index in enumerate(kept):

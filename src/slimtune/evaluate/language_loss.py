@@ -66,6 +66,7 @@ def _encoded(text: Text, tokenizer: Any) -> Encoded:
 
 
 def _cut(encoded: Encoded, max_length: int) -> list[Encoded]:
+    # Without overlap: each token counts once, though the first ones of a piece have less in front of them.
     starts = range(0, len(encoded.input_ids), max_length)
     return [Encoded(encoded.input_ids[s : s + max_length], encoded.labels[s : s + max_length]) for s in starts]
 

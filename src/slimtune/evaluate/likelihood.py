@@ -44,6 +44,7 @@ def answered_ids(model: Any, tokenizer: Any, text: str, begin: int) -> PromptWit
     tokens = tokenizer(text, add_special_tokens=not has_template(tokenizer), return_offsets_mapping=True)
     ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
     # A token that begins in the prompt and ends in the answer counts: the answer begins with it.
+    # Tokens without extent (special ones, (0, 0)) are no beginning.
     start = next((i for i, (low, high) in enumerate(offsets) if high > max(low, begin)), len(ids))
     if ids[-1] not in _special(tokenizer) and tokenizer.eos_token_id is not None:
         # As in training: an answer is over once the model says so.
@@ -89,6 +90,7 @@ def summed_losses(
         ConfigError: a loss is not a number.
     """
     starts = [_first_label(row) for row in rows]
+    # Only what stands before every row's first label may be shared: labels need logits.
     prefix, cache = read_shared_prefix(model, [r.input_ids[:start] for r, start in zip(rows, starts, strict=True)])
     lengths = [(start, len(row.input_ids)) for row, start in zip(rows, starts, strict=True)]
 
@@ -126,6 +128,7 @@ def _by_batches(
     """The losses of rows, each with the place of its first label and its length, in their order."""
     was_training = model.training
     model.eval()
+    # Sums of thousands of token losses; float32 would leave four digits for their differences.
     losses = torch.zeros(len(lengths), dtype=torch.float64)
     for chosen in _batches(lengths, batch_size, logits):
         losses[chosen] = read(chosen)
@@ -138,6 +141,7 @@ def _batches(lengths: Sequence[tuple[int, int]], batch_size: int, logits: int) -
     """Rows of similar length, as many at once as asked for and as have no more than so many rows of logits."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index][1]):
+        # Logits are asked for from the earliest label of the batch on, so that this one row decides for all.
         first = min(lengths[i][0] for i in [*batch, index])
         if batch and (len(batch) == batch_size or (len(batch) + 1) * (lengths[index][1] - first) > logits):
             yield batch
@@ -149,10 +153,13 @@ def _batches(lengths: Sequence[tuple[int, int]], batch_size: int, logits: int) -
 
 def _decoder(model: Any, batch: Sequence[Encoded], pad_id: int, first: int, cached: int, cache: Any) -> Tensor:
     """The losses of a batch in which no label stands before the place `first`."""
+    # Padded on the right: causal attention never looks there, and positions need no correction.
     ids_BT = _padded([row.input_ids[cached:] for row in batch], pad_id, model.device)
+    # The whole length, cached prefix included, while the ids are what is left of the row.
     mask_BT = _padded([[1] * len(row.input_ids) for row in batch], 0, model.device)
     labels_BT = _padded([row.labels[cached:] for row in batch], IGNORED, model.device)
     # With a large vocabulary logits are most of the memory: those before the first label are not asked for.
+    # One more than there are labels: the token before a label predicts it.
     kept = ids_BT.shape[1] - (first - cached) + 1
     options = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
     options |= kept_logits(model, kept)

@@ -67,11 +67,13 @@ class Prompter:
             DataError: a question doesn't fit and isn't to be dropped, or none fits.
         """
         room = longest_input(self.model, self.tokenizer, None) - _virtual_tokens(self.model)
+        # Its answer has positions of its own, in the decoder.
         limit = room if self.model.config.is_encoder_decoder else room - most
         fitted, lengths, shortened = [], [], 0
         for question, examples in zip(questions, shots, strict=True):
             chosen = list(examples)
             while (length := self._length(ShotQuestion(question, chosen))) > limit and chosen:
+                # The first one goes: with "similar" picks it is the least alike.
                 chosen.pop(0)
             shortened += len(chosen) < len(examples)
             fitted.append(ShotQuestion(question, chosen))
@@ -121,6 +123,7 @@ class Prompter:
         labels, replies, losses = self.task.labels, [], []
         for start in range(0, len(questions), self.batch_size):
             chunk = questions[start : start + self.batch_size]
+            # (questions x labels) rows at once: what they all begin with, shots above all, is then read once.
             rows = [self._answered(one, label) for one in chunk for label in labels]
             flat = answer_losses(self.model, self.tokenizer, rows, self.batch_size)
             for index, one in enumerate(chunk):

@@ -137,10 +137,13 @@ def summarised(
     """Scores over all answers, which all have the same names."""
     names = list(answers[0].scores)
     by_name = {name: [answer.scores[name] for answer in answers] for name in names}
+    # `fsum` is exact whatever the order: a resumed run gives the same mean to the last bit.
     means = {name: math.fsum(values) / len(values) for name, values in by_name.items()}
     intervals = {name: interval_of_mean(values) for name, values in by_name.items()}
     if CHOICE in names:
         means[MACRO_F1], intervals[MACRO_F1] = _macro_f1(answers)
+    # Per token over all answers together, so that a long answer counts for its length; a mean of means would favour
+    # short ones.
     count = sum(answer.tokens for answer in answers) if of_tokens else len(answers)
     loss = math.fsum(answer.loss for answer in answers) / count
     perplexity = _exp(loss) if of_tokens else None
@@ -152,6 +155,7 @@ def _macro_f1(answers: Sequence[ScoredAnswer]) -> tuple[float, tuple[float, floa
     pairs = [(answer.answer, answer.question.expected) for answer in answers]
 
     def of(chosen: np.ndarray) -> float:
+        # Recomputed for each draw: F1 is no mean over questions, so that there is no interval of a mean to be had.
         picked = [pairs[index] for index in chosen]
         return label_scores([answer for answer, _ in picked], [true for _, true in picked])[MACRO_F1]
 
@@ -159,4 +163,6 @@ def _macro_f1(answers: Sequence[ScoredAnswer]) -> tuple[float, tuple[float, floa
 
 
 def _exp(loss: float) -> float:
+    # math.exp raises OverflowError from 709.8 on; a mean loss that high is a broken model, to be shown and not to crash
+    # on.
     return math.exp(loss) if loss < 700 else math.inf

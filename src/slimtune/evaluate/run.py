@@ -58,6 +58,7 @@ def prepare(
     if chooses and settings.max_new_tokens is not None:
         raise ConfigError("max_new_tokens would change nothing where the likeliest label is taken; leave it out")
     task = _with_all_labels(task, examples, chooses)
+    # After the labels: they are those of the whole task, or a limit would make the choice easier.
     questions = task.questions[: settings.limit]
     return PreparedTask(task, questions, settings, shots, draw_shots(task, questions, examples, shots), scorers)
 
@@ -90,6 +91,8 @@ def evaluate(
     prompter = Prompter(model, tokenizer, prepared.task, settings.batch_size)
     most = settings.max_new_tokens or longest_answer(prompter, prepared.questions, chooses)
     fitted = prompter.fit(prepared.questions, prepared.drawn.shots, most, drop=settings.too_long == "drop")
+    # Answers are told apart by prompt and limit: with another template or more shots they are answers to another
+    # question.
     known = answers.begin([prompter.prompt(one) for one in fitted.questions], most) if answers and not chooses else {}
     relay = _ProgressRelay(len(fitted.questions), len(known), progress, None if chooses else answers)
     if chooses:
@@ -122,6 +125,7 @@ def longest_answer(prompter: Prompter, questions: Sequence[Question], chooses: b
     """The default limit of an answer in tokens: twice the longest expected one, 16 at least."""
     if chooses:
         return max(map(prompter.tokens, prompter.task.labels))
+    # Room for an answer that is worded otherwise; a limit at the longest expected one would cut good answers off.
     return max(16, 2 * max(prompter.tokens(question.expected) for question in questions))
 
 
@@ -154,6 +158,8 @@ def _with_all_labels(task: Task, examples: Task | None, chooses: bool) -> Task:
     elif chooses:
         questions = [*task.questions, *(examples.questions if examples else ())]
         task = replace(task, labels=sorted({question.expected for question in questions}))
+        # Labels repeat. Where most answers are seen once it is free text, and choosing among all of it would measure
+        # nothing.
         if 2 * len(task.labels) > len(questions):
             raise DataError(
                 f"the scorer '{CHOICE}' chooses among labels, but {len(questions)} questions have "

@@ -65,7 +65,7 @@ class Scorer:
 def find_scorers(names: str, task: Task) -> list[Scorer]:
     """The scorers of these names, or of a task if "auto"; raises ConfigError, MissingDependencyError."""
     check_scorer(names)
-    return [_found(name) for name in (_fitting(task) if names == AUTO else names.split(","))]
+    return [_scorer(name) for name in (_fitting(task) if names == AUTO else names.split(","))]
 
 
 def check_scorer(names: str) -> None:
@@ -73,6 +73,7 @@ def check_scorer(names: str) -> None:
     if not isinstance(names, str):
         raise ConfigError(f"scorer must be a name or path.py:function, found {names!r}")
     for name in names.split(","):
+        # "auto" alone: as one of several it would add scorers that depend on the data.
         if name in SCORERS or ".py:" in name or (name == AUTO == names):
             continue
         known = (AUTO, *SCORERS)
@@ -86,6 +87,7 @@ def check_scorer(names: str) -> None:
 
 def _fitting(task: Task) -> tuple[str, ...]:
     if task.labels:
+        # From the most particular kind of answer to text; a task of one label each would also be a task of text.
         return (CHOICE,)
     if any(question.entry is not None for question in task.questions):
         return ("reasoning_gym",)
@@ -96,7 +98,7 @@ def _fitting(task: Task) -> tuple[str, ...]:
     return ("exact_match",)
 
 
-def _found(name: str) -> Scorer:
+def _scorer(name: str) -> Scorer:
     if ".py:" in name:
         from slimtune.evaluate.user_scorer import load_scorer
 
@@ -159,6 +161,7 @@ def _chrf() -> Callable[[str, Question], dict[str, float]]:
     except ImportError as error:
         raise _missing("chrf", "sacrebleu") from error
     scorer = CHRF()
+    # From 0 to 1 as all others here; sacrebleu counts to 100.
     return lambda answer, question: {"chrf": scorer.sentence_score(answer, [question.expected]).score / 100}
 
 
@@ -190,6 +193,7 @@ _BROKEN = object()
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
+    # Thousands of opening brackets, which a small model writes when it is stuck, exhaust the parser's stack.
     except (ValueError, RecursionError):
         return _BROKEN
 
@@ -201,12 +205,14 @@ def _alike(parsed: Any, expected: Any) -> bool:
 
 def _last_number(text: str) -> Decimal | None:
     """The last number in a text, where an answer that reasons first ends."""
+    # With thousands' commas and exponents, without units: "$1,250.00" is found as 1,250.00.
     numbers = _NUMBER.findall(text)
     return _as_number(numbers[-1]) if numbers else None
 
 
 def _as_number(text: str) -> Decimal | None:
     try:
+        # Decimal: 0.1 is 0.10 and 1e3 is 1000, while floats would also call 0.1 + 2e-17 equal.
         number = Decimal(text.strip().replace(",", ""))
     except InvalidOperation:
         return None

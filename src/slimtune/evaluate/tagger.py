@@ -111,10 +111,15 @@ def _summarised(
     counts = tag_counts([text.tags for text in scored], [text.expected for text in scored], spells)
     scores = counts.scores()
     metric = ENTITY_F1 if spells else "accuracy"
+    # The main one first: a dict keeps the place of a key's first mention.
     scores = {metric: scores[metric], **scores}
     intervals = {
-        name: interval_of_share(lambda chosen, n=name: counts.scores(chosen)[n], len(scored)) for name in scores
+        # `n=name` binds the name now; the lambda would see the last one of the loop. Counts by text make each draw a
+        # sum.
+        name: interval_of_share(lambda chosen, n=name: counts.scores(chosen)[n], len(scored))
+        for name in scores
     }
+    # Every word may lie behind the cut, or be of characters that the tokenizer drops.
     loss = sum(text.loss for text in scored) / max(1, words)
     facts |= {"by_kind": counts.by_kind()}
     return Evaluation(metric, scores, intervals, loss, None, scored, seconds, facts, unit="texts", loss_of="word")
@@ -128,6 +133,7 @@ def _check_tags(source: str, rows: Sequence[Tagged], known: list[str]) -> None:
 
 def _loss(model: Any, row: Tagged, text: Aligned, logits_WK: torch.Tensor) -> float:
     numbers = {tag: int(number) for number, tag in model.config.id2label.items()}
+    # (words with a token,): the others have no logits, and are tagged O, which counts in the scores alone.
     true_W = torch.tensor([numbers[row.tags[word]] for word in text.firsts], dtype=torch.long)
     return float(torch.nn.functional.cross_entropy(logits_WK, true_W, reduction="sum"))
 

@@ -101,6 +101,7 @@ def open_task(
 def conversation(question: Question, shots: Sequence[Question] = (), instruction: str = "") -> list[Message]:
     """The turns of a question behind answered examples, which keep no system message of their own."""
     own = [turn for turn in question.turns if turn["role"] == "system"]
+    # One system message at most: templates that know it expect it first, and several raise for a second one.
     opening = [{"role": "system", "content": instruction}] if instruction else own
     answered = [turn for shot in shots for turn in [*_spoken(shot), {"role": "assistant", "content": shot.expected}]]
     return [*opening, *answered, *_spoken(question)]
@@ -115,6 +116,8 @@ def prompt(tokenizer: Any, question: Question, shots: Sequence[Question] = (), i
     if has_template(tokenizer):
         return render(tokenizer, _turns(tokenizer, question, shots, instruction), True, question.tools)
     former = "".join(f"{shot.plain}{shot.gap}{shot.expected}{BETWEEN_SHOTS}" for shot in shots)
+    # Without `gap` behind it: " label" is one token with its blank, and a prompt that ends in a blank splits it
+    # otherwise.
     return (f"{instruction}{BETWEEN_SHOTS}" if instruction else "") + former + question.plain
 
 
@@ -128,6 +131,7 @@ def answered(
     opening = _turns(tokenizer, question, shots, instruction)
     turns = [*opening, {"role": "assistant", "content": answer}]
     is_last = [turn is turns[-1] for turn in turns]
+    # The span by the template itself: behind `end` some templates write a line break that no model has to say.
     whole, ((begin, end),) = assistant_spans(tokenizer, turns, is_last, question.tools)
     return whole[:end], begin
 
@@ -137,6 +141,7 @@ def _turns(tokenizer: Any, question: Question, shots: Sequence[Question], instru
     turns = conversation(question, shots, instruction)
     if turns[0]["role"] != "system" or _takes_system(tokenizer):
         return turns
+    # Gemma 2's template raises for a system turn; in front of the user's text the model still reads it.
     first = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
     return [first, *turns[2:]]
 
@@ -144,6 +149,7 @@ def _turns(tokenizer: Any, question: Question, shots: Sequence[Question], instru
 def _takes_system(tokenizer: Any) -> bool:
     """Whether the chat template knows system messages; some refuse them."""
     try:
+        # By trying: templates are programs, and whether one mentions "system" says nothing of what it does with it.
         render(tokenizer, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
     except DataError:
         return False
@@ -182,6 +188,7 @@ def _labelled(source: str, rows: list[Labelled], instruction: str) -> Task:
 def with_labels(task: Task, labels: Sequence[str]) -> Task:
     """The task with these labels to choose from, named in its instruction unless it has another one."""
     own = _label_instruction(task.labels)
+    # An instruction of the user's is left alone, even where it lists other labels.
     instruction = _label_instruction(labels) if task.instruction in ("", own) else task.instruction
     return replace(task, labels=list(labels), instruction=instruction)
 
@@ -193,6 +200,7 @@ def _label_instruction(labels: Sequence[str]) -> str:
 def make_task(name: str, size: int, seed: int, instruction: str = "") -> Task:
     """`size` questions of a task by name, the same for the same seed; raises ConfigError for an unknown name."""
     gym = _gym()
+    # The registry that `create_dataset` itself looks into.
     known = list(gym.factory.DATASETS)
     if name not in known:
         raise ConfigError(f"reasoning-gym has no task '{name}'{did_you_mean(name, known) or f'; it has {known}'}")

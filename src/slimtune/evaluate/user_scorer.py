@@ -75,6 +75,7 @@ def function_of(path: Path, name: str, role: str) -> Callable[..., Any]:
 
 def _positional(function: Callable[..., Any], spec: str) -> int:
     """How many arguments the function takes, 2 or 3."""
+    # Tried by `bind`, which knows defaults, *args and keyword-only arguments.
     for arguments in (("answer", "expected"), ("answer", "expected", [])):
         try:
             inspect.signature(function).bind(*arguments)

@@ -27,7 +27,7 @@ class ExportOptions:
     """How a form is written.
 
     Attributes:
-        kind: the type of the numbers in GGUF; by default F16, for an adapter F32.
+        kind: the type of the numbers in GGUF; by default F16, beside codes that are kept; for an adapter F32.
         base: in place of the base that an adapter names.
         converter: llama.cpp's own script, for architectures that are not known here.
         max_kl: how far the answers may drift; by default as the form allows.
@@ -65,6 +65,7 @@ def export(source: str, to: str, output: Path, options: ExportOptions, overwrite
         raise ConfigError(f"--type is for GGUF, and {to} has none; leave it out")
     if options.converter is not None and to not in ("gguf", "ollama"):
         raise ConfigError(f"--converter is for GGUF of a model, and not for {to}; leave it out")
+    # A check that fails leaves nothing behind: what is there at the end was compared.
     with staged(output, overwrite) as folder:
         return FORMATS[to](source, folder, output, options)
 
@@ -91,19 +92,17 @@ def _hf(source: str, folder: Path, output: Path, options: ExportOptions) -> Expo
 
 
 def _gguf(source: str, folder: Path, output: Path, options: ExportOptions) -> Exported:
-    kind = options.kind or "F16"
-    check_kind(kind)
+    check_kind(options.kind)
     model, tokenizer = _load(source, options)
-    report = export_gguf(model, tokenizer, folder, kind, options.max_kl, options.converter)
+    report = export_gguf(model, tokenizer, folder, options.kind, options.max_kl, options.converter)
     check = "not compared" if report.drift is None else f"read again: {report.drift}"
     return Exported(check, f"llama-cli -m {output / MODEL_FILE}", report.notes)
 
 
 def _ollama(source: str, folder: Path, output: Path, options: ExportOptions) -> Exported:
-    kind = options.kind or "F16"
-    check_kind(kind)
+    check_kind(options.kind)
     model, tokenizer = _load(source, options)
-    report = export_gguf(model, tokenizer, folder, kind, options.max_kl, options.converter)
+    report = export_gguf(model, tokenizer, folder, options.kind, options.max_kl, options.converter)
     notes = write_modelfile(folder, tokenizer, model.generation_config)
     check = "not compared" if report.drift is None else f"read again: {report.drift}"
     name = output.resolve().name.lower()

@@ -49,8 +49,10 @@ def to_kohya(source: Path, folder: Path) -> None:
         there = f"{_PREFIXES[part]}_{module.replace('.', '_')}"
         if modules.setdefault(there, f"{part}.{module}") != f"{part}.{module}":
             raise AdapterFileError(f"'{modules[there]}' and '{part}.{module}' have one name in kohya's layout, {there}")
+        # (out,) here, (out, 1) there.
         tensors[f"{there}.{_SUFFIXES[suffix]}"] = tensor.unsqueeze(1) if "magnitude" in suffix else tensor
         if suffix == "lora_A.weight":
+            # A tensor for each module, since kohya's files have no config; readers divide it by the rank of lora_down.
             tensors[f"{there}.alpha"] = torch.tensor(float(_alpha(fields, part, module, len(tensor))))
     _write(folder / KOHYA_FILE, tensors, {_MODULES: json.dumps(modules), **metadata})
 

@@ -62,6 +62,7 @@ def chat_format(tokenizer: Any) -> ChatFormat | None:
     except Exception:
         # A template refuses what it doesn't take by an error of any kind; a system message, for example.
         return None
+    # Go would run what stands in double braces, and three quotation marks end a Modelfile's string.
     return chat if same and "{{" not in repr(chat) and '"""' not in chat.to_go() else None
 
 
@@ -87,6 +88,7 @@ def _taken_apart(tokenizer: Any) -> ChatFormat:
         messages = [{"role": role, "content": _MARK} for role in roles]
         return _rendered(tokenizer, messages, answers).split(_MARK)
 
+    # Twice, for what comes before a later question isn't what begins the text.
     once, twice = texts("user", "assistant"), texts("user", "assistant", "user", "assistant")
     with_system = texts("system", "user", "assistant")
     to_answer = texts("user", answers=True)

@@ -130,11 +130,14 @@ class AdaLoraConfig(LayeredConfig):
             for delta in deltas.values():
                 delta.observe(self.beta1, self.beta2)
         # Between two allocations the masked singular values get gradients and may come back, as in the paper.
+        # At the last step too, whatever deltaT divides: the pattern that is stored must have exactly the final budget.
         if step == last or (self.tinit < step < last and step % self.deltaT == 0):
             kept = most_important(list(deltas.values()), self.budget(deltas.values(), step))
             self.rank_pattern = dict(zip(deltas, kept, strict=True))
             for delta, mask in zip(deltas.values(), kept, strict=True):
                 delta.keep(mask)
+        # An optimizer's step moves the masked singular values away from zero, by their gradients and by Adam's
+        # momentum: after the last allocation they are zeroed each time.
         elif step > last:
             for delta in deltas.values():
                 delta.keep(delta.kept)
@@ -143,6 +146,7 @@ class AdaLoraConfig(LayeredConfig):
         """How many ranks all layers have together after a step: from all to `target_r` a layer, as a cubic."""
         ranks = [delta.r for delta in deltas]
         target, last = self.target_r * len(ranks), (self.total_step or 0) - self.tfinal
+        # At tinit the bracket is 1, at `last` 0: steep at first, flat near the end, as in the paper's schedule.
         return int((sum(ranks) - target) * (1 - (step - self.tinit) / (last - self.tinit)) ** 3 + target)
 
 
@@ -157,6 +161,7 @@ class SvdDelta(LoraDelta):
 
     def __init__(self, site: Site, r: int, scaling: float, dropout: float, autocast: bool) -> None:
         super().__init__(site, r, scaling, dropout, autocast)
+        # (r, 1) and not (r,): the shape in `peft`'s files.
         self.lora_E = nn.Parameter(self.trained[0].new_empty(r, 1))
         self.kept: list[bool] | None = None
         self.smoothed: dict[str, tuple[Tensor, Tensor]] = {}
@@ -190,6 +195,7 @@ class SvdDelta(LoraDelta):
                 raise ConfigError("ranks are shared out by their gradients: call it after backward, before zero_grad")
             now = (factor * factor.grad).abs()
             mean, variation = self.smoothed.get(name) or (torch.zeros_like(now), torch.zeros_like(now))
+            # From zero and without Adam's correction for it: only the order of ranks matters, and all start alike.
             mean = beta1 * mean + (1 - beta1) * now
             # The variation is around the new mean, as in the authors' code.
             self.smoothed[name] = mean, beta2 * variation + (1 - beta2) * (now - mean).abs()
@@ -213,8 +219,8 @@ class SvdDelta(LoraDelta):
     def progress(self) -> dict[str, Tensor]:
         """The smoothed importance with its variation, and the ranks that are left."""
         parts = zip(("mean", "variation"), zip(*self.smoothed.values(), strict=True), strict=False)
-        found = {f"{part}.{n}": t for part, tensors in parts for n, t in zip(self.smoothed, tensors, strict=True)}
-        return found if self.kept is None else {**found, "kept": torch.tensor(self.kept, dtype=torch.bool)}
+        progress = {f"{part}.{n}": t for part, tensors in parts for n, t in zip(self.smoothed, tensors, strict=True)}
+        return progress if self.kept is None else {**progress, "kept": torch.tensor(self.kept, dtype=torch.bool)}
 
     def restore_progress(self, stored: Mapping[str, Tensor]) -> None:
         names = [name.removeprefix("mean.") for name in stored if name.startswith("mean.")]
@@ -230,16 +236,18 @@ class SvdDelta(LoraDelta):
         return super().to_disk({**own, **factors})
 
     def from_disk(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = super().from_disk(stored)
+        state = super().from_disk(stored)
         for name, factor in self.state_dict().items():
+            # The file has the kept ranks alone. A pruned one gets E = 0 and with it no part in the product, whatever
+            # its A and B, which stay as they were drawn and could come back in training.
             if name in SVD and self.kept is not None:
                 whole = torch.zeros_like(factor) if name == "lora_E" else factor.clone()
-                part = found[name].to(whole)
+                part = state[name].to(whole)
                 whole.flatten(1)[(slice(None), self.kept) if name == "lora_B" else self.kept] = part
-                found[name] = whole
+                state[name] = whole
             else:
-                found[name] = found[name].reshape(factor.shape)
-        return found
+                state[name] = state[name].reshape(factor.shape)
+        return state
 
 
 class AdaLoraLinear(SvdDelta, LoraLinear):
@@ -264,7 +272,9 @@ def most_important(deltas: list[SvdDelta], budget: int) -> list[list[bool]]:
     scores = [delta.importance() for delta in deltas]
     excess = sum(len(score) for score in scores) - budget
     # One bound for all layers: that is how ranks move from one layer to another.
+    # On the CPU: layers may be on several devices, and `kthvalue` over some thousand numbers costs nothing there.
     bound = torch.cat([score.cpu() for score in scores]).kthvalue(excess).values.item() if excess > 0 else -1.0
+    # Strictly above: ties at the bound fall together, so that the budget is a ceiling.
     return [(score > bound).tolist() for score in scores]
 
 

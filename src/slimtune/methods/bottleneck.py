@@ -207,11 +207,13 @@ class BottleneckDelta(Delta):
     def initialise(self, config: BottleneckConfig, site: Site) -> None:
         down, up = self.adapter_down.weight, self.adapter_up.weight
         if config.init_weights == "mam_adapter":
+            # B alone is zero: with A zero as well neither factor would ever get a gradient.
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             nn.init.zeros_(up)
         for weight in (down, up) if config.init_weights == "bert" else ():
             nn.init.normal_(weight, std=0.02)
         for weight in (down, up) if config.init_weights == "houlsby" else ():
+            # a and b are absolute bounds in torch, here two deviations, as Houlsby et al. cut them.
             nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
         nn.init.zeros_(self.adapter_down.bias)
         nn.init.zeros_(self.adapter_up.bias)
@@ -319,11 +321,11 @@ def _parents(path: str) -> list[str]:
 
 def _by_parent(names: Iterable[str]) -> dict[str, list[str]]:
     """The names inside of each module around them."""
-    found: dict[str, list[str]] = {}
+    inside: dict[str, list[str]] = {}
     for name in names:
         for parent in _parents(name):
-            found.setdefault(parent, []).append(name)
-    return found
+            inside.setdefault(parent, []).append(name)
+    return inside
 
 
 def _smallest(path: str, around: Mapping[str, Any]) -> str:

@@ -73,6 +73,7 @@ class FullConfig(TargetedConfig):
             if not isinstance(delta, FullDifference | FullCopy):
                 continue
             for name, parameter in site.module.named_parameters(recurse=False):
+                # By identity: `tie_weights` of transformers puts the same Parameter object into both modules.
                 owner, its_name = first.setdefault(id(parameter), (delta, name))
                 if owner is not delta:
                     # One parameter for both ends: trained twice, the ends of a tie would drift apart.

@@ -132,6 +132,7 @@ class IA3Delta(Delta):
         self.in_front = in_front
         weight = site.spec
         features = site.base.features(site.module)[0 if in_front else 1]
+        # Axes of the kernel, of size one: the vector then multiplies an (N, channels, ...) tensor as it is.
         ones = (1,) * (len(weight.shape) - 2)
         shape = (1, features, *ones) if in_front or ones else (features, 1)
         dtype = trainable_dtype(weight.dtype, autocast)
@@ -142,10 +143,13 @@ class IA3Delta(Delta):
         nn.init.ones_(self.ia3_l) if config.init_ia3_weights else nn.init.normal_(self.ia3_l)
 
     def forward(self, base: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # (n,) for a linear layer, (channels, 1, ...) for a convolution: both broadcast from the right, so that batches
+        # without a batch axis work as well.
         vector = self.ia3_l.view(-1, *self.ia3_l.shape[2:])
         if self.in_front:
             # l_I x, (tokens, in): in 16 bits kept as it came, or not at all where a gate made it (ops/scaling.py).
             return base(scaled(x, vector), *args, **kwargs)
+        # The bias is inside: it is scaled with the product; `fold` does the same.
         return scaled(base(x, *args, **kwargs), vector)
 
     def row_parts(self, base: Frozen) -> RowParts | None:
@@ -161,6 +165,7 @@ class IA3Delta(Delta):
         if self.in_front:
             # In a grouped convolution each group of outputs reads its own inputs.
             groups = vector.numel() // weight.shape[1]
+            # The weight is (out, in / groups, ...) while the vector has an entry for each of all `in` channels.
             rows = vector.view(groups, -1)
             rows = rows if groups == 1 else rows.repeat_interleave(weight.shape[0] // groups, dim=0)
             return dense | {"weight": (weight * rows.view(*rows.shape, *tail)).to(weight.dtype)}

@@ -39,6 +39,8 @@ class LastLayerConfig(TargetedConfig):
         """The trained copy of one module. Raises: TargetError, where it has no parameters."""
         if next(site.module.parameters(recurse=False), None) is None:
             raise wrong_kind(site, "last-layer tuning", "modules with parameters of their own")
+        # The plain delta has no equation of its own: what it holds stands in for the module's parameters, and that is
+        # all.
         delta = Delta()
         delta.hold_all(site)
         return delta

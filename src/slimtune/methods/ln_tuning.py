@@ -46,4 +46,5 @@ class LNTuningDelta(Delta):
     """The parameters of a module, trained whole in its own dtype."""
 
     def disk_name(self, parameter: str) -> str:
+        # `peft` keeps its copies in a ModuleDict of that name inside of its wrapper.
         return f"ln_tuning_layers.{super().disk_name(parameter)}"

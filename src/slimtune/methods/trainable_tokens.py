@@ -137,6 +137,8 @@ class TokenRows(Delta):
         # For any id the place where it would stand among the N trained ones; it is one of them if it stands there.
         place = torch.searchsorted(self.sorted_indices, ids).clamp_(max=len(self.sorted_indices) - 1)
         trained = (self.sorted_indices[place] == ids).unsqueeze(-1)
+        # For an untrained id some trained row is looked up too, and thrown away by the `where`, whose gradient for it
+        # is zero: no masked gather, whose length would have to be read from the device.
         looked_up = F.embedding(self.order[place], self.rows, self.padding_row).to(y.dtype)
         # Gemma's embedding multiplies what it looks up.
         scale = getattr(base.module, "embed_scale", 1.0)
@@ -146,6 +148,7 @@ class TokenRows(Delta):
 
     def _projected(self, base: Frozen, x: Tensor, y: Tensor) -> Tensor:
         # Only the difference is added, in place: neither the logits nor their gradients are copied.
+        # (N, dim) in the rows' float32, then cast: a small step of a row is not rounded away before it is a difference.
         difference = (self.rows - base.weight[self.token_indices]).to(x.dtype)
         return y.index_add_(-1, self.token_indices, F.linear(x, difference).to(y.dtype))
 
@@ -155,6 +158,7 @@ class TokenRows(Delta):
         return {"weight": weight_VD.index_copy(0, self.token_indices, self.rows.to(weight_VD.dtype))}
 
     def fold(self, dense: Dense) -> Dense:
+        # An embedding's table (rows, dim) is "transposed" here, its dense form being (out, in) = (dim, rows).
         dim = 1 if self.kind == "embedding" else 0
         rows = self.rows.detach().to(dense["weight"].dtype)
         return dense | {"weight": dense["weight"].index_copy(dim, self.token_indices, rows.t() if dim else rows)}
@@ -212,17 +216,17 @@ def token_modules(
         embedding = input_embeddings(model)
         tokens = {next((name for name, module in modules.items() if module is embedding), "embed_tokens"): list(tokens)}
     first = {id(module): name for name, module in reversed(list(modules.items()))}
-    found: dict[str, list[int]] = {}
+    tokens_of: dict[str, list[int]] = {}
     for wanted, indices in tokens.items():
         names = {first[id(m)] for name, m in modules.items() if name == wanted or name.endswith(f".{wanted}")}
         if not names:
             near = did_you_mean(wanted, {name.rpartition(".")[2] for name in modules})
             raise TargetError(f"trainable_token_indices names '{wanted}', which no module is called{near}")
-        found |= dict.fromkeys(sorted(names), indices)
-    for name, indices in list(found.items()):
+        tokens_of |= dict.fromkeys(sorted(names), indices)
+    for name, indices in list(tokens_of.items()):
         for tied in tied_to([name], modules):
-            found.setdefault(first[id(modules[tied])], indices)
-    return found
+            tokens_of.setdefault(first[id(modules[tied])], indices)
+    return tokens_of
 
 
 def check_module(site: Site) -> None:

@@ -92,6 +92,8 @@ class Projection(nn.Module):
         # On the CPU in float32 and A before B: the draws of `peft`, wherever the layers are.
         generator = torch.Generator().manual_seed(config.projection_prng_key)
         for name, shape in (("a", (config.r, features_in)), ("b", (features_out, config.r))):
+            # He-uniform: gain sqrt(2) by the root of the fan in, and sqrt(3) from a deviation to the bound of a uniform
+            # draw.
             bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
             drawn = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, drawn, persistent=config.save_projection)

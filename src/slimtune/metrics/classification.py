@@ -37,9 +37,11 @@ def scores(predicted: Sequence[str], true: Sequence[str]) -> dict[str, float]:
     """Accuracy, and macro F1: the mean over the labels of 2 TP / (2 TP + FP + FN)."""
     pairs = list(zip(predicted, true, strict=True))
     f1 = []
+    # Labels that are only predicted count too, with F1 = 0: scikit-learn's macro average does the same.
     for label in {*predicted, *true}:
         right = sum(p == t == label for p, t in pairs)
         named = sum(p == label for p, _ in pairs) + sum(t == label for _, t in pairs)
+        # 2 TP / (2 TP + FP + FN): named plus there is 2 TP + FP + FN.
         f1.append(2 * right / named)
     return {"accuracy": sum(p == t for p, t in pairs) / len(pairs), "macro_f1": sum(f1) / len(f1)}
 

@@ -199,6 +199,7 @@ def paired_p(differences_SQ: Table) -> tuple[float, str]:
         if spread_of_mean.variance > 0
         else 0.0
     )
+    # The larger, so the more cautious: t leans on normality, the permutation sees questions alone and no seeds.
     return max(t, flipped), "t over seeds and questions"
 
 

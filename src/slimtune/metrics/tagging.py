@@ -115,6 +115,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
             spelled[-1] = spelled[-1]._replace(end=position + 1)
         else:
             spelled.append(Entity(kind, position, position + 1))
+        # E and S close their entity: an I behind them begins another one.
         goes_on = prefix in ("B", "I")
     return spelled
 

@@ -80,7 +80,7 @@ class AutoPeftModel:
 
 
 def named_class(config: PeftConfig, auto_class: str | None = None) -> Any:
-    """The transformers class that an adapter's config names for its base, by the task or outright, or None."""
+    """The transformers class that an adapter's config names, else the one for its task, or None."""
     import transformers
 
     named = (config.auto_mapping or {}).get("base_model_class")

@@ -76,8 +76,10 @@ def _vllm(config: dict[str, Any], tensors: Sequence[StoredTensor]) -> tuple[list
     others = [t.name for t in tensors if not _is_low_rank(t.name) and not _is_named(t.name, SERVED_WHOLE)]
     if others and not against:
         against.append(f"tensors beside A and B ({listing(others, 2)}) are refused")
+    # By the tensors too: what a config said of ranks may be gone, or have been edited.
     stored = [t.shape[0] for t in tensors if ".lora_A." in t.name or ".lora_embedding_A" in t.name]
     rank = max([largest_rank(config), *stored])
+    # It takes these values alone, and pads smaller ranks.
     room = next((size for size in VLLM_RANKS if size >= rank), None)
     if room is None:
         against.append(f"rank {rank} is above its largest, {VLLM_RANKS[-1]}")

@@ -20,6 +20,7 @@ def pick_device(device: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        # The only way to know that a device works: "cuda:7" parses everywhere.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
@@ -60,4 +61,5 @@ def ram() -> Ram | None:
     if not info.is_file():
         return Ram(total, free, total)
     lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    # `MemAvailable` is the kernel's own estimate, in kiB; free alone leaves caches out, which give way.
     return Ram(total, free, int(lines["MemAvailable"].split()[0]) * 1024)

@@ -61,12 +61,15 @@ def save_diffusers_lora(
         for name, tensor in _lora_matrices(part, model, adapter_name).items():
             tensors[f"{part}.{name}"] = tensor.cpu().contiguous()
         config = model.peft_config[adapter_name].stored_fields() | {"inference_mode": True}
+        # One flat dictionary with the part in front of each field, as diffusers reads it.
         fields |= {f"{part}.{name}": value for name, value in config.items()}
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(fields, indent=2, sort_keys=True)}
     path = Path(folder, weight_name)
     try:
         with staged_file(path) as scratch:
             save_file(tensors, scratch, metadata=metadata)
+            # Read back before it takes the old file's place: what a full or failing disk did is seen while there still
+            # is one.
             if checksum(load_file(scratch)) != checksum(tensors):
                 raise OSError("it read back other than it was written")
     except OSError as error:
@@ -92,6 +95,7 @@ def load_diffusers_lora(
     path = Path(source, WEIGHTS_NAME) if Path(source).is_dir() else Path(source)
     tensors, metadata = read_tensors(path)
     by_part = _split(path, tensors)
+    # Both ways: an adapter for a text encoder that is left out would give other images without a word.
     if set(by_part) != set(parts):
         raise ConfigError(
             f"'{path}' is for {listing(by_part)}, found {listing(parts)}; pass the models of just those names"
@@ -136,13 +140,17 @@ def _config(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> PeftCon
     if fields:
         return PeftConfig.from_dict({"peft_type": "LORA", **fields})
     ranks = {name.partition(".lora_A")[0]: len(tensor) for name, tensor in tensors.items() if ".lora_A" in name}
+    # Any rank would do as long as the others are listed in the pattern; the largest is what people call the file's
+    # rank.
     rank = max(ranks.values())
+    # Escaped: keys of rank_pattern are expressions, in which a dot means any letter.
     others = {name.replace(".", r"\."): own for name, own in ranks.items() if own != rank}
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(ranks),
         rank_pattern=others,
+        # Alpha is the rank everywhere, which is a scale of 1: so diffusers takes a file without alphas.
         alpha_pattern=dict(others),
         use_dora=any(".lora_magnitude_vector" in name for name in tensors),
     )

@@ -99,6 +99,8 @@ def merge_to_folder(
         inputs = probe_batches(model, tokenizer)
         tuned = outputs_on(model, inputs)
         with _rounded_once_more(model):
+            # What the same model answers when each product is off by as much as its dtype allows: the yardstick for all
+            # below.
             rounding = compare_outputs(tuned, outputs_on(model, inputs))
         with model.disable_adapter():
             base = outputs_on(model, inputs)
@@ -195,7 +197,9 @@ def _rounded_once_more(model: Any) -> Iterator[None]:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         draw = torch.rand(output.shape, generator=generator).to(output.device)
+        # +1 with probability 1/24, -1 with 1/24: variance 1/12 of a squared step, like rounding's own.
         steps = (draw < 1 / 24).to(output.dtype) - (draw > 23 / 24).to(output.dtype)
+        # frexp's mantissa lies in [0.5, 1): one less gives the exponent of [1, 2), whose step is eps times 2^exponent.
         exponent = torch.frexp(output.float()).exponent - 1
         return (
             output

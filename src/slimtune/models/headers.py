@@ -88,6 +88,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
+            # A damaged length could ask for exabytes: it is compared before it is read.
             if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
                 raise ValueError(f"it is {size:,} bytes, too short for its header")
             if length > MOST_HEADER_BYTES:
@@ -104,6 +105,7 @@ def _check_offsets(entries: Iterable[dict[str, Any]], size: int) -> None:
     """See that each tensor has just the room that its shape needs, one behind the other. Raises: ValueError."""
     end = 0
     for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):
+        # "BF16", "F8_E4M3", "I64": the first number is the width in bits; BOOL has none and takes a byte.
         bits = re.search(r"\d+", entry["dtype"])
         width = int(bits[0]) if bits else 8
         needed = math.prod(entry["shape"]) * width

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slimtune.bases.integer import PACKED, SCALE, SHAPE, ZERO
 from slimtune.errors import AdapterFileError, ModelNotFoundError, SlimtuneError, did_you_mean, listing
 from slimtune.models.compatibility import largest_rank, rank_pattern, verdicts
 from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from_hub, read_header, read_object
+from slimtune.storage.compressed import is_compressed, read_config, scheme_for
 from slimtune.storage.foreign import refuse_special_files
 from slimtune.storage.hub import fetched, is_id
 
@@ -29,7 +31,10 @@ def contents(source: str) -> tuple[Facts, list[Any]]:
         AdapterFileError: a file in it is damaged.
     """
     path = Path(source)
+    # Where the first half of the name is a folder here, the second was mistyped; it isn't looked for on the Hub then.
     if not path.exists() and not path.parent.is_dir() and is_id(source):
+        # The headers of a safetensors file are its first bytes, which the Hub serves by range: no weights are
+        # downloaded.
         path = fetched(source, weights=False)
         if (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             return _of_model(read_from_hub(source, path)), []
@@ -46,6 +51,7 @@ def contents(source: str) -> tuple[Facts, list[Any]]:
         return reader(path)
     except SlimtuneError:
         raise
+    # Whatever a reader trips over in a file of foreign origin is that file's damage, and not a bug to be shown as one.
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"a configuration in {path} is damaged: {error}; restore it") from error
 
@@ -60,6 +66,8 @@ def _adapter(path: Path) -> tuple[Facts, list[Any]]:
         facts["constraint"] = {name: value for name, value in config["constraint"].items() if value}
     if config.get("r"):
         facts |= {"rank": config["r"], "alpha": config.get("lora_alpha"), "largest_rank": largest_rank(config)}
+    # A list is shown sorted, because peft writes a set, in another order each time; a string is an expression or a
+    # name.
     targets = config.get("target_modules")
     facts["targets"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
     ranks = config | {"rank_pattern": rank_pattern(config)}
@@ -84,7 +92,7 @@ def _of_model(folder: Folder) -> Facts:
     known = {name: config[name] for name in _MODEL if name in config}
     tuned = _trained(folder.path)
     origin = {"tuned_from": read_object(folder.path / "results.json").get("base")} if tuned else {}
-    return facts | origin | known | quantized | _stored(folder) | tuned
+    return facts | origin | known | quantized | _stored(folder) | _unpacked(folder) | tuned
 
 
 def _classifier(path: Path) -> tuple[Facts, list[Any]]:
@@ -107,6 +115,7 @@ def _run(path: Path) -> tuple[Facts, list[Any]]:
     checkpoints = (name for name in _inside(path, "manifest.json") if _CHECKPOINT.fullmatch(name))
     steps = sorted(int(name.rpartition("-")[2]) for name in checkpoints)
     facts = {"kind": "run that was not finished", "base": base.get("name"), "method": method.get("name")}
+    # From the recipe that is kept with the run: a run that broke off has written nothing to its output yet.
     return facts | {"writes": recipe.get("output"), "checkpoints": steps, "bytes": _bytes(path)}, []
 
 
@@ -184,8 +193,15 @@ def _trained(path: Path) -> Facts:
 
 def _quantized(config: Facts) -> str:
     method = str(config.get("quant_method", "unknown"))
+    if is_compressed(config):
+        try:
+            return ", ".join(dict.fromkeys(scheme.name for scheme in read_config(config)[0]))
+        except SlimtuneError:
+            # Of another kind than is read here; its tensors can be told all the same.
+            return method
     if config.get("load_in_8bit"):
         return f"{method}, int8"
+    # GPTQ, AWQ and the like say all in their name; bitsandbytes alone has one method for three formats.
     if not config.get("load_in_4bit"):
         return method
     double = ", double" if config.get("bnb_4bit_use_double_quant") else ""
@@ -194,6 +210,26 @@ def _quantized(config: Facts) -> str:
 
 def _stored(folder: Folder) -> Facts:
     return _counted(folder.tensors) | {"bytes": folder.stored_bytes}
+
+
+def _unpacked(folder: Folder) -> Facts:
+    """The numbers that integer codes stand for, where a folder holds them eight or four to an int32."""
+    stored = folder.config.get("quantization_config") or {}
+    if not is_compressed(stored):
+        return {}
+    try:
+        schemes, _ = read_config(stored)
+    except SlimtuneError:
+        return {}
+    count = 0
+    for tensor in folder.tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if part == PACKED:
+            scheme = scheme_for(module, "Linear", schemes, ()) or schemes[0]
+            count += tensor.parameters * 32 // scheme.bits
+        elif part not in (SCALE, SHAPE, ZERO):
+            count += tensor.parameters
+    return {"parameters": count}
 
 
 def _counted(tensors: list[StoredTensor]) -> Facts:

@@ -168,6 +168,7 @@ def _head_of(path: Path) -> dict[str, Any]:
         stored = read_json(path)
         fields = {name: stored[name] for name in _HEAD_FIELDS if stored.get(name) is not None}
         if "id2label" in fields:
+            # JSON has no whole numbers as keys.
             fields["id2label"] = {int(number): label for number, label in fields["id2label"].items()}
         return fields
     except (OSError, ValueError, AttributeError) as error:
@@ -177,6 +178,8 @@ def _head_of(path: Path) -> dict[str, Any]:
 def _load_with_new_head(source: str, auto_class: str, labels: Sequence[str], options: LoadOptions) -> tuple[Any, Any]:
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     model, tokenizer = _load_base(source, options, auto_class, ignore_mismatched_sizes=True, **names)
+    # Llama's and others' have none. The end of text serves: padding is masked, and a classifier reads the token before
+    # it.
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
@@ -215,7 +218,8 @@ def _read_model(
     if isinstance(model_class, str):
         model_class = getattr(transformers, model_class)
     config = read_model_config(source, trusts)
-    chosen = model_class or (own_auto_class(config) if trusts else None) or _model_class(config)
+    chosen = model_class or (own_auto_class(config) if trusts else None) or class_of(config)
+    # safetensors alone: a pickle can run code while it is read.
     how = config_fields | {"trust_remote_code": trusts, "dtype": dtype, "use_safetensors": True}
     # A class that was chosen brings a head of its own, which transformers would report as missing.
     with no_weight_bar(), _no_report() if model_class else contextlib.nullcontext():
@@ -242,6 +246,7 @@ def read_as_stored(model_class: Any, source: str, config: Any, device: str, **op
 
         return load_as_stored(model_class, source, device, **options)
     with reading_model("the model", source):
+        # Read on the CPU and moved whole: `device_map` would need accelerate, which a plain install hasn't.
         return model_class.from_pretrained(source, **options).to(device)
 
 
@@ -284,11 +289,12 @@ def _quantized(
     return load_quantized(chosen, source, settings, device, **options)
 
 
-def _model_class(config: Any) -> Any:
+def class_of(config: Any) -> Any:
+    """The class of transformers that a config names, or else the one for language models."""
     import transformers
 
     named = [getattr(transformers, name, None) for name in config.architectures or []]
-    classes = [found for found in named if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)]
+    classes = [kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
     return next(iter(classes), transformers.AutoModelForCausalLM)
 
 
@@ -309,8 +315,10 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or Hub id, or None where there is none; raises ModelNotFoundError."""
     from transformers import AutoTokenizer
 
+    # Without weights: `slimtune plan` needs no more of a model of many gigabytes.
     path = Path(source) if Path(source).is_dir() else Path(folder_of(source, weights=False, code=trust_remote_code))
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    # Looked for first: None is then a model without a tokenizer, and an error of AutoTokenizer a damaged one.
     if not any((path / name).is_file() for name in names):
         return None
     refuse_special_files(path)

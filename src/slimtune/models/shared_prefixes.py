@@ -111,6 +111,7 @@ def check_shares(model: Any) -> None:
         raise ConfigError(f"{type(model).__name__} can't share prefixes: {first_line(error)}") from error
     finally:
         model.train(was_training)
+    # Padding aside, whose states are some other token's here.
     difference, whole = ((x[mask.bool()].float()) for x in (together - apart, apart))
     moved = float(difference.norm() / whole.norm().clamp_min(1e-12))
     if not moved < ROUNDING.get(apart.dtype, ROUNDING_16_BITS) or not tokens.computed:

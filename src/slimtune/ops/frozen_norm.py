@@ -56,11 +56,11 @@ def formula_of(module: nn.Module) -> Formula | None:
     """The formula of a norm, found by what its forward computes; None if it is none of these."""
     kind = getattr(type(module), "adopted_from", type(module))
     if kind not in _formulas:
-        _formulas[kind] = _found(module, kind)
+        _formulas[kind] = _formula_by_trial(module, kind)
     return _formulas[kind]
 
 
-def _found(module: nn.Module, kind: type[nn.Module]) -> Formula | None:
+def _formula_by_trial(module: nn.Module, kind: type[nn.Module]) -> Formula | None:
     parameters = dict(module.named_parameters())
     epsilon = next((name for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
     alone = not (module._modules or module._buffers) and list(parameters) == ["weight"]

@@ -96,6 +96,7 @@ def _without_weights(model: ModelSettings, data: Data) -> tuple[Any, Any]:
     """The model on torch's meta device, in its shape only, and its tokenizer."""
     config = read_config(model.source, model.trust_remote_code)
     tokenizer = load_tokenizer(model.source, model.trust_remote_code)
+    # Parameters with shapes and no values: any model is built without memory, and encodes as the real one does.
     with torch.device("meta"):
         return build(config, Setting(trust_remote_code=model.trust_remote_code), data.task_type), tokenizer
 
@@ -106,6 +107,7 @@ def _plan(recipe: Recipe, task: str, result: DryRun) -> None:
         plan, device = plan_training(*sections, task, always=True)
     except SlimtuneError:
         raise
+    # Whatever the simulation trips over, as a model whose code can't run on the meta device, may train all the same.
     except Exception as error:
         first = (str(error).splitlines() or [""])[0] or type(error).__name__
         result.notes.append(f"the memory it takes could not be planned: {first}")

@@ -86,8 +86,11 @@ def _of_file(file: Path) -> Launch:
     if str(settings.get("mixed_precision", "no")).lower() not in ("no", "false"):
         raise ConfigError(f"{file}: {REFUSED['ACCELERATE_MIXED_PRECISION']}")
     fsdp = {key.removeprefix("fsdp_"): value for key, value in (settings.get("fsdp_config") or {}).items()}
+    # A file without the key is of version 1, as accelerate reads it.
     if kind == "FSDP" and _whole(file, fsdp, "version") != 2:
         raise ConfigError(f"{file}: {REFUSED['FSDP1']}")
+    if kind == "FSDP" and processes < 2:
+        raise ConfigError(f"{file}: {REFUSED['FSDP alone']}")
     return Launch(
         ACCELERATE,
         ("--config_file", str(file)),
@@ -138,6 +141,7 @@ def check_devices(chosen: Launch, device: str) -> None:
     import torch
 
     here, visible = chosen.processes // chosen.machines, torch.get_device_module(device).device_count()
+    # Here and not by torchrun, whose processes would each fail on their own with a CUDA error.
     if here > visible:
         raise ConfigError(
             f"--launch asks for {here} processes on this machine, and {visible} GPUs are visible; pass --launch "
@@ -149,6 +153,7 @@ def _prepare_environment(chosen: Launch) -> None:
     """Set what the processes inherit, but for what the user has set."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = max(1, (chosen.processes or 1) // chosen.machines)
+    # torchrun sets 1 where nothing is set, which leaves most cores idle; all of them for each would be far too many.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_STOP))
     # DDP's remark that all parameters were used, which holds for the first step alone.
@@ -177,6 +182,7 @@ def start(chosen: Launch, command: list[str]) -> int:
     except ChildFailedError as error:
         return _explain(error)
     except SignalException as error:
+        # As shells have it: 130 for Ctrl-C, 143 for SIGTERM.
         return 128 + int(error.sigval)
     except subprocess.CalledProcessError as error:
         # The one process of accelerate's simple launcher, which has said why.
@@ -192,6 +198,7 @@ def _parsed(chosen: Launch, parse: Callable[[list[str]], Any], command: list[str
     """The options as the program reads them. Raises: ConfigError, with what it says of wrong ones."""
     said = io.StringIO()
     try:
+        # argparse prints its usage and ends the process; of that one sentence is kept.
         with redirect_stderr(said):
             return parse([*chosen.options, *command])
     except SystemExit as error:
@@ -218,6 +225,7 @@ def _explain(error: Any) -> int:
 def _order(ended: tuple[int, Any]) -> tuple[bool, bool, int]:
     """Sort first what tells most: a sentence, a kill, then what came of another process's end."""
     rank, failure = ended
+    # torchrun ends the others by SIGTERM once one has failed: theirs is no cause.
     is_stopped = read_failure(failure.error_file_data)[1] or failure.exitcode == -signal.SIGTERM
     return is_stopped, failure.exitcode < 0, rank
 

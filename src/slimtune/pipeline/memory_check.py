@@ -9,17 +9,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from slimtune.console.process import this_process
 from slimtune.data.settings import DataSettings
 from slimtune.errors import DoesNotFitError, PlanError, SlimtuneError
 from slimtune.models.device import native_dtype, pick_device
 from slimtune.plan.build import positions_of
 from slimtune.plan.data import measure
 from slimtune.plan.devices import Device, find, this_device
-from slimtune.plan.memory import MemoryPlan, Setting
+from slimtune.plan.memory import MemoryPlan, Setting, Sharing
 from slimtune.plan.plan import beginnings_of, count, plan, read_config, simulation, task_type_of, tokenizer_of
 from slimtune.plan.recommend import Choice
 from slimtune.recipe.method import FULL
 from slimtune.recipe.preference import PREFERENCE_TASKS
+from slimtune.train.processes import offloads, shards
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,9 +55,11 @@ def check_memory(
         screen.print(f"not planned: {str(error).splitlines()[0] if str(error) else type(error).__name__}", markup=False)
         return
     if planned is not None:
+        process = this_process()
+        several = f", each of {process.count}" if process.count > 1 else ""
         screen.print(
-            f"planned: {device.needed_bytes(planned.peak_bytes) / 1e9:.1f} GB of {device.memory_bytes / 1e9:.1f} on "
-            f"{device.name}"
+            f"planned: {device.needed_bytes(_live_bytes(planned)) / 1e9:.1f} GB of {device.memory_bytes / 1e9:.1f} on "
+            f"{device.name}{several}"
         )
 
 
@@ -68,9 +72,10 @@ def plan_training(
     task: str,
     always: bool = False,
 ) -> tuple[MemoryPlan | None, Device]:
-    """The memory plan of a training, and the device that it is for.
+    """The memory plan of a training, and the device that it is for, or its part for each of several processes.
 
     Args:
+        training: with this process's share of a step.
         task: what the data is for, as a recipe names it.
         always: simulate also what fits by a wide margin; the plan is None there otherwise.
 
@@ -80,6 +85,9 @@ def plan_training(
     """
     kind = pick_device(model.device).partition(":")[0]
     device = find("cpu") if kind == "cpu" else this_device()
+    process = this_process()
+    if device.is_cpu:
+        device = replace(device, memory_bytes=device.memory_bytes // process.local_count)
     config = read_config(model.source, model.trust_remote_code)
     setting = _setting(config, model, method, training, preferences, task, data.max_length, kind)
     drawn = setting.drawn_tokens if setting.task == "grpo" else 0
@@ -102,11 +110,22 @@ def plan_training(
     if beginnings is not None:
         setting = beginnings.shared_in(setting)
     planned = simulation(config, evaluation=bool(data.held_out))(setting)
-    if not device.takes(planned.peak_bytes):
+    if process.count > 1 and not device.takes(live := _live_bytes(planned)):
+        raise DoesNotFitError(
+            f"each of {process.count} processes needs {device.needed_bytes(live) / 1e9:.1f} GB and {device.name} has "
+            f"{device.memory_bytes / 1e9:.1f} for it; slimtune plan --launch says what fits (docs/scale.md), or pass "
+            "--no-plan to try it all the same"
+        )
+    if process.count == 1 and not device.takes(planned.peak_bytes):
         raise DoesNotFitError(
             _refusal(planned, device, _nearest(model.source, method.name, data, setting, task, device))
         )
     return planned, device
+
+
+def _live_bytes(planned: MemoryPlan) -> int:
+    """The live tensors of each process at their peak, as accelerate has them share the model."""
+    return planned.sharded(this_process().count, Sharing(shards(), offloads())).total
 
 
 def _setting(
@@ -171,6 +190,7 @@ def _nearest(model: str, method: str, data: DataSettings, setting: Setting, task
     options |= {"optim": setting.optimizer, "trust_remote_code": setting.trust_remote_code}
     if setting.task == "grpo":
         options |= {"max_new_tokens": setting.answer, "generations": setting.generations}
+    # The planner takes a rank for these alone; others have theirs from their own defaults.
     rank = getattr(setting.method, "r", None) if method in ("lora", "dora") else None
     dtype = setting.dtype if setting.method is not None else "auto"
     bases = (setting.base,) if setting.base != "dense" else None

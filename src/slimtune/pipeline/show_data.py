@@ -70,6 +70,7 @@ def shortened(example: Sequence[tuple[bool, str]]) -> list[tuple[bool, str]]:
     if length <= SHOWN_CHARACTERS:
         return list(example)
     shown, start = [], 0
+    # Both ends are kept: the beginning says what is asked, and what is learned comes last.
     for learned, text in example:
         end = start + len(text)
         head = text[: max(0, half - start)]

@@ -41,7 +41,7 @@ from slimtune.train.eva_start import start_by_eva
 from slimtune.train.features import train_on_features
 from slimtune.train.loop import Outcome, fine_tune
 from slimtune.train.preferences import check_task, preference
-from slimtune.train.processes import check_processes, share_of, start
+from slimtune.train.processes import check_processes, shards, share_of, start
 from slimtune.train.results import Memory, Results, check_dependencies, plot_losses, save_model
 from slimtune.train.run_folder import RunFolder, run_folder
 from slimtune.train.trainer import TrainerSpec
@@ -105,6 +105,7 @@ def run(
         Memory.watch()
         model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
         outcome = tune(screen, model, tokenizer, data, recipe, folder, autocast, teaching)
+    # After the folder is written: the base and the tuned model are read from disk, one after the other.
     if recipe.evaluation and recipe.evaluation.forgetting and process.is_main:
         # Two models at once may not fit.
         del model
@@ -134,6 +135,7 @@ def tune(
     trainable(model)
     show_trained(screen, model)
     dataset = encode(screen, data, model, tokenizer)
+    # From here on there is something to go on with; what fails before leaves no run behind.
     folder.begin()
     start_by_eva(model, tokenizer, dataset, recipe.training, folder.path, screen.print)
     spec = None
@@ -142,7 +144,7 @@ def tune(
     if teaching is not None:
         dataset, spec = teaching(model, tokenizer, data, dataset)
     outcome = _train(screen, model, tokenizer, dataset, recipe, spec, folder, autocast)
-    outcome = _write(screen, model, tokenizer, data, dataset, recipe, folder, outcome)
+    outcome = _write(screen, model, tokenizer, data, dataset, recipe, folder, outcome, autocast)
     for name, value in dataset.after().items():
         screen.print(f"{name}: {value:,}")
     show_outcome(screen, outcome, recipe.training.best_by)
@@ -158,6 +160,7 @@ def _write(
     recipe: Recipe,
     folder: RunFolder,
     outcome: Outcome,
+    autocast: bool,
 ) -> Outcome:
     """Write the weights, then evaluate them and write the results.
 
@@ -166,11 +169,11 @@ def _write(
     output, failure = Path(recipe.output), None
     if not this_process().is_main:
         # A model that is sharded is saved, and answers, by all of them.
-        save_model(output, model, tokenizer, writes=False)
+        save_model(output, model, tokenizer, writes=False, half=autocast)
         return _judged(screen, model, tokenizer, data, dataset, recipe, outcome)[0]
     with staged(output, folder.overwrite) as written:
         folder.hand_over(written)
-        save_model(written, model, tokenizer)
+        save_model(written, model, tokenizer, half=autocast)
         recipe.write(written / "recipe.yaml")
         try:
             outcome, evaluation = _judged(screen, model, tokenizer, data, dataset, recipe, outcome)
@@ -223,6 +226,9 @@ def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, 
 
     # A new head is drawn while the model is loaded.
     set_seed(seed)
+    if shards() and this_process().count > 1:
+        # No GPU is to hold all of it: each gets its shard from main memory.
+        model = replace(model, device="cpu")
     if method.name != FULL:
         how = (model.dtype, model.device, model.trust_remote_code, model.quantize)
         loaded, tokenizer = load_model(model.source, data.model_task, LoadOptions(*how), data.names)
@@ -313,12 +319,13 @@ def _train(
     except DivergedError as error:
         if not error.kept_steps:
             raise
+        # Beside the output and not in it: a folder of that name would look like a training that succeeded.
         aside, writes = output.with_name(f"{output.name}-until-step-{error.kept_steps}"), this_process().is_main
         if writes:
             aside.mkdir(parents=True, exist_ok=True)
         save_model(aside, model, tokenizer, writes)
         raise DivergedError(f"{error}; the state after step {error.kept_steps} is kept in {aside}", 0) from error
-    if autocast:
+    if autocast and not shards():
         import torch
 
         # The float32 weights were for training alone: what is judged and written are those that will be used.

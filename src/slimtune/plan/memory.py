@@ -17,6 +17,7 @@ from slimtune.errors import check_choice, check_whole
 from slimtune.quantization.config import KINDS, TORCHAO_KINDS
 from slimtune.recipe.optimizers import DEFAULT, check_name
 from slimtune.recipe.preference import PREFERENCE_TASKS
+from slimtune.storage.compressed import WeightScheme
 
 Precision = Literal["dense", "nf4", "fp4", "int8", "int4", "int8-torchao", "int4-torchao"]
 Preference = Literal["dpo", "kto", "orpo", "grpo"]
@@ -26,6 +27,19 @@ DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = (None, "sdpa", "eager")
 DRAWN_TOKENS = 512
 """The longest answer that grpo draws by default."""
+
+
+@dataclass(frozen=True)
+class StoredIntegers:
+    """Weights as compressed-tensors stores them: schemes, and the modules that are left as they are."""
+
+    schemes: tuple[WeightScheme, ...]
+    ignore: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As people call it: W4A16 in groups of 64, and what else there is."""
+        return ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes))
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,29 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """How several devices share a training.
+
+    Attributes:
+        shards: whether they divide the model among them (FSDP2), rather than hold a copy each (DDP).
+        offloads: whether what is divided waits in main memory.
+        regathers: whether a block is gathered anew for the backward pass, and not held until then.
+    """
+
+    shards: bool = True
+    offloads: bool = False
+    regathers: bool = True
+
+    @property
+    def label(self) -> str:
+        """As people call it."""
+        return f"FSDP2{' with offloading' * self.offloads}" if self.shards else "DDP"
+
+
+FSDP2 = Sharing()
+
+
+@dataclass(frozen=True)
 class Setting:
     """One way to train a model.
 
@@ -58,6 +95,7 @@ class Setting:
         method: the adapter's config, or None for tuning all weights themselves.
         base: how the linear layers of the base are stored.
         double_quantization: whether the block maxima of a 4-bit base are quantized too.
+        stored: how a model that is stored in integers holds its weights; `base` says nothing of those then.
         dtype: of the weights that aren't quantized, and of the products.
         autocast: whether products are computed in bfloat16 over float32 weights.
         batch: examples in a micro-batch.
@@ -81,6 +119,7 @@ class Setting:
     method: PeftConfig | None = None
     base: Precision = "dense"
     double_quantization: bool = True
+    stored: StoredIntegers | None = None
     dtype: str = "bfloat16"
     autocast: bool = False
     batch: int = 1
@@ -110,6 +149,11 @@ class Setting:
         check_whole("generations", self.generations, 2)
         if self.answer is not None:
             check_whole("answer", self.answer)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are held in few bits."""
+        return self.base != "dense" or self.stored is not None
 
     @property
     def drawn_tokens(self) -> int:
@@ -225,30 +269,38 @@ class MemoryPlan:
         # The part `adapter` holds trained factors and the copy of them that training goes back to: as many bytes again.
         return self.peak.parts.adapter - (self.trainable_bytes if self.setting.method is not None else 0)
 
-    def sharded(self, devices: int) -> MemoryBreakdown:
-        """An estimate of what each of several devices holds under FSDP2 at most, each with a micro-batch of its own.
+    def sharded(self, devices: int, sharing: Sharing = FSDP2) -> MemoryBreakdown:
+        """An estimate of what each of several devices holds at most, each with a micro-batch of its own.
 
-        Parameters, gradients and the optimizer's state are divided. Two blocks are whole at a time, for the next one
-        is gathered while this one computes; so are the gradients of one block until they are scattered.
+        Under FSDP2 parameters, gradients and the optimizer's state are divided. Two blocks are whole at a time, for the
+        next one is gathered while this one computes; so are the gradients of one block until they are scattered. Under
+        DDP each device holds all of it, and the gradients a second time, on their way to the others.
         """
-        if devices == 1:
+        if devices == 1 and not sharing.offloads:
             return self.peak.parts
         # What is fullest on one device, as an update of all weights, need not be once it is divided.
-        return max((self._share(m.parts, devices) for m in self.snapshots if m.phase in TRAINING), key=_total)
+        return max((self._share(m.parts, devices, sharing) for m in self.snapshots if m.phase in TRAINING), key=_total)
 
-    def _share(self, parts: MemoryBreakdown, devices: int) -> MemoryBreakdown:
+    def _share(self, parts: MemoryBreakdown, devices: int, sharing: Sharing) -> MemoryBreakdown:
+        if not sharing.shards:
+            return replace(parts, workspace=parts.workspace + self.trainable_bytes)
         # FSDP2 gathers the parameters of block i + 1 while block i computes: two blocks, and one block of gradients on
         # its way to be reduced and scattered.
         whole = 2 * self.block_bytes + self.trainable_block_bytes
         shares = {
-            # Rounded up: shards are padded to equal sizes.
-            name: -(-getattr(parts, name) // devices)
+            # Rounded up: shards are padded to equal sizes. What is offloaded comes block by block.
+            name: 0 if sharing.offloads else -(-getattr(parts, name) // devices)
             for name in ("weights", "adapter", "gradients", "optimizer")
         }
+        if not sharing.regathers:
+            # Blocks that were gathered for the forward pass stay whole until backward is through them.
+            whole = max(whole, parts.weights)
         return replace(parts, **shares, workspace=parts.workspace + whole)
 
-    def exchanged_bytes(self, devices: int) -> int:
-        """What each of several devices sends in a micro-batch under FSDP2; as much comes in.
+    def exchanged_bytes(self, devices: int, sharing: Sharing = FSDP2) -> int:
+        """What each of several devices sends in a micro-batch; as much comes in. Under DDP, the gradients.
+
+        Under FSDP2:
 
         All parameters are gathered for the forward pass and again for the backward pass, gradients are reduced and
         scattered once: 3 (N-1)/N of what is held where all of it is trained. Rajbhandari et al. 2020,
@@ -258,7 +310,10 @@ class MemoryPlan:
         # All-gather twice (forward, and again in backward after the parameters were freed) and reduce-scatter once; in
         # a ring each device sends (N - 1) / N of all bytes per collective.
         gathered = parts.weights + (self.trainable_bytes if self.setting.method is not None else 0)
-        return (2 * gathered + self.trainable_bytes) * (devices - 1) // devices
+        times = 1 + sharing.regathers
+        # An all-reduce is a reduce-scatter and an all-gather.
+        total = times * gathered + self.trainable_bytes if sharing.shards else 2 * self.trainable_bytes
+        return total * (devices - 1) // devices
 
 
 def _total(parts: MemoryBreakdown) -> int:

@@ -17,7 +17,7 @@ from slimtune.plan.beginnings import Beginnings, can_share
 from slimtune.plan.build import build, config_of, positions_of, task_of
 from slimtune.plan.data import ASSUMED_EXAMPLES, MeasuredData, measure, uniform
 from slimtune.plan.devices import Device, find
-from slimtune.plan.memory import DRAWN_TOKENS, DTYPES, MemoryPlan, Precision, Setting
+from slimtune.plan.memory import DRAWN_TOKENS, DTYPES, FSDP2, MemoryPlan, Precision, Setting, Sharing
 from slimtune.plan.recommend import Choice, PlanRequest, recommend
 from slimtune.plan.rules import Case
 from slimtune.plan.table import SIZES
@@ -84,7 +84,9 @@ class PlanReport:
         words += ["--quantize", choice.base] if choice.base != "dense" else []
         words += [f"model.dtype={self.request.dtype}"] if self.request.dtype != self.stored_dtype else []
         words += ["--learning-rate", f"{choice.learning_rate:g}", "--batch-size", setting.batch]
-        words += [f"training.gradient_accumulation={setting.accumulation}"] if setting.accumulation > 1 else []
+        # The batches of a step are those of all devices, which divide them.
+        batches = setting.accumulation * self.request.devices
+        words += [f"training.gradient_accumulation={batches}"] if batches > 1 else []
         words += ["training.gradient_checkpointing=true"] if setting.gradient_checkpointing else []
         if self.request.share_prefixes is not None:
             words += [f"training.share_prefixes={str(self.request.share_prefixes).lower()}"]
@@ -120,6 +122,7 @@ class PlanReport:
             "model": self.model,
             "device": device | {"room_bytes": self.request.device.room_bytes, "margin": self.request.device.margin},
             "devices": self.request.devices,
+            "sharing": self.request.sharing.label if self.request.devices > 1 else None,
             "goal": self.request.goal,
             "task": self.request.task,
             "data": data if self.data else None,
@@ -181,6 +184,7 @@ def plan(
     epochs: float = 3.0,
     dtype: str = "auto",
     devices: int = 1,
+    sharing: Sharing = FSDP2,
     served_on: str | Device | None = None,
     memory_gb: float | None = None,
     price_per_hour: float | None = None,
@@ -204,6 +208,7 @@ def plan(
         methods: names of `slimtune methods`; None for those that the goal suggests.
         bases: "dense", or what `quantize` takes in `slimtune.load`; None for dense, NF4 and int8.
         devices: GPUs that share the training; what they exchange and hold is an estimate.
+        sharing: how they share it: FSDP2, or a copy for each.
         served_on: where the result has to run, if that is tighter.
         task: as a recipe names it; auto is found by looking at the data, or by the model where there is none.
         max_new_tokens: of an answer that grpo draws (512), or a decoder writes (as many as the data has).
@@ -225,7 +230,7 @@ def plan(
     if devices > 1:
         chosen.link()
     config = read_config(model, trust_remote_code)
-    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    stored = _stored_dtype(config)
     measured = _measured(model, config, data, task, max_length, trust_remote_code)
     _check_answers(measured.task, max_new_tokens, generations)
     limit = _limit(config, measured, max_length, max_new_tokens)
@@ -254,6 +259,8 @@ def plan(
         optim=optim,
         attention=attention,
         devices=devices,
+        is_stored_quantized=getattr(config, "quantization_config", None) is not None,
+        sharing=sharing,
         parameters=parameters,
         beginnings=beginnings_of(config, measured, limit, share_prefixes, trust_remote_code),
         share_prefixes=share_prefixes,
@@ -360,6 +367,15 @@ def _dtype(wanted: str, stored: str, device: Device) -> str:
             raise ConfigError(f"no dtype '{wanted}'; pass auto, {', '.join(DTYPES)}{did_you_mean(wanted, DTYPES)}")
         return wanted
     return stored if device.is_cpu and stored in DTYPES else device.half_precision
+
+
+def dtype_on(config: Any, device: Device) -> str:
+    """The type of numbers in which a model computes on a device, where none is asked for."""
+    return _dtype("auto", _stored_dtype(config), device)
+
+
+def _stored_dtype(config: Any) -> str:
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
 def task_type_of(task: str) -> str | None:

@@ -18,9 +18,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from slimtune.bases import base_of
 from slimtune.errors import PlanError
-from slimtune.plan.memory import Setting
+from slimtune.plan.memory import Setting, StoredIntegers
 from slimtune.plan.memory_tracker import MemoryTracker, unwrapped
 from slimtune.quantization.config import INTEGER_KINDS, TORCHAO_KINDS, Quantization
+from slimtune.storage.compressed import scheme_for
 
 
 def quantize(model: Any, setting: Setting, tracker: MemoryTracker) -> int:
@@ -32,7 +33,9 @@ def quantize(model: Any, setting: Setting, tracker: MemoryTracker) -> int:
     Raises:
         PlanError: there is no linear layer, or torchao refuses the width of one.
     """
-    if setting.base in TORCHAO_KINDS:
+    if setting.stored is not None:
+        beyond = _as_stored(model, setting.stored)
+    elif setting.base in TORCHAO_KINDS:
         beyond = _by_torchao(model, setting.base, tracker)
     elif setting.base in INTEGER_KINDS:
         beyond = _in_integers(model, setting.base, tracker)
@@ -86,6 +89,40 @@ def _by_torchao(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]
     return beyond
 
 
+def _as_stored(model: Any, stored: StoredIntegers) -> dict[str, int]:
+    """Give modules the codes and scales that a folder has of them; as they are read they are unpacked beside it."""
+    from slimtune.bases.int4 import LinearInt4
+    from slimtune.bases.int8 import EmbeddingInt8, LinearInt8
+    from slimtune.ops.grid import SCALE_DTYPE
+
+    beyond: dict[str, int] = {}
+    taken: dict[int, Any] = {}
+    for name, module in list(model.named_modules()):
+        is_embedding = isinstance(module, nn.Embedding)
+        if not (is_embedding or isinstance(module, nn.Linear)):
+            continue
+        scheme = scheme_for(name, type(module).__name__, stored.schemes, stored.ignore)
+        if scheme is None:
+            continue
+        weight: Any = module.weight
+        kind: Any = EmbeddingInt8 if is_embedding else LinearInt4 if scheme.bits == 4 else LinearInt8
+        other = taken.get(id(weight))
+        taken[id(weight)] = module
+        rows, columns = weight.shape
+        codes: Any = torch.zeros(rows, columns, dtype=torch.int8) if other is None else other.weight
+        groups = columns // scheme.group_size if scheme.group_size else 1
+        scales = torch.zeros(rows, groups, dtype=SCALE_DTYPE) if other is None else other.weight_scale
+        if other is None:
+            kind.take(module, codes, scales)
+        else:
+            # Tied: the very same codes and scales.
+            module.__class__, module.compute_dtype = kind, weight.dtype
+            module._parameters["weight"] = codes
+            module.register_buffer("weight_scale", scales, persistent=False)
+        beyond[name] = rows * columns if other is None else 0
+    return beyond
+
+
 def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int]:
     from slimtune.bases.int4 import LinearInt4
     from slimtune.bases.packed import as_linear
@@ -112,6 +149,7 @@ def _in_integers(model: Any, kind: str, tracker: MemoryTracker) -> dict[str, int
             scratch = max(0, tracker.peak_since(before) - held)
             # Not the tensors themselves, which would count as memory that loading takes.
             followed[kind_of_layer] = [(part.shape, part.dtype) for part in (codes, scales)], scratch
+            del codes, scales
         beyond[name] = weight_OI.nbytes + scratch
     return beyond
 

@@ -14,7 +14,7 @@ from slimtune.models.compatibility import Verdict, verdicts
 from slimtune.plan import rules
 from slimtune.plan.beginnings import Beginnings
 from slimtune.plan.devices import Device
-from slimtune.plan.memory import PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting
+from slimtune.plan.memory import FSDP2, PRECISIONS, MemoryBreakdown, MemoryPlan, Precision, Setting, Sharing
 from slimtune.plan.rules import Case, Rule
 from slimtune.plan.time import Duration, Rates, duration
 from slimtune.recipe.optimizers import DEFAULT
@@ -51,7 +51,8 @@ class PlanRequest:
         task: as a recipe names it; `task_type` as an adapter's config does.
         answer, generations: as in a `Setting`.
         optim, attention: by name.
-        devices: GPUs that share the training, by FSDP2.
+        devices: GPUs that share the training, by `sharing`.
+        is_stored_quantized: whether the base is stored in few bits, and so has no other precision to choose.
         parameters: of the base, 0 if they weren't counted.
         beginnings: of the examples, where training shares what rows begin with alike; `share_prefixes` as given.
         served_on: the device that the result has to run on, where that is another one.
@@ -77,6 +78,8 @@ class PlanRequest:
     optim: str = DEFAULT
     attention: str | None = None
     devices: int = 1
+    sharing: Sharing = FSDP2
+    is_stored_quantized: bool = False
     parameters: int = 0
     beginnings: Beginnings | None = None
     share_prefixes: bool | None = None
@@ -173,7 +176,7 @@ def _order_with_room(
         if choice.fits and not choice.is_tight:
             kind = _kind(choice.method)
             with_room[kind] = max(order[choice.method, choice.base], with_room.get(kind, 0.0))
-    behind = {
+    behind: dict[tuple[str, Precision], float] = {
         (c.method, c.base): with_room[_kind(c.method)] + 0.5
         for c in choices
         if c.is_tight and _kind(c.method) in with_room
@@ -194,11 +197,23 @@ def _candidates(request: PlanRequest) -> list[tuple[str, Precision]]:
         if find(method).name == FEATURES:
             raise ConfigError("--method features trains nothing of the model; plan another method")
     # All weights of a quantized base can't be trained in place.
-    order = _order(request)
+    order = _as_it_is(request) if request.is_stored_quantized else _order(request)
     candidates: list[tuple[str, Precision]] = [one for one in order if one[0] != FULL or one[1] == "dense"]
     if not candidates:
         raise ConfigError(f"full tuning needs a dense base, found {listing(request.bases or ())}; plan it on dense")
     return candidates
+
+
+def _as_it_is(request: PlanRequest) -> list[tuple[str, Precision]]:
+    """The methods of the request on a base that is stored in few bits: each on that. Raises: ConfigError."""
+    if request.bases is not None:
+        raise ConfigError(
+            "the model is stored in few bits already, so that no other base can be planned; leave --base out"
+        )
+    methods = dict.fromkeys(method for method, _ in _order(replace(request, bases=None)))
+    if list(methods) == [FULL]:
+        raise ConfigError("full tuning needs a dense base, and the model is stored in few bits; plan its dense form")
+    return [(method, "dense") for method in methods if method != FULL]
 
 
 def _order(request: PlanRequest) -> list[tuple[str, Precision]]:
@@ -246,7 +261,7 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
     if config is not None and request.task_type is not None:
         config.task_type = request.task_type
     plan = _fitted(_first_setting(method, base, config, request), request, case, simulate)
-    parts = plan.sharded(request.devices)
+    parts = plan.sharded(request.devices, request.sharing)
     # Preferences are learned at a share of the rate that suits supervised tuning.
     share = SHARE_OF_RATE if request.task in PREFERENCE_TASKS else 1
     return Choice(
@@ -260,7 +275,9 @@ def _choice(method: str, base: Precision, request: PlanRequest, case: Case, simu
         adapter_bytes=plan.peak.parts.weights if method == FULL else plan.adapter_bytes,
         learning_rate=known.config.learning_rate * share,
         rank=size,
-        duration=duration(plan, request.lengths, request.epochs, request.device, rates, request.devices),
+        duration=duration(
+            plan, request.lengths, request.epochs, request.device, rates, request.devices, request.sharing
+        ),
         reasons=(),
         engines=tuple(verdicts(config.to_dict(), [])) if config is not None else (),
     )
@@ -316,7 +333,7 @@ def _fitted(first: Setting, request: PlanRequest, case: Case, simulate: Simulate
         batch = 0 if is_hopeless else request.batch or effective
         while batch:
             plan = planned(batch, checkpointing)
-            if plan.sharded(request.devices).total <= room:
+            if plan.sharded(request.devices, request.sharing).total <= room:
                 return plan
             batch = 0 if request.batch else _smaller(plan, request, room)
     return planned(request.batch or 1, options[-1])
@@ -335,16 +352,20 @@ def _is_hopeless(setting: Setting, request: PlanRequest) -> bool:
     # Bytes a parameter: 4 or 2 dense, 0.5 for 4-bit codes without their scales, 1 for int8: a lower bound of all.
     dense = 4 if setting.dtype == "float32" else 2
     stored = {"dense": dense, "nf4": 0.5, "fp4": 0.5}.get(setting.base, 1)
+    if request.is_stored_quantized:
+        stored = 0.5
     if setting.method is None:
         # The gradients, and Adam's two moments; the state of other optimizers may be smaller, or lie elsewhere.
         # Weights, gradients and Adam's two moments of the same type: four times the weights.
         stored *= 4 if setting.optimizer == DEFAULT else 2
-    return request.parameters * stored > request.device.room_bytes * request.devices
+    if request.sharing.offloads:
+        return False
+    return request.parameters * stored > request.device.room_bytes * (request.devices if request.sharing.shards else 1)
 
 
 def _smaller(plan: MemoryPlan, request: PlanRequest, room: int) -> int:
     """The largest half of a half of a plan's micro-batch that may fit; 0 if not even a single example can."""
-    parts = plan.sharded(request.devices)
+    parts = plan.sharded(request.devices, request.sharing)
     # Activations are linear in the micro-batch, all else does not depend on it.
     lasting = parts.weights + parts.adapter + parts.gradients + parts.optimizer
     batch = plan.setting.batch // 2

@@ -16,9 +16,10 @@ from slimtune.core.config import PeftConfig
 from slimtune.errors import ConfigError, PlanError, did_you_mean
 from slimtune.plan.build import build, config_of
 from slimtune.plan.extrapolate import TraceSummary, cut, extrapolate, find_repeating_blocks
-from slimtune.plan.memory import TRAINING, MemoryPlan, Phase, Setting, Snapshot, Work, fullest
+from slimtune.plan.memory import TRAINING, MemoryPlan, Phase, Setting, Snapshot, StoredIntegers, Work, fullest
 from slimtune.plan.text_part import whole_of
 from slimtune.plan.trace import trace
+from slimtune.storage.compressed import is_compressed, read_config
 
 ORDER: tuple[Phase, ...] = (*TRAINING, "merge")
 
@@ -51,7 +52,7 @@ def simulate(
     """
     resolved = setting_of(method, setting | {"trust_remote_code": trust_remote_code})
     config = config_of(model, trust_remote_code)
-    resolved, notes = _as_stored(config, resolved)
+    resolved, notes = as_stored(config, resolved)
     part_of = whole_of(config)
     task_type = resolved.task_type or getattr(method, "task_type", None)
     options: Any = {"evaluation": evaluation, "merge": merge, "rounded": rounded}
@@ -84,12 +85,19 @@ def setting_of(method: PeftConfig | None, fields: dict[str, Any]) -> Setting:
     return setting
 
 
-def _as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]:
+def as_stored(config: Any, setting: Setting) -> tuple[Setting, tuple[str, ...]]:
     """The setting for a model that is stored quantized already: that is the base then. Raises: PlanError."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return setting, ()
     how = stored if isinstance(stored, dict) else stored.to_dict()
+    if is_compressed(how):
+        schemes, ignore = read_config(how)
+        del config.quantization_config
+        integers = StoredIntegers(tuple(schemes), tuple(ignore))
+        if setting.method is None:
+            raise ConfigError(f"the weights of a model that is stored as {integers.name} can't be tuned themselves")
+        return dataclasses.replace(setting, base="dense", stored=integers), (f"the model is stored as {integers.name}",)
     if how.get("quant_method", "bitsandbytes") != "bitsandbytes":
         raise PlanError(f"the model is stored by {how.get('quant_method')}, which can't be planned; use its dense form")
     base = how.get("bnb_4bit_quant_type", "fp4") if how.get("load_in_4bit") else "int8"

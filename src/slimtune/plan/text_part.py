@@ -52,7 +52,7 @@ def text_part(config: Any) -> Any:
     if not any(hasattr(config, part) for part in _PARTS):
         return config
     part = copy.deepcopy(config.get_text_config(decoder=True))
-    loaded = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    loaded: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     text_class = _text_class(config, part, loaded)
     if text_class is None:
         raise PlanError(

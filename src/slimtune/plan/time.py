@@ -32,7 +32,7 @@ from slimtune.data.lengths import Lengths
 from slimtune.errors import check_number
 from slimtune.models.device import pick_device
 from slimtune.plan.devices import HALF_PRECISIONS, Device
-from slimtune.plan.memory import STEP, MemoryPlan, Setting, Work
+from slimtune.plan.memory import FSDP2, STEP, MemoryPlan, Setting, Sharing, Work
 from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.storage.atomic import write_file
 from slimtune.storage.source import cache_dir
@@ -113,7 +113,13 @@ def step_seconds(plan: MemoryPlan, rates: Rates) -> float:
 
 
 def duration(
-    plan: MemoryPlan, lengths: Lengths, epochs: float, device: Device, rates: Rates, devices: int = 1
+    plan: MemoryPlan,
+    lengths: Lengths,
+    epochs: float,
+    device: Device,
+    rates: Rates,
+    devices: int = 1,
+    sharing: Sharing = FSDP2,
 ) -> Duration:
     """A training on examples of these lengths.
 
@@ -121,7 +127,7 @@ def duration(
     make this an upper bound. For grpo the examples are prompts, each with as many answers as are drawn.
 
     Args:
-        devices: how many share the examples, by FSDP2.
+        devices: how many share the examples, by `sharing`.
 
     Raises:
         ConfigError: several devices of a kind that can't share a training.
@@ -138,16 +144,16 @@ def duration(
     # Tokens of one simulated step, by which its seconds are scaled to all tokens of the data.
     rows = setting.shared.tokens if setting.shared else setting.batch * (setting.sequence + longer)
     planned = rows * setting.accumulation * devices
-    exchange = batches * _exchange_seconds(plan, device, devices)
+    exchange = batches * _exchange_seconds(plan, device, devices, sharing)
     seconds = step_seconds(plan, rates) * computed / planned + exchange
     # US dollars: every device is rented for the whole time.
     cost = None if device.price_per_hour is None else devices * seconds / 3600 * device.price_per_hour
     return Duration(steps, seconds / steps, seconds, round(tokens), cost, rates.is_measured, exchange)
 
 
-def _exchange_seconds(plan: MemoryPlan, device: Device, devices: int) -> float:
+def _exchange_seconds(plan: MemoryPlan, device: Device, devices: int, sharing: Sharing) -> float:
     """What several devices send in a micro-batch, over the link between them."""
-    return plan.exchanged_bytes(devices) / (device.link() * USUAL_LINK) if devices > 1 else 0.0
+    return plan.exchanged_bytes(devices, sharing) / (device.link() * USUAL_LINK) if devices > 1 else 0.0
 
 
 # (1024, 2048) @ (2048, 2048), 8.6 GFLOP: large enough to reach the rate of a training, small enough for a CPU. 256 MB

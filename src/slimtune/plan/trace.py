@@ -125,7 +125,7 @@ def prepare(
     overhead = 0
     with _tracking(builder, "load"), no_init_weights() if fake else contextlib.nullcontext():
         model = build(config, setting, task_type)
-        if setting.base != "dense":
+        if setting.is_quantized:
             overhead = quantize(model, setting, builder)
     tracker = (
         FakeMemoryTracker(rounded, builder.fake) if isinstance(builder, FakeMemoryTracker) else MemoryTracker(rounded)
@@ -174,7 +174,7 @@ def _count(parameter: Any) -> int:
 
 
 def _stored_tensors(model: nn.Module, setting: Setting) -> list[torch.Tensor]:
-    if setting.base == "dense":
+    if not setting.is_quantized:
         return [*model.parameters(), *model.buffers()]
     return tensors_of(model)
 

@@ -82,8 +82,13 @@ def make_plain(model: Any, weights: Expanded) -> Any:
     They need gradients where anything of the model does, as if it had never been quantized.
     """
     trained = any(parameter.requires_grad for parameter in model.parameters())
+    plain: dict[int, tuple[Any, Any]] = {}
     for module, base, weight_OI in weights:
+        codes = module.weight
         base.make_plain(module, weight_OI)
+        # Of one weight in two modules one is made again; the codes are kept, so that no other tensor gets their id.
+        _, first = plain.setdefault(id(codes), (codes, module.weight))
+        module._parameters["weight"] = first
         # accelerate's hooks keep a forward of the class that was.
         follow_class(module)
         module.requires_grad_(trained)
@@ -119,8 +124,11 @@ def untie_if_changed(model: Any) -> None:
     others in the file and leaves them apart.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    look_up = getattr(model, "get_parameter_or_buffer", None)
-    still = {end: source for end, source in tied.items() if look_up and look_up(end) is look_up(source)}
+    if not tied:
+        return
+    # A module that holds codes has them by other names in a state dict; where they are expanded, these are gone.
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.state_dict(keep_vars=True))
+    still = {end: source for end, source in tied.items() if end in own and own[end] is own.get(source)}
     if len(still) == len(tied):
         return
     # transformers asks both: a save leaves out what it takes for tied, and a load ties it again.

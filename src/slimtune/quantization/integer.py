@@ -25,7 +25,7 @@ from slimtune.bases.int8 import EmbeddingInt8, LinearInt8, LinearW8A8
 from slimtune.bases.integer import CODES, PACKED, PARTS, SCALE, SHAPE, ZERO, HoldsCodes, grid_weight
 from slimtune.bases.packed import as_linear
 from slimtune.errors import DamagedBaseError, listing
-from slimtune.ops.grid import GridWeight, rounded
+from slimtune.ops.grid import rounded
 from slimtune.quantization.config import Quantization
 from slimtune.quantization.linears import group_size_for, quantized_linears
 from slimtune.storage.compressed import PACKED_FORMAT, WeightScheme, read_config, scheme_for, write_config
@@ -120,7 +120,7 @@ class _Quantizer(HfQuantizer):
         super().__init__(request, **options)
         self.request = request
         self.targets: set[str] = set()
-        self.read: dict[str, GridWeight] = {}
+        self.scales_read: dict[str, Tensor] = {}
 
     def is_serializable(self) -> Any:
         return True
@@ -144,7 +144,7 @@ class _Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         if self.request.settings is None:
             _fill_shells(model)
-        for path, (_, scales_OG, _) in self.read.items():
+        for path, scales_OG in self.scales_read.items():
             # Only now: buffers that aren't in the files are drawn anew once these are read.
             model.get_submodule(path).weight_scale = scales_OG
         note_quantization(model, config_of(model))
@@ -164,7 +164,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
             (),
             base.format,
             symmetric=ZERO not in module._buffers,
-            rounds_inputs=isinstance(module, LinearW8A8),
+            rounds_inputs=base.rounds_inputs,
         )
         groups.setdefault((_kind(module), scheme), []).append(name)
     rest = [name for name, module in model.named_modules() if _kind(module) in _LINEAR and name not in held]
@@ -219,7 +219,9 @@ class _Round(ConversionOps):
             module: Any = model.get_submodule(path)
             # GPT-2's linear layers are stored as (in, out).
             weight_OI = weight.t() if isinstance(module, Conv1D) else weight
-            self.quantizer.read[path] = new = rounded(weight_OI, self.quantizer.request.settings.blocksize, 4)
+            new = rounded(weight_OI, self.quantizer.request.settings.blocksize, 4)
+            # The codes of a layer, a byte each, live until they are packed, and not until all layers are.
+            self.quantizer.scales_read[path] = new.scales
             LinearInt4.take(as_linear(module), *new)
             done[name] = module.weight
             # Or transformers would draw it, after the read, as a weight that was missing.

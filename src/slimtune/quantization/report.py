@@ -85,6 +85,9 @@ def _other(module: nn.Module) -> str:
 
 def _bytes(tensor: Any) -> int:
     """What is stored of a tensor, which of a packed one is less than it looks."""
+    if hasattr(tensor, "full_tensor"):
+        # Sharded over several devices: all of its shards.
+        return tensor.numel() * tensor.element_size()
     if _is_packed(tensor):
         return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.nbytes

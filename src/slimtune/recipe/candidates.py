@@ -45,11 +45,12 @@ class Candidate:
     @property
     def slug(self) -> str:
         """The name as part of a path."""
+        # Letters, digits and dots alone, on any file system; two candidates of one slug are refused.
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
     @property
     def summary(self) -> str:
-        """What it is, in words."""
+        """A phrase that describes it, for tables."""
         if self.method is None:
             return _prompted(self.shots, self.random_labels)
         settings = ", ".join(f"{name}={value}" for name, value in self.fields)
@@ -107,6 +108,7 @@ def candidates_of(methods: Sequence[str], shots: Sequence[int], random_labels: b
     if random_labels and max(shots, default=0) > 0:
         candidates.append(prompted(max(shots), random_labels=True))
     candidates += [trained(method) for method in methods]
+    # By slug, since that is the name of the folder: values that differ in "_" and "-" alone share one.
     slugs = [candidate.slug for candidate in candidates]
     twice = next((candidate.name for candidate in candidates if slugs.count(candidate.slug) > 1), None)
     if twice:

@@ -52,6 +52,7 @@ class CompareSettings:
                 continue
             if not isinstance(values, list | tuple) or not all(type(value) is kind for value in values):
                 raise ConfigError(f"compare.{name} must be a list of {kind.__name__}, found {values!r}")
+            # The dataclass is frozen for everybody else; lists of YAML become tuples here, so that it can be hashed.
             object.__setattr__(self, name, tuple(values))
         check_choice("compare.random_labels", self.random_labels, (True, False))
         check_choice("compare.spectra", self.spectra, SPECTRA)
@@ -60,6 +61,7 @@ class CompareSettings:
             if getattr(self, name) is not None:
                 check_whole(f"compare.{name}", getattr(self, name), least)
         check_scorer(self.scorer)
+        # Made once to be checked: a name that is given twice is said with the other mistakes of the recipe.
         _ = self.candidates
         if not isinstance(self.learning_rates, Mapping):
             raise ConfigError(f"compare.learning_rates must map methods to rates, found {self.learning_rates!r}")

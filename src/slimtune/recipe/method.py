@@ -64,6 +64,7 @@ class Method:
         from slimtune.core.config import PeftConfig
 
         shared = {field.name for field in dataclasses.fields(PeftConfig)} if self.is_adapter else set()
+        # From an instance: defaults that `__post_init__` fills in are the ones that a recipe is to show.
         default = dataclasses.asdict(self.config())
         return {name: value for name, value in default.items() if name not in shared | set(self.fixed)}
 
@@ -75,6 +76,7 @@ def methods() -> dict[str, Method]:
 
     configs = registered()
     known = [Method(_name(peft_type), _first_line(config), config) for peft_type, config in configs.items()]
+    # A name of its own, for people look for it by that; `fixed` keeps it from being turned off again.
     known.append(Method("dora", "DoRA: LoRA with use_dora=True.", configs["LORA"], {"use_dora": True}))
     known.append(Method(FULL, str(FullTuning.__doc__), FullTuning))
     known.append(Method(FEATURES, _first_line(FeatureTuning), FeatureTuning))

@@ -49,6 +49,7 @@ def check_runs(name: str, device: str) -> None:
     check_name(name)
     key = f"training.optim={name}"
     library = "bitsandbytes" if name in (*BITSANDBYTES, *PAGED) else "torchao" if name in TORCHAO else None
+    # Looked for and not imported: bitsandbytes takes a second to import and probes for CUDA.
     if library and find_spec(library) is None:
         raise MissingDependencyError(f"{key} needs {library}, which is not installed: pip install {library}")
     if name in PAGED and device != "cuda":

@@ -59,6 +59,7 @@ class ModelSettings:
         name, behind = parted(self.name)
         if behind is not None and self.revision not in (None, behind):
             raise ConfigError(f"name says revision {behind}, and revision says {self.revision}; give one of them")
+        # Parted in one place: everything behind reads name and revision apart, however they were written.
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "revision", self.revision or behind)
         if self.revision is not None and (name in PACKAGED or Path(name).exists() or not is_id(name)):
@@ -103,6 +104,7 @@ class MethodSettings:
             raise ConfigError(f"method takes a mapping with a name, found {values!r}; write method: {{name: lora}}")
         fields = {str(name): value for name, value in values.items()}
         name = fields.pop("name", "lora")
+        # YAML reads `name: 3` and `name: off` as other types; as text they get the message of an unknown name.
         method = find(name if isinstance(name, str) else str(name))
         return cls(method.name, plain_fields(method, configure(method, fields, base)))
 
@@ -198,11 +200,15 @@ class Recipe:
         base = sections.get("model")
         name = base.get("name", "") if isinstance(base, Mapping) else ""
         method = MethodSettings.of(sections.get("method", {}), str(name))
+        # With all fields of the method's config, so that a later default changes no recipe that was written before.
         sections["method"] = dataclasses.asdict(method)
         training = sections.get("training", {})
         if isinstance(training, Mapping) and training.get("learning_rate") is None:
             rate = method.method.config.learning_rate
+            # Preferences are learned by a model that answers already, in smaller steps than supervised tuning takes.
             rate = rate * SHARE_OF_RATE if sections.get("task") in PREFERENCE_TASKS else rate
+            # Written into the recipe, which then says what a run depends on even where a later version has another
+            # default.
             training = {**training, "learning_rate": rate}
         return read_as(cls, sections | {"training": training})
 
@@ -233,6 +239,7 @@ class Recipe:
                 "the recipe wants Python code to be run that comes with its model (model.trust_remote_code); pass "
                 "--trust-remote-code if you trust it"
             )
+        # From whoever types the command, never from the file: a recipe is data, and running code is a decision.
         return replace(self, model=replace(self.model, trust_remote_code=trust_remote_code))
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,6 +250,7 @@ class Recipe:
             del sections["preferences"]
         if self.distillation is None:
             del sections["distillation"]
+        # For whoever reads the file: what is trained on what stands first.
         order = ("task", "model", "data", "method")
         return {name: sections[name] for name in order} | sections | {"method": method}
 
@@ -280,6 +288,7 @@ def keys() -> dict[str, str]:
     for section, kind in Recipe.sections().items():
         # Written with their section always: an alpha alone is LoRA's.
         if section != "distillation":
+            # The earlier section wins: `| places` puts what was there before on top.
             places = {name: f"{section}.{name}" for name in kind.__dataclass_fields__} | places
     return places
 
@@ -310,6 +319,7 @@ def _methods() -> list[Method]:
 def _with(values: Any, keys: Sequence[str], value: Any, place: str) -> Any:
     """The values with another one at this place; what was given stays as it is."""
     key, *further = keys
+    # `data.train.0.weight=2`: a number counts into a list, where there is one.
     if isinstance(values, list) and key.isdecimal() and int(key) < len(values):
         number = int(key)
         return [
@@ -324,7 +334,7 @@ def _with(values: Any, keys: Sequence[str], value: Any, place: str) -> Any:
 
 
 def _changed(settings: Any) -> list[str]:
-    """The fields of a dataclass that aren't at their defaults."""
+    """The fields of a dataclass that differ from their defaults."""
     fresh = type(settings)()
     return [
         field.name

@@ -48,8 +48,9 @@ def commented(name: str) -> str:
 def notes_of(kind: type) -> dict[str, str]:
     """What the docstring of a dataclass says of its fields, in its section of arguments or attributes."""
     body = re.split(r"^(?:Args|Attributes):\n", inspect.cleandoc(kind.__doc__ or ""), flags=re.MULTILINE)[1:]
-    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", body[0] if body else "", flags=re.MULTILINE)
-    return {name: " ".join(said.split()) for name, said in found}
+    # The docstring is the one place where a field is described; recipes, options and docs all quote it.
+    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", body[0] if body else "", flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _blocks(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -86,6 +86,7 @@ class TrainSettings:
             # A bound without an end is none.
             if name in given and name != "max_grad_norm" and math.isinf(getattr(self, name)):
                 raise ConfigError(f"{name} must be a finite number, but is {getattr(self, name)}")
+        # numpy's generator takes no more than 32 bits.
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise ConfigError(f"seed must be a whole number from 0 to 2**32 - 1, found {self.seed!r}")
         for name in _POSITIVE:

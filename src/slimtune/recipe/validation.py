@@ -85,6 +85,7 @@ def _path(loc: Sequence[str | int], value: Any) -> list[str]:
     """The keys and numbers in a place, without the names that pydantic gives to the members of a union."""
     path = []
     for part in loc:
+        # pydantic puts names of types between the keys of a place; only what the value really has is a key.
         if isinstance(value, dict) and (part in value or part is loc[-1]):
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from slimtune.engine.request import EngineStats, LoadedAdapter
 from slimtune.serve.openai import ChatCompletionRequest, CompletionRequest, bad_request
 
-Asked = ChatCompletionRequest | CompletionRequest
+GenerationRequest = ChatCompletionRequest | CompletionRequest
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Backend(Protocol):
         """Whether it can answer now."""
         ...
 
-    def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """The answers, piece by piece; closing the iterator ends them. Raises: ApiError."""
         ...
 

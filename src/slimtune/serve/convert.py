@@ -69,6 +69,7 @@ def convert_to_lora(source: Path, output: Path) -> float:
 def _skeleton(base: str) -> Any:
     """The base with memory in place of weights."""
     config = transformers.AutoConfig.from_pretrained(folder_of(base, weights=False))
+    # No weight is allocated twice: built without memory, then given some, whose contents nobody reads.
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.to_empty(device="cpu")
@@ -77,6 +78,8 @@ def _skeleton(base: str) -> Any:
 @torch.no_grad()
 def _update(site: Site, delta: Delta) -> Tensor:
     """dW, (out, in). Raises: AdapterFileError, for a delta that changes anything else."""
+    # Folded into zeros: a method that adds an update gives the update itself, and one that scales the weight gives
+    # nothing.
     zeros = {name: torch.zeros_like(tensor) for name, tensor in site.base.dense(site.module).items()}
     folded = delta.fold(zeros)
     others = [name for name, tensor in folded.items() if name != "weight" and bool(tensor.any())]
@@ -89,8 +92,12 @@ def _update(site: Site, delta: Delta) -> Tensor:
 def _factors(update_OI: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
     """A and B of the lowest rank whose product is the update, and the share of it that they lack."""
     most = min(VLLM_RANKS[-1], *update_OI.shape)
+    # Of as many directions as servers take at most; two power iterations, since beyond an update's rank there is
+    # nothing but rounding.
     u_OR, s_R, v_IR = torch.svd_lowrank(update_OI.double(), q=most, niter=2)
+    # Ten times below what may be lost: the sum of what is cut stays under the bound.
     kept = max(1, int((s_R > s_R[0] * _EXACT / 10).sum()))
+    # Half of each singular value in either factor, so that neither is beyond the range of 16 bits.
     root_R = s_R[:kept].sqrt()
     a_RI, b_OR = (v_IR[:, :kept] * root_R).T.float().contiguous(), (u_OR[:, :kept] * root_R).float().contiguous()
     lost = torch.linalg.norm(update_OI - b_OR @ a_RI) / torch.linalg.norm(update_OI).clamp_min(1e-30)

@@ -14,7 +14,7 @@ from slimtune.data.features import extract
 from slimtune.data.texts import longest_input
 from slimtune.engine.request import LoadedAdapter
 from slimtune.errors import ConfigError
-from slimtune.serve.backend import Asked, Piece
+from slimtune.serve.backend import GenerationRequest, Piece
 from slimtune.serve.openai import bad_request
 from slimtune.storage.text_files import read_json
 
@@ -36,6 +36,7 @@ class EncoderBackend:
         self.model, self.tokenizer = model, tokenizer
         self.context = longest_input(model, tokenizer, None)
         self.pooling, self.is_normalised = _stored_pooling(folder)
+        # One thread: torch uses all cores in it, and the event loop goes on answering.
         self._working = ThreadPoolExecutor(1, "slimtune-embed")
 
     async def start(self) -> None:
@@ -57,6 +58,7 @@ class EncoderBackend:
         return await asyncio.get_running_loop().run_in_executor(self._working, self._embed, texts)
 
     def _embed(self, texts: list[str]) -> tuple[list[list[float]], int]:
+        # Counted here and refused: OpenAI's API cuts nothing off, and neither does this one.
         lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
         if max(lengths) > self.context:
             message = f"a text has {max(lengths):,} tokens, and the model reads {self.context:,}; shorten it"
@@ -66,7 +68,7 @@ class EncoderBackend:
             vectors_ND = normalize(vectors_ND, dim=-1)
         return vectors_ND.tolist(), sum(lengths)
 
-    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    async def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """Raises: ApiError."""
         raise bad_request("this base is an encoder and writes no text; ask /v1/embeddings", "model")
         yield Piece()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import SlimtuneError
-from slimtune.serve.backend import Asked, Backend, Piece
+from slimtune.serve.backend import Backend, GenerationRequest, Piece
 from slimtune.serve.metrics import Gauge, Metrics
 from slimtune.serve.openai import ApiError, EmbeddingRequest, bad_request, not_found, unavailable
 from slimtune.serve.queue import FairQueue, Limits
@@ -55,6 +55,7 @@ class Gateway:
         self.metrics.watch(self._gauges)
         self.is_draining = False
         self.started = time.time()
+        # The loop holds tasks weakly: without this set one could be collected in the middle of an answer.
         self._running: set[asyncio.Task[None]] = set()
 
     def resolve(self, tenant: Tenant, model: str) -> Adapter | None:
@@ -62,6 +63,7 @@ class Gateway:
         if model in (BASE, self.settings.base) and tenant.may_use(BASE):
             return None
         adapter = self.registry.find(model)
+        # One error for both: a 403 would tell that another tenant's adapter exists.
         if adapter is None or not tenant.may_use(adapter.name):
             raise not_found(model, [entry["id"] for entry in self.models(tenant)])
         return adapter
@@ -91,30 +93,32 @@ class Gateway:
         # Folders of the server, and errors that name them, are the admin's alone.
         return described | ({"path": str(adapter.folder), "error": adapter.error} if tenant.admin else {})
 
-    def begin(self, tenant: Tenant, asked: Asked) -> Answer:
+    def begin(self, tenant: Tenant, body: GenerationRequest) -> Answer:
         """Start to answer. Raises: ApiError, for what is wrong before it is anybody's turn."""
         if self.is_draining:
             raise unavailable("the server is stopping; ask another one", code="stopping")
-        adapter = self.resolve(tenant, asked.model)
-        if asked.choices() > 1 and asked.temperature == 0 and asked.n > 1:
+        adapter = self.resolve(tenant, body.model)
+        if body.choices() > 1 and body.temperature == 0 and body.n > 1:
             raise bad_request("n answers at temperature 0 are all the same; raise temperature or leave n out", "n")
+        # After the name is resolved: a misspelt model costs no part of the tenant's rate.
         self.limits.admit(tenant)
         answer = Answer(adapter.versioned if adapter else BASE)
-        task = asyncio.create_task(self._produce(tenant, asked, adapter, answer))
+        # A task of its own and not the request's: a slow reader of the stream must not hold a slot's pieces up.
+        task = asyncio.create_task(self._produce(tenant, body, adapter, answer))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         answer.task = task
         return answer
 
-    async def embed(self, tenant: Tenant, asked: EmbeddingRequest) -> tuple[list[list[float]], int]:
+    async def embed(self, tenant: Tenant, body: EmbeddingRequest) -> tuple[list[list[float]], int]:
         """Vectors of texts and their tokens. Raises: ApiError."""
         if self.is_draining:
             raise unavailable("the server is stopping; ask another one", code="stopping")
-        if self.resolve(tenant, asked.model) is not None:
+        if self.resolve(tenant, body.model) is not None:
             raise bad_request("embeddings come from the base alone; pass model=base", "model")
         self.limits.admit(tenant)
         async with self.queue.turn(tenant):
-            vectors, tokens = await self.backend.embed(asked.texts())
+            vectors, tokens = await self.backend.embed(body.texts())
             self._count(tenant, BASE, prompt_tokens=tokens)
             return vectors, tokens
 
@@ -142,6 +146,7 @@ class Gateway:
         if adapter is None:
             raise not_found(name, [known.name for known in self.registry])
         if force:
+            # A copy: a task that ends takes itself out of the set.
             for task in list(self._running):
                 if task.get_name() == adapter.versioned:
                     task.cancel("the adapter was unloaded")
@@ -162,18 +167,19 @@ class Gateway:
             task.cancel()
         return not late
 
-    async def _produce(self, tenant: Tenant, asked: Asked, adapter: Adapter | None, answer: Answer) -> None:
+    async def _produce(self, tenant: Tenant, body: GenerationRequest, adapter: Adapter | None, answer: Answer) -> None:
         """Put the pieces of an answer into its inbox, then None; an error comes in place of what can't come."""
         task = asyncio.current_task()
         assert task is not None
         task.set_name(answer.model)
         began = last = time.monotonic()
         try:
-            async with asyncio.timeout(self.settings.request_timeout), self.queue.turn(tenant, asked.choices()):
+            # The limit runs over waiting and writing together, as a client's own clock does.
+            async with asyncio.timeout(self.settings.request_timeout), self.queue.turn(tenant, body.choices()):
                 self.metrics.queue_seconds.observe(time.monotonic() - began)
                 async with (
                     self._loaded(adapter) as name,
-                    aclosing(self.backend.answer(asked, name, tenant.name)) as pieces,
+                    aclosing(self.backend.answer(body, name, tenant.name)) as pieces,
                 ):
                     async for piece in pieces:
                         if piece.tokens:
@@ -199,6 +205,7 @@ class Gateway:
         except Exception as error:
             answer.inbox.put_nowait(_internal(error, answer.model))
         finally:
+            # Always the last one: whoever reads waits for it, whatever has happened before.
             answer.inbox.put_nowait(None)
 
     @asynccontextmanager
@@ -212,6 +219,7 @@ class Gateway:
     def _count(self, tenant: Tenant, model: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
         if not prompt_tokens and not tokens:
             return
+        # Piece by piece: a long answer counts against its tenant while it is still written.
         self.queue.charge(tenant, prompt_tokens, tokens)
         self.limits.spend(tenant, prompt_tokens + tokens)
         for kind, count in (("prompt", prompt_tokens), ("generated", tokens)):

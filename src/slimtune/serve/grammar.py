@@ -58,10 +58,12 @@ class JsonConstraint:
 
     def mask(self) -> Tensor:
         """(vocabulary,) of booleans: the tokens that may come next."""
+        # The JSON is complete: anything but an end would follow it with text that no schema knows.
         if self._matcher.is_stopped():
             allowed = torch.zeros(self._vocabulary, dtype=torch.bool)
             allowed[self._ends] = True
             return allowed
+        # One bit a token, the lowest bit of a byte first: (vocabulary / 8,) bytes to (vocabulary,) booleans.
         bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
         return torch.from_numpy(numpy.unpackbits(bits, count=self._vocabulary, bitorder="little").view(numpy.bool_))
 

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slimtune.serve.backend import Asked
+from slimtune.serve.backend import GenerationRequest
 from slimtune.serve.gateway import Answer, Gateway
 from slimtune.serve.openai import (
     ApiError,
@@ -56,6 +56,7 @@ _PAGE_HEADERS = {
 def create_app(gateway: Gateway) -> FastAPI:
     """The application that a server such as uvicorn runs."""
     app = FastAPI(title="slimtune", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    # Read at the start: a server whose files are replaced under it goes on showing the page that fits it.
     page = (Path(__file__).parent / "page" / "index.html").read_text(encoding="utf-8")
 
     @app.post("/v1/chat/completions")
@@ -125,14 +126,14 @@ def _tenant(request: Request) -> Tenant:
     return request.scope["state"]["tenant"]
 
 
-async def _respond(gateway: Gateway, asked: Asked, request: Request) -> Response:
-    answer = gateway.begin(_tenant(request), asked)
+async def _respond(gateway: Gateway, body: GenerationRequest, request: Request) -> Response:
+    answer = gateway.begin(_tenant(request), body)
     request.scope["state"]["model"] = answer.model
-    responses = Responses(asked, answer.model)
+    responses = Responses(body, answer.model)
     try:
         # The first pieces are awaited before the status is sent, for a refusal needs a status of its own.
         pieces = await _unless_gone(request, answer.next())
-        if asked.stream:
+        if body.stream:
             return _Stream(answer, responses, responses.events(pieces))
         while pieces:
             for piece in pieces:
@@ -149,12 +150,14 @@ class _Stream(StreamingResponse):
 
     def __init__(self, answer: Answer, responses: Responses, first: bytes) -> None:
         self.answer, self.responses, self.first = answer, responses, first
+        # nginx would collect tokens into blocks otherwise.
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(self._events(), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
+            # Starlette cancels the response where the client goes, and never tells the generator before its first step.
             await super().__call__(scope, receive, send)
         finally:
             self.answer.cancel()
@@ -196,6 +199,7 @@ def _embeddings(body: EmbeddingRequest, vectors: list[list[float]], tokens: int)
     def shown(vector: list[float]) -> Any:
         if body.encoding_format == "float":
             return vector
+        # Little-endian float32, which OpenAI's Python client asks for unless it is told otherwise.
         return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
     data = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
@@ -248,6 +252,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
+        # Our own id, never the client's: it goes into the log, where a made-up one could forge lines.
         request_id, began = secrets.token_hex(8), time.monotonic()
         status = 500
 
@@ -286,6 +291,7 @@ class Guard:
         most, parts, size = self.gateway.settings.max_body, [], 0
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         too_long = ApiError(413, f"the body may have {most:,} bytes", "body_too_long")
+        # Before anything is read; a chunked body declares nothing and is counted as it comes.
         if declared.isdigit() and int(declared) > most:
             raise too_long
         try:

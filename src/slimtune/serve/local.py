@@ -16,7 +16,7 @@ from slimtune.engine.engine import Engine
 from slimtune.engine.model import stop_tokens
 from slimtune.engine.request import EngineStats, Handle, LoadedAdapter, Request, SamplingParams, TokenEvent
 from slimtune.errors import ConfigError, SlimtuneError
-from slimtune.serve.backend import Asked, Piece, TokenLogprob, no_embeddings
+from slimtune.serve.backend import GenerationRequest, Piece, TokenLogprob, no_embeddings
 from slimtune.serve.grammar import ANY_OBJECT, Grammars
 from slimtune.serve.openai import (
     ApiError,
@@ -47,6 +47,7 @@ class EngineBackend:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.slots, self.context = engine.slots, engine.context
+        # The width of the logits, which may be padded beyond the tokenizer's tokens.
         self.vocabulary: int = engine.model.get_output_embeddings().weight.shape[0]
         self._grammars = Grammars(self.tokenizer, self.vocabulary, sorted(stop_tokens(engine.model, self.tokenizer)))
         # One thread, for a tokenizer is not safe in several; and apart from the loop, which long prompts would hold up.
@@ -83,19 +84,22 @@ class EngineBackend:
         """Raises: ApiError."""
         return await no_embeddings()
 
-    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    async def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """The answers, piece by piece, in the order in which their tokens come."""
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._encoding, self._prepare, asked)
+        prepared = await loop.run_in_executor(self._encoding, self._prepare, body)
+        # Told before the first token: the prompt is charged for, though the client may go while it is read.
         yield Piece(prompt_tokens=sum(map(len, prepared.prompts)))
+        # Without a bound: the engine's thread must never wait for a client; `max_tokens` bounds what can pile up.
         inbox: asyncio.Queue[tuple[int, Sequence[TokenEvent]]] = asyncio.Queue()
-        readers = [self._reader(asked) for _ in prepared.sampling]
+        readers = [self._reader(body) for _ in prepared.sampling]
         mailbox = self._mailbox
         assert mailbox is not None, "a backend is started before it is asked"
         handles: list[Handle] = []
         try:
             for choice, sampling in enumerate(prepared.sampling):
-                request = Request(prepared.prompts[choice // asked.n], sampling, adapter, tenant)
+                # Choices are numbered prompt by prompt, n of each, as OpenAI numbers them.
+                request = Request(prepared.prompts[choice // body.n], sampling, adapter, tenant)
                 handles.append(self._submit(request, mailbox.address(inbox, choice)))
             running = len(handles)
             while running:
@@ -136,32 +140,32 @@ class EngineBackend:
         return TokenLogprob(self.tokenizer.decode([event.token]), float(event.logprob or 0.0), others)
 
     @staticmethod
-    def _reader(asked: Asked) -> ToolReader | None:
-        if not isinstance(asked, ChatCompletionRequest) or not asked.usable_tools():
+    def _reader(body: GenerationRequest) -> ToolReader | None:
+        if not isinstance(body, ChatCompletionRequest) or not body.usable_tools():
             return None
-        return ToolReader(asked.usable_tools(), asked.must_call(), not asked.parallel_tool_calls)
+        return ToolReader(body.usable_tools(), body.must_call(), not body.parallel_tool_calls)
 
-    def _prepare(self, asked: Asked) -> _Prepared:
+    def _prepare(self, body: GenerationRequest) -> _Prepared:
         """Render, encode and check a request. Raises: ApiError 400."""
         try:
-            prompts = [tuple(prompt) for prompt in self._encode(asked)]
+            prompts = [tuple(prompt) for prompt in self._encode(body)]
             sampling = []
             for index, prompt in enumerate(prompts):
-                most = self._room(prompt, asked.most_tokens())
-                first = index * asked.n
-                sampling += [self._sampling(asked, most, choice) for choice in range(first, first + asked.n)]
+                most = self._room(prompt, body.most_tokens())
+                first = index * body.n
+                sampling += [self._sampling(body, most, choice) for choice in range(first, first + body.n)]
         except SlimtuneError as error:
             raise bad_request(str(error)) from error
         return _Prepared(prompts, sampling)
 
-    def _encode(self, asked: Asked) -> list[list[int]]:
-        if isinstance(asked, ChatCompletionRequest):
-            tools = [tool.model_dump(exclude_none=True) for tool in asked.usable_tools()]
+    def _encode(self, body: GenerationRequest) -> list[list[int]]:
+        if isinstance(body, ChatCompletionRequest):
+            tools = [tool.model_dump(exclude_none=True) for tool in body.usable_tools()]
             if tools and not knows_tools(self.tokenizer):
                 raise bad_request("this model's chat template shows no tools to it; leave tools out", "tools")
-            turns = [for_template(message) for message in asked.messages]
+            turns = [for_template(message) for message in body.messages]
             return [prompt_ids(self.tokenizer, render(self.tokenizer, turns, for_answer=True, tools=tools))]
-        return [self._ids(prompt) for prompt in asked.prompts()]
+        return [self._ids(prompt) for prompt in body.prompts()]
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -186,33 +190,33 @@ class EngineBackend:
             )
         return room if most is None else most
 
-    def _sampling(self, asked: Asked, most: int, choice: int) -> SamplingParams:
+    def _sampling(self, body: GenerationRequest, most: int, choice: int) -> SamplingParams:
         return SamplingParams(
             max_tokens=most,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            top_k=max(asked.top_k, 0),
-            min_p=asked.min_p,
-            presence_penalty=asked.presence_penalty,
-            frequency_penalty=asked.frequency_penalty,
-            repetition_penalty=asked.repetition_penalty,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=max(body.top_k, 0),
+            min_p=body.min_p,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            repetition_penalty=body.repetition_penalty,
             # Each answer draws of its own, or all would be the same.
-            seed=None if asked.seed is None else (asked.seed + choice) % 2**63,
-            stop=asked.stops(),
-            logprobs=asked.alternatives(),
-            ignore_eos=asked.ignore_eos,
-            constraint=self._constraint(asked),
+            seed=None if body.seed is None else (body.seed + choice) % 2**63,
+            stop=body.stops(),
+            logprobs=body.alternatives(),
+            ignore_eos=body.ignore_eos,
+            constraint=self._constraint(body),
         )
 
-    def _constraint(self, asked: Asked) -> Any:
+    def _constraint(self, body: GenerationRequest) -> Any:
         """A new constraint for each answer, since it moves along with it."""
-        if isinstance(asked, ChatCompletionRequest) and asked.must_call():
-            return self._grammars.matching(call_schema(asked.usable_tools()))
-        if isinstance(asked.response_format, JsonFormat):
+        if isinstance(body, ChatCompletionRequest) and body.must_call():
+            return self._grammars.matching(call_schema(body.usable_tools()))
+        if isinstance(body.response_format, JsonFormat):
             return self._grammars.matching(ANY_OBJECT)
-        if isinstance(asked.response_format, SchemaFormat):
+        if isinstance(body.response_format, SchemaFormat):
             try:
-                return self._grammars.matching(asked.response_format.json_schema.schema_)
+                return self._grammars.matching(body.response_format.json_schema.schema_)
             except ConfigError as error:
                 raise bad_request(str(error), "response_format") from error
         return None
@@ -234,6 +238,7 @@ class Mailbox:
                 return
             with self._lock:
                 self._letters.append((inbox, (choice, tuple(events))))
+                # Each wake-up of the loop is a write to a pipe: one for all answers of a step, not one for each.
                 wakes, self._is_woken = not self._is_woken, True
             if wakes and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._deliver)
@@ -242,6 +247,7 @@ class Mailbox:
 
     def _deliver(self) -> None:
         with self._lock:
+            # Taken out before any is delivered: what is posted meanwhile wakes the loop again.
             letters, self._letters, self._is_woken = self._letters, deque(), False
         for inbox, letter in letters:
             inbox.put_nowait(letter)

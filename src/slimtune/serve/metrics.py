@@ -19,6 +19,7 @@ class Metrics:
     """Counters and histograms of one gateway, apart from those of other libraries in the process."""
 
     def __init__(self) -> None:
+        # Not the library's global one, in which two gateways of one process would collide.
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "slimtune_requests", "Requests that were answered", ["tenant", "model", "status"], registry=self.registry

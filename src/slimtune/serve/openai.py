@@ -53,6 +53,7 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 def not_found(model: str, visible: Sequence[str]) -> ApiError:
     """There is no such model for this key: the same words, whether it is another tenant's or nobody's."""
     near = did_you_mean(model, visible)
+    # Cut: the name is the client's own text, of any length.
     return ApiError(404, f"the model '{model[:100]}' does not exist{near}", "model_not_found", "model")
 
 
@@ -199,9 +200,11 @@ class Generation(_Root):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    # Within what torch's manual_seed takes; beyond, it would raise in the thread of the engine.
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     user: str | None = None
+    # vLLM writes "all" as -1, others as 0.
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
@@ -209,6 +212,7 @@ class Generation(_Root):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Generation:
+        # As OpenAI's server answers it; ignored, a client would wait for a usage that never comes.
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only for stream=true")
         if any(not text for text in self.stops()):
@@ -245,6 +249,7 @@ class ChatCompletionRequest(Generation):
             wanted, known = self.tool_choice.function.name, [tool.function.name for tool in self.tools or ()]
             if wanted not in known:
                 raise ValueError(f"tool_choice names '{wanted}', which is none of the tools")
+        # Two grammars at once can contradict each other; a call has the schema of its tool already.
         if self.must_call() and self.response_format not in (None, TextFormat(type="text")):
             raise ValueError("a call is required by tool_choice, so response_format has nothing to say; leave it out")
         return self
@@ -261,6 +266,7 @@ class ChatCompletionRequest(Generation):
 
     def most_tokens(self) -> int | None:
         """The bound on the answer's length; None is the rest of the context."""
+        # Both names are in use: OpenAI renamed the field, and most clients still send the older one.
         return self.max_completion_tokens or self.max_tokens
 
     def alternatives(self) -> int | None:
@@ -276,6 +282,7 @@ class CompletionRequest(Generation):
     """`POST /v1/completions`."""
 
     prompt: str | list[str] | list[Annotated[int, Field(ge=0)]] | list[list[Annotated[int, Field(ge=0)]]]
+    # OpenAI's default for completions, surprising as it is; chats have none.
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     response_format: ResponseFormat | None = None

@@ -30,6 +30,7 @@ class Bucket:
     def seconds_until(self, amount: float) -> float:
         """How long until so much is there; 0 where it is."""
         now = self.clock()
+        # A bucket that fills at each look and not by a timer: idle tenants cost nothing.
         self.level = min(self.per_minute, self.level + (now - self.filled) * self.per_minute / 60)
         self.filled = now
         # More than a minute's worth is never there: such a request may start on a full bucket.
@@ -85,10 +86,12 @@ class FairQueue:
     @asynccontextmanager
     async def turn(self, tenant: Tenant, answers: int = 1) -> AsyncIterator[None]:
         """Wait for a turn and have it. Raises: ApiError 429 or 503, for a full queue or a wait that is too long."""
+        # No more than there can ever be: a request for more would wait for ever; its answers then share the slots.
         weight = min(answers, self.slots, tenant.concurrency or answers)
         share = self._shares.setdefault(tenant.name, _Share())
         if not share.waiting and not share.running:
             present = [other.counter for other in self._shares.values() if other.waiting or other.running]
+            # Lifted, never lowered: who was served a lot and left for a second doesn't come back as a newcomer.
             share.counter = max(share.counter, min(present, default=share.counter))
         turn = _Turn(tenant, weight, next(self._numbers), asyncio.get_running_loop().create_future())
         share.waiting.append(turn)
@@ -134,8 +137,10 @@ class FairQueue:
             ready = [share for share in self._shares.values() if share.waiting and self._is_allowed(share)]
             if not ready:
                 return
+            # Ties by arrival: with equal counters the queue is first come, first served.
             share = min(ready, key=lambda share: (share.counter, share.waiting[0].number))
             turn = share.waiting[0]
+            # Returned and not passed over: smaller requests behind it would starve it.
             if self.running + turn.weight > self.slots:
                 return
             share.waiting.popleft()
@@ -176,6 +181,7 @@ class Limits:
         """Count tokens that a tenant was served."""
         bucket = self._bucket(tenant, "tokens")
         if bucket:
+            # To fill it up to now, before it is drawn from.
             bucket.seconds_until(0)
             bucket.take(tokens)
 

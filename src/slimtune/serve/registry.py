@@ -134,6 +134,7 @@ class Registry:
         """Hold an adapter loaded; what the backend calls it. Raises: AdapterFileError, ApiError."""
         if adapter.removed:
             raise not_found(adapter.versioned, ())
+        # Before the first await: an eviction in between would take it for idle.
         adapter.users += 1
         adapter.idle.clear()
         try:
@@ -156,9 +157,11 @@ class Registry:
         await self._put_out(adapter)
 
     async def _load(self, adapter: Adapter) -> None:
+        # A hundred requests for a cold adapter load it once; all but the first wait here.
         async with adapter.lock:
             if adapter.loaded:
                 return
+            # One load at a time: two that each see room for one would overfill the memory together.
             async with self._room:
                 await self._make_room(adapter.stored_bytes)
                 try:
@@ -203,6 +206,7 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
     """Await work that goes on in the backend though its client has gone; what it changes is known when this returns."""
     task = asyncio.ensure_future(work)
     try:
+        # The engine can't be interrupted halfway; a cancelled client leaves the work to come to its end.
         await asyncio.shield(task)
     except asyncio.CancelledError:
         while not task.done():
@@ -227,6 +231,7 @@ def inside(root: Path | None, path: str) -> Path:
         is_adapter = (resolved / ADAPTER).is_file()
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"'{path[:100]}' is no path") from error
+    # After links and `..` are resolved; the root itself is no adapter.
     if root.resolve() not in resolved.parents:
         raise ConfigError(f"'{path[:100]}' does not lie under the server's folder of adapters")
     if not is_adapter:

@@ -18,7 +18,7 @@ from slimtune.engine.request import LoadedAdapter
 from slimtune.errors import AdapterFileError, ConfigError
 from slimtune.models.compatibility import largest_rank, verdicts
 from slimtune.models.headers import read_folder, read_object
-from slimtune.serve.backend import Asked, Piece, TokenLogprob
+from slimtune.serve.backend import GenerationRequest, Piece, TokenLogprob
 from slimtune.serve.convert import CONVERTED, convert_to_lora
 from slimtune.serve.openai import ApiError, ChatCompletionRequest, bad_request, unavailable
 from slimtune.storage.source import ADAPTER
@@ -118,6 +118,7 @@ class RemoteBackend:
             return LoadedAdapter(name, "remote", None, 0)
         folder = await asyncio.to_thread(self._as_lora, folder)
         method, rank, stored_bytes = checked_for_vllm(folder)
+        # vLLM keeps keys and values by the name of an adapter: a name must never stand for other weights.
         remote = f"{name.replace('@', '-v')}-{await asyncio.to_thread(_digest, folder)}"
         done: list[Replica] = []
         for replica in self.replicas:
@@ -179,17 +180,18 @@ class RemoteBackend:
     # -- Answers.
 
     def _order(self) -> list[Replica]:
+        # Stable: of equally busy ones the first, so that a quiet gateway fills one cache of prefixes and not several.
         return sorted(self.replicas, key=lambda replica: replica.running)
 
-    async def answer(self, asked: Asked, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    async def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
         """The answers of the first server that takes the request, piece by piece."""
-        kind = "chat/completions" if isinstance(asked, ChatCompletionRequest) else "completions"
-        body = _forwarded(asked, self.model if adapter is None else self._names[adapter])
+        kind = "chat/completions" if isinstance(body, ChatCompletionRequest) else "completions"
+        forwarded = _forwarded(body, self.model if adapter is None else self._names[adapter])
         failure: ApiError | None = None
         for replica in self._order():
             replica.running += 1
             try:
-                async with aclosing(self._answer_of(replica, kind, body, adapter, asked.choices())) as pieces:
+                async with aclosing(self._answer_of(replica, kind, forwarded, adapter, body.choices())) as pieces:
                     async for piece in pieces:
                         yield piece
                 return
@@ -216,6 +218,7 @@ class RemoteBackend:
                         async for piece in _pieces(response, choices):
                             yield piece
                         return
+            # Only before a byte was sent is it safe to ask another server: else one request may run twice.
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 raise _NotBegunError(_down(replica, error)) from error
             except httpx.HTTPError as error:
@@ -232,9 +235,9 @@ class _NotBegunError(Exception):
         self.reason = reason
 
 
-def _forwarded(asked: Asked, model: str) -> dict[str, Any]:
+def _forwarded(body: GenerationRequest, model: str) -> dict[str, Any]:
     """The request as the servers get it: what the client gave, always as a stream, so that who leaves is noticed."""
-    given = asked.model_dump(exclude_unset=True, by_alias=True, exclude={"user"})
+    given = body.model_dump(exclude_unset=True, by_alias=True, exclude={"user"})
     return given | {"model": model, "stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -276,21 +279,21 @@ def _piece(choice: Mapping[str, Any]) -> Piece:
     return Piece(choice.get("index", 0), text, int(bool(text or calls)), 0, logprobs, calls, reason)
 
 
-def _logprobs(told: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...]:
+def _logprobs(logprobs: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...]:
     """Log probabilities of either form."""
-    if not told:
+    if not logprobs:
         return ()
-    if told.get("content"):
+    if logprobs.get("content"):
         return tuple(
             TokenLogprob(
                 entry["token"],
                 entry["logprob"],
                 tuple((other["token"], other["logprob"]) for other in entry.get("top_logprobs") or ()),
             )
-            for entry in told["content"]
+            for entry in logprobs["content"]
         )
-    tops = told.get("top_logprobs") or [{}] * len(told.get("tokens") or ())
-    entries = zip(told.get("tokens") or (), told.get("token_logprobs") or (), tops, strict=False)
+    tops = logprobs.get("top_logprobs") or [{}] * len(logprobs.get("tokens") or ())
+    entries = zip(logprobs.get("tokens") or (), logprobs.get("token_logprobs") or (), tops, strict=False)
     return tuple(TokenLogprob(token, logprob or 0.0, tuple((top or {}).items())) for token, logprob, top in entries)
 
 
@@ -320,6 +323,7 @@ def _message(text: str) -> str:
 def _digest(folder: Path) -> str:
     """What an adapter's files hold, in short: part of its name on a server, which may keep what it cached of a name."""
     digest = hashlib.sha256()
+    # Config and weights: the same matrices under another alpha are another adapter.
     for file in sorted(folder.glob("adapter_*")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

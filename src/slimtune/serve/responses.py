@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from slimtune.serve.backend import Asked, Piece, TokenLogprob
+from slimtune.serve.backend import GenerationRequest, Piece, TokenLogprob
 from slimtune.serve.openai import ChatCompletionRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -29,12 +29,12 @@ class _Choice:
 class Responses:
     """The responses to one request."""
 
-    def __init__(self, asked: Asked, model: str) -> None:
-        self.asked, self.model = asked, model
-        self.is_chat = isinstance(asked, ChatCompletionRequest)
+    def __init__(self, body: GenerationRequest, model: str) -> None:
+        self.body, self.model = body, model
+        self.is_chat = isinstance(body, ChatCompletionRequest)
         self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
-        self.choices = [_Choice() for _ in range(asked.choices())]
+        self.choices = [_Choice() for _ in range(body.choices())]
         self.prompt_tokens = self.tokens = 0
         self._has_role = [False] * len(self.choices)
 
@@ -59,13 +59,14 @@ class Responses:
         lines = []
         for piece in pieces:
             self._count(piece)
+            # Pieces without text are common: half a character, or what may begin a stop string.
             if piece.text or piece.logprobs or piece.tool_calls or piece.finish_reason:
                 lines.append(_event(self._chunk(piece)))
         return b"".join(lines)
 
     def last_event(self) -> bytes:
         """What ends a stream."""
-        options = self.asked.stream_options
+        options = self.body.stream_options
         if options is None or not options.include_usage:
             return DONE
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"

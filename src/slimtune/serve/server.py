@@ -47,6 +47,7 @@ def run(
     Args:
         on_ready: is told the address, which for port 0 is known only then.
     """
+    # Bound here and handed over: port 0 gets its number before anybody is told, and an error is ours to word.
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listening.getsockname()[1]}"
@@ -84,6 +85,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
+        # A port whose old connections are still in TIME_WAIT can be bound again at once.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
     except OSError as error:
@@ -122,6 +124,8 @@ class _DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.gateway.is_draining = True
+        # A signal handler runs between two bytecodes of whatever is on: nothing of asyncio may be called in it but
+        # this.
         self._loop.call_soon_threadsafe(self._begin_to_drain)
 
     def _begin_to_drain(self) -> None:

@@ -71,6 +71,7 @@ class Keyring:
         if self.path is None:
             return
         self.tenants = read_tenants(self.path)
+        # Looked up by the hash: the time that takes tells nothing of how much of a key was right.
         self._by_hash = {digest: tenant for tenant in self.tenants.values() for digest in tenant.keys}
 
     def tenant_of(self, authorization: str | None) -> Tenant:
@@ -135,5 +136,6 @@ def add_key(path: Path, name: str, changes: Mapping[str, Any]) -> str:
         for tenant in tenants.values()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: a server that reads the file at this moment never sees half of it.
     write_file(path, dump({"tenants": stored}))
     return key

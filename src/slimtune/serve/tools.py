@@ -84,10 +84,13 @@ class ToolReader:
         if self._is_call:
             return ""
         start = self._held.find(_OPEN)
+        # Only at the very start: JSON in the middle of an answer is an example that is being explained.
         if not self._has_said and self._held.lstrip()[:1] in ("{", "["):
             start = 0
         if start < 0:
+            # "<tool" may still become the mark; streamed, it couldn't be taken back.
             start = len(self._held) - _overlap(self._held, _OPEN)
+            # White space in front of a call isn't said, so that a call's message has no content, as OpenAI's have none.
             if not self._has_said and not self._held.strip():
                 start = 0
         else:
@@ -101,6 +104,7 @@ class ToolReader:
         wrapped = _WRAPPED.findall(self._held)
         values = [value for text in wrapped or [self._held] for value in _values(text)]
         calls = [call for value in values if (call := self._call(value))]
+        # All or none: a call beside something unreadable would lose what the model meant by that.
         if not self._is_call or not calls or len(calls) < len(values):
             return self._held, ()
         if self._only_one:
@@ -113,6 +117,7 @@ class ToolReader:
         arguments = value.get("arguments", value.get("parameters"))
         if not isinstance(arguments, dict):
             return None
+        # As text, as the API has it; the client parses it again.
         function = {"name": value["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
@@ -125,6 +130,8 @@ def _values(text: str) -> list[Any]:
             place += 1
             continue
         try:
+            # `json.loads` refuses anything behind the first value, and Llama writes several calls with semicolons
+            # between them.
             value, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):
             return [None]

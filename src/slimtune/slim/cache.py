@@ -1,4 +1,7 @@
-"""What a teacher says of a data set, on disk: for each learned token its k likeliest tokens and the rest's mass.
+"""What a teacher says of a data set, on disk: k tokens for each learned one, and the mass of what isn't likely.
+
+Three quarters of the k are the likeliest; the others are drawn from the rest, by their probability, so that the rest is
+in the loss without bias (`losses.TopKTeacher`).
 
     manifest.json              what the teacher was asked, and the shards with their checksums
     teacher-00001.safetensors  ids (N, k) as uint16 or int32, log_probs (N, k) and rest (N,) in fp16, of whole examples
@@ -43,7 +46,8 @@ class Request:
     Attributes:
         teacher: what tells its weights from others.
         width: how many tokens teacher and student share.
-        k: how many of the likeliest tokens are stored.
+        k: how many tokens are stored.
+        drawn: how many of these are drawn from all but the likeliest.
     """
 
     teacher: str
@@ -51,6 +55,7 @@ class Request:
     width: int
     k: int
     temperature: float
+    drawn: int = 0
 
     def key(self, examples: Sequence[Encoded]) -> str:
         """A name for the answer to this request on these examples."""
@@ -88,6 +93,11 @@ class TeacherCache:
         return self.shards[-1]["stop"] if self.shards else 0
 
     @property
+    def drawn(self) -> int:
+        """How many of the stored tokens were drawn, of a vocabulary that may be smaller than k."""
+        return min(self.request.drawn, min(self.request.k, self.request.width - 1) - 1)
+
+    @property
     def bytes(self) -> int:
         """What the shards take on disk."""
         return sum((self.folder / shard["name"]).stat().st_size for shard in self.shards)
@@ -102,7 +112,7 @@ class TeacherCache:
     def answers(self, numbers: Sequence[int]) -> TopKTeacher:
         """What is stored of these examples, one behind the other. Raises: DataError."""
         parts = [self._of(number) for number in numbers]
-        return TopKTeacher(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return TopKTeacher(*(torch.cat(column) for column in zip(*parts, strict=True)), self.drawn)
 
     def _of(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         shard = next(shard for shard in self.shards if shard["start"] <= number < shard["stop"])
@@ -151,7 +161,8 @@ def _ask(
         readout = read_out(teacher, {"input_ids": ids.to(teacher.device), "attention_mask": mask.to(teacher.device)})
         for row, number in enumerate(chosen):
             places = torch.tensor(learned_places(examples[number]), dtype=torch.long, device=teacher.device)
-            answers[number] = _top_k(Readout(readout.hidden[row, places], readout.head), request)
+            own = Readout(readout.hidden[row, places], readout.head)
+            answers[number] = _top_k(own, request, _generator(examples[number], teacher.device))
         on_examples(len(chosen))
     return TopKTeacher(*(torch.cat(c) for c in zip(*(answers[n] for n in range(len(examples))), strict=True)))
 
@@ -168,16 +179,35 @@ def _batches(examples: Sequence[Encoded]) -> Iterator[list[int]]:
         yield batch
 
 
-def _top_k(readout: Readout, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+def drawn_of(k: int) -> int:
+    """How many of k stored tokens are drawn: a quarter. Fewer vary more, and more leave less for the likeliest."""
+    return k // 4
+
+
+def _generator(example: Encoded, device: torch.device) -> torch.Generator:
+    """The same numbers for the same example, whatever it is asked together with."""
+    seed = int.from_bytes(hashlib.sha256(json.dumps(example.input_ids).encode()).digest()[:8], "big", signed=True)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _top_k(readout: Readout, request: Request, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """ids (N, k), log-probabilities (N, k) and the log of the rest's mass (N,)."""
     count, k = readout.hidden.shape[0], min(request.k, request.width - 1)
+    drawn = min(request.drawn, k - 1)
     chunk = max(1, HELD.get(readout.hidden.device.type, HELD["cuda"]) // request.width // FLOAT_SHARE)
     parts = []
     for start in range(0, count, chunk):
         logits_CV = readout.logits(slice(start, start + chunk))[:, : request.width]
         log_p_CV = F.log_softmax(logits_CV.float() / request.temperature, dim=-1)
-        top, ids = log_p_CV.topk(k)
-        rest = log_p_CV.scatter_(-1, ids, -torch.inf).logsumexp(-1)
+        top, ids = log_p_CV.topk(k - drawn)
+        others_CV = log_p_CV.scatter(-1, ids, -torch.inf)
+        rest = others_CV.logsumexp(-1)
+        if drawn:
+            # Where nothing is left but what rounding took, any token will do: it counts nothing.
+            chances_CV = (others_CV - rest.unsqueeze(-1)).exp().nan_to_num_(1.0)
+            more = torch.multinomial(chances_CV, drawn, replacement=True, generator=generator)
+            ids = torch.cat([ids, more], dim=-1)
+            top = torch.cat([top, log_p_CV.gather(-1, more).clamp(min=-60000.0)], dim=-1)
         # The smallest number of fp16 in place of -inf, which no JSON and no product likes.
         parts.append((ids.cpu(), top.half().cpu(), rest.clamp(min=-60000.0).half().cpu()))
     if not parts:

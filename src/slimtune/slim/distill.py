@@ -26,7 +26,7 @@ from slimtune.evaluate.answers import weights_of
 from slimtune.models.load import LoadOptions, load_model
 from slimtune.pipeline.train import run
 from slimtune.recipe.distillation import DistillationSettings
-from slimtune.slim.cache import Request, TeacherCache
+from slimtune.slim.cache import Request, TeacherCache, drawn_of
 from slimtune.slim.losses import Distance
 from slimtune.slim.trainer import DistillTrainer, LabelLoss, OnPolicy, StepLoss, Taught, TextLoss, WithStored
 from slimtune.storage.source import cache_dir, folder_of
@@ -111,7 +111,7 @@ class _Teaching:
         examples = list(dict.fromkeys(map(_key, _flat([*dataset.examples, *dataset.held_out]))))
         request = Request(
             _identity(self.settings.teacher), _digest(json.dumps(tokenizer.get_vocab(), sort_keys=True)), width,
-            self.settings.stored_tokens, self.settings.temperature,
+            self.settings.stored_tokens, self.settings.temperature, drawn_of(self.settings.stored_tokens),
         )  # fmt: skip
         cache = TeacherCache(self.cache, request, [Encoded(list(ids), list(labels)) for ids, labels in examples])
         with Counting(self.screen) as counting:
@@ -120,7 +120,7 @@ class _Teaching:
                 cache.fill(teacher, pad_id_of(tokenizer), counting.advance)
         self.screen.print(f"teacher: {len(examples):,} examples answered, {cache.bytes / 1e6:.1f} MB in {cache.folder}")
         numbers = {key: number for number, key in enumerate(examples)}
-        loss = TextLoss(distance, width)
+        loss = TextLoss(distance, width, drawn=cache.drawn)
         taught = replace(
             dataset, examples=_taught(dataset.examples, numbers), held_out=_taught(dataset.held_out, numbers)
         )

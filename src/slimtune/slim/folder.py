@@ -24,6 +24,7 @@ from slimtune.evaluate.language_loss import has_language_loss
 from slimtune.models.load import read_as_stored
 from slimtune.quantization.report import parts
 from slimtune.slim.data import measured_ids
+from slimtune.slim.engines import engines_by_format, engines_of
 from slimtune.slim.quantize import QuantizeConfig, quantize_
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import no_weight_bar
@@ -129,9 +130,9 @@ def quantize_to_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         layers, bits = _stored(model)
-        report = QuantizeReport(
-            config, before, after, compare_outputs(expected, got), bits, layers, seconds, *_readers(model, config)
-        )
+        readers = engines_of(folder, model, inputs[0])
+        drift = compare_outputs(expected, got)
+        report = QuantizeReport(config, before, after, drift, bits, layers, seconds, readers, _notes(config, model))
         (folder / "slim_report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "slim_report.md").write_text(f"# Quantized\n\n```text\n{report}\n```\n", encoding="utf-8")
     return report
@@ -187,15 +188,15 @@ def _stored(model: nn.Module) -> tuple[int, float]:
     return len(linear), 8 * stored / max(1, weights)
 
 
-def _readers(model: Any, config: QuantizeConfig) -> tuple[list[str], list[str]]:
+def _notes(config: QuantizeConfig, model: Any) -> list[str]:
+    notes = []
     if config.head == "int8":
-        return ["slimtune"], [
-            "transformers and vLLM don't read an embedding in int8; for those, quantize with --head keep"
-        ]
-    notes = ["vLLM and SGLang read the format too; whether their kernels take negative scales wasn't tried"]
+        notes.append("vLLM and transformers have no embedding in int8; for those, quantize with --head keep")
+    elif engines_by_format(model):
+        notes.append("vLLM and SGLang read the format too; whether their kernels take negative scales wasn't tried")
     if "awq" in str(config.method):
         notes.append(
             "AWQ scaled weights and norms: an adapter that was trained on the model before doesn't fit this one; merge "
             "it first"
         )
-    return ["slimtune", "transformers"], notes
+    return notes

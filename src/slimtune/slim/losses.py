@@ -82,24 +82,35 @@ class WholeTeacher:
 
 @dataclass(frozen=True)
 class TopKTeacher:
-    """What was stored of the teacher: its k likeliest tokens, and the mass of all the others as one outcome.
+    """What was stored of the teacher: its likeliest tokens, some drawn from all the others, and the others' mass r.
 
-    D over these k + 1 outcomes is a divergence of its own, never above that over the whole vocabulary.
+    The forward divergence over the whole vocabulary is estimated without bias, value and gradient (as in Anshumann et
+    al. 2025, arXiv:2503.16870): a likely token counts p, each of n that were drawn from the others by p counts r / n.
+
+        KL(p || q) ~ sum_top p (log p - log q) + r / n sum_drawn (log p - log q)
+
+    The other divergences, whose ratio q / p has no bound, take the others as one outcome. That is a divergence of its
+    own, never above the whole one; for tokens that were not drawn at all it is the forward one as well.
 
     Attributes:
-        ids: (N, k).
+        ids: (N, k), the likeliest first and then those drawn.
         log_probs: (N, k), at the temperature of the loss.
         rest: (N,), the log of the others' mass.
+        drawn: how many of k were drawn, n.
     """
 
     ids: Tensor
     log_probs: Tensor
     rest: Tensor
+    drawn: int = 0
 
     def compare(self, log_q_CV: Tensor, rows: slice, settings: Distance) -> tuple[Tensor, Tensor]:
-        """D over k + 1 outcomes, and its gradient over the whole vocabulary."""
-        ids_Ck = self.ids[rows].long()
-        stored = torch.cat([self.log_probs[rows], self.rest[rows].unsqueeze(-1)], dim=-1)
+        """D of what is stored, and its gradient over the whole vocabulary."""
+        if settings.beta == 0 and self.drawn:
+            return self._estimate(log_q_CV, rows)
+        top = self.ids.shape[1] - self.drawn
+        ids_Ck = self.ids[rows, :top].long()
+        stored = torch.cat([self.log_probs[rows, :top], self.rest[rows].unsqueeze(-1)], dim=-1)
         log_p_CN = stored.to(log_q_CV).clamp_(min=LEAST)
         q_CV, top_Ck = log_q_CV.exp(), log_q_CV.gather(-1, ids_Ck)
         # Summed up and not 1 - sum of the top: of a mass of 1e-9 no digit would be left.
@@ -111,6 +122,16 @@ class TopKTeacher:
         share_C1 = torch.where(rest_C1 > 0, of_rest_C1 / rest_C1, 0.0)
         slope_CV = q_CV * (share_C1 - total_C1)
         return distance_C, slope_CV.scatter_(-1, ids_Ck, slope_CN[:, :-1] - top_Ck.exp() * total_C1)
+
+    def _estimate(self, log_q_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        ids_Ck, top = self.ids[rows].long(), self.ids.shape[1] - self.drawn
+        log_p_Ck = self.log_probs[rows].to(log_q_CV).clamp(min=LEAST)
+        weights_Ck = log_p_Ck.exp()
+        weights_Ck[:, top:] = (self.rest[rows].to(log_q_CV).exp() / self.drawn).unsqueeze(-1)
+        distance_C = (weights_Ck * (log_p_Ck - log_q_CV.gather(-1, ids_Ck))).sum(-1)
+        # dD/dz_j = q_j sum_i w_i - w_j; a token may have been drawn several times.
+        slope_CV = log_q_CV.exp().mul_(weights_Ck.sum(-1, keepdim=True))
+        return distance_C, slope_CV.scatter_add_(-1, ids_Ck, -weights_Ck)
 
 
 def distillation_loss(student: Readout, teacher: Teacher, labels_N: Tensor, distance: Distance, width: int) -> Tensor:

@@ -28,6 +28,7 @@ from slimtune.evaluate.language_loss import Passage, losses
 from slimtune.evaluate.scorers import EvaluationSettings
 from slimtune.models.load import load_model
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions
+from slimtune.slim.engines import engines_by_format, engines_of
 
 TURNS, DECODED, PREFILL = 5, 24, 256
 COMPARED_TOKENS = 2048
@@ -49,6 +50,7 @@ class SlimRow:
         same_first: the share of tokens with the same likeliest one.
         forgetting: rise of the loss on the shipped texts, mean over domains, in nats a token.
         sparsity: share of zeros among the weights of the blocks' layers, as they are stored or expanded.
+        engines: the programs that read it.
         seconds: that the step took.
     """
 
@@ -65,6 +67,7 @@ class SlimRow:
     kl: float
     same_first: float
     forgetting: float
+    engines: list[str]
     sparsity: float = 0.0
     seconds: float = 0.0
 
@@ -108,6 +111,7 @@ def measure(
         score=result.score if result else None,
         interval=result.intervals.get(result.metric) if result else None,
         kl=kl, same_first=same, forgetting=compare(passages, before, after).difference,
+        engines=engines_of(Path(folder), model, {"input_ids": long}) + engines_by_format(model),
         sparsity=zero_share(model), seconds=seconds,
     )  # fmt: skip
 

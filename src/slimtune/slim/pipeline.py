@@ -17,14 +17,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimtune.console.progress import Counting
 from slimtune.errors import RefusedStepError
 from slimtune.evaluate.answers import weights_of
+from slimtune.export.formats import ExportOptions, export
+from slimtune.export.gguf.model import MODEL_FILE
 from slimtune.models.export import merge_to_folder
 from slimtune.models.load import load_model
+from slimtune.pipeline.train import run
 from slimtune.recipe.validation import read_as
+from slimtune.slim.data import calibration_batches
 from slimtune.slim.distill import distill
+from slimtune.slim.folder import quantize_to_folder
 from slimtune.slim.measure import SlimRow, measured
-from slimtune.slim.prune import PruneConfig, batches_for, prune, write_pruned
+from slimtune.slim.prune import batches_for, prune, write_pruned
+from slimtune.slim.quantize import QuantizeConfig
+from slimtune.slim.recipe import SETTINGS
 from slimtune.slim.report import SlimReport, write_report
 from slimtune.storage.atomic import refuse_existing, staged, write_file
 from slimtune.storage.source import folder_of, is_adapter
@@ -52,9 +60,10 @@ def slim(recipe: SlimRecipe, screen: Console, overwrite: bool = False) -> SlimRe
     work = output.with_name(output.name + SUFFIX)
     work.mkdir(parents=True, exist_ok=True)
     steps: list[tuple[str, Mapping[str, Any]]] = [next(iter(step.items())) for step in recipe.steps]
-    before = first = _first(recipe.model, work)
+    before = first = teacher = _first(recipe.model, work)
     key = _digest([weights_of(first), recipe.data, recipe.evaluation])
     rows: list[SlimRow] = []
+    reference: SlimRow | None = None
     for number, (kind, fields) in enumerate([("model", {}), *steps]):
         key = _digest([key, kind, fields])
         name = f"{number:02d}-{kind}"
@@ -65,43 +74,60 @@ def slim(recipe: SlimRecipe, screen: Console, overwrite: bool = False) -> SlimRe
             began = time.monotonic()
             if number:
                 _remove(folder)
-                _do(kind, fields, str(before), first, folder, recipe, screen)
+                _do(kind, fields, str(before), teacher, folder, recipe, screen)
             row = measured(name, str(folder), first, recipe.data, recipe.evaluation, time.monotonic() - began)
             write_file(work / f"{name}.json", json.dumps({"key": key, "row": row.to_dict()}))
         rows.append(row)
-        _refuse_beyond(recipe, rows[0], row)
+        _refuse_beyond(recipe, reference or row, row)
         before = str(folder)
+        if reference is None or kind == "tune":
+            # What is tuned is what later steps are to keep.
+            reference, teacher = row, str(folder)
     report = SlimReport(recipe.model, rows)
     with staged(output, overwrite) as written:
         shutil.copytree(before, written, dirs_exist_ok=True)
+        if recipe.export is not None:
+            export(before, recipe.export, work / "exported", ExportOptions(), overwrite=True)
+            shutil.move(work / "exported" / MODEL_FILE, written / MODEL_FILE)
         write_report(written, report)
     shutil.rmtree(work)
     return report
 
 
 def _do(
-    kind: str, fields: Mapping[str, Any], source: str, first: str, folder: Path, recipe: SlimRecipe, screen: Console
+    kind: str, fields: Mapping[str, Any], source: str, teacher: str, folder: Path, recipe: SlimRecipe, screen: Console
 ) -> None:
     """Write the folder of one step."""
-    if kind == "prune":
+    if kind in SETTINGS:
         model, tokenizer = load_model(source, "text")
         data = Path(recipe.data.train[0].path)
-        config = read_as(PruneConfig, dict(fields), "prune")
-        batches = batches_for(config, model, tokenizer, data if data.is_file() else None)
-        smaller, report = prune(model, config, batches)
-        write_pruned(smaller, tokenizer, report, folder, batches[0] if batches else None)
+        config = read_as(SETTINGS[kind], dict(fields), kind)
+        _change(config, model, tokenizer, data if data.is_file() else None, folder, screen)
         return
     trained = folder.with_name(f"{folder.name}.trained")
-    training = recipe.training_of({k: v for k, v in fields.items() if k != "teacher"}, source,
-                                  fields.get("teacher", first), str(trained))  # fmt: skip
+    training = recipe.training_of(kind, fields, source, teacher, str(trained))
     if not trained.is_dir():
-        distill(training, screen, plans=False, resume=last_whole(run_folder_of(trained)) is not None)
+        learn = distill if kind == "distill" else run
+        learn(training, screen, plans=False, resume=last_whole(run_folder_of(trained)) is not None)
     if is_adapter(str(trained)):
         model, tokenizer = load_model(str(trained), "text")
         merge_to_folder(model, tokenizer, folder)
         shutil.rmtree(trained)
     else:
         trained.rename(folder)
+
+
+def _change(config: Any, model: Any, tokenizer: Any, data: Path | None, folder: Path, screen: Console) -> None:
+    """Prune or quantize by these texts, or by the shipped ones."""
+    if isinstance(config, QuantizeConfig):
+        batches = calibration_batches(tokenizer, data) if config.needs_data else []
+        batches = [{name: ids.to(model.device) for name, ids in batch.items()} for batch in batches]
+        with Counting(screen) as counting:
+            quantize_to_folder(model, tokenizer, folder, config, batches, watch=counting.watch)
+        return
+    batches = batches_for(config, model, tokenizer, data)
+    smaller, report = prune(model, config, batches)
+    write_pruned(smaller, tokenizer, report, folder, batches[0] if batches else None)
 
 
 def _first(model: str, work: Path) -> str:

@@ -20,6 +20,7 @@ from slimtune.ops.grid import SCALE_DTYPE, GridWeight, rounded
 from slimtune.quantization.config import INTEGER_GROUPS
 from slimtune.quantization.integer import config_of, note_quantization
 from slimtune.quantization.linears import group_size_for, quantized_linears
+from slimtune.recipe.validation import STRICT
 from slimtune.slim.awq import Pair, apply_awq, find_pairs
 from slimtune.slim.calibrate import Block, Moments, blocks_of, in_evaluation, moments_of, pass_on
 from slimtune.slim.gptq import gptq_codes
@@ -57,6 +58,8 @@ class QuantizeConfig:
     ignore: Sequence[str] = ()
     strategy: str | None = None
     symmetric: bool = True
+
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         check_choice("scheme", self.scheme, tuple(BITS))

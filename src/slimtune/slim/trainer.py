@@ -73,11 +73,13 @@ class TextLoss:
     Attributes:
         teacher: the model; None where its answers come with the batch.
         width: how many tokens both have.
+        drawn: how many of the stored tokens were drawn.
     """
 
     distance: Distance
     width: int
     teacher: Any = None
+    drawn: int = 0
 
     def __call__(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The sum over the learned tokens, and their number."""
@@ -89,7 +91,7 @@ class TextLoss:
         student = read_out(model, inputs).at(places_BT)
         teacher: Teacher
         if self.teacher is None:
-            teacher = TopKTeacher(**stored)
+            teacher = TopKTeacher(**stored, drawn=self.drawn)
             if len(teacher.rest) != len(student.hidden):
                 raise TrainingError(
                     f"{len(student.hidden)} tokens are learned and the teacher's answers are for {len(teacher.rest)}; "

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,6 +29,7 @@ _SUFFIX = ".partial"
 _CONFIGS = ("adapter_config.json", "config.json")
 """Without one of these, a folder is no model."""
 _SECONDS_TO_LOCK = 2
+_umask_lock = threading.Lock()
 _LONGER = 24
 """Bytes by which the name of a file or folder beside an output is longer than the output's own, at most."""
 
@@ -76,10 +78,12 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_left_behind(output)
+    # Beside the output: a rename works within one file system only.
     scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-", suffix=_SUFFIX))
     try:
         with _held(scratch):
             yield scratch
+            # mkdtemp makes it for the owner alone, which a shared folder of models must not be.
             scratch.chmod(0o777 & ~_umask())
             # Libraries differ: safetensors writes for the owner alone, beside files that all may read.
             for file in scratch.rglob("*"):
@@ -101,6 +105,7 @@ def staged_file(output: Path) -> Iterator[Path]:
         with _held(Path(name)):
             yield Path(name)
             os.chmod(name, 0o666 & ~_umask())
+            # Unlike `rename`, it replaces on Windows as well.
             os.replace(name, output)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -156,6 +161,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _replace(scratch: Path, output: Path) -> None:
     """Put the scratch folder in place of the output; what of the output isn't written anew stays."""
+    # An empty folder may be replaced by a rename on POSIX; one with files in it may not.
     if not output.exists() or not any(output.iterdir()):
         os.replace(scratch, output)
     elif not _exchange_with_rest(scratch, output):
@@ -170,10 +176,12 @@ def _exchange_with_rest(scratch: Path, output: Path) -> bool:
     """
     if Path.cwd().is_relative_to(output):
         return False
+    # What was put in by this function, to be taken out again if the exchange fails: the caller's files stay.
     linked: list[Path] = []
     try:
         for entry in output.iterdir():
             target = scratch / entry.name
+            # `lexists`: a dangling link in the new folder is a file of the new one, too.
             if not os.path.lexists(target):
                 linked.append(target)
                 if entry.is_dir() and not entry.is_symlink():
@@ -224,8 +232,10 @@ def _replace_files(scratch: Path, output: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    # It can only be read by setting it: of two threads inside, one would read the other's 0 and leave it behind.
+    with _umask_lock:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

@@ -43,6 +43,13 @@ class WeightScheme:
     rounds_inputs: bool = False
     is_whole: bool = False
 
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        form = f"W{self.bits}A{8 if self.rounds_inputs else 16}"
+        form += f" in groups of {self.group_size}" if self.group_size else ""
+        return form + ("" if self.symmetric else " with zero points")
+
 
 def write_config(schemes: Sequence[WeightScheme], ignore: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a model that is stored so."""
@@ -144,6 +151,7 @@ def scheme_for(name: str, kind: str, schemes: Sequence[WeightScheme], ignore: Se
 
 def _matches(name: str, kind: str, patterns: Sequence[str]) -> bool:
     return any(
+        # `match`, anchored at the start alone: that is what the format's own reader does.
         re.match(pattern.removeprefix("re:"), name) if pattern.startswith("re:") else pattern in (name, kind)
         for pattern in patterns
     )

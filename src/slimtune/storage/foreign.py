@@ -85,6 +85,7 @@ def is_foreign(error: BaseException, trace: TracebackType | None) -> bool:
         return False
     if isinstance(error, SlimtuneError) or is_out_of_memory(error) or is_out_of_device_memory(error):
         return False
+    # The first frame is that of the `with` block, which is ours in any case.
     frames = [frame for frame, _ in traceback.walk_tb(trace)]
     return not any(str(frame.f_globals.get("__name__")).startswith("slimtune.") for frame in frames[1:])
 

@@ -56,6 +56,7 @@ def fetched(source: str, weights: bool = True, code: bool = False) -> Path:
     )
 
     name, revision = parted(source)
+    # Without patterns a repository comes whole: original checkpoints, GGUF and ONNX copies, several times the model.
     patterns = [*SMALL, *(WEIGHTS if weights else ()), *(CODE if code else ())]
     try:
         with without_bars(not weights or not sys.stderr.isatty()):

@@ -54,6 +54,7 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
 
     folder = Path(folder)
     contiguous = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    # Before anything touches the disk: a value that JSON can't hold must not cost the old adapter.
     text = config_text(config)
     metadata = {"format": "pt", "config_sha256": _sha256(text.encode()), "tensors_sha256": checksum(contiguous)}
     # In a folder of its own: the writer's temporary files, which a kill leaves behind, go with the next save.
@@ -69,11 +70,14 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         save_file(contiguous, weights, metadata=metadata)
         _sort_metadata(weights)
         sync(pending)
+        # Both on the disk before either is renamed: a crash may reorder writes, never past this.
         sync(weights)
         _verify(weights, metadata["tensors_sha256"], set(contiguous))
+        # Weights first: from here on their metadata names the config that waits beside.
         weights.replace(folder / WEIGHTS_NAME)
         pending.replace(folder / CONFIG_NAME)
         weights.parent.rmdir()
+        # The folder's entries are data of their own; without this the renames may be lost with the power.
         sync(folder)
     except (OSError, _safetensor_error()) as error:
         shutil.rmtree(weights.parent, ignore_errors=True)
@@ -88,6 +92,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without any two in the same memory, which a file can't have."""
     seen: set[int] = set()
     return {
+        # By address: tied embeddings and views of a shared buffer are refused by safetensors' writer.
         name: tensor.clone() if tensor.data_ptr() in seen or seen.add(tensor.data_ptr()) else tensor
         for name, tensor in tensors.items()
     }
@@ -176,6 +181,7 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"'{path}' is not JSON ({error}); write the adapter again") from error
     if not isinstance(fields, dict):
         raise AdapterFileError(f"'{path}' holds a {type(fields).__name__}, not the fields of a config")
+    # `peft` leaves it out of its files, too: it is about a run and not about the adapter.
     fields.pop("runtime_config", None)
     return fields
 
@@ -232,6 +238,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.numel():
+            # Through uint8, because numpy has no bfloat16; `.data` is a view, no copy of the bytes.
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -291,6 +298,7 @@ def _verify(path: Path, expected: str, names: set[str]) -> None:
 def _sort_metadata(path: Path) -> None:
     """Give the file's metadata a fixed order, so that the same adapter is the same file; the writer draws one."""
     with path.open("r+b") as file:
+        # The format: 8 bytes of length, a JSON header of that length, padded with spaces, then the tensors.
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -99,9 +99,11 @@ def contents_of(folder: Path) -> Contents:
     every = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     sent = [path for path in every if not any(_matches(part, _STAYS) for part in path.parts)]
     left_out = sorted(path.name for path in folder.iterdir() if _matches(path.name, _STAYS))
+    # In all files, also those that wouldn't be sent: a key that lies there today is pushed by another tool tomorrow.
     if secrets := [str(path) for path in every if _matches(path.name, _SECRET_NAMES)]:
         raise PushError(f"{folder} holds what looks like a secret ({listing(secrets)}); take it out of the folder")
     for path in sent:
+        # Not in weights: among gigabytes of random bytes some look like anything.
         if path.suffix in _TEXTS and _SECRETS.search((folder / path).read_bytes()):
             # The secret itself is left out of the sentence, which may be logged.
             raise PushError(f"{folder / path} holds what looks like a token or a private key; take it out of the file")
@@ -138,6 +140,7 @@ def check_access(repository: str, private: bool = False) -> str:
     api = _api()
     with _asking("who the token belongs to"):
         user = api.whoami()
+    # Fine-grained tokens have another role, and what they may do is asked of the repository below.
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(
             f"the token of {user['name']} may only read; make one that may write, and log in with hf auth login"
@@ -172,6 +175,7 @@ def push(contents: Contents, repository: str, private: bool = False, revision: s
     """
     api = _api()
     with _asking(f"for '{repository}' to take {contents.folder}"), without_bars(not sys.stderr.isatty()):
+        # None and not False: an organisation may have private repositories as its default.
         api.create_repo(repository, private=private or None, exist_ok=True)
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
@@ -183,6 +187,7 @@ def push(contents: Contents, repository: str, private: bool = False, revision: s
             # Patterns, in which a bracket of a name would mean something else.
             allow_patterns=[glob.escape(name) for name in contents.files],
         )
+        # The Hub applies the repository's own .gitignore to an upload, without an error.
         missing = set(contents.files) - set(api.list_repo_files(repository, revision=revision))
     if missing:
         raise PushError(
@@ -202,6 +207,7 @@ def _local_base(folder: Path) -> str | None:
         named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         return None
+    # "organisation/name" is no path, unless a folder of that name lies here: then it was loaded from there.
     is_path = isinstance(named, str) and (Path(named).is_absolute() or named.startswith(".") or Path(named).is_dir())
     return named if is_path else None
 
@@ -221,6 +227,7 @@ def _asking(what: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
+        # The server's own words say which right is missing; the client's begin with the address.
         said = error.server_message or first_line(error)
         advice = {
             401: "log in with hf auth login",

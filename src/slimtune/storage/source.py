@@ -104,6 +104,7 @@ def base_of(adapter: str | os.PathLike[str]) -> str:
         raise AdapterFileError(f"{path} can't be read as JSON: {error}; restore the adapter") from error
     if not named:
         raise AdapterFileError(f"{path} names no base model; pass the base and the adapter separately")
+    # A local folder has no revisions: a stored one belongs to the Hub's copy.
     return str(named) if Path(named).is_dir() else at_revision(str(named), revision)
 
 

@@ -48,6 +48,7 @@ def _write_tensors(folder: Path, name: str, tensors: list[Tensor]) -> Iterator[P
 
     for number, group in enumerate(_groups(tensors), 1):
         path = folder / f"{name}-{number:05d}.safetensors"
+        # Clones: optimizer states may share storage, which the format can't express.
         here = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in group.items()}
         save_file(here, path)
         with safe_open(path, framework="pt") as file:
@@ -80,6 +81,7 @@ def _encoded(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         return _encoded_tensor(value, tensors)
     if isinstance(value, Mapping):
+        # Pairs and not an object: an optimizer's states are keyed by whole numbers, which JSON would turn into texts.
         return {"map": [[key, _encoded(inside, tensors)] for key, inside in value.items()]}
     if isinstance(value, list | tuple):
         return {type(value).__name__: [_encoded(inside, tensors) for inside in value]}
@@ -97,6 +99,7 @@ def _encoded_tensor(value: Tensor, tensors: list[Tensor]) -> dict[str, Any]:
         raise TypeError(f"a tensor of the type {kind} can't be stored")
     names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
     inside = {name: _encoded(getattr(value, name), tensors) for name in names}
+    # A dtype is the only thing of torchao's contexts that JSON doesn't hold.
     known = [str(item) if isinstance(item, torch.dtype) else item for item in context]
     return {"subclass": kind, "inside": inside, "context": known}
 

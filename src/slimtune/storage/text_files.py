@@ -36,6 +36,7 @@ def read_text(path: Path) -> str:
 
 def _read(path: Path, most: int) -> bytes:
     with open_file(path) as file:
+        # One more than allowed tells a longer file, without `stat`: a file may grow meanwhile.
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most:,} bytes")

@@ -168,8 +168,8 @@ class Checkpointer(TrainerCallback):
                 "that all machines of the run share"
             )
         self.facts = json.loads((checkpoint.path / FACTS).read_text(encoding="utf-8"))
-        check_same_run(self.folder, self.facts["identity"], self.identity)
         if self.writes:
+            check_same_run(self.folder, self.facts["identity"], self.identity)
             _copy_logs(checkpoint.path, self.folder)
         self.best.load_state_dict(self.facts["best"])
         then, now = {"processes": 1} | self.facts["environment"], environment()

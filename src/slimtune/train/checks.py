@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from slimtune.console.process import this_process
 from slimtune.errors import TrainingError, listing
-from slimtune.train.processes import largest
+from slimtune.train.processes import largest, local, of_all, shards
 
 # A LoRA's A has no gradient while B is zero, and a warm-up begins with a rate of zero: two steps may pass in rest.
 WATCHED_STEPS = 4
@@ -59,10 +59,19 @@ class EachDeltaLearns(TrainerCallback):
     """After the first steps, says which parameters got no gradient or did not move."""
 
     def __init__(self, model: nn.Module, warn: Any) -> None:
-        self.parameters = trainable(model)
-        self.before = {name: _fingerprint(parameter) for name, parameter in self.parameters.items()}
-        self.without_gradient = set(self.parameters)
         self.warn = warn
+        self._watch(trainable(model))
+
+    def _watch(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.before = {name: _fingerprint(parameter) for name, parameter in parameters.items()}
+        self.without_gradient = set(parameters)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Watch the parameters that are trained, where sharding has put others in the place of the model's."""
+        parameters = trainable(model)
+        if any(parameter is not self.parameters.get(name) for name, parameter in parameters.items()):
+            self._watch(parameters)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Strike off the parameters that have a gradient by now."""
@@ -75,6 +84,9 @@ class EachDeltaLearns(TrainerCallback):
         if state.global_step != WATCHED_STEPS:
             return
         resting = {n for n, p in self.parameters.items() if _fingerprint(p) == self.before[n]}
+        # Of a sharded parameter any part counts that a process holds.
+        resting = set.intersection(*of_all(resting))
+        self.without_gradient = set.intersection(*of_all(self.without_gradient))
         if len(resting) == len(self.parameters):
             raise TrainingError(
                 f"after {WATCHED_STEPS} steps none of the {len(resting)} trainable tensors has moved "
@@ -90,15 +102,21 @@ class LastGood(TrainerCallback):
     """Keeps the weights with which loss and gradient were last numbers, and puts them back when they no longer are."""
 
     def __init__(self, model: nn.Module, has_copy: bool) -> None:
-        self.parameters = list(trainable(model).values())
-        self.copies = [parameter.detach().clone() for parameter in self.parameters] if has_copy else []
         self.step = 0
+        self._keep(model, has_copy)
+
+    def _keep(self, model: nn.Module, has_copy: bool) -> None:
+        self.parameters = [local(parameter.detach()) for parameter in trainable(model).values()]
+        self.copies = [parameter.clone() for parameter in self.parameters] if has_copy else []
 
     @torch.no_grad()
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keep the weights with which training begins, those of a checkpoint where it goes on from one."""
         self.step = state.global_step
-        if self.copies:
+        if model is not None and shards():
+            # Those of the model are shards by now.
+            self._keep(model, bool(self.copies))
+        elif self.copies:
             _copy(self.parameters, self.copies)
 
     def check(self, loss: torch.Tensor, norm: torch.Tensor | float, args: Any, state: Any) -> None:
@@ -181,9 +199,9 @@ def _copy(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Non
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
+    return parameter.grad is not None and bool(local(parameter.grad).any())
 
 
 def _fingerprint(parameter: nn.Parameter) -> tuple[float, float]:
-    values = parameter.detach()
+    values = local(parameter.detach())
     return values.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(values, dtype=torch.float64).item()

@@ -49,7 +49,7 @@ def start_by_eva(
     batches = DataLoader(
         dataset.examples, settings.batch_size, shuffle=not is_stream, generator=draw, collate_fn=collate
     )
-    # A stream never ends, and EVA reads its data again until its directions have settled.
+    # A stream never ends, and EVA reads its data again until its directions have converged.
     initialize_lora_eva_weights(model, list(islice(batches, STREAMED_BATCHES)) if is_stream else batches)
     ranks = [delta.trained[0].shape[0] for _, delta in attached(model, ADAPTER) if isinstance(delta, LoraLinear)]
     log(f"started by EVA from the data: ranks from {min(ranks)} to {max(ranks)} in {len(ranks)} layers")

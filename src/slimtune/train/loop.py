@@ -32,7 +32,7 @@ from slimtune.train.checkpointing import (
 )
 from slimtune.train.checks import DivergedError, EachDeltaLearns, InterruptedRunError, LastGood, StopOnSignal
 from slimtune.train.optimizer import OffloadedAdamW
-from slimtune.train.processes import is_lost_connection, lost, share_of, start
+from slimtune.train.processes import is_lost_connection, lost, place_of, share_of, start
 from slimtune.train.progress import SCORES, LossLog, ProgressBar, ReproducibilityCheck, Samples
 from slimtune.train.sharing import sharing
 from slimtune.train.state import load_trained_state
@@ -94,7 +94,7 @@ def fine_tune(
         OutputExistsError: a run was begun in `folder`, and `resume` is off.
         ConfigError, MissingDependencyError: settings that can't run here, or aren't those of the checkpoint.
     """
-    device = check_device(str(model.device))
+    device = check_device(place_of(model))
     check_settings(settings, device, eval_examples)
     process = start(device)
     if spec is None:
@@ -131,7 +131,7 @@ def fine_tune(
             callbacks=[
                 # The log before the checkpoints, which copy its file.
                 EachDeltaLearns(model, lambda line: log(f"warning: {line}")),
-                *([LossLog(folder / LOSS_LOG)] if process.is_main else []),
+                LossLog(folder / LOSS_LOG, process.is_main),
                 ReproducibilityCheck(checkpointer.earlier_losses, 0.0 if device == "cpu" else 1e-3, log),
                 bar,
                 *samples,

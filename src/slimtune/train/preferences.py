@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from slimtune.adapters.forward import check_head
+from slimtune.console.process import this_process
 from slimtune.core.delta import deltas_of
 from slimtune.errors import (
     ConfigError,
@@ -37,6 +38,7 @@ from slimtune.errors import (
 from slimtune.evaluate.user_scorer import function_of
 from slimtune.recipe.preference import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
+from slimtune.train.processes import of_all
 from slimtune.train.trainer import AnswerTrainer, TrainerSpec
 
 
@@ -127,6 +129,7 @@ def _arguments(task: str, config: Any, options: dict[str, Any]) -> Callable[...,
             # TRL's batch is of answers, of which each prompt has `num_generations`.
             answers = common.setdefault("num_generations", 8)
             drawn = common["per_device_train_batch_size"] * common["gradient_accumulation_steps"]
+            drawn *= this_process().count
             if answers < 2 or drawn % answers:
                 raise ConfigError(
                     f"a step of {drawn} answers can't hold whole groups of {answers} to one prompt; let batch_size x "
@@ -187,9 +190,9 @@ def _with_checks(trainer: Any) -> type:
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             # TRL's own counts begin anew with a resumed run; GRPO's doesn't, and has no masks here.
-            for name in ("attention_mask", "chosen_attention_mask", "rejected_attention_mask"):
-                if name in inputs:
-                    self.state.num_input_tokens_seen += int(inputs[name].sum())
+            masks = ("attention_mask", "chosen_attention_mask", "rejected_attention_mask")
+            tokens = sum(int(inputs[name].sum()) for name in masks if name in inputs)
+            self.state.num_input_tokens_seen += sum(of_all(tokens))
             return super().training_step(model, inputs, *args, **kwargs)
 
         def items_of(self, inputs: Any) -> torch.Tensor:

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slimtune.console.process import Process, this_process
 from slimtune.errors import ConfigError, TrainingError
+from slimtune.recipe.optimizers import OFFLOADED
 from slimtune.recipe.training import TrainSettings
 
 _PATIENCE = timedelta(hours=6)
@@ -27,8 +30,15 @@ def check_processes(device: str, settings: TrainSettings) -> None:
     """See that the processes of the run can train together on this kind of device. Raises: ConfigError."""
     process = this_process()
     if process.count == 1:
+        if shards():
+            raise ConfigError(REFUSED["FSDP alone"])
         return
     share_of(settings)
+    if settings.optim == OFFLOADED:
+        raise ConfigError(
+            f"training.optim={OFFLOADED} keeps its state in main memory for one GPU; for several, offload with FSDP2 "
+            "(docs/scale/fsdp2-offload.yaml) and leave optim out"
+        )
     for variable, why in REFUSED.items():
         if os.environ.get(variable, "").lower() not in ("", "false", "0", "1", "no"):
             raise ConfigError(why)
@@ -58,6 +68,8 @@ REFUSED = {
     "model.dtype; write mixed_precision: 'no'",
     "FSDP1": "FSDP 1 flattens weights of one type together, and adapters are of another type than their base; set "
     "fsdp_version: 2",
+    "FSDP alone": "FSDP divides a model among several processes, and there is one; leave it out, or for one GPU keep "
+    f"the optimizer's state in main memory with training.optim={OFFLOADED}",
     "FSDP on a CPU": "FSDP shards a model over GPUs, and the run is on the CPU, where accelerate would copy it to each "
     "process without a word; leave FSDP out, or pass model.device=cuda",
 }
@@ -67,6 +79,11 @@ REFUSED = {
 def shards() -> bool:
     """Whether accelerate was told to divide the model among the processes."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def offloads() -> bool:
+    """Whether accelerate was told to keep what it divides in main memory."""
+    return os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
 
 
 def share_of(settings: TrainSettings) -> TrainSettings:
@@ -91,10 +108,20 @@ def share_of(settings: TrainSettings) -> TrainSettings:
     )
 
 
+def place_of(model: Any) -> str:
+    """The device that a model is trained on: that of its weights, but where they wait on the CPU to be sharded."""
+    if shards() and this_process().count > 1:
+        from accelerate import PartialState
+
+        return PartialState().device.type
+    return str(model.device)
+
+
 def start(device: str) -> Process:
     """Join the other processes, each on the GPU of its number; what was started before stays."""
     process = this_process()
-    if process.count > 1 and not dist.is_initialized():
+    if process.count > 1:
+        # Sets the device, too, where somebody else has joined them already, as Ray does.
         from accelerate import PartialState
 
         PartialState(cpu=device == "cpu")
@@ -141,6 +168,27 @@ def is_lost_connection(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError) or this_process().count == 1:
         return False
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds: its shard, where it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor that may be sharded, gathered for the process that writes; all processes call it alike."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    # The others have no use for it, and main memory holds more than one of them would.
+    return full.cpu() if this_process().is_main else full.new_empty(0)
+
+
+def shard_like(full: Tensor, like: Any) -> Any:
+    """A whole tensor, divided among the processes as another one of its shape is."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class LostProcessError(TrainingError):

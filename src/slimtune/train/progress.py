@@ -58,10 +58,14 @@ class ProgressBar(TrainerCallback):
 
 
 class LossLog(TrainerCallback):
-    """Each logged step as a line of JSON, flushed, so that nothing is lost if the run breaks off."""
+    """Each logged step as a line of JSON, flushed, so that nothing is lost if the run breaks off.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        writes: off in all but one of several processes, which come to the mean loss together.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the last step whatever `logging_steps` is: a short run would have no loss at all."""
@@ -75,7 +79,7 @@ class LossLog(TrainerCallback):
             for name, value in (logs or {}).items()
             if (own := name.removeprefix("eval_")) in KEPT or own.startswith(KEPT_GROUPS) or _is_score(name)
         }
-        if "loss" in kept or "eval_loss" in kept:
+        if self.writes and ("loss" in kept or "eval_loss" in kept):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(
                     json.dumps({"step": state.global_step, "tokens": state.num_input_tokens_seen, **kept}) + "\n"

@@ -14,22 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from slimtune.errors import MissingDependencyError
 from slimtune.recipe.recipe import ModelSettings
 from slimtune.train.loop import Outcome
+from slimtune.train.processes import shards
 
 RESULTS = "results.json"
 _VERSIONED = ("slimtune", "torch", "transformers", "accelerate", "datasets", "trl", "bitsandbytes", "torchao")
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any, writes: bool = True) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any, writes: bool = True, half: bool = False) -> None:
     """Write the adapter or the model, and its tokenizer.
 
     Args:
         writes: off in all but one of several processes, which take part in gathering a model that is sharded.
+        half: write the weights of a sharded model in bfloat16; one that is whole is in the type to write.
     """
-    model.save_pretrained(folder, is_main_process=writes)
+    if shards() and not hasattr(model, "peft_config"):
+        # An adopted model gathers its adapter itself.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        if half:
+            state = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in state.items()}
+        model.save_pretrained(folder, is_main_process=writes, state_dict=state)
+    else:
+        model.save_pretrained(folder, is_main_process=writes)
     if not writes:
         return
     if not model.can_generate():

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map_only
 
 from slimtune.adapters.adapter import adopted_modules
 from slimtune.console.process import this_process
 from slimtune.core.delta import Delta, deltas_of
 from slimtune.errors import BaseMismatchError, listing
-from slimtune.train.processes import of_all
+from slimtune.train.processes import of_all, shard_like, whole
 
 _SAMPLED_EXAMPLES = 10_000
 _SAMPLED_NUMBERS = 64
@@ -41,7 +42,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def trained_state(model: Any) -> dict[str, Any]:
     """The trained tensors, with the methods' own progress, such as AdaLoRA's ranks and their importance."""
     return {
-        "tensors": {name: tensor.detach() for name, tensor in trained_tensors(model).items()},
+        "tensors": {name: whole(tensor.detach()) for name, tensor in trained_tensors(model).items()},
         "progress": {path: delta.progress() for path, delta in _deltas(model)},
         "configs": {name: config.to_dict() for name, config in _configs(model).items()},
     }
@@ -57,7 +58,7 @@ def load_trained_state(model: Any, state: Mapping[str, Any]) -> None:
             f"the checkpoint is of another model: {listing(differing, 3)} differ; resume with the recipe that began it"
         )
     for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+        tensor.copy_(shard_like(tensors[name], tensor))
     for path, delta in _deltas(model):
         delta.restore_progress(state["progress"].get(path, {}))
     for name, config in _configs(model).items():
@@ -72,11 +73,29 @@ def training_state(trainer: Any) -> dict[str, Any]:
     """The state of a Trainer besides the weights: optimizer, scheduler, random generators of all processes."""
     own, *others = of_all(rng_state(trainer.args.device))
     state = {
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": tree_map_only(Tensor, whole, trainer.optimizer.state_dict()),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "random": own,
     }
     return state | ({"random_of_others": others} if others else {})
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Restore an optimizer's state, divided among the processes as its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {
+            name: shard_like(value, parameters[index]) if shape_of(value) == parameters[index].shape else value
+            for name, value in own.items()
+        }
+        for index, own in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": moments})
+
+
+def shape_of(value: Any) -> torch.Size | None:
+    """The shape of a tensor; None for anything else."""
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

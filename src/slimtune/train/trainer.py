@@ -29,7 +29,7 @@ from slimtune.train.checkpointing import TRAINING, WEIGHTS, Checkpointer
 from slimtune.train.checks import LastGood
 from slimtune.train.optimizer import lora_plus_groups
 from slimtune.train.processes import from_main
-from slimtune.train.state import load_rng_state, load_trained_state
+from slimtune.train.state import load_optimizer_state, load_rng_state, load_trained_state
 
 
 class HeldOutMean:
@@ -141,7 +141,7 @@ class ExactCheckpoints:
         if checkpoint is not None:
             # Called once the optimizer has its parameters, in the order in which they were saved.
             state = read_tree(Path(checkpoint), TRAINING)
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

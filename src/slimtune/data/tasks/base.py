@@ -45,6 +45,7 @@ Report = list[Remark | Sample]
 
 def sample_of(example: Encoded, tokenizer: Any) -> Sample:
     """Decode the first tokens of an example, split by whether they are learned."""
+    # Cut before it is decoded: a packed row or a book has a hundred thousand tokens, of which a screen shows the first.
     shortened = Encoded(example.input_ids[:SAMPLED_TOKENS], example.labels[:SAMPLED_TOKENS])
     decoded = [(learned, tokenizer.decode(ids)) for learned, ids in pieces(shortened)]
     return Sample(decoded + [(False, " ...")] * (len(example.input_ids) > SAMPLED_TOKENS))
@@ -145,12 +146,14 @@ class TaskData:
     def of(cls, splits: Splits, settings: DataSettings, seed: int = 0) -> Self:
         """The rows of one epoch of all sources; raises ConfigError for settings that the task doesn't take."""
         for name in ("packing", "streaming", "chat_template"):
+            # Refused and not dropped: a recipe with packing for a classifier was written with something else in mind.
             if getattr(settings, name) and name not in cls.supports:
                 raise ConfigError(f"{name} is for models that write text, and not for task {splits.task}; leave it out")
         if settings.too_long == "split":
             raise ConfigError(
                 f"too_long: split is for texts to go on with, and not for task {splits.task}; drop or truncate"
             )
+        # Source by source with one seed: adding a source leaves the draw from the others as it was.
         shares = zip(splits.train, exact_shares(splits.train), strict=True)
         rows = [row for source, count in shares for row in drawn(source.rows, count, seed)]
         return cls(splits, settings, rows, [row for source in splits.held_out for row in source.rows])

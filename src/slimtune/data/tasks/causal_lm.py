@@ -60,6 +60,7 @@ class Conversations:
         if self.settings.chat_template is not None:
             use_template(tokenizer, self.settings.chat_template)
         if self.settings.packing:
+            # Before hours of encoding and training: a model that mixes up its examples would learn all the same.
             check_packs(model)
 
     def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
@@ -90,6 +91,7 @@ class Conversations:
         }
         if not self.settings.packing:
             return EncodedDataset(examples, held_out, facts, report)
+        # Held-out examples stay one a row, so that their loss compares with that of a run without packing.
         rows = pack(examples, room := self.settings.max_length)
         full = tokens / (len(rows) * room)
         report.append(Remark(f"packed into {len(rows):,} rows of at most {room:,} tokens, {full:.0%} full"))

@@ -23,6 +23,7 @@ def labels_of(rows: Sequence[Labelled]) -> list[str]:
     if len(labels) < 2:
         raise DataError(f"all rows have the label {labels.pop()!r}, so there is nothing to tell apart; add other rows")
     are_numbers = all(label.removeprefix("-").isdecimal() for label in labels)
+    # Twice, so that "1" and "01" have a fixed order.
     return sorted(sorted(labels), key=int) if are_numbers else sorted(labels)
 
 
@@ -37,6 +38,8 @@ class Classes(TaskData):
     def of(cls, splits: Splits, settings: DataSettings, seed: int = 0) -> Self:
         """The texts of all sources; raises DataError for labels that were never learned, ConfigError for packing."""
         data = super().of(splits, settings, seed)
+        # Of a share that was drawn at random a rare label may have gone to the held-out rows alone; the head knows it
+        # all the same.
         labels = labels_of(data.rows if settings.held_out_sources else data.rows + data.held_out)
         refuse_unlearned(splits, "labels", labels, [row.label for row in data.held_out])
         return replace(data, names=labels)

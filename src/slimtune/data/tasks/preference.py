@@ -22,6 +22,7 @@ def trl_columns(row: Preference | Judged | Prompt, tokenizer: Any) -> dict[str, 
     """A row as TRL wants it: messages for a tokenizer with a chat template, else texts; raises DataError."""
     columns: dict[str, Any] = {"prompt": _said(row.prompt, "user", tokenizer)}
     if isinstance(row, Prompt):
+        # TRL hands every other column to the reward functions, by its name.
         return columns | (row.model_extra or {})
     for name in ("chosen", "rejected", "completion"):
         if hasattr(row, name):
@@ -134,6 +135,7 @@ def lengths_of(row: Any, tokenizer: Any) -> list[int]:
     if isinstance(row, Prompt):
         return [len(prompt_ids(tokenizer, render(tokenizer, row.turns(), for_answer=True)))] * 2
     encoded = [encode_row(as_conversation(row.prompt, answer), tokenizer) for answer in _answers(row)]
+    # The earliest learned token of both: tokens across the boundary may differ between two answers.
     before = min(next(i for i, label in enumerate(e.labels) if label != IGNORED) for e in encoded)
     return [before, *(len(e.input_ids) for e in encoded)]
 

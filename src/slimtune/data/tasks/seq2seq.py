@@ -44,8 +44,11 @@ def encode_pair(row: Pair, tokenizer: Any) -> EncodedPair:
         prompt = render(tokenizer, row.turns()[:-1], for_answer=True)
     if not completion:
         raise DataError("the completion is empty, so nothing would be learned from it; add the answer")
+    # A template writes its own special tokens; `verbose` would warn of texts beyond a maximum that is checked here.
     ids = tokenizer(prompt, add_special_tokens=not has_template(tokenizer), verbose=False)["input_ids"]
+    # `text_target`: mBART, NLLB and others write another language token for the decoder.
     labels = tokenizer(text_target=completion, verbose=False)["input_ids"]
+    # T5's tokenizer ends a text by itself, others don't; without an end the model never learns to stop.
     ends = [] if labels[-1:] == [tokenizer.eos_token_id] or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return EncodedPair(list(ids), [*labels, *ends])
 
@@ -93,6 +96,8 @@ class Completions(TaskData):
         ]
         share = f"{learned / (read + learned):.0%}"
         facts = self.facts(len(examples), len(held_out), read + learned, limit, learned=share)
+        # With the model, by which it makes decoder_input_ids: the labels shifted right, as each architecture starts
+        # them.
         objective = Objective(DataCollatorForSeq2Seq(tokenizer, model=model), token_loss)
         return EncodedDataset([vars(e) for e in examples], [vars(e) for e in held_out], facts, report, objective)
 

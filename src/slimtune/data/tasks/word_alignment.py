@@ -64,6 +64,7 @@ def tags_of(rows: Sequence[Sequence[str]]) -> list[str]:
         raise DataError(f"all words have the tag {tags.pop()!r}, so there is nothing to tell apart; add other rows")
     if all(tag.isdecimal() for tag in tags):
         return sorted(tags, key=int)
+    # B-PER and I-PER beside each other; the order is that of the head's outputs and of its config.
     return sorted(tags, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[2], tag))
 
 
@@ -94,6 +95,7 @@ def align(rows: Sequence[Sequence[str]], tokenizer: Any, max_length: int, too_lo
 def _aligned(words: Sequence[str], tokenizer: Any, max_length: int | None = None) -> Aligned:
     # Words between spaces, not words split beforehand: byte-level tokenizers refuse those, or read them another way.
     text = " ".join(words)
+    # By character: which word each place of the joined text is in, the space behind counted with its word.
     word_at = [number for number, word in enumerate(words) for _ in f"{word} "]
     shorten = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
     encoded = tokenizer(text, return_offsets_mapping=True, return_attention_mask=True, **shorten)
@@ -140,6 +142,7 @@ def word_logits(
         with torch.inference_mode():
             logits_NTK = model(**batch).logits.float().cpu()
         for index, logits_TK, mask_T in zip(chosen, logits_NTK, batch["attention_mask"].bool().cpu(), strict=True):
+            # By the mask first: positions count from a row's first real token, on whichever side the pads are.
             logits[index] = logits_TK[mask_T][list(texts[index].firsts.values())]
         on_batch(len(chosen))
     model.train(was_training)

@@ -64,6 +64,7 @@ def scalings(
 def _scaling(matrix: TunedMatrix, which: list[int], factor: float, spectra: Spectra) -> Scaling:
     update = matrix.read()
     change = scaled_change(decompose(update.after), which, factor)
+    # Anew: with an intruder scaled down, its direction may blend with another and count again.
     again = decompose(update.after + change[0] @ change[1])
     left = intruders(again, decompose(update.before).left, spectra.top, spectra.epsilon)
     return Scaling(matrix, change, len(which), len(left))
@@ -71,6 +72,7 @@ def _scaling(matrix: TunedMatrix, which: list[int], factor: float, spectra: Spec
 
 def scaled_change(after: Decomposition, which: list[int], factor: float) -> Pair:
     """(c - 1) sum_j s_j y_j z_j^T as factors."""
+    # (out, j) and (j, in) for j intruders: a change of rank j, added to W' and not to dW.
     return after.left[:, which] * ((factor - 1) * after.values[which]), after.right[:, which].mT
 
 
@@ -111,7 +113,9 @@ def _joined(pair: Pair, change: Pair | None) -> Pair:
     b, a = pair if change is None else (torch.cat([pair[0], change[0]], dim=1), torch.cat([pair[1], change[1]]))
     if change is None:
         return b, a
+    # The two products may cancel in part: the joined rank r + j is an upper bound.
     whole = decompose_product(b, a)
+    # At least one direction: a LoRA of rank 0 has no form in the file.
     roots = whole.values[: max(1, whole.rank)].sqrt()
     return whole.left[:, : len(roots)] * roots, (whole.right[:, : len(roots)] * roots).mT
 
@@ -126,6 +130,7 @@ def write_into(model: Any, weights: dict[str, Tensor]) -> None:
     for path, weight in weights.items():
         module = model.get_submodule(path)
         own = module.get_parameter("weight")
+        # Viewed back: a convolution's kernel was flattened to (out, in * k) for the decomposition.
         dense = base_of(module).repack(module, {"weight": weight.view(base_of(module).weight(module).shape)})
         own.copy_(dense["weight"])
 

@@ -157,6 +157,7 @@ def measure(
         BaseMismatchError: the models are of different shapes.
     """
     check_whole("top", top)
+    # `below` is an open bound, and epsilon = 1 is allowed: every vector that isn't the base's own counts then.
     check_number("epsilon", epsilon, 0, 1.0 + 1e-9)
     began = time.monotonic()
     others = {one.name: one for one in against.matrices} if against else {}
@@ -209,8 +210,10 @@ def change_of(update: Update) -> Decomposition:
 
 def _cosines(update: Update, change: Decomposition, top: int, left: Tensor | None) -> tuple[list[float], list[float]]:
     """The leading singular values of W', and how near each one's left singular vector comes to one of W."""
+    # No change, no intruder: W' = W, and the cosines would be 1 but for degenerate singular values.
     if not change.values.any():
         return [], []
+    # Against all of W's vectors, not its leading ones: a vector that only moved to another place is no intruder.
     after = decompose(update.after)
     cosines = nearest_cosines(after.left[:, :top], decompose(update.before).left if left is None else left)
     return after.values[:top].tolist(), cosines.tolist()
@@ -222,12 +225,14 @@ def _overlap(matrix: TunedMatrix, change: Decomposition, other: TunedMatrix, top
         raise BaseMismatchError(
             f"'{matrix.name}' has other shapes in the two models; compare what was tuned from the same base"
         )
+    # Directions beyond an update's rank are rounding's: orthonormal, and about nothing.
     n = min(top, change.rank, theirs.rank)
     rows, columns = len(change.left), len(change.right)
     left, right = (
         overlap(mine[:, :n], its[:, :n])
         for mine, its in ((change.left, theirs.left), (change.right, theirs.right))
     )  # fmt: skip
+    # By chance phi is max(i, j) / d, here with i = j = n.
     return Overlap(n, left, right, n / rows, n / columns)
 
 

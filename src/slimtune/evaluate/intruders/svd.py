@@ -39,6 +39,7 @@ class Decomposition(NamedTuple):
         """How many singular values are more than rounding."""
         if not self.values.numel():
             return 0
+        # The bound of numpy's matrix_rank.
         bound = self.values[0] * max(len(self.left), len(self.right)) * torch.finfo(self.values.dtype).eps
         return int((self.values > bound).sum())
 
@@ -51,6 +52,7 @@ def decompose(weight_OI: Tensor) -> Decomposition:
 
 def decompose_product(b_OR: Tensor, a_RI: Tensor) -> Decomposition:
     """That of B A, from the factors alone: B = Q R, A^T = P S, and R S^T is a small matrix."""
+    # (out, r) and (in, r) instead of an (out, in) product: O((out + in) r^2), where the full SVD is cubic.
     q_OR, r = torch.linalg.qr(b_OR)
     p_IR, s = torch.linalg.qr(a_RI.mT)
     small = decompose(r @ s.mT)
@@ -80,6 +82,7 @@ def overlap(first_DI: Tensor, second_DJ: Tensor) -> float:
 
 def nearest_cosines(after_OK: Tensor, before_OD: Tensor) -> Tensor:
     """max_i |cos(y_j, x_i)| for each column y_j of the one and all columns x_i of the other, both orthonormal: (k,)."""
+    # (k, in-many) cosines: columns have unit length, and the sign of a singular vector is free.
     return (after_OK.mT @ before_OD).abs().amax(1)
 
 

@@ -74,6 +74,7 @@ class ScoreChange:
         """From two evaluations of the same questions."""
         name = tuned.metric
         pairs = zip(tuned.answers, scaled.answers, strict=True)
+        # Differences question by question: both models fail at the hard ones, and that common part cancels.
         changes_N = np.array([after.scores[name] - before.scores[name] for before, after in pairs])
         interval = bootstrap(lambda chosen: float(changes_N[chosen].mean()), len(changes_N))
         return cls(name, len(changes_N), tuned.scores[name], scaled.scores[name], interval)
@@ -99,6 +100,7 @@ class Measurements:
         texts = self.outside + self.task
         if texts:
             self.watch.start(f"reading tokens, {name}", sum(len(one.encoded.input_ids) for one in texts))
+            # (passages,) of summed losses, outside and task behind each other: one pass over the model for both.
             self.losses[name] = losses(model, self.tokenizer, texts, on_batch=self.watch.step).numpy()
 
     def ask(self, name: str, model: Any) -> None:
@@ -110,6 +112,7 @@ class Measurements:
 
         def progress(count: int, total: int) -> None:
             nonlocal done
+            # The callback counts from the start, the watch adds up.
             self.watch.step(count - done)
             done = count
 

@@ -103,6 +103,8 @@ def adapter_updates(model: Any, name: str, embeddings: bool = False) -> Updates:
             TunedMatrix(path, parameter, expert, _reader(path, module, name, parameter, expert))
             for parameter, expert in _changed_matrices(path, module, name)
         ]
+        # (vocabulary, hidden): its rows are tokens and no directions of a layer; Shuttleworth et al. look at the
+        # blocks' matrices.
         if changed and id(module) in ends and not embeddings:
             left_out.append(path)
         else:
@@ -133,6 +135,7 @@ def model_updates(before: Any, after: Any, embeddings: bool = False) -> Updates:
                     f"'{path}.{parameter}' is {tuple(tensor.shape)} in the tuned model and {what} in the base; name "
                     "the model that it was tuned from with --base"
                 )
+            # Bit by bit: frozen layers of a full fine-tune come out of the file as they went in.
             if not torch.equal(frozen, tensor):
                 changed += [(parameter, expert) for expert in _experts(module, tensor)]
         matrices = [
@@ -151,6 +154,7 @@ def _counterparts(before: Any, after: Any) -> tuple[dict[str, nn.Module], list[s
     prefix = getattr(after, "base_model_prefix", "")
     if type(before) is type(after) or not prefix or not hasattr(after, prefix):
         return dict(before.named_modules()), []
+    # The base may be the bare encoder (no prefix) or a model with another head (the body under its prefix).
     body = getattr(before, prefix, before)
     bases = {f"{prefix}.{path}".rstrip("."): module for path, module in body.named_modules()}
     outside = [path for path, module in after.named_modules() if not f"{path}.".startswith(f"{prefix}.")]
@@ -187,6 +191,7 @@ def _dense(module: nn.Module) -> Dense:
 
 def _experts(module: nn.Module, tensor: Tensor) -> Iterator[int | None]:
     """Of a stack of matrices the number of each one; a convolution's kernel is one matrix."""
+    # (experts, rows, columns), as transformers 5 stores a layer's experts in one parameter.
     yield from range(len(tensor)) if tensor.ndim == 3 and base_of(module).kind == "other" else (None,)
 
 
@@ -209,8 +214,10 @@ def _folded(path: str, module: Any, name: str) -> tuple[Dense, Dense]:
     own = dict(frozen)
     if held:
         trained = base_of(module).dense(with_tensors(module, held))
+        # What stands in for the module's own (modules_to_save, a bias) is tuned already; the fold goes on from there.
         own |= {n: t.float() for n, t in trained.items() if n in held}
     try:
+        # As merges do it, so that any method with a merge has a spectrum, without a word of its own.
         folded = delta.fold_beside(own, own)
     except MergeError as error:
         raise ConfigError(
@@ -222,6 +229,7 @@ def _folded(path: str, module: Any, name: str) -> tuple[Dense, Dense]:
 
 
 def _reader(path: str, module: Any, name: str, parameter: str, expert: int | None) -> Callable[[], Update]:
+    # Read again for each matrix and dropped after it: all of them in float32 would be two more copies of the model.
     def read() -> Update:
         before, after = _folded(path, module, name)
         return Update(

@@ -131,6 +131,7 @@ def mitigate(
     """
     check_number("the factor of the intruders", factor, 0)
     began, watch = time.monotonic(), watch or Watch()
+    # Around the loading too: a taken folder is refused before minutes of decomposition.
     with staged(output, overwrite) as folder:
         models = _Models(tuned, as_model)
         spectra, changes = _changes(models.updates(embeddings), tuned.source, factor, top, epsilon, watch)

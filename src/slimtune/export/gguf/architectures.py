@@ -60,6 +60,7 @@ class Place:
         if not self.heads:
             return None
         # Of each head, transformers rotates row i with row i + half, and llama.cpp row 2i with 2i + 1.
+        # Row h * d + p * d/2 + i (half p, pair i) goes to h * d + 2 i + p.
         return torch.arange(count).view(self.heads, 2, -1).transpose(1, 2).reshape(-1)
 
     def to_file(self, tensor: Tensor) -> Tensor:
@@ -142,6 +143,7 @@ def rope_factors(architecture: Architecture, config: Any) -> dict[str, Tensor]:
 
         slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         steps = torch.arange(0, 2 * len(slowed), 2, dtype=torch.float32) / (2 * len(slowed))
+        # llama.cpp divides its own frequencies theta^(-2i/d) by these factors: (d / 2,) of plain over slowed.
         return {"rope_freqs.weight": rope["rope_theta"] ** -steps / slowed}
     if kind == "longrope":
         return {
@@ -238,9 +240,11 @@ def _gemma3(config: Any) -> Metadata:
 
 def _check_gemma3(config: Any) -> None:
     _check_decoder(config)
+    # Five layers with a window and one without, in turn: that is compiled in, and no key of the file says otherwise.
     expected = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
     _require("layers that look back", ", ".join(config.layer_types), ", ".join(expected))
     largest = config.num_hidden_layers == 62
+    # llama.cpp scales Gemma 3's queries by the head's width, but for the 27B, which it tells by its 62 layers.
     scale = config.hidden_size // config.num_attention_heads if largest else config.head_dim
     _require("query_pre_attn_scalar", config.query_pre_attn_scalar, scale)
     _require("final_logit_softcapping", config.final_logit_softcapping, None)

@@ -95,6 +95,8 @@ def _to_file(place: Place, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if place.name == "token_embd.weight":
         # Looked up by rows there: A is (vocabulary, r).
         return a.T, b
+    # B's rows are outputs, and follow the weight's rows of q and k into llama.cpp's order; A's columns are inputs and
+    # stay.
     rows = place.rows(len(b))
     return a, b if rows is None else b[rows.to(b.device)]
 
@@ -114,6 +116,7 @@ def _read_error(
         read_b = read_b if rows is None else read_b[rows.argsort()]
         a, b = a.cpu(), b.cpu()
         # ||BA - B'A'|| / ||BA|| by r x r products, without a matrix of the weight's size.
+        # B A - B' A' = [B, -B'] [A; A'] is of rank 2 r.
         gap = _norm(torch.cat([b, -read_b], 1), torch.cat([a, read_a], 0))
         largest = max(largest, float(gap / _norm(b, a).clamp_min(1e-30)) if b.any() else float(read_b.abs().max()))
     if not largest <= _BOUNDS[kind]:

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from slimtune.adapters.merge import Drift, compare_outputs
+from slimtune.bases.int8 import LinearW8A8
 from slimtune.errors import ConfigError, MergeError, MissingDependencyError, check_choice
 from slimtune.export.gguf.architectures import architecture_of
+from slimtune.export.gguf.codes import holds_codes, tensors_with_codes
 from slimtune.export.gguf.quantize import KINDS
 from slimtune.export.gguf.writer import read_tensors, require_gguf, tensors_of, write_model
 from slimtune.models.export import outputs_on, probe_batches, refuse_beyond
+from slimtune.quantization.dequantize import dequantize
 from slimtune.storage.source import no_weight_bar
 
 K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
@@ -38,22 +41,24 @@ class GgufReport:
     notes: list[str] = field(default_factory=list)
 
 
-def check_kind(kind: str) -> None:
+def check_kind(kind: str | None) -> None:
     """See that a type can be written on this machine. Raises: ConfigError, MissingDependencyError."""
     require_gguf()
+    if kind is None:
+        return
     check_choice("the type of a GGUF file", kind, (*KINDS, *K_QUANTS))
     if kind in K_QUANTS:
         _quantizer()
 
 
 def export_gguf(
-    model: Any, tokenizer: Any, folder: Path, kind: str, max_kl: float | None, converter: Path | None = None
+    model: Any, tokenizer: Any, folder: Path, kind: str | None, max_kl: float | None, converter: Path | None = None
 ) -> GgufReport:
     """Write `model.gguf` into a folder; the model can't be used any more then.
 
     Args:
         model: with adapters, which are merged.
-        kind: one of `KINDS` or `K_QUANTS`.
+        kind: one of `KINDS` or `K_QUANTS`; None for F16, with the codes of weights that are codes kept as they are.
         max_kl: how far the answers may drift; by default as the type allows.
         converter: llama.cpp's `convert_hf_to_gguf.py`, to be run in place of the writer here.
 
@@ -65,22 +70,25 @@ def export_gguf(
     if tokenizer is None:
         raise ConfigError("a GGUF file holds its tokenizer, and this model has none; save one into its folder")
     architecture = None if converter else architecture_of(model)
+    # Before the merge: what is compared at the end includes what merging loses.
     inputs = probe_batches(model, tokenizer)
     before = outputs_on(model, inputs)
     if hasattr(model, "peft_config"):
         model = model.merge_and_unload()
     path = folder / MODEL_FILE
     full = folder / "full.gguf" if kind in K_QUANTS else path
-    written = "F16" if kind in K_QUANTS else kind
+    written = "F16" if kind is None or kind in K_QUANTS else kind
+    # A model whose inputs are rounded has other answers in a file that says nothing of it.
+    rounds_inputs = any(isinstance(module, LinearW8A8) for module in model.modules())
     if converter is not None:
-        _convert(model, tokenizer, full, written, converter)
+        _convert(dequantize(model), tokenizer, full, written, converter)
         notes = ["converted by llama.cpp's own script; its answers were not compared"]
     else:
         assert architecture is not None
         name = os.path.basename(str(getattr(model.config, "_name_or_path", ""))) or "model"
-        notes = write_model(
-            full, architecture, model.config, tensors_of(model), tokenizer, written, name, _eos_ids(model)
-        )
+        # bitsandbytes' codes are of other grids than those of blocks.
+        tensors, notes = tensors_with_codes(model, kind) if holds_codes(model) else (tensors_of(dequantize(model)), [])
+        notes += write_model(full, architecture, model.config, tensors, tokenizer, written, name, _eos_ids(model))
     if kind in K_QUANTS:
         _run([_quantizer(), str(full), str(path), kind], "llama-quantize")
         full.unlink()
@@ -88,12 +96,17 @@ def export_gguf(
     if architecture is None:
         return GgufReport(None, notes)
     with torch.no_grad():
-        own = tensors_of(model)
+        own = tensors_of(dequantize(model))
         for name, tensor in read_tensors(path, architecture, model.config, list(own)):
+            # Into the model itself, as the file's numbers decode: transformers then computes what the file says,
+            # without llama.cpp.
             own[name].copy_(tensor)
     drift = compare_outputs(before, outputs_on(model, inputs))
-    bound = _MAX_KL.get(kind, _MAX_KL_FEW_BITS) if max_kl is None else max_kl
-    refuse_beyond(bound, drift, f"the model in {kind}, written and read again,", "take a type with more bits (--type)")
+    bound = _MAX_KL.get("Q8_0" if rounds_inputs and kind is None else written, _MAX_KL_FEW_BITS)
+    bound = max_kl if max_kl is not None else _MAX_KL_FEW_BITS if kind in K_QUANTS else bound
+    refuse_beyond(
+        bound, drift, f"the model in {kind or 'GGUF'}, written and read again,", "take a type with more bits (--type)"
+    )
     return GgufReport(drift, notes)
 
 

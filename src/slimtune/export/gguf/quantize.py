@@ -50,6 +50,7 @@ def q8_0_blocks(codes_OI: Tensor, scales_OG: Tensor) -> Blocks:
 def q4_0_blocks(codes_OI: Tensor, scales_OG: Tensor) -> Blocks:
     """w = scale * code, with signed codes in [-8, 7] and a scale for each 32 of a row. Raises: ConfigError."""
     codes, scales = _grouped(codes_OI, scales_OG, -8, 7)
+    # Stored with an offset of 8: -8 is 0, and a scale of either sign uses all 16 codes.
     nibbles = (codes + 8).astype(np.uint8)
     # A byte holds a number of the block's first half in its low bits and one of the second half in its high bits.
     packed = nibbles[..., : BLOCK // 2] | (nibbles[..., BLOCK // 2 :] << 4)

@@ -177,6 +177,7 @@ def _sentencepiece(stored: dict[str, Any]) -> Vocabulary:
                 "can't express; convert the model by llama.cpp's own script with --converter"
             )
         rank[result] = len(rank)
+    # Higher is joined first: the first merge has 0, the next -1; tokens that no merge makes come last.
     scores = [-float(rank[token]) if token in rank else -float(len(rank)) for token in tokens]
     unknown = stored["model"].get("unk_token")
     for number, token in enumerate(tokens):
@@ -185,6 +186,7 @@ def _sentencepiece(stored: dict[str, Any]) -> Vocabulary:
         elif len(token) == 6 and token.startswith("<0x") and types[number] == TokenType.NORMAL:
             types[number] = TokenType.BYTE
         elif types[number] == TokenType.USER_DEFINED:
+            # llama.cpp looks for added tokens in the text as it is typed, with spaces and not with the mark.
             tokens[number] = token.replace("\u2581", " ")
     normalizer = _steps(stored["normalizer"], "normalizers")
     metaspace = [s for s in _steps(stored["pre_tokenizer"], "pretokenizers") if s["type"] == "Metaspace"]

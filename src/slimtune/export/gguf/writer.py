@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
     seen: set[tuple[int, int]] = set()
     tensors = {}
     for name, tensor in model.state_dict().items():
+        # By address and offset: views into one buffer are different tensors unless they begin alike.
         place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         if place not in seen or not tensor.numel():
             tensors[name] = tensor
@@ -83,7 +85,7 @@ def write_model(
     metadata = {
         "general.type": "model",
         "general.name": name,
-        "general.file_type": _FILE_TYPES[kind],
+        "general.file_type": _FILE_TYPES[_most(tensors) or kind],
         "general.quantization_version": 2,
         **{f"{architecture.name}.{key}": value for key, value in architecture.describe(config).items()},
         **vocabulary.metadata(),
@@ -93,6 +95,12 @@ def write_model(
     entries = [*_entries(architecture, config, tensors, places, kind)]
     write_file(path, architecture.name, metadata, entries)
     return _notes(config, entries, kind)
+
+
+def _most(tensors: Mapping[str, Tensor | Blocks]) -> str | None:
+    """The type of most matrices that come in blocks."""
+    kinds = Counter(tensor.kind for tensor in tensors.values() if isinstance(tensor, Blocks))
+    return kinds.most_common(1)[0][0] if kinds else None
 
 
 def _entries(
@@ -107,18 +115,21 @@ def _entries(
         if architecture.needs_head and place.name == "token_embd.weight" and "lm_head.weight" not in tensors:
             yield _entry(own, tensors[own], Place("output.weight"), kind)
     for name, factors in rope_factors(architecture, config).items():
+        # Bound as defaults: a closure would see the loop's last values when the bytes are written.
         yield Entry(name, tuple(factors.shape), "F32", lambda n=name, f=factors: encoded(n, f, "F32"))
 
 
 def _entry(own: str, tensor: Tensor | Blocks, place: Place, kind: str) -> Entry:
     if isinstance(tensor, Blocks):
-        if place.is_transposed or place.offset:
-            raise ConfigError(f"'{own}' is stored the other way round in GGUF, so that its codes can't be kept")
+        if place.offset:
+            raise ConfigError(f"'{own}' has something added in GGUF, so that its codes can't be kept")
+        # Blocks are (out, in) already, whichever way round transformers has the matrix.
         rows = place.rows(tensor.shape[0])
         data = tensor.data if rows is None else tensor.data[rows.numpy()]
         return Entry(place.name, tensor.shape, tensor.kind, lambda: data)
     shape = tuple(tensor.shape[::-1] if place.is_transposed else tensor.shape)
     stored = kind_of(place.name, shape, kind)
+    # Encoded when it is its turn: one tensor in float32 at a time, not the model twice.
     return Entry(place.name, shape, stored, lambda: encoded(own, place.to_file(tensor.float()), stored))
 
 
@@ -148,6 +159,7 @@ def _set(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
+        # llama.cpp reads its settings as unsigned 32 bits and refuses another width of the same number.
         writer.add_uint32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)

@@ -69,6 +69,7 @@ def combined(
         a = torch.cat([scale * a for scale, (a, _) in zip(scales, pairs, strict=True)], dim=0)
         return a, torch.cat([b for _, b in pairs], dim=1)
     if how.endswith("svd"):
+        # (out, in) each, all adapters' at once: the sparse ways look at the entries of whole updates.
         updates = [delta.scaling * delta.product().flatten(1) for delta in deltas]
         return _cut(mix(updates, weights), rank, svd_clamp, svd_driver)
     ranks = {len(a) for a, _ in pairs}
@@ -83,6 +84,7 @@ def combined(
 
 def _cut(update: Tensor, rank: int, clamp: float | None, driver: str | None) -> Factors:
     """The factors of the best approximation of an (out, in) update in float32."""
+    # The thin form: u (out, k), v (k, in) with k = min(out, in); with full matrices u alone would be (out, out).
     u, sigma, v = torch.linalg.svd(update, full_matrices=False, driver=driver)
     b, a = u[:, :rank] * sigma[:rank], v[:rank]  # sigma goes into B, as in `peft`
     if clamp is not None:
@@ -118,6 +120,7 @@ def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def _largest(tensor: Tensor, density: float) -> Tensor:
     """The tensor with zeros for all but the share of its largest entries."""
     flat = tensor.flatten()
+    # topk and not a threshold: of equal entries as many are kept as asked for, not all or none.
     kept = flat.abs().topk(int(density * flat.numel())).indices
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
 
@@ -130,7 +133,10 @@ def _at_random(tensor: Tensor, density: float) -> Tensor:
 def _of_the_majority(tensors: Sequence[Tensor], weights: Sequence[float], sign: str) -> Tensor:
     """Per entry, the mean of the weighted tensors that have the sign of the majority of the unweighted."""
     stacked = torch.stack(list(tensors))
+    # Elect the sign by the unweighted sums; the weights come in below. That is `peft`'s order.
     majority = (stacked if sign == "total" else stacked.sign()).sum(0)
+    # An entry that was pruned has the sign 0 and agrees with neither, so that it doesn't count in the mean.
     agrees = stacked.sign() == torch.where(majority >= 0, 1.0, -1.0)
     weighted = torch.stack([weight * tensor for weight, tensor in zip(weights, tensors, strict=True)])
+    # Where all were pruned the numerator is 0, too: 0 / 1.
     return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)

@@ -64,6 +64,7 @@ class IncrementalPCA:
         # The decomposition of [S V^T so far; new rows, centred; shift of the mean] has the directions of all rows
         # together: (K + tokens + 1, in) numbers a batch and none of the batches before.
         rows = [x_TI - mean_I]
+        # In float64: the sum runs over all tokens of the data, and float32 stops growing at about 2^24 times a summand.
         self.variation += float(rows[0].double().square().sum())
         if self.count:
             shift_I = math.sqrt(self.count * len(x_TI) / total) * (self.mean_I - mean_I)
@@ -72,6 +73,7 @@ class IncrementalPCA:
             mean_I = self.mean_I + (mean_I - self.mean_I) * (len(x_TI) / total)
         sigma_K, directions_KI = _leading(torch.cat(rows), self.components)
         if self.count:
+            # Without a sign: a singular vector is defined up to one.
             self.cosines_K = torch.cosine_similarity(directions_KI, self.directions_KI).abs()
         self.mean_I, self.count, self.singular_K, self.directions_KI = mean_I, total, sigma_K, directions_KI
         # Of all the variation there is, that outside of the K directions included.
@@ -84,6 +86,7 @@ class IncrementalPCA:
         """
         if not len(self.cosines_K):
             return False
+        # Some thousand times float32's 1.2e-7: what the random projection leaves in directions that don't exist.
         rounding_K = self.singular_K < 1e-4 * self.singular_K.amax()
         return bool(((self.cosines_K >= tau) | rounding_K)[:count].all())
 
@@ -94,5 +97,7 @@ def _leading(rows_NI: Tensor, components: int) -> tuple[Tensor, Tensor]:
         # The same projections each time, so that equal data give equal ranks; the caller's random numbers go on as
         # before.
         torch.manual_seed(42)
+        # Twice as many as are wanted and four power iterations: the trailing directions of a randomised SVD are the
+        # inexact ones, and they are cut off.
         _, sigma, v = torch.svd_lowrank(rows_NI, q=min(2 * components, *rows_NI.shape), niter=4)
     return sigma[:components], v[:, :components].t()

@@ -106,7 +106,7 @@ def holders(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[st
     Raises:
         TargetError: no parameter is called so.
     """
-    found: dict[str, list[str]] = {}
+    owners: dict[str, list[str]] = {}
     matched: set[str] = set()
     seen: set[int] = set()
     for path, module in modules.items():
@@ -117,11 +117,11 @@ def holders(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[st
             hits = {target for target in targets if f".{path}.{name}".endswith(f".{target}")}
             matched |= hits
             if hits:
-                found.setdefault(path, []).append(name)
+                owners.setdefault(path, []).append(name)
     for target in targets:
         if target not in matched:
             raise _not_found(target, modules)
-    return found
+    return owners
 
 
 def _not_found(target: str, modules: Mapping[str, nn.Module]) -> TargetError:

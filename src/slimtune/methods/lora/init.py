@@ -64,6 +64,7 @@ def olora(weight_OI: Tensor, r: int) -> Factors:
 def mica(weight_OI: Tensor, r: int) -> Factors:
     """MiCA: A = 0, and B the left singular vectors of the r smallest singular values (arXiv:2604.01694)."""
     u_OK, _, _ = torch.linalg.svd(wide(weight_OI), full_matrices=False)
+    # torch sorts singular values downwards: the last r columns of U are the least ones.
     return u_OK.new_zeros(r, weight_OI.shape[1]), u_OK[:, -r:]
 
 
@@ -72,6 +73,7 @@ def orthogonal(weight_OI: Tensor, r: int) -> Factors:
     rows, columns = weight_OI.shape
     # Even rows of a rotation are orthogonal to odd ones, so that B A = R Q_odd Q_even^T P = 0 for any R and P.
     q_RR, _ = torch.linalg.qr(torch.randn(r, r))
+    # / 10 keeps the entries near those of a usual start; the zero product holds for any factor.
     a_RI = torch.randn(columns, r // 2).mm(q_RR[0::2]).t() / 10
     b_OR = torch.randn(r // 2, rows).t().mm(q_RR[1::2]) / 10
     return a_RI, b_OR

@@ -317,6 +317,7 @@ class LoraConv(LoraDelta):
         super().__init__(site, r, scaling, dropout, autocast)
         self.groups: int = conv.groups
         self.strides: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        # By the number of the kernel's axes; a transposed convolution never comes here, for it is no `conv` base.
         self.convolve = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
         self.pad: tuple[list[int], str] | None = None
         if conv.padding_mode != "zeros":

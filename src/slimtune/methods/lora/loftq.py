@@ -93,7 +93,9 @@ class Originals:
         from safetensors import SafetensorError, safe_open
 
         try:
+            # Headers alone are read, once: a safetensors file begins with the names of its tensors.
             self._file_of = self._file_of or {key: file for file in self._files() for key in _keys(file)}
+            # A checkpoint of the body alone has no prefix; one of a model with a head has it.
             names = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
             key = next((key for key in names if key in self._file_of), None)
             if key is None:

@@ -80,6 +80,7 @@ class LycorisDelta(Delta):
     def __init__(self, site: Site, config: LycorisConfig) -> None:
         super().__init__()
         self.r = config.rank_for(site.name)
+        # Fixed here and not looked up in each call: patterns are matched by regular expressions.
         self.scaling = config.alpha_for(site.name) / self.r
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.shape = tuple(site.spec.shape)
@@ -115,6 +116,8 @@ class LycorisDelta(Delta):
             return y
         change = self.change(base.module, x)
         if self.training and self.rank_dropout:
+            # (out,) meets the last axis of a linear layer's output, and the second of a convolution's, behind which its
+            # kernel's axes follow.
             kept_O = self.kept_rows().to(change)
             change = change * (kept_O if len(self.shape) == 2 else kept_O.view(-1, *[1] * len(self.shape[2:])))
         return (y + change).to(y.dtype)
@@ -164,6 +167,7 @@ def updated_product(
     if is_traced():
         update_OI = update(*factors)
         return F.linear(x.to(update_OI.dtype), update_OI if weight_OI is None else update_OI + weight_OI, bias_O)
+    # Two dimensions inside: `addmm_` takes matrices alone, and batches are only more tokens.
     y_TO: Any = _UpdatedProduct.apply(update, x.reshape(-1, x.shape[-1]), weight_OI, bias_O, *factors)
     # Not inside: what a custom function returns as a view can't be changed in place.
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
@@ -174,6 +178,7 @@ class _UpdatedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, update: Any, x_TI: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, *factors: Tensor
     ) -> Tensor:
+        # The (out, in) update isn't among them; it is made again in backward from the factors, which are far smaller.
         ctx.save_for_backward(x_TI, weight_OI, *factors)
         # The backward pass makes the update again, and under the same autocast, or it would be another one.
         ctx.update, ctx.autocast = update, _autocast(x_TI.device.type)
@@ -213,6 +218,7 @@ class _UpdatedProduct(torch.autograd.Function):
             elif needs_x:
                 sum_OI = update_OI if weight_OI is None else update_OI.to(weight_OI.dtype).add_(weight_OI)
                 gx_TI = (g_TO @ sum_OI.to(g_TO.dtype)).to(x_TI.dtype)
+        # No gradient for W, the third: it is frozen, and its (out, in) gradient would be the largest tensor of all.
         return None, gx_TI, None, g_TO.sum(0) if needs_bias else None, *of_factors
 
 
@@ -242,5 +248,5 @@ class _Recomputed(torch.autograd.Function):
         leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad(), torch.autocast(ctx.device, *ctx.autocast):
             result = ctx.function(*leaves)
-        found = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], gradients))
-        return None, *(next(found) if need else None for need in needed)
+        of_leaves = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], gradients))
+        return None, *(next(of_leaves) if need else None for need in needed)

@@ -56,6 +56,7 @@ class LohaDelta(LycorisDelta):
         for factor in self.factors:
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         if config.init_weights:
+            # One of four is enough, and only this one has a gradient at first: all others are multiplied by it.
             nn.init.zeros_(self.get_parameter("hada_w2_b"))
 
     def update(self, *factors: Tensor) -> Tensor:

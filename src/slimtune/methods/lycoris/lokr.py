@@ -61,6 +61,7 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     """(m, n) with m n = dimension and m <= n as near as can be, m at most `factor`; or m = factor if that divides."""
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor
+    # `isqrt` and not `sqrt`: a float's root of a large square may come out below it.
     greatest = math.isqrt(dimension) if factor == -1 else min(factor, math.isqrt(dimension))
     # The largest divisor up to the root: for a prime width that is 1, and W2 is the whole matrix.
     m = next(m for m in range(greatest, 0, -1) if dimension % m == 0)
@@ -97,6 +98,7 @@ class LokrDelta(LycorisDelta):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}[config.init_weights]
         for name in zero:
+            # Which of a pair is there depends on the rank; of two factors one at zero is enough.
             if name in self._parameters:
                 nn.init.zeros_(self.get_parameter(name))
 
@@ -159,12 +161,14 @@ class LokrConv(LokrDelta):
 
     def convolved(self, module: Any, x: Tensor, *factors: Tensor) -> Tensor:
         x = x.to(factors[0].dtype)
+        # With groups the channels of a group aren't the D that W2 reads: only the whole update is right.
         if module.groups > 1 or self.is_misaligned:
             return module._conv_forward(x, self.update(*factors), None)
         w1_AC, w2 = self.pair(*factors)
         (a, c), (b, d, *kernel) = w1_AC.shape, w2.shape
         batch, size = x.shape[: -len(kernel) - 1], x.shape[-len(kernel) :]
         # C becomes part of the batch: (N, C * D, ...) as (N * C, D, ...), each through the convolution with W2.
+        # The module's own, for its stride, padding and padding mode; W1 has no part in where the kernel stands.
         z = module._conv_forward(x.reshape(-1, d, *size), w2, None)
         y_NAS = w1_AC @ z.reshape(-1, c, b * math.prod(z.shape[2:]))
         return y_NAS.reshape(*batch, a * b, *z.shape[2:])

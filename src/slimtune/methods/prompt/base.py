@@ -66,8 +66,8 @@ class PromptLearningConfig(PeftConfig):
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no room for text in the {limit} positions of "
                 f"this model; choose at most {limit - 1}"
             )
-        found = {"token_dim": token_dim, "num_attention_heads": heads, "num_layers": layers}
-        for name, value in found.items():
+        dimensions = {"token_dim": token_dim, "num_attention_heads": heads, "num_layers": layers}
+        for name, value in dimensions.items():
             if getattr(self, name) not in (None, value):
                 raise BaseMismatchError(
                     f"the prompt is made for a model with {name}={getattr(self, name)}, but this one has {value}"
@@ -167,11 +167,11 @@ def token_ids(text: str, tokenizer: str, options: Mapping[str, Any] | None, coun
     # Of the packaged names alone: any other is a folder or a Hub id, which transformers finds.
     source = resolve(tokenizer) if tokenizer in PACKAGED else tokenizer
     try:
-        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **dict(options or {}))
+        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **dict(options or {}))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(f"the tokenizer '{tokenizer}' can't be loaded: {reason}") from error
-    ids: list[int] = found(text)["input_ids"]
+    ids: list[int] = loaded(text)["input_ids"]
     if not ids:
         raise ConfigError(f"the text {text!r} has no tokens; give one that has")
     return torch.tensor((ids * (count // len(ids) + 1))[:count])
@@ -259,10 +259,10 @@ class Call(dict[str, Any]):
     def tokens(self, prefix: str = "") -> Tensor:
         """The ids or embeddings (rows, length, ...) of this call."""
         given = (self.get(f"{prefix}input_ids"), self.get(f"{prefix}inputs_embeds"))
-        found = next((tensor for tensor in given if tensor is not None), None)
-        if found is None:
+        tokens = next((tensor for tensor in given if tensor is not None), None)
+        if tokens is None:
             raise ConfigError(f"virtual tokens go in front of tokens: pass {prefix}input_ids or {prefix}inputs_embeds")
-        return found
+        return tokens
 
     def put_before(self, name: str, value: int, count: int) -> None:
         """Put `count` columns of that value before an argument, where it is given."""

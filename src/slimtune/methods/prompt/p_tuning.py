@@ -93,6 +93,8 @@ class PromptLstm(nn.Module):
         self.embedding = nn.Embedding(rows, dim)
         # torch drops between layers of an LSTM, and warns where there is but one.
         between = dropout if layers > 1 else 0.0
+        # Not batch_first and without a batch: (n, dim) is one sequence of n steps; out come (n, 2 * hidden), both
+        # directions.
         self.lstm_head = nn.LSTM(dim, hidden, layers, dropout=between, bidirectional=True)
         self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
 

@@ -148,6 +148,7 @@ def _shape_of_keys(model: Any, config: Any) -> tuple[int, int, int]:
             "prefix tuning needs layers whose keys have the same shape and are their own; this model's differ or are "
             "shared; use prompt tuning or LoRA"
         )
+    # T5 and BART name the decoder's depth apart; the prefix stands in the decoder.
     layers = config.num_hidden_layers
     if model.config.is_encoder_decoder:
         named = [getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers")]
@@ -170,6 +171,7 @@ def _heads(config: Any) -> int:
 
 
 def _head_dim(config: Any) -> int:
+    # Asked first: the heads of Gemma and of T5 aren't together as wide as the hidden size.
     named = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
     return named or config.hidden_size // heads
@@ -224,6 +226,7 @@ class Prefix(VirtualTokens):
             tokenizer = str(config.tokenizer_name_or_path)
             ids = token_ids(str(config.prefix_init_text), tokenizer, config.tokenizer_kwargs, self.count)
         else:
+            # On the CPU, for one seed to give one start on every device.
             ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (self.count,))
         ids_1N = ids.to(self.prompt_embeddings.device)[None]
         # Whole: a layer with a window would keep the last words alone, and the prefix would be shorter there.
@@ -315,8 +318,8 @@ class Prefix(VirtualTokens):
 def _rows(call: Call, of: str) -> int:
     """The number of sequences in this call."""
     names = (f"{of}input_ids", f"{of}inputs_embeds", "labels", "input_ids", "inputs_embeds")
-    found = next((call[name] for name in names if call.get(name) is not None), None)
-    return len(call.tokens(of) if found is None else found)
+    tensor = next((call[name] for name in names if call.get(name) is not None), None)
+    return len(call.tokens(of) if tensor is None else tensor)
 
 
 def _empty_cache(model: Any, whole: bool = False) -> Any:

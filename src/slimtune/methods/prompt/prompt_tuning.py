@@ -184,6 +184,7 @@ class SoftPrompt(VirtualTokens):
         labels = call.get("labels")
         # Labels of tokens, not those of several classes.
         if labels is not None and labels.ndim == 2 and labels.shape[1] == length and not labels.is_floating_point():
+            # -100 is what torch's cross entropy ignores.
             call.put_before("labels", -100, self.count)
 
 

@@ -188,10 +188,13 @@ def translate(values: Mapping[str, Any], folder: Path) -> Imported:
     recipe = Imported(NAME)
     check_kinds(values, RULES)
     _defaults(recipe)
+    # The defaults first and the file over them: `put` keeps the last value, and only keys that the file has are
+    # reported.
     for part in (_task, _method, _model, _schedule, _texts):
         part(recipe, values)
     _train_data(recipe, values)
     _held_out(recipe, values)
+    # The single keys last: what several keys decide together has been taken by now, and is passed over.
     recipe.apply_rules(values, RULES)
     return recipe.done()
 
@@ -223,6 +226,7 @@ def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
     kind = taken(values, "adapter")
     if kind is None:
         recipe.put("method.name", "full", *given(values, "adapter"))
+        # Noted even though nothing can be done about it: the same file trains with other rounding here than there.
         recipe.different["adapter"] = "weights that are all tuned are held in float32, theirs in 16 bits"
         unused = [key for key in values if key.startswith(("lora_", "peft_"))]
         recipe.without_effect |= dict.fromkeys(unused, "all weights are tuned")
@@ -232,8 +236,10 @@ def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
         return
     dora = bool(taken(values, "peft_use_dora"))
     recipe.put("method.name", "dora" if dora else "lora", "adapter", *given(values, "peft_use_dora"))
+    # A default of ours in its place would be a rank that nobody wrote down.
     if taken(values, "lora_r") is None:
         recipe.refused["adapter"] = "lora_r is missing"
+    # Before the rules: the file's own value, if it has one, is put over it.
     recipe.put("method.lora_alpha", 8)
     _targets(recipe, values)
     inner = taken(values, "peft", {})
@@ -258,6 +264,7 @@ def _targets(recipe: Imported, values: Mapping[str, Any]) -> None:
 def _model(recipe: Imported, values: Mapping[str, Any]) -> None:
     for key in given(values, "model_type", "type_of_model"):
         kind = str(values[key])
+        # Naming the class that config.json names anyway changes nothing; any other class would be another model.
         reasons = recipe.without_effect if kind.endswith("ForCausalLM") else recipe.refused
         reasons[key] = "models that write text are loaded, as config.json names them"
     four, eight = taken(values, "load_in_4bit"), taken(values, "load_in_8bit")
@@ -272,6 +279,7 @@ def _model(recipe: Imported, values: Mapping[str, Any]) -> None:
     half = bool(taken(values, "fp16"))
     # Their default is bf16: auto.
     recipe.put("model.dtype", "float16" if half else "bfloat16", *given(values, "fp16" if half else "bf16"))
+    # `is False`: a missing key is auto there, and only an explicit no means full precision.
     if values.get("bf16") is False and not half:
         recipe.put("model.dtype", "float32", "bf16")
 
@@ -298,6 +306,7 @@ def _texts(recipe: Imported, values: Mapping[str, Any]) -> None:
     for key, ours, what in (("evals_per_epoch", "eval_steps", "evaluated"), ("saves_per_epoch", "save_steps", "saved")):
         if (times := taken(values, key)) is not None:
             recipe.translated[key] = f"training.{ours}"
+            # Once an epoch is what happens here without a setting.
             if (key, times) != ("evals_per_epoch", 1):
                 recipe.different[key] = (
                     f"how many steps an epoch has isn't known here, so that it isn't {what} {times} times in one; "
@@ -308,6 +317,7 @@ def _texts(recipe: Imported, values: Mapping[str, Any]) -> None:
         recipe.different["chat_template"] = f"the tokenizer's own is used, which should be the same as '{template}'"
     recipe.without_effect |= dict.fromkeys(given(values, "chat_template"), "the tokenizer's own is used")
     special = taken(values, "special_tokens", {})
+    # Tokens of other names would be added to the vocabulary, and with them rows to the embeddings.
     if set(special) - {"pad_token", "bos_token", "eos_token", "unk_token"}:
         recipe.refused["special_tokens"] = f"of {listing(special)} some would be new to the vocabulary"
     elif special:
@@ -315,6 +325,7 @@ def _texts(recipe: Imported, values: Mapping[str, Any]) -> None:
     if set(special) & {"bos_token", "eos_token", "unk_token"}:
         recipe.different["special_tokens"] = "the tokenizer's own are used, which should be the same ones"
     plugins = [str(name) for name in taken(values, "plugins", [])]
+    # A plugin is Python that may replace the trainer; only those known to compute the same are passed over.
     strange = [name for name in plugins if not any(harmless in name for harmless in HARMLESS_PLUGINS)]
     if strange:
         recipe.refused["plugins"] = f"{listing(strange)} may change anything"
@@ -346,6 +357,7 @@ def _train_data(recipe: Imported, values: Mapping[str, Any]) -> None:
         recipe.refused["pretraining_dataset"] = "give it or datasets, not both"
     elif plain:
         several = plain if isinstance(plain, list) else [plain]
+        # Anything else goes on as it is, for `_put` to refuse with the message that it has for all data sets.
         entries = [_plain(entry) if isinstance(entry, str | Mapping) else entry for entry in several]
         _put(recipe, "pretraining_dataset", "data.train", entries)
         recipe.put("data.streaming", True, "pretraining_dataset")
@@ -382,6 +394,7 @@ def _sources(entry: Mapping[str, Any], recipe: Imported) -> list[dict[str, Any]]
     if not path:
         raise ConfigError("a data set has no path")
     for key, value in entry.items():
+        # Files are often written from a template with every key spelled out: an empty one asks for nothing.
         if key in READ or key in IDLE or value in (None, False, "", [], {}):
             continue
         if value not in AS_HERE.get(key, ()):
@@ -390,6 +403,7 @@ def _sources(entry: Mapping[str, Any], recipe: Imported) -> list[dict[str, Any]]
     files = [files] if isinstance(files, str) else list(files)
     if files and path not in LOADERS:
         raise ConfigError(f"data_files of {path} can't be chosen; name the files as paths of their own")
+    # "json" alone would be looked for on the Hub under that name.
     if path in LOADERS and not files:
         raise ConfigError(f"'{path}' is a reader of files, and data_files names none")
     shape = _format(entry, path, recipe)

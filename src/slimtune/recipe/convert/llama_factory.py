@@ -209,10 +209,12 @@ def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
     recipe.put("method.name", "dora" if taken(values, "use_dora") else "lora", *given(values, "finetuning_type"))
     if "use_dora" in values:
         recipe.translated["use_dora"] = "method.name"
+    # Their alpha follows the rank where it isn't given, so that changing the rank alone keeps the scale at 2.
     rank = taken(values, "lora_rank", 8)
     recipe.put("method.r", rank, *given(values, "lora_rank"))
     recipe.put("method.lora_alpha", taken(values, "lora_alpha", 2 * rank), *given(values, "lora_alpha"))
     target = taken(values, "lora_target", "all")
+    # "all" means the linear layers of the blocks there as well, without the head.
     everything = names(target) == ["all"]
     recipe.put(
         "method.target_modules",
@@ -220,6 +222,7 @@ def _method(recipe: Imported, values: Mapping[str, Any]) -> None:
         *given(values, "lora_target"),
     )
     steps = taken(values, "pissa_iter", 16)
+    # -1 is the exact decomposition there, and 16 power iterations the default.
     start = "pissa" if steps == -1 else f"pissa_niter_{steps}"
     if recipe.switch(values, "pissa_init", "method.init_lora_weights", start) and "pissa_iter" in values:
         recipe.translated["pissa_iter"] = "method.init_lora_weights"
@@ -249,6 +252,7 @@ def _model(recipe: Imported, values: Mapping[str, Any]) -> None:
 
 
 def _run(recipe: Imported, values: Mapping[str, Any]) -> None:
+    # Steps win over a share there too; here one setting is either, told apart by being whole or below 1.
     steps, share = taken(values, "warmup_steps", 0), taken(values, "warmup_ratio", 0)
     recipe.put("training.warmup", steps or share, *given(values, "warmup_steps", "warmup_ratio"))
     keep_best(recipe, values)
@@ -258,6 +262,7 @@ def _run(recipe: Imported, values: Mapping[str, Any]) -> None:
 
 def _packing(recipe: Imported, values: Mapping[str, Any]) -> None:
     packed, neat = taken(values, "packing"), bool(taken(values, "neat_packing"))
+    # Pretraining packs there unless it is told not to.
     packs = neat or (taken(values, "stage", "sft") == "pt" if packed is None else bool(packed))
     recipe.put("data.packing", packs, *given(values, "packing", "neat_packing"))
     if packs and not neat:
@@ -334,6 +339,8 @@ def _info(where: str, folder: Path, has_place: bool) -> tuple[dict[str, Any], Pa
         has_place: whether `where` was written in the file; else the file may also be right there.
     """
     beside = [] if has_place else [Path(), folder]
+    # Their command runs in the root of their repository, with the file somewhere below: hence all parents of its
+    # folder.
     for place in (Path(where), folder / where, *(parent / where for parent in folder.absolute().parents), *beside):
         if (place / INFO).is_file():
             try:
@@ -348,11 +355,14 @@ def _source(entry: Mapping[str, Any], name: str, folder: Path, most: int | None)
     local = "file_name" in entry and "hf_hub_url" not in entry
     if not local and "hf_hub_url" not in entry:
         raise ConfigError(f"'{name}' is neither a file nor on the Hub, but {', '.join(sorted(entry))}")
-    most = entry.get("num_samples") or most
+    # First the entry's own draw, then the file's cut over all entries, as there: the smaller one is left.
+    limits = [limit for limit in (entry.get("num_samples"), most) if limit]
+    most = min(limits) if limits else None
     if local and most:
         _refuse_more_rows(folder / entry["file_name"], most)
     split = entry.get("split") or ("train" if not local else None)
     source: dict[str, Any] = {"path": str(folder / entry["file_name"]) if local else entry["hf_hub_url"]}
+    # `datasets` reads a slice of a split from its name; a local file has none.
     source |= {"split": f"{split}[:{most}]" if most else split} if split and not local else {}
     source |= {"subset": entry["subset"]} if entry.get("subset") else {}
     if entry.get("folder"):
@@ -364,6 +374,7 @@ def _refuse_more_rows(path: Path, most: int) -> None:
     """Of a file all rows are learned: fine, if there are no more than what was asked for."""
     if not path.exists():
         raise ConfigError(f"{path} isn't here, so whether it has more than {most} rows can't be told; run where it is")
+    # One row more than allowed is enough to know; the file may have millions.
     if sum(1 for _ in islice(records(Source(str(path))), most + 1)) > most:
         raise ConfigError(f"{path} has more than {most} rows, and all would be learned; cut it, or drop max_samples")
 
@@ -383,8 +394,10 @@ def _format(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     fields = {key: columns[key] for key in ("system", "tools", "chosen", "rejected") if columns.get(key)}
     fields |= {"label": columns["kto_tag"]} if columns.get("kto_tag") else {}
     place = columns.get("messages", "conversations")
+    # Tags that repeat the defaults count as none.
     if {**SHARE_GPT_TAGS, **tags} == SHARE_GPT_TAGS:
         ours, kind = "conversations", "sharegpt"
+    # Only the tags that these rows can have: files often name a tag for tools or observations that no row uses.
     elif {**OPENAI_TAGS, **{key: tag for key, tag in tags.items() if key in OPENAI_TAGS}} == OPENAI_TAGS:
         ours, kind = "messages", "messages"
     else:

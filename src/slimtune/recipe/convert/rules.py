@@ -101,6 +101,7 @@ class Imported:
             rule = rules.get(key)
             if rule is None:
                 near = did_you_mean(key, rules)
+                # Refused and not passed over: a key of a newer version may change anything.
                 self.refused[key] = f"{self.tool} has no such key that is known here{near}"
             elif value is None or value == "":
                 self.without_effect[key] = "it is empty"
@@ -111,6 +112,7 @@ class Imported:
         if rule.without_effect:
             self.without_effect[key] = rule.without_effect
         elif rule.refused:
+            # With the type: 0 == False and 1 == True in Python, and in these files they are different answers.
             is_neutral = any(value is one or (type(value) is type(one) and value == one) for one in rule.neutral)
             reasons = self.without_effect if is_neutral else self.refused
             reasons[key] = "as here" if is_neutral else rule.refused
@@ -151,6 +153,7 @@ def check_kinds(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     """Raises: ConfigError, for a value of another kind than its key takes."""
     for key, value in values.items():
         kinds = rules[key].kinds if key in rules else ()
+        # `bool` is an `int` to isinstance: "lora_rank: true" would be a rank of 1.
         is_right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)) if kinds else True
         if not is_right and value is not None and value != "":
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds))

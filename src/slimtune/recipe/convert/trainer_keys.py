@@ -35,7 +35,9 @@ TRAINER_KEYS: dict[str, Rule] = {
     "weight_decay": to("training.weight_decay"),
     "max_grad_norm": to("training.max_grad_norm"),
     "gradient_accumulation_steps": to("training.gradient_accumulation"),
+    # -1 means "as many as the epochs have" to the Trainer.
     "max_steps": to("training.max_steps", lambda steps: steps if steps > 0 else None),
+    # The Trainer takes shares below 1 as well, of a number of steps that isn't known here.
     "logging_steps": to("training.logging_steps", lambda steps: max(1, round(steps))),
     "save_total_limit": to("training.save_total_limit"),
     "early_stopping_patience": to("training.early_stopping_patience"),
@@ -71,7 +73,8 @@ TRAINER_KEYS: dict[str, Rule] = {
     **each(idle("only use_swanlab takes it"), "swanlab_project", "swanlab_workspace", "swanlab_run_name",
            "swanlab_mode", "swanlab_logdir", "swanlab_experiment_name", "swanlab_description", "swanlab_log_model",
            "swanlab_log_completions", "swanlab_completion_log_interval", "swanlab_completion_max_buffer"),
-    **each(idle("pass --push-to-hub REPO on the command line"), "hub_model_id", "push_to_hub", "hub_strategy", "hub_token", "hub_revision",
+    **each(idle("pass --push-to-hub REPO on the command line"), "hub_model_id", "push_to_hub", "hub_strategy",
+           "hub_token", "hub_revision",
            "hub_private_repo", "hf_use_auth_token", "hf_hub_token"),
     **each(idle("evaluation runs in batches of the training's size"), "per_device_eval_batch_size", "eval_batch_size"),
     **each(idle("the columns that are needed are found"), "remove_unused_columns"),
