@@ -18,7 +18,8 @@ from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig, methods
 from slimtune.core.constrained import Constrained, Grid
 from slimtune.core.delta import Site, walk
-from slimtune.errors import BaseMismatchError, ConfigError
+from slimtune.errors import AdapterFileError, BaseMismatchError, ConfigError
+from slimtune.serve.convert import convert_to_lora
 from slimtune.slim.weights import WeightPruning, pruned_layers, zero_weights
 from zoo import GPT2, LLAMA, VOCABULARY
 
@@ -98,8 +99,13 @@ def test_all_methods_that_fold_are_here() -> None:
     }, left  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize(
+    ("constraint", "dtype"),
+    [
+        *((name, torch.float32) for name in CONSTRAINTS if name != "learned"),
+        *((name, torch.bfloat16) for name in ("mask", "learned")),
+    ],
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_trained_is_what_is_merged(name: str, constraint: str, dtype: torch.dtype) -> None:
     base = matrices(neox(dtype))
@@ -157,7 +163,7 @@ def test_straight_through_a_grid_the_short_way_learns_the_same(name: str, monkey
             torch.testing.assert_close(gradients[1][path], gradient, rtol=1e-4, atol=1e-6, msg=path)
 
 
-@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("constraint", ["both", "learned"])
 @pytest.mark.parametrize("name", METHODS)
 def test_it_comes_back_from_its_folder(name: str, constraint: str, tmp_path: Path) -> None:
     model = tuned(name, CONSTRAINTS[constraint])
@@ -369,3 +375,9 @@ def test_peft_refuses_the_file(tmp_path: Path) -> None:
     tuned("lora", CONSTRAINTS["mask"]).save_pretrained(tmp_path)
     with pytest.raises((KeyError, ValueError)):
         peft.PeftModel.from_pretrained(neox(), tmp_path)
+
+
+def test_it_is_not_written_as_a_plain_lora(tmp_path: Path) -> None:
+    tuned("vera", CONSTRAINTS["mask"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match="merge it first"):
+        convert_to_lora(tmp_path / "adapter", tmp_path / "lora")

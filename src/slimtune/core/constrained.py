@@ -143,16 +143,17 @@ class _OnGrid(torch.autograd.Function):
 def _scale_gradient(g_OI: Tensor, weight_OI: Tensor, scales_OG: Tensor, bits: int) -> Tensor:
     """dL/ds: of each weight its code less w / s within the codes, its code beyond them; (out, groups)."""
     shape = (*scales_OG.shape, -1)
-    codes = grid.nearest_codes(weight_OI, scales_OG, bits).float().view(shape)
     scales = scales_OG.float().unsqueeze(-1)
     # A scale of 0 is that of a group of zeros: 0 / 1 rounds to 0 as well, without a NaN.
     ratio = weight_OI.float().view(shape) / torch.where(scales == 0, 1.0, scales)
     lowest, highest = grid.code_range(bits)
-    # With r = w / s: d(s round(r))/ds = round(r) - r inside of the codes, and the outermost code beyond them.
-    slope = codes - ratio.masked_fill((ratio < lowest) | (ratio > highest), 0.0)
+    codes = ratio.round().clamp_(lowest, highest)
+    # With r = w / s: d(s round(r))/ds = round(r) - r inside of the codes, and the outermost code beyond them. In place:
+    # each tensor is as large as the weight, in float32.
+    slope = codes.sub_(ratio.masked_fill_((ratio < lowest) | (ratio > highest), 0.0))
+    gradient_OG = torch.linalg.vecdot(g_OI.float().view(shape), slope)
     # LSQ's factor: a scale moves all weights of its group, and its gradient would be as much larger.
-    factor = (shape[-1] if shape[-1] > 0 else slope.shape[-1]) * highest
-    return (g_OI.float().view(shape) * slope).sum(-1) / factor**0.5
+    return gradient_OG / (slope.shape[-1] * highest) ** 0.5
 
 
 class Constrained(Delta):

@@ -39,6 +39,8 @@ def convert_to_lora(source: Path, output: Path) -> float:
     config = PeftConfig.from_pretrained(source)
     if str(config.peft_type) not in CONVERTED:
         raise AdapterFileError(f"{config.peft_type} can't be written as LoRA; only {', '.join(CONVERTED)} can")
+    if getattr(config, "constraint", None):
+        raise AdapterFileError("an adapter under a constraint is its merged weight, which is no LoRA; merge it first")
     if getattr(config, "modules_to_save", None):
         raise AdapterFileError("an adapter with modules_to_save holds more than LoRA can")
     model = PeftModel.from_pretrained(_skeleton(base_of(source)), source)
