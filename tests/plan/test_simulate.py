@@ -11,6 +11,7 @@ import transformers
 
 import slimtune
 from slimtune.errors import ConfigError, ModelNotFoundError
+from slimtune.plan.memory import Sharing
 from slimtune.plan.simulate import simulate
 
 SHAPE = {
@@ -120,6 +121,22 @@ def test_several_devices_share_all_but_the_activations() -> None:
     assert shared.optimizer == -(-alone.optimizer // 4)
     assert shared.activations == alone.activations
     assert shared.workspace == alone.workspace + 3 * result.block_bytes
+
+
+def test_copies_hold_all_of_it_and_the_gradients_twice() -> None:
+    result = plan(slimtune.LoraConfig())
+    alone, copied = result.peak.parts, result.sharded(4, Sharing(shards=False))
+    assert copied.total == alone.total + result.trainable_bytes
+    assert result.exchanged_bytes(4, Sharing(shards=False)) == 2 * result.trainable_bytes * 3 // 4
+
+
+def test_what_is_offloaded_leaves_blocks_and_activations() -> None:
+    result = plan()
+    shared, offloaded = result.sharded(4), result.sharded(4, Sharing(offloads=True))
+    assert (offloaded.weights, offloaded.gradients, offloaded.optimizer) == (0, 0, 0)
+    assert offloaded.activations > 0
+    assert offloaded.total < shared.total
+    assert result.sharded(4, Sharing(regathers=False)).workspace >= shared.workspace
 
 
 def test_a_folder_with_a_configuration_alone_is_enough(tmp_path: Path) -> None:

@@ -216,8 +216,8 @@ def workers(launcher: int) -> dict[str, int]:
     return ranks
 
 
-def until_checkpoint(work: Path, output: str, process: subprocess.Popen[str]) -> None:
-    while not list((work / f"{output}.run").glob("checkpoint-[46]")):
+def until_checkpoint(work: Path, output: str, process: subprocess.Popen[str], steps: str = "[46]") -> None:
+    while not list((work / f"{output}.run").glob(f"checkpoint-{steps}")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
@@ -238,7 +238,7 @@ def test_a_run_that_lost_a_process_or_was_stopped_goes_on_to_the_same_bits(work:
     shutil.copytree(work / "killed.run", work / "alone.run")
 
     stopped = train(work, "killed", "--launch", "2", "--resume")
-    until_checkpoint(work, "killed", stopped)
+    until_checkpoint(work, "killed", stopped, "1[02]")
     stopped.send_signal(signal.SIGINT)
     _, errors = stopped.communicate(timeout=300)
     assert stopped.returncode == 130

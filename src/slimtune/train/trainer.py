@@ -93,7 +93,7 @@ class HeldOutMean:
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
         # Last batches are filled up to the size of all others. Examples that were packed into one row can't be told.
-        if rows != self.args.per_device_train_batch_size:
+        if rows * self.args.world_size != state.active_dataloader.total_batch_size:
             return None
         # The rows are dealt out by process; those from `remainder` on are repeated.
         return min(rows, max(0, state.remainder - self.args.process_index * rows))
