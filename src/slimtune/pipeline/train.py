@@ -81,8 +81,9 @@ def run(
         what = "a distillation" if takes_steps else "the method features, which takes no steps,"
         raise ConfigError(f"{what} runs in one process, and there are {process.count}; start it without a launcher")
     warn_of_one_process(screen)
+    device = pick_device(recipe.model.device)
     if takes_steps:
-        device = check_device(pick_device(recipe.model.device))
+        device = check_device(device)
         check_processes(device, recipe.training)
         check_dependencies()
         process = start(device)

@@ -113,7 +113,8 @@ def place_of(model: Any) -> str:
     if shards() and this_process().count > 1:
         from accelerate import PartialState
 
-        return PartialState().device.type
+        state: Any = PartialState()
+        return state.device.type
     return str(model.device)
 
 

@@ -35,7 +35,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, writes: bool = True, ha
     if shards() and not hasattr(model, "peft_config"):
         # An adopted model gathers its adapter itself.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
+        state: dict[str, Any] = get_model_state_dict(model, options=options)
         if half:
             state = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in state.items()}
         model.save_pretrained(folder, is_main_process=writes, state_dict=state)
