@@ -18,9 +18,9 @@ from slimtune.adapters.requantize import merge_requantized
 from slimtune.bases import base_of
 from slimtune.bases.int4 import LinearInt4
 from slimtune.bases.int8 import EmbeddingInt8, LinearInt8, LinearW8A8
-from slimtune.bases.integer import PACKED, SCALE, SHAPE, ZERO
 from slimtune.ops import int4_kernel
 from slimtune.ops.grid import nearest_codes, rounded, searched_scales
+from slimtune.storage.compressed import PACKED, SCALE, SHAPE, ZERO
 from tensors import randomize
 
 BF16 = torch.bfloat16

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import slimtune
 from slimtune.bases import base_of
-from slimtune.bases.integer import ZERO, HoldsCodes
+from slimtune.bases.integer import HoldsCodes
+from slimtune.storage.compressed import ZERO
 from small_text_model import tiny_model
 from tensors import assert_near
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import ZERO, HoldsCodes, IntegerLinear
+from slimtune.bases.integer import HoldsCodes, IntegerLinear
 from slimtune.core.delta import Base
 from slimtune.ops import grid, int4_kernel
 from slimtune.ops.autograd import reads_codes
+from slimtune.storage.compressed import ZERO
 
 
 class Int4Linear(IntegerLinear):

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import CODES, SCALE, ZERO, HoldsCodes, IntegerLinear
+from slimtune.bases.integer import HoldsCodes, IntegerLinear
 from slimtune.core.delta import Base, Dense, TensorSpec
 from slimtune.ops import grid, int8_kernel
 from slimtune.ops.autograd import is_traced, reads_codes
 from slimtune.ops.frozen_linear import frozen_linear
 from slimtune.ops.grid import GridWeight
+from slimtune.storage.compressed import CODES, SCALE, ZERO
 
 MOST_TOKENS = 16
 """From here on expanding and multiplying is quicker."""

@@ -25,12 +25,7 @@ from slimtune.core.delta import Base, Dense
 from slimtune.errors import DamagedBaseError
 from slimtune.ops import grid
 from slimtune.ops.grid import GridWeight
-
-PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
-CODES = "weight"
-"""The tensors of one weight in a file: codes, as PACKED with their SHAPE or as they are, and what they stand for."""
-PARTS = (PACKED, SCALE, SHAPE, ZERO)
-"""Those that no plain module has."""
+from slimtune.storage.compressed import CODES, PACKED, SCALE, SHAPE, ZERO
 
 
 class IntegerLinear(PackedLinear):

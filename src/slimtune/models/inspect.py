@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimtune.bases.integer import PACKED, SCALE, SHAPE, ZERO
 from slimtune.errors import AdapterFileError, ModelNotFoundError, SlimtuneError, did_you_mean, listing
 from slimtune.models.compatibility import largest_rank, rank_pattern, verdicts
 from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from_hub, read_header, read_object
-from slimtune.storage.compressed import is_compressed, read_config, scheme_for
+from slimtune.storage.compressed import PACKED, SCALE, SHAPE, ZERO, is_compressed, read_config, scheme_for
 from slimtune.storage.foreign import refuse_special_files
 from slimtune.storage.hub import fetched, is_id
 

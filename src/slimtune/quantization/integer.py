@@ -22,13 +22,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimtune.bases.int4 import LinearInt4
 from slimtune.bases.int8 import EmbeddingInt8, LinearInt8, LinearW8A8
-from slimtune.bases.integer import CODES, PACKED, PARTS, SCALE, SHAPE, ZERO, HoldsCodes, grid_weight
+from slimtune.bases.integer import HoldsCodes, grid_weight
 from slimtune.bases.packed import as_linear
 from slimtune.errors import DamagedBaseError, listing
 from slimtune.ops.grid import rounded
 from slimtune.quantization.config import Quantization
 from slimtune.quantization.linears import group_size_for, quantized_linears
-from slimtune.storage.compressed import PACKED_FORMAT, WeightScheme, read_config, scheme_for, write_config
+from slimtune.storage.compressed import (
+    CODES,
+    PACKED,
+    PACKED_FORMAT,
+    PARTS,
+    SCALE,
+    SHAPE,
+    ZERO,
+    WeightScheme,
+    read_config,
+    scheme_for,
+    write_config,
+)
 from slimtune.storage.foreign import read_not_mapped
 
 _DTYPES = {

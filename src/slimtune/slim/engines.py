@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from slimtune.adapters.merge import outputs
-from slimtune.bases.integer import ZERO, HoldsCodes
+from slimtune.bases.integer import HoldsCodes
 from slimtune.models.load import read_model_config
+from slimtune.storage.compressed import ZERO
 from slimtune.storage.source import no_weight_bar
 
 _FAR = 0.1

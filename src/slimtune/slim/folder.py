@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
 from slimtune.bases import base_of
-from slimtune.bases.integer import ZERO
 from slimtune.console.progress import Watch
 from slimtune.core.delta import Base, walk
 from slimtune.errors import MergeError
@@ -27,6 +26,7 @@ from slimtune.slim.data import measured_ids
 from slimtune.slim.engines import engines_by_format, engines_of
 from slimtune.slim.quantize import QuantizeConfig, quantize_
 from slimtune.storage.atomic import staged
+from slimtune.storage.compressed import ZERO
 from slimtune.storage.source import no_weight_bar
 
 _COMPARED = 512

@@ -17,6 +17,11 @@ from typing import Any
 from slimtune.errors import ConfigError, DamagedBaseError
 
 METHOD = "compressed-tensors"
+PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+CODES = "weight"
+"""The tensors of one weight in a file: codes, as PACKED with their SHAPE or as they are, and what they stand for."""
+PARTS = (PACKED, SCALE, SHAPE, ZERO)
+"""Those that no plain module has."""
 PACKED_FORMAT, PLAIN_FORMAT, MIXED_FORMAT = "pack-quantized", "int-quantized", "mixed-precision"
 """Codes several an int32; codes as int8; groups of modules that differ."""
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import CODES, PARTS, ZERO, HoldsCodes
+from slimtune.bases.integer import HoldsCodes
 from slimtune.export.gguf.quantize import BLOCK, Blocks, q4_0_blocks, q8_0_blocks
+from slimtune.storage.compressed import CODES, PARTS, ZERO
 
 _KINDS = {4: ("Q4_0", q4_0_blocks), 8: ("Q8_0", q8_0_blocks)}
 
