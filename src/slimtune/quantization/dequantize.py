@@ -84,7 +84,8 @@ def make_plain(model: Any, weights: Expanded) -> Any:
     trained = any(parameter.requires_grad for parameter in model.parameters())
     plain: dict[int, tuple[Any, Any]] = {}
     for module, base, weight_OI in weights:
-        codes = module.weight
+        # A library may hold its codes by another name, and share none of them.
+        codes = getattr(module, "weight", module)
         base.make_plain(module, weight_OI)
         # Of one weight in two modules one is made again; the codes are kept, so that no other tensor gets their id.
         _, first = plain.setdefault(id(codes), (codes, module.weight))
