@@ -17,7 +17,6 @@ from slimtune.core.constrained import Constrained, Grid, Mask
 from slimtune.core.constraint import ConstraintConfig
 from slimtune.core.delta import Delta, Site, walk
 from slimtune.errors import ConfigError, listing
-from slimtune.quantization.linears import group_size_for, quantized_linears
 
 Placed = list[tuple[Site, Delta]]
 PRUNED = 0.05
@@ -38,6 +37,9 @@ def constrained(model: nn.Module, config: Any, placed: Placed) -> Placed:
     if wanted.num_bits is not None:
         # Codes that are there decide which layers are on the grid; only a plain base is asked which would be quantized.
         packed = [name for name, module in walk(model) if _grid_of(Site(name, module, base_of(module)))]
+        # transformers' quantizers import torchao, which takes seconds.
+        from slimtune.quantization.linears import group_size_for, quantized_linears
+
         on_grid = set(packed or quantized_linears(model, wanted.ignore))
         if wanted.group_size is not None and not packed:
             group_size_for(model, sorted(on_grid), wanted.group_size, option="constraint.ignore")

@@ -27,7 +27,6 @@ from slimtune.core.constrained import Constrained, Grid
 from slimtune.core.delta import Dense, with_tensors
 from slimtune.errors import MergeError
 from slimtune.quantization.dequantize import untie_if_changed
-from slimtune.quantization.integer import config_of, note_quantization
 from slimtune.storage.quantization_metadata import mend_saving
 
 _ADVICE = (
@@ -165,6 +164,9 @@ def pack_on_grids(model: Any, grids: Mapping[str, Grid]) -> None:
         module: Any = as_linear(model.get_submodule(path))
         kind = LinearInt4 if grid.bits == 4 else LinearInt8
         kind.take(module, *grid.codes(module.weight.detach()))
+    # transformers' quantizers import torchao, which takes seconds.
+    from slimtune.quantization.integer import config_of, note_quantization
+
     note_quantization(model, config_of(model))
 
 

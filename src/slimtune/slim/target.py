@@ -17,7 +17,7 @@ import transformers
 from slimtune.bases import base_of
 from slimtune.errors import ConfigError, check_choice
 from slimtune.models.load import read_model_config
-from slimtune.quantization.integer import quantized_linears
+from slimtune.quantization.linears import quantized_linears
 from slimtune.storage.source import base_of as base_of_adapter
 from slimtune.storage.source import folder_of, is_adapter
 
