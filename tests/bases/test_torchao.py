@@ -167,6 +167,13 @@ class TestClaiming:
         assert torch.equal(model(x), expected)
         assert_near(base_of(host.site).weight(host.site), 2 * site.weight.dequantize())
 
+    def test_a_layer_whose_codes_have_another_name_is_left_alone(self) -> None:
+        host = Host(nn.Linear(4, 4))
+        del host.site._parameters["weight"]
+        host.site.register_buffer("weight_packed", torch.zeros(4, 1, dtype=torch.int32))
+        claim(host)
+        assert type(host.site) is nn.Linear
+
     def test_torchao_is_imported_with_such_a_model_alone(self) -> None:
         """In a process of its own: torchao takes seconds to import."""
         script = (

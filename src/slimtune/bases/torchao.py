@@ -139,7 +139,8 @@ class TensorLinear(Packed, nn.Linear):  # pyright: ignore[reportIncompatibleMeth
 
 def claim(module: Any, dtype: torch.dtype) -> None:
     """Make an `nn.Linear` with a weight of torchao one of ours, in place, with the very same weight."""
-    if type(module) is nn.Linear and expands_itself(module.weight):
+    # Other libraries, as compressed-tensors, hold the codes of an `nn.Linear` by other names.
+    if type(module) is nn.Linear and expands_itself(getattr(module, "weight", None)):
         module.__class__ = TensorLinear
         # Put there by whoever quantized; bound to the instance, it can't be pickled.
         module.__dict__.pop("extra_repr", None)
