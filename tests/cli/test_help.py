@@ -32,6 +32,7 @@ def test_paragraphs_break_where_the_screen_ends() -> None:
     assert all("\n" not in str(command.help).replace("\n\n", "") for command in app.registered_commands)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_loads_nothing_heavy(command: str) -> None:
     code = (

@@ -95,6 +95,7 @@ def test_output_in_another_encoding(command: list[str], encoding: str) -> None:
     assert out or errors
 
 
+@pytest.mark.slow
 def test_answers_in_another_encoding(base: Path, rows: Path) -> None:
     letters = write_lines(rows.parent / "letters.jsonl", {"prompt": "\u2713 \u65e5\u672c", "completion": "\u00e9"})
     process = slimtune("data", "preview", letters, env={"PYTHONIOENCODING": "ascii"})
@@ -104,6 +105,7 @@ def test_answers_in_another_encoding(base: Path, rows: Path) -> None:
     assert rb"\xe9" in out
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_reader_that_goes_away_ends_it_without_a_word(tmp_path: Path, options: list[str]) -> None:
     many = write_lines(tmp_path / "many.jsonl", *({"prompt": "p" * 99, "completion": "c" * 99} for _ in range(3000)))
@@ -157,6 +159,7 @@ def test_a_name_that_is_too_long_is_refused_before_anything_is_loaded(
         assert "training" not in result.stderr
 
 
+@pytest.mark.slow
 def test_bars_in_a_terminal_without_blocks(base: Path, data: Path) -> None:
     process = slimtune("data", "preview", data, env={"PYTHONIOENCODING": "ascii"})
     output = process.communicate(timeout=120)[0]
@@ -199,6 +202,7 @@ def at_a_terminal(*arguments: Any) -> tuple[int, str]:
     return process.returncode, drawn.decode()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
 @pytest.mark.parametrize("command", ["train", "evaluate", "preview", "generate", "forgetting"])
 def test_bars_are_drawn_at_a_terminal(command: str, base: Path, data: Path, tuned: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def done(recipe: Path) -> tuple[Path, Result]:
     return recipe.parent / "out", invoke(recipe, "-o", recipe.parent / "out", "--json")
 
 
+@pytest.mark.slow
 def test_each_method_is_trained_and_judged(done: tuple[Path, Result]) -> None:
     folder, result = done
     assert result.exit_code == 0, result.output
@@ -54,6 +55,7 @@ def test_each_method_is_trained_and_judged(done: tuple[Path, Result]) -> None:
     assert max(arm["score"]["mean"] for arm in found["arms"]) > 0.7, "nothing was learned"
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_told(done: tuple[Path, Result]) -> None:
     folder, result = done
     found = json.loads(result.stdout)
@@ -68,6 +70,7 @@ def test_what_is_left_out_is_told(done: tuple[Path, Result]) -> None:
     assert {finding["claim"][:10] for finding in found["findings"]} == {"LoRA learn", "Full tunin"}
 
 
+@pytest.mark.slow
 def test_spectra_are_of_the_encoder_and_not_of_the_new_head(done: tuple[Path, Result]) -> None:
     folder, _ = done
     for name in ("full", "lora"):
@@ -77,12 +80,14 @@ def test_spectra_are_of_the_encoder_and_not_of_the_new_head(done: tuple[Path, Re
         assert not (folder / f"runs/{name}-seed-1/spectra.json").exists()
 
 
+@pytest.mark.slow
 def test_answers_stand_side_by_side(done: tuple[Path, Result]) -> None:
     folder, _ = done
     page = (folder / "report.html").read_text()
     assert reviews(12, seed=5)[0]["text"] in page
 
 
+@pytest.mark.slow
 def test_the_same_again_runs_nothing_and_other_data_is_refused(done: tuple[Path, Result], recipe: Path) -> None:
     folder, _ = done
     times = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*.json")}

@@ -84,6 +84,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", USES)
 def test_an_addition_is_whole(copy: Path, name: str) -> None:
     applied = subprocess.run(["git", "apply", "-"], input=ADDITIONS[name], text=True, cwd=copy, capture_output=True)

@@ -13,6 +13,7 @@ PAGE = "\n".join(read(name) for name in ("quantized.md", "quantized-merging.md",
 FIGURES = read("figures/quantized.md")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("code", "said"), examples(PAGE))
 def test_the_example_runs_and_prints_what_is_shown(
     code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -132,6 +132,7 @@ def test_folding_equals_the_forward_or_is_refused(method: str, on: str) -> None:
     assert torch.equal(predict(model, specimen.batch()), unmerged)
 
 
+@pytest.mark.one_in(2)
 @each_pair
 def test_save_then_load_is_the_identity(method: str, on: str, tmp_path: Path) -> None:
     specimen = BY_NAME[on]
@@ -147,6 +148,7 @@ def test_save_then_load_is_the_identity(method: str, on: str, tmp_path: Path) ->
     assert torch.equal(predict(again, specimen.batch()), predict(model, specimen.batch()))
 
 
+@pytest.mark.one_in(2)
 @each_pair
 def test_two_adapters_do_not_disturb_each_other(method: str, on: str) -> None:
     specimen = BY_NAME[on]
@@ -168,6 +170,7 @@ def test_two_adapters_do_not_disturb_each_other(method: str, on: str) -> None:
     assert torch.equal(predict(model, specimen.batch()), alone)
 
 
+@pytest.mark.one_in(3)
 @each_pair
 @pytest.mark.parametrize(
     "copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]

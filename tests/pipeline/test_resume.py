@@ -78,7 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, list
     return lambda case, files: of(case, *files)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_ends_as_one_that_was_not(
     case: str, tmp_path: Path, request: pytest.FixtureRequest, undisturbed: Any
@@ -114,6 +114,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(
     assert sums(output) == undisturbed("lora", text)
 
 
+@pytest.mark.slow
 def test_the_command_itself_is_killed_by_ctrl_c_and_goes_on(text: list[Path], tmp_path: Path, undisturbed: Any) -> None:
     """In a process as a shell starts it: 130, one sentence that says how to go on, and the same end."""
     output, log = tmp_path / "tuned", tmp_path / "tuned.run" / "loss.jsonl"

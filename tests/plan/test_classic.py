@@ -37,6 +37,7 @@ def test_configurations_have_the_published_number_of_parameters(size: str) -> No
     assert count(read_config(SIZES[size]), "CAUSAL_LM")[0] == pytest.approx(PARAMETERS[size], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_cells_are_simulated_and_near_the_rules_of_thumb() -> None:
     assert [(cell.row.name, cell.size) for cell in cells()] == [(row.name, s) for row in ROWS for s in ("7B", "110B")]
     for cell in cells():

@@ -212,6 +212,7 @@ def test_engines_that_take_the_adapter_are_told() -> None:
     assert by_method["full"] == {}
 
 
+@pytest.mark.slow
 def test_the_command_says_all_that_was_chosen() -> None:
     report = asked(int(0.95 * WEIGHTS), dtype="float16")
     assert report.best is not None

@@ -138,6 +138,7 @@ def test_a_damaged_calibration_is_none(tmp_path: Path, monkeypatch: pytest.Monke
     assert not rates_of(find("cpu")).is_measured
 
 
+@pytest.mark.slow
 def test_expanding_a_quantized_base_takes_as_long_as_its_bytes_twice_a_step_and_once_more_with_checkpointing() -> None:
     rates = usual(find("A100 80GB"))
     method = LoraConfig(r=8, task_type="CAUSAL_LM")

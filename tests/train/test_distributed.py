@@ -53,6 +53,7 @@ def outcome(folder: Path, mode: str) -> Outcome:
     return losses, torch.load(folder / mode / "tensors.pt")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "accelerate"])
 def test_two_processes_are_one(mode: str, folder: Path) -> None:
     losses, tensors = outcome(folder, mode)

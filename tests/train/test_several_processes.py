@@ -164,6 +164,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("rank", "how", "said"),
     [
