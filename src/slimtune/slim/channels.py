@@ -41,7 +41,7 @@ def drop_channels(model: Any, batches: Sequence[Batch], share: float, watch: Wat
     if not batches:
         raise DataError("the network is traced with a batch; pass one, as it is called with")
     try:
-        import torch_pruning  # pyright: ignore[reportMissingImports]
+        import torch_pruning
     except ImportError as error:
         raise MissingDependencyError(
             "channels are pruned by torch-pruning: run `pip install 'slimtune[pruning]'`"
@@ -50,9 +50,11 @@ def drop_channels(model: Any, batches: Sequence[Batch], share: float, watch: Wat
     before = _channels(smaller)
     last = [module for _, module in walk(smaller) if isinstance(module, (nn.Linear, *CONVOLUTIONS))][-1]
     watch.start("pruning channels", 1)
+    # It is called with a dictionary as keywords, which its annotation doesn't say.
+    example: Any = dict(batches[0])
     pruner: Any = torch_pruning.pruner.BasePruner(
         smaller,
-        dict(batches[0]),
+        example,
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=1 - share,
         ignored_layers=[last],
