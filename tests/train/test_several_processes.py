@@ -225,7 +225,7 @@ def until_checkpoint(work: Path, output: str, process: subprocess.Popen[str], st
 
 @pytest.mark.soak
 def test_a_run_that_lost_a_process_or_was_stopped_goes_on_to_the_same_bits(work: Path) -> None:
-    whole = train(work, "whole", "--launch", "2")
+    whole = train(work, "uninterrupted", "--launch", "2")
     assert whole.wait(300) == 0, whole.communicate()
 
     killed = train(work, "killed", "--launch", "2")
@@ -248,16 +248,16 @@ def test_a_run_that_lost_a_process_or_was_stopped_goes_on_to_the_same_bits(work:
 
     resumed = train(work, "killed", "--launch", "2", "--resume")
     assert resumed.wait(300) == 0, resumed.communicate()
-    assert lines(work / "killed") == lines(work / "whole")
+    assert lines(work / "killed") == lines(work / "uninterrupted")
     name = "adapter_model.safetensors"
-    assert (work / "killed" / name).read_bytes() == (work / "whole" / name).read_bytes()
+    assert (work / "killed" / name).read_bytes() == (work / "uninterrupted" / name).read_bytes()
 
     # By another number of processes: to the same loss, and that the bits may differ is said.
     alone = train(work, "alone", "--resume")
     shown, _ = alone.communicate(timeout=300)
     assert alone.returncode == 0
     assert "processes 2 then, 1 now" in shown
-    for before, after in zip(lines(work / "whole"), lines(work / "alone"), strict=True):
+    for before, after in zip(lines(work / "uninterrupted"), lines(work / "alone"), strict=True):
         assert after == pytest.approx(before, rel=1e-5, abs=1e-9)
 
 
