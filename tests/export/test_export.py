@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import slimtune
 from cli.conftest import invoke
+from denoisers import ATTENTION, DENOISERS
 from export.llama_cpp import LlamaCpp, greedy
 from slimtune import LoraConfig, PeftModel, get_peft_model
 from slimtune.export.ollama import chat_format
 from small_text_model import save_base, tiny_tokenizer
+from tensors import assert_near, randomize
 
 PROMPT = [5, 6, 7, 300, 44, 90, 91]
+CONVOLUTIONS = ["conv1", "conv_out"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -209,6 +214,45 @@ def test_kohyas_names_and_back(tmp_path: Path) -> None:
     assert torch.equal(back[f"{name}.lora_A.weight"], tensors[f"{name}.lora_A.weight"])
     assert torch.equal(back[f"{name}.lora_B.weight"], 2 * tensors[f"{name}.lora_B.weight"])
     assert back[f"{name}.lora_magnitude_vector"].shape == (8,)
+
+
+@pytest.mark.parametrize("part", ["unet", "sd3"])
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}])
+def test_kohyas_file_without_metadata_is_named_by_its_pipeline(
+    part: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    denoiser = DENOISERS[part]
+    torch.manual_seed(0)
+    targets = [*ATTENTION, *CONVOLUTIONS] if part == "unet" else ATTENTION
+    model = get_peft_model(denoiser.model(), LoraConfig(r=4, target_modules=targets, **options))
+    expected = denoiser.predict(randomize(slimtune, model).eval())
+    slimtune.save_diffusers_lora(tmp_path / "in", **{denoiser.part: model})
+    export(tmp_path / "in", "kohya", tmp_path / "kohya")
+    file = tmp_path / "kohya" / "lora.safetensors"
+    tensors = load_file(file)
+    assert all(name.startswith(f"lora_{denoiser.part}_") for name in tensors)
+    save_file(tensors, file)
+    assert "pass the folder of its pipeline by --base" in refused(file, "diffusers", tmp_path / "back")
+    assert "no pipeline of diffusers" in refused(file, "diffusers", tmp_path / "back", "--base", tmp_path)
+
+    denoiser.model().save_pretrained(tmp_path / "pipeline" / denoiser.part)
+    export(file, "diffusers", tmp_path / "back", "--base", tmp_path / "pipeline")
+    read = denoiser.model()
+    read.load_lora_adapter(tmp_path / "back", prefix=denoiser.part, weight_name="pytorch_lora_weights.safetensors")
+    assert_near(denoiser.predict(read.eval()), expected, 1e-5)
+    again = denoiser.model()
+    slimtune.load_diffusers_lora(tmp_path / "back", **{denoiser.part: again})
+    assert_near(denoiser.predict(again.eval()), expected, 1e-5)
+    if denoiser.part == "unet" and "use_dora" not in options:
+        # diffusers reads kohya's own layout, too.
+        names, alphas = StableDiffusionPipeline.lora_state_dict(file)
+        other = denoiser.model()
+        StableDiffusionPipeline.load_lora_into_unet(names, alphas, other)
+        assert_near(denoiser.predict(other.eval()), expected, 1e-5)
+
+    save_file(tensors | {"lora_unet_elsewhere.lora_down.weight": torch.ones(4, 4)}, file)
+    error = refused(file, "diffusers", tmp_path / "more", "--base", tmp_path / "pipeline")
+    assert "is for lora_unet_elsewhere" in error
 
 
 def test_the_real_model_answers_token_by_token(smollm2: Any, smollm2_tokenizer: Any, tmp_path: Path) -> None:

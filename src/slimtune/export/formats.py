@@ -158,7 +158,7 @@ def _kohya(source: str, folder: Path, output: Path, options: ExportOptions) -> E
 
 
 def _diffusers(source: str, folder: Path, output: Path, options: ExportOptions) -> Exported:
-    from_kohya(Path(source), folder)
+    from_kohya(Path(source), folder, None if options.base is None else Path(options.base))
     return Exported("read again: the same tensors", f"pipeline.load_lora_weights({str(output)!r})")
 
 

@@ -156,8 +156,6 @@ def _prepare_environment(chosen: Launch) -> None:
     # torchrun sets 1 where nothing is set, which leaves most cores idle; all of them for each would be far too many.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_STOP))
-    # DDP's remark that all parameters were used, which holds for the first step alone.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What torchrun logs of signals and of processes that failed is said in a sentence here.
     logging.disable(logging.ERROR)
 
