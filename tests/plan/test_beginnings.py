@@ -108,8 +108,8 @@ def test_an_encoder_is_known_before_any_batch_is_drawn() -> None:
     model = BertForSequenceClassification(
         BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    objective: object = Untouched()
-    with sharing(model, TrainSettings(), [[1]], objective, Console()):  # type: ignore[arg-type]
+    collate = Untouched().collate
+    with sharing(model, TrainSettings(), [[1]], collate, Console()):  # type: ignore[arg-type]
         pass
     with pytest.raises(ConfigError, match=r"leave training\.share_prefixes out"):
-        sharing(model, TrainSettings(share_prefixes=True), [[1]], objective, Console())  # type: ignore[arg-type]
+        sharing(model, TrainSettings(share_prefixes=True), [[1]], collate, Console())  # type: ignore[arg-type]

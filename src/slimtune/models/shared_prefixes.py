@@ -27,8 +27,6 @@ from slimtune.ops.prefix_tree import Family, PrefixTree, prefix_tree, tree_atten
 
 WORTHWHILE = 0.9
 """A batch stays as it is where its tree has more than this share of its tokens."""
-SAMPLED = 4
-"""Batches that are looked at to see whether sharing pays."""
 PROBED = 20
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of hidden states that counts as rounding, by their dtype."""
@@ -49,6 +47,11 @@ class SharedTokens:
     def ratio(self) -> float:
         """How many times fewer tokens were computed; 1 where there were none."""
         return self.given / self.computed if self.computed else 1.0
+
+    @property
+    def pays(self) -> bool:
+        """Whether so many fewer are computed that sharing is worth its calls."""
+        return 0 < self.computed <= WORTHWHILE * self.given
 
 
 @contextmanager
@@ -146,7 +149,7 @@ class _Flatten:
             # Padding on the left: the model counts positions from the padding on, each row by its own.
             return None
         tree = prefix_tree(ids, mask, given.get("position_ids"))
-        is_worth_it = self.always or len(tree.tokens) <= WORTHWHILE * ids.numel()
+        is_worth_it = self.always or SharedTokens(ids.numel(), len(tree.tokens)).pays
         self.tokens.given += ids.numel()
         self.tokens.computed += len(tree.tokens) if is_worth_it else ids.numel()
         if not is_worth_it:
