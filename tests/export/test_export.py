@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -23,6 +25,7 @@ from tensors import assert_near, randomize
 
 PROMPT = [5, 6, 7, 300, 44, 90, 91]
 CONVOLUTIONS = ["conv1", "conv_out"]
+ROPE = {"rope_type": "default", "rope_theta": 50_000.0}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -253,6 +256,30 @@ def test_kohyas_file_without_metadata_is_named_by_its_pipeline(
     save_file(tensors | {"lora_unet_elsewhere.lora_down.weight": torch.ones(4, 4)}, file)
     error = refused(file, "diffusers", tmp_path / "more", "--base", tmp_path / "pipeline")
     assert "is for lora_unet_elsewhere" in error
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("optimum-cli") is None, reason="optimum-cli is not on the PATH")
+def test_onnxruntime_answers_as_the_model_does(tmp_path: Path) -> None:
+    tuned = adapter(save_base(tmp_path / "base", rope_parameters=ROPE), tmp_path / "tuned", use_dora=True)
+    written = export(tuned, "onnx", tmp_path / "onnx")
+    assert written["check"].startswith("run by onnxruntime: KL")
+    assert not {"plain", "given.npz", "got.npz"} & {path.name for path in (tmp_path / "onnx").iterdir()}
+    # An encoder, by its hidden states.
+    export("minilm-l6-v2", "onnx", tmp_path / "encoder")
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama-quantize is not on the PATH")
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q6_K"])
+def test_llama_cpps_own_program_makes_k_quants(kind: str, tmp_path: Path) -> None:
+    # Blocks of K-quants have 256 numbers.
+    base = save_base(tmp_path / "base", hidden_size=256, intermediate_size=512)
+    written = export(base, "gguf", tmp_path / "out", "--type", kind, "--max-kl", "5")
+    assert any("quantized by " in note for note in written["notes"])
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert kinds & {"Q4_K", "Q6_K"}
+    assert len(LlamaCpp(tmp_path / "out" / "model.gguf").greedy(PROMPT, 4)) == 4
 
 
 def test_the_real_model_answers_token_by_token(smollm2: Any, smollm2_tokenizer: Any, tmp_path: Path) -> None:

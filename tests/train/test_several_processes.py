@@ -12,15 +12,22 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.state import GradientState
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.console.process import Process
 from slimtune.console.screen import open_screen
+from slimtune.data.batches import IGNORED
 from slimtune.errors import ConfigError
 from slimtune.pipeline.launch import check_devices, launch, read_launch, start
 from slimtune.pipeline.train import run
@@ -28,6 +35,7 @@ from slimtune.recipe.recipe import Recipe
 from slimtune.recipe.training import TrainSettings
 from slimtune.train import processes
 from slimtune.train.processes import check_processes, share_of
+from slimtune.train.trainer import HeldOutMean
 from small_text_model import save_base
 from tensors import assert_all_near, assert_same
 
@@ -139,8 +147,8 @@ def test_two_processes_that_shard_the_model_train_as_one_and_go_on(
     assert_two_are_one(work, cases, monkeypatch, capfd, "--sharded")
     for name in cases:
         shutil.move(work / "two" / name, work / "whole" / name)
-    # Broken off after step 3, where a process is told to stop, and gone on with.
-    for options in (["--stop-after", "3"], ["--resume"]):
+    # Broken off after step 5, within an epoch, where a process is told to stop, and gone on with.
+    for options in (["--stop-after", "5"], ["--resume"]):
         assert start(TWO, [str(SCRIPT), str(work / "recipes.json"), "--sharded", *options]) == 0
         assert all((work / "two" / name).exists() == (options == ["--resume"]) for name in cases)
     for name in cases:
@@ -307,6 +315,11 @@ class TestWhatCannotStart:
         with pytest.raises(ConfigError, match=said):
             read_launch(str(tmp_path / "accelerate.yaml"))
 
+    @pytest.mark.parametrize("name", ["kubeflow.yaml", "skypilot.yaml"])
+    def test_a_file_of_another_tool_is_not_taken_for_one_of_accelerate(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=r"is no file of accelerate \(it has (apiVersion|file_mounts)"):
+            read_launch(str(TESTS.parent / "docs" / "scale" / name))
+
     def test_fsdp_on_a_cpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "accelerate.yaml"
         file.write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}")
@@ -358,6 +371,23 @@ class TestWhatCannotStart:
         words = ["train", str(work / "base"), "none.jsonl", "--output", str(work / "none")]
         result = CliRunner().invoke(app, words)
         assert "accelerate launch starts one process on a CPU" in result.stdout
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fills_up_a_last_batch_is_told_in_an_epoch_that_is_gone_on_with(rank: int, skipped: int) -> None:
+    """10 rows for two processes in batches of 3 each: the last four are 3 and 1, filled up with the first two."""
+    PartialState()
+    rows = [{"input_ids": torch.tensor([n]), "labels": torch.tensor([n])} for n in range(10)]
+    shards = DataLoader(rows, batch_size=3)  # type: ignore[arg-type]
+    loader = prepare_data_loader(shards, num_processes=2, process_index=rank, put_on_device=False)
+    trainer: Any = HeldOutMean()
+    trainer.accelerator = SimpleNamespace(gradient_state=GradientState())
+    trainer.args = SimpleNamespace(world_size=2, process_index=rank)
+    batches = [trainer._without_repeated(batch) for batch in skip_first_batches(loader, skipped)]
+    learned = [batch["labels"].flatten().tolist() for batch in batches]
+    own: list[list[int]] = [[0, 1, 2], [6, 7, 8]] if rank == 0 else [[3, 4, 5], [9, IGNORED, IGNORED]]
+    assert learned == own[skipped:]
 
 
 @pytest.mark.parametrize(

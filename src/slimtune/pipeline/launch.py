@@ -21,7 +21,7 @@ from typing import Any
 
 from slimtune.console.process import read_failure, this_process
 from slimtune.console.screen import one_line, say
-from slimtune.errors import ConfigError, did_you_mean, first_line
+from slimtune.errors import ConfigError, did_you_mean, first_line, listing
 from slimtune.storage.text_files import is_yaml, read_mapping
 from slimtune.train.processes import REFUSED
 
@@ -75,6 +75,11 @@ def _of_file(file: Path) -> Launch:
     if not file.is_file():
         raise ConfigError(f"accelerate's file {file} is not there; docs/scale has some, accelerate config writes one")
     settings = read_mapping(file)
+    if _KEYS.isdisjoint(settings):
+        raise ConfigError(
+            f"{file} is no file of accelerate (it has {listing(settings, 3) or 'nothing'}, and none of "
+            f"{listing(sorted(_KEYS), 5)}); docs/scale has some, accelerate config writes one"
+        )
     kind, processes = str(settings.get("distributed_type", "NO")).upper(), _whole(file, settings, "num_processes")
     for key, variable in _KINDS.items():
         if kind == key:
@@ -102,6 +107,7 @@ def _of_file(file: Path) -> Launch:
     )
 
 
+_KEYS = {"compute_environment", "distributed_type", "num_processes", "mixed_precision", "parallelism_config"}
 _KINDS = {"DEEPSPEED": "ACCELERATE_USE_DEEPSPEED", "MEGATRON_LM": "ACCELERATE_USE_MEGATRON_LM"}
 _PARALLEL = {
     "parallelism_config_tp_size": "PARALLELISM_CONFIG_TP_SIZE",
