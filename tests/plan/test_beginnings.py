@@ -86,6 +86,15 @@ def test_the_fullest_of_some_batches_is_planned() -> None:
     assert 0 < rows.share < 0.5
 
 
+def test_batches_of_examples_that_begin_alike_share_more() -> None:
+    # Five documents, by the number that each begins with.
+    rows = [[number, *row] for row in examples(count=20) for number in range(5)]
+    at_random, grouped = (Beginnings(rows, are_grouped).shared_rows(8) for are_grouped in (False, True))
+    assert at_random is not None
+    assert grouped is not None
+    assert grouped.share < 0.7 * at_random.share
+
+
 def test_nothing_is_shared_where_it_does_not_pay() -> None:
     assert Beginnings(examples(prompt=2, answers=(30, 30))).shared_in(SETTING) is SETTING
 

@@ -18,7 +18,14 @@ from slimtune.data.prefixes import (
     tokens_of,
 )
 from slimtune.errors import ConfigError
-from slimtune.models.shared_prefixes import WORTHWHILE, SharedTokens, check_kind, check_shares, shared_prefixes
+from slimtune.models.shared_prefixes import (
+    WORTHWHILE,
+    SharedTokens,
+    check_kind,
+    check_shares,
+    counts_columns,
+    shared_prefixes,
+)
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.trainer import AnswerTrainer
 
@@ -98,7 +105,8 @@ def sharing(
                 f"tokens, by {SAMPLED} of the batches (training.share_prefixes=false computes all)"
             )
         )
-    return shared_prefixes(model)
+    # TRL pads the prompts of grpo on the left, and gives no positions.
+    return shared_prefixes(model, left_padded=not tokens.given and counts_columns(model))
 
 
 def _not_shared(error: ConfigError, settings: TrainSettings) -> AbstractContextManager[Any]:
