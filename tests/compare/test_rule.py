@@ -144,7 +144,8 @@ def test_a_cost_that_differs_by_less_than_a_tenth_does_not_count_and_time_does()
         ),
         (
             [row(prompted(0), 0.8), row(trained("lora"), 0.85)],
-            "Choose lora: it scores 0.050 better than the model as it comes, which may be chance, but has to be trained",
+            "Choose lora: it scores 0.050 better than the model as it comes, which may be chance, but has to be "
+            "trained",
         ),
     ],
 )
