@@ -78,8 +78,8 @@ def _by_itself(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | N
 class _Watched:
     """A process that renders, ended by a thread of this one when it takes too much for one conversation.
 
-    From outside, and not by limits of its own: those of memory differ by system, and Windows has none of either. A
-    thread inside would have to wait for the interpreter, which one long operation on a number holds until its end.
+    From outside, and not by limits of its own alone: those of memory differ by system, and Windows has none of either.
+    A thread inside would have to wait for the interpreter, which one long operation on a number holds until its end.
     """
 
     def __init__(self) -> None:
@@ -188,8 +188,9 @@ def _start() -> subprocess.Popen[bytes]:
     # A group of its own, so that Ctrl-C is a matter of this process alone.
     apart: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
     started: Any = subprocess.Popen(
-        [sys.executable, "-P", os.fspath(_WORKER), str(2 * SECONDS)],
+        [sys.executable, "-P", os.fspath(_WORKER), str(2 * SECONDS), str(BYTES)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        # One thread: Linux counts the stacks of others.
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}, **apart,
     )  # fmt: skip
     return started

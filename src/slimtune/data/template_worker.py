@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 CHARACTERS = 2**25
@@ -24,7 +25,8 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    seconds = float(sys.argv[1])
+    seconds, size = float(sys.argv[1]), int(sys.argv[2])
+    _limit_memory(size)
     answers.write(b"\n")
     answers.flush()
     while length := requests.read(8):
@@ -49,11 +51,27 @@ def _answer(render: Any, request: dict[str, Any]) -> dict[str, str]:
             return {"excess": f"it writes more than {CHARACTERS:,} characters"}
         return {"text": text}
     except MemoryError:
-        return {"excess": "it takes more memory than there is"}
+        return {"excess": f"it takes more than {int(sys.argv[2]) // 2**20} MB of memory"}
     except TemplateError as error:
         return {"error": str(error)[:1000] or type(error).__name__}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
+
+
+def _limit_memory(size: int) -> None:
+    """Have Linux refuse what is too much at once.
+
+    Whoever watches looks every few milliseconds, in which a single operation can take gigabytes. Other systems count
+    address space in other ways or not at all.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    # What the process has mapped when it is ready, libraries included, and room for the work on top.
+    most = pages * resource.getpagesize() + size
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 if __name__ == "__main__":
