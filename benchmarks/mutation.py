@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("core", "adapters", "fused", "storage", "data", "plan")
-TESTS = ("core", "storage", "fused", "data", "plan", "adapters", "methods")
+TESTS = ("core", "storage", "fused", "data", "plan", "adapters", "methods", "parity", "quantization", "cli")
 """The folders of tests that run, the short ones first."""
 BUDGET = 12.0
 """Seconds that the tests of one mutant took together when nothing was changed."""
@@ -275,6 +275,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30, help="mutants of each room")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--rooms", nargs="+", default=ROOMS, choices=ROOMS, help="these alone")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="folders of tests that run")
     options = parser.parse_args()
     tree, results = options.work.resolve() / "tree", options.work / "results.jsonl"
     if not tree.exists():
@@ -287,7 +288,7 @@ def main() -> None:
     chosen = [each for each in drawn(tree, options.count, options.seed) if each.room in options.rooms]
     prepare(tree)
     records = []
-    for path in (path for folder in TESTS for path in sorted((tree / "tests" / folder).glob("test_*.py"))):
+    for path in (path for folder in options.tests for path in sorted((tree / "tests" / folder).glob("test_*.py"))):
         output = options.work.resolve() / "lines" / f"{path.parent.name}-{path.stem}.json"
         output.parent.mkdir(exist_ok=True)
         if not output.exists():

@@ -423,7 +423,12 @@ def test_the_preview_lists_each_column_as_used_or_ignored(tmp_path: Path) -> Non
     path = write_lines(
         tmp_path / "rows.jsonl", {"prompt": "q", "completion": "a", "id": 1}, {"prompt": "q", "completion": "b"}
     )
-    columns = preview(DataSettings(path)).to_dict(8, 2)["columns"]
+    figures = preview(DataSettings(path)).to_dict(8, 2)
+    columns = figures["columns"]
+    # Rows of a batch are of tokens, and nothing says how many without a tokenizer.
+    assert figures["unit"] == "characters"
+    assert "packed_rows" not in figures
+    assert preview(DataSettings(path), tokenizer=tiny_tokenizer()).to_dict(8, 2)["packed_rows"] == 2
     assert [(c["name"], c["rows"], c["used"]) for c in columns] == [
         ("prompt", 2, True), ("completion", 2, True), ("id", 1, False)
     ]  # fmt: skip

@@ -160,3 +160,5 @@ def test_a_config_is_made_by_the_name_of_its_method() -> None:
         assert isinstance(config, library.IA3Config)
         assert config.target_modules == {"k_proj"}
         assert isinstance(library.LoraConfig.from_peft_type(r=3), library.LoraConfig)
+    with pytest.raises(ConfigError, match="this adapter is of IA3, not one for LoraConfig"):
+        slimtune.LoraConfig.from_peft_type(peft_type="IA3", target_modules=["k_proj"])

@@ -169,7 +169,7 @@ class PeftConfig:
         if owner is PeftConfig:
             raise ConfigError(f"peft_type must name a method, found {peft_type!r}; known are {listing(methods())}")
         if not issubclass(owner, cls):
-            raise ConfigError(f"this is a {peft_type} adapter, not one for {cls.__name__}")
+            raise ConfigError(f"this adapter is of {peft_type}, not one for {cls.__name__}")
         known = {f.name for f in dataclasses.fields(owner)}
         # Unknown fields are kept apart and written back by `to_dict`: reading and saving must lose nothing of a file.
         config = owner(**{name: value for name, value in fields.items() if name in known})
