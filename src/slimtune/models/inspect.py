@@ -14,6 +14,7 @@ from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from
 from slimtune.storage.compressed import PACKED, SCALE, SHAPE, ZERO, is_compressed, read_config, scheme_for
 from slimtune.storage.foreign import refuse_special_files
 from slimtune.storage.hub import fetched, is_id
+from slimtune.storage.source import name_here
 
 Facts = dict[str, Any]
 
@@ -58,7 +59,8 @@ def contents(source: str) -> tuple[Facts, list[Any]]:
 def _adapter(path: Path) -> tuple[Facts, list[Any]]:
     folder = read_folder(path, "adapter_config.json", "adapter_model*.safetensors")
     config = folder.config
-    facts = {"kind": "adapter", "method": _method(config), "base": config.get("base_model_name_or_path")}
+    named = config.get("base_model_name_or_path")
+    facts = {"kind": "adapter", "method": _method(config), "base": named and name_here(named)}
     if config.get("revision"):
         facts["revision"] = config["revision"]
     if config.get("constraint"):

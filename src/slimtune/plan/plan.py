@@ -93,6 +93,7 @@ class PlanReport:
         words += ["training.gradient_checkpointing=true"] if setting.gradient_checkpointing else []
         if self.request.share_prefixes is not None:
             words += [f"training.share_prefixes={str(self.request.share_prefixes).lower()}"]
+        words += ["training.group_prefixes=true"] if self.request.group_prefixes else []
         words += [f"training.optim={setting.optimizer}"] if setting.optimizer != DEFAULT else []
         words += ["--epochs", f"{self.request.epochs:g}"] if self.request.epochs != PlanRequest.epochs else []
         words += ["--max-length", setting.sequence] if self.cut or setting.sequence > TRAIN_LENGTH else []
@@ -201,6 +202,7 @@ def plan(
     evaluation: bool = False,
     merge: bool = False,
     share_prefixes: bool | None = None,
+    group_prefixes: bool = False,
 ) -> PlanReport:
     """What tuning a model takes on a device, by method, and which to choose. No weights are read and no GPU is needed.
 
@@ -222,6 +224,7 @@ def plan(
         evaluation: count an evaluation step too, on batches of the same size.
         merge: simulate merging the adapter too.
         share_prefixes: whether what rows begin with alike is computed once; None where it pays, as in training.
+        group_prefixes: whether batches are drawn of examples that begin alike.
 
     Raises:
         ModelNotFoundError: no configuration, or one that needs code from the model's folder.
@@ -269,8 +272,9 @@ def plan(
         is_stored_quantized=is_stored_quantized,
         sharing=sharing,
         parameters=parameters,
-        beginnings=beginnings_of(config, measured, limit, share_prefixes, trust_remote_code),
+        beginnings=beginnings_of(config, measured, limit, share_prefixes, group_prefixes, trust_remote_code),
         share_prefixes=share_prefixes,
+        group_prefixes=group_prefixes,
         served_on=_device(served_on) if served_on else None,
         trust_remote_code=trust_remote_code,
     )
@@ -320,13 +324,18 @@ def read_config(model: Any, trust_remote_code: bool = False) -> Any:
 
 
 def beginnings_of(
-    config: Any, measured: MeasuredData, limit: int, share_prefixes: bool | None, trust_remote_code: bool = False
+    config: Any,
+    measured: MeasuredData,
+    limit: int,
+    share_prefixes: bool | None,
+    group_prefixes: bool,
+    trust_remote_code: bool = False,
 ) -> Beginnings | None:
     """The examples of which batches share what they begin with; None where nothing is to be shared."""
     task_type = task_type_of(measured.task)
     if share_prefixes is False or not measured.examples or not can_share(config, task_type, trust_remote_code):
         return None
-    return Beginnings([row[:limit] for row in measured.examples])
+    return Beginnings([row[:limit] for row in measured.examples], group_prefixes)
 
 
 def count(config: Any, task_type: str | None, trust_remote_code: bool = False) -> tuple[int, int]:
