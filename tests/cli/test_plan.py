@@ -295,6 +295,23 @@ def test_training_plans_first_and_says_what_would_fit(
     assert re.search(r"planned: 0\.7 GB of 0\.7 on cpu", fitting.stdout)
 
 
+def test_examples_that_are_short_enough_need_no_simulation(
+    run: Any, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 MB are left: by far enough for these examples, not for such as have all the tokens that they may have."""
+    from slimtune.plan import devices
+
+    monkeypatch.setattr(devices, "_memory_sources", lambda: [961_000_000])
+    options = ["--max-steps", 1, "model.device=cpu"]
+    trained = run("train", base, data, "-o", tmp_path / "short", *options)
+    assert trained.exit_code == 0, trained.output
+    assert "planned" not in trained.stdout
+    long = [{"text": "a b " * 240}, {"text": "b a " * 240}]
+    trained = run("train", base, write_lines(tmp_path / "long.jsonl", *long), "-o", tmp_path / "long", *options)
+    assert trained.exit_code == 0, trained.output
+    assert "planned: " in trained.stdout
+
+
 def test_a_device_that_no_table_names_stops_no_training(
     run: Any, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

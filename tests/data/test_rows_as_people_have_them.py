@@ -379,6 +379,14 @@ def test_what_separates_the_columns_of_a_table_is_found_and_told(delimiter: str,
     assert said == [f"{path}: faq.csv is separated by {name}"] * bool(name)
 
 
+def test_what_stands_in_quotation_marks_separates_no_columns(tmp_path: Path) -> None:
+    path = tmp_path / "faq.csv"
+    path.write_text('prompt;"a, b";"c, d";completion\nq;1;2;a\n')
+    (source,) = read_splits(DataSettings(path)).train
+    assert source.rows == [of({"prompt": "q", "completion": "a"})]
+    assert source.ignored == {"a, b": 1, "c, d": 1}
+
+
 def test_a_long_row_is_cut_in_the_preview_of_any_format(tmp_path: Path) -> None:
     words = " ".join(f"w{number}" for number in range(5000))
     for row in (

@@ -15,7 +15,7 @@ import slimtune
 from kinds import NEEDED
 from slimtune.core.config import methods
 from slimtune.errors import ConfigError, TargetError
-from slimtune.models.shared_prefixes import SharedTokens, check_shares, shared_prefixes
+from slimtune.models.shared_prefixes import SharedTokens, check_shares, counts_columns, shared_prefixes
 from tensors import randomize
 from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QUANTIZED, QWEN2, T5, TIED_LLAMA, VOCABULARY, Specimen
 
@@ -61,10 +61,12 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def learn(model: Any, inputs: dict[str, Tensor], shares: bool, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def learn(
+    model: Any, inputs: dict[str, Tensor], shares: bool, left_padded: bool = False, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     torch.manual_seed(0)
-    with shared_prefixes(model) if shares else nullcontext(SharedTokens()) as tokens:
+    with shared_prefixes(model, left_padded=left_padded) if shares else nullcontext(SharedTokens()) as tokens:
         loss = model(**inputs, **options).loss
         loss.backward()
     if shares:
@@ -139,6 +141,38 @@ def test_padding_on_the_left() -> None:
     fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     given = {name: torch.cat([torch.full((6, 3), fill), inputs[name]], 1) for name, fill in fills.items()}
     assert_same_step(model, given | {"position_ids": (given["attention_mask"].cumsum(1) - 1).clamp_min(0)})
+
+
+def answers() -> dict[str, Tensor]:
+    """Four answers to each of two prompts, the shorter one padded on the left, without positions, as TRL has them."""
+    torch.manual_seed(1)
+    ids = torch.randint(4, VOCABULARY, (8, 40))
+    ids[:4, :30], ids[4:, :30] = ids[0, :30].clone(), ids[4, :30].clone()
+    mask = torch.ones_like(ids)
+    mask[:4, :9] = 0
+    # Answers of different lengths.
+    mask[2:6, 36:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :30] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral"])
+def test_answers_to_prompts_padded_on_the_left(name: str) -> None:
+    model = MODELS[next(known for known in MODELS if known.startswith(name))]().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert counts_columns(model)
+    assert_same_step(model, answers(), left_padded=True)
+
+
+def test_a_model_that_counts_positions_by_its_mask_is_known() -> None:
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=64,
+    )  # fmt: skip
+    assert not counts_columns(from_config(config))
 
 
 @pytest.mark.parametrize("options", [{"use_cache": True}, {"output_hidden_states": True}, {"output_attentions": True}])

@@ -86,6 +86,15 @@ def test_the_fullest_of_some_batches_is_planned() -> None:
     assert 0 < rows.share < 0.5
 
 
+def test_batches_of_examples_that_begin_alike_share_more() -> None:
+    # Five documents, by the number that each begins with.
+    rows = [[number, *row] for row in examples(count=20) for number in range(5)]
+    at_random, grouped = (Beginnings(rows, are_grouped).shared_rows(8) for are_grouped in (False, True))
+    assert at_random is not None
+    assert grouped is not None
+    assert grouped.share < 0.7 * at_random.share
+
+
 def test_nothing_is_shared_where_it_does_not_pay() -> None:
     assert Beginnings(examples(prompt=2, answers=(30, 30))).shared_in(SETTING) is SETTING
 
@@ -108,8 +117,8 @@ def test_an_encoder_is_known_before_any_batch_is_drawn() -> None:
     model = BertForSequenceClassification(
         BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    objective: object = Untouched()
-    with sharing(model, TrainSettings(), [[1]], objective, Console()):  # type: ignore[arg-type]
+    collate = Untouched().collate
+    with sharing(model, TrainSettings(), [[1]], collate, Console()):  # type: ignore[arg-type]
         pass
     with pytest.raises(ConfigError, match=r"leave training\.share_prefixes out"):
-        sharing(model, TrainSettings(share_prefixes=True), [[1]], objective, Console())  # type: ignore[arg-type]
+        sharing(model, TrainSettings(share_prefixes=True), [[1]], collate, Console())  # type: ignore[arg-type]

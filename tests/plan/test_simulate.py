@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import slimtune
 from slimtune.errors import ConfigError, ModelNotFoundError
 from slimtune.plan.memory import Sharing
+from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.plan.simulate import simulate
+from slimtune.plan.trace import gradients
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -64,6 +68,18 @@ def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
 def test_gradients_live_through_the_forward_of_an_accumulation() -> None:
     once, more = (plan(accumulation=count).at("forward").parts.gradients for count in (1, 2))
     assert (once, more) == (0, 2 * (LINEAR + REST))
+
+
+def test_of_an_accumulation_only_what_learns_has_a_gradient() -> None:
+    learns, stays = (torch.nn.Parameter(torch.ones(size)) for size in (5, 7))
+    tracker: Any = MemoryTracker()
+    with gradients(SimpleNamespace(tracker=tracker), [learns, stays]):  # type: ignore[arg-type]
+        learns.sum().backward()
+    assert learns.grad is not None
+    assert learns.grad.tolist() == [1.0] * 5
+    assert stays.grad is None
+    # The other one counts at no time.
+    assert [storage.nbytes for storage in tracker.storages if storage.died >= storage.born] == [5 * 4]
 
 
 def test_work_grows_with_the_accumulation() -> None:

@@ -20,7 +20,7 @@ from slimtune.data.encode import encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import ConfigError, MissingDependencyError, OutputExistsError, TrainingError
 from slimtune.recipe.training import SCHEDULERS, TrainSettings
-from slimtune.train.checkpointing import last_whole
+from slimtune.train.checkpointing import FACTS, check_same_run, last_whole
 from slimtune.train.checks import DivergedError, InterruptedRunError
 from slimtune.train.loop import Outcome, fine_tune
 from small_text_model import orders, tiny_model, tiny_tokenizer
@@ -92,6 +92,7 @@ def adapter(model: Any, folder: Path) -> bytes:
         {"lora_plus_ratio": 8, "optim": "adafactor"},
         {"optim": "adamw_8bit"},
         {"method": "adalora", "save_steps": 1},
+        {"group_prefixes": True, "batch_size": 3},
     ],
     ids=lambda given: " ".join(map(str, given)),
 )  # fmt: skip
@@ -114,6 +115,18 @@ def test_stopped_after_any_step_it_ends_the_same(given: dict[str, Any], tmp_path
 
 def read(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
+
+
+def test_a_run_of_an_earlier_version_knew_fewer_settings(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        train(tmp_path / "run", stop_after=1)
+    facts = next((tmp_path / "run").glob(f"checkpoint-*/{FACTS}"))
+    written = json.loads(facts.read_text())
+    assert written["identity"].pop("training.group_prefixes") is False
+    then, now = written["identity"], {"training.group_prefixes": False} | written["identity"]
+    check_same_run(tmp_path, then, now)
+    with pytest.raises(ConfigError, match=r"training\.group_prefixes was False and is True"):
+        check_same_run(tmp_path, then, now | {"training.group_prefixes": True})
 
 
 def test_the_best_weights_are_written_and_their_step_said(tmp_path: Path) -> None:

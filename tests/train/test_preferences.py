@@ -185,6 +185,32 @@ def bases() -> int:
 
 
 @pytest.mark.one_in(3)
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_answers_to_one_prompt_compute_it_once_and_learn_the_same(batch_size: int, vowels: str, tmp_path: Path) -> None:
+    """Policy and reference; in batches of one prompt, and of two, which are padded on the left."""
+    runs, computed = [], []
+    for share in (False, None):
+        model, tokens = adopted(), [0]
+        folder = tmp_path / str(share)
+        folder.mkdir()
+
+        def count(module: Any, args: Any, tokens: list[int] = tokens) -> None:
+            # Drawing is by one token a row, behind a cache.
+            tokens[0] += args[0].numel() if args[0].shape[1] > 1 else 0
+
+        model.get_input_embeddings().register_forward_pre_hook(count)
+        chosen = PreferenceSettings(reward=vowels, beta=0.1, **SHORT)
+        _, lines = train(
+            "grpo", model, questions(), folder, chosen, batch_size=batch_size, share_prefixes=share, max_steps=4
+        )
+        runs.append([line for line in lines if "loss" in line])
+        computed.append(tokens[0])
+    assert computed[1] < 0.8 * computed[0]
+    for padded, shared in zip(*runs, strict=True):
+        for name in ("loss", "grad_norm", "reward", "kl"):
+            assert shared[name] == pytest.approx(padded[name], rel=1e-3, abs=1e-5), name
+
+
 @pytest.mark.parametrize("task", ["dpo", "kto", "grpo"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_there_is_one_base_in_memory(method: str, task: str, base: Path, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ MORE: dict[str, dict[str, Any]] = {
     "lora+": {"training": {"lora_plus_ratio": 4.0}},
     "checkpointing": {"training": {"gradient_checkpointing": True}},
     "packing": {"data": {"packing": True}},
+    "grouped": {"training": {"group_prefixes": True}},
     "all tokens": {"training": {"share_prefixes": False}},
     "the best": {"training": {"eval_steps": 1, "keep_best": "loss", "early_stopping_patience": 2, "samples": 1}},
     "answers": {"evaluation": {"limit": 2, "forgetting": False}},

@@ -30,12 +30,12 @@ def examples(shared: int) -> list[Encoded]:
 
 
 def train(folder: Path, data: list[Encoded], **settings: Any) -> tuple[list[float], str, int]:
-    """The losses, what was shown, and the most tokens that the model was given at once."""
+    """The losses, what was shown, and the most tokens that were trained at once."""
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
     tokens = [0]
     model.get_input_embeddings().register_forward_pre_hook(
-        lambda module, args: tokens.append(args[0].numel()) if args[0].shape != (3, 20) else None
+        lambda module, args: tokens.append(args[0].numel()) if module.training else None
     )
     screen = Console(file=io.StringIO(), width=200)
     chosen = TrainSettings(learning_rate=0.01, max_steps=6, batch_size=4, **settings)
@@ -52,6 +52,33 @@ def test_it_is_done_where_it_pays_and_learns_the_same(tmp_path: Path) -> None:
     assert SAID not in silent
     assert (most, all_tokens) == (30 + 4 * 12, 4 * 42)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def questions(document: int = 30, count: int = 4) -> list[Encoded]:
+    """Four questions on each of some documents."""
+    drawn = torch.Generator().manual_seed(0)
+    texts = [torch.randint(4, 60, (document,), generator=drawn).tolist() for _ in range(count)]
+    rows = [(text, torch.randint(4, 60, (12,), generator=drawn).tolist()) for text in texts * 4]
+    return [Encoded(text + row, [-100] * document + row) for text, row in rows]
+
+
+def test_grouped_on_demand_batches_share_more_and_what_that_would_save_is_told(tmp_path: Path) -> None:
+    data = questions()
+    _, shown, _ = train(tmp_path / "random", data)
+    assert "with training.group_prefixes=true, which puts examples that begin alike into one batch, 2.15" in shown
+    _, shown, most = train(tmp_path / "grouped", data, group_prefixes=True)
+    assert "2.15 times fewer tokens" in shown
+    assert "group_prefixes" not in shown
+    # Each batch is of one document: its 30 tokens once, and four questions.
+    assert most == 30 + 4 * 12
+
+
+def test_grouping_without_sharing_and_what_can_t_be_grouped_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing but the order with training\.share_prefixes=false"):
+        TrainSettings(share_prefixes=False, group_prefixes=True)
+    packed: Any = [[example] for example in examples(30)]
+    with pytest.raises(ConfigError, match="these are a stream, packed rows or prompts"):
+        train(tmp_path, packed, group_prefixes=True)
 
 
 def test_it_is_left_out_where_nothing_is_shared(tmp_path: Path) -> None:

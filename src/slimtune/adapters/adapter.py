@@ -411,11 +411,13 @@ def get_peft_model_state_dict(
     model: Any,
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
+    unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """The tensors of one adapter by their names on disk.
 
     Args:
+        unwrap_compiled: of `peft`; what torch.compile wrapped has its plain names here, whether asked for or not.
         save_embedding_layers: whether the base's token embeddings are among them: True, False, or "auto" for those
             that were resized after the base was loaded.
 

@@ -15,8 +15,8 @@ from slimtune.errors import ConfigError, did_you_mean
 NOTHING_FITS = 3
 KEYS = (
     "task", "model.dtype", "data.held_out", "training.epochs", "training.optim", "training.gradient_accumulation",
-    "training.gradient_checkpointing", "training.share_prefixes", "preferences.generations",
-    "preferences.max_new_tokens",
+    "training.gradient_checkpointing", "training.share_prefixes", "training.group_prefixes",
+    "preferences.generations", "preferences.max_new_tokens",
 )  # fmt: skip
 """What of a recipe a plan depends on, beside its options."""
 WHAT, HOW, WHERE, SERVED = "What is tuned", "Settings (by default the best that fit)", "Where", "Serving"

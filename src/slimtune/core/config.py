@@ -179,6 +179,11 @@ class PeftConfig:
         return config
 
     @classmethod
+    def from_peft_type(cls: type[C], **fields: Any) -> C:
+        """A config from its fields, of the method that `peft_type` names among them. Raises: ConfigError."""
+        return cls.from_dict(fields)
+
+    @classmethod
     def from_pretrained(cls: type[C], model_id: str | Path, subfolder: str | None = None, **hub: Any) -> C:
         """The config of an adapter folder or Hub repository.
 
@@ -221,8 +226,13 @@ class PeftConfig:
             return
         if name not in cls.inert and value in (None, False, "", [], {}):
             return
-        why = "is not implemented here" if name in cls.inert else "is unknown to this version"
-        raise ConfigError(f"the field {name!r} is set to {value!r}, which {why} and would change the result")
+        is_known = name in cls.inert
+        why = "is not implemented here" if is_known else "is unknown to this version"
+        way_out = "leave it out" if is_known else "update slimtune"
+        raise ConfigError(
+            f"the field {name!r} is set to {value!r}, which {why} and would change the result; {way_out}, or use peft "
+            "for this adapter"
+        )
 
 
 @dataclass

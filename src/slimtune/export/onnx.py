@@ -50,7 +50,9 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path, max_kl: float | None) 
     """
     program, task = check_optimum(), _task(model)
     if tokenizer is None:
-        raise ConfigError("what ONNX computes is compared on texts, and this model has no tokenizer; save one beside it")
+        raise ConfigError(
+            "what ONNX computes is compared on texts, and this model has no tokenizer; save one beside it"
+        )
     inputs = probe_batches(model, tokenizer)
     before = outputs_on(model, inputs)
     bound = _MAX_KL if model.dtype == torch.float32 else _MAX_KL_16_BITS

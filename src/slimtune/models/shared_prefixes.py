@@ -27,8 +27,6 @@ from slimtune.ops.prefix_tree import Family, PrefixTree, prefix_tree, tree_atten
 
 WORTHWHILE = 0.9
 """A batch stays as it is where its tree has more than this share of its tokens."""
-SAMPLED = 4
-"""Batches that are looked at to see whether sharing pays."""
 PROBED = 20
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of hidden states that counts as rounding, by their dtype."""
@@ -50,9 +48,14 @@ class SharedTokens:
         """How many times fewer tokens were computed; 1 where there were none."""
         return self.given / self.computed if self.computed else 1.0
 
+    @property
+    def pays(self) -> bool:
+        """Whether so many fewer are computed that sharing is worth its calls."""
+        return 0 < self.computed <= WORTHWHILE * self.given
+
 
 @contextmanager
-def shared_prefixes(model: Any, always: bool = False) -> Iterator[SharedTokens]:
+def shared_prefixes(model: Any, always: bool = False, left_padded: bool = False) -> Iterator[SharedTokens]:
     """Within it, a model computes what the rows of a batch share once.
 
     Left as they are: batches that share too little, passes with a key-value cache, with embeddings in place of tokens,
@@ -60,13 +63,14 @@ def shared_prefixes(model: Any, always: bool = False) -> Iterator[SharedTokens]:
 
     Args:
         always: batches that share little, too.
+        left_padded: batches padded on the left without positions, too, by a model that `counts_columns`.
 
     Raises: ConfigError, for a kind of model that can't; whether this one can is for `check_shares` to say.
     """
     config = check_kind(model)
     own, tokens, decoder = config._attn_implementation, SharedTokens(), model.get_decoder()
     hooks = [
-        decoder.register_forward_pre_hook(_Flatten(model, decoder, tokens, always), with_kwargs=True),
+        decoder.register_forward_pre_hook(_Flatten(model, decoder, tokens, always, left_padded), with_kwargs=True),
         decoder.register_forward_hook(_unflatten, with_kwargs=True),
     ]
     # For the whole training and not for the forward pass alone: checkpointing runs layers again in the backward pass.
@@ -99,13 +103,33 @@ def check_shares(model: Any) -> None:
     ids = torch.stack([drawn[0], shared, drawn[2]]).to(model.device)
     mask = torch.ones_like(ids)
     mask[1, -2:] = 0
+    _check_same_states(model, ids, mask)
+
+
+def counts_columns(model: Any) -> bool:
+    """Whether by trial a model that gets no positions counts padding on the left among them, as most do."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, vocabulary, (3, PROBED), generator=torch.Generator().manual_seed(0))
+    # Two rows that share most tokens behind as much padding, as answers to one prompt, and a longer one.
+    ids[1, :-4] = ids[0, :-4]
+    mask = torch.ones_like(ids)
+    mask[:2, :3] = 0
+    try:
+        _check_same_states(model, ids.to(model.device), mask.to(model.device), left_padded=True)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_same_states(model: Any, ids: Tensor, mask: Tensor, left_padded: bool = False) -> None:
+    """Raises: ConfigError, where rows computed as a tree have other hidden states than apart."""
     decoder, was_training = model.get_decoder(), model.training
     # Dropout draws other masks for other layouts.
     model.eval()
     try:
         with torch.no_grad():
             apart = decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-            with shared_prefixes(model, always=True) as tokens:
+            with shared_prefixes(model, always=True, left_padded=left_padded) as tokens:
                 together = decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ConfigError(f"{type(model).__name__} can't share prefixes: {first_line(error)}") from error
@@ -123,8 +147,8 @@ def check_shares(model: Any) -> None:
 class _Flatten:
     """Before the decoder: the batch as a tree of one row."""
 
-    def __init__(self, model: Any, decoder: nn.Module, tokens: SharedTokens, always: bool) -> None:
-        self.model, self.tokens, self.always = model, tokens, always
+    def __init__(self, model: Any, decoder: nn.Module, tokens: SharedTokens, always: bool, left_padded: bool) -> None:
+        self.model, self.tokens, self.always, self.left_padded = model, tokens, always, left_padded
         self.signature, self.config = inspect.signature(decoder.forward), cast(Any, decoder.config)
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -142,11 +166,12 @@ class _Flatten:
         state = getattr(self.model, "adapter_state", None)
         if state is not None and state.call.rows is not None:
             return None
-        if mask is not None and given.get("position_ids") is None and not bool(mask[:, 0].all()):
-            # Padding on the left: the model counts positions from the padding on, each row by its own.
+        has_positions = given.get("position_ids") is not None or self.left_padded
+        if mask is not None and not has_positions and not bool(mask[:, 0].all()):
+            # Padding on the left: the model may count positions from the padding on, each row by its own.
             return None
         tree = prefix_tree(ids, mask, given.get("position_ids"))
-        is_worth_it = self.always or len(tree.tokens) <= WORTHWHILE * ids.numel()
+        is_worth_it = self.always or SharedTokens(ids.numel(), len(tree.tokens)).pays
         self.tokens.given += ids.numel()
         self.tokens.computed += len(tree.tokens) if is_worth_it else ids.numel()
         if not is_worth_it:

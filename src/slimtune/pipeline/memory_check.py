@@ -1,7 +1,7 @@
 """The memory check: before any weight is loaded, plan what a training takes and refuse one that can't fit.
 
-A bound on parameters and activations settles most cases in no time. Where it doesn't, the user's own examples are
-measured and one training step is simulated (`slimtune.plan`).
+A bound on parameters and activations settles most cases in no time: for examples as long as they may be, or else for
+the user's own. Where it doesn't, one training step is simulated (`slimtune.plan`).
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def plan_training(
     drawn = setting.drawn_tokens if setting.task == "grpo" else 0
     positions = positions_of(config) or setting.sequence
     setting = replace(setting, sequence=min(setting.sequence, max(1, positions - drawn)))
-    if not always and _fits_by_far(config, setting, device):
+    parameters = None if always else _parameters(config, setting)
+    if parameters is not None and _fits_by_far(config, setting, device, parameters):
         return None, device
     # `setting.sequence` was the longest that is allowed; the user's own examples may all be shorter.
     measured = measure(data, tokenizer_of(model.source, model.trust_remote_code), task)
@@ -104,9 +105,13 @@ def plan_training(
         padded=lengths.tokens[0] != lengths.longest,
         answer=setting.answer or measured.answer,
     )
+    if parameters is not None and _fits_by_far(config, setting, device, parameters):
+        return None, device
     if lengths.labels:
         config.num_labels = len(lengths.labels)
-    beginnings = beginnings_of(config, measured, setting.sequence, training.share_prefixes, model.trust_remote_code)
+    beginnings = beginnings_of(
+        config, measured, setting.sequence, training.share_prefixes, training.group_prefixes, model.trust_remote_code
+    )
     if beginnings is not None:
         setting = beginnings.shared_in(setting)
     planned = simulation(config, evaluation=bool(data.held_out))(setting)
@@ -117,9 +122,8 @@ def plan_training(
             "--no-plan to try it all the same"
         )
     if process.count == 1 and not device.takes(planned.peak_bytes):
-        raise DoesNotFitError(
-            _refusal(planned, device, _nearest(model.source, method.name, data, setting, task, device))
-        )
+        nearest = _nearest(model.source, method.name, data, setting, training.group_prefixes, task, device)
+        raise DoesNotFitError(_refusal(planned, device, nearest))
     return planned, device
 
 
@@ -167,14 +171,19 @@ def _setting(
     )
 
 
-def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def _parameters(config: Any, setting: Setting) -> int | None:
+    """Parameters of a model of which a bound is known; None for others."""
+    if setting.task_type is None or not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
+        return None
+    return count(config, setting.task_type, setting.trust_remote_code)[0]
+
+
+def _fits_by_far(config: Any, setting: Setting, device: Device, parameters: int) -> bool:
     """Whether a generous bound on everything stays below half of the room, so that no simulation is needed."""
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    sizes = [getattr(config, name, None) for name in names]
-    if not all(isinstance(size, int) for size in sizes) or setting.task_type is None:
-        return False
-    layers, hidden, inner, heads, vocabulary = (int(size) for size in sizes if isinstance(size, int))
-    parameters, _ = count(config, setting.task_type, setting.trust_remote_code)
+    layers, hidden, inner, heads, vocabulary = (int(getattr(config, name)) for name in _SIZES)
     rows = {"dpo": 2, "orpo": 2, "grpo": setting.accumulation}.get(setting.task or "", 1) * setting.batch
     tokens = rows * (setting.sequence + (setting.drawn_tokens if setting.task == "grpo" else 0))
     # Float32 throughout, all of it trained (weight, gradient, two moments: 16 bytes), nothing shared, and attention as
@@ -183,10 +192,12 @@ def _fits_by_far(config: Any, setting: Setting, device: Device) -> bool:
     return 16 * parameters + 4 * tokens * each < device.room_bytes / 2
 
 
-def _nearest(model: str, method: str, data: DataSettings, setting: Setting, task: str, device: Device) -> Choice | None:
+def _nearest(
+    model: str, method: str, data: DataSettings, setting: Setting, is_grouped: bool, task: str, device: Device
+) -> Choice | None:
     """The same method with a smaller micro-batch, checkpointing or a quantized base; None if nothing helps."""
     options: dict[str, Any] = {"device": device, "methods": (method,), "max_length": setting.sequence, "task": task}
-    options |= {"share_prefixes": None if setting.shared else False}
+    options |= {"share_prefixes": None if setting.shared else False, "group_prefixes": is_grouped}
     options |= {"optim": setting.optimizer, "trust_remote_code": setting.trust_remote_code}
     if setting.task == "grpo":
         options |= {"max_new_tokens": setting.answer, "generations": setting.generations}

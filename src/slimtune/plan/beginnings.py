@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from slimtune.data.prefixes import PrefixGroups, sample_batches, tokens_of
 from slimtune.errors import ConfigError
-from slimtune.models.shared_prefixes import SAMPLED, WORTHWHILE, check_kind
+from slimtune.models.shared_prefixes import check_kind
 from slimtune.ops.prefix_tree import prefix_tree
 from slimtune.plan.build import build
 from slimtune.plan.memory import Setting, SharedRows, padded
@@ -23,9 +25,11 @@ class Beginnings:
 
     Attributes:
         examples: as they are encoded, cut to the longest that is read.
+        are_grouped: whether batches are drawn of examples that begin alike.
     """
 
     examples: Sequence[Sequence[int]]
+    are_grouped: bool = False
 
     def shared_in(self, setting: Setting) -> Setting:
         """The setting with the rows of its micro-batch, where sharing what they begin with pays."""
@@ -41,23 +45,24 @@ class Beginnings:
 
         Looked at are as many batches as training looks at, and the longest examples together.
         """
-        size = min(batch, len(self.examples))
-        drawn = random.Random(0)
-        batches = [drawn.sample(self.examples, size) for _ in range(SAMPLED)]
-        given = sum(size * max(map(len, rows)) for rows in batches)
-        computed = [_computed(rows) for rows in batches]
-        if sum(computed) > WORTHWHILE * given:
+        examples, size = self.examples, min(batch, len(self.examples))
+        sampled = sample_batches(self._collate, len(examples), size, 0, self._groups if self.are_grouped else None)
+        whole = tokens_of(sampled)
+        if not whole.pays:
             return None
-        longest = sorted(self.examples, key=len)[-size:]
-        tokens, rows = max(
-            ((count, rows) for count, rows in zip([*computed, _computed(longest)], [*batches, longest], strict=True)),
-            key=lambda pair: pair[0],
-        )
-        return SharedRows(tuple(tuple(row) for row in rows), tokens, sum(computed) / given)
+        longest = sorted(range(len(examples)), key=lambda number: len(examples[number]))[-size:]
+        counted = [(batch.tokens.computed, batch.examples) for batch in sampled]
+        counted += [(len(prefix_tree(**self._collate(longest), position_ids=None).tokens), longest)]
+        tokens, rows = max(counted, key=lambda pair: pair[0])
+        return SharedRows(tuple(tuple(examples[row]) for row in rows), tokens, whole.computed / whole.given)
 
+    @cached_property
+    def _groups(self) -> PrefixGroups:
+        return PrefixGroups(self.examples)
 
-def _computed(rows: Sequence[Sequence[int]]) -> int:
-    return len(prefix_tree(*padded(rows), None).tokens)
+    def _collate(self, numbers: Sequence[int]) -> Mapping[str, Tensor]:
+        ids, mask = padded([self.examples[number] for number in numbers])
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 def can_share(config: Any, task_type: str | None, trust_remote_code: bool = False) -> bool:

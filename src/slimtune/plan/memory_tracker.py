@@ -42,7 +42,9 @@ ALIVE = 2**62
 LARGEST_REAL = 2**20
 """Elements of the largest integers and flags that are kept real."""
 _aten = torch.ops.aten
-_HIDDEN = frozenset({torch.ops.prim.device.default, torch.ops.aten.detach.default})
+_DEVICE = torch.ops.prim.device.default
+_META = torch.device("meta")
+_HIDDEN = frozenset({_DEVICE, torch.ops.aten.detach.default})
 """What allocates nothing and is called by the thousand."""
 
 
@@ -159,7 +161,15 @@ class MemoryTracker(TorchDispatchMode):
         self.work: dict[Phase, Work] = {}
         self._known: dict[int, tuple[Storage, Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap each of 100,000 calls, so that no compiler looks into them; none is there.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            # As FakeTensor itself answers: half of all calls, by whatever asks a tensor where it is.
+            return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             # torchao's tensors compute on what they wrap, which comes here by itself.
             return NotImplemented
@@ -252,6 +262,9 @@ class FakeMemoryTracker(MemoryTracker):
         has_fake = any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, tuple(kwargs.values()))))
         if not has_fake and func in (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default):
             return _really(func, args, kwargs)
+        if func is _aten.native_batch_norm.out:
+            # What it writes is there already; torch would trace its parts, which takes ten times as long.
+            return tuple(kwargs[name] for name in ("out", "save_mean", "save_invstd"))
         if func is _aten.index.Tensor:
             args = (args[0], _by_position(args[1]))
         try:

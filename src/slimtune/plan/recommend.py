@@ -54,7 +54,8 @@ class PlanRequest:
         devices: GPUs that share the training, by `sharing`.
         is_stored_quantized: whether the base is stored in few bits, and so has no other precision to choose.
         parameters: of the base, 0 if they weren't counted.
-        beginnings: of the examples, where training shares what rows begin with alike; `share_prefixes` as given.
+        beginnings: of the examples, where training shares what rows begin with alike.
+        share_prefixes, group_prefixes: as given.
         served_on: the device that the result has to run on, where that is another one.
     """
 
@@ -83,6 +84,7 @@ class PlanRequest:
     parameters: int = 0
     beginnings: Beginnings | None = None
     share_prefixes: bool | None = None
+    group_prefixes: bool = False
     served_on: Device | None = None
     trust_remote_code: bool = False
 

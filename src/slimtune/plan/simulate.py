@@ -129,14 +129,13 @@ def plan_of(summary: TraceSummary, setting: Setting, notes: tuple[str, ...] = ()
 
 
 def _work(summary: TraceSummary, setting: Setting) -> dict[Phase, Work]:
-    """The work of a step: of an accumulation two micro-batches at most were run."""
+    """The work of a step, of which one micro-batch was run."""
+
     # Forward and backward are the same for each micro-batch; the update comes once a step.
-    ran = min(setting.accumulation, 2)
+    def times(phase: Phase) -> int:
+        return setting.accumulation if phase in ("forward", "backward") else 1
 
-    def all_of(phase: Phase, done: int) -> int:
-        return done * setting.accumulation // ran if phase in ("forward", "backward") else done
-
-    return {p: Work(all_of(p, w.flops), all_of(p, w.bytes_moved)) for p, w in summary.work.items()}
+    return {p: Work(w.flops * times(p), w.bytes_moved * times(p)) for p, w in summary.work.items()}
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +90,7 @@ def trace(
         steps: one is enough for the steady state, which keeps what the first update leaves behind.
         blocks: if given, snapshots are kept by the position of their block, for `extrapolate`.
     """
-    with kernels_of(setting, fake), taken_for_real() if fake else contextlib.nullcontext():
+    with _older_objects_left_alone(), kernels_of(setting, fake), taken_for_real() if fake else contextlib.nullcontext():
         run = prepare(config, setting, task_type, fake, rounded)
         with shared_prefixes(run.model) if setting.shared else contextlib.nullcontext():
             train(run, steps)
@@ -100,6 +101,20 @@ def trace(
         if merge:
             _merge(run)
     return _summary(run, blocks)
+
+
+@contextlib.contextmanager
+def _older_objects_left_alone() -> Iterator[None]:
+    """Collect no garbage among what was there before: a trace makes many objects, and libraries a million of them."""
+    # Somebody who froze objects will unfreeze them.
+    is_ours = not gc.get_freeze_count()
+    if is_ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if is_ours:
+            gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -197,8 +212,8 @@ def train(run: TracedRun, steps: int = 1) -> None:
     autocast = torch.autocast("cpu", torch.bfloat16) if setting.autocast else contextlib.nullcontext()
     with tracker.locator.following():
         for _ in range(steps):
-            # A third micro-batch would find what the second one does: gradients to add to.
-            for _ in range(min(setting.accumulation, 2)):
+            # One micro-batch; of an accumulation a later one, which finds gradients to add to.
+            with gradients(run, trained) if setting.accumulation > 1 else contextlib.nullcontext():
                 with _tracking(tracker, "forward"), autocast:
                     # What is there after the forward pass and was not before it is kept for the backward pass:
                     # activations and masks.
@@ -209,9 +224,10 @@ def train(run: TracedRun, steps: int = 1) -> None:
                 with _tracking(tracker, "backward"):
                     (loss / setting.accumulation if setting.accumulation > 1 else loss).backward()
                     del loss
-                    # After backward() only leaves have a gradient; those of activations came and went within it
-                    # (workspace).
-                    run.assign("gradients", tracker.storages_of(p.grad for p in trained if p.grad is not None))
+            with _tracking(tracker, "backward"):
+                # After backward() only leaves have a gradient; those of activations came and went within it
+                # (workspace).
+                run.assign("gradients", tracker.storages_of(p.grad for p in trained if p.grad is not None))
             with _tracking(tracker, "update"):
                 # The state appears with the first step (Adam: two moments and a counter for each parameter).
                 optimizer.step()
@@ -227,6 +243,31 @@ def train(run: TracedRun, steps: int = 1) -> None:
         # The steady state: what the first update leaves behind is there from the beginning of the next step.
         for storage in tracker.live():
             storage.born = min(storage.born, run.began)
+
+
+@contextlib.contextmanager
+def gradients(run: TracedRun, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients as earlier micro-batches leave them; what gets none within the block never had one."""
+    tracker = run.tracker
+    with tracker.fake if isinstance(tracker, FakeMemoryTracker) else contextlib.nullcontext():
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    tracked = {id(parameter): tracker.storages_of([parameter.grad]) for parameter in trained}  # type: ignore[list-item]
+    learned: set[int] = set()
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: learned.add(id(parameter)))
+        for parameter in trained
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for parameter in trained:
+        if id(parameter) not in learned:
+            parameter.grad = None
+            for storage in tracked[id(parameter)]:
+                storage.died = storage.born - 1
 
 
 def _head(model: Any) -> str:

@@ -38,6 +38,7 @@ class TrainSettings:
         warmup: steps, or a share of them below 1.
         lora_plus_ratio: LoRA+, how many times faster B learns than A.
         share_prefixes: compute what the rows of a batch begin with once; by default where it pays and the model can.
+        group_prefixes: draw batches of examples that begin alike, so that they share more; else at random.
         logging_steps: steps between two lines of loss.jsonl; their mean is written.
         eval_steps: steps between two evaluations on the held-out examples; by default one at the end of each epoch.
         samples: how many held-out questions are answered at each evaluation, shown and written to samples.jsonl.
@@ -65,6 +66,7 @@ class TrainSettings:
     lora_plus_ratio: float | None = None
     gradient_checkpointing: bool = False
     share_prefixes: bool | None = None
+    group_prefixes: bool = False
     logging_steps: int = 1
     eval_steps: int | None = None
     samples: int = 0
@@ -96,6 +98,11 @@ class TrainSettings:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}; pass 0 or more")
         check_name(self.optim)
+        if self.group_prefixes and self.share_prefixes is False:
+            raise ConfigError(
+                "training.group_prefixes would change nothing but the order with training.share_prefixes=false; leave "
+                "one of them out"
+            )
         if self.scheduler not in SCHEDULERS:
             near = did_you_mean(self.scheduler, SCHEDULERS)
             raise ConfigError(f"no scheduler '{self.scheduler}'; pass one of {', '.join(SCHEDULERS)}{near}")
@@ -105,6 +112,11 @@ class TrainSettings:
     def trackers(self) -> tuple[str, ...]:
         """What is reported to."""
         return read_trackers(self.report_to)
+
+    @property
+    def asks_to_share(self) -> bool:
+        """Whether what rows begin with must be shared, and not only where the model can."""
+        return bool(self.share_prefixes or self.group_prefixes)
 
     @property
     def best_by(self) -> str | None:

@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -242,10 +242,15 @@ class Checkpointer(TrainerCallback):
         return read_tree(checkpoint.path, WEIGHTS)
 
 
+_DEFAULTS = {f"training.{field.name}": field.default for field in fields(TrainSettings) if field.default is not MISSING}
+
+
 def check_same_run(
     folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str] = ()
 ) -> None:
     """Raises: ConfigError, with the keys that differ between the run in `folder` and the one that is to go on."""
+    # A run of an earlier version knew fewer settings, and did what their defaults say.
+    then = {name: default for name, default in _DEFAULTS.items() if name in now} | dict(then)
     names = sorted(n for n in then.keys() | now.keys() if n not in may_change and then.get(n) != now.get(n))
     if not names:
         return

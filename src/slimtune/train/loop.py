@@ -34,7 +34,7 @@ from slimtune.train.checks import DivergedError, EachDeltaLearns, InterruptedRun
 from slimtune.train.optimizer import OffloadedAdamW
 from slimtune.train.processes import is_lost_connection, lost, place_of, share_of, start
 from slimtune.train.progress import SCORES, LossLog, ProgressBar, ReproducibilityCheck, Samples
-from slimtune.train.sharing import sharing
+from slimtune.train.sharing import group_prefixes, sharing
 from slimtune.train.state import load_trained_state
 from slimtune.train.trainer import AnswerTrainer, TrainerSpec, supervised
 
@@ -142,12 +142,15 @@ def fine_tune(
         )
         # It would print each logged line as a dictionary beside the bar.
         trainer.remove_callback(PrinterCallback)
+        groups = group_prefixes(trainer, settings)
         with stop.listening():
             try:
                 if process.rank:
                     # Each draws dropout masks of its own; the first one's are those of a run that is alone.
                     set_seed(settings.seed + process.rank)
-                with sharing(model, share_of(settings), examples, objective, console):
+                # The Trainer's, since TRL's encodes its examples itself.
+                dataset, collate = trainer.train_dataset, trainer.data_collator
+                with sharing(model, share_of(settings), dataset, collate, console, groups):
                     _train(trainer, checkpointer, checkpoint)
             finally:
                 bar.close()

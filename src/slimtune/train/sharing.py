@@ -2,28 +2,72 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from slimtune.data.batches import Objective
+from slimtune.data.prefixes import (
+    SAMPLED,
+    GroupedSampler,
+    PrefixGroups,
+    beginnings,
+    sample_batches,
+    tokens_of,
+)
 from slimtune.errors import ConfigError
-from slimtune.models.shared_prefixes import SAMPLED, WORTHWHILE, SharedTokens, check_kind, check_shares, shared_prefixes
-from slimtune.ops.prefix_tree import prefix_tree
+from slimtune.models.shared_prefixes import (
+    WORTHWHILE,
+    SharedTokens,
+    check_kind,
+    check_shares,
+    counts_columns,
+    shared_prefixes,
+)
 from slimtune.recipe.training import TrainSettings
+from slimtune.train.trainer import AnswerTrainer
+
+
+def group_prefixes(trainer: AnswerTrainer, settings: TrainSettings) -> PrefixGroups | None:
+    """Let a Trainer draw batches of examples that begin alike, if the settings ask for it.
+
+    Args:
+        settings: of the whole run: several processes divide its batches.
+
+    Raises: ConfigError, for examples that can't be grouped.
+    """
+    if not settings.group_prefixes:
+        return None
+    rows = beginnings(trainer.train_dataset)
+    if rows is None:
+        raise ConfigError(
+            "training.group_prefixes sorts the examples by their tokens, and these are a stream, packed rows or "
+            "prompts to be answered; leave it out"
+        )
+    groups = PrefixGroups(rows)
+    trainer.train_sampler = GroupedSampler(
+        # The Trainer's own count of epochs, which a resumed run goes on with.
+        groups, len(rows), settings.batch_size, settings.seed, lambda: int(trainer.state.epoch or 0)
+    )  # fmt: skip
+    return groups
 
 
 def sharing(
-    model: Any, settings: TrainSettings, examples: Sequence[Any], objective: Objective | None, console: Console
+    model: Any,
+    settings: TrainSettings,
+    examples: Any,
+    collate: Callable[[list[Any]], Any],
+    console: Console,
+    groups: PrefixGroups | None = None,
 ) -> AbstractContextManager[Any]:
     """A context in which the model shares prefixes, if the settings ask for it or leave it open and it pays.
 
     Args:
-        objective: how examples become a batch; None for pairs of answers, which share their prompt.
+        settings: with this process's share of a step.
+        collate: how examples become a batch.
+        groups: by which batches are drawn, if they are.
 
     Raises: ConfigError, where the settings ask for what the model can't.
     """
@@ -34,42 +78,59 @@ def sharing(
         check_kind(model)
     except ConfigError as error:
         return _not_shared(error, settings)
-    tokens = _sample(examples, objective, settings)
-    pays = tokens is None or tokens.computed <= WORTHWHILE * tokens.given
-    if not settings.share_prefixes and not pays:
+    tokens = _sample(examples, collate, settings, groups)
+    would_be = SharedTokens() if groups or not tokens.given else _if_grouped(examples, collate, settings)
+    pays = tokens.pays or not tokens.given or settings.asks_to_share
+    # Grouped, batches have other lengths, too: what counts is what of them is computed.
+    grouping_pays = would_be.pays and would_be.ratio * WORTHWHILE >= tokens.ratio
+    if not pays and not grouping_pays:
         return nullcontext()
     try:
         check_shares(model)
     except ConfigError as error:
         return _not_shared(error, settings)
-    if tokens is not None:
+    if grouping_pays:
+        console.print(
+            escape(
+                f"with training.group_prefixes=true, which puts examples that begin alike into one batch, "
+                f"{would_be.ratio:.2f} times fewer tokens would be computed (docs/training.md)"
+            )
+        )
+    if not pays:
+        return nullcontext()
+    if tokens.given:
         console.print(
             escape(
                 f"what rows begin with alike is computed once, and padding not at all: {tokens.ratio:.2f} times fewer "
                 f"tokens, by {SAMPLED} of the batches (training.share_prefixes=false computes all)"
             )
         )
-    return shared_prefixes(model)
+    # TRL pads the prompts of grpo on the left, and gives no positions.
+    return shared_prefixes(model, left_padded=not tokens.given and counts_columns(model))
 
 
 def _not_shared(error: ConfigError, settings: TrainSettings) -> AbstractContextManager[Any]:
     """Nothing is shared. Raises: ConfigError, where the settings ask for it."""
-    if settings.share_prefixes:
-        raise ConfigError(f"{error}; leave training.share_prefixes out") from error
+    if settings.asks_to_share:
+        name = "share_prefixes" if settings.share_prefixes else "group_prefixes"
+        raise ConfigError(f"{error}; leave training.{name} out") from error
     return nullcontext()
 
 
-def _sample(examples: Sequence[Any], objective: Objective | None, settings: TrainSettings) -> SharedTokens | None:
-    """The tokens of a few batches, as they would be drawn; None where batches can't be drawn beforehand."""
-    if objective is None or not isinstance(examples, Sequence):
-        return None
-    tokens = SharedTokens()
-    drawn = random.Random(settings.seed)
-    for _ in range(SAMPLED):
-        batch = objective.collate(drawn.sample(examples, min(settings.batch_size, len(examples))))
-        if "input_ids" not in batch or batch["input_ids"].dim() != 2:
-            return None
-        tree = prefix_tree(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
-        tokens.given += batch["input_ids"].numel()
-        tokens.computed += len(tree.tokens)
-    return tokens
+def _sample(
+    examples: Any, collate: Callable[[list[Any]], Any], settings: TrainSettings, groups: PrefixGroups | None
+) -> SharedTokens:
+    """The tokens of a few batches, as they would be drawn; none where batches can't be drawn beforehand."""
+    if not hasattr(examples, "__len__") or not hasattr(examples, "__getitem__"):
+        return SharedTokens()
+
+    def batch(numbers: list[int]) -> Any:
+        return collate([examples[number] for number in numbers])
+
+    return tokens_of(sample_batches(batch, len(examples), settings.batch_size, settings.seed, groups))
+
+
+def _if_grouped(examples: Any, collate: Callable[[list[Any]], Any], settings: TrainSettings) -> SharedTokens:
+    """The tokens of a few batches if they were drawn of examples that begin alike."""
+    rows = beginnings(examples)
+    return SharedTokens() if rows is None else _sample(examples, collate, settings, PrefixGroups(rows))

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from accelerate.data_loader import SkipBatchSampler
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
@@ -231,7 +232,12 @@ class AnswerTrainer(ExactCheckpoints, HeldOutMean, Trainer):
 
     Args:
         judge: scores of the model on the held-out examples, taken at each evaluation.
+
+    Attributes:
+        train_sampler: draws the examples in place of Trainer's own sampler, if it is set.
     """
+
+    train_sampler: Sampler[int] | None = None
 
     def __init__(
         self,
@@ -255,6 +261,9 @@ class AnswerTrainer(ExactCheckpoints, HeldOutMean, Trainer):
             optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_train_sampler(*args, **kwargs) if self.train_sampler is None else self.train_sampler
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own, with AdaLoRA's part of it."""
