@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -186,6 +187,15 @@ def test_what_was_frozen_before_attaching_is_frozen_again_after_detaching() -> N
     assert len(set(before.values())) == 2
     released = slimtune.get_peft_model(model, slimtune.LoraConfig(**LLAMA.options())).unload()
     assert {name: p.requires_grad for name, p in released.named_parameters()} == before
+
+
+def test_an_adapter_that_is_added_is_not_trained_before_it_is_active() -> None:
+    model: Any = slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(r=2, **LLAMA.options()))
+    before = set(trainable(model))
+    model.add_adapter("other", slimtune.LoraConfig(r=2, **LLAMA.options()))
+    assert set(trainable(model)) == before
+    model.set_adapter("other")
+    assert set(trainable(model)) == {name.replace(".default.", ".other.") for name in before}
 
 
 def test_the_configs_of_all_adapters_can_be_set_at_once() -> None:

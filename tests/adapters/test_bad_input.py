@@ -226,6 +226,12 @@ def test_what_is_not_a_model() -> None:
         slimtune.get_peft_model("meta-llama/Llama-3", slimtune.LoraConfig())
 
 
+@pytest.mark.parametrize("given", [("meta-llama/Llama-3", "an/adapter"), (LLAMA.model(), None)])
+def test_a_base_and_an_adapter_are_loaded_together_or_not_at_all(given: tuple[Any, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"takes the base model and then the adapter, found .* use AutoPeftModel"):
+        slimtune.PeftModel.from_pretrained(*given)
+
+
 def test_a_module_that_is_read_but_never_called() -> None:
     """torch's attention takes the weight of its out_proj: a delta there would train nothing, silently."""
     model = nn.TransformerEncoderLayer(16, 2, 32)

@@ -247,6 +247,26 @@ def test_learned_scales_lessen_the_error_of_the_grid() -> None:
     assert errors[-1] < 0.7 * errors[0]
 
 
+def test_the_gradient_of_a_scale_is_that_of_the_paper() -> None:
+    """Esser et al. 2020, arXiv:1902.08153: sum of g dq/ds over a group of n, over sqrt(n q_max)."""
+    torch.manual_seed(0)
+    module = nn.Linear(32, 2, bias=False)
+    site = Site("", module, base_of(module))
+    held = Grid(site, 4, 32, learns=True)
+    held.initialise(site)
+    held.scales.data *= 0.8  # so that the largest weights lie beyond the codes
+    weight = module.weight.detach()
+    g = torch.randn_like(weight)
+    held.hold(weight, module.weight).mul(g).sum().backward()
+    scales, expected = held.scales.detach().to(torch.bfloat16).flatten().tolist(), torch.zeros(2)  # as they are stored
+    for row in range(2):
+        for w, slope in zip(weight[row].tolist(), g[row].tolist(), strict=True):
+            ratio = w / scales[row]
+            inside = -8 <= ratio <= 7
+            expected[row] += slope * (round(ratio) - ratio if inside else min(max(round(ratio), -8), 7))
+    torch.testing.assert_close(held.scales.grad.flatten(), expected / (32 * 7) ** 0.5, rtol=1e-4, atol=1e-5)
+
+
 def test_a_base_with_other_zeros_is_refused(tmp_path: Path) -> None:
     tuned("lora", CONSTRAINTS["mask"]).save_pretrained(tmp_path)
     other = neox()

@@ -24,6 +24,13 @@ def test_figures_are_in_the_range_of_real_devices(device: Device) -> None:
     assert device.source
 
 
+def test_of_the_table_apple_s_devices_and_the_processor_alone_are_not_nvidia_s() -> None:
+    others = {device.name for device in (*devices().values(), find("cpu")) if not device.is_cuda}
+    apples = {name for name in devices() if name.startswith("Apple")}
+    assert len(apples) > 1
+    assert others == apples | {"cpu"}
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [

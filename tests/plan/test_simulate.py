@@ -13,6 +13,7 @@ import transformers
 
 import slimtune
 from slimtune.errors import ConfigError, ModelNotFoundError
+from slimtune.plan.extrapolate import find_repeating_blocks
 from slimtune.plan.memory import Sharing
 from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.plan.simulate import simulate
@@ -201,3 +202,10 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelNotFoundError, match="can't be read"):
         simulate(tmp_path, slimtune.LoraConfig())
+
+
+def test_a_model_without_the_blocks_of_its_configuration_stands_for_itself() -> None:
+    llama = transformers.LlamaForCausalLM
+    assert find_repeating_blocks(config(), llama, None) is not None
+    assert find_repeating_blocks(config(), lambda _: torch.nn.Linear(2, 2), None) is None
+    assert find_repeating_blocks(config(), lambda _: llama(config(num_hidden_layers=3)), None) is None
