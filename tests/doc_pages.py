@@ -151,7 +151,7 @@ def recording() -> tuple[Any, list[tuple[str, dict[str, Any]]]]:
         for sub, part in getattr(command, "commands", {}).items():
             stand_in(part, f"{name} {sub}".strip())
         if not hasattr(command, "commands"):
-            command.callback = lambda **given: read.append((name, given))
+            getattr(command, "whole", command).callback = lambda **given: read.append((name, given))
 
     stand_in(group, "")
     return group, read

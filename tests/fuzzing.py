@@ -8,6 +8,7 @@ and prints the family and the seed of each; `python tests/fuzzing.py --family mo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import importlib
 import json
@@ -27,6 +28,8 @@ from typing import Any
 
 # Read when torch is imported: a pool of threads would not be there any more in a process that is forked.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import psutil
 
 from damages import VALUES, damaged
 
@@ -136,9 +139,12 @@ def _run(family: Family, seeds: list[int]) -> tuple[int, list[str]]:
         _be_child(family, seeds, writing)
     os.close(writing)
     done, wrong, rest = 0, [], b""
-    silent = False
+    silent, used = False, 0.0
     while not silent:
         ready, _, _ = select.select([reading], [], [], SILENCE)
+        before, used = used, _seconds(child)
+        if not ready and used > before + 0.1:
+            continue  # on a busy machine it computes, and slowly
         data = os.read(reading, 2**16) if ready else b""
         silent = not data
         if not ready:
@@ -155,6 +161,15 @@ def _run(family: Family, seeds: list[int]) -> tuple[int, list[str]]:
         wrong.append(f"{family.name}, seed {seeds[done]}: the process ended: {why}")
         done += 1
     return done, wrong
+
+
+def _seconds(child: int) -> float:
+    """What a process and those that it has started have taken of the processor."""
+    process, seconds = psutil.Process(child), 0.0
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            seconds += sum(each.cpu_times()[:2])
+    return seconds
 
 
 def _be_child(family: Family, seeds: list[int], writing: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import slimtune
+from slimtune.adapters.rows import RowAdapters
 from tensors import assert_near, randomize
 
 
@@ -46,6 +47,8 @@ def test_an_adapter_counts_in_inference_too(build: Callable[[], nn.Module], mask
     assert (expected - base[seen]).abs().max() > 1e-3
     assert_near(model.eval()(x, src_key_padding_mask=mask)[seen], expected)
     assert_near(copy.deepcopy(model)(x, src_key_padding_mask=mask)[seen], expected)
+    with model.adapter_state.using(applied=(), rows=RowAdapters(("default", "default"))):
+        assert_near(model(x, src_key_padding_mask=mask)[seen], expected)
     with model.disable_adapter():
         assert torch.equal(model(x, src_key_padding_mask=mask), base)
     assert_near(copy.deepcopy(model).merge_and_unload()(x, src_key_padding_mask=mask)[seen], expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 import slimtune
 from kinds import KINDS, Kind, attach, configs, methods_for
 from slimtune.adapters.rows import BASE, RowAdapters
-from tensors import assert_near, randomize
+from slimtune.errors import ConfigError
+from tensors import assert_near, predict, randomize
+from zoo import QWEN2
 
 ADAPTERS = "abc"
 
@@ -56,3 +59,68 @@ def test_each_row_is_its_adapter_alone_in_any_order(drawn: tuple[Kind, Any], dat
     assert_near(by_rows(host, x[list(order)], [names[row] for row in order]), y[list(order)])
     for row, name in enumerate(names):
         assert_near(y[row : row + 1], alone(host, x[row : row + 1], name), 2e-5, f"row {row} under {name}")
+
+
+BATCHES: dict[str, tuple[Any, Any, Any]] = {
+    "DoRA and biases": (
+        slimtune.LoraConfig(r=4, use_dora=True, bias="all"),
+        slimtune.LoraConfig(r=2, use_dora=True, bias="lora_only"),
+        slimtune.LoraConfig(r=2, lora_bias=True),
+    ),
+    "biases alone": (slimtune.BitFitConfig(), slimtune.LoraConfig(r=2, bias="all"), slimtune.IA3Config()),
+    "what is trained whole": (
+        slimtune.LoraConfig(r=2, modules_to_save=["lm_head"]),
+        slimtune.LoraConfig(r=2, trainable_token_indices=[5, 6]),
+        slimtune.LNTuningConfig(),
+    ),
+    "what adds to the loss alone": (
+        slimtune.AdaLoraConfig(target_r=2, init_r=4, total_step=10),
+        slimtune.AdaLoraConfig(target_r=1, init_r=2, total_step=10),
+        slimtune.LoKrConfig(r=2),
+    ),
+}
+
+
+def tuned(*configs: Any) -> Any:
+    """A model with biases under the adapters a, b, ..., the first active."""
+    model: Any = slimtune.get_peft_model(QWEN2.model(), configs[0], "a")
+    for name, config in zip("bcd", configs[1:], strict=False):
+        model.add_adapter(name, config)
+    for seed, name in enumerate(list(model.peft_config)):
+        randomize(slimtune, model, name, seed)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_rows_of_a_whole_model(kind: str) -> None:
+    model, names = tuned(*BATCHES[kind]), ["c", BASE, "a", "b"]
+    batch = {"input_ids": torch.randint(4, 100, (4, 7), generator=torch.Generator().manual_seed(0))}
+    mixed = predict(model, batch, adapter_names=names)
+    base = predict(QWEN2.model(), batch)
+    for row, name in enumerate(names):
+        if name != BASE:
+            model.set_adapter(name)
+        expected = base if name == BASE else predict(model, batch)
+        assert_near(mixed[row : row + 1], expected[row : row + 1], 1e-5, f"row {row} under {name}")
+        assert name == BASE or not torch.equal(mixed[row], base[row])
+
+
+AROUND_THE_MODEL = {
+    "prompt": slimtune.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    "prefix": slimtune.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", AROUND_THE_MODEL)
+def test_the_active_adapter_has_no_part_in_rows_of_others(kind: str) -> None:
+    model = tuned(AROUND_THE_MODEL[kind], slimtune.LoraConfig(r=2))
+    batch = QWEN2.batch()
+    model.set_adapter("b")
+    expected, tokens = predict(model, batch), model.generate(input_ids=batch["input_ids"], max_new_tokens=3)
+    model.set_adapter("a")
+    assert_near(predict(model, batch, adapter_names=["b", "b"]), expected)
+    assert_near(predict(model, batch, adapter_names=[BASE, BASE]), predict(QWEN2.model(), batch))
+    written = model.generate(input_ids=batch["input_ids"], adapter_names=["b", "b"], max_new_tokens=3)
+    assert torch.equal(written, tokens)
+    with pytest.raises(ConfigError, match="the adapter 'a' changes the whole model and can't be mixed"):
+        model(**batch, adapter_names=["a", "b"])

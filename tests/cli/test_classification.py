@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from slimtune.metrics.classification import scores
 from slimtune.models.load import load
+from slimtune.storage.source import base_of
 from small_encoder import reviews, save_encoder
 from small_text_model import save_base, write_lines
 
@@ -233,8 +234,8 @@ def test_the_packaged_encoder_is_tuned(run: Any, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", *reviews(8))
     result = run("train", "minilm-l6-v2", data, "-o", tmp_path / "out", "--method", "ia3", *FAST)
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
-        "minilm-l6-v2"
-    )
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert (Path(named) / "model.safetensors").is_file()
+    assert base_of(tmp_path / "out") == "minilm-l6-v2"
     assert run("predict", tmp_path / "out", data).exit_code == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out").tokenize("films") == ["films"]

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import typer
 
 COMMANDS = ("demo", "plan", "train", "compare", "chat", "generate", "predict", "methods", "info", "merge", "doctor",
             "demo-data", "evaluate", "forgetting", "spectra", "recipe", "data", "serve", "serve-key", "quantize",
@@ -29,7 +30,8 @@ def test_each_command_has_an_example(run: Any, command: str) -> None:
 def test_paragraphs_break_where_the_screen_ends() -> None:
     from slimtune.cli import app
 
-    assert all("\n" not in str(command.help).replace("\n\n", "") for command in app.registered_commands)
+    commands: Any = typer.main.get_command(app)
+    assert all("\n" not in str(command.help).replace("\n\n", "") for command in commands.commands.values())
 
 
 @pytest.mark.one_in(2)

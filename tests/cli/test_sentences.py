@@ -105,3 +105,9 @@ def test_what_a_plan_of_a_classic_name_prints_can_be_run(run: Any, data: Path) -
     refused = run("train", "llama-2-7b", data, "--output", "out")
     assert refused.exit_code != 0
     assert "its weights are on the Hub: pass NousResearch/Llama-2-7b-hf" in refused.stderr
+
+
+def test_a_device_of_another_name_is_answered_by_what_gpus_are_called() -> None:
+    with pytest.raises(ConfigError, match="no device 'gpu' here: NVIDIA's and AMD's GPUs are called cuda") as refused:
+        pick_device("gpu")
+    assert "mkldnn" not in str(refused.value)

@@ -111,7 +111,7 @@ def test_a_difference_that_is_not_shown_is_not_equality() -> None:
     said = choose(summary)
     assert said.candidate == "full"
     assert said.headline == (
-        "Choose full: it scores 0.059 better than qlora, which is not shown, but takes 2.2 times the memory to train"
+        "Choose full: it scores 0.059 better than qlora, which may be chance, but takes 2.2 times the memory to train"
     )
     assert "the score decides" in said.paragraph
 
@@ -128,23 +128,24 @@ def test_a_cost_that_differs_by_less_than_a_tenth_does_not_count_and_time_does()
     [
         (
             [row(trained("lora"), 0.9, 1.0), row(trained("full"), 0.91, 3.4)],
-            "Choose lora: full scores 0.010 better, which is not shown, and takes 3.4 times the memory to train",
+            "Choose lora: full scores 0.010 better, which may be chance, and takes 3.4 times the memory to train",
         ),
         (
             [row(prompted(4), 0.9), row(trained("lora"), 0.91)],
-            "Choose 4-shot: lora scores 0.010 better, which is not shown, and has to be trained",
+            "Choose 4-shot: lora scores 0.010 better, which may be chance, and has to be trained",
         ),
         (
             [row(prompted(0), 0.9), row(trained("lora"), 0.91)],
-            "Keep the model as it comes: lora scores 0.010 better, which is not shown, and has to be trained",
+            "Keep the model as it comes: lora scores 0.010 better, which may be chance, and has to be trained",
         ),
         (
             [row(trained("lora"), 0.95), row(trained("dora"), 0.9)],
-            "Choose lora: it scores best, 0.050 better than dora, which is not shown",
+            "Choose lora: it scores best, 0.050 better than dora, which may be chance",
         ),
         (
             [row(prompted(0), 0.8), row(trained("lora"), 0.85)],
-            "Choose lora: it scores 0.050 better than the model as it comes, which is not shown, but has to be trained",
+            "Choose lora: it scores 0.050 better than the model as it comes, which may be chance, but has to be "
+            "trained",
         ),
     ],
 )

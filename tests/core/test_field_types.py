@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 
 from damages import VALUES
+from slimtune import LoraConfig
 from slimtune.core.config import PeftConfig, methods
-from slimtune.core.field_types import fits
+from slimtune.core.constraint import ConstraintConfig
+from slimtune.core.field_types import check_types, fits
 from slimtune.errors import ConfigError, SlimtuneError
 
 
@@ -43,6 +46,47 @@ def test_the_sentence_names_the_field(changes: dict[str, Any]) -> None:
     name = list(changes)[1]
     with pytest.raises(ConfigError, match=rf"\b{name}\b"):
         PeftConfig.from_dict(changes)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Fields of the kinds whose types are told in words."""
+
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    names: list[str] | None = None
+    share: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            Settings(ranks={"a": "4"}),
+            "ranks must be a mapping of names to a whole number, found {'a': '4'}; correct it",
+        ),
+        (Settings(options=3), "options must be a mapping, found 3; correct it"),
+        (Settings(names=[1]), "names must be a list of text or None, found [1]; correct it"),
+        (Settings(share="x" * 58), f"share must be a number, found '{'x' * 58}'; correct it"),
+        (Settings(share="x" * 59), f"share must be a number, found '{'x' * 56}...; correct it"),
+    ],
+)
+def test_the_sentence_says_what_the_field_takes(settings: Settings, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_types(settings)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("config", [*(config() for config in methods().values()), LoraConfig(init_lora_weights="eva")])
+def test_every_config_is_written_as_json_and_read_as_it_was(config: PeftConfig) -> None:
+    again = PeftConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert type(again) is type(config)
+
+
+def test_the_size_of_a_group_is_written_in_where_there_are_groups() -> None:
+    assert ConstraintConfig(num_bits=4).group_size == 64
+    assert ConstraintConfig(num_bits=8).group_size is None
 
 
 @pytest.mark.parametrize("fields", [{}, {"peft_type": ""}, {"peft_type": None}])

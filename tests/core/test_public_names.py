@@ -107,7 +107,6 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 FUNCTIONS = ["get_peft_model", "get_peft_model_state_dict", "set_peft_model_state_dict"]
 # Arguments of peft without a meaning here: hardware that it moves parts to by hand, or methods that we lack.
 MISSING = {
-    "get_peft_model_state_dict": {"unwrap_compiled"},
     "get_peft_model": {"mixed", "revision", "low_cpu_mem_usage"},
     "set_peft_model_state_dict": {"ignore_mismatched_sizes", "low_cpu_mem_usage"},
 }

@@ -205,3 +205,10 @@ def test_a_place_in_the_row_that_moves_the_answer_is_found_out(slope: float, is_
             check_packs(moved)
     else:
         check_packs(moved)
+
+
+@pytest.mark.parametrize(("attention", "is_flat"), [("flash_attention_2", True), ("sdpa", False), (None, False)])
+def test_flash_attention_gets_its_examples_in_one_row(attention: str | None, is_flat: bool) -> None:
+    packed = tiny_model(vocab_size=90)
+    packed.config._attn_implementation_internal = attention
+    assert PackRows.of(packed, pad_id=0).is_flat == is_flat

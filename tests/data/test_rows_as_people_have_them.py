@@ -379,6 +379,14 @@ def test_what_separates_the_columns_of_a_table_is_found_and_told(delimiter: str,
     assert said == [f"{path}: faq.csv is separated by {name}"] * bool(name)
 
 
+def test_what_stands_in_quotation_marks_separates_no_columns(tmp_path: Path) -> None:
+    path = tmp_path / "faq.csv"
+    path.write_text('prompt;"a, b";"c, d";completion\nq;1;2;a\n')
+    (source,) = read_splits(DataSettings(path)).train
+    assert source.rows == [of({"prompt": "q", "completion": "a"})]
+    assert source.ignored == {"a, b": 1, "c, d": 1}
+
+
 def test_a_long_row_is_cut_in_the_preview_of_any_format(tmp_path: Path) -> None:
     words = " ".join(f"w{number}" for number in range(5000))
     for row in (
@@ -415,7 +423,12 @@ def test_the_preview_lists_each_column_as_used_or_ignored(tmp_path: Path) -> Non
     path = write_lines(
         tmp_path / "rows.jsonl", {"prompt": "q", "completion": "a", "id": 1}, {"prompt": "q", "completion": "b"}
     )
-    columns = preview(DataSettings(path)).to_dict(8, 2)["columns"]
+    figures = preview(DataSettings(path)).to_dict(8, 2)
+    columns = figures["columns"]
+    # Rows of a batch are of tokens, and nothing says how many without a tokenizer.
+    assert figures["unit"] == "characters"
+    assert "packed_rows" not in figures
+    assert preview(DataSettings(path), tokenizer=tiny_tokenizer()).to_dict(8, 2)["packed_rows"] == 2
     assert [(c["name"], c["rows"], c["used"]) for c in columns] == [
         ("prompt", 2, True), ("completion", 2, True), ("id", 1, False)
     ]  # fmt: skip

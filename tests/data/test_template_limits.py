@@ -70,6 +70,22 @@ def test_what_takes_too_much_memory(case: str) -> None:
         render(tiny_tokenizer(EXCESSIVE[case]), TURNS)
 
 
+def test_the_process_is_ended_at_its_size_and_the_next_conversation_has_another() -> None:
+    with pytest.raises(DataError, match="takes more than 512 MB of memory"):
+        render(tiny_tokenizer(EXCESSIVE["doubling"]), TURNS)
+    assert render(tiny_tokenizer(), TURNS).startswith("<|im_start|>user")
+
+
+def test_what_earlier_conversations_took_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "SECONDS", 1.0)
+    template_process.end()
+    # A fifth of a second or so each, twice the limit together.
+    busy = tiny_tokenizer("{% for i in range(1500) %}{% for j in range(2000) %}{% endfor %}{% endfor %}hi")
+    for _ in range(10):
+        assert render(busy, TURNS) == "hi"
+    template_process.end()
+
+
 @pytest.mark.parametrize("case", ENDLESS)
 def test_what_takes_too_long(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "SECONDS", 0.2)

@@ -97,10 +97,17 @@ def test_an_addition_is_whole(copy: Path, name: str) -> None:
         assert re.fullmatch(r"\d+\.\d MB\n", done.stdout)
 
 
+ROOMS = {room for floor in FLOORS for room in floor if not room.startswith("__")} - {"errors"}
+
+
 def test_every_room_is_drawn() -> None:
     drawing = PAGE.split("## The layers")[1].split("```")[1]
-    rooms = {room for floor in FLOORS for room in floor if not room.startswith("__")} - {"errors"}
-    assert rooms == set(re.findall(r"([a-z]+)/", drawing))
+    assert set(re.findall(r"([a-z]+)/", drawing)) == ROOMS
+
+
+def test_every_room_is_in_the_readme() -> None:
+    source = (ROOT / "README.md").read_text().split("## The source")[1].split("```")[1].partition("\ntests/")[0]
+    assert {"errors", *ROOMS} == set(re.findall(r"(?:^  |\S   +)([a-z]+)(?:/|\.py) ", source, re.MULTILINE))
 
 
 def test_the_files_that_it_names_exist() -> None:

@@ -25,7 +25,7 @@ NEEDS = {
     "four GPUs", "a checkout", "labelled/train.jsonl and labelled/held_out.jsonl", "a download, and a checkout",
 }  # fmt: skip
 """What blocks say that they need."""
-REAL = {"smollm2-135m-instruct": "base", "minilm-l6-v2": "encoder"}
+REAL = {"smollm2-135m-instruct": "base", "llama-2-7b": "base", "minilm-l6-v2": "encoder"}
 QUICK = {
     "train": ["--max-steps", "1"], "distill": ["--max-steps", "1"], "evaluate": ["--limit", "2"],
     "demo-data": ["--train", "40", "--held-out", "8"], "compare": ["--dry-run"],

@@ -76,7 +76,7 @@ def test_the_short_table_of_speed_repeats_the_whole_one() -> None:
 def test_what_the_comparison_said_is_quoted_from_its_report() -> None:
     report = " ".join((ROOT / "docs" / "report" / "report.md").read_text().replace("*", "").split())
     quoted = " ".join(line.removeprefix("> ") for line in README.splitlines() if line.startswith("> "))
-    assert "Choose qlora" in quoted
+    assert "Choose full" in quoted
     for part in quoted.split(" [...] "):
         assert part in report
 

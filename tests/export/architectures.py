@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from slimtune.data.demo_orders import make_orders
 from small_text_model import tiny_tokenizer
@@ -56,6 +58,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=32)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "qwen3moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **GROUPED, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+        )
+    ),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
             **GROUPED | {"num_hidden_layers": 7}, head_dim=32, query_pre_attn_scalar=32, sliding_window=4,
@@ -110,6 +120,37 @@ def sentencepiece_tokenizer() -> Any:
     )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+CHARSMAP = zlib.decompress(base64.b85decode(
+    r"c-ke?WvtL;6bIlxjJ%Wx(j_9@-7N}=ba!`mgVGWzsURqQN$Kt$-QC^Y`CNFnXTP1D^Wkh~ZxA5}f)qgzHEIxqL=3`S|4<oTMpi^ZD~LigLWn"
+    r"_hViA+rd_f$(<SXJ5pLirB0f|XOQj(CIWPJU3h2R@f@-3-ILu%5ImJFmP6B)@uX0nl$9AqaKImttA@{yMU<fjk?DMDe2QIrxC=Q~RBJ*6nk5"
+    r"Bx|O%JLKC_?ZfnrxF#ZLS?E^l^Rs17B#6uZR$~%2Gpk!4QWDSn$eUNG^Z6UX+vw;(UuOhrxP9NLT9?sl^%4b7d`1iZ~D=f0bxhySAJm-0~x|"
+    r"#hB1`i7|uvWFq%>P!S9UWPsTBp35@42CNhb?`G?6&WeWfCFVmUEOlB~fS%fl&dCX-2^I60~7V|$#S;BIbv62<6W)*8$!+O@SkqvBS6I<EBcD"
+    r"AvT9qeWod%|WWh70z|y&Paahd9U)4s(p7oZvX8ILR4KbB?oI;5?VO$Q3SgjjP<?I=8sV9d2`vyFB1Nk9f!v9`lT+yx=*nc*z@H^NzQC;Qgn+"
+    r"*ChA|we5m_"
+))  # fmt: skip
+"""A table of sentencepiece that makes a space of a line break and of a tab, and an e of one with an accent."""
+
+
+def unigram_tokenizer(charsmap: bytes = b"") -> Any:
+    """As sentencepiece's Unigram reads in transformers: runs of spaces are one, and a space is before each text."""
+    tokenizer = Tokenizer(models.Unigram())
+    spaces = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "\u2581")]
+    table = [normalizers.Precompiled(charsmap)] if charsmap else []
+    tokenizer.normalizer = normalizers.Sequence([*table, *spaces])  # type: ignore[attr-defined]
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[attr-defined]
+    tokenizer.decoder = decoders.Metaspace()  # type: ignore[attr-defined]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[attr-defined]
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
 
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import slimtune
 from cli.conftest import invoke
+from denoisers import ATTENTION, DENOISERS
 from export.llama_cpp import LlamaCpp, greedy
 from slimtune import LoraConfig, PeftModel, get_peft_model
 from slimtune.export.ollama import chat_format
 from small_text_model import save_base, tiny_tokenizer
+from tensors import assert_near, randomize
 
 PROMPT = [5, 6, 7, 300, 44, 90, 91]
+CONVOLUTIONS = ["conv1", "conv_out"]
+ROPE = {"rope_type": "default", "rope_theta": 50_000.0}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -209,6 +217,69 @@ def test_kohyas_names_and_back(tmp_path: Path) -> None:
     assert torch.equal(back[f"{name}.lora_A.weight"], tensors[f"{name}.lora_A.weight"])
     assert torch.equal(back[f"{name}.lora_B.weight"], 2 * tensors[f"{name}.lora_B.weight"])
     assert back[f"{name}.lora_magnitude_vector"].shape == (8,)
+
+
+@pytest.mark.parametrize("part", ["unet", "sd3"])
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}])
+def test_kohyas_file_without_metadata_is_named_by_its_pipeline(
+    part: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    denoiser = DENOISERS[part]
+    torch.manual_seed(0)
+    targets = [*ATTENTION, *CONVOLUTIONS] if part == "unet" else ATTENTION
+    model = get_peft_model(denoiser.model(), LoraConfig(r=4, target_modules=targets, **options))
+    expected = denoiser.predict(randomize(slimtune, model).eval())
+    slimtune.save_diffusers_lora(tmp_path / "in", **{denoiser.part: model})
+    export(tmp_path / "in", "kohya", tmp_path / "kohya")
+    file = tmp_path / "kohya" / "lora.safetensors"
+    tensors = load_file(file)
+    assert all(name.startswith(f"lora_{denoiser.part}_") for name in tensors)
+    save_file(tensors, file)
+    assert "pass the folder of its pipeline by --base" in refused(file, "diffusers", tmp_path / "back")
+    assert "no pipeline of diffusers" in refused(file, "diffusers", tmp_path / "back", "--base", tmp_path)
+
+    denoiser.model().save_pretrained(tmp_path / "pipeline" / denoiser.part)
+    export(file, "diffusers", tmp_path / "back", "--base", tmp_path / "pipeline")
+    read = denoiser.model()
+    read.load_lora_adapter(tmp_path / "back", prefix=denoiser.part, weight_name="pytorch_lora_weights.safetensors")
+    assert_near(denoiser.predict(read.eval()), expected, 1e-5)
+    again = denoiser.model()
+    slimtune.load_diffusers_lora(tmp_path / "back", **{denoiser.part: again})
+    assert_near(denoiser.predict(again.eval()), expected, 1e-5)
+    if denoiser.part == "unet" and "use_dora" not in options:
+        # diffusers reads kohya's own layout, too.
+        names, alphas = StableDiffusionPipeline.lora_state_dict(file)
+        other = denoiser.model()
+        StableDiffusionPipeline.load_lora_into_unet(names, alphas, other)
+        assert_near(denoiser.predict(other.eval()), expected, 1e-5)
+
+    save_file(tensors | {"lora_unet_elsewhere.lora_down.weight": torch.ones(4, 4)}, file)
+    error = refused(file, "diffusers", tmp_path / "more", "--base", tmp_path / "pipeline")
+    assert "is for lora_unet_elsewhere" in error
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("optimum-cli") is None, reason="optimum-cli is not on the PATH")
+def test_onnxruntime_answers_as_the_model_does(tmp_path: Path) -> None:
+    tuned = adapter(save_base(tmp_path / "base", rope_parameters=ROPE), tmp_path / "tuned", use_dora=True)
+    written = export(tuned, "onnx", tmp_path / "onnx")
+    assert written["check"].startswith("run by onnxruntime: KL")
+    assert not {"plain", "given.npz", "got.npz"} & {path.name for path in (tmp_path / "onnx").iterdir()}
+    # An encoder, by its hidden states.
+    export("minilm-l6-v2", "onnx", tmp_path / "encoder")
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama-quantize is not on the PATH")
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q6_K"])
+def test_llama_cpps_own_program_makes_k_quants(kind: str, tmp_path: Path) -> None:
+    # Blocks of K-quants have 256 numbers.
+    base = save_base(tmp_path / "base", hidden_size=256, intermediate_size=512)
+    written = export(base, "gguf", tmp_path / "out", "--type", kind, "--max-kl", "5")
+    assert any("quantized by " in note for note in written["notes"])
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert kinds & {"Q4_K", "Q6_K"}
+    assert len(LlamaCpp(tmp_path / "out" / "model.gguf").greedy(PROMPT, 4)) == 4
 
 
 def test_the_real_model_answers_token_by_token(smollm2: Any, smollm2_tokenizer: Any, tmp_path: Path) -> None:

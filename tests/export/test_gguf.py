@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import pre_tokenizers
 
 from export.architectures import (
+    CHARSMAP,
     MODELS,
     bert,
     byte_level_tokenizer,
     seeded,
     sentencepiece_tokenizer,
+    unigram_tokenizer,
     word_piece_tokenizer,
 )
 from export.llama_cpp import LlamaCpp, greedy
@@ -118,6 +121,18 @@ def test_a_text_has_the_same_tokens(make: Any, tmp_path: Path) -> None:
     engine = LlamaCpp(tmp_path / "model.gguf")
     for text in TEXTS:
         assert engine.tokenize(text) == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("charsmap", [b"", CHARSMAP])
+def test_a_unigram_tokenizer_cuts_alike(charsmap: bytes, tmp_path: Path) -> None:
+    tokenizer = unigram_tokenizer(charsmap)
+    written(tmp_path / "model.gguf", seeded(MODELS["qwen2"]), tokenizer)
+    engine = LlamaCpp(tmp_path / "model.gguf")
+    for text in (*TEXTS, "  two\tcaf\u00e9s  ", "</s>Latte and</s> tea"):
+        assert engine.tokenize(text) == tokenizer(text)["input_ids"]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    with pytest.raises(ConfigError, match=r"no way to treat spaces by.*first.*--converter"):
+        written(tmp_path / "other.gguf", seeded(MODELS["qwen2"]), tokenizer)
 
 
 @torch.no_grad()

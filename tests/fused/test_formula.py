@@ -308,17 +308,26 @@ def test_dropout_keeps_the_mean_and_drops_the_share_that_was_asked_for() -> None
     assert values == pytest.approx([0.0, 4 / 3], abs=2e-3)
 
 
-def test_two_forwards_draw_two_masks_and_a_seed_repeats_them() -> None:
+DROPPING = {
+    "lora": slimtune.LoraConfig(r=4, target_modules=["site"], lora_dropout=0.5),
+    "dora": slimtune.LoraConfig(r=4, target_modules=["site"], lora_dropout=0.5, use_dora=True),
+    "vera": slimtune.VeraConfig(r=4, target_modules=["site"], vera_dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("method", DROPPING)
+def test_two_forwards_draw_two_masks_and_a_seed_repeats_them(method: str) -> None:
     kind = KINDS[0]
-    config = slimtune.LoraConfig(r=4, target_modules=["site"], lora_dropout=0.5)
-    model = randomize(slimtune, attach(kind, config)).train()
-    x = kind.input()
+    model = randomize(slimtune, attach(kind, DROPPING[method])).train()
+    # So many rows that a sum of weights would be the cheaper product.
+    x = torch.cat([kind.input(seed) for seed in range(20)])
     torch.manual_seed(5)
     first, second = model(x), model(x)
     torch.manual_seed(5)
     again = model(x)
     assert not torch.equal(first, second)
     assert torch.equal(first, again)
+    assert torch.equal(model.eval()(x), model(x))
 
 
 INPUTS: dict[str, Any] = {

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.errors import ConfigError, OutputExistsError
-from slimtune.models.load import LoadOptions, load, load_model
+from slimtune.errors import ConfigError, ModelNotFoundError, OutputExistsError
+from slimtune.models.load import LoadOptions, load, load_model, load_tokenizer
 from slimtune.storage.atomic import staged
 from slimtune.storage.source import cache_dir, resolve
 from small_text_model import save_base, tiny_model
@@ -22,6 +22,17 @@ def test_a_folder(tmp_path: Path) -> None:
     model, tokenizer = load(save_base(tmp_path / "base"), device="cpu")
     assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
     assert tokenizer.chat_template
+
+
+@pytest.mark.parametrize("length", [[512], "512"])
+def test_a_tokenizer_that_fails_with_its_first_text_is_refused_when_it_is_loaded(length: Any, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    config = base / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": length}))
+    with pytest.raises(
+        ModelNotFoundError, match=r"the tokenizer in '.*' can't be loaded: TypeError: .*; fetch the model"
+    ):
+        load_tokenizer(str(base))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -133,3 +133,32 @@ def test_a_field_that_would_change_the_result_is_refused_by_name(change: dict[st
     word = str(next(iter(change.values()))) if "peft_type" in change else next(iter(change))
     with pytest.raises(ConfigError, match=word):
         slimtune.PeftConfig.from_pretrained(str(tmp_path))
+
+
+VARIANTS: dict[str, Any] = {
+    "use_bdlora": {"nblocks": 2}, "use_qalora": True, "arrow_config": {}, "corda_config": {}, "kasa_config": {},
+    "lora_ga_config": {}, "megatron_config": {"a": 1}, "monteclora_config": {}, "velora_config": {},
+    "alora_invocation_tokens": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", VARIANTS)
+def test_a_variant_of_lora_that_is_not_here_is_refused_with_a_way_out(field: str) -> None:
+    assert field in {f.name for f in dataclasses.fields(peft.LoraConfig)}, "the oracle knows it"
+    with pytest.raises(ConfigError, match=rf"{field}.*(leave it out|without).*peft"):
+        slimtune.LoraConfig(r=2, **{field: VARIANTS[field]})
+
+
+def test_a_field_of_another_version_is_refused_with_a_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"'field_of_next_year' .* is unknown to this version .* update slimtune"):
+        slimtune.PeftConfig.from_peft_type(peft_type="LORA", field_of_next_year=3)
+
+
+def test_a_config_is_made_by_the_name_of_its_method() -> None:
+    for library in (slimtune, peft):
+        config = library.PeftConfig.from_peft_type(peft_type="IA3", target_modules=["k_proj"])
+        assert isinstance(config, library.IA3Config)
+        assert config.target_modules == {"k_proj"}
+        assert isinstance(library.LoraConfig.from_peft_type(r=3), library.LoraConfig)
+    with pytest.raises(ConfigError, match="this adapter is of IA3, not one for LoraConfig"):
+        slimtune.LoraConfig.from_peft_type(peft_type="IA3", target_modules=["k_proj"])

@@ -251,7 +251,7 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_name(changes: dict[str, 
     assert next(iter(changes)) in str(error)
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/b", "..", "/tmp/x", "a\x00b", "", "a.b", "a\\b"])
+@pytest.mark.parametrize("name", ["../outside", "a/b", "..", "/tmp/x", "a\x00b", "", "a.b", "a\\b", "__base__", "keys"])
 def test_an_adapter_name_cannot_leave_its_folder(name: str, tmp_path: Path) -> None:
     model = LLAMA.model()
     with pytest.raises(ConfigError):

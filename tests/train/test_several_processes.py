@@ -12,15 +12,22 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.state import GradientState
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.console.process import Process
 from slimtune.console.screen import open_screen
+from slimtune.data.batches import IGNORED
 from slimtune.errors import ConfigError
 from slimtune.pipeline.launch import check_devices, launch, read_launch, start
 from slimtune.pipeline.train import run
@@ -28,12 +35,15 @@ from slimtune.recipe.recipe import Recipe
 from slimtune.recipe.training import TrainSettings
 from slimtune.train import processes
 from slimtune.train.processes import check_processes, share_of
+from slimtune.train.trainer import HeldOutMean
 from small_text_model import save_base
 from tensors import assert_all_near, assert_same
 
 TWO = read_launch("2")
 SCRIPT = Path(__file__).with_name("several_processes.py")
 TESTS = SCRIPT.parents[1]
+PATIENCE = 3600
+"""Seconds after which a run is taken to hang: a machine that is busy takes minutes to import torch three times."""
 
 # 20 examples: the last step of each epoch has four, of which the processes get an uneven share.
 METHODS: dict[str, dict[str, Any]] = {
@@ -137,8 +147,8 @@ def test_two_processes_that_shard_the_model_train_as_one_and_go_on(
     assert_two_are_one(work, cases, monkeypatch, capfd, "--sharded")
     for name in cases:
         shutil.move(work / "two" / name, work / "whole" / name)
-    # Broken off after step 3, where a process is told to stop, and gone on with.
-    for options in (["--stop-after", "3"], ["--resume"]):
+    # Broken off after step 5, within an epoch, where a process is told to stop, and gone on with.
+    for options in (["--stop-after", "5"], ["--resume"]):
         assert start(TWO, [str(SCRIPT), str(work / "recipes.json"), "--sharded", *options]) == 0
         assert all((work / "two" / name).exists() == (options == ["--resume"]) for name in cases)
     for name in cases:
@@ -226,13 +236,13 @@ def until_checkpoint(work: Path, output: str, process: subprocess.Popen[str], st
 
 @pytest.mark.soak
 def test_a_run_that_lost_a_process_or_was_stopped_goes_on_to_the_same_bits(work: Path) -> None:
-    whole = train(work, "whole", "--launch", "2")
-    assert whole.wait(300) == 0, whole.communicate()
+    whole = train(work, "uninterrupted", "--launch", "2")
+    assert whole.wait(PATIENCE) == 0, whole.communicate()
 
     killed = train(work, "killed", "--launch", "2")
     until_checkpoint(work, "killed", killed)
     os.kill(workers(killed.pid)["1"], signal.SIGKILL)
-    _, errors = killed.communicate(timeout=300)
+    _, errors = killed.communicate(timeout=PATIENCE)
     assert killed.returncode == 1
     assert len(errors.strip().splitlines()) == 1, errors
     assert errors.startswith("slimtune: process 1 of the run was killed by SIGKILL")
@@ -242,30 +252,30 @@ def test_a_run_that_lost_a_process_or_was_stopped_goes_on_to_the_same_bits(work:
     stopped = train(work, "killed", "--launch", "2", "--resume")
     until_checkpoint(work, "killed", stopped, "1[02]")
     stopped.send_signal(signal.SIGINT)
-    _, errors = stopped.communicate(timeout=300)
+    _, errors = stopped.communicate(timeout=PATIENCE)
     assert stopped.returncode == 130
     assert len(errors.strip().splitlines()) == 1, errors
     assert "stopped by SIGINT after step" in errors
 
     resumed = train(work, "killed", "--launch", "2", "--resume")
-    assert resumed.wait(300) == 0, resumed.communicate()
-    assert lines(work / "killed") == lines(work / "whole")
+    assert resumed.wait(PATIENCE) == 0, resumed.communicate()
+    assert lines(work / "killed") == lines(work / "uninterrupted")
     name = "adapter_model.safetensors"
-    assert (work / "killed" / name).read_bytes() == (work / "whole" / name).read_bytes()
+    assert (work / "killed" / name).read_bytes() == (work / "uninterrupted" / name).read_bytes()
 
     # By another number of processes: to the same loss, and that the bits may differ is said.
     alone = train(work, "alone", "--resume")
-    shown, _ = alone.communicate(timeout=300)
+    shown, _ = alone.communicate(timeout=PATIENCE)
     assert alone.returncode == 0
     assert "processes 2 then, 1 now" in shown
-    for before, after in zip(lines(work / "whole"), lines(work / "alone"), strict=True):
+    for before, after in zip(lines(work / "uninterrupted"), lines(work / "alone"), strict=True):
         assert after == pytest.approx(before, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.soak
 def test_a_mistake_is_said_once_and_ends_the_launch(work: Path) -> None:
     mistaken = train(work, "mistaken", "training.batch_size=3", "--launch", "2")
-    shown, errors = mistaken.communicate(timeout=300)
+    shown, errors = mistaken.communicate(timeout=PATIENCE)
     assert mistaken.returncode == 2
     assert shown == ""
     assert len(errors.strip().splitlines()) == 1, errors
@@ -304,6 +314,11 @@ class TestWhatCannotStart:
         (tmp_path / "accelerate.yaml").write_text(text)
         with pytest.raises(ConfigError, match=said):
             read_launch(str(tmp_path / "accelerate.yaml"))
+
+    @pytest.mark.parametrize("name", ["kubeflow.yaml", "skypilot.yaml"])
+    def test_a_file_of_another_tool_is_not_taken_for_one_of_accelerate(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=r"is no file of accelerate \(it has (apiVersion|file_mounts)"):
+            read_launch(str(TESTS.parent / "docs" / "scale" / name))
 
     def test_fsdp_on_a_cpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "accelerate.yaml"
@@ -356,6 +371,23 @@ class TestWhatCannotStart:
         words = ["train", str(work / "base"), "none.jsonl", "--output", str(work / "none")]
         result = CliRunner().invoke(app, words)
         assert "accelerate launch starts one process on a CPU" in result.stdout
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fills_up_a_last_batch_is_told_in_an_epoch_that_is_gone_on_with(rank: int, skipped: int) -> None:
+    """10 rows for two processes in batches of 3 each: the last four are 3 and 1, filled up with the first two."""
+    PartialState()
+    rows = [{"input_ids": torch.tensor([n]), "labels": torch.tensor([n])} for n in range(10)]
+    shards = DataLoader(rows, batch_size=3)  # type: ignore[arg-type]
+    loader = prepare_data_loader(shards, num_processes=2, process_index=rank, put_on_device=False)
+    trainer: Any = HeldOutMean()
+    trainer.accelerator = SimpleNamespace(gradient_state=GradientState())
+    trainer.args = SimpleNamespace(world_size=2, process_index=rank)
+    batches = [trainer._without_repeated(batch) for batch in skip_first_batches(loader, skipped)]
+    learned = [batch["labels"].flatten().tolist() for batch in batches]
+    own: list[list[int]] = [[0, 1, 2], [6, 7, 8]] if rank == 0 else [[3, 4, 5], [9, IGNORED, IGNORED]]
+    assert learned == own[skipped:]
 
 
 @pytest.mark.parametrize(

@@ -301,3 +301,27 @@ def test_packed_rows_are_refused_under_a_prompt(sft_rows: Any, tmp_path: Path) -
     done = sft_trainer(model, tmp_path, sft_rows, packing=True)
     with pytest.raises(ConfigError, match="only the first would have them; leave packing"):
         done.train()
+
+
+def test_what_asks_for_peft_s_own_class_says_so_and_takes_the_model(sft_rows: Any, tmp_path: Path) -> None:
+    """The errors are transformers' and TRL's; docs/peft.md quotes them beside the way out, which is taken here."""
+    import trl
+
+    config = slimtune.LoraConfig(r=4, target_modules=["q_proj"])
+    page = (Path(__file__).parents[2] / "docs" / "peft.md").read_text(encoding="utf-8")
+    with pytest.raises(TypeError, match="adapter_config should be an instance of PeftConfig"):
+        LLAMA.model().add_adapter(config)
+    with pytest.raises((TypeError, ValueError), match=r"must be a `peft\.PeftConfig` instance"):
+        trl.SFTTrainer(
+            model=LLAMA.model(), args=trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=sft_rows,
+            processing_class=word_tokenizer(), peft_config=config,
+        )  # fmt: skip
+    for message in ("adapter_config should be an instance of PeftConfig", "must be a `peft.PeftConfig` instance"):
+        assert message in page
+    model = slimtune.get_peft_model(LLAMA.model(), config)
+    model.add_adapter("other", config)
+    assert [*model.peft_config] == ["default", "other"]
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["default"])
+    plain = LLAMA.model()
+    plain.load_adapter(str(tmp_path / "saved"))
+    assert_near(predict(plain, LLAMA.batch()), predict(model, LLAMA.batch()))

@@ -34,6 +34,7 @@ from slimtune.errors import (
     listing,
 )
 from slimtune.storage.peft_format import check_adapter_name, key, without_wrappers
+from slimtune.storage.source import name_here
 
 _ALWAYS_TAKEN = 1024
 """Tensors as long as this take no memory to speak of."""
@@ -326,7 +327,7 @@ def _fill(
 
 def _two_bases(config: Any, model: Any) -> str:
     """The base that an adapter names and the one at hand, in parentheses; empty where they are one or unknown."""
-    named, here = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    named, here = name_here(config.base_model_name_or_path or ""), getattr(model, "name_or_path", None)
     return f" (it names {named}, and this model is {here})" if named and here and named != here else ""
 
 
@@ -410,11 +411,13 @@ def get_peft_model_state_dict(
     model: Any,
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
+    unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """The tensors of one adapter by their names on disk.
 
     Args:
+        unwrap_compiled: of `peft`; what torch.compile wrapped has its plain names here, whether asked for or not.
         save_embedding_layers: whether the base's token embeddings are among them: True, False, or "auto" for those
             that were resized after the base was loaded.
 

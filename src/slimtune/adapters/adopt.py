@@ -194,7 +194,11 @@ def _rebuild(module_type: type[nn.Module], mixin: type[Adopted]) -> nn.Module:
 
 
 def _unless_applied(name: str) -> property:
-    return property(lambda self: False if self.adapter_state.applied else self.__dict__[name])
+    def value(self: Any) -> Any:
+        is_adapted = self.adapter_state.applied or self.adapter_state.call.rows is not None
+        return False if is_adapted else self.__dict__[name]
+
+    return property(value)
 
 
 FAST_PATHS = {name: _unless_applied(name) for name in ("activation_relu_or_gelu", "use_nested_tensor")}

@@ -52,7 +52,7 @@ def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[st
         args = tuple(_tracked(model, value) for value in args)
         # Some models' masks are of numbers too, and none of them is to get a gradient.
         kwargs = {name: v if name.endswith("mask") else _tracked(model, v) for name, v in kwargs.items()}
-    function = functools.partial(run if deltas_of(model) else _frozen, model, frozen_forward(model))
+    function = functools.partial(_around, model, frozen_forward(model))
     head = lazy_head(model) if kwargs.get("labels") is not None else None
     if head is not None and "use_cache" in _parameters(model_type):
         # A step that computes its loss reads no cache, which would hold every key and value until it ends.
@@ -65,8 +65,12 @@ def _forward(model_type: Any, model: Any, *args: Any, adapter_names: Sequence[st
         return without_lazy(function(*args, **kwargs))
 
 
-def _frozen(model: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return frozen(model, *args, **kwargs)
+def _around(model: Any, frozen: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The model under what the adapters in effect do around the whole of it."""
+    # Rows name their adapters, of which none does anything here: the active one has no part in such a batch.
+    if not deltas_of(model) or model.adapter_state.call.rows is not None:
+        return frozen(model, *args, **kwargs)
+    return run(model, frozen, *args, **kwargs)
 
 
 def _tracked(model: Any, value: Any) -> Any:
@@ -122,9 +126,9 @@ def _rows(
             "adapter_names is for inference with unmerged adapters; call model.eval() and unmerge_adapter() first"
         )
     for name in adapter_names:
-        if name in deltas_of(model):
+        if name in deltas_of(model) and not deltas_of(model)[name].rests:
             raise ConfigError(
-                f"the adapter '{name}' changes the inputs of the whole model and can't be mixed with others in one "
+                f"the adapter '{name}' changes the whole model and can't be mixed with others in one "
                 "batch; run its rows as a batch of their own"
             )
     with model.adapter_state.using(rows=RowAdapters(tuple(adapter_names))):

@@ -60,6 +60,7 @@ from slimtune.storage.peft_format import (
     read_adapter,
     save_adapter,
 )
+from slimtune.storage.source import id_on_hub, name_elsewhere
 
 _NOT_QUANTIZED = {
     name: property(lambda self: False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -188,9 +189,7 @@ def add_drafted(model: Any, name: str, config: Any, drafted: Draft) -> None:
     vars(config).update(vars(drafted.config))
     if config.base_model_name_or_path is None:
         base, revision = parted(getattr(model, "name_or_path", None) or "")
-        # From another working directory a relative path would name nothing, or something on the Hub.
-        base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
-        config.base_model_name_or_path, config.revision = base or None, config.revision or revision
+        config.base_model_name_or_path, config.revision = name_elsewhere(base) or None, config.revision or revision
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(site.kind == "linear" and site.base.is_transposed for site, _ in drafted.placed)
     model.peft_config[name] = config
@@ -559,7 +558,7 @@ class PeftModel(PeftNames, Adopted):
         configs = list(self.peft_config.values())
         methods = sorted({str(config.peft_type) for config in configs})
         # A module of one's own has no base on the Hub, whatever its config says.
-        base = configs[0].base_model_name_or_path if hasattr(self, "config") else None
+        base = id_on_hub(configs[0].base_model_name_or_path or "") if hasattr(self, "config") else None
         in_peft = all(config.in_peft for config in configs)
         given = (getattr(config, "constraint", None) for config in configs)
         constraints = [str(constraint) for constraint in given if constraint]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated, Any, ClassVar, NoReturn
+from collections.abc import Callable
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, NoReturn, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from slimtune.cli.chat import chat
 from slimtune.cli.compare import compare
@@ -45,11 +47,69 @@ from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError, is_out_o
 REFUSED, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 """Exit codes; the last two are 128 and the number of the signal, as shells report SIGINT and SIGPIPE."""
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "plan": plan,
+    "train": train,
+    "distill": distill,
+    "prune": prune,
+    "slim": slim,
+    "compare": compare,
+    "chat": chat,
+    "generate": generate,
+    "predict": predict,
+    "serve": serve,
+    "serve-key": serve_key,
+    "evaluate": evaluate,
+    "forgetting": forgetting,
+    "spectra": spectra,
+    "methods": methods,
+    "info": info,
+    "quantize": quantize,
+    "export": export,
+    "merge": merge,
+    "push": push,
+    "doctor": doctor,
+    "demo-data": demo_data,
+    "completion": completion,
+}
+"""Name to function, in the order in which `slimtune --help` lists them; their docstrings are the help."""
+
+
+class CommandOnDemand(TyperCommand):
+    """A command whose options are made when it is called, not when `slimtune --help` lists its first line.
+
+    To make those of all commands takes longer than most of them take to answer.
+    """
+
+    def __init__(self, name: str, function: Callable[..., None]) -> None:
+        """Take over the name and the docstring, with paragraphs of one line, which break where the screen ends."""
+        paragraphs = (function.__doc__ or "").split("\n\n")
+        super().__init__(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
+        self._function = function
+
+    @cached_property
+    def whole(self) -> TyperCommand:
+        """The command with its options."""
+        one = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+        kind = RecipeCommand if self._function in (plan, train, distill) else None
+        one.command(self.name, cls=kind, help=self.help)(self._function)
+        return cast("TyperCommand", typer.main.get_command(one))
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the arguments by the whole command, which the context then runs."""
+        return self.whole.make_context(*args, **options)
+
 
 class Commands(TyperGroup):
     """Turns what a user can cause into one sentence and an exit code."""
 
     is_out_of_memory: ClassVar[bool] = False
+
+    def __init__(self, **options: Any) -> None:
+        """Add the commands before the groups."""
+        super().__init__(**options)
+        self.commands = {name: CommandOnDemand(name, run) for name, run in COMMANDS.items()} | self.commands
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command on streams that take any text: what they have no letter for is escaped."""
@@ -120,39 +180,6 @@ def options(
     escape_logs()
 
 
-def _folded(text: str) -> str:
-    """Paragraphs of one line each, which break where the screen ends and not where the source does."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-
-
-for name, command in {
-    "demo": demo,
-    "plan": plan,
-    "train": train,
-    "distill": distill,
-    "prune": prune,
-    "slim": slim,
-    "compare": compare,
-    "chat": chat,
-    "generate": generate,
-    "predict": predict,
-    "serve": serve,
-    "serve-key": serve_key,
-    "evaluate": evaluate,
-    "forgetting": forgetting,
-    "spectra": spectra,
-    "methods": methods,
-    "info": info,
-    "quantize": quantize,
-    "export": export,
-    "merge": merge,
-    "push": push,
-    "doctor": doctor,
-    "demo-data": demo_data,
-    "completion": completion,
-}.items():
-    kind = RecipeCommand if command in (plan, train, distill) else None
-    app.command(name, cls=kind, help=_folded(command.__doc__ or ""))(command)
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
 

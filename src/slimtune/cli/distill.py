@@ -134,7 +134,7 @@ def _recipe(
     target = {} if output is None else {"output": str(output)}
     if is_yaml(source):
         strange = [*typed, *(["data"] if data else []), *(["seq_kd"] if seq_kd else [])]
-        return changed_recipe(Path(source), strange, rest, target, "distillation.beta=0.5")
+        return changed_recipe(Path(source), strange, rest, target, "distillation")
     if not rest or "=" in rest[0]:
         raise ConfigError(f"no student was named to learn from {source}; pass a model behind it")
     if output is None:

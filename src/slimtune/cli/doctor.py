@@ -19,6 +19,7 @@ FEATURES = {
     "gguf": "models stored as GGUF",
     "trl": "preference tuning (DPO, KTO, ORPO, GRPO)",
     "diffusers": "diffusion models",
+    "pruning": "channels of convolutional networks left out",
     "evaluate": "the scores ROUGE and BLEU",
     "lm-eval": "tasks of lm-evaluation-harness",
     "reasoning": "tasks of reasoning-gym",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
-from slimtune.errors import counted
+from slimtune.errors import counted, listing
+from slimtune.pipeline.launch import ACCELERATE, read_launch
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
 from slimtune.plan.recommend import Choice
 from slimtune.plan.rules import GOALS
 from slimtune.plan.table import COLOURS, ROWS, SIZES, TableCell
+from slimtune.quantization.config import library_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +62,9 @@ def show(screen: Console, report: PlanReport, launch: str | None = None) -> None
         screen.print("  any engine takes it: the result is a whole model", markup=False)
     screen.print("\nrun it:")
     how = launch or ("docs/scale/fsdp2.yaml" if report.request.devices > 1 else "")
+    if launch and Path(launch).is_file() and read_launch(launch).processes != report.request.devices:
+        # The plan is of another number than the file's, and the command starts as many as were planned.
+        how = shlex.quote(f"{ACCELERATE} --config_file {how} --num_processes {report.request.devices}")
     screen.print(f"  {report.command(best)}{f' --launch {how}' if how else ''}", markup=False)
 
 
@@ -168,7 +175,8 @@ def _show_question(screen: Console, report: PlanReport) -> None:
     )
     if report.cut:
         screen.print(
-            f"[yellow]{report.cut:,} examples are longer than {request.sequence:,} tokens[/] and would be cut "
+            f"[yellow]{counted(report.cut, 'example')} {'is' if report.cut == 1 else 'are'} longer than "
+            f"{request.sequence:,} tokens[/] and would be cut "
             "(data.too_long=truncate) or dropped (data.too_long=drop)"
         )
     batch = report.choices[0].setting.batch
@@ -234,6 +242,14 @@ def _show_choices(screen: Console, report: PlanReport) -> None:
     screen.print(legend)
     if any(choice.setting.gradient_checkpointing for choice in report.choices):
         screen.print("* with gradient checkpointing")
+    if report.left_out:
+        package, extra = library_of(report.left_out[0]) or ("", "")
+        screen.print(
+            f"left out: a base in {listing(report.left_out)}, which needs {package}: run `pip install "
+            f"'slimtune[{extra}]'`",
+            style="yellow",
+            markup=False,
+        )
     screen.print("runtime: the context of the device, and what its allocator leaves unused; in all figures of need")
     rates = report.rates
     how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"

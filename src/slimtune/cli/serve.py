@@ -9,7 +9,7 @@ import typer
 
 from slimtune.cli.options import Base, Device, Dtype, Json, Quantize, TrustRemoteCode, parse
 from slimtune.console.screen import print_json, say
-from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice
+from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice, counted
 
 if TYPE_CHECKING:
     from slimtune.models.load import LoadOptions
@@ -119,7 +119,7 @@ def serve(
     def tell(url: str) -> None:
         if as_json:
             print_json({"url": url, "base": base, "adapters": [known.versioned for known in registry]})
-        say(f"serving {base} and {len(list(registry))} adapters at {url}; Ctrl-C stops", to_errors=True)
+        say(f"serving {base} and {counted(len(list(registry)), 'adapter')} at {url}; Ctrl-C stops", to_errors=True)
 
     if not run(Gateway(backend, registry, keyring, settings), host, port, drain_timeout, tell):
         say("stopped before all answers had ended", to_errors=True)

@@ -10,7 +10,7 @@ import typer
 from slimtune.cli.options import Device, Dtype, Json, Overwrite, Quantize, TrustRemoteCode, TunedBase, TunedModel
 from slimtune.console.figure import check_picture
 from slimtune.console.screen import open_screen, print_json
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -175,15 +175,15 @@ def _show(screen: Console, base: str, result: Spectra) -> None:
         named = ", ".join(result.left_out)
         screen.print(f"tuned and left out: {named}; --embeddings takes in those that the base has too", markup=False)
     if result.only_here:
-        screen.print(f"{len(result.only_here)} matrices are tuned here alone and have no overlap")
+        screen.print(f"tuned here alone, without overlap: {len(result.only_here)}")
 
 
 def _show_intruders(screen: Console, result: Spectra) -> None:
     with_some = [one for one in result.matrices if one.intruders]
     screen.print(
-        f"{result.intruders} intruder dimensions in {len(with_some)} of {len(result.matrices)} matrices: among the "
-        f"first {result.top} singular vectors of each, those with no cosine of {result.epsilon:g} or more with an "
-        "old one"
+        f"{counted(result.intruders, 'intruder dimension')} in {len(with_some)} of {len(result.matrices)} matrices: "
+        f"among the first {result.top} singular vectors of each, those with no cosine of {result.epsilon:g} or more "
+        "with an old one"
     )
     for one in sorted(with_some, key=lambda one: -len(one.intruders))[:SHOWN]:
         first = one.intruders[0]
@@ -224,8 +224,8 @@ def _show_mitigation(screen: Console, done: MitigationReport) -> None:
     if done.answered is not None:
         one = done.answered
         screen.print(
-            f"{one.metric.replace('_', ' ')} on {one.count} questions: {one.tuned:.3f} tuned, {one.scaled:.3f} scaled, "
-            f"by scaling {in_words(one.interval)} (95%)"
+            f"{one.metric.replace('_', ' ')} on {counted(one.count, 'question')}: {one.tuned:.3f} tuned, "
+            f"{one.scaled:.3f} scaled, by scaling {in_words(one.interval)} (95%)"
         )
     why = f", because {done.why_model}" if done.why_model else ""
     screen.print(f"{done.output}: written as {'an adapter' if done.kind == 'adapter' else 'a plain model'}{why}",

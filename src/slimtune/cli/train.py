@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,7 +152,7 @@ def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | Non
     typed = {name: value for name, value in written(ctx).items() if name not in WITH_A_RECIPE}
     target = {} if output is None else {"output": str(output)}
     if is_yaml(source):
-        return changed_recipe(Path(source), typed, rest, target, "training.learning_rate=1e-4")
+        return changed_recipe(Path(source), list(typed), rest, target)
     # A data file may have an equals sign in its name.
     if not rest or ("=" in rest[0] and not Path(rest[0]).exists()):
         raise ConfigError(f"no data was named to train {source} on; pass a data file behind it, or a recipe.yaml")
@@ -163,24 +163,27 @@ def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | Non
 
 
 def changed_recipe(
-    path: Path, typed: Iterable[str], overrides: Sequence[str], target: dict[str, str], example: str
+    path: Path, typed: Sequence[str], overrides: Sequence[str], target: dict[str, str], own: str = ""
 ) -> Recipe:
     """The recipe of a file, changed by `section.key=value` and by where it writes.
 
     Args:
         typed: options that make a recipe of their own, of which none goes with a file.
-        example: of what to write in their place.
+        own: a section whose keys come before those of others, where an option is looked up.
 
     Raises:
         ConfigError: there are some, or the recipe can't be.
     """
-    from slimtune.recipe.recipe import Recipe, overridden
+    from slimtune.recipe.recipe import Recipe, overridden, place_of
     from slimtune.storage.text_files import read_mapping
 
     if typed:
+        section = Recipe.sections().get(own)
+        is_own = section is not None and typed[0] in section.__dataclass_fields__
+        place = f"{own}.{typed[0]}" if is_own else place_of(typed[0])
         raise ConfigError(
             f"{flags(typed)} does not go with a recipe; write settings as section.key=value behind it, for example "
-            f"{example}"
+            f"{place or 'method.name'}=..."
         )
     return Recipe.of(overridden(read_mapping(path), overrides) | target)
 

@@ -100,15 +100,15 @@ def _headline(chosen: CandidateRow, best: CandidateRow, peers: list[CandidateRow
         less = figures.score(abs(best.mean - chosen.mean))
         name = "Keep the model as it comes" if chosen is summary.base else f"Choose {chosen.name}"
         more = _costs_more(best, chosen) if chosen.candidate.is_trained else "has to be trained"
-        return f"{name}: {best.name} scores {less} better, which is not shown, and {more}"
+        return f"{name}: {best.name} scores {less} better, which may be chance, and {more}"
     if chosen is summary.base:
         return "Keep the model as it comes: nothing scores better"
     rival = peers[1]
     lead = figures.score(abs(best.mean - rival.mean))
     if is_cheaper(rival, best) or not rival.candidate.is_trained:
         cost = "has to be trained" if not rival.candidate.is_trained else _costs_more(best, rival)
-        return f"Choose {best.name}: it scores {lead} better than {_called(rival)}, which is not shown, but {cost}"
-    return f"Choose {best.name}: it scores best, {lead} better than {_called(rival)}, which is not shown"
+        return f"Choose {best.name}: it scores {lead} better than {_called(rival)}, which may be chance, but {cost}"
+    return f"Choose {best.name}: it scores best, {lead} better than {_called(rival)}, which may be chance"
 
 
 def _others(rows: list[CandidateRow], best: CandidateRow) -> str:

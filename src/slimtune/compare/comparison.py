@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from slimtune.compare.dataset import QUESTIONS, TRAIN, write_dataset
 from slimtune.compare.record import FACTS, ComparisonRecord, machine, read_record, today
 from slimtune.compare.remarks import constant_of, environment_changes, remarks
-from slimtune.compare.report import ComparisonReport, report, write_report
+from slimtune.compare.report import ComparisonReport, check_dependencies, report, write_report
 from slimtune.compare.results import read_questions
 from slimtune.compare.runner import ASKED, Watcher, results_of, run_all
 from slimtune.compare.setup import ComparisonSetup, check_candidates, check_unchanged, refuse_changes
@@ -94,12 +94,14 @@ def prepare(
 
     Raises:
         ConfigError, DataError: a mistake in the recipe, or data that can't be compared on.
+        MissingDependencyError: a library of a candidate or of the report isn't installed.
         ModelNotFoundError: the recipe's model is nowhere.
         OutputExistsError: the folder holds another comparison, or something else, or was begun with other data.
     """
     from slimtune.recipe.recipe import Recipe, overridden
     from slimtune.storage.text_files import read_mapping
 
+    check_dependencies()
     values = overridden(read_mapping(path), overrides)
     settings = CompareSettings.of({**(values.pop(SECTION, None) or {}), **options})
     base = Recipe.of(values).trusting(trust_remote_code)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.compare.summary import CandidateRow, Summary
-from slimtune.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,10 +157,8 @@ def _axes(count: int, inches: tuple[float, float], ink: str) -> tuple[Figure, li
 
 
 def _style(**more: Any) -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingDependencyError("the report needs matplotlib: run `pip install 'slimtune[compare]'`") from error
+    import matplotlib
+
     settings: Any = {"font.size": 10, **more}
     return matplotlib.rc_context(settings)
 

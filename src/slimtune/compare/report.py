@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
@@ -53,11 +54,11 @@ class ComparisonReport:
             "warnings": list(self.choice.warnings),
             "remarks": self.remarks,
             "scorer": self.summary.scorer,
-            "arms": [row.to_dict() for row in self.summary.rows],
+            "candidates": [row.to_dict() for row in self.summary.rows],
             "pairs": [asdict(pair) | {"shown": pair.is_shown} for pair in self.summary.pairs],
             "findings": [asdict(finding) for finding in self.findings],
             "notes": self.notes,
-            "facts": self.facts.model_dump(by_alias=True),
+            "facts": self.facts.model_dump(),
         }
 
 
@@ -80,12 +81,16 @@ def report(summary: Summary, facts: ComparisonRecord, questions: Sequence[ShownQ
     )
 
 
+def check_dependencies() -> None:
+    """See that what the report needs is there, before hours of runs. Raises: MissingDependencyError."""
+    for library in ("jinja2", "matplotlib", "scipy"):
+        if find_spec(library) is None:
+            raise MissingDependencyError(f"the report needs {library}: run `pip install 'slimtune[compare]'`")
+
+
 def html(report: ComparisonReport) -> str:
     """The page; whatever models answered or files are called is escaped."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingDependencyError("the report needs jinja2: run `pip install 'slimtune[compare]'`") from error
+    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     loader = PackageLoader("slimtune.compare", "templates")

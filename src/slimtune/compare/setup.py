@@ -9,6 +9,7 @@ from typing import Any
 
 from slimtune.compare.results import RESULT, read_result
 from slimtune.errors import ConfigError, OutputExistsError, did_you_mean
+from slimtune.quantization.config import require_for
 from slimtune.recipe.candidates import LEARNING_RATE, QUANTIZED, Candidate, Run
 from slimtune.recipe.compare import CompareSettings
 from slimtune.storage.atomic import write_file
@@ -85,7 +86,12 @@ def write_recipe(setup: ComparisonSetup, run: Run) -> None:
 
 
 def check_candidates(setup: ComparisonSetup) -> None:
-    """Raises: ConfigError, for a method or a field that is none, before anything is run."""
+    """See that every candidate can be trained, before anything is run.
+
+    Raises:
+        ConfigError: a method or a field that is none.
+        MissingDependencyError: the library of a quantized base isn't installed.
+    """
     from slimtune.recipe.method import methods
     from slimtune.recipe.recipe import Recipe
 
@@ -95,6 +101,7 @@ def check_candidates(setup: ComparisonSetup) -> None:
             raise ConfigError(f"compare.learning_rates names no method '{name}'{did_you_mean(name, known)}")
     for candidate in setup.settings.candidates:
         if candidate.is_trained:
+            require_for(model_of(setup, candidate).get("quantize") or "dense")
             try:
                 Recipe.of(recipe_of(setup, Run(candidate, 0)))
             except ConfigError as error:

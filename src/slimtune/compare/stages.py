@@ -25,7 +25,7 @@ from slimtune.compare.results import (
 )  # fmt: skip
 from slimtune.compare.setup import RECIPE, TUNED, ComparisonSetup, model_of
 from slimtune.console.screen import open_screen
-from slimtune.errors import DataError, TrainingError
+from slimtune.errors import DataError, TrainingError, counted
 from slimtune.evaluate.model import EvaluatedModel
 from slimtune.models.load import LoadOptions
 from slimtune.recipe.candidates import Run
@@ -202,7 +202,7 @@ def _training(path: Path, place: Path) -> Training:
     with reading(path):
         results = json.loads(path.read_bytes())
         if results.get("interrupted"):
-            raise TrainingError(f"stopped after {results['steps']} steps")
+            raise TrainingError(f"stopped after {counted(results['steps'], 'step')}")
         settings = read_mapping(place / TUNED / RECIPE)["training"]
         gpu = results.get("peak_cuda_bytes")
         return Training(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 
 from slimtune.console.screen import printable
@@ -34,6 +35,8 @@ def escape_logs() -> None:
     """Show what libraries log and warn of as text, from now on: for a process that is slimtune's own."""
     logging.setLogRecordFactory(_PlainRecord)
     logging.captureWarnings(True)
+    # Read when torch is imported. What it would say: DDP's remark that all parameters were used, by each process.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @functools.cache

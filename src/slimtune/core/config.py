@@ -169,7 +169,7 @@ class PeftConfig:
         if owner is PeftConfig:
             raise ConfigError(f"peft_type must name a method, found {peft_type!r}; known are {listing(methods())}")
         if not issubclass(owner, cls):
-            raise ConfigError(f"this is a {peft_type} adapter, not one for {cls.__name__}")
+            raise ConfigError(f"this adapter is of {peft_type}, not one for {cls.__name__}")
         known = {f.name for f in dataclasses.fields(owner)}
         # Unknown fields are kept apart and written back by `to_dict`: reading and saving must lose nothing of a file.
         config = owner(**{name: value for name, value in fields.items() if name in known})
@@ -177,6 +177,11 @@ class PeftConfig:
         for name, value in config.foreign.items():
             config.check_foreign(name, value)
         return config
+
+    @classmethod
+    def from_peft_type(cls: type[C], **fields: Any) -> C:
+        """A config from its fields, of the method that `peft_type` names among them. Raises: ConfigError."""
+        return cls.from_dict(fields)
 
     @classmethod
     def from_pretrained(cls: type[C], model_id: str | Path, subfolder: str | None = None, **hub: Any) -> C:
@@ -221,8 +226,13 @@ class PeftConfig:
             return
         if name not in cls.inert and value in (None, False, "", [], {}):
             return
-        why = "is not implemented here" if name in cls.inert else "is unknown to this version"
-        raise ConfigError(f"the field {name!r} is set to {value!r}, which {why} and would change the result")
+        is_known = name in cls.inert
+        why = "is not implemented here" if is_known else "is unknown to this version"
+        way_out = "leave it out" if is_known else "update slimtune"
+        raise ConfigError(
+            f"the field {name!r} is set to {value!r}, which {why} and would change the result; {way_out}, or use peft "
+            "for this adapter"
+        )
 
 
 @dataclass

@@ -212,6 +212,9 @@ class Delta(nn.Module):
     reweighs: ClassVar[bool] = False
     """Whether the formula is a change of parameters, right for whatever the module computes from them."""
 
+    rests: ClassVar[bool] = False
+    """Whether it does nothing outside of training."""
+
     def forward(self, base: Frozen, *args: Any, **kwargs: Any) -> Any:
         """The method's equation; `base(x)` is what the frozen module computes."""
         return base(*args, **kwargs)

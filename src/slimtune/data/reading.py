@@ -137,10 +137,14 @@ def _read(source: Source, settings: DataSettings, task: str, first: bool = False
             break
     if layout is None or not rows:
         raise DataError(f"none of the {len(skipped):,} rows of {name_of(source)} can be read: {skipped[0]}")
-    notes = [f"{name_of(source)}: {file} is separated by {what}" for file, what in unusual_delimiters(source).items()]
+    name = name_of(source)
+    notes = [
+        f"{file} is separated by {what}" if file == name else f"{name}: {file} is separated by {what}"
+        for file, what in unusual_delimiters(source).items()
+    ]
     if layout.fields:
         pairs = ", ".join(f"{column}: {called}" for column, called in layout.fields.items())
-        notes.append(f"{name_of(source)}: read as {layout.format.name} with fields {{{pairs}}}")
+        notes.append(f"{name}: read as {layout.format.name} with fields {{{pairs}}}")
     return SourceRows(
         name_of(source), layout.format.name, rows, places, source.weight, columns, layout.fields, skipped, notes
     )

@@ -173,7 +173,7 @@ class Conversation(BaseModel):
 def _said(answer: str) -> str:
     """Raises: ValueError, for an empty answer."""
     if not answer.strip():
-        raise ValueError("the completion is empty, so only its end would be learned")
+        raise ValueError("it is empty, so only its end would be learned")
     return answer
 
 

@@ -322,7 +322,7 @@ def load_datasets() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             "folders, Parquet files and data sets of the Hub are read by the library datasets, which is missing; "
-            "install slimtune[train]"
+            "run `pip install 'slimtune[train]'`"
         ) from error
     datasets.disable_progress_bars()
     # What it logs of a file that can't be read it raises too, and that becomes a sentence.

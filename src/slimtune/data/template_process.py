@@ -12,17 +12,23 @@ import contextlib
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _WORKER = Path(__file__).with_name("template_worker.py")
 SECONDS = 10
 """Of the processor, for one conversation; a real template takes a thousandth of a second."""
+BYTES = 2**29
+"""Of memory, beyond what the process has when it is ready."""
+INTERVAL = 0.01
+"""Seconds between two looks at what the process takes."""
 
 
 class TemplateError(Exception):
@@ -69,25 +75,83 @@ def _by_itself(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | N
         raise TemplateError(str(error)) from error
 
 
+class _Watched:
+    """A process that renders, ended by a thread of this one when it takes too much for one conversation.
+
+    From outside, and not by limits of its own alone: those of memory differ by system, and Windows has none of either.
+    A thread inside would have to wait for the interpreter, which one long operation on a number holds until its end.
+    """
+
+    def __init__(self) -> None:
+        self.process = _start()
+        assert self.process.stdout
+        # It writes one byte when its libraries are there, whose memory and time aren't the template's.
+        self.process.stdout.read(1)
+        self.seen = psutil.Process(self.process.pid)
+        self.excess, self.since, self.bytes = "", None, 0
+        self.lock, self.is_busy = threading.Lock(), threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def begin(self) -> None:
+        """A conversation goes to it."""
+        with self.lock, contextlib.suppress(psutil.Error):
+            self.since, self.bytes = self._seconds(), self.bytes or self.seen.memory_info().rss
+            self.is_busy.set()
+
+    def rest(self) -> None:
+        """Its answer is there."""
+        with self.lock:
+            self.is_busy.clear()
+            self.since = None
+
+    def end(self) -> None:
+        """End it, and the thread with it."""
+        self.process.kill()
+        self.process.communicate()
+        self.is_busy.set()
+
+    def _watch(self) -> None:
+        # Asleep while it is idle; a process that is gone ends the thread.
+        with contextlib.suppress(psutil.Error):
+            while self.is_busy.wait() and self.process.returncode is None and not self.excess:
+                # Under the lock: what ends it must be what this conversation took, and not one before.
+                with self.lock:
+                    self.excess = self._excess() if self.since is not None else ""
+                    if self.excess:
+                        self.process.kill()
+                time.sleep(INTERVAL)
+
+    def _excess(self) -> str:
+        if self.since is not None and self._seconds() - self.since > SECONDS:
+            return f"it takes longer than {SECONDS} s"
+        is_large = self.seen.memory_info().rss - self.bytes > BYTES
+        return f"it takes more than {BYTES // 2**20} MB of memory" if is_large else ""
+
+    def _seconds(self) -> float:
+        times = self.seen.cpu_times()
+        return times.user + times.system
+
+
 class _Process:
     """The process that renders, started when it is needed."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.running: subprocess.Popen[bytes] | None = None
+        self.running: _Watched | None = None
 
     def ask(self, request: bytes) -> dict[str, str]:
         """The answer to a request, as `template_worker` gives it; "excess" too where the process came to its end."""
         # One at a time: a pipe has no way to tell whose answer comes out.
         with self.lock:
-            process = self.running = self.running or _start()
+            watched = self.running = self.running or _Watched()
+            process = watched.process
             assert process.stdin
             assert process.stdout
+            watched.begin()
             try:
                 process.stdin.write(len(request).to_bytes(8, "little") + request)
                 process.stdin.flush()
-                # Blocks until the answer is there; a process that was ended by its limits closes the pipe, which reads
-                # as nothing.
+                # Blocks until the answer is there; a process that was ended closes the pipe, which reads as nothing.
                 length = process.stdout.read(8)
                 data = process.stdout.read(int.from_bytes(length, "little")) if length else b""
             except BrokenPipeError:
@@ -96,15 +160,17 @@ class _Process:
                 # Its answer would be taken for that of the next request.
                 self._end()
                 raise
-            answer = json.loads(data) if data else {"excess": _why_ended(process.wait())}
-            if "excess" in answer:
+            watched.rest()
+            ended = f"the process that rendered it ended with {process.wait()}" if not data else ""
+            answer = json.loads(data) if data else {"excess": watched.excess or ended}
+            # It may have been ended with its answer just given.
+            if "excess" in answer or watched.excess:
                 self._end()
             return answer
 
     def _end(self) -> None:
         if self.running is not None:
-            self.running.kill()
-            self.running.communicate()
+            self.running.end()
             self.running = None
 
     def end(self) -> None:
@@ -122,17 +188,12 @@ def _start() -> subprocess.Popen[bytes]:
     # A group of its own, so that Ctrl-C is a matter of this process alone.
     apart: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
     started: Any = subprocess.Popen(
-        [sys.executable, "-P", os.fspath(_WORKER), str(SECONDS)],
+        [sys.executable, "-P", os.fspath(_WORKER), str(2 * SECONDS), str(BYTES)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        # One thread: the limit on memory counts the stacks of others.
+        # One thread: Linux counts the stacks of others.
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}, **apart,
     )  # fmt: skip
     return started
-
-
-def _why_ended(code: int) -> str:
-    is_time = hasattr(signal, "SIGPROF") and code == -signal.SIGPROF
-    return f"it takes longer than {SECONDS} s" if is_time else f"the process that rendered it ended with {code}"
 
 
 _PROCESS = _Process()

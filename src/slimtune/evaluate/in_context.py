@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slimtune.errors import ConfigError, DataError, MissingDependencyError, check_choice, check_whole
+from slimtune.errors import ConfigError, DataError, MissingDependencyError, check_choice, check_whole, counted
 from slimtune.evaluate.tasks import Question, Task
 
 PICKS = ("random", "similar")
@@ -57,12 +57,16 @@ class DrawnShots:
     by: str
 
 
+def _asked(shots: Shots) -> str:
+    return f"{counted(shots.count, 'shot')} {'was' if shots.count == 1 else 'were'}"
+
+
 def draw_shots(task: Task, questions: Sequence[Question], examples: Task | None, shots: Shots) -> DrawnShots:
     """The examples in front of each of the questions; raises DataError, ConfigError if there are too few."""
     if not shots.count:
         return DrawnShots([[] for _ in questions], 0, "without examples")
     if examples is None:
-        raise ConfigError(f"{shots.count} shots were asked for, but no examples were given; pass a file of examples")
+        raise ConfigError(f"{_asked(shots)} asked for, but no examples were given; pass a file of examples")
     # By their text without the system message: a leaked question under another instruction is still one.
     held_out = {question.user_text for question in task.questions}
     pool = [example for example in examples.questions if example.user_text not in held_out]
@@ -70,7 +74,7 @@ def draw_shots(task: Task, questions: Sequence[Question], examples: Task | None,
     if shots.count > len(pool):
         left = f", of which {leaked} are left out as questions of the task itself" if leaked else ""
         raise DataError(
-            f"{shots.count} shots were asked for, but {examples.source} has {len(examples.questions)} "
+            f"{_asked(shots)} asked for, but {examples.source} has {len(examples.questions)} "
             f"examples{left}; ask for {len(pool)} at most, or add examples"
         )
     if shots.random_labels:

@@ -72,7 +72,8 @@ def evaluate_classifier(
     unknown = {question.expected for question in questions} - set(labels)
     if unknown:
         raise DataError(
-            f"{prepared.task.source} has labels that {source} doesn't know: {listing(unknown)}; it has {labels}"
+            f"{prepared.task.source} has labels that {source} doesn't know: {listing(unknown)}; "
+            f"it knows {listing(labels)}"
         )
     refuse_no_number(p_NL.sum(-1).tolist())
     # 1e-38 is about the smallest that float32 holds: a certain mistake is dear, and not infinite.

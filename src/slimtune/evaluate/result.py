@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from slimtune.data.tasks.word_alignment import OUTSIDE
+from slimtune.errors import counted
 from slimtune.evaluate.scorers import CHOICE
 from slimtune.evaluate.tasks import Question
 from slimtune.metrics.classification import scores as label_scores
@@ -121,13 +122,15 @@ class Evaluation:
             )
         if facts.get("unfinished"):
             most = facts["max_new_tokens"]
-            remarks.append(f"{facts['unfinished']} answers were cut off after {most} tokens (--max-new-tokens)")
+            remarks.append(f"{counted(facts['unfinished'], 'answer')} cut off after {most} tokens (--max-new-tokens)")
         if examples := facts.get("examples"):
-            remarks.append(f"{facts['shots']} examples in front of each question, {examples['by']}")
+            remarks.append(f"{counted(facts['shots'], 'example')} in front of each question, {examples['by']}")
             if examples["leaked"]:
-                remarks.append(f"{examples['leaked']} examples were left out, because they are questions of the task")
+                remarks.append(f"{counted(examples['leaked'], 'example')} left out, because the task asks the same")
             if examples["shortened"]:
-                remarks.append(f"{examples['shortened']} questions stand behind fewer examples, to fit into the model")
+                remarks.append(
+                    f"{counted(examples['shortened'], 'question')} behind fewer examples, to fit into the model"
+                )
         return remarks
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.adapters.model import PeftModel
-from slimtune.errors import AdapterFileError, ConfigError, MissingDependencyError, check_choice
+from slimtune.errors import AdapterFileError, ConfigError, check_choice
 from slimtune.export.gguf.lora import LORA_FILE, LORA_KINDS, export_gguf_lora
 from slimtune.export.gguf.model import MODEL_FILE, check_kind, export_gguf
 from slimtune.export.kohya import from_kohya, to_kohya
 from slimtune.export.ollama import write_modelfile
+from slimtune.export.onnx import ONNX_FILE, check_optimum, export_onnx
 from slimtune.models.compatibility import verdicts
 from slimtune.models.export import merge_to_folder
 from slimtune.models.headers import read_folder
@@ -158,26 +159,16 @@ def _kohya(source: str, folder: Path, output: Path, options: ExportOptions) -> E
 
 
 def _diffusers(source: str, folder: Path, output: Path, options: ExportOptions) -> Exported:
-    from_kohya(Path(source), folder)
+    from_kohya(Path(source), folder, None if options.base is None else Path(options.base))
     return Exported("read again: the same tensors", f"pipeline.load_lora_weights({str(output)!r})")
 
 
 def _onnx(source: str, folder: Path, output: Path, options: ExportOptions) -> Exported:
-    try:
-        from optimum.exporters.onnx import main_export  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MissingDependencyError(
-            "ONNX is written by optimum, which is not installed: run `pip install optimum-onnx`; in an environment of "
-            "its own where it asks for another transformers"
-        ) from error
-    plain = folder / "plain" if is_adapter(source) else Path(folder_of(source))
-    if is_adapter(source):
-        _hf(source, plain, output, options)
-    # Which compares what ONNX computes with the model by itself.
-    main_export(str(plain), output=folder, do_validation=True)
-    if is_adapter(source):
-        shutil.rmtree(plain)
-    return Exported("compared by optimum", f"ORTModelForCausalLM.from_pretrained({str(output)!r})")
+    check_optimum()
+    model, tokenizer = _load(source, options)
+    drift = export_onnx(model, tokenizer, folder, options.max_kl)
+    use = f"onnxruntime.InferenceSession({str(output / ONNX_FILE)!r}), or optimum's ORTModel classes with the folder"
+    return Exported(f"run by onnxruntime: {drift}", use)
 
 
 FORMATS: dict[str, Callable[[str, Path, Path, ExportOptions], Exported]] = {

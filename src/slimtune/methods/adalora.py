@@ -286,7 +286,7 @@ class Orthogonality(Delta):
         joined: whether it has joined a loss since this was last set to False.
     """
 
-    reweighs = True
+    reweighs = rests = True
 
     def __init__(self, weight: float) -> None:
         super().__init__()

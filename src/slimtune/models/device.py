@@ -25,7 +25,10 @@ def pick_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
         ways = " or ".join(["auto", *here])
-        raise ConfigError(f"no device '{device}' here: {first_line(error)}; pass {ways}") from error
+        # Of a name that it doesn't know torch lists twenty that nobody here means.
+        is_known = not str(error).startswith("Expected one of")
+        why = first_line(error) if is_known else "NVIDIA's and AMD's GPUs are called cuda, Apple's mps"
+        raise ConfigError(f"no device '{device}' here: {why}; pass {ways}") from error
     return device
 
 

@@ -14,6 +14,7 @@ from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from
 from slimtune.storage.compressed import PACKED, SCALE, SHAPE, ZERO, is_compressed, read_config, scheme_for
 from slimtune.storage.foreign import refuse_special_files
 from slimtune.storage.hub import fetched, is_id
+from slimtune.storage.source import name_here
 
 Facts = dict[str, Any]
 
@@ -58,7 +59,8 @@ def contents(source: str) -> tuple[Facts, list[Any]]:
 def _adapter(path: Path) -> tuple[Facts, list[Any]]:
     folder = read_folder(path, "adapter_config.json", "adapter_model*.safetensors")
     config = folder.config
-    facts = {"kind": "adapter", "method": _method(config), "base": config.get("base_model_name_or_path")}
+    named = config.get("base_model_name_or_path")
+    facts = {"kind": "adapter", "method": _method(config), "base": named and name_here(named)}
     if config.get("revision"):
         facts["revision"] = config["revision"]
     if config.get("constraint"):
@@ -129,7 +131,9 @@ def _checkpoint(path: Path) -> tuple[Facts, list[Any]]:
 def _comparison(path: Path) -> tuple[Facts, list[Any]]:
     comparison = read_object(path / "comparison.json")
     results = [read_object(file) for file in sorted(path.glob("runs/*/result.json"))]
-    facts = {"kind": "comparison"} | {name: comparison.get(name) for name in ("model", "data", "arms", "seeds", "date")}
+    facts = {"kind": "comparison"} | {
+        name: comparison.get(name) for name in ("model", "data", "candidates", "seeds", "date")
+    }
     for status in ("done", "failed"):
         facts[f"runs_{status}"] = sum(result.get("status") == status for result in results)
     report = path / "report.json"
@@ -138,7 +142,7 @@ def _comparison(path: Path) -> tuple[Facts, list[Any]]:
 
 def _compared(path: Path) -> tuple[Facts, list[Any]]:
     result = read_object(path / "result.json")
-    facts = {"kind": "run of a comparison"} | {name: result.get(name) for name in ("arm", "seed", "status")}
+    facts = {"kind": "run of a comparison"} | {name: result.get(name) for name in ("candidate", "seed", "status")}
     if result.get("reason"):
         facts["reason"] = result["reason"]
     score = result.get("score") or {}

@@ -323,4 +323,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         return None
     refuse_special_files(path)
     with reading_model("the tokenizer in", source):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # Tried at once: what a config says of lengths and of spaces isn't read before the first text.
+        tokenizer.decode(tokenizer("a")["input_ids"])
+    return tokenizer

@@ -21,7 +21,7 @@ from typing import Any
 
 from slimtune.console.process import read_failure, this_process
 from slimtune.console.screen import one_line, say
-from slimtune.errors import ConfigError, did_you_mean, first_line
+from slimtune.errors import ConfigError, did_you_mean, first_line, listing
 from slimtune.storage.text_files import is_yaml, read_mapping
 from slimtune.train.processes import REFUSED
 
@@ -75,6 +75,11 @@ def _of_file(file: Path) -> Launch:
     if not file.is_file():
         raise ConfigError(f"accelerate's file {file} is not there; docs/scale has some, accelerate config writes one")
     settings = read_mapping(file)
+    if _KEYS.isdisjoint(settings):
+        raise ConfigError(
+            f"{file} is no file of accelerate (it has {listing(settings, 3) or 'nothing'}, and none of "
+            f"{listing(sorted(_KEYS), 5)}); docs/scale has some, accelerate config writes one"
+        )
     kind, processes = str(settings.get("distributed_type", "NO")).upper(), _whole(file, settings, "num_processes")
     for key, variable in _KINDS.items():
         if kind == key:
@@ -102,6 +107,7 @@ def _of_file(file: Path) -> Launch:
     )
 
 
+_KEYS = {"compute_environment", "distributed_type", "num_processes", "mixed_precision", "parallelism_config"}
 _KINDS = {"DEEPSPEED": "ACCELERATE_USE_DEEPSPEED", "MEGATRON_LM": "ACCELERATE_USE_MEGATRON_LM"}
 _PARALLEL = {
     "parallelism_config_tp_size": "PARALLELISM_CONFIG_TP_SIZE",
@@ -156,8 +162,6 @@ def _prepare_environment(chosen: Launch) -> None:
     # torchrun sets 1 where nothing is set, which leaves most cores idle; all of them for each would be far too many.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_STOP))
-    # DDP's remark that all parameters were used, which holds for the first step alone.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What torchrun logs of signals and of processes that failed is said in a sentence here.
     logging.disable(logging.ERROR)
 

@@ -39,7 +39,8 @@ def show_report(screen: Console, report: Sequence[Remark | Sample]) -> None:
 def _show_rows(screen: Console, lengths: Lengths, max_length: int, batch_size: int, packing: bool) -> None:
     if over := lengths.over(max_length):
         screen.print(
-            f"[yellow]{over:,} examples are longer than {max_length:,} tokens[/]: training refuses them unless "
+            f"[yellow]{counted(over, 'example')} {'is' if over == 1 else 'are'} longer than {max_length:,} tokens[/]: "
+            f"training refuses them unless "
             f"too_long says what becomes of them"
         )
     within = lengths.within(max_length)
@@ -47,7 +48,7 @@ def _show_rows(screen: Console, lengths: Lengths, max_length: int, batch_size: i
     if packing:
         gain = lengths.packing_gain(max_length, batch_size)
         screen.print(
-            f"packed: {lengths.packed_rows(max_length):,} rows of {max_length:,} tokens with "
+            f"packed: {counted(lengths.packed_rows(max_length), 'row')} of {max_length:,} tokens with "
             f"{lengths.packed_waste(max_length):.0%} padding, {gain:.2f} times fewer tokens to compute"
         )
 

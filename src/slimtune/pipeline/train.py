@@ -33,7 +33,7 @@ from slimtune.recipe.preference import PREFERENCE_TASKS
 from slimtune.recipe.recipe import MethodSettings, ModelSettings, Recipe
 from slimtune.storage.atomic import staged
 from slimtune.storage.hub import parted
-from slimtune.storage.source import folder_of, refuse_adapter
+from slimtune.storage.source import folder_of, name_elsewhere, refuse_adapter
 from slimtune.train.arguments import check_device
 from slimtune.train.card import Card
 from slimtune.train.checks import DivergedError, trainable
@@ -253,11 +253,11 @@ def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> A
     name = getattr(config, "tokenizer_name_or_path", None)
     if name is None:
         return get_peft_model(model, config)
-    # A prompt that begins as a text reads the tokenizer while it attaches; a packaged name holds on every machine.
+    # A prompt that begins as a text reads the tokenizer while it attaches.
     base = model.name_or_path
     config.tokenizer_name_or_path = folder_of(base if name == parted(base)[0] else name, weights=False)
     model = get_peft_model(model, config)
-    config.tokenizer_name_or_path = name
+    config.tokenizer_name_or_path = name_elsewhere(name)
     return model
 
 

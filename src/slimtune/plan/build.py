@@ -191,5 +191,5 @@ def head_module() -> Any:
     try:
         from trl.kernels import chunked_logprob
     except ImportError as error:
-        raise MissingDependencyError("preferences are planned with TRL: pip install slimtune[trl,train]") from error
+        raise MissingDependencyError("preferences need TRL: run `pip install 'slimtune[trl,train]'`") from error
     return chunked_logprob

@@ -18,10 +18,11 @@ from slimtune.plan.build import build, config_of, positions_of, task_of
 from slimtune.plan.data import ASSUMED_EXAMPLES, MeasuredData, measure, uniform
 from slimtune.plan.devices import Device, find
 from slimtune.plan.memory import DRAWN_TOKENS, DTYPES, FSDP2, MemoryPlan, Precision, Setting, Sharing
-from slimtune.plan.recommend import Choice, PlanRequest, recommend
+from slimtune.plan.recommend import BASES, Choice, PlanRequest, recommend
 from slimtune.plan.rules import Case
 from slimtune.plan.table import SIZES
 from slimtune.plan.time import Rates, rates_of
+from slimtune.quantization.config import is_installed, require_for
 from slimtune.recipe.optimizers import DEFAULT
 from slimtune.recipe.preference import PREFERENCE_TASKS
 from slimtune.storage.source import CLASSIC, PACKAGED
@@ -49,6 +50,7 @@ class PlanReport:
         cut: examples that are longer than the maximum length.
         fields: names of columns, and what they are called in the data.
         stored_dtype: of the base on disk.
+        left_out: precisions of the base that weren't planned, because the library that makes them isn't installed.
     """
 
     model: str
@@ -60,6 +62,7 @@ class PlanReport:
     cut: int
     stored_dtype: str
     fields: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[Precision, ...] = ()
 
     @property
     def best(self) -> Choice | None:
@@ -130,6 +133,7 @@ class PlanReport:
             "assumed": None if self.data else {"examples": lengths.examples, "tokens_each": self.request.sequence},
             "rates": asdict(self.rates),
             "fits": self.best is not None,
+            "left_out": list(self.left_out),
             "choices": [self._choice(choice) for choice in self.choices],
         }
 
@@ -225,6 +229,7 @@ def plan(
     Raises:
         ModelNotFoundError: no configuration, or one that needs code from the model's folder.
         ConfigError: an unknown device, method or goal, or settings that can't be.
+        MissingDependencyError: what is asked for is made by a library that isn't installed.
         DataError: data that can't be read or lacks the fields.
     """
     _check(rank, batch_size, gradient_accumulation, max_length, epochs, devices)
@@ -234,6 +239,8 @@ def plan(
         chosen.link()
     config = read_config(model, trust_remote_code)
     stored = _stored_dtype(config)
+    is_stored_quantized = getattr(config, "quantization_config", None) is not None
+    bases, left_out = _installed(bases) if not is_stored_quantized else (bases, ())
     measured = _measured(model, config, data, task, max_length, trust_remote_code)
     _check_answers(measured.task, max_new_tokens, generations)
     limit = _limit(config, measured, max_length, max_new_tokens)
@@ -262,7 +269,7 @@ def plan(
         optim=optim,
         attention=attention,
         devices=devices,
-        is_stored_quantized=getattr(config, "quantization_config", None) is not None,
+        is_stored_quantized=is_stored_quantized,
         sharing=sharing,
         parameters=parameters,
         beginnings=beginnings_of(config, measured, limit, share_prefixes, group_prefixes, trust_remote_code),
@@ -277,7 +284,19 @@ def plan(
     settings = data if isinstance(data, DataSettings) else None
     file = settings.train[0].path if settings else None if data is None else str(data)
     columns = settings.train[0].fields if settings else {}
-    return PlanReport(named, file, request, case, tuple(choices), rates, lengths.over(limit), stored, columns)
+    return PlanReport(named, file, request, case, tuple(choices), rates, lengths.over(limit), stored, columns, left_out)
+
+
+def _installed(bases: Sequence[Precision] | None) -> tuple[Sequence[Precision] | None, tuple[Precision, ...]]:
+    """The bases to plan, and those of a goal that are left out, because their library isn't installed.
+
+    Raises:
+        MissingDependencyError: the library of one that was named.
+    """
+    for base in bases or ():
+        require_for(base)
+    left_out = tuple(base for base in BASES if not is_installed(base)) if bases is None else ()
+    return tuple(base for base in BASES if base not in left_out) if left_out else bases, left_out
 
 
 def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:

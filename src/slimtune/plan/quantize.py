@@ -20,7 +20,7 @@ from slimtune.bases import base_of
 from slimtune.errors import PlanError
 from slimtune.plan.memory import Setting, StoredIntegers
 from slimtune.plan.memory_tracker import MemoryTracker, unwrapped
-from slimtune.quantization.config import INTEGER_KINDS, TORCHAO_KINDS, Quantization
+from slimtune.quantization.config import INTEGER_KINDS, TORCHAO_KINDS, Quantization, require_for
 from slimtune.storage.compressed import scheme_for
 
 
@@ -32,7 +32,10 @@ def quantize(model: Any, setting: Setting, tracker: MemoryTracker) -> int:
 
     Raises:
         PlanError: there is no linear layer, or torchao refuses the width of one.
+        MissingDependencyError: the library that quantizes isn't installed.
     """
+    if setting.stored is None:
+        require_for(setting.base)
     if setting.stored is not None:
         beyond = _as_stored(model, setting.stored)
     elif setting.base in TORCHAO_KINDS:

@@ -25,7 +25,7 @@ from slimtune.data.batches import IGNORED, classification, token_loss
 from slimtune.errors import MissingDependencyError, PlanError
 from slimtune.plan.build import positions_of
 from slimtune.plan.memory import MemoryBreakdown, Setting, Snapshot, Work, padded
-from slimtune.recipe.optimizers import BITSANDBYTES, OFFLOADED, PAGED, TORCHAO
+from slimtune.recipe.optimizers import BITSANDBYTES, OFFLOADED, PAGED, TORCHAO, check_installed
 from slimtune.recipe.preference import PreferenceSettings
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.arguments import arguments
@@ -156,7 +156,7 @@ def _trainer(model: Any, setting: Setting, last_good: LastGood, longest: int) ->
     try:
         from datasets import Dataset
     except ImportError as error:
-        raise MissingDependencyError("preferences are planned with data sets: pip install slimtune[train]") from error
+        raise MissingDependencyError("preferences need datasets: run `pip install 'slimtune[train]'`") from error
     task = str(setting.task)
     drawn: dict[str, Any] = (
         {"generations": setting.generations, "max_new_tokens": setting.drawn_tokens} if task == "grpo" else {}
@@ -250,6 +250,7 @@ _TORCH: dict[str, Any] = {
 def optimizer_for(setting: Setting, parameters: list[nn.Parameter]) -> Any:
     """The optimizer that training takes under this name."""
     name = setting.optimizer
+    check_installed(name)
     if name in (*BITSANDBYTES, *PAGED):
         return _bitsandbytes(name, parameters)
     if name in TORCHAO:

@@ -12,6 +12,7 @@ from slimtune.errors import check_choice
 from slimtune.methods.lora.config import LoraConfig
 from slimtune.plan.devices import Device, find
 from slimtune.plan.memory import MemoryBreakdown, MemoryPlan, Precision, Setting
+from slimtune.quantization.config import require_for
 
 SIZES = {
     "7B": "llama-2-7b",
@@ -135,9 +136,12 @@ def classic_table(
 
     Raises:
         ConfigError: an unknown size, or settings that can't be.
+        MissingDependencyError: a library that quantizes isn't installed.
     """
     for size in sizes:
         check_choice("size", size, tuple(SIZES))
+    for row in ROWS:
+        require_for(row.base)
     device = device or find(USUAL_DEVICE)
     cells = []
     # One simulation a cell: 4 methods by 5 sizes, about a second each.

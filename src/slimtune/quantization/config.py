@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, MissingDependencyError, check_choice
@@ -81,7 +82,7 @@ def settings_of(quantize: Quantize) -> Settings:
     if isinstance(quantize, str):
         check_choice("quantize", quantize, (*KINDS, *TORCHAO_KINDS))
         if quantize in TORCHAO_KINDS:
-            require("torchao", "torchao")
+            require_for(quantize)
             return torchao_settings(quantize)
         return Quantization(quantize)
     if isinstance(quantize, Quantization):
@@ -108,6 +109,25 @@ def require(package: str, extra: str) -> None:
         raise MissingDependencyError(
             f"a quantized base needs {package}: run `pip install 'slimtune[{extra}]'`"
         ) from error
+
+
+def require_for(kind: str) -> None:
+    """See that the library that quantizes to a kind is there. Raises: MissingDependencyError."""
+    if library := library_of(kind):
+        require(*library)
+
+
+def library_of(kind: str) -> tuple[str, str] | None:
+    """The package that quantizes to a kind and the extra that brings it; None where slimtune does it by itself."""
+    if kind in BNB_KINDS:
+        return "bitsandbytes", "quantized"
+    return ("torchao", "torchao") if kind in TORCHAO_KINDS else None
+
+
+def is_installed(kind: str) -> bool:
+    """Whether the library that quantizes to a kind is there; it is looked for and not imported."""
+    library = library_of(kind)
+    return library is None or find_spec(library[0]) is not None
 
 
 def _check_foreign(config: BitsAndBytesConfig) -> None:

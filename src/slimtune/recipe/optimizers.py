@@ -38,6 +38,18 @@ def check_name(name: str) -> None:
         raise ConfigError(f"no optimizer '{name}'; pass one of {', '.join(OPTIMIZERS)}{near}")
 
 
+def check_installed(name: str) -> None:
+    """See that the library of an optimizer is there. Raises: MissingDependencyError."""
+    library, extra = (
+        ("bitsandbytes", "quantized") if name in (*BITSANDBYTES, *PAGED)
+        else ("torchao", "torchao") if name in TORCHAO
+        else ("", "")
+    )  # fmt: skip
+    # Looked for and not imported: bitsandbytes takes a second to import and probes for CUDA.
+    if library and find_spec(library) is None:
+        raise MissingDependencyError(f"training.optim={name} needs {library}: run `pip install 'slimtune[{extra}]'`")
+
+
 def check_runs(name: str, device: str) -> None:
     """See that an optimizer runs here for a model on this type of device ("cpu", "cuda", ...).
 
@@ -47,11 +59,8 @@ def check_runs(name: str, device: str) -> None:
         TrainingError: torchao compiles its step, and there is no compiler.
     """
     check_name(name)
+    check_installed(name)
     key = f"training.optim={name}"
-    library = "bitsandbytes" if name in (*BITSANDBYTES, *PAGED) else "torchao" if name in TORCHAO else None
-    # Looked for and not imported: bitsandbytes takes a second to import and probes for CUDA.
-    if library and find_spec(library) is None:
-        raise MissingDependencyError(f"{key} needs {library}, which is not installed: pip install {library}")
     if name in PAGED and device != "cuda":
         raise ConfigError(
             f"{key} moves its state between a CUDA device and main memory, and the model is on {device}; "

@@ -16,7 +16,7 @@ from slimtune.data.rows import Document
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.causal_lm import Conversations
 from slimtune.data.tasks.registry import read
-from slimtune.errors import DataError
+from slimtune.errors import DataError, counted
 from slimtune.evaluate.answers import AnswerFile, weights_of
 from slimtune.evaluate.generation import Reply, generate_replies
 from slimtune.models.load import LoadOptions, load_model
@@ -67,7 +67,7 @@ def write_answers(
     left_out = (
         f"; {cut:,} that were empty or not at their end after {max_new_tokens} tokens are left out" if cut else ""
     )
-    screen.print(f"teacher: {len(lines):,} answers in {path}{left_out}", markup=False)
+    screen.print(f"teacher: {counted(len(lines), 'answer')} in {path}{left_out}", markup=False)
     return path
 
 

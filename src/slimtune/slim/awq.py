@@ -160,7 +160,9 @@ def search_factors(weight_OI: Tensor, importance_I: Tensor, group_size: int, bit
         s = (s / (s.max() * s.min()).sqrt()).clamp(1e-4, 1e4)
         scaled = weight_OI * s
         scales_OG = extreme_scales(scaled, group_size, bits)
+        # The unclipped range: the clipping is searched again, for the factors that are taken.
         rounded = expand(nearest_codes(scaled, scales_OG, bits), scales_OG, torch.float32)
+        # (out, in): the error of W, not of W s, each input weighted by how large it is.
         error = float((rounded.sub_(scaled).div_(s).square_() * importance_I).sum())
         if error < least:
             best, least = s, error

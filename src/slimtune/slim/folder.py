@@ -193,7 +193,8 @@ def _notes(config: QuantizeConfig, model: Any) -> list[str]:
     if config.head == "int8":
         notes.append("vLLM and transformers have no embedding in int8; for those, quantize with --head keep")
     elif engines_by_format(model):
-        notes.append("vLLM and SGLang read the format too; whether their kernels take negative scales wasn't tried")
+        doubt = "it" if config.rounds_inputs else "whether their kernels take negative scales"
+        notes.append(f"vLLM and SGLang read the format too; {doubt} wasn't tried")
     if "awq" in str(config.method):
         notes.append(
             "AWQ scaled weights and norms: an adapter that was trained on the model before doesn't fit this one; merge "

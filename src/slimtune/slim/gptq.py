@@ -35,6 +35,7 @@ def gptq_codes(
     Raises:
         ConfigError: calibration gave nothing that could be factored.
     """
+    # The largest inputs first: their errors cost most, and all others are still there to make up for them.
     order = square_II.diagonal().argsort(descending=True)
     upper_II = inverse_factor(square_II[order][:, order])
     group_size = weight_OI.shape[1] // scales_OG.shape[1]
@@ -47,6 +48,7 @@ def gptq_codes(
     rest_IO = weight_OI.float()[:, order].t().contiguous()
     scales_IO, zeros_IO = by_input(scales_OG), by_input(zeros_OG)
     codes_IO = torch.empty_like(rest_IO, dtype=torch.int8)
+    # A group of zeros has the scale 0: its codes are 0 whatever they are divided by, and 0 / 0 is none.
     divisors_IO = torch.where(scales_IO == 0, 1.0, scales_IO)
     lowest, highest = code_range(bits)
     for start in range(0, rest_IO.shape[0], _PIECE):
@@ -56,8 +58,11 @@ def gptq_codes(
             code = (rest_IO[i] / divisors_IO[i] + zeros_IO[i]).round_().clamp_(lowest, highest)
             codes_IO[i] = code
             errors[i - start] = (rest_IO[i] - (code - zeros_IO[i]) * scales_IO[i]) / upper_II[i, i]
+            # Within the piece at once, an outer product for each input: the next code depends on it.
             rest_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], errors[i - start], alpha=-1)
+        # Beyond it in one product, (rest, 128) x (128, out): nothing there was read meanwhile.
         rest_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), errors, alpha=-1)
+    # Back in the order of the layer's inputs.
     codes_OI = torch.empty_like(codes_IO.t().contiguous())
     codes_OI[:, order] = codes_IO.t()
     return codes_OI
@@ -70,11 +75,13 @@ def inverse_factor(square_II: Tensor) -> Tensor:
     mean = diagonal.mean()
     # Inputs that were zero throughout: any code is right, and H must not be singular.
     diagonal[diagonal == 0] = mean
+    # More where float32 finds H not positive: few tokens span few of its dimensions.
     for share in (DAMPING, 0.1, 1.0):
         damped = h + torch.eye(h.shape[0], device=h.device) * (share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             continue
+        # H^-1 from the factor of H, which is steadier than an inverse by elimination.
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and upper.isfinite().all():
             return upper

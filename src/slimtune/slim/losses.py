@@ -59,7 +59,9 @@ def divergence(log_p_CN: Tensor, log_q_CN: Tensor, beta: float) -> tuple[Tensor,
     if beta == 1:
         slope_CN = (log_q_CN - log_p_CN).mul_(q_CN)
         return slope_CN.sum(-1), slope_CN
+    # In logarithms: p and q of a large vocabulary are too small to add and then divide by.
     log_m_CN = torch.logaddexp(log_p_CN + math.log(beta), log_q_CN + math.log1p(-beta))
+    # m itself adds nothing to the slope: dD/dm_v = -(b p_v + (1 - b) q_v) / m_v = -1, and changes of m sum to 0.
     slope_CN = (log_q_CN - log_m_CN).mul_(q_CN).mul_(1 - beta)
     of_teacher_C = (log_p_CN.exp() * (log_p_CN - log_m_CN)).sum(-1)
     return beta * of_teacher_C + slope_CN.sum(-1), slope_CN
@@ -73,6 +75,7 @@ class WholeTeacher:
 
     def compare(self, log_q_CV: Tensor, rows: slice, settings: Distance) -> tuple[Tensor, Tensor]:
         """D over the whole vocabulary, and its gradient."""
+        # Logits beyond the shared tokens are padding of the teacher's own vocabulary.
         z_CV = self.readout.logits(rows)[:, : log_q_CV.shape[1]].to(log_q_CV)
         log_p_CV = F.log_softmax(z_CV / settings.temperature, dim=-1).clamp_(min=LEAST)
         distance_C, slope_CV = divergence(log_p_CV, log_q_CV, settings.beta)

@@ -48,13 +48,16 @@ def sparsegpt(
             done += count
         errors = torch.empty_like(rest_IO[start:stop])
         for i in range(start, stop):
+            # Not before: the weights of the group carry the errors of all inputs before it by now.
             if pattern is not None and i % pattern.group == 0:
                 until = i + pattern.group
                 scores_GO = _scores(rest_IO[i:until], diagonal_I[i:until], is_dead_I[i:until])
                 gone[i - start : until - start] = beyond_pattern(scores_GO.t(), pattern).t()
+            # What stays has no error of its own, and takes those of the inputs before it.
             errors[i - start] = torch.where(gone[i - start], rest_IO[i], 0.0) / diagonal_I[i]
             rest_IO[i].masked_fill_(gone[i - start], 0.0)
             rest_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], errors[i - start], alpha=-1)
+        # As in GPTQ: one product (rest, 128) x (128, out) for all inputs beyond the piece.
         rest_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), errors, alpha=-1)
     return rest_IO.t().contiguous()
 

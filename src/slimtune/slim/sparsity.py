@@ -23,6 +23,7 @@ def lowest(scores_N: Tensor, count: int) -> Tensor:
     """Where the `count` lowest scores are; of equal ones the first, so that it is exactly so many."""
     if not count:
         return torch.zeros_like(scores_N, dtype=torch.bool)
+    # By the threshold and not by sorting: scores_N may be all weights of a model.
     threshold = scores_N.kthvalue(count).values
     gone = scores_N < threshold
     ties = (scores_N == threshold).nonzero().squeeze(1)

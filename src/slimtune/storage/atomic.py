@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from slimtune.errors import ConfigError, OutputExistsError
+from slimtune.errors import ConfigError, OutputExistsError, counted
 
 try:
     import fcntl
@@ -41,7 +41,7 @@ def refuse_existing(output: Path, overwrite: bool = False) -> None:
         entries = [entry.name for entry in output.iterdir()]
         if entries and not overwrite:
             raise OutputExistsError(
-                f"the output folder {output} already holds {len(entries)} files (such as {min(entries)}); "
+                f"the output folder {output} already holds {counted(len(entries), 'file')} (such as {min(entries)}); "
                 f"choose another one, or pass --overwrite to replace files of the same name once the new ones are whole"
             )
     elif output.exists():

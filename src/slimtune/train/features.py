@@ -10,7 +10,7 @@ from slimtune.data.rows import Labelled
 from slimtune.data.tasks.classification import Classes
 from slimtune.data.tasks.registry import Data
 from slimtune.data.texts import longest_input, tokenize
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, counted
 from slimtune.metrics.classification import scores, shown
 from slimtune.models.load import LoadOptions, load_model
 from slimtune.storage.source import cache_dir
@@ -51,14 +51,16 @@ def train_on_features(
         tokens += tokenized.tokens
         if len(tokenized.kept) < len(rows):
             dropped = len(rows) - len(tokenized.kept)
-            screen.print(f"[yellow]{dropped:,} texts dropped[/]: longer than {limit:,} tokens")
+            screen.print(f"[yellow]{counted(dropped, 'text')} dropped[/]: longer than {limit:,} tokens")
         texts = [rows[i].texts for i in tokenized.kept]
         too_long = "truncate" if data.settings.too_long == "truncate" else "error"
         features_ND = extract(model, tokenizer, texts, method.pooling, batch_size, cache, limit, too_long)
         return features_ND, [rows[i].label for i in tokenized.kept]
 
     features_ND, labels = features_of(data.rows)
-    screen.print(f"features: {features_ND.shape[0]:,} texts x {features_ND.shape[1]:,}, kept in {cache}", markup=False)
+    screen.print(
+        f"features: {counted(features_ND.shape[0], 'text')} x {features_ND.shape[1]:,}, kept in {cache}", markup=False
+    )
     classifier = FeatureClassifier.fit(features_ND, labels, data.labels, method, base.source, limit)
     scored: dict[str, float] = {}
     if data.held_out:

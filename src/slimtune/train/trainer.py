@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import SkipBatchSampler
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -91,13 +92,14 @@ class HeldOutMean:
     def _own_rows(self, inputs: Any) -> int | None:
         """Of a last batch of several processes, the number of rows that don't repeat others; None where all are own."""
         state, rows = self.accelerator.gradient_state, find_batch_size(inputs) or 0
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self.args.world_size == 1 or not state.end_of_dataloader:
             return None
+        size, remainder = _last_batch(state)
         # Last batches are filled up to the size of all others. Examples that were packed into one row can't be told.
-        if rows * self.args.world_size != state.active_dataloader.total_batch_size:
+        if remainder <= 0 or rows * self.args.world_size != size:
             return None
         # The rows are dealt out by process; those from `remainder` on are repeated.
-        return min(rows, max(0, state.remainder - self.args.process_index * rows))
+        return min(rows, max(0, remainder - self.args.process_index * rows))
 
     def _without_repeated(self, inputs: Any) -> Any:
         """The inputs with the labels ignored of examples that fill up the last batches of several processes."""
@@ -115,6 +117,18 @@ class HeldOutMean:
             return batches, counted
         batches[-1] = self._filled_up = self._without_repeated(batches[-1])
         return batches, self._get_num_items_in_batch(batches, self.args.device)  # type: ignore[attr-defined]
+
+
+def _last_batch(state: Any) -> tuple[int, int]:
+    """The examples of a batch of all processes, and of the last one without what fills it up, 0 for all of them."""
+    dataloader = state.active_dataloader
+    sampler = dataloader.batch_sampler
+    if not isinstance(sampler, SkipBatchSampler):
+        return dataloader.total_batch_size, state.remainder
+    # In an epoch that is gone on with, accelerate doesn't find the size of a batch behind the sampler that skips, and
+    # takes the last batch for a whole one.
+    size = sampler.batch_sampler.batch_size * getattr(sampler.batch_sampler, "num_processes", 1)
+    return size, len(dataloader.dataset) % size
 
 
 class ExactCheckpoints:

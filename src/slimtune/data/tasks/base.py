@@ -86,9 +86,9 @@ def lost(unit: str, limit: int, dropped: int, cut: int) -> Report:
     """How many examples were dropped or cut because they are longer than `limit` tokens; nothing where none was."""
     report: Report = []
     if dropped:
-        report.append(Remark(f": longer than {limit:,} tokens", f"{dropped:,} {unit} dropped"))
+        report.append(Remark(f": longer than {limit:,} tokens", f"{counted(dropped, unit)} dropped"))
     if cut:
-        report.append(Remark(f" at {limit:,} tokens", f"{cut:,} {unit} cut"))
+        report.append(Remark(f" at {limit:,} tokens", f"{counted(cut, unit)} cut"))
     return report
 
 

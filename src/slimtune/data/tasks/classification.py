@@ -13,7 +13,7 @@ from slimtune.data.rows import Labelled
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.base import EncodedDataset, Remark, TaskData, held_out_note, lost, refuse_unlearned
 from slimtune.data.texts import Tokenized, longest_input, tokenize
-from slimtune.errors import DataError
+from slimtune.errors import DataError, counted
 from slimtune.metrics.classification import classify, scores
 
 
@@ -60,10 +60,10 @@ class Classes(TaskData):
         true = [self.held_out[i].label for i in held_out.kept]
         counts = ", ".join(f"{label}: {n:,}" for label, n in sorted(Counter(learned).items()))
         remark = Remark(
-            f"data: {len(learned):,} texts ({counts}), {rows.tokens:,} tokens; the longest has {rows.longest:,}"
-            + held_out_note(len(true), "texts ")
+            f"data: {counted(len(learned), 'text')} ({counts}), {rows.tokens:,} tokens; "
+            f"the longest has {rows.longest:,}" + held_out_note(len(true), "texts ")
         )
-        report = [remark, *lost("texts", limit, len(self.rows) - len(learned), rows.truncated)]
+        report = [remark, *lost("text", limit, len(self.rows) - len(learned), rows.truncated)]
         facts = self.facts(len(learned), len(true), rows.tokens, limit, labels=self.labels)
 
         def judge(model: Any) -> dict[str, float]:

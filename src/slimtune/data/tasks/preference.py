@@ -112,7 +112,7 @@ class Preferred(TaskData):
         if not kept:
             raise DataError(f"none of {len(rows)} rows is within {limit} tokens; raise max_length")
         dropped = len(rows) - len(kept)
-        report += lost("rows", limit, dropped, len(over) - dropped)
+        report += lost("row", limit, dropped, len(over) - dropped)
         return [rows[i] for i in kept], sum(min(length, limit) for i in kept for length in lengths[i][1:])
 
 
@@ -144,5 +144,5 @@ def _dataset(rows: Sequence[Any], tokenizer: Any) -> Any:
     try:
         from datasets import Dataset
     except ImportError as error:
-        raise MissingDependencyError("preferences are learned from data sets: pip install slimtune[train]") from error
+        raise MissingDependencyError("preferences need datasets: run `pip install 'slimtune[train]'`") from error
     return Dataset.from_list([trl_columns(row, tokenizer) for row in rows])

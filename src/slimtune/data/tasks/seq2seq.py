@@ -13,7 +13,7 @@ from slimtune.data.rows import Conversation, Pair
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, held_out_note, lost, sample_of
 from slimtune.data.texts import longest_input
-from slimtune.errors import DataError
+from slimtune.errors import DataError, counted
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class Completions(TaskData):
         as_one = Encoded(first.input_ids + first.labels, [IGNORED] * len(first.input_ids) + first.labels)
         report += [
             Remark(
-                f"data: {len(examples):,} pairs, {read:,} tokens read and {learned:,} learned; the longest has "
-                f"{max(example.longer for example in examples):,}" + held_out_note(len(held_out), "pairs ")
+                f"data: {counted(len(examples), 'pair')}, {read:,} tokens read and {learned:,} learned; "
+                f"the longest has {max(example.longer for example in examples):,}"
+                + held_out_note(len(held_out), "pairs ")
             ),
             sample_of(as_one, tokenizer),
         ]
@@ -107,10 +108,10 @@ class Completions(TaskData):
         over = [example.longer for example in everything if example.longer > limit]
         Limit(limit, self.settings.too_long).refuse(over, len(everything), "pairs")
         if over and self.settings.too_long == "truncate":
-            report.append(Remark(f" at {limit:,} tokens of prompt or completion", f"{len(over):,} pairs cut"))
+            report.append(Remark(f" at {limit:,} tokens of prompt or completion", f"{counted(len(over), 'pair')} cut"))
             return [example.cut(limit) for example in everything]
         kept = [example for example in everything if example.longer <= limit]
         if not kept:
             raise DataError(f"none of {len(everything)} pairs is within {limit} tokens; raise max_length")
-        report += lost("pairs", limit, len(over), 0)
+        report += lost("pair", limit, len(over), 0)
         return kept

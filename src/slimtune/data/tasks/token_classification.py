@@ -14,6 +14,7 @@ from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, held_out_note, lost, refuse_unlearned
 from slimtune.data.tasks.word_alignment import OUTSIDE, AlignedTexts, align, tag, tags_of
 from slimtune.data.texts import longest_input
+from slimtune.errors import counted
 from slimtune.metrics.tagging import tag_scores
 
 
@@ -66,10 +67,10 @@ class Tags(TaskData):
         counts = Counter(itertools.chain(*(self.rows[i].tags for i in learned.kept)))
         tags = ", ".join(f"{tag}: {counts[tag]:,}" for tag in self.tags if tag != OUTSIDE)
         remark = Remark(
-            f"data: {len(learned.texts):,} texts of {counts.total():,} words ({tags}), {learned.tokens:,} tokens"
-            + held_out_note(held_out, "texts ")
+            f"data: {counted(len(learned.texts), 'text')} of {counts.total():,} words ({tags}), "
+            f"{learned.tokens:,} tokens" + held_out_note(held_out, "texts ")
         )
-        report = [remark, *lost("texts", limit, len(self.rows) - len(learned.texts), learned.truncated)]
+        report = [remark, *lost("text", limit, len(self.rows) - len(learned.texts), learned.truncated)]
         if learned.without_token:
             words = f"{learned.without_token:,} words are not learned"
             report.append(Remark(": cut off, or no token is left of them", words))

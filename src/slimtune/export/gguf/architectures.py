@@ -153,11 +153,14 @@ def rope_factors(architecture: Architecture, config: Any) -> dict[str, Tensor]:
     return {}
 
 
+_WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3")
+
+
 def context_limit(config: Any) -> int | None:
     """The window of a model that looks back no further, where llama.cpp would; None where it looks at everything."""
     window = getattr(config, "sliding_window", None)
     is_used = getattr(config, "use_sliding_window", True)
-    if window and is_used and config.model_type in ("mistral", "qwen2", "qwen3", "phi3"):
+    if window and is_used and config.model_type in _WINDOWED:
         return window if window < config.max_position_embeddings else None
     return None
 
@@ -230,6 +233,28 @@ def _check_decoder(config: Any) -> None:
     for name, usual in {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None}.items():
         if rope.get("rope_type") == "yarn":
             _require(f"YaRN's {name}", rope.get(name) or usual, usual)
+
+
+def _mixtral(config: Any) -> Metadata:
+    return _decoder(config) | {
+        "expert_count": config.num_local_experts,
+        "expert_used_count": config.num_experts_per_tok,
+    }
+
+
+def _qwen3_moe(config: Any) -> Metadata:
+    return _decoder(config) | {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+
+
+def _check_qwen3_moe(config: Any) -> None:
+    _check_decoder(config)
+    _require("norm_topk_prob", config.norm_topk_prob, True)
+    _require("decoder_sparse_step", config.decoder_sparse_step, 1)
+    _require("mlp_only_layers", list(config.mlp_only_layers), [])
 
 
 def _gemma3(config: Any) -> Metadata:
@@ -319,6 +344,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": Architecture("qwen2", _SWIGLU, _decoder, _check_decoder),
     "Qwen3ForCausalLM": Architecture("qwen3", _SWIGLU, _decoder, _check_decoder),
+    "MixtralForCausalLM": Architecture("llama", _SWIGLU, _mixtral, _check_decoder, is_permuted=True),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe", _SWIGLU, _qwen3_moe, _check_qwen3_moe),
     "Gemma3ForCausalLM": Architecture(
         "gemma3", frozenset(("gelu_pytorch_tanh",)), _gemma3, _check_gemma3, norm_offset=1.0
     ),

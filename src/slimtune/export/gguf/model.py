@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch
 
 from slimtune.adapters.merge import Drift, compare_outputs
 from slimtune.bases.int8 import LinearW8A8
-from slimtune.errors import ConfigError, MergeError, MissingDependencyError, check_choice
+from slimtune.errors import ConfigError, MissingDependencyError, check_choice
 from slimtune.export.gguf.architectures import architecture_of
 from slimtune.export.gguf.codes import holds_codes, tensors_with_codes
 from slimtune.export.gguf.quantize import KINDS
 from slimtune.export.gguf.writer import read_tensors, require_gguf, tensors_of, write_model
+from slimtune.export.program import run_program
 from slimtune.models.export import outputs_on, probe_batches, refuse_beyond
 from slimtune.quantization.dequantize import dequantize
 from slimtune.storage.source import no_weight_bar
@@ -90,7 +90,7 @@ def export_gguf(
         tensors, notes = tensors_with_codes(model, kind) if holds_codes(model) else (tensors_of(dequantize(model)), [])
         notes += write_model(full, architecture, model.config, tensors, tokenizer, written, name, _eos_ids(model))
     if kind in K_QUANTS:
-        _run([_quantizer(), str(full), str(path), kind], "llama-quantize")
+        run_program([_quantizer(), str(full), str(path), kind], "llama-quantize")
         full.unlink()
         notes.append(f"quantized by {_quantizer()}")
     if architecture is None:
@@ -136,12 +136,5 @@ def _convert(model: Any, tokenizer: Any, path: Path, kind: str, converter: Path)
         model.save_pretrained(plain)
     tokenizer.save_pretrained(plain)
     arguments = [str(plain), "--outfile", str(path), "--outtype", kind.lower()]
-    _run([sys.executable, str(converter), *arguments], converter.name)
+    run_program([sys.executable, str(converter), *arguments], converter.name)
     shutil.rmtree(plain)
-
-
-def _run(command: list[str], name: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["without a word"]
-        raise MergeError(f"{name} failed (exit code {done.returncode}): {lines[-1]}")

@@ -83,7 +83,7 @@ def kind_of(name: str, shape: Sequence[int], wanted: str) -> str:
     With Q4_0, embeddings and head are Q8_0: their rounding costs more than that of all the others.
     """
     check_choice("the type of a GGUF file", wanted, KINDS)
-    if len(shape) < 2 or "norm" in name or name.startswith(("position_embd", "token_types")):
+    if len(shape) < 2 or "norm" in name or "ffn_gate_inp" in name or name.startswith(("position_embd", "token_types")):
         return "F32"
     if wanted in _BLOCK_BYTES and shape[-1] % BLOCK:
         return "F16"

@@ -1,16 +1,17 @@
 """A tokenizer of transformers as GGUF has it: the tokens, how they are joined, and how a text is split before.
 
-llama.cpp has four kinds of tokenizers. For byte-level BPE it knows the regular expressions that split a text by a name
-alone, so the expression in the tokenizer must be one of those it has (`_PRE`), or the file is refused.
+Of llama.cpp's kinds of tokenizers four are written. For byte-level BPE it knows the regular expressions that split a
+text by a name alone, so the expression in the tokenizer must be one of those it has (`_PRE`), or the file is refused.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
 
 from slimtune.errors import ConfigError
 
@@ -90,10 +91,12 @@ def vocabulary_of(tokenizer: Any, rows: int, eos_ids: list[int]) -> Vocabulary:
         vocabulary = _byte_level(stored)
     elif kind == "WordPiece":
         vocabulary = _word_piece(stored)
+    elif kind == "Unigram":
+        vocabulary = _unigram(stored)
     else:
         raise ConfigError(
-            f"a tokenizer of the kind {kind} can't be written as GGUF here (byte-level BPE, sentencepiece BPE and "
-            "WordPiece can); convert the model by llama.cpp's own script with --converter"
+            f"a tokenizer of the kind {kind} can't be written as GGUF here (byte-level BPE, sentencepiece's BPE and "
+            "Unigram, and WordPiece can); convert the model by llama.cpp's own script with --converter"
         )
     if len(vocabulary.tokens) > rows:
         raise ConfigError(
@@ -194,6 +197,52 @@ def _sentencepiece(stored: dict[str, Any]) -> Vocabulary:
     prefix |= any(step.get("prepend_scheme", "always") != "never" for step in metaspace)
     settings = {"tokenizer.ggml.add_space_prefix": prefix}
     return Vocabulary("llama", tokens, types, scores=scores, settings=settings)
+
+
+def _unigram(stored: dict[str, Any]) -> Vocabulary:
+    """The likeliest way to cut a text, by the tokens' log probabilities; llama.cpp calls it by its first user, T5."""
+    model = stored["model"]
+    if model.get("byte_fallback"):
+        _refuse_unigram("bytes for what is unknown")
+    settings: dict[str, Any] = {}
+    normalizer = _steps(stored["normalizer"], "normalizers")
+    for step in [step for step in normalizer if step["type"] == "Precompiled"]:
+        # sentencepiece's own table of replacements, which llama.cpp reads too.
+        settings["tokenizer.ggml.precompiled_charsmap"] = base64.b64decode(step["precompiled_charsmap"])
+        normalizer.remove(step)
+    splits = _steps(stored["pre_tokenizer"], "pretokenizers")
+    prefix = any(step.get("prepend_scheme") == "always" for step in splits)
+    # Either a space before each word and no other, or spaces as they are typed: between these llama.cpp has nothing.
+    if prefix and settings and [step["type"] for step in splits] == ["WhitespaceSplit", "Metaspace"]:
+        merges_spaces = True
+    elif [step["type"] for step in splits] == ["Metaspace"] and normalizer == (_MERGES_SPACES if prefix else []):
+        merges_spaces = prefix
+    else:
+        _refuse_unigram(f"way to treat spaces by {json.dumps([*normalizer, *splits])}")
+    names = [token for token, _ in model["vocab"]]
+    # Cut word by word there, and as a whole here, which is the same unless a token reaches beyond a word.
+    beyond = next((name for name in names if "\u2581" in name[1:]), None)
+    if beyond is not None:
+        _refuse_unigram(f"tokens that reach over a space, such as {beyond!r}")
+    tokens, types = _tokens({**stored, "model": {"vocab": {name: number for number, name in enumerate(names)}}})
+    types[model["unk_id"]] = TokenType.UNKNOWN
+    scores = [score for _, score in model["vocab"]] + [0.0] * (len(tokens) - len(names))
+    settings |= {"tokenizer.ggml.add_space_prefix": prefix, "tokenizer.ggml.remove_extra_whitespaces": merges_spaces}
+    return Vocabulary("t5", tokens, types, scores=scores, settings=settings)
+
+
+_MERGES_SPACES = [
+    {"type": "Strip", "strip_left": False, "strip_right": True},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"},
+]
+"""What transformers makes of sentencepiece's remove_extra_whitespaces."""
+
+
+def _refuse_unigram(what: str) -> NoReturn:
+    raise ConfigError(
+        f"llama.cpp's Unigram tokenizer has no {what}, which this one has; convert the model by its own script with "
+        "--converter"
+    )
 
 
 def _word_piece(stored: dict[str, Any]) -> Vocabulary:

@@ -42,16 +42,32 @@ def require_gguf() -> None:
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
-    """The tensors of a model by their names; one that is tied to another before it is left out."""
+    """The tensors of a model by their names; one that is tied to another before it is left out.
+
+    The weights of all experts of a layer are one tensor, as in the model; those of gates and of values, which the model
+    has in one, are two views of it.
+    """
     seen: set[tuple[int, int]] = set()
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _by_projection(model.state_dict()):
         # By address and offset: views into one buffer are different tensors unless they begin alike.
         place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         if place not in seen or not tensor.numel():
             tensors[name] = tensor
         seen.add(place)
     return tensors
+
+
+def _by_projection(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        module, _, own = name.rpartition(".")
+        if module.endswith(".experts") and own == "gate_up_proj":
+            # (experts, 2 out, in), the gates first.
+            gates, values = tensor.chunk(2, dim=1)
+            yield f"{module}.gate_proj.weight", gates
+            yield f"{module}.up_proj.weight", values
+        else:
+            yield f"{name}.weight" if module.endswith(".experts") and own == "down_proj" else name, tensor
 
 
 def write_model(
