@@ -138,7 +138,7 @@ class Comparison:
             options = ["--output", str(output), "--max-steps", str(self.steps), "--batch-size", str(self.batch)]
             return [
                 sys.executable, "-m", "slimtune", "train", self.model, self.data, *options,
-                f"model.dtype={self.dtype}", "data.too_long=truncate", *SETTINGS.get(self.kind, []),
+                f"model.dtype={self.dtype}", *SETTINGS.get(self.kind, []),
             ]  # fmt: skip
         spec = asdict(self) | {
             "library": side.removeprefix("trl + "), "folder": str(folder_of(self.model)), "output": str(output),
