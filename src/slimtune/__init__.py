@@ -61,6 +61,8 @@ _HOME = {
     "replace_lora_weights_loftq": "adapters.loftq",
     "dequantize": "quantization.dequantize",
     "load": "models.load",
+    "check_shares": "models.shared_prefixes",
+    "shared_prefixes": "models.shared_prefixes",
     "Quantization": "quantization.config",
     "parts": "quantization.report",
     "QuantizeConfig": "slim.quantize",
@@ -146,6 +148,8 @@ if TYPE_CHECKING:
     from slimtune.models.diffusers import load_diffusers_lora as load_diffusers_lora
     from slimtune.models.diffusers import save_diffusers_lora as save_diffusers_lora
     from slimtune.models.load import load as load
+    from slimtune.models.shared_prefixes import check_shares as check_shares
+    from slimtune.models.shared_prefixes import shared_prefixes as shared_prefixes
     from slimtune.plan.plan import plan as plan
     from slimtune.quantization.config import Quantization as Quantization
     from slimtune.quantization.dequantize import dequantize as dequantize

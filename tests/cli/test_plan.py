@@ -256,6 +256,15 @@ def test_pairs_of_answers_are_planned_on_several_devices(run: Any, base: Path, t
         assert part in shown, part
 
 
+def test_the_command_starts_as_many_processes_as_were_planned(run: Any, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text("distributed_type: MULTI_GPU\nnum_processes: 8\n")
+    options = ("--device", "RTX 4090", "--launch", file, "--max-length", 32, *LORA)
+    assert f"--launch {file}" in " ".join(run("plan", base, *options).stdout.split())
+    fewer = " ".join(run("plan", base, *options, "--devices", 2).stdout.split())
+    assert f"--launch 'accelerate launch --config_file {file} --num_processes 2'" in fewer
+
+
 def test_data_that_is_not_there_or_without_the_needed_fields(run: Any, base: Path, tmp_path: Path) -> None:
     refused(run("plan", base, "--data", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
     path = write_lines(tmp_path / "rows.jsonl", {"title": "x", "body": "y"})

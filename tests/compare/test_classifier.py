@@ -45,14 +45,16 @@ def test_each_method_is_trained_and_judged(done: tuple[Path, Result]) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["scorer"] == "accuracy"
-    assert [arm["arm"] for arm in found["arms"]] == ["full", "lora"]
-    for arm in found["arms"]:
-        assert arm["runs"] == {"wanted": 2, "done": 2, "failed": []}
-        assert arm["score"]["questions"] == 12
-        own = [json.loads((folder / f"runs/{arm['arm']}-seed-{seed}/evaluate.json").read_text()) for seed in (0, 1)]
-        assert arm["score"]["mean"] == pytest.approx(sum(one["scores"]["accuracy"] for one in own) / 2)
-        assert arm["size_bytes"] > 1000
-    assert max(arm["score"]["mean"] for arm in found["arms"]) > 0.7, "nothing was learned"
+    assert [row["candidate"] for row in found["candidates"]] == ["full", "lora"]
+    for row in found["candidates"]:
+        assert row["runs"] == {"wanted": 2, "done": 2, "failed": []}
+        assert row["score"]["questions"] == 12
+        own = [
+            json.loads((folder / f"runs/{row['candidate']}-seed-{seed}/evaluate.json").read_text()) for seed in (0, 1)
+        ]
+        assert row["score"]["mean"] == pytest.approx(sum(one["scores"]["accuracy"] for one in own) / 2)
+        assert row["size_bytes"] > 1000
+    assert max(row["score"]["mean"] for row in found["candidates"]) > 0.7, "nothing was learned"
 
 
 @pytest.mark.slow
@@ -110,7 +112,7 @@ def test_a_dry_run_knows_the_runs(recipe: Path, tmp_path: Path) -> None:
     result = invoke(recipe, "-o", tmp_path / "out", "--methods", "lora", "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert [(run["arm"], run["todo"]) for run in found["runs"]] == [("lora", 2)]
+    assert [(run["candidate"], run["todo"]) for run in found["runs"]] == [("lora", 2)]
     assert found["seconds"] > 10
     assert "can't be prompted" in str(found["remarks"])
 
@@ -137,7 +139,7 @@ def test_a_model_that_writes_text_is_prompted_with_labels_too(recipe: Path, tmp_
     result = invoke(recipe, *prompts)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert [arm["arm"] for arm in found["arms"]] == ["base"]
+    assert [row["candidate"] for row in found["candidates"]] == ["base"]
     assert found["scorer"] == "accuracy"
     answers = (tmp_path / "out/runs/base-seed-0/answers.jsonl").read_text().splitlines()
     assert {json.loads(line)["answer"] for line in answers} <= {"good", "bad"}

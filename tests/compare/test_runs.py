@@ -80,25 +80,25 @@ def test_a_run_that_fails_is_told_and_stops_no_other(done: tuple[Path, Result]) 
     folder, result = done
     assert result.exit_code == 1
     found = json.loads(result.stdout)
-    assert [arm["runs"]["done"] for arm in found["arms"]] == [1, 1, 0]
-    assert "no_such_module" in found["arms"][2]["runs"]["failed"][0]
+    assert [row["runs"]["done"] for row in found["candidates"]] == [1, 1, 0]
+    assert "no_such_module" in found["candidates"][2]["runs"]["failed"][0]
     assert any("no_such_module" in warning for warning in found["warnings"])
     assert "no_such_module" in (folder / "report.html").read_text()
 
 
 def test_what_was_measured_is_real(done: tuple[Path, Result]) -> None:
     folder, result = done
-    arm = json.loads(result.stdout)["arms"][1]
-    assert arm["peak_bytes"] > 100e6
-    assert arm["train_seconds"] > 0
-    assert arm["trainable_parameters"] > 1000
+    row = json.loads(result.stdout)["candidates"][1]
+    assert row["peak_bytes"] > 100e6
+    assert row["train_seconds"] > 0
+    assert row["trainable_parameters"] > 1000
     adapter = folder / "runs/lora-seed-0/tuned/adapter_model.safetensors"
-    assert arm["size_bytes"] == adapter.stat().st_size
-    assert len(arm["domains"]) == 6
-    assert all(domain["before"] > 0 for domain in arm["domains"])
-    assert arm["score"]["questions"] == 6
+    assert row["size_bytes"] == adapter.stat().st_size
+    assert len(row["domains"]) == 6
+    assert all(domain["before"] > 0 for domain in row["domains"])
+    assert row["score"]["questions"] == 6
     own = json.loads((folder / "runs/lora-seed-0/evaluate.json").read_text())
-    assert arm["score"]["mean"] == pytest.approx(own["scores"][own["metric"]])
+    assert row["score"]["mean"] == pytest.approx(own["scores"][own["metric"]])
 
 
 def test_no_question_was_trained_on(done: tuple[Path, Result]) -> None:
@@ -118,7 +118,7 @@ def test_seeds_and_methods_can_be_added_and_nothing_is_done_twice(done: tuple[Pa
     times = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/result.json")}
     result = invoke(recipe, "-o", folder, "--methods", "lora", "--shots", "0,1", "--no-random-labels", "--json")
     assert result.exit_code == 0, result.output
-    assert [arm["arm"] for arm in json.loads(result.stdout)["arms"]] == ["base", "1-shot", "lora"]
+    assert [row["candidate"] for row in json.loads(result.stdout)["candidates"]] == ["base", "1-shot", "lora"]
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
@@ -144,7 +144,7 @@ def test_a_dry_run_writes_nothing(recipe: Path) -> None:
     result = invoke(recipe, "-o", output, "--methods", "lora", "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert [(run["arm"], run["todo"]) for run in found["runs"]] == [("base", 1), ("lora", 1)]
+    assert [(run["candidate"], run["todo"]) for run in found["runs"]] == [("base", 1), ("lora", 1)]
     assert found["seconds"] > 10
     assert not output.exists()
 

@@ -22,7 +22,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     adapter(save_base(tmp_path / "base"), tmp_path / "my-adapter")
-    commands = re.findall(r"^slimtune .*$", PAGE, re.MULTILINE)
+    # Those that need what isn't on any machine run in tests/export.
+    here = re.sub(r"<!-- needs: .*? -->\n```.*?```", "", PAGE, flags=re.DOTALL)
+    commands = re.findall(r"^slimtune .*$", here, re.MULTILINE)
     assert len(commands) == 6
     for line in commands:
         result = CliRunner().invoke(app, [*shlex.split(line)[1:], *(["--max-kl", "1"] if "Q8_0" in line else [])])

@@ -177,7 +177,7 @@ def test_mistakes_are_told_before_anything_is_loaded(base: Path, tmp_path: Path,
     tuned = adapter(base, tmp_path / "tuned")
     for source, to, output, options, why in (
         (base, "ggufs", tmp_path / "out", (), "did you mean 'gguf'?"),
-        (base, "gguf", full, (), "already holds 1 files"),
+        (base, "gguf", full, (), "already holds 1 file ("),
         (base, "gguf", tmp_path / "out", ("--type", "Q4_K_M"), "llama-quantize, which is not on the PATH"),
         (base, "gguf", tmp_path / "out", ("--type", "Q8_1"), "did you mean 'Q8_0'?"),
         (base, "gguf-lora", tmp_path / "out", (), "is no adapter folder"),

@@ -94,4 +94,6 @@ def test_asked_for_on_a_model_that_can_t_it_is_an_error(tmp_path: Path, monkeypa
     # Left open, it is trained as ever.
     _, shown, most = train(tmp_path / "open", examples(30))
     assert SAID not in shown
+    assert "is computed for each of them: " in shown
+    assert "its hidden states differ by" in shown
     assert most == 4 * 42

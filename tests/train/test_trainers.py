@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -198,6 +199,28 @@ def test_sft_takes_the_steps_that_it_takes_with_peft(
     assert sorted(saved[0]) == sorted(saved[1])
     config = json.loads((tmp_path / "slimtune" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
+
+
+def test_sft_shares_what_rows_begin_with(tmp_path: Path) -> None:
+    """As on the page on speed: the losses are the same, TRL's entropy and accuracy too."""
+    import datasets
+
+    ids = torch.randint(4, VOCABULARY, (16, 14), generator=torch.Generator().manual_seed(4))
+    ids[:, :10] = ids[0, :10].clone()
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
+    histories = []
+    for shares in (False, True):
+        done = sft_trainer(tuned(slimtune, LLAMA), tmp_path / str(shares), rows)
+        model = done.model
+        slimtune.check_shares(model)
+        with slimtune.shared_prefixes(model) if shares else nullcontext() as tokens:
+            done.train()
+        if tokens is not None:
+            assert tokens.ratio == pytest.approx(4 * 14 / (10 + 4 * 4))
+        names = ("loss", "entropy", "mean_token_accuracy", "grad_norm")
+        histories.append([[entry[name] for name in names] for entry in done.state.log_history if "loss" in entry])
+    assert len(histories[0]) == 3
+    torch.testing.assert_close(torch.tensor(histories[1]), torch.tensor(histories[0]), rtol=1e-4, atol=1e-5)
 
 
 SOFT: dict[str, Any] = {

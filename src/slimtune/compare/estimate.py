@@ -40,7 +40,7 @@ class CandidateEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"arm": self.candidate.name, "runs": self.runs, "todo": self.todo, "seconds": self.seconds}
+        return {"candidate": self.candidate.name, "runs": self.runs, "todo": self.todo, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from slimtune.compare.results import reading
 from slimtune.models.device import ram
@@ -38,14 +38,14 @@ class ComparisonRecord(BaseModel):
         moved: the machines and versions that earlier runs were made with, where they are others; in sentences.
     """
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid")
 
     model: str
     data: str
     command: str
     date: str
     recipe: str
-    candidates: list[str] = Field(validation_alias="arms", serialization_alias="arms")
+    candidates: list[str]
     seeds: int
     same: dict[str, Any]
     machine: dict[str, str]
@@ -58,7 +58,7 @@ class ComparisonRecord(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write it whole or not at all."""
-        write_file(folder / FACTS, self.model_dump_json(indent=1, by_alias=True) + "\n")
+        write_file(folder / FACTS, self.model_dump_json(indent=1) + "\n")
 
 
 def read_record(folder: Path) -> ComparisonRecord | None:

@@ -54,11 +54,11 @@ class ComparisonReport:
             "warnings": list(self.choice.warnings),
             "remarks": self.remarks,
             "scorer": self.summary.scorer,
-            "arms": [row.to_dict() for row in self.summary.rows],
+            "candidates": [row.to_dict() for row in self.summary.rows],
             "pairs": [asdict(pair) | {"shown": pair.is_shown} for pair in self.summary.pairs],
             "findings": [asdict(finding) for finding in self.findings],
             "notes": self.notes,
-            "facts": self.facts.model_dump(by_alias=True),
+            "facts": self.facts.model_dump(),
         }
 
 

@@ -19,7 +19,7 @@ RESULT = "result.json"
 
 class _Strict(BaseModel):
     # Forbidden: what a later version adds means something, and would be lost where a file is written anew.
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunScore(_Strict):
@@ -94,7 +94,7 @@ class RunSpectrum(_Strict):
 class Result(_Strict):
     """One run: done with a score, or failed with a reason."""
 
-    candidate: str = Field(validation_alias="arm", serialization_alias="arm")
+    candidate: str
     seed: int
     status: Literal["done", "failed"]
     reason: str = ""
@@ -113,7 +113,7 @@ class Result(_Strict):
 
     def write(self, path: Path) -> None:
         """Write it whole or not at all."""
-        write_file(path, self.model_dump_json(indent=1, by_alias=True) + "\n")
+        write_file(path, self.model_dump_json(indent=1) + "\n")
 
 
 class ShownQuestion(_Strict):

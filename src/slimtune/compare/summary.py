@@ -85,7 +85,7 @@ class CandidateRow:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes, times in seconds, forgetting in nats per token."""
         return {
-            "arm": self.name,
+            "candidate": self.name,
             "summary": self.candidate.summary,
             "score": None if self.score is None else asdict(self.score),
             "forgotten": self.forgotten,

@@ -131,7 +131,9 @@ def _checkpoint(path: Path) -> tuple[Facts, list[Any]]:
 def _comparison(path: Path) -> tuple[Facts, list[Any]]:
     comparison = read_object(path / "comparison.json")
     results = [read_object(file) for file in sorted(path.glob("runs/*/result.json"))]
-    facts = {"kind": "comparison"} | {name: comparison.get(name) for name in ("model", "data", "arms", "seeds", "date")}
+    facts = {"kind": "comparison"} | {
+        name: comparison.get(name) for name in ("model", "data", "candidates", "seeds", "date")
+    }
     for status in ("done", "failed"):
         facts[f"runs_{status}"] = sum(result.get("status") == status for result in results)
     report = path / "report.json"
@@ -140,7 +142,7 @@ def _comparison(path: Path) -> tuple[Facts, list[Any]]:
 
 def _compared(path: Path) -> tuple[Facts, list[Any]]:
     result = read_object(path / "result.json")
-    facts = {"kind": "run of a comparison"} | {name: result.get(name) for name in ("arm", "seed", "status")}
+    facts = {"kind": "run of a comparison"} | {name: result.get(name) for name in ("candidate", "seed", "status")}
     if result.get("reason"):
         facts["reason"] = result["reason"]
     score = result.get("score") or {}

@@ -285,6 +285,13 @@ def show_trained(screen: Console, model: Any) -> None:
             f"{share:.1%} of the weights of the blocks are zero{' and stay so' if keeps else ''}", markup=False
         )
     screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
+    is_half = any(p.is_floating_point() and p.itemsize == 2 for p in model.parameters())
+    if is_half and model.device.type == "cpu" and native_dtype() == "float32":
+        # Measured on an AMD EPYC with AVX2: 8 times forward, 20 times backward.
+        screen.print(
+            "[yellow]this processor only emulates 16 bits[/]: with model.dtype=float32 a step is several times faster, "
+            "and the base takes twice the memory"
+        )
 
 
 def show_outcome(screen: Console, outcome: Outcome, best_by: str | None) -> None:

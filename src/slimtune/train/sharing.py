@@ -88,7 +88,9 @@ def sharing(
     try:
         check_shares(model)
     except ConfigError as error:
-        return _not_shared(error, settings)
+        left_out = _not_shared(error, settings)
+        console.print(escape(f"what rows begin with alike is computed for each of them: {error}"))
+        return left_out
     if grouping_pays:
         console.print(
             escape(

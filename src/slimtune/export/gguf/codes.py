@@ -57,7 +57,7 @@ def tensors_with_codes(model: Any, kind: str | None) -> tuple[dict[str, Tensor |
     notes = [f"{count} matrices keep their codes as {name}" for name, count in kept.items()]
     notes += [f"{count} matrices are expanded: {reason}" for reason, count in expanded.items()]
     if rounded:
-        notes.append(f"in {rounded} matrices a scale is no float16 number, and is rounded to the nearest")
+        notes.append(f"in {rounded} matrices a scale is not a float16, and is rounded to the nearest")
     if rounds_inputs:
         notes.append("llama.cpp rounds inputs by rules of its own, in blocks of 32 and not by the token")
     return tensors, notes
