@@ -124,3 +124,13 @@ def test_the_active_adapter_has_no_part_in_rows_of_others(kind: str) -> None:
     assert torch.equal(written, tokens)
     with pytest.raises(ConfigError, match="the adapter 'a' changes the whole model and can't be mixed"):
         model(**batch, adapter_names=["a", "b"])
+
+
+def test_rows_inside_of_disable_adapter_are_the_base_s_whatever_they_name() -> None:
+    model, batch = tuned(*BATCHES["DoRA and biases"]), QWEN2.batch()
+    base = predict(QWEN2.model(), batch)
+    with model.disable_adapter():
+        assert torch.equal(predict(model, batch, adapter_names=["a", "b"]), base)
+        with pytest.raises(ConfigError, match="has 3 names for a batch of 2 rows"):
+            model(**batch, adapter_names=["a", "b", "c"])
+    assert not torch.equal(predict(model, batch, adapter_names=["a", "b"]), base)

@@ -206,6 +206,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_without_the_blocks_of_its_configuration_stands_for_itself() -> None:
     llama = transformers.LlamaForCausalLM
-    assert find_repeating_blocks(config(), llama, None) is not None
-    assert find_repeating_blocks(config(), lambda _: torch.nn.Linear(2, 2), None) is None
-    assert find_repeating_blocks(config(), lambda _: llama(config(num_hidden_layers=3)), None) is None
+    deep = config(num_hidden_layers=12)
+    assert find_repeating_blocks(deep, llama, None) is not None
+    assert find_repeating_blocks(deep, lambda _: torch.nn.Linear(2, 2), None) is None
+    assert find_repeating_blocks(deep, lambda _: llama(config(num_hidden_layers=13)), None) is None
