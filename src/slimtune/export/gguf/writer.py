@@ -51,7 +51,7 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in _by_projection(model.state_dict()):
         # By address and offset: views into one buffer are different tensors unless they begin alike.
-        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        place = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
         if place not in seen or not tensor.numel():
             tensors[name] = tensor
         seen.add(place)
