@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+trl: Any = importlib.import_module("trl")
+"""Its names are there on demand, which type checkers don't see."""
 LEARNING_RATE = 1e-4
 MAX_LENGTH = 1024
 
