@@ -295,8 +295,10 @@ def _installed(bases: Sequence[Precision] | None) -> tuple[Sequence[Precision] |
     """
     for base in bases or ():
         require_for(base)
-    left_out = tuple(base for base in BASES if not is_installed(base)) if bases is None else ()
-    return tuple(base for base in BASES if base not in left_out) if left_out else bases, left_out
+    if bases is not None:
+        return bases, ()
+    left_out: tuple[Precision, ...] = tuple(base for base in BASES if not is_installed(base))
+    return (tuple(base for base in BASES if base not in left_out) if left_out else None), left_out
 
 
 def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:
