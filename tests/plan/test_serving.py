@@ -19,7 +19,7 @@ from slimtune.plan.devices import find
 from slimtune.plan.memory import Setting
 from slimtune.plan.quantize import tensors_of
 from slimtune.plan.serving import ServingPlan, plan_serving
-from slimtune.plan.time import usual
+from slimtune.plan.time import Rates, usual
 from small_text_model import save_base
 
 NOTHING_FITS = 3
@@ -75,6 +75,18 @@ def test_more_answers_at_once_read_the_weights_once(base: Path) -> None:
     plan, rates = planned(base, context=40), usual(find("T4"))
     one, many = plan.tokens_per_second(rates, 1), plan.tokens_per_second(rates, 8)
     assert one < many < 8 * one
+
+
+def test_adapters_take_room_and_are_read_beside_the_weights(base: Path) -> None:
+    plan = planned(base, context=40, adapters=3, adapter_numbers=1000)
+    assert plan.adapter_bytes > 0
+    # A device whose products take no time, and which reads a byte a second.
+    rates = Rates(flops_16bit=1e30, flops_32bit=1e30, bandwidth=1.0, slack=1.0, is_measured=True)
+    read = plan.weights_bytes + 3 * plan.adapter_bytes + 2 * plan.key_value_bytes // 2
+    assert plan.tokens_per_second(rates, 2) == pytest.approx(2 / read)
+    room = plan.weights_bytes + 3 * plan.adapter_bytes + 5 * plan.slot_bytes
+    just = replace(plan.device, memory_bytes=int((room + 100) / 0.9) + 1, context_bytes=0, fragmentation=0.0)
+    assert replace(plan, device=just).most_slots == 5
 
 
 def test_a_context_beyond_the_model_is_refused(base: Path) -> None:

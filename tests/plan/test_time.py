@@ -103,6 +103,8 @@ def test_answers_that_are_drawn_take_their_time() -> None:
     assert short.steps == long.steps == 100
     assert (short.tokens, long.tokens) == (400 * 48, 400 * 96)
     assert long.seconds > 1.5 * short.seconds
+    # A step is one of four answers, each behind its prompt; the planned prompt is as long as those of the data.
+    assert long.seconds == pytest.approx(step_seconds(many, usual(T4)) * long.tokens / (4 * (32 + 64)))
 
 
 def test_negative_epochs_are_refused() -> None:
