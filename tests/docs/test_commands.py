@@ -22,7 +22,8 @@ from small_text_model import save_base
 IDS = {"ids": lambda page: str(page.relative_to(DOCS))}
 NEEDS = {
     "the Hub", "data sets of the Hub", "a T5 of the Hub", "vLLM on two machines with GPUs", "an Ollama that runs",
-    "four GPUs", "a checkout", "labelled/train.jsonl and labelled/held_out.jsonl", "a download, and a checkout",
+    "four GPUs", "a checkout", "a pipeline", "labelled/train.jsonl and labelled/held_out.jsonl",
+    "a download, and a checkout",
 }  # fmt: skip
 """What blocks say that they need."""
 REAL = {"smollm2-135m-instruct": "base", "llama-2-7b": "base", "minilm-l6-v2": "encoder"}

@@ -231,9 +231,9 @@ def test_on_the_command_line_a_mistake_is_told_before_the_model_is_loaded(
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(optimizers, "find_spec", lambda library: None)
-    with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
+    with pytest.raises(MissingDependencyError, match=r"slimtune\[quantized\]"):
         check_runs("adamw_8bit", "cpu")
-    with pytest.raises(MissingDependencyError, match="pip install torchao"):
+    with pytest.raises(MissingDependencyError, match=r"slimtune\[torchao\]"):
         check_runs(TORCHAO[0], "cuda")
     check_runs("adafactor", "cpu")
     monkeypatch.undo()
