@@ -141,5 +141,5 @@ def test_long_pairs_are_counted_and_dropped_or_cut(run: Any, base: Path, tmp_pat
     assert "2 rows dropped" in dropped.stdout
     cut = run("train", base, data, "-o", tmp_path / "cut", "data.too_long=truncate", *options)
     assert cut.exit_code == 0, cut.output
-    assert "1 rows cut" in cut.stdout
-    assert "1 rows dropped" in cut.stdout
+    assert "1 row cut" in cut.stdout
+    assert "1 row dropped" in cut.stdout
