@@ -238,6 +238,9 @@ PAIR = {"prompt": "q", "completion": "a"}
     [
         *(({one: "q", two: "a"}, PAIR, "auto") for one in ("question", "input", "query", "problem", "prompt")
           for two in ("answer", "output", "response", "solution")),
+        ({"user": "q", "assistant": "a"}, PAIR, "auto"),
+        ({"source": "q", "target": "a"}, PAIR, "seq2seq"),
+        ({"question": "q", "answer": "a", "source": "a book"}, PAIR | {"source": "a book"}, "auto"),
         ({"instruction": "q", "response": "a"}, {"instruction": "q", "output": "a"}, "auto"),
         *(({"instruction": "q", name: "c", "response": "a"}, {"instruction": "q", "input": "c", "output": "a"}, "auto")
           for name in ("input", "context")),

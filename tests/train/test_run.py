@@ -164,6 +164,14 @@ def test_each_line_of_the_loss_file_tells_a_step(tmp_path: Path) -> None:
     assert rates == sorted(rates, reverse=True)
 
 
+def test_a_run_of_one_step_learns(tmp_path: Path) -> None:
+    model = adopted()
+    train(model, tmp_path, examples(4), max_steps=1)
+    (line,) = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
+    assert line["learning_rate"] == 0.01
+    assert any(parameter.any() for name, parameter in trainable(model).items() if "lora_B" in name)
+
+
 def test_the_loss_is_transformers_own(tmp_path: Path) -> None:
     """The mean over the learned tokens of the whole batch."""
     data = examples(4)

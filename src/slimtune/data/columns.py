@@ -25,7 +25,12 @@ OTHER_NAMES: Mapping[str, Sequence[Mapping[str, Sequence[str]]]] = {
     "messages": ({"messages": ("chat", "turns")},),
     "sharegpt": ({"conversations": ("conversation", "dialogue", "dialog")},),
     "alpaca": ({"output": ANSWERS, "input": ("context",)}, {"output": ANSWERS}),
-    "prompt-completion": ({"prompt": QUESTIONS, "completion": ANSWERS},),
+    "prompt-completion": (
+        {"prompt": QUESTIONS, "completion": ANSWERS},
+        # Pairs by themselves: a source beside a question is where it comes from, a user beside it who asked.
+        {"prompt": ("user",), "completion": ("assistant",)},
+        {"prompt": ("source",), "completion": ("target",)},
+    ),
     "text-label": (*({"text": (a,), "text_pair": (b,)} for a, b in PAIRS), {"text": TEXTS, "label": LABELS}),
     "tokens-tags": ({"tokens": ("words",), "tags": ("ner_tags", "pos_tags", "labels")},),
     "prompt-only": ({"prompt": (*QUESTIONS, "instruction")},),

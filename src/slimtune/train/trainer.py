@@ -262,6 +262,12 @@ class AnswerTrainer(ExactCheckpoints, HeldOutMean, Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; a run of one step has no share of steps to warm up in, in which its rate would be 0."""
+        if num_training_steps == 1 and self.args.warmup_steps < 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return super()._get_train_sampler(*args, **kwargs) if self.train_sampler is None else self.train_sampler
 
