@@ -107,8 +107,8 @@ def test_long_pairs_are_cut_with_their_end_kept(run: Any, tmp_path: Path) -> Non
     refused = run("train", base, rows, "-o", tmp_path / "a", *limit)
     assert "1 of 4 pairs are longer than 8 tokens (the longest has 31)" in refused.stderr
     dropped = run("train", base, rows, "-o", tmp_path / "b", *limit, "data.too_long=drop")
-    assert "1 pairs dropped" in dropped.stdout
+    assert "1 pair dropped" in dropped.stdout
     cut = run("train", base, rows, "-o", tmp_path / "c", *limit, "data.too_long=truncate")
-    assert "1 pairs cut" in cut.stdout
+    assert "1 pair cut" in cut.stdout
     pair = encode_pair(Pair(prompt="red " * 30, completion="rot"), seq2seq_tokenizer(starts=False)).cut(8)
     assert (len(pair.input_ids), pair.input_ids[-1]) == (8, 1)

@@ -237,7 +237,7 @@ def test_mistakes_say_what_to_do(run: Any, encoder: Path, rows: Path, tmp_path: 
     assert "1 of 5 texts are longer than 32 tokens (the longest has 42)" in refused.stderr
     cut = run("train", encoder, longer, "-o", out, "data.too_long=truncate", *FAST)
     assert cut.exit_code == 0, cut.output
-    assert "1 texts cut" in cut.stdout
+    assert "1 text cut" in cut.stdout
     assert "10 words are not learned" in cut.stdout
     untrained = save_base(tmp_path / "text")
     texts = write_lines(tmp_path / "texts.jsonl", {"text": "the film was good ."})
