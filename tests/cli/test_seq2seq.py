@@ -93,7 +93,7 @@ def test_mistakes_say_what_to_do(run: Any, base: Path, rows: Path, tmp_path: Pat
     packed = run("train", t5, rows, "-o", out, "task=seq2seq", "data.packing=true")
     assert "packing is for models that write text" in packed.stderr
     empty = write_lines(tmp_path / "empty.jsonl", {"prompt": "big red", "completion": ""})
-    assert "the completion is empty" in run("train", t5, empty, "-o", out, "task=seq2seq").stderr
+    assert "completion: it is empty" in run("train", t5, empty, "-o", out, "task=seq2seq").stderr
     turns = {"prompt": [{"role": "user", "content": "red"}], "completion": [{"role": "assistant", "content": "rot"}]}
     spoken = write_lines(tmp_path / "spoken.jsonl", turns)
     assert "an encoder reads one text" in run("train", t5, spoken, "-o", out, "task=seq2seq").stderr
