@@ -199,6 +199,7 @@ def test_what_people_see(run: Any, base: Path, task: Path, sentiment: Path, tmp_
     assert "6 are left out as questions of the task itself" in shown
 
 
+@pytest.mark.slow
 def test_tasks_of_the_harness(run: Any, base: Path, tuned: Path, tmp_path: Path) -> None:
     items = write_lines(
         tmp_path / "items.jsonl", *({"q": f"{n} and {n} is", "choices": [str(2 * n), "x"], "a": 0} for n in range(4))

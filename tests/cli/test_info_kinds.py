@@ -64,6 +64,7 @@ def test_a_classifier_on_features(run: Any, tmp_path: Path) -> None:
     assert len(found["labels"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_its_checkpoint(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "tuned"
     options = ["--max-steps", 200, "training.save_steps=2", "--rank", 2, "--batch-size", 2, "--no-plan"]

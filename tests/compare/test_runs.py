@@ -70,6 +70,7 @@ def done(recipe: Path, killed: Path) -> tuple[Path, Result]:
     return killed, invoke(recipe, "-o", killed, "--json", "--price", "RTX 4090")
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_killed(done: tuple[Path, Result]) -> None:
     folder, result = done
     assert "1 of 3 runs are there already" in result.stderr

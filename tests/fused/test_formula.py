@@ -231,6 +231,7 @@ AROUND: dict[str, Any] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("variant", FUSED, ids=lambda variant: "-".join(map(str, variant)))
 def test_what_comes_after_a_fused_layer_changes_no_gradient(variant: Variant, around: str) -> None:

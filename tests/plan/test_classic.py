@@ -44,6 +44,7 @@ def test_cells_are_simulated_and_near_the_rules_of_thumb() -> None:
         assert 0.75 < cell.ratio < 1.15, (cell.row.name, cell.size, cell.gigabytes)
 
 
+@pytest.mark.slow
 def test_the_table_counts_as_a_plan_does() -> None:
     for cell in cells():
         assert cell.device.name == "H100"
