@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from slimtune.compare.results import reading
 from slimtune.models.device import ram
@@ -45,7 +45,8 @@ class ComparisonRecord(BaseModel):
     command: str
     date: str
     recipe: str
-    candidates: list[str]
+    # Earlier versions called them arms.
+    candidates: list[str] = Field(validation_alias=AliasChoices("candidates", "arms"))
     seeds: int
     same: dict[str, Any]
     machine: dict[str, str]

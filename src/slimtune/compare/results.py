@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimtune.errors import DataError, SlimtuneError, first_line
 from slimtune.storage.atomic import write_file
@@ -94,7 +94,8 @@ class RunSpectrum(_Strict):
 class Result(_Strict):
     """One run: done with a score, or failed with a reason."""
 
-    candidate: str
+    # Earlier versions called it an arm.
+    candidate: str = Field(validation_alias=AliasChoices("candidate", "arm"))
     seed: int
     status: Literal["done", "failed"]
     reason: str = ""

@@ -131,6 +131,8 @@ def _checkpoint(path: Path) -> tuple[Facts, list[Any]]:
 def _comparison(path: Path) -> tuple[Facts, list[Any]]:
     comparison = read_object(path / "comparison.json")
     results = [read_object(file) for file in sorted(path.glob("runs/*/result.json"))]
+    # Earlier versions called candidates arms.
+    comparison.setdefault("candidates", comparison.get("arms"))
     facts = {"kind": "comparison"} | {
         name: comparison.get(name) for name in ("model", "data", "candidates", "seeds", "date")
     }
@@ -142,6 +144,7 @@ def _comparison(path: Path) -> tuple[Facts, list[Any]]:
 
 def _compared(path: Path) -> tuple[Facts, list[Any]]:
     result = read_object(path / "result.json")
+    result.setdefault("candidate", result.get("arm"))
     facts = {"kind": "run of a comparison"} | {name: result.get(name) for name in ("candidate", "seed", "status")}
     if result.get("reason"):
         facts["reason"] = result["reason"]
