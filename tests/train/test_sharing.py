@@ -13,8 +13,10 @@ from rich.console import Console
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.data.batches import Encoded
+from slimtune.data.prefixes import PrefixGroups
 from slimtune.errors import ConfigError
 from slimtune.recipe.training import TrainSettings
+from slimtune.train import sharing
 from slimtune.train.loop import fine_tune
 from small_text_model import tiny_model, tiny_tokenizer
 
@@ -71,6 +73,23 @@ def test_grouped_on_demand_batches_share_more_and_what_that_would_save_is_told(t
     assert "group_prefixes" not in shown
     # Each batch is of one document: its 30 tokens once, and four questions.
     assert most == 30 + 4 * 12
+
+
+def test_of_a_large_data_set_a_part_is_sorted_to_say_what_grouping_would_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sorted_at_once: list[int] = []
+
+    class Counted(PrefixGroups):
+        def __init__(self, rows: Any) -> None:
+            sorted_at_once.append(len(rows))
+            super().__init__(rows)
+
+    monkeypatch.setattr(sharing, "PrefixGroups", Counted)
+    monkeypatch.setattr(sharing, "MOST_GROUPED", 12)
+    _, shown, _ = train(tmp_path / "random", questions())
+    assert sorted_at_once == [12]
+    assert "with training.group_prefixes=true, which puts examples that begin alike into one batch" in shown
 
 
 def test_grouping_without_sharing_and_what_can_t_be_grouped_are_refused(tmp_path: Path) -> None:

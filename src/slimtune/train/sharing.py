@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,6 +29,9 @@ from slimtune.models.shared_prefixes import (
 )
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.trainer import AnswerTrainer
+
+MOST_GROUPED = 4096
+"""Examples that are sorted to say what grouping would save: to sort all of a large data set would delay every start."""
 
 
 def group_prefixes(trainer: AnswerTrainer, settings: TrainSettings) -> PrefixGroups | None:
@@ -133,6 +137,10 @@ def _sample(
 
 
 def _if_grouped(examples: Any, collate: Callable[[list[Any]], Any], settings: TrainSettings) -> SharedTokens:
-    """The tokens of a few batches if they were drawn of examples that begin alike."""
+    """The tokens of a few batches if they were drawn of examples that begin alike; a bound where a part is sorted."""
+    if hasattr(examples, "__len__") and len(examples) > MOST_GROUPED:
+        numbers = random.Random(settings.seed).sample(range(len(examples)), MOST_GROUPED)
+        is_table = hasattr(examples, "select")
+        examples = examples.select(numbers) if is_table else [examples[number] for number in numbers]
     rows = beginnings(examples)
     return SharedTokens() if rows is None else _sample(examples, collate, settings, PrefixGroups(rows))
