@@ -22,8 +22,9 @@ from benchmarks import machine
 from benchmarks.prepare import model_folder
 from slimtune.adapters.merge import compare_outputs
 from slimtune.data.demo_orders import make_orders
+from slimtune.slim.gptq import inverse_factor
 
-BATCH, RATE, DAMPING, BLOCK = 4, 1e-3, 0.01, 128
+BATCH, RATE, BLOCK = 4, 1e-3, 128
 Rounding = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -51,8 +52,7 @@ def carried(weight_OI: Tensor, _: Tensor) -> Tensor:
 def by_inputs(weight_OI: Tensor, gram_II: Tensor) -> Tensor:
     """The error of each column made up for by those after it, so that products with the inputs stay near (GPTQ)."""
     width = len(gram_II)
-    damped_II = gram_II + DAMPING * gram_II.diagonal().mean() * torch.eye(width)
-    factor_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
+    factor_II = inverse_factor(gram_II)
     left_OI, rounded_OI = weight_OI.clone(), torch.empty_like(weight_OI)
     for start in range(0, width, BLOCK):
         end = min(start + BLOCK, width)
