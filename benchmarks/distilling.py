@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
@@ -56,68 +56,69 @@ Seeds = Annotated[int, typer.Option(min=1, help="Of the adapter and the order of
 
 
 @app.command()
-def stored(steps: Steps = 10, seeds: Seeds = 3) -> None:
+def stored(steps: Steps = 5, seeds: Seeds = 3) -> None:
     """What is learned from stored tokens, and from the teacher beside; processor time and bytes of both."""
-    with tempfile.TemporaryDirectory() as name:
-        results, bytes_a_token = runs(Path(name), STORED, steps, seeds)
-    rows = []
-    for title, own in results.items():
-        ratios = [mine / other for (mine, _), (other, _) in zip(own, results["the teacher at each step"], strict=True)]
-        # The first run with stored tokens asks the teacher as well.
-        seconds = [one for _, one in own][1:]
-        online = [one for _, one in results["the teacher at each step"]][1:]
-        shares = [mine / other for mine, other in zip(seconds, online, strict=True)]
-        rows.append((title, over([kl for kl, _ in own], 4), over(ratios, 3), f"{median(shares):.2f}" if shares else ""))
-    header = ("the student learns from", "KL from the teacher, held out", "/ online", "processor time / online")
-    write("stored", header, rows, {"steps": steps, "seeds": seeds, "runs": results}, bytes_a_token)
+    for results, facts in runs(STORED, steps, seeds):
+        rows = []
+        online = results["the teacher at each step"]
+        for title, own in results.items():
+            of_online = [mine / other for (mine, _), (other, _) in zip(own, online, strict=True)]
+            # The first run with stored tokens asks the teacher as well.
+            shares = [mine / other for (_, mine), (_, other) in zip(own[1:], online[1:], strict=True)]
+            processor = f"{median(shares):.2f}" if shares else ""
+            rows.append((title, over([kl for kl, _ in own], 4), over(of_online, 3), processor))
+        header = ("the student learns from", "KL from the teacher, held out", "/ online", "processor time / online")
+        write("stored", header, rows, facts)
 
 
 @app.command()
-def divergences(steps: Steps = 10, seeds: Seeds = 3) -> None:
+def divergences(steps: Steps = 5, seeds: Seeds = 3) -> None:
     """The losses of `slimtune distill` against each other, and against learning the answers alone."""
-    with tempfile.TemporaryDirectory() as name:
-        results, bytes_a_token = runs(Path(name), DIVERGENCES, steps, seeds)
-    rows = [(title, over([kl for kl, _ in own], 4)) for title, own in results.items()]
-    header = ("loss", "forward KL from the teacher, held out")
-    write("divergences", header, rows, {"steps": steps, "seeds": seeds, "runs": results}, bytes_a_token)
+    for results, facts in runs(DIVERGENCES, steps, seeds):
+        rows = [(title, over([kl for kl, _ in own], 4)) for title, own in results.items()]
+        write("divergences", ("loss", "forward KL from the teacher, held out"), rows, facts)
 
 
 def runs(
-    folder: Path, ways: Mapping[str, dict[str, Any] | None], steps: int, seeds: int
-) -> tuple[dict[str, list[tuple[float, float]]], float]:
-    """Of each way and seed the divergence on held-out orders and the processor's seconds; bytes a stored token."""
+    ways: Mapping[str, dict[str, Any] | None], steps: int, seeds: int
+) -> Iterator[tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]]:
+    """After each seed, of each way the divergences on held-out orders and the processor's seconds so far, and facts."""
     teacher, tokenizer = dense()
     train, held_out = make_orders(BATCH * steps, 16)
-    rows = folder / "orders.jsonl"
-    rows.write_text("".join(json.dumps({"messages": order.messages()}) + "\n" for order in train))
-    student, _ = prune(teacher, PruneConfig(layers=LAYERS), calibration_batches(tokenizer, tokens=1024))
-    for name, model in (("teacher", teacher), ("student", student)):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    answers = [answer_of(tokenizer, order) for order in held_out]
-    console.print(f"pruned: {divergence(teacher, student, answers):.4f}", highlight=False)
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for seed in range(seeds):
-        for name, settings in ways.items():
-            recipe = Recipe.of({
-                "model": {"name": str(folder / "student"), "dtype": "float32"},
-                "data": {"train": str(rows), "max_length": 256},
-                "method": {"name": "lora", "r": RANK, "target_modules": "all-linear"},
-                "training": {"learning_rate": RATE, "max_steps": steps, "batch_size": BATCH, "seed": seed},
-                "output": str(folder / "output"),
-                "distillation": settings and {"teacher": str(folder / "teacher"), "alpha": 1.0} | settings,
-            })  # fmt: skip
-            # Of this process alone, which others don't slow down by as much.
-            began = time.process_time()
-            if settings is None:
-                run(recipe, open_screen(True), overwrite=True, plans=False)
-            else:
-                distill(recipe, open_screen(True), overwrite=True, plans=False, cache=folder / "cache")
-            seconds = time.process_time() - began
-            tuned = slimtune.load(folder / "output", dtype="float32", device="cpu")[0].eval()
-            results[name].append((divergence(teacher, tuned, answers), seconds))
-            console.print(f"seed {seed}, {name}: {results[name][-1]}", highlight=False)
-    return results, mean(bytes_of(folder / "cache"))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        rows = folder / "orders.jsonl"
+        rows.write_text("".join(json.dumps({"messages": order.messages()}) + "\n" for order in train))
+        student, _ = prune(teacher, PruneConfig(layers=LAYERS), calibration_batches(tokenizer, tokens=1024))
+        for name, model in (("teacher", teacher), ("student", student)):
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+        answers = [answer_of(tokenizer, order) for order in held_out]
+        pruned = divergence(teacher, student, answers)
+        for seed in range(seeds):
+            for name, settings in ways.items():
+                recipe = Recipe.of({
+                    "model": {"name": str(folder / "student"), "dtype": "float32"},
+                    "data": {"train": str(rows), "max_length": 256},
+                    "method": {"name": "lora", "r": RANK, "target_modules": "all-linear"},
+                    "training": {"learning_rate": RATE, "max_steps": steps, "batch_size": BATCH, "seed": seed},
+                    "output": str(folder / "output"),
+                    "distillation": settings and {"teacher": str(folder / "teacher"), "alpha": 1.0} | settings,
+                })  # fmt: skip
+                # Of this process alone, which others don't slow down by as much.
+                began = time.process_time()
+                if settings is None:
+                    run(recipe, open_screen(True), overwrite=True, plans=False)
+                else:
+                    distill(recipe, open_screen(True), overwrite=True, plans=False, cache=folder / "cache")
+                seconds = time.process_time() - began
+                tuned = slimtune.load(folder / "output", dtype="float32", device="cpu")[0].eval()
+                results[name].append((divergence(teacher, tuned, answers), seconds))
+                console.print(f"seed {seed}, {name}: {results[name][-1]}", highlight=False)
+            sizes = bytes_of(folder / "cache")
+            facts = {"steps": steps, "seeds": seed + 1, "pruned": pruned, "bytes a token": mean(sizes), "runs": results}
+            yield results, facts
 
 
 def bytes_of(cache: Path) -> list[float]:
@@ -148,17 +149,15 @@ def divergence(teacher: Any, student: Any, answers: list[tuple[Tensor, int]]) ->
     return total / count
 
 
-def write(
-    name: str, header: tuple[str, ...], rows: list[tuple[str, ...]], facts: dict[str, Any], bytes_a_token: float
-) -> None:
+def write(name: str, header: tuple[str, ...], rows: list[tuple[str, ...]], facts: dict[str, Any]) -> None:
     """The figures as JSON, and as a table of docs/slim.md."""
     on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
-    document = {"machine": on, "date": machine.today(), "commit": machine.commit(), **facts, "bytes": bytes_a_token}
+    document = {"machine": on, "date": machine.today(), "commit": machine.commit(), **facts}
     (FOLDER / f"distilling-{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     note = (
-        f"SmolLM2 with {LAYERS} of its 30 layers, LoRA with r={RANK}, {facts['steps']} steps of {BATCH} orders, "
-        f"float32, 16 orders held out; mean and 95% interval over {facts['seeds']} seeds; {bytes_a_token:.0f} bytes a "
-        f"stored token; {subtitle(on)} {document['date']}."
+        f"SmolLM2 with {LAYERS} of its 30 layers, {facts['pruned']:.2f} from the teacher as it was pruned; LoRA with "
+        f"r={RANK}, {facts['steps']} steps of {BATCH} orders, float32, 16 orders held out; mean and 95% interval over "
+        f"{facts['seeds']} seeds; {facts['bytes a token']:.0f} bytes a stored token; {subtitle(on)} {document['date']}."
     )
     page.fill(page.PRUNED, name, f"{page.table(header, rows)}\n\n{note}")
 
