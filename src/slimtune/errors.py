@@ -1,10 +1,17 @@
-"""Every error that a user can cause. Each is also the standard type that fits, so `except ValueError` keeps working."""
+"""Every error that a user can cause, and the way to warn.
+
+Each error is also the standard type that fits, so `except ValueError` keeps working.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -152,3 +159,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_out_of_device_memory(error: BaseException) -> bool:
     """Whether the memory of a device ran out, as torch says it."""
     return type(error).__name__ == "OutOfMemoryError"
+
+
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
+_PASSING_ON = (f"{os.sep}contextlib.py", f"{os.sep}_contextlib.py")
+"""Files of Python and torch whose functions stand between a decorated one and its caller."""
+
+
+def warn(message: str) -> None:
+    """Warn at the caller's line that led here, however deep in this library the reason was found."""
+    outermost, depth, frame = 1, 0, sys._getframe()
+    while frame is not None:
+        depth += 1
+        file = frame.f_code.co_filename
+        # Not the first frame of others: between those of this library may be torch's and a user's own method's.
+        if file.startswith(_PACKAGE) or (depth == outermost + 1 and file.endswith(_PASSING_ON)):
+            outermost = depth
+        frame = frame.f_back
+    warnings.warn(message, stacklevel=outermost + 1)

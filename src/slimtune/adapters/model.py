@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +47,7 @@ from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.core.config import PeftConfig
 from slimtune.core.constrained import inner_of
 from slimtune.core.delta import deltas_of
-from slimtune.errors import ConfigError, listing
+from slimtune.errors import ConfigError, listing, warn
 from slimtune.methods.adalora import AdaLoraConfig
 from slimtune.storage.hub import parted
 from slimtune.storage.model_card import write_model_card
@@ -99,10 +98,9 @@ def get_peft_model(
     """
     replaces = adapter_name in getattr(model, "peft_config", {})
     if replaces:
-        warnings.warn(
+        warn(
             f"the model has an adapter '{adapter_name}' already, which the new one replaces; choose another name to "
-            "keep both, or call unload() first to begin with the base",
-            stacklevel=2,
+            "keep both, or call unload() first to begin with the base"
         )
     if revision is not None:
         peft_config.revision = revision
@@ -461,7 +459,7 @@ class PeftModel(PeftNames, Adopted):
         names, merged = self._chosen(adapter_names), self.adapter_state.merged
         if merged and set(names) <= set(merged):
             said = f"All adapters are already merged, nothing to do ({listing(names)}: merged already)"
-            warnings.warn(said, stacklevel=2)
+            warn(said)
             return
         merge(self, names, safe_merge)
 
@@ -497,7 +495,7 @@ class PeftModel(PeftNames, Adopted):
         if requantize:
             drift = merge_quantized(self, names, safe_merge, drift_inputs)
             if drift is not None:
-                warnings.warn(f"merged into quantized weights: {drift}{drift.advice}", stacklevel=2)
+                warn(f"merged into quantized weights: {drift}{drift.advice}")
             return self
         return merge_plain(self, names, safe_merge)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from slimtune.errors import (
     check_number,
     check_whole,
     first_line,
+    warn,
 )
 from slimtune.storage.atomic import staged_file
 from slimtune.storage.text_files import read_json
@@ -344,5 +344,5 @@ def _read(file: Path, key: str, count: int) -> Tensor | None:
             return features
     except (OSError, SafetensorError):
         pass
-    warnings.warn(f"the cached features in {file} are damaged and are computed again", stacklevel=3)
+    warn(f"the cached features in {file} are damaged and are computed again")
     return None
