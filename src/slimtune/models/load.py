@@ -17,6 +17,7 @@ from slimtune.errors import (
     did_you_mean,
 )
 from slimtune.models.device import DTYPES, pick_device
+from slimtune.ops.freed_memory import return_freed_memory
 from slimtune.quantization.config import (
     INTEGER_KINDS,
     Quantization,
@@ -201,7 +202,10 @@ def _load_base(source: str, options: LoadOptions, model_class: Any = None, **con
     if folder != source:
         # The name holds on every machine, the cache's folder on this one only.
         model.name_or_path = model.config.name_or_path = source
-    return model, load_tokenizer(folder, options.trust_remote_code)
+    tokenizer = load_tokenizer(folder, options.trust_remote_code)
+    # The codes as they were read, and the tokenizer's file while it was parsed.
+    return_freed_memory()
+    return model, tokenizer
 
 
 def _read_model(
