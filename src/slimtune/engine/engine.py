@@ -82,8 +82,8 @@ class Engine:
         )
         # Held by whoever drives the steps: a generate() of one thread waits for that of another.
         self._turn = threading.RLock()
-        # Held by whoever changes the adapters, above both: a draft goes over the modules of the model, and none may come
-        # or go meanwhile.
+        # Held by whoever changes the adapters, above both: a draft goes over the modules of the model, and none may
+        # come or go meanwhile.
         self._changes = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopping = False
