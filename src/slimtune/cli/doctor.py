@@ -25,6 +25,7 @@ FEATURES = {
     "reasoning": "tasks of reasoning-gym",
     "compare": "comparisons",
     "serve": "serving over HTTP",
+    "studio": "the pages of slimtune studio",
 }
 """What each extra of the package is for."""
 
