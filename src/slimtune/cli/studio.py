@@ -32,7 +32,7 @@ def studio(
     What a page does is a command of this library that it shows. Commands run in processes of their own: they go on when
     the browser or the studio is closed, and are found again. Runs that a terminal began in the folder are seen, too.
 
-    With --json, the address is a line of JSON. Exit codes: 0 ended by Ctrl-C, 2 a mistake, as a port that is taken.
+    With --json, the address is a line of JSON. Exit codes: 130 ended by Ctrl-C, 2 a mistake, as a port that is taken.
 
     Example: slimtune studio --folder runs --open
     """
