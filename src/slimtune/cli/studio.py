@@ -52,7 +52,9 @@ def studio(
 def _require_libraries() -> None:
     try:
         import fastapi  # noqa: F401
+        import httpx  # noqa: F401
         import jinja2  # noqa: F401
+        import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
