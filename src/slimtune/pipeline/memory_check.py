@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from slimtune.console.process import this_process
 from slimtune.data.settings import DataSettings
 from slimtune.errors import DoesNotFitError, PlanError, SlimtuneError
-from slimtune.models.device import native_dtype, pick_device
+from slimtune.models.device import is_emulated, native_dtype, pick_device
+from slimtune.models.load import dtype_named_by
 from slimtune.plan.build import positions_of
 from slimtune.plan.data import measure
-from slimtune.plan.devices import Device, find, this_device
+from slimtune.plan.devices import HALF_PRECISIONS, Device, find, this_device
 from slimtune.plan.memory import MemoryPlan, Setting, Sharing
 from slimtune.plan.plan import beginnings_of, count, plan, read_config, simulation, task_type_of, tokenizer_of
 from slimtune.plan.recommend import Choice
@@ -125,7 +126,7 @@ def plan_training(
         )
     if process.count == 1 and not device.takes(planned.peak_bytes):
         nearest = _nearest(model.source, method.name, data, setting, training.group_prefixes, task, device)
-        raise DoesNotFitError(_refusal(planned, device, nearest))
+        raise DoesNotFitError(_refusal(planned, device, nearest, _in_stored_dtype(config, setting, device)))
     return planned, device
 
 
@@ -148,7 +149,7 @@ def _setting(
     task_type = task_type_of(task)
     dtype = model.dtype
     if dtype == "auto":
-        dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        dtype = dtype_named_by(config) or "float32"
     is_full = method.name == FULL
     adapter = None if is_full else method.config()
     if adapter is not None:
@@ -158,7 +159,7 @@ def _setting(
         base=model.quantize or "dense",  # type: ignore[arg-type]
         # As `pipeline.train.load_for_training` has it: float32 weights, with products in the machine's own 16 bits.
         dtype="float32" if is_full else dtype,
-        autocast=is_full and native_dtype() == "bfloat16",
+        autocast=is_full and autocasts(model),
         batch=training.batch_size,
         sequence=max_length,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -171,6 +172,11 @@ def _setting(
         device="cpu" if device == "cpu" else "cuda",
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def autocasts(model: ModelSettings) -> bool:
+    """Whether full tuning computes in bf16 over its float32 weights."""
+    return (native_dtype(model.device) if model.dtype == "auto" else model.dtype) == "bfloat16"
 
 
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -210,7 +216,16 @@ def _nearest(
     return plan(model, data, rank=rank, dtype=dtype, bases=bases, **options).best
 
 
-def _refusal(planned: MemoryPlan, device: Device, nearest: Choice | None) -> str:
+def _in_stored_dtype(config: Any, setting: Setting, device: Device) -> MemoryPlan | None:
+    """The plan with a base in the 16 bits in which it is stored, where it is planned in float32 and that would fit."""
+    stored = dtype_named_by(config)
+    if setting.method is None or setting.dtype != "float32" or stored not in HALF_PRECISIONS:
+        return None
+    planned = simulation(config)(replace(setting, dtype=stored))
+    return planned if device.takes(planned.peak_bytes) else None
+
+
+def _refusal(planned: MemoryPlan, device: Device, nearest: Choice | None, in_16_bits: MemoryPlan | None) -> str:
     """The message of a training that doesn't fit, with what to type for the nearest one that does."""
     setting, peak = planned.setting, planned.peak
     module = f" in {peak.module}" if peak.module else ""
@@ -219,6 +234,12 @@ def _refusal(planned: MemoryPlan, device: Device, nearest: Choice | None) -> str
         f"{device.memory_bytes / 1e9:.1f}: batches of {setting.batch} x {setting.sequence} tokens peak in the "
         f"{peak.phase}{module}"
     )
+    if in_16_bits is not None:
+        dtype = in_16_bits.setting.dtype
+        slower = ", but takes several times as long on this processor" if is_emulated(dtype, setting.device) else ""
+        needs += f"; model.dtype={dtype} needs {device.needed_bytes(in_16_bits.peak_bytes) / 1e9:.1f} GB{slower}"
+    if nearest is None and in_16_bits is not None:
+        return f"{needs}; or pass --no-plan to try it all the same"
     if nearest is None:
         return f"{needs}; nothing of this method fits, see `slimtune plan`, or pass --no-plan to try it all the same"
     fitting = nearest.setting
