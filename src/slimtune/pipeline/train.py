@@ -101,7 +101,7 @@ def run(
         if plans and process.is_main:
             check_memory(
                 screen, recipe.model, recipe.method, recipe.data, share_of(recipe.training), recipe.preferences,
-                data.task,
+                data,
             )  # fmt: skip
         Memory.watch()
         model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
