@@ -89,7 +89,7 @@ def dry_run(recipe: Recipe, screen: Console) -> DryRun:
         shape, tokenizer = _without_weights(model, data)
         result.data = encode(screen, data, shape, tokenizer).facts
         if takes_steps:
-            _plan(recipe, data.task, result)
+            _plan(recipe, data, result)
     return result
 
 
@@ -102,11 +102,11 @@ def _without_weights(model: ModelSettings, data: Data) -> tuple[Any, Any]:
         return build(config, Setting(trust_remote_code=model.trust_remote_code), data.task_type), tokenizer
 
 
-def _plan(recipe: Recipe, task: str, result: DryRun) -> None:
+def _plan(recipe: Recipe, data: Data, result: DryRun) -> None:
     base, why = in_computing_dtype(recipe.model, recipe.method)
     sections = base, recipe.method, recipe.data, recipe.training, recipe.preferences
     try:
-        plan, device = plan_training(*sections, task, always=True)
+        plan, device = plan_training(*sections, data, always=True)
     except SlimtuneError:
         raise
     # Whatever the simulation trips over, as a model whose code can't run on the meta device, may train all the same.

@@ -15,10 +15,18 @@ from slimtune.errors import DoesNotFitError, PlanError, SlimtuneError
 from slimtune.models.device import is_emulated, native_dtype, pick_device
 from slimtune.models.load import dtype_named_by
 from slimtune.plan.build import positions_of
-from slimtune.plan.data import measure
+from slimtune.plan.data import measure_read
 from slimtune.plan.devices import HALF_PRECISIONS, Device, find, this_device
 from slimtune.plan.memory import MemoryPlan, Setting, Sharing
-from slimtune.plan.plan import beginnings_of, count, plan, read_config, simulation, task_type_of, tokenizer_of
+from slimtune.plan.plan import (
+    beginnings_of,
+    parameters_of,
+    plan,
+    read_config,
+    simulation,
+    task_type_of,
+    tokenizer_of,
+)
 from slimtune.plan.recommend import Choice
 from slimtune.recipe.method import FULL
 from slimtune.recipe.preference import PREFERENCE_TASKS
@@ -27,6 +35,7 @@ from slimtune.train.processes import offloads, shards
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.data.tasks.registry import Data
     from slimtune.recipe.preference import PreferenceSettings
     from slimtune.recipe.recipe import MethodSettings, ModelSettings
     from slimtune.recipe.training import TrainSettings
@@ -39,7 +48,7 @@ def check_memory(
     data: DataSettings,
     training: TrainSettings,
     preferences: PreferenceSettings,
-    task: str,
+    rows: Data,
 ) -> dict[str, Any] | None:
     """Print the memory that the training takes, or why it can't be planned; arguments as of `plan_training`.
 
@@ -51,7 +60,7 @@ def check_memory(
         SlimtuneError: a mistake that the training itself would stop at, after the model was loaded.
     """
     try:
-        planned, device = plan_training(model, method, data, training, preferences, task)
+        planned, device = plan_training(model, method, data, training, preferences, rows)
     except Exception as error:
         if isinstance(error, SlimtuneError) and not isinstance(error, PlanError):
             raise
@@ -72,14 +81,14 @@ def plan_training(
     data: DataSettings,
     training: TrainSettings,
     preferences: PreferenceSettings,
-    task: str,
+    rows: Data,
     always: bool = False,
 ) -> tuple[MemoryPlan | None, Device]:
     """The memory plan of a training, and the device that it is for, or its part for each of several processes.
 
     Args:
         training: with this process's share of a step.
-        task: what the data is for, as a recipe names it.
+        rows: what was read of the data.
         always: simulate also what fits by a wide margin; the plan is None there otherwise.
 
     Raises:
@@ -92,7 +101,7 @@ def plan_training(
     if device.is_cpu:
         device = replace(device, memory_bytes=device.memory_bytes // process.local_count)
     config = read_config(model.source, model.trust_remote_code)
-    setting = _setting(config, model, method, training, preferences, task, data.max_length, kind)
+    setting = _setting(config, model, method, training, preferences, rows.task, data.max_length, kind)
     drawn = setting.drawn_tokens if setting.task == "grpo" else 0
     positions = positions_of(config) or setting.sequence
     setting = replace(setting, sequence=min(setting.sequence, max(1, positions - drawn)))
@@ -100,7 +109,7 @@ def plan_training(
     if parameters is not None and _fits_by_far(config, setting, device, parameters):
         return None, device
     # `setting.sequence` was the longest that is allowed; the user's own examples may all be shorter.
-    measured = measure(data, tokenizer_of(model.source, model.trust_remote_code), task)
+    measured = measure_read(rows, data, tokenizer_of(model.source, model.trust_remote_code))
     lengths = measured.lengths.within(setting.sequence)
     setting = replace(
         setting,
@@ -125,7 +134,7 @@ def plan_training(
             "--no-plan to try it all the same"
         )
     if process.count == 1 and not device.takes(planned.peak_bytes):
-        nearest = _nearest(model.source, method.name, data, setting, training.group_prefixes, task, device)
+        nearest = _nearest(model.source, method.name, data, setting, training.group_prefixes, rows.task, device)
         raise DoesNotFitError(_refusal(planned, device, nearest, _in_stored_dtype(config, setting, device)))
     return planned, device
 
@@ -186,7 +195,7 @@ def _parameters(config: Any, setting: Setting) -> int | None:
     """Parameters of a model of which a bound is known; None for others."""
     if setting.task_type is None or not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
         return None
-    return count(config, setting.task_type, setting.trust_remote_code)[0]
+    return parameters_of(config, setting.task_type, setting.trust_remote_code)
 
 
 def _fits_by_far(config: Any, setting: Setting, device: Device, parameters: int) -> bool:

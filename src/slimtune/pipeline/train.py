@@ -103,7 +103,7 @@ def run(
         if plans and process.is_main:
             folder.planned = check_memory(
                 screen, base, recipe.method, recipe.data, share_of(recipe.training), recipe.preferences,
-                data.task,
+                data,
             )  # fmt: skip
         Memory.watch()
         model, tokenizer, autocast = load_for_training(base, recipe.method, data, recipe.training.seed)

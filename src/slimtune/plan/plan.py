@@ -361,23 +361,29 @@ def beginnings_of(
     return Beginnings([row[:limit] for row in measured.examples], group_prefixes)
 
 
+def parameters_of(config: Any, task_type: str | None, trust_remote_code: bool = False) -> int:
+    """Parameters of the model."""
+    return sum(p.numel() for p in _shape_of(config, task_type, trust_remote_code).parameters())
+
+
 def count(config: Any, task_type: str | None, trust_remote_code: bool = False) -> tuple[int, int]:
     """Parameters of the model, and of LoRA of rank 1 on all its linear layers."""
-    import torch
-
     from slimtune.adapters.model import get_peft_model
     from slimtune.methods.lora.config import LoraConfig
 
-    parameters, trained = 0, []
-    # rank 2 less rank 1 is what one rank costs: sum of (in + out) over all linear layers.
-    for rank in (1, 2):
-        with torch.device("meta"):
-            model = build(copy.deepcopy(config), Setting(trust_remote_code=trust_remote_code), task_type)
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            get_peft_model(model, LoraConfig(r=rank, task_type=task_type))
-        trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
-    # A new head counts in both.
-    return parameters, trained[1] - trained[0]
+    model = _shape_of(config, task_type, trust_remote_code)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    get_peft_model(model, LoraConfig(r=1, task_type=task_type))
+    # Of the factors alone: a new head is trained too, and its size doesn't follow the rank.
+    return parameters, sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def _shape_of(config: Any, task_type: str | None, trust_remote_code: bool) -> Any:
+    """The model in its shape only."""
+    import torch
+
+    with torch.device("meta"):
+        return build(copy.deepcopy(config), Setting(trust_remote_code=trust_remote_code), task_type)
 
 
 def _check(
