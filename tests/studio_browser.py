@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from browser import DESK, PHONE
 from slimtune.studio.app import build_app
 from slimtune.studio.security import Access
 
@@ -55,7 +56,7 @@ class Tab:
 
 
 @contextmanager
-def served(folder: Path, access: Access | None = None) -> Iterator[str]:
+def listening_studio(folder: Path, access: Access | None = None) -> Iterator[str]:
     """The address of a studio behind uvicorn, on a thread of the test's process."""
     app = build_app(folder, access)
     with socket.create_server(("127.0.0.1", 0)) as port:
@@ -103,3 +104,22 @@ def tab(opened: Any, size: tuple[int, int] = (1280, 900), scheme: str = "light",
     )
     yield seen
     context.close()
+
+
+@contextmanager
+def tab_of(opened: Any, size: tuple[int, int] = DESK, language: str = "en-US", scheme: str = "light") -> Iterator[Any]:
+    """The page of a tab in which nothing may go wrong until it is closed."""
+    with tab(opened, size, scheme, language) as seen:
+        yield seen.page
+    assert seen.problems == []
+    assert seen.strangers == []
+
+
+def check_accessible(page: Any) -> None:
+    """Nothing that axe finds, and nothing wider than the window."""
+    seen = Tab(page)
+    assert seen.overflow_pixels <= 0
+    assert seen.violations() == []
+
+
+__all__ = ["DESK", "PHONE", "Tab", "check_accessible", "listening_studio", "started", "tab", "tab_of"]

@@ -20,7 +20,7 @@ from slimtune.studio.jobs import Jobs
 from slimtune.studio.pages import runs as runs_page
 from small_server import wait_until
 from small_text_model import orders, save_base, write_lines
-from studio_browser import served, started, tab
+from studio_browser import listening_studio, started, tab
 from studio_client import open_studio
 
 
@@ -129,7 +129,7 @@ def test_events_go_on_where_a_page_stopped_reading(tmp_path: Path, monkeypatch: 
     # Held by this process, so that it seems to train.
     from slimtune.train.run_folder import run_folder
 
-    with served(tmp_path) as url, run_folder(tmp_path / "mine", {}, True, False):
+    with listening_studio(tmp_path) as url, run_folder(tmp_path / "mine", {}, True, False):
         with httpx.stream("GET", f"{url}/runs/mine/events", params={"at": "25-0"}) as answer:
             text = ""
             for piece in answer.iter_text():

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
-from slimtune.errors import counted, listing
-from slimtune.pipeline.launch import ACCELERATE, read_launch
+from slimtune.errors import counted, listing, needs
+from slimtune.pipeline.launch import with_processes
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
 from slimtune.plan.recommend import Choice
@@ -61,11 +60,10 @@ def show(screen: Console, report: PlanReport, launch: str | None = None) -> None
     if not best.engines:
         screen.print("  any engine takes it: the result is a whole model", markup=False)
     screen.print("\nrun it:")
-    how = launch or ("docs/scale/fsdp2.yaml" if report.request.devices > 1 else "")
-    if launch and Path(launch).is_file() and read_launch(launch).processes != report.request.devices:
-        # The plan is of another number than the file's, and the command starts as many as were planned.
-        how = shlex.quote(f"{ACCELERATE} --config_file {how} --num_processes {report.request.devices}")
-    screen.print(f"  {report.command(best)}{f' --launch {how}' if how else ''}", markup=False)
+    how = launch or ("fsdp2" if report.request.devices > 1 else "")
+    # The command starts as many processes as were planned, whatever a file says.
+    started = f" --launch {shlex.quote(with_processes(how, report.request.devices))}" if how else ""
+    screen.print(f"  {report.command(best)}{started}", markup=False)
 
 
 def _notes(choice: Choice, report: PlanReport) -> list[str]:
@@ -243,13 +241,8 @@ def _show_choices(screen: Console, report: PlanReport) -> None:
     if any(choice.setting.gradient_checkpointing for choice in report.choices):
         screen.print("* with gradient checkpointing")
     if report.left_out:
-        package, extra = library_of(report.left_out[0]) or ("", "")
-        screen.print(
-            f"left out: a base in {listing(report.left_out)}, which needs {package}: run `pip install "
-            f"'slimtune[{extra}]'`",
-            style="yellow",
-            markup=False,
-        )
+        why = needs(*(library_of(report.left_out[0]) or ("", "")))
+        screen.print(f"left out: a base in {listing(report.left_out)}, which {why}", style="yellow", markup=False)
     screen.print("runtime: the context of the device, and what its allocator leaves unused; in all figures of need")
     rates = report.rates
     how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
