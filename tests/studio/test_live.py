@@ -55,14 +55,16 @@ def events(text: str) -> list[dict[str, str]]:
     return found
 
 
-def test_a_killed_server_loses_nothing_and_the_page_goes_on(chromium: Any, files: Path, tmp_path: Path) -> None:
+def test_a_killed_server_loses_nothing_and_the_page_goes_on(
+    chromium: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = tmp_path / "runs"
     with tab(chromium) as seen, tab(chromium) as other:
         page = seen.page
-        with started(runs) as (server, url):
+        with started(runs, directory=files) as (server, url):
             page.goto(f"{url}/train")
-            page.get_by_label("Model", exact=True).first.fill(str(files / "base"))
-            page.get_by_label("Data", exact=True).first.fill(str(files / "train.jsonl"))
+            page.get_by_label("Model", exact=True).first.fill("base")
+            page.get_by_label("Data", exact=True).first.fill("train.jsonl")
             page.get_by_label("Name", exact=True).fill("mine")
             page.locator("summary", has_text="Training").click()
             for name, value in (("max_steps", 120), ("batch_size", 2), ("samples", 1), ("eval_steps", 60)):
@@ -81,7 +83,7 @@ def test_a_killed_server_loses_nothing_and_the_page_goes_on(chromium: Any, files
         run = read_run(runs, Jobs(runs), "mine")
         assert run.state == "running"
         # On the same port, as whoever starts it again would.
-        with started(runs, httpx.URL(url).port or 0) as (_, again):
+        with started(runs, httpx.URL(url).port or 0, files) as (_, again):
             assert again == url
             for each in (page, other.page):
                 each.locator(".badge.done").wait_for()
@@ -90,6 +92,7 @@ def test_a_killed_server_loses_nothing_and_the_page_goes_on(chromium: Any, files
         (job,) = Jobs(runs)
         assert job.exit_code == 0
     # What the page shows as a command does the same in a terminal, to the bit.
+    monkeypatch.chdir(files)
     typed = shlex.split(job.command.replace(str(runs / "mine"), str(tmp_path / "typed")))
     done = CliRunner().invoke(app, typed[1:])
     assert done.exit_code == 0, done.output
