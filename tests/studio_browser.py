@@ -25,6 +25,13 @@ from slimtune.studio.security import Access
 AXE = (Path(__file__).parent / "studio" / "axe" / "axe.min.js").read_text(encoding="utf-8")
 PICTURES = os.environ.get("SLIMTUNE_SCREENSHOTS")
 """A folder for pictures of the pages, as `SLIMTUNE_SCREENSHOTS=docs/studio pytest tests/studio` writes them."""
+_WITHOUT_PATHS = """() => {
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const text = texts.currentNode;
+    if (/\\/pytest-/.test(text.data)) text.data = text.data.replace(/\\/[^ ]*\\/pytest-[^/ ]*\\/[^/ .]*/g, "~");
+  }
+}"""
 _RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
 
@@ -49,8 +56,9 @@ class Tab:
         return [f"{each['id']}: {node['html'][:150]}" for each in found for node in each["nodes"]]
 
     def picture(self, name: str) -> None:
-        """Keep a picture of the whole page, if pictures are wanted."""
+        """Keep a picture of the whole page, if pictures are wanted, without the path of the test."""
         if PICTURES:
+            self.page.evaluate(_WITHOUT_PATHS)
             Path(PICTURES).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=Path(PICTURES) / f"{name}.png", full_page=True)
 
@@ -73,10 +81,12 @@ def listening_studio(folder: Path, access: Access | None = None) -> Iterator[str
 
 
 @contextmanager
-def started(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(folder: Path, port: int = 0, directory: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`slimtune studio` as a process, and its address; killed at the end."""
     words = ["studio", "--folder", str(folder), "--port", str(port), "--json"]
-    process = subprocess.Popen([sys.executable, "-m", "slimtune", *words], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slimtune", *words], stdout=subprocess.PIPE, text=True, cwd=directory
+    )
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

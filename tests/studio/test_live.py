@@ -20,7 +20,7 @@ from slimtune.studio.jobs import Jobs
 from slimtune.studio.pages import runs as runs_page
 from small_server import wait_until
 from small_text_model import orders, save_base, write_lines
-from studio_browser import served, started, tab
+from studio_browser import listening_studio, started, tab
 from studio_client import open_studio
 
 
@@ -55,14 +55,16 @@ def events(text: str) -> list[dict[str, str]]:
     return found
 
 
-def test_a_killed_server_loses_nothing_and_the_page_goes_on(chromium: Any, files: Path, tmp_path: Path) -> None:
+def test_a_killed_server_loses_nothing_and_the_page_goes_on(
+    chromium: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = tmp_path / "runs"
     with tab(chromium) as seen, tab(chromium) as other:
         page = seen.page
-        with started(runs) as (server, url):
+        with started(runs, directory=files) as (server, url):
             page.goto(f"{url}/train")
-            page.get_by_label("Model", exact=True).first.fill(str(files / "base"))
-            page.get_by_label("Data", exact=True).first.fill(str(files / "train.jsonl"))
+            page.get_by_label("Model", exact=True).first.fill("base")
+            page.get_by_label("Data", exact=True).first.fill("train.jsonl")
             page.get_by_label("Name", exact=True).fill("mine")
             page.locator("summary", has_text="Training").click()
             for name, value in (("max_steps", 120), ("batch_size", 2), ("samples", 1), ("eval_steps", 60)):
@@ -81,7 +83,7 @@ def test_a_killed_server_loses_nothing_and_the_page_goes_on(chromium: Any, files
         run = read_run(runs, Jobs(runs), "mine")
         assert run.state == "running"
         # On the same port, as whoever starts it again would.
-        with started(runs, httpx.URL(url).port or 0) as (_, again):
+        with started(runs, httpx.URL(url).port or 0, files) as (_, again):
             assert again == url
             for each in (page, other.page):
                 each.locator(".badge.done").wait_for()
@@ -90,6 +92,7 @@ def test_a_killed_server_loses_nothing_and_the_page_goes_on(chromium: Any, files
         (job,) = Jobs(runs)
         assert job.exit_code == 0
     # What the page shows as a command does the same in a terminal, to the bit.
+    monkeypatch.chdir(files)
     typed = shlex.split(job.command.replace(str(runs / "mine"), str(tmp_path / "typed")))
     done = CliRunner().invoke(app, typed[1:])
     assert done.exit_code == 0, done.output
@@ -129,7 +132,7 @@ def test_events_go_on_where_a_page_stopped_reading(tmp_path: Path, monkeypatch: 
     # Held by this process, so that it seems to train.
     from slimtune.train.run_folder import run_folder
 
-    with served(tmp_path) as url, run_folder(tmp_path / "mine", {}, True, False):
+    with listening_studio(tmp_path) as url, run_folder(tmp_path / "mine", {}, True, False):
         with httpx.stream("GET", f"{url}/runs/mine/events", params={"at": "25-0"}) as answer:
             text = ""
             for piece in answer.iter_text():

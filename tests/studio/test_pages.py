@@ -11,7 +11,7 @@ import pytest
 from browser import DESK, PHONE, browser
 from slimtune.studio.app import find_pages
 from slimtune.studio.security import Access
-from studio_browser import served, tab
+from studio_browser import listening_studio, tab
 from studio_client import write_run
 
 ADDRESSES = {page.name: page.path for page in find_pages() if page.order is not None} | {"run": "/runs/orders-lora"}
@@ -34,7 +34,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     write_run(runs / "reviews", "minilm-l6-v2", "ia3", losses=[loss / 2 for loss in falling])
     write_run(runs / "damaged", base)
     (runs / "damaged" / "results.json").write_text('{"base": "smol')
-    with served(runs) as url:
+    with listening_studio(runs) as url:
         yield url
 
 
@@ -140,7 +140,7 @@ def test_mistakes_are_said_beside_their_fields(chromium: Any, studio: str) -> No
 
 
 def test_a_password_is_asked_for_in_the_page(chromium: Any, tmp_path: Path) -> None:
-    with served(tmp_path, Access(password="open sesame")) as url, tab(chromium) as seen:
+    with listening_studio(tmp_path, Access(password="open sesame")) as url, tab(chromium) as seen:
         page = seen.page
         page.goto(f"{url}/train")
         page.wait_for_url("**/login")

@@ -48,7 +48,6 @@ def build_app(folder: Path, access: Access | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ClientDisconnect, _on_gone)
-    app.add_exception_handler(Exception, _on_failure)
 
     def refuse(request: Request, status: int, reason: str) -> Response:
         return _refused(app, request, status, reason)
@@ -113,9 +112,3 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 async def _on_gone(request: Request, error: Exception) -> Response:
     # The browser took its request back, as at each key that follows another; nobody reads this.
     return Response(status_code=499)
-
-
-async def _on_failure(request: Request, error: Exception) -> Response:
-    # The traceback goes to the log: Starlette raises the error again behind this.
-    view = View(request)
-    return view.refuse(500, view.t("refused.failed", kind=type(error).__name__))
