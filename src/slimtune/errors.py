@@ -1,10 +1,18 @@
-"""Every error that a user can cause. Each is also the standard type that fits, so `except ValueError` keeps working."""
+"""Every error that a user can cause, and the way to warn.
+
+Each error is also the standard type that fits, so `except ValueError` keeps working.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -92,6 +100,36 @@ class MissingDependencyError(SlimtuneError, ImportError):
     """An optional library that the feature needs."""
 
 
+_MODULES = {"scikit-learn": "sklearn"}
+"""Of libraries whose module has another name than the package, but for hyphens."""
+
+
+def require(library: str, *, extra: str, purpose: str, otherwise: str = "") -> None:
+    """See that an optional library is there, before anything is read or computed.
+
+    Args:
+        library: the name of its package.
+        extra: the extra of this package that brings it.
+        purpose: what needs it, the beginning of the sentence.
+        otherwise: what else can be done, the end of the sentence.
+
+    Raises:
+        MissingDependencyError: it isn't installed.
+    """
+    if not has_library(library):
+        raise MissingDependencyError(f"{purpose} {needs(library, extra)}{otherwise}")
+
+
+def has_library(library: str) -> bool:
+    """Whether a library is installed; it is looked for and not imported, which takes some seconds."""
+    return find_spec(_MODULES.get(library, library.replace("-", "_"))) is not None
+
+
+def needs(library: str, extra: str) -> str:
+    """The clause that names a missing library and the extra that brings it."""
+    return f"needs {library}: run `pip install 'slimtune[{extra}]'`"
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """The clause `; did you mean 'x'?` for the option nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
@@ -152,3 +190,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_out_of_device_memory(error: BaseException) -> bool:
     """Whether the memory of a device ran out, as torch says it."""
     return type(error).__name__ == "OutOfMemoryError"
+
+
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
+_PASSING_ON = (f"{os.sep}contextlib.py", f"{os.sep}_contextlib.py")
+"""Files of Python and torch whose functions stand between a decorated one and its caller."""
+
+
+def warn(message: str) -> None:
+    """Warn at the caller's line that led here, however deep in this library the reason was found."""
+    outermost, depth, frame = 1, 0, sys._getframe()
+    while frame is not None:
+        depth += 1
+        file = frame.f_code.co_filename
+        # Not the first frame of others: between those of this library may be torch's and a user's own method's.
+        if file.startswith(_PACKAGE) or (depth == outermost + 1 and file.endswith(_PASSING_ON)):
+            outermost = depth
+        frame = frame.f_back
+    warnings.warn(message, stacklevel=outermost + 1)

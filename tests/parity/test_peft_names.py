@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import slimtune
+from slimtune.core.config import TargetedConfig, methods
 from slimtune.errors import BaseMismatchError, ConfigError, MergeError
 from tensors import adapter_tensors, assert_near, assert_same, copies, predict, randomize
 from zoo import GPT2, LLAMA, Specimen
@@ -106,6 +107,19 @@ def test_other_methods_have_their_tensors_by_name(name: str, method: str, option
         randomize(library, model)
         shown.append(getattr(model.base_model.model.model.layers[0].self_attn.v_proj, name)["default"])
     assert torch.equal(shown[0], shown[1])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("names", ["default", ["other"], ["default", "other"]], ids=str)
+def test_a_layer_s_adapters_are_chosen_and_trained_as_in_peft(names: str | list[str], inference: bool) -> None:
+    shown = []
+    for library, model in zip(LIBRARIES, pair(), strict=True):
+        model.add_adapter("other", lora(library))
+        site = layer(model)
+        site.set_adapter(names, inference_mode=inference)
+        trained = {name: site.lora_A[name].weight.requires_grad for name in ("default", "other")}
+        shown.append((site.active_adapters, trained))
+    assert shown[0] == shown[1]
 
 
 def test_modules_that_are_trained_whole_have_their_copies() -> None:
@@ -358,6 +372,27 @@ def test_keys_that_transformers_renamed_are_read(build: Any, tmp_path: Path) -> 
     assert_same(copies(adapter_tensors(slimtune, slimtune.PeftModel.from_pretrained(build(), tmp_path))), expected)
 
 
+ON_LLAVA: dict[str, dict[str, Any]] = {
+    "BITFIT": {"target_modules": r".*language_model.*q_proj", "add_bias": True},
+    "LN_TUNING": {"target_modules": r".*language_model.*norm"},
+    "TRAINABLE_TOKENS": {"target_modules": r".*language_model.embed_tokens", "token_indices": [4]},
+}
+"""What a method needs there, where it isn't a linear layer."""
+
+
+@pytest.mark.parametrize("method", sorted(name for name, c in methods().items() if issubclass(c, TargetedConfig)))
+def test_keys_of_every_method_are_read_by_their_older_names(method: str, tmp_path: Path) -> None:
+    options = ON_LLAVA.get(method, {"target_modules": r".*language_model.*q_proj"})
+    config = methods()[method](**options, modules_to_save=["post_attention_layernorm"])
+    model = randomize(slimtune, slimtune.get_peft_model(llava(), config))
+    expected = copies(adapter_tensors(slimtune, model))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    old = {name.replace("model.language_model.", "language_model.model."): t for name, t in expected.items()}
+    assert len(old.keys() & expected.keys()) <= 2, "VeRA's projection alone stands by itself"
+    save_file(old, tmp_path / "adapter_model.safetensors")
+    assert_same(copies(adapter_tensors(slimtune, slimtune.PeftModel.from_pretrained(llava(), tmp_path))), expected)
+
+
 def test_missing_and_unexpected_keys_are_given_back(folder: Path) -> None:
     model = slimtune.PeftModel.from_pretrained(LLAMA.model(), folder)
     assert model.load_adapter(folder, "other") == ([], [])
@@ -471,6 +506,7 @@ def test_names_that_suites_of_tests_read(tmp_path: Path) -> None:
         model.add_adapter("other", lora(library))
         model.base_model.set_adapter(["default", "other"])
         assert model.base_model.active_adapter == ["default", "other"]
+    assert not slimtune.get_peft_model(LLAMA.model(), lora(slimtune)).supports_lora_conversion()
     plain: Any = slimtune.get_peft_model(nn.Sequential(nn.Linear(3, 3)), slimtune.LoraConfig(r=2, target_modules=["0"]))
     assert callable(plain.push_to_hub)
     plain.save_pretrained(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from slimtune.errors import (
     did_you_mean,
     first_line,
     listing,
+    warn,
 )
 from slimtune.storage.peft_format import check_adapter_name, key, without_wrappers
 from slimtune.storage.source import name_here
@@ -307,7 +307,7 @@ def _fill(
         _check_fits(sites[name], name, own[name], tensors[name], source, bases, ignore_mismatched_sizes)
     for names, what in ((missing, "lacks"), (strange, "holds besides"), (mismatched, "has in another shape")):
         if names:
-            warnings.warn(f"'{source}' {what} {listing(names, 3)}, which stay as they are", stacklevel=3)
+            warn(f"'{source}' {what} {listing(names, 3)}, which stay as they are")
     # Everything that can be refused has been by here: from now on tensors are written into a live adapter.
     taken = {name: tensors[name] for name in matching - mismatched}
     for site, delta in placed:

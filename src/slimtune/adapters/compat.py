@@ -7,7 +7,6 @@ page docs/peft.md.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -24,7 +23,7 @@ from slimtune.adapters.read_options import ReadOptions
 from slimtune.adapters.stored_keys import on_model
 from slimtune.core.config import PeftConfig, TaskType, methods
 from slimtune.core.delta import Delta, deltas_of
-from slimtune.errors import BaseMismatchError, ConfigError, listing
+from slimtune.errors import BaseMismatchError, ConfigError, listing, warn
 from slimtune.methods.lora.layers import LoraDelta
 from slimtune.methods.trainable_tokens import TokenRows
 from slimtune.storage.peft_format import adapter_folder, key, read_adapter
@@ -287,7 +286,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Taken as in `peft`, where it leaves casting to hooks; here an input is cast for the adapter's product alone."""
     if active:
-        warnings.warn("disable_input_dtype_casting has no effect: the base sees its input uncast", stacklevel=3)
+        warn("disable_input_dtype_casting has no effect: the base sees its input uncast")
     yield
 
 
@@ -309,7 +308,7 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "error":
             raise ConfigError(message)
         if check_compiled == "warn":
-            warnings.warn(message, stacklevel=2)
+            warn(message)
         elif check_compiled != "ignore":
             raise ConfigError(f'check_compiled must be "error", "warn" or "ignore", found {check_compiled!r}')
         model = model._orig_mod

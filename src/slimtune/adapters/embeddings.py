@@ -7,7 +7,6 @@ base with as many tokens.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Site, walk
 from slimtune.core.roles import input_embeddings
-from slimtune.errors import ConfigError, listing
+from slimtune.errors import ConfigError, listing, warn
 from slimtune.methods.trainable_tokens import TokenRows
 from slimtune.storage.foreign import open_tensors
 from slimtune.storage.hub import parted
@@ -106,11 +105,10 @@ def warn_of_untrained_rows(model: Any, placed: Placed) -> None:
     before = stored_vocabulary(model)
     untrained = _untrained(model, placed, before)
     if untrained:
-        warnings.warn(
+        warn(
             f"the embeddings were resized from {before} to {vocabulary_of(model)} tokens, and the adapter trains none "
             f"of {listing(untrained)}: name the new tokens in trainable_token_indices, or the modules in "
-            "modules_to_save; as it is, they are stored with the adapter untrained",
-            stacklevel=4,
+            "modules_to_save; as it is, they are stored with the adapter untrained"
         )
 
 
@@ -147,10 +145,9 @@ def saved_whole(model: Any, placed: Placed, save_embedding_layers: str | bool) -
         tensors |= {f"{KEY_PREFIX}{path}.{inside}{name}": tensor.detach() for name, tensor in own.items()}
     if tensors and save_embedding_layers == "auto":
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        warnings.warn(
+        warn(
             f"the embeddings were resized after the base was loaded: {listing(chosen)} are saved whole with the "
-            f"adapter, {size / 1e6:.1f} MB; save_embedding_layers=False leaves them out",
-            stacklevel=4,
+            f"adapter, {size / 1e6:.1f} MB; save_embedding_layers=False leaves them out"
         )
     return tensors
 

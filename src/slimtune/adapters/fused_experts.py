@@ -11,7 +11,6 @@ which is a LoRA of rank r1 + r3 on the first tensor.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.delta import walk
+from slimtune.errors import warn
 from slimtune.storage.peft_format import KEY_PREFIX, key
 
 _LAYER = re.compile(
@@ -121,9 +121,8 @@ def _rename_targets(model: Any, config: Any, layers: set[str], patterns: Mapping
     config.rank_pattern = {re.escape(name): rank for name, (rank, _) in patterns.items()} | config.rank_pattern
     config.alpha_pattern = {re.escape(name): alpha for name, (_, alpha) in patterns.items()} | config.alpha_pattern
     if config.lora_dropout and not config.inference_mode:
-        warnings.warn(
+        warn(
             f"lora_dropout={config.lora_dropout} is 0 from here on: the experts are one tensor on this model, and it "
-            "has no input that could be dropped",
-            stacklevel=4,
+            "has no input that could be dropped"
         )
     config.lora_dropout = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +47,7 @@ from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.core.config import PeftConfig
 from slimtune.core.constrained import inner_of
 from slimtune.core.delta import deltas_of
-from slimtune.errors import ConfigError, listing
+from slimtune.errors import ConfigError, listing, warn
 from slimtune.methods.adalora import AdaLoraConfig
 from slimtune.storage.hub import parted
 from slimtune.storage.model_card import write_model_card
@@ -56,6 +55,7 @@ from slimtune.storage.peft_format import (
     KEY_PREFIX,
     adapter_folder,
     is_checkpoint,
+    key,
     offer_to_trainer,
     read_adapter,
     save_adapter,
@@ -99,10 +99,9 @@ def get_peft_model(
     """
     replaces = adapter_name in getattr(model, "peft_config", {})
     if replaces:
-        warnings.warn(
+        warn(
             f"the model has an adapter '{adapter_name}' already, which the new one replaces; choose another name to "
-            "keep both, or call unload() first to begin with the base",
-            stacklevel=2,
+            "keep both, or call unload() first to begin with the base"
         )
     if revision is not None:
         peft_config.revision = revision
@@ -461,7 +460,7 @@ class PeftModel(PeftNames, Adopted):
         names, merged = self._chosen(adapter_names), self.adapter_state.merged
         if merged and set(names) <= set(merged):
             said = f"All adapters are already merged, nothing to do ({listing(names)}: merged already)"
-            warnings.warn(said, stacklevel=2)
+            warn(said)
             return
         merge(self, names, safe_merge)
 
@@ -497,7 +496,7 @@ class PeftModel(PeftNames, Adopted):
         if requantize:
             drift = merge_quantized(self, names, safe_merge, drift_inputs)
             if drift is not None:
-                warnings.warn(f"merged into quantized weights: {drift}{drift.advice}", stacklevel=2)
+                warn(f"merged into quantized weights: {drift}{drift.advice}")
             return self
         return merge_plain(self, names, safe_merge)
 
@@ -577,10 +576,10 @@ class PeftModel(PeftNames, Adopted):
 
         That is how transformers' Trainer resumes. Raises: BaseMismatchError.
         """
-        stored = adapter_tensors(self, self.active_adapter) if "prompt_embeddings" in state_dict else {}
+        placed = [pair for name in self.active_adapters[:1] for pair in attached(self, name)]
+        # Most begin with the prefix; what belongs to no single module (virtual tokens, VeRA's projection) doesn't.
+        stored = {key(site.name, name) for site, delta in placed for name in delta.to_disk(delta.state_dict())}
         if state_dict and all(name.startswith(KEY_PREFIX) or name in stored for name in state_dict):
-            config = self.peft_config[self.active_adapter]
-            tensors = on_model(self, state_dict)
-            fill(self, config, attached(self, self.active_adapter), tensors, "the state dict")
+            fill(self, self.peft_config[self.active_adapter], placed, on_model(self, state_dict), "the state dict")
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)

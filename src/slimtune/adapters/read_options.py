@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, warn
 
 WITHOUT_EFFECT = {
     **dict.fromkeys(
@@ -57,6 +56,6 @@ class ReadOptions:
             left.setdefault("token", auth)
         for name in [name for name in left if name in WITHOUT_EFFECT]:
             if left.pop(name) not in (None, False):
-                warnings.warn(f"{name} has no effect on loading an adapter: {WITHOUT_EFFECT[name]}", stacklevel=4)
+                warn(f"{name} has no effect on loading an adapter: {WITHOUT_EFFECT[name]}")
         mapping, any_shape = left.pop("key_mapping", None), bool(left.pop("ignore_mismatched_sizes", False))
         return cls(mapping, any_shape, left)

@@ -53,16 +53,22 @@ def _path_of(name: str) -> list[str]:
 
 
 def _is_at(name: str, paths: set[str]) -> bool:
-    """Whether a key begins with the path of a module; keys of soft prompts stand alone."""
+    """Whether a key surely begins with the path of a module; keys of soft prompts stand alone."""
     parts = _path_of(name)
-    return len(parts) < 2 or not name.startswith(KEY_PREFIX) or _depth(parts, paths) > 0
-
-
-def _depth(parts: list[str], paths: set[str]) -> int:
-    """How many of the segments are the path of a module, beyond what any wrong name would share."""
+    if len(parts) < 2 or not name.startswith(KEY_PREFIX):
+        return True
+    # The common names alone, which spares most files the renamings; on others `_renamed` decides.
     tails = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "base_layer", "weight", "bias", "trainable_tokens", "token_")
-    end = next((i for i, part in enumerate(parts) if part.startswith(tails)), len(parts) - 1)
-    return end if ".".join(parts[:end]) in paths else 0
+    end = next((i for i, part in enumerate(parts) if part.startswith(tails)), 0)
+    return end > 0 and ".".join(parts[:end]) in paths
+
+
+def _behind(inside: str, paths: set[str]) -> int:
+    """How many segments of a key stand behind the longest path of a module that it begins with."""
+    parts = inside.split(".")
+    ends = range(len(parts) - 1, 0, -1)
+    longest = next((end for end in ends if ".".join(parts[:end]) in paths), 0)
+    return sum(part != "base_layer" for part in parts[longest:])
 
 
 def _renamings(model: Any) -> list[Any]:
@@ -80,10 +86,11 @@ def _renamings(model: Any) -> list[Any]:
 def _renamed(name: str, paths: set[str], renamings: list[Any]) -> str:
     if _is_at(name, paths):
         return name
-    for candidate in _candidates(name.removeprefix(KEY_PREFIX), renamings):
-        if _is_at(KEY_PREFIX + candidate, paths):
-            return KEY_PREFIX + candidate
-    return name
+    inside = name.removeprefix(KEY_PREFIX)
+    # The first of those that fit best: the key itself, unless a module further down bears another one.
+    nearest = min([inside, *_candidates(inside, renamings)], key=lambda candidate: _behind(candidate, paths))
+    # No method has longer names than `lora_A.weight` there: what is left over is a module that this model lacks.
+    return KEY_PREFIX + nearest if _behind(nearest, paths) <= 2 else name
 
 
 def _candidates(inside: str, renamings: list[Any]) -> list[str]:

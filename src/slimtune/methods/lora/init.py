@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from slimtune.errors import warn
 
 Factors = tuple[Tensor, Tensor]
 """(A, B)."""
@@ -15,10 +15,9 @@ def warn_of_rank(r: int, rows: int, columns: int) -> None:
     """Say of a new adapter's rank that the matrix can't have it; `peft` takes it, so that files have such ranks."""
     if r > min(rows, columns):
         # Without the layer's name: said once for all layers of this shape.
-        warnings.warn(
+        warn(
             f"the rank {r} is beyond a {rows} x {columns} matrix: whatever it learns has at most rank "
-            f"{min(rows, columns)}; choose a lower r, or give such layers a rank of their own in rank_pattern",
-            stacklevel=2,
+            f"{min(rows, columns)}; choose a lower r, or give such layers a rank of their own in rank_pattern"
         )
 
 

@@ -6,14 +6,13 @@ that both are E + s A^T B^T. Of a copy that is trained whole, the other end read
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from slimtune.core.delta import Delta, Site
-from slimtune.errors import ConfigError
+from slimtune.errors import ConfigError, warn
 from slimtune.methods.lora.layers import LoraEmbedding, LoraLinear
 from slimtune.methods.trainable_tokens import tied_to
 
@@ -99,7 +98,7 @@ def ends(
     if lora and config.use_dora:
         raise ConfigError(f"DoRA has no tied form, and {', '.join(sorted(lora))} are one weight; leave them out of it")
     if not (lora or copies or config.trainable_token_indices or config.inference_mode):
-        warnings.warn("ensure_weight_tying=True changes nothing: no tied weight is among those trained", stacklevel=2)
+        warn("ensure_weight_tying=True changes nothing: no tied weight is among those trained")
     return lora, copies
 
 
