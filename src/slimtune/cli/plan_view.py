@@ -13,6 +13,7 @@ from rich.text import Text
 from slimtune.data.lengths import PERCENTILES
 from slimtune.errors import counted, listing, needs
 from slimtune.pipeline.launch import ACCELERATE, read_launch
+from slimtune.pipeline.show_data import show_too_long
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
 from slimtune.plan.recommend import Choice
@@ -173,12 +174,7 @@ def _show_question(screen: Console, report: PlanReport) -> None:
         + _learned(report)
         + f"; {spread}; the longest has {lengths.longest:,}"
     )
-    if report.cut:
-        screen.print(
-            f"[yellow]{counted(report.cut, 'example')} {'is' if report.cut == 1 else 'are'} longer than "
-            f"{request.sequence:,} tokens[/] and would be cut "
-            "(data.too_long=truncate) or dropped (data.too_long=drop)"
-        )
+    show_too_long(screen, report.cut, request.sequence)
     batch = report.choices[0].setting.batch
     gain = lengths.packing_gain(request.sequence, batch)
     screen.print(
