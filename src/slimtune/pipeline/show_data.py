@@ -40,9 +40,8 @@ def show_too_long(screen: Console, count: int, max_length: int) -> None:
     """Say how many examples are longer than training takes, if any are."""
     if count:
         longer = f"{counted(count, 'example')} {'is' if count == 1 else 'are'} longer than {max_length:,} tokens"
-        screen.print(
-            f"[yellow]{longer}[/]: training refuses them unless they are to be cut (data.too_long=truncate) or dropped (data.too_long=drop)"
-        )
+        choices = "they are to be cut (data.too_long=truncate) or dropped (data.too_long=drop)"
+        screen.print(f"[yellow]{longer}[/]: training refuses them unless {choices}")
 
 
 def _show_rows(screen: Console, lengths: Lengths, max_length: int, batch_size: int, packing: bool) -> None:
