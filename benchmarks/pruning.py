@@ -1,10 +1,12 @@
 """What zeros and grids cost SmolLM2, and what recovery under them brings back.
 
-`quality` prunes by magnitude, Wanda and SparseGPT, to half and to 2:4, and tunes each under its mask by the dense
-model's distribution; `cnn` leaves 80% of a small network for digits out; `qat` does as `quality` on the grid of 4 bits,
-off the packaged grid, beside rounding after training; `step` times a training step with a mask or a grid against plain
-LoRA's, in turns. Perplexity is on shipped prose that nothing is calibrated on or tuned by. One seed is an anecdote:
-`--seeds` draws the order of the batches and the adapter.
+`quality` prunes by magnitude, Wanda and SparseGPT, to half and to 2:4, and by layers and neurons of equal size, and
+tunes each by the dense model's distribution, under its mask where it has one; `cnn` leaves 80% of a small network for
+digits out; `qat` tunes LoRA on editorials, off the packaged grid, and rounds what was merged to 4 bits, beside LoRA
+tuned on that grid; `step` times a training step with a mask or a grid against plain LoRA's, in turns. Perplexity is on
+texts that nothing is calibrated on or tuned by. One seed is an anecdote: `--seeds` draws the order of the batches and
+the adapter. What `quality` and `qat` have measured is kept: a run that was broken off, or one with more seeds, goes on
+from there.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from torch import Tensor, nn
 
 import slimtune
 from benchmarks import machine, page
+from benchmarks.codecs import editorials
 from benchmarks.off_grid import off_grid_
 from benchmarks.prepare import model_folder
 from benchmarks.results import FOLDER, subtitle
 from slimtune.adapters.constrain import keep_zeros
 from slimtune.core.constraint import ConstraintConfig
-from slimtune.ops.grid import expand, rounded
-from slimtune.quantization.linears import quantized_linears
-from slimtune.slim.data import calibration_batches, measured_ids
+from slimtune.slim.data import WINDOW, calibration_batches, measured_ids
 from slimtune.slim.prune import PruneConfig, prune
+from slimtune.slim.quantize import QuantizeConfig, quantize_
 from slimtune.slim.weights import WeightPruning, zero_weights
 
 PRUNED = {
@@ -43,7 +45,24 @@ PRUNED = {
     for pattern in ("", "2:4")
     for method in ("magnitude", "wanda", "sparsegpt")
 }
-RANK, RATE = 16, 5e-4
+STRUCTURED = {
+    # As many weights: 5 layers of 3.54 million, or 352 of the 1,536 neurons of all 30.
+    "25 of 30 layers": PruneConfig(layers=25),
+    "77% of the neurons": PruneConfig(ffn=0.77),
+}
+RANK, RATE = 16, 1e-3
+LEARNED_FROM = 20_000
+"""The token of the editorials from which `qat` learns; it measures the first ones."""
+QAT = {
+    "untuned": "as it is",
+    "untuned, rtn": "rounded to the nearest",
+    "tuned": "LoRA, in 16 bits",
+    "tuned, rtn": "LoRA, then rounded to the nearest",
+    "tuned, gptq": "LoRA, then GPTQ on what it learned from",
+    "on the grid": "LoRA on the grid",
+    "grid and scales": "LoRA on the grid, its scales learned",
+}
+"""The rows of `qat`."""
 
 app = typer.Typer(add_completion=False)
 console = Console()
@@ -73,36 +92,50 @@ def perplexity(model: Any, ids_RT: Tensor) -> float:
     return math.exp(torch.cat(losses).mean())
 
 
-def recovered(
-    model: Any, teacher: Any, batches: Sequence[Any], steps: int, seed: int, constraint: ConstraintConfig
-) -> Any:
-    """The model after so many steps of LoRA under a constraint, towards the teacher's distribution, and merged."""
+def tuned(
+    model: Any, batches: Sequence[Any], steps: int, seed: int, constraint: ConstraintConfig | None = None,
+    targets: Sequence[Tensor] | None = None,
+) -> Any:  # fmt: skip
+    """The model after so many steps of LoRA on a window each, and merged.
+
+    Args:
+        targets: a teacher's log-probabilities of each window; without them the texts themselves are learned.
+    """
     torch.manual_seed(seed)
     config = slimtune.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", constraint=constraint)
     model = slimtune.get_peft_model(model, config).train()
     model.return_logits = True
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    rows = torch.cat([batch["input_ids"] for batch in batches])
-    order = torch.randperm(len(rows)).repeat(1 + steps * 2 // len(rows))
-    for step in range(steps):
-        ids = rows[order[2 * step : 2 * step + 2]]
-        with torch.no_grad():
-            target = teacher(input_ids=ids).logits.log_softmax(-1)
-        loss = F.kl_div(model(input_ids=ids).logits.log_softmax(-1), target, reduction="none", log_target=True)
-        loss.sum(-1).mean().backward()
+    windows = torch.cat([batch["input_ids"] for batch in batches]).split(1)
+    order = torch.cat([torch.randperm(len(windows)) for _ in range(1 + steps // len(windows))])[:steps]
+    for number in order.tolist():
+        ids = windows[number]
+        if targets is None:
+            loss = model(input_ids=ids, labels=ids).loss
+        else:
+            log_q = model(input_ids=ids).logits.log_softmax(-1)
+            loss = F.kl_div(log_q, targets[number], reduction="none", log_target=True).sum(-1).mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval().merge_and_unload()
 
 
-def over(values: Sequence[float]) -> str:
+@torch.no_grad()
+def distributions(model: Any, batches: Sequence[Any]) -> list[Tensor]:
+    """The log-probabilities of each window, which all recoveries learn from."""
+    windows = torch.cat([batch["input_ids"] for batch in batches]).split(1)
+    return [model(input_ids=ids).logits.log_softmax(-1) for ids in windows]
+
+
+def over(values: Sequence[float], digits: int = 2) -> str:
     """Mean and 95% interval over seeds; of one seed the value alone."""
     if len(values) < 2:
-        return f"{values[0]:.2f}" if values else ""
+        return f"{values[0]:.{digits}f}" if values else ""
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.2f} ± {half:.2f}"
+    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def write(name: str, header: tuple[str, ...], rows: list[tuple[str, ...]], facts: dict[str, Any], note: str) -> None:
@@ -113,62 +146,115 @@ def write(name: str, header: tuple[str, ...], rows: list[tuple[str, ...]], facts
     page.fill(page.PRUNED, name, f"{page.table(header, rows)}\n\n{note} {subtitle(on)} {document['date']}.")
 
 
+def known(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before with the same settings, by row."""
+    path = FOLDER / f"pruning-{name}.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    return document["values"] if all(document.get(key) == value for key, value in facts.items()) else {}
+
+
 Tokens = Annotated[int, typer.Option(min=1024, help="Tokens to calibrate on and to learn from.")]
 Measured = Annotated[int, typer.Option(min=512, help="Tokens that perplexity is measured on.")]
-Steps = Annotated[int, typer.Option(min=0, help="Steps of recovery, of 512 tokens; 0 for none.")]
+Steps = Annotated[int, typer.Option(min=0, help="Steps of recovery, of 256 tokens; 0 for none.")]
 Seeds = Annotated[int, typer.Option(min=1, help="How often each recovery is run.")]
 
 
 @app.command()
-def quality(tokens: Tokens = 4096, measured: Measured = 2048, steps: Steps = 20, seeds: Seeds = 3) -> None:
-    """Perplexity of each way of pruning, without and with recovery under the mask."""
+def quality(
+    tokens: Tokens = 2048, measured: Measured = 1024, steps: Steps = 8, seeds: Seeds = 3,
+    only: Annotated[str, typer.Option(help="The rows whose name has this in it.")] = "",
+) -> None:  # fmt: skip
+    """Perplexity of each way of pruning, without and with recovery."""
     model, tokenizer = dense()
     batches, ids = calibration_batches(tokenizer, tokens=tokens), measured_ids(tokenizer, measured)
-    rows = [("dense", f"{perplexity(model, ids):.2f}", "", "")]
-    for name, config in PRUNED.items():
-        given = batches if config.needs_data else []
+    targets = distributions(model, batches)
+    facts = {"tokens": tokens, "measured": ids.numel(), "steps": steps}
+    values = known("quality", facts) or {"dense": {"untouched": perplexity(model, ids)}}
+    for name, config in (PRUNED | STRUCTURED).items():
+        own = values.setdefault(name, {"recovered": []}) if only in name else {}
+        if only not in name or len(own["recovered"]) >= seeds:
+            continue
         # Of this process alone, which others don't slow down by as much.
         began = time.process_time()
-        sparse, facts = zero_weights(model, given, config)
-        seconds = time.process_time() - began
-        untouched = perplexity(sparse, ids)
-        after = [
-            perplexity(recovered(copy.deepcopy(sparse), model, batches, steps, seed, ConstraintConfig(mask=True)), ids)
-            for seed in range(seeds if steps else 0)
-        ]
-        rows.append((name, f"{untouched:.2f}", over(after), f"{seconds:.0f} s, {facts['sparsity']:.1%} zeros"))
-        console.print("  ".join(rows[-1]), highlight=False)
-    header = ("model", "perplexity", f"after {steps} steps under the mask", "pruning took, of the processor")
-    note = f"{len(ids.flatten()):,} tokens of shipped prose, calibrated on {tokens:,} others; {seeds} seeds;"
-    write("quality", header, rows, {"tokens": tokens, "steps": steps, "seeds": seeds}, note)
+        if isinstance(config, WeightPruning):
+            smaller, done = zero_weights(model, batches if config.needs_data else [], config)
+            own["left"], constraint = 1 - done["sparsity"], ConstraintConfig(mask=True)
+        else:
+            smaller, report = prune(model, config, batches)
+            own["left"], constraint = report.parameters / report.parameters_before, None
+        own["seconds"] = time.process_time() - began
+        own["untouched"] = perplexity(smaller, ids)
+        for seed in range(len(own["recovered"]), seeds):
+            after = tuned(copy.deepcopy(smaller), batches, steps, seed, constraint, targets)
+            own["recovered"].append(perplexity(after, ids))
+            console.print(f"{name}: {own}", highlight=False)
+            write_quality(values, facts)
+
+
+def write_quality(values: dict[str, Any], facts: dict[str, Any]) -> None:
+    """The table of what was measured so far."""
+    rows = [("dense", "", f"{values['dense']['untouched']:.2f}", "", "")]
+    for name in PRUNED | STRUCTURED:
+        if (own := values.get(name)) is not None:
+            of = "linear weights" if name in PRUNED else "parameters"
+            left = f"{own['left']:.1%} of the {of}"
+            rows.append((name, left, f"{own['untouched']:.2f}", over(own["recovered"]), f"{own['seconds']:.0f}"))
+    header = ("model", "left", "perplexity", f"after {facts['steps']} steps of recovery", "processor seconds")
+    seeds = max(len(own["recovered"]) for own in values.values() if "recovered" in own)
+    note = (
+        f"{facts['measured']:,} tokens of shipped prose; calibrated on {facts['tokens']:,} tokens of other shipped "
+        f"texts and recovered on them, {WINDOW} a step, by LoRA (r={RANK}) towards the dense model's distribution, "
+        f"under the mask where there is one; mean and 95% interval over {seeds} seeds; seconds are of the pruning;"
+    )
+    write("quality", header, rows, {**facts, "values": values}, note)
 
 
 @app.command()
-def qat(tokens: Tokens = 4096, measured: Measured = 2048, steps: Steps = 20, seeds: Seeds = 3) -> None:
-    """Perplexity on the grid of 4 bits: rounded after training, and tuned on the grid, with and without its scales."""
-    model, tokenizer = dense()
-    off_grid_(model)
-    batches, ids = calibration_batches(tokenizer, tokens=tokens), measured_ids(tokenizer, measured)
-    rows = [("dense, off the packaged grid", f"{perplexity(model, ids):.2f}")]
+def qat(tokens: Tokens = 2048, measured: Measured = 1024, steps: Steps = 8, seeds: Seeds = 3) -> None:
+    """Perplexity of LoRA tuned on editorials, rounded to 4 bits after it, and tuned on that grid."""
+    ids = torch.tensor(dense()[1](editorials())["input_ids"])
+    text, learned = (ids[start:][: count // WINDOW * WINDOW].view(-1, WINDOW)
+                     for start, count in ((0, measured), (LEARNED_FROM, tokens)))  # fmt: skip
+    batches = [{"input_ids": rows} for rows in learned.split(4)]
+    facts = {"tokens": tokens, "measured": text.numel(), "steps": steps}
+    values: dict[str, list[float]] = known("qat", facts)
 
-    def copied() -> Any:
+    def base() -> Any:
         return off_grid_(dense()[0])
 
-    nearest = copied()
-    for path in quantized_linears(nearest):
-        weight = nearest.get_submodule(path).weight.data
-        new = rounded(weight, 64, 4)
-        weight.copy_(expand(new.codes, new.scales, weight.dtype))
-    rows.append(("rounded to the nearest", f"{perplexity(nearest, ids):.2f}"))
-    for name, learns in (("LoRA on the grid", False), ("LoRA and scales on the grid", True)):
-        constraint = ConstraintConfig(num_bits=4, learn_scales=learns)
-        values = [
-            perplexity(recovered(copied(), model, batches, steps, seed, constraint), ids) for seed in range(seeds)
-        ]
-        rows.append((f"{name}, {steps} steps", over(values)))
-        console.print("  ".join(rows[-1]), highlight=False)
-    note = f"{len(ids.flatten()):,} tokens of shipped prose; {seeds} seeds;"
-    write("qat", ("model", "perplexity"), rows, {"tokens": tokens, "steps": steps, "seeds": seeds}, note)
+    def packed(model: Any, method: str) -> Any:
+        return quantize_(copy.deepcopy(model), QuantizeConfig(method=method), batches)
+
+    if not values:
+        values["untuned"] = [perplexity(base(), text)]
+        values["untuned, rtn"] = [perplexity(packed(base(), "rtn"), text)]
+    for seed in range(len(values.get("grid and scales", ())), seeds):
+        model = tuned(base(), batches, steps, seed)
+        new = {"tuned": perplexity(model, text)}
+        new |= {f"tuned, {method}": perplexity(packed(model, method), text) for method in ("rtn", "gptq")}
+        for name, learns in (("on the grid", False), ("grid and scales", True)):
+            constraint = ConstraintConfig(num_bits=4, learn_scales=learns)
+            new[name] = perplexity(tuned(base(), batches, steps, seed, constraint), text)
+        console.print(f"seed {seed}: {new}", highlight=False)
+        for name, value in new.items():
+            values.setdefault(name, []).append(value)
+        write_qat(values, facts)
+
+
+def write_qat(values: dict[str, list[float]], facts: dict[str, Any]) -> None:
+    """The table of what was measured so far; a loss is taken seed by seed."""
+    rows = []
+    for name, title in QAT.items():
+        of = "untuned" if name.startswith("untuned") else "tuned"
+        lost = [math.log(mine / plain) for mine, plain in zip(values[name], values[of], strict=True)]
+        rows.append((title, over(values[name]), "" if name == of else over(lost, 3)))
+    note = (
+        f"{facts['measured']:,} tokens of editorials, learned from {facts['tokens']:,} tokens of others, {WINDOW} a "
+        f"step, {facts['steps']} steps, LoRA with r={RANK}, SmolLM2 off its grid, groups of 64; mean and 95% interval "
+        f"over {len(values['tuned'])} seeds;"
+    )
+    header = ("model", "perplexity", "log-perplexity lost by the 4 bits")
+    write("qat", header, rows, {**facts, "values": values}, note)
 
 
 class DigitNetwork(nn.Module):

@@ -2,13 +2,15 @@
 
 `quality` measures perplexity on newspaper editorials of the model in bf16, in NF4 with double quantization, and as
 `slimtune quantize` makes it; `speed` times decoding and prefill of the same models in turns and takes resident memory
-after the first answer against the size of the file, each model in a process of its own.
+after the first answer against the size of the file, the memory in a process of its own; `pipeline` tunes, prunes,
+distills and quantizes the packaged model on the demo's orders by one recipe, once for each seed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import sys
 import tempfile
@@ -26,10 +28,16 @@ from benchmarks import machine, page
 from benchmarks.codecs import editorials, perplexity
 from benchmarks.off_grid import off_grid_
 from benchmarks.prepare import model_folder
+from benchmarks.pruning import over
 from benchmarks.results import FOLDER, subtitle
 from benchmarks.runs import run_module
+from slimtune.console.screen import open_screen
+from slimtune.data.demo_orders import make_orders
+from slimtune.recipe.validation import read_as
+from slimtune.slim.pipeline import slim
+from slimtune.slim.recipe import SlimRecipe
 
-BF16, NF4 = "bf16", "NF4 + double quantization"
+BF16, FLOAT32, NF4 = "bf16", "float32", "NF4 + double quantization"
 LIKE = "on such texts"
 """Marks what is calibrated on other editorials, as a user calibrates on data of his own, and not on shipped texts."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,11 +53,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8, int8 head": {"scheme": "W8A16", "head": "int8"},
     "W8A8": {"scheme": "W8A8"},
 }
-SPEED = ("int4 awq+gptq", f"int4 awq+gptq, int8 head, {LIKE}", "int8", "int8, int8 head", "W8A8")
+SPEED = {
+    "int4, int8 head": {"method": "rtn", "head": "int8"},
+    "int8, int8 head": {"scheme": "W8A16", "head": "int8"},
+    "W8A8": {"scheme": "W8A8"},
+}
+"""What is timed doesn't depend on how the codes were chosen."""
 CALIBRATED_FROM = 20_000
 """The token of the editorials from which such texts are; perplexity is measured on the first ones."""
 HEADER = ("model", "bits per weight", "MB", "perplexity", "loss / NF4's", "processor seconds")
-SPEED_HEADER = ("model", "decode / bf16", "prefill of 256 / bf16", "resident / file")
+SPEED_HEADER = ("model", "decode / bf16", "/ float32", "prefill / bf16", "/ float32", "resident / file")
 PROMPT, STEPS, PREFILL = 32, 24, 256
 
 app = typer.Typer(add_completion=False)
@@ -162,59 +175,150 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 @app.command()
 def speed(rounds: Annotated[int, typer.Option(min=1, help="How often all models take turns.")] = 5) -> None:
     """Time decoding and prefill in turns, and fill in docs/quantizing.md."""
+    import slimtune
+
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch, "base")
         write_base(base, packaged=False)
-        folders = {BF16: (str(base), ""), NF4: (str(base), "nf4")}
-        for name in SPEED:
+        asked = {FLOAT32: (base, "float32", None), BF16: (base, "bfloat16", None), NF4: (base, "bfloat16", "nf4")}
+        for name, settings in SPEED.items():
             output = Path(scratch, name.replace(" ", "-"))
-            # What is timed doesn't depend on how the codes were chosen.
-            quantized(base, output, VARIANTS[name] | {"method": "rtn"})
-            folders[name] = (str(output), "")
-        done = [
-            {n: run_module("benchmarks.slim", "worker", *where) for n, where in folders.items()} for _ in range(rounds)
-        ]
-        sizes = {name: size_of(Path(folder)) for name, (folder, kind) in folders.items() if not kind}
+            quantized(base, output, settings)
+            asked[name] = (output, "bfloat16", None)
+        resident = {
+            name: run_module("benchmarks.slim", "worker", str(folder))["resident"] / size_of(folder)
+            for name, (folder, _, _) in asked.items()
+            if name in SPEED
+        }
+        models = {
+            name: slimtune.load(folder, dtype=dtype, device="cpu", quantize=kind)[0].eval()
+            for name, (folder, dtype, kind) in asked.items()
+        }
+        done = []
+        for number in range(rounds + 1):
+            one = {name: seconds_of(model) for name, model in models.items()}
+            # The first round warms up: codes are put in the order of the kernel.
+            done += [one] if number else []
+            console.print(f"{one}", highlight=False)
     table = []
-    for name in folders:
-        ratios = [[one[BF16][what] / one[name][what] for one in done] for what in ("decode", "prefill")]
-        resident = f"{median(one[name]['resident'] for one in done) / sizes[name]:.2f}" if name in sizes else ""
-        table.append((name, *(f"{median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios), resident))
-        console.print("  ".join(table[-1]), highlight=False)
+    for name in asked:
+        ratios = [[one[by][what] / one[name][what] for one in done] for what in (0, 1) for by in (BF16, FLOAT32)]
+        cells = (f"{median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios)
+        table.append((name, *cells, f"{resident[name]:.2f}" if name in resident else ""))
     on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
-    document = {"machine": on, "date": machine.today(), "commit": machine.commit(), "rounds": done, "files": sizes}
+    document = {
+        "machine": on,
+        "date": machine.today(),
+        "commit": machine.commit(),
+        "rounds": done,
+        "resident": resident,
+    }
     (FOLDER / "slim-speed.json").write_text(json.dumps(document, indent=1) + "\n")
-    note = f"How many times as fast as bf16, median and range of {rounds} rounds; {subtitle(on)} {document['date']}."
+    note = (
+        f"How many times as fast as in bf16, or in float32: processor time, {torch.get_num_threads()} thread, "
+        f"in turns; median and range of {rounds} rounds; decoding of {STEPS} tokens one by one, prefill of {PREFILL}; "
+        f"quantized models compute in bf16; {subtitle(on)} {document['date']}."
+    )
     page.fill(page.SLIM, "speed", f"{page.table(SPEED_HEADER, table)}\n\n{note}")
 
 
+@torch.inference_mode()
+def seconds_of(model: Any) -> tuple[float, float]:
+    """Of the processor, for a token that is decoded and for a prefill."""
+    ids = torch.randint(0, model.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+    began = time.process_time()
+    model(input_ids=ids, logits_to_keep=1)
+    prefill = time.process_time() - began
+    cache = transformers.DynamicCache(config=model.config)
+    step = model(input_ids=ids[:, :PROMPT], past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    began = time.process_time()
+    for _ in range(STEPS):
+        step = model(input_ids=step, past_key_values=cache).logits.argmax(-1)
+    return (time.process_time() - began) / STEPS, prefill
+
+
 @app.command(hidden=True)
-def worker(folder: str, quantize: Annotated[str, typer.Argument()] = "") -> None:
-    """One model's seconds and megabytes, in a process of its own; prints JSON."""
+def worker(folder: str) -> None:
+    """The megabytes that a model's process has more after the first answer, in a process of its own; prints JSON."""
     import slimtune
 
-    torch.manual_seed(0)
     # The vocabulary and the code of the model's class are no part of the weights.
     kept = transformers.AutoTokenizer.from_pretrained(folder), transformers.LlamaForCausalLM
     before = resident_megabytes()
-    model = slimtune.load(folder, dtype="bfloat16", device="cpu", quantize=quantize or None)[0].eval()
-    ids = torch.randint(0, model.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        cache = transformers.DynamicCache(config=model.config)
-        step = model(input_ids=ids[:, :PROMPT], past_key_values=cache).logits[:, -1:].argmax(-1)
-        spent = []
-        for _ in range(STEPS):
-            start = time.perf_counter()
-            step = model(input_ids=step, past_key_values=cache).logits[:, -1:].argmax(-1)
-            spent.append(time.perf_counter() - start)
-        resident = resident_megabytes() - before
-        prefills = []
-        for _ in range(4):
-            start = time.perf_counter()
-            model(input_ids=ids)
-            prefills.append(time.perf_counter() - start)
+    model = slimtune.load(folder, dtype="bfloat16", device="cpu")[0].eval()
+    seconds_of(model)
     del kept
-    print(json.dumps({"decode": median(spent[4:]), "prefill": min(prefills[1:]), "resident": resident}))
+    print(json.dumps({"resident": resident_megabytes() - before}))
+
+
+@app.command()
+def pipeline(
+    seeds: Annotated[int, typer.Option(min=1, help="Of the orders, the adapters and the order of the rows.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of tuning, of 16 orders.")] = 40,
+    recovery: Annotated[int, typer.Option(min=1, help="Steps of distilling, of 16 orders.")] = 20,
+    layers: Annotated[int, typer.Option(min=1, help="Layers that are left.")] = 27,
+    questions: Annotated[int, typer.Option(min=8, help="Held-out orders that are asked.")] = 64,
+) -> None:
+    """Run `slimtune slim` on the demo's orders, and fill in docs/slim.md; seeds that are there already are kept."""
+    path = FOLDER / "slim-pipeline.json"
+    facts = {"steps": steps, "recovery": recovery, "layers": layers, "questions": questions}
+    document = json.loads(path.read_text()) if path.exists() else {}
+    runs: list[Any] = document["runs"] if all(document.get(key) == value for key, value in facts.items()) else []
+    for seed in range(len(runs), seeds):
+        with tempfile.TemporaryDirectory() as scratch:
+            base = Path(scratch, "base")
+            write_base(base, packaged=True)
+            orders = make_orders(max(640, questions * 10), 1, seed)[0]
+            rows = Path(scratch, "orders.jsonl")
+            rows.write_text("".join(json.dumps({"messages": order.messages()}) + "\n" for order in orders))
+            training = {"batch_size": 16, "learning_rate": 1e-3, "seed": seed}
+            lora = {"name": "lora", "target_modules": "all-linear"}
+            recipe = {
+                "model": str(base),
+                "data": {"train": str(rows), "held_out": 0.1, "max_length": 256},
+                "evaluation": {"limit": questions, "max_new_tokens": 40},
+                "output": str(Path(scratch, "output")),
+                "steps": [
+                    {"tune": {"method": lora, "training": training | {"max_steps": steps, "warmup": 0.1}}},
+                    {"prune": {"layers": layers}},
+                    {"distill": {"method": lora, "training": training | {"max_steps": recovery}}},
+                    {"quantize": {"scheme": "W4A16", "head": "int8"}},
+                ],
+            }
+            before = processor_seconds()
+            report = slim(read_as(SlimRecipe, recipe), open_screen(True))
+            runs.append({"rows": report.to_dict()["rows"], "seconds": processor_seconds() - before})
+        on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
+        document = {"machine": on, "date": machine.today(), "commit": machine.commit(), **facts, "runs": runs}
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        write_pipeline(document)
+
+
+def write_pipeline(document: dict[str, Any]) -> None:
+    """The table of the seeds so far: a score and its interval are over seeds, the rest is their median."""
+    runs, table = document["runs"], []
+    for number, row in enumerate(runs[0]["rows"]):
+        own = [run["rows"][number] for run in runs]
+        first = [run["rows"][0] for run in runs]
+        share = median(one["bytes"] / other["bytes"] for one, other in zip(own, first, strict=True))
+        cells = (f"{median(one[name] for one in own):.2f}" for name in ("decode_ratio", "prefill_ratio", "perplexity"))
+        scores = [one["score"] for one in own]
+        table.append((row["name"], f"{share:.3f}", *cells, over(scores), ", ".join(f"{one:.2f}" for one in scores)))
+        console.print("  ".join(table[-1]), highlight=False)
+    header = ("after", "bytes / first", "decode / first", "prefill / first", "perplexity", "JSON right", "by seed")
+    note = (
+        f"{document['steps']} steps of tuning and {document['recovery']} of distilling, of 16 orders each; "
+        f"{document['questions']} held-out orders; mean and 95% interval over {len(runs)} seeds; "
+        f"{median(run['seconds'] for run in runs):.0f} seconds of the processor a seed, with all measuring; "
+        f"{subtitle(document['machine'])} {document['date']}."
+    )
+    page.fill(page.PRUNED, "pipeline", f"{page.table(header, table)}\n\n{note}")
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def resident_megabytes() -> float:

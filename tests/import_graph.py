@@ -22,8 +22,8 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "errors", "console metrics ops storage", "core", "bases methods", "fused quantization", "adapters", "models",
-        "data engine export", "evaluate", "recipe", "train", "plan", "pipeline", "compare serve", "slim", "__init__",
-        "cli", "__main__",
+        "data engine export", "evaluate", "recipe", "train", "plan", "pipeline", "compare serve", "slim", "studio",
+        "__init__", "cli", "__main__",
     )
 )  # fmt: skip
 """The rooms from the ground up. A room imports from floors below its own: never upwards, never its neighbour."""

@@ -86,10 +86,13 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 
 def provided(extras: str) -> set[str]:
     """The libraries that a plain install with these extras has."""
-    lines = list(PROJECT["dependencies"])
+    names, lines = set(), list(PROJECT["dependencies"])
     for extra in extras.split(","):
         lines += PROJECT["optional-dependencies"][extra]
-    return {Requirement(line).name for line in lines}
+    for requirement in map(Requirement, lines):
+        # An extra may be made of others.
+        names |= {requirement.name} if requirement.name != "slimtune" else provided(",".join(requirement.extras))
+    return names
 
 
 def required() -> list[tuple[str, str, str]]:

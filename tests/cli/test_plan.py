@@ -250,7 +250,7 @@ def test_pairs_of_answers_are_planned_on_several_devices(run: Any, base: Path, t
         "2 devices are estimates for FSDP2",
         "over 31.5 GB/s",
         "run it: slimtune train",
-        "--launch docs/scale/fsdp2.yaml",
+        "--launch 'fsdp2 --num_processes 2'",
         "task=dpo",
     ):
         assert part in shown, part

@@ -31,7 +31,7 @@ ROWS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
-@pytest.mark.parametrize("where", ["train", "held_out"])
+@pytest.mark.parametrize("where", ["train", "held_out", "nowhere"])
 @pytest.mark.parametrize("task", ROWS)
 def test_what_becomes_of_long_rows_is_told(task: str, where: str, too_long: str, tmp_path: Path) -> None:
     short, long = ROWS[task]
@@ -49,4 +49,5 @@ def test_what_becomes_of_long_rows_is_told(task: str, where: str, too_long: str,
     lost = [remark.warning for remark in told if remark.warning.endswith((" dropped", " cut"))]
     unit = {"text": "example", "seq2seq": "pair", "dpo": "row"}.get(task, "text")
     verb = "cut" if too_long == "truncate" else "dropped"
-    assert lost == [f"2 {'held-out ' if where == 'held_out' else ''}{unit}s {verb}"]
+    expected = {"train": [f"2 {unit}s {verb}"], "held_out": [f"2 held-out {unit}s {verb}"], "nowhere": []}
+    assert lost == expected[where]

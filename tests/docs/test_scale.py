@@ -17,13 +17,13 @@ from torch.distributed.run import parse_args
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.pipeline.launch import ACCELERATE, TORCHRUN, read_launch
+from slimtune.errors import ConfigError
+from slimtune.pipeline.launch import ACCELERATE, FOLDER, SHIPPED, TORCHRUN, read_launch, with_processes
 from small_text_model import save_base
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scale.md").read_text()
 FILES = ROOT / "docs" / "scale"
-ACCELERATES = ["ddp.yaml", "fsdp2.yaml", "fsdp2-offload.yaml", "fsdp2-two-nodes.yaml"]
 VALUES = {"rank": "1", "#": "2", "HEAD": "node0", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SKYPILOT_NODE_RANK": "1"}
 VALUES |= {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
 
@@ -42,16 +42,32 @@ def test_every_file_is_on_the_page() -> None:
         assert (ROOT / "docs" / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ACCELERATES)
-def test_accelerate_reads_its_files(name: str) -> None:
-    config = load_config_from_file(str(FILES / name))
-    chosen = read_launch(str(FILES / name))
+TWO_NODES = str(FILES / "fsdp2-two-nodes.yaml")
+
+
+@pytest.mark.parametrize("how", [TWO_NODES, *SHIPPED])
+def test_accelerate_reads_its_files(how: str) -> None:
+    config = load_config_from_file(str(FOLDER / f"{how}.yaml") if how in SHIPPED else how)
+    chosen = read_launch(how)
     assert chosen.program == ACCELERATE
-    assert chosen.processes == config.num_processes
-    assert chosen.shards == name.startswith("fsdp2") == (config.distributed_type == "FSDP")
-    assert chosen.offloads == (name == "fsdp2-offload.yaml")
+    assert chosen.processes == (16 if how == TWO_NODES else None)
+    assert chosen.shards
+    assert config.distributed_type == "FSDP"
+    assert chosen.offloads == (how == "fsdp2-offload")
     known = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
-    assert set(getattr(config, "fsdp_config", None) or {}) <= known
+    assert set(config.fsdp_config) <= known
+
+
+@pytest.mark.parametrize("how", SHIPPED)
+def test_a_file_that_ships_takes_options_of_accelerate(how: str) -> None:
+    chosen = read_launch(f"{how} --num_processes 4 --gpu_ids 0,1,2,3")
+    assert chosen.processes == 4
+    arguments = launch_command_parser().parse_args([*chosen.options, "-m", "slimtune", "train"])
+    assert (arguments.num_processes, arguments.gpu_ids) == (4, "0,1,2,3")
+    assert Path(arguments.config_file) == FOLDER / f"{how}.yaml"
+    assert with_processes(how, 8) == f"{how} --num_processes 8"
+    with pytest.raises(ConfigError, match="at least 2, found '1'"):
+        read_launch(f"{how} --num_processes 1")
 
 
 @pytest.mark.parametrize("name", ["ssh.sh", "slurm.sh"])
@@ -111,7 +127,6 @@ def test_plans_say_what_each_device_holds(tmp_path: Path) -> None:
     assert len(commands) == 3
     for words in commands:
         words = [str(tmp_path / "base") if word == "llama-3-70b" else word for word in words]
-        words = [str(ROOT / word) if word.endswith(".yaml") else word for word in words]
         result = CliRunner().invoke(app, [*words, "--batch-size", "1", "--max-length", "32"])
         assert result.exit_code == 0, result.output
         held = re.findall(r"each device holds (.*)", result.stdout)

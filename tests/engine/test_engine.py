@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,38 @@ def test_adapters_are_loaded_while_others_are_answered(started: Engine, folders:
     assert completion.tokens
     assert receiver.last.wait(30)
     assert len(receiver.events) == 40
+
+
+@pytest.mark.parametrize("is_started", [True, False])
+def test_adapters_come_and_go_by_many_threads(is_started: bool, tokenizer: Any, folders: dict[str, Path]) -> None:
+    """Who loads goes over the modules of the model while others are put on it and taken off."""
+    engine = engine_of(tokenizer, folders, "one")
+    failures: list[BaseException] = []
+
+    def come_and_go(number: int) -> None:
+        try:
+            for _ in range(12):
+                engine.load_adapter(f"own {number}", folders["three"])
+                engine.unload_adapter(f"own {number}")
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    if is_started:
+        engine.start()
+    try:
+        threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+        if is_started:
+            engine.stop()
+    assert not failures, failures
+    assert set(engine.adapters) == {"one"}
 
 
 def test_a_broken_adapter_leaves_the_engine_as_it_was(started: Engine, tmp_path: Path) -> None:

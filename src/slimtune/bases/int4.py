@@ -17,6 +17,7 @@ from slimtune.bases.integer import HoldsCodes, IntegerLinear
 from slimtune.core.delta import Base
 from slimtune.ops import grid, int4_kernel
 from slimtune.ops.autograd import reads_codes
+from slimtune.ops.freed_memory import return_freed_memory
 from slimtune.storage.compressed import ZERO
 
 
@@ -67,6 +68,7 @@ def _for_kernel(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         packed = int4_kernel.to_kernel(_codes(codes.data, module.in_features))
         # In one step: another thread that reads the weight sees the codes in the one order or in the other.
         codes = module._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
+        return_freed_memory()
     # A merge, and what undoes it, exchange the scales: those for the kernel remember which they were made from.
     if scales is None or scales.dtype != dtype or scales.__dict__.get("made_from") is not module.weight_scale:
         scales = int4_kernel.kernel_scales(module.weight_scale, module._buffers.get(ZERO), dtype)

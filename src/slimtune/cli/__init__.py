@@ -37,6 +37,7 @@ from slimtune.cli.serve import serve
 from slimtune.cli.serve_key import serve_key
 from slimtune.cli.slim import slim
 from slimtune.cli.spectra import spectra
+from slimtune.cli.studio import studio
 from slimtune.cli.train import train
 from slimtune.console.failures import sentence_of
 from slimtune.console.noise import leave_out_noise, set_up_logging
@@ -60,6 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "serve": serve,
     "serve-key": serve_key,
+    "studio": studio,
     "evaluate": evaluate,
     "forgetting": forgetting,
     "spectra": spectra,

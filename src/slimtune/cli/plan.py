@@ -72,8 +72,9 @@ def plan(
     launch: Annotated[
         str | None,
         typer.Option(
-            metavar="N|FILE.yaml",
-            help="How slimtune train would be launched: so many copies (DDP), or a file of accelerate.",
+            metavar="N|fsdp2|FILE.yaml",
+            help="How slimtune train would be launched: so many copies (DDP), the model divided (fsdp2, "
+            "fsdp2-offload), or as a file of accelerate says.",
             rich_help_panel=WHERE,
         ),
     ] = None,
@@ -134,7 +135,7 @@ def plan(
 
     slimtune plan smollm2-135m-instruct --serve --slots 32 --adapters 8
 
-    slimtune plan llama-3-70b --device H100 --devices 8 --launch docs/scale/fsdp2.yaml
+    slimtune plan llama-3-70b --device H100 --devices 8 --launch fsdp2
 
     slimtune plan --table --plot table.svg
     """
@@ -226,7 +227,7 @@ def _serving(
 
 def _sharing(devices: int | None, launch: str | None) -> tuple[int, Any]:
     """How many devices share the work, and how. Raises: ConfigError."""
-    from slimtune.pipeline.launch import read_launch
+    from slimtune.pipeline.launch import read_launch, with_processes
     from slimtune.plan.memory import FSDP2, Sharing
 
     if launch is None:
@@ -235,7 +236,7 @@ def _sharing(devices: int | None, launch: str | None) -> tuple[int, Any]:
     count = devices or chosen.processes
     if count is None:
         raise ConfigError(f"--launch {launch!r} doesn't say how many devices there are; pass --devices, too")
-    if chosen.processes not in (None, count) and not Path(launch).is_file():
+    if chosen.processes not in (None, count) and with_processes(launch, count) == launch:
         raise ConfigError(f"--launch starts {chosen.processes} processes, and --devices says {devices}; leave one out")
     return count, Sharing(chosen.shards, chosen.offloads, chosen.regathers)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
 from slimtune.errors import counted, listing, needs
-from slimtune.pipeline.launch import ACCELERATE, read_launch
+from slimtune.models.device import cost_of_emulation, is_emulated
+from slimtune.pipeline.launch import with_processes
 from slimtune.pipeline.show_data import show_too_long
+from slimtune.plan.devices import CPU
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
 from slimtune.plan.recommend import Choice
@@ -62,11 +63,10 @@ def show(screen: Console, report: PlanReport, launch: str | None = None) -> None
     if not best.engines:
         screen.print("  any engine takes it: the result is a whole model", markup=False)
     screen.print("\nrun it:")
-    how = launch or ("docs/scale/fsdp2.yaml" if report.request.devices > 1 else "")
-    if launch and Path(launch).is_file() and read_launch(launch).processes != report.request.devices:
-        # The plan is of another number than the file's, and the command starts as many as were planned.
-        how = shlex.quote(f"{ACCELERATE} --config_file {how} --num_processes {report.request.devices}")
-    screen.print(f"  {report.command(best)}{f' --launch {how}' if how else ''}", markup=False)
+    how = launch or ("fsdp2" if report.request.devices > 1 else "")
+    # The command starts as many processes as were planned, whatever a file says.
+    started = f" --launch {shlex.quote(with_processes(how, report.request.devices))}" if how else ""
+    screen.print(f"  {report.command(best)}{started}", markup=False)
 
 
 def _notes(choice: Choice, report: PlanReport) -> list[str]:
@@ -162,6 +162,10 @@ def _show_question(screen: Console, report: PlanReport) -> None:
         f"goal {request.goal}: {GOALS[request.goal]}",
         markup=False,
     )
+    if report.why_float32 is not None:
+        screen.print(f"computed in {report.why_float32}")
+    if device.is_cpu and is_emulated(request.dtype, CPU):
+        screen.print(cost_of_emulation([request.dtype]), style="yellow", markup=False)
     if report.data is None:
         screen.print(
             f"no data given: time and cost are for {counted(lengths.examples, 'example')} of "
@@ -257,6 +261,11 @@ def _show_refusal(screen: Console, report: PlanReport) -> None:
         f"{_bytes(report.request.device.memory_bytes)}; take a smaller model, a shorter --max-length, a larger "
         "--device or more of them (--devices)"
     )
+    if (fits := report.in_16_bits) is not None:
+        screen.print(
+            f"in {report.stored_dtype} {fits.label} would fit, with {_bytes(fits.needed_bytes)}, and take several "
+            f"times as long: model.dtype={report.stored_dtype}"
+        )
 
 
 def bar(parts: MemoryBreakdown, runtime: int, scale: int, has_colour: bool = True, width: int = BAR_WIDTH) -> Text:

@@ -86,9 +86,9 @@ def train(
     launch: Annotated[
         str | None,
         typer.Option(
-            metavar="N|FILE.yaml|COMMAND",
-            help="Train in several processes, one for each GPU: so many, as a file of accelerate says, or as "
-            '"torchrun ..." starts them.',
+            metavar="N|fsdp2|FILE.yaml|COMMAND",
+            help="Train in several processes, one for each GPU: so many copies, the model divided among all (fsdp2, "
+            'fsdp2-offload), as a file of accelerate says, or as "torchrun ..." starts them.',
         ),
     ] = None,
     push_to_hub: Annotated[

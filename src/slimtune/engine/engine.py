@@ -82,6 +82,9 @@ class Engine:
         )
         # Held by whoever drives the steps: a generate() of one thread waits for that of another.
         self._turn = threading.RLock()
+        # Held by whoever changes the adapters, above both: a draft goes over the modules of the model, and none may
+        # come or go meanwhile.
+        self._changes = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopping = False
 
@@ -271,7 +274,7 @@ class Engine:
         # Files are read and tensors made here; only what touches the model waits for the end of a step.
         source = adapter_folder(folder, None)
         config = PeftConfig.from_pretrained(source)
-        drafted = draft_for_inference(self.model, attached_as, config, read_adapter(source), source)
+        tensors = read_adapter(source)
 
         def attach() -> LoadedAdapter:
             with self._wakes:
@@ -281,7 +284,9 @@ class Engine:
             self._served[name] = adapter
             return adapter.loaded
 
-        return self._between_steps(attach)
+        with self._changing():
+            drafted = draft_for_inference(self.model, attached_as, config, tensors, source)
+            return self._between_steps(attach)
 
     def _check_new(self, name: str) -> None:
         if name in self._served:
@@ -312,10 +317,17 @@ class Engine:
             del self._served[name]
             return True
 
-        while not self._between_steps(left):
+        while True:
+            with self._changing():
+                if self._between_steps(left):
+                    return
             if self._thread is None:
                 with self._driving():
                     self._step()
+
+    def _changing(self) -> threading.RLock:
+        """The lock of whoever changes the adapters; the turn itself where each thread drives its own steps."""
+        return self._turn if self._thread is None else self._changes
 
     def _between_steps(self, command: Callable[[], Any]) -> Any:
         """What a command gives, run where no step runs. Raises: what it raises."""

@@ -1,12 +1,15 @@
 """Starts a command in several processes, by torchrun or `accelerate launch`: what `slimtune train --launch` names.
 
---launch 4                          four processes on this machine
---launch fsdp2.yaml                 as a file of accelerate says
+--launch 4                          four processes on this machine, a copy of the model in each
+--launch fsdp2                      as one of the files in `launches/` says, on all GPUs of this machine
+--launch "fsdp2 --num_processes 4"  on four of them; other options of accelerate launch may follow, too
+--launch accelerate.yaml            as a file of accelerate says
 --launch "torchrun --nnodes 2 ..."  as torchrun's own options say, or those of "accelerate launch ..."
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import os
@@ -15,7 +18,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ from slimtune.storage.text_files import is_yaml, read_mapping
 from slimtune.train.processes import REFUSED
 
 TORCHRUN, ACCELERATE = "torchrun", "accelerate launch"
+FOLDER = Path(__file__).with_name("launches")
+SHIPPED = tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+"""The files of accelerate that ship, by name."""
+_PROCESSES = "--num_processes"
 _SECONDS_TO_STOP = 120
 """How long torchrun waits for the processes to finish a step and write a checkpoint before it kills them."""
 
@@ -37,7 +44,7 @@ class Launch:
     Attributes:
         program: torchrun or accelerate launch.
         options: of that program.
-        processes: of all machines; None where torchrun's options say it.
+        processes: of all machines; None where torchrun's options say it, or the GPUs of this machine do.
         shards: whether they divide the model among them (FSDP2), rather than hold a copy each (DDP).
         offloads: whether what is sharded waits in main memory.
         regathers: whether a sharded block is gathered anew for the backward pass, and not held until then.
@@ -57,28 +64,55 @@ def read_launch(how: str) -> Launch:
     words = shlex.split(how)
     if how.isdecimal() and int(how) > 0:
         return Launch(TORCHRUN, ("--standalone", "--nproc_per_node", how), int(how))
+    if words and words[0] in SHIPPED:
+        return _of_shipped(words[0], words[1:])
     if is_yaml(how):
         return _of_file(Path(how))
     if words[:1] == [TORCHRUN]:
         return Launch(TORCHRUN, tuple(words[1:]))
     if words[:2] == ACCELERATE.split():
         return Launch(ACCELERATE, tuple(words[2:]))
-    near = did_you_mean(how.partition(" ")[0], [TORCHRUN, "accelerate"])
+    near = did_you_mean(how.partition(" ")[0], [TORCHRUN, "accelerate", *SHIPPED])
     raise ConfigError(
-        f"--launch takes a number of processes, a file of accelerate (.yaml), or the beginning of a command such as "
-        f'"torchrun --nproc_per_node 4", found {how!r}{near}'
+        f"--launch takes a number of processes, {listing(SHIPPED)}, a file of accelerate (.yaml), or the beginning "
+        f'of a command such as "torchrun --nproc_per_node 4", found {how!r}{near}'
     )
 
 
-def _of_file(file: Path) -> Launch:
-    """What a file of accelerate says. Raises: ConfigError."""
+def with_processes(how: str, processes: int) -> str:
+    """What `--launch` names, with another number of processes."""
+    chosen = read_launch(how)
+    if chosen.processes == processes:
+        return how
+    words = shlex.split(how)
+    if words[0] in SHIPPED:
+        return f"{words[0]} {_PROCESSES} {processes}"
+    return f"{ACCELERATE} --config_file {how} {_PROCESSES} {processes}" if is_yaml(how) else how
+
+
+def _of_shipped(name: str, options: list[str]) -> Launch:
+    """One of the files that ship, with options of accelerate launch behind. Raises: ConfigError."""
+    file = FOLDER / f"{name}.yaml"
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(_PROCESSES, dest="processes")
+    given = parser.parse_known_args(options)[0].processes
+    if given is not None and not (given.isdecimal() and int(given) > 1):
+        raise ConfigError(f"--launch {name} divides a model: {_PROCESSES} must be at least 2, found {given!r}")
+    of_file = _of_file(file, ships=True)
+    return replace(of_file, options=(*of_file.options, *options), processes=None if given is None else int(given))
+
+
+def _of_file(file: Path, ships: bool = False) -> Launch:
+    """What a file of accelerate says; one that ships leaves the number of processes open. Raises: ConfigError."""
     if not file.is_file():
-        raise ConfigError(f"accelerate's file {file} is not there; docs/scale has some, accelerate config writes one")
+        raise ConfigError(
+            f"accelerate's file {file} is not there; accelerate config writes one, and {listing(SHIPPED)} ship"
+        )
     settings = read_mapping(file)
     if _KEYS.isdisjoint(settings):
         raise ConfigError(
             f"{file} is no file of accelerate (it has {listing(settings, 3) or 'nothing'}, and none of "
-            f"{listing(sorted(_KEYS), 5)}); docs/scale has some, accelerate config writes one"
+            f"{listing(sorted(_KEYS), 5)}); accelerate config writes one, and {listing(SHIPPED)} ship"
         )
     kind, processes = str(settings.get("distributed_type", "NO")).upper(), _whole(file, settings, "num_processes")
     for key, variable in _KINDS.items():
@@ -94,7 +128,7 @@ def _of_file(file: Path) -> Launch:
     # A file without the key is of version 1, as accelerate reads it.
     if kind == "FSDP" and _whole(file, fsdp, "version") != 2:
         raise ConfigError(f"{file}: {REFUSED['FSDP1']}")
-    if kind == "FSDP" and processes < 2:
+    if kind == "FSDP" and processes < 2 and not ships:
         raise ConfigError(f"{file}: {REFUSED['FSDP alone']}")
     return Launch(
         ACCELERATE,
@@ -127,13 +161,25 @@ def launch(how: str, arguments: list[str], device: str) -> int:
         raise ConfigError(
             f"--launch starts processes, and this is one of {this_process().count} already; leave --launch out"
         )
-    chosen = read_launch(how)
+    chosen = _on_all_devices(read_launch(how), device)
     check_devices(chosen, device)
     if chosen.program == ACCELERATE and device == "cpu" and (chosen.processes or 0) > 1:
         # On a CPU accelerate starts one process whatever the number says.
         chosen = Launch(TORCHRUN, ("--standalone", "--nproc_per_node", str(chosen.processes)), chosen.processes)
     _prepare_environment(chosen)
     return start(chosen, ["-m", "slimtune", *arguments])
+
+
+def _on_all_devices(chosen: Launch, device: str) -> Launch:
+    """The same with as many processes as there are devices here, where a file that ships leaves it open."""
+    if chosen.program != ACCELERATE or chosen.processes is not None or device == "cpu":
+        return chosen
+    import torch
+
+    visible = torch.get_device_module(device).device_count()
+    if visible < 2:
+        raise ConfigError(REFUSED["FSDP alone"])
+    return replace(chosen, options=(*chosen.options, _PROCESSES, str(visible)), processes=visible)
 
 
 def check_devices(chosen: Launch, device: str) -> None:

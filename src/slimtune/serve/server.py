@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from slimtune.errors import ConfigError, SlimtuneError
+from slimtune.serve.address import is_loopback, listen, url_of
 from slimtune.serve.gateway import Gateway
 from slimtune.serve.http import create_app
 
@@ -26,13 +26,7 @@ MOST_CONNECTIONS = 4096
 
 def check_host(host: str, keys: Path | None) -> None:
     """Raises: ConfigError, where everybody on a network could ask."""
-    if keys is not None or host == "localhost":
-        return
-    try:
-        is_local = ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-    if not is_local:
+    if keys is None and not is_loopback(host):
         raise ConfigError(
             f"without keys, a server on {host} would answer everybody who reaches it; pass --keys FILE (slimtune "
             "serve-key makes it), or --host 127.0.0.1"
@@ -48,9 +42,8 @@ def run(
         on_ready: is told the address, which for port 0 is known only then.
     """
     # Bound here and handed over: port 0 gets its number before anybody is told, and an error is ours to word.
-    listening = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listening.getsockname()[1]}"
+    listening = listen(host, port)
+    url = url_of(host, listening)
     app = create_app(gateway)
 
     @asynccontextmanager
@@ -79,18 +72,6 @@ def run(
     if not server.started:
         raise ConfigError("the server did not start; its log says why")
     return server.ended_all
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        # A port whose old connections are still in TIME_WAIT can be bound again at once.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-    except OSError as error:
-        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror or error}; pass another --port") from error
-    return listening
 
 
 def _reload_keys(gateway: Gateway) -> None:

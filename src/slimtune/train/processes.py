@@ -37,7 +37,7 @@ def check_processes(device: str, settings: TrainSettings) -> None:
     if settings.optim == OFFLOADED:
         raise ConfigError(
             f"training.optim={OFFLOADED} keeps its state in main memory for one GPU; for several, offload with FSDP2 "
-            "(docs/scale/fsdp2-offload.yaml) and leave optim out"
+            "(--launch fsdp2-offload) and leave optim out"
         )
     for variable, why in REFUSED.items():
         if os.environ.get(variable, "").lower() not in ("", "false", "0", "1", "no"):
@@ -57,13 +57,13 @@ def check_processes(device: str, settings: TrainSettings) -> None:
 
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed keeps weights and optimizer in a form that the checkpoints of a run "
-    "can't hold; shard with FSDP2 (docs/scale/fsdp2.yaml), or offload with it (docs/scale/fsdp2-offload.yaml)",
+    "can't hold; shard with FSDP2 (--launch fsdp2), or offload with it (--launch fsdp2-offload)",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM replaces the model, so that no adapter can be attached to it; shard "
-    "with FSDP2 (docs/scale/fsdp2.yaml)",
+    "with FSDP2 (--launch fsdp2)",
     "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism splits the layers that the adapters are attached to; shard with "
-    "FSDP2 (docs/scale/fsdp2.yaml)",
+    "FSDP2 (--launch fsdp2)",
     "PARALLELISM_CONFIG_CP_SIZE": "context parallelism splits the texts whose tokens are counted here; shard with "
-    "FSDP2 (docs/scale/fsdp2.yaml)",
+    "FSDP2 (--launch fsdp2)",
     "ACCELERATE_MIXED_PRECISION": "accelerate's file sets mixed_precision, and a recipe sets the precision by "
     "model.dtype; write mixed_precision: 'no'",
     "FSDP1": "FSDP 1 flattens weights of one type together, and adapters are of another type than their base; set "

@@ -1,0 +1,1 @@
+"""The pages, one file each; `slimtune.studio` says how one is added."""
