@@ -11,6 +11,7 @@ from rich.console import Console
 
 import slimtune
 from slimtune import LoraConfig, get_peft_model
+from slimtune.data.tasks.registry import read
 from slimtune.errors import DoesNotFitError
 from slimtune.models.device import is_emulated
 from slimtune.pipeline import memory_check, train
@@ -49,7 +50,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def needed(recipe: Recipe, dtype: str) -> int:
     base = replace(recipe.model, dtype=dtype)
     sections = base, recipe.method, recipe.data, recipe.training, recipe.preferences
-    plan, device = memory_check.plan_training(*sections, "text", always=True)
+    plan, device = memory_check.plan_training(*sections, read(recipe.data), always=True)
     assert plan is not None
     return device.needed_bytes(plan.peak_bytes)
 
@@ -64,11 +65,11 @@ def test_what_fits_in_16_bits_alone_is_said(recipe: Recipe, monkeypatch: pytest.
     monkeypatch.setattr(memory_check, "find", lambda name: tight)
     # Which other settings would fit takes a dozen simulations, and has tests of its own.
     monkeypatch.setattr(memory_check, "_nearest", lambda *arguments: None)
-    sections = recipe.method, recipe.data, recipe.training, recipe.preferences
+    sections, rows = (recipe.method, recipe.data, recipe.training, recipe.preferences), read(recipe.data)
     with pytest.raises(DoesNotFitError, match=r"model.dtype=bfloat16 needs [\d.]+ GB, but takes several times as long"):
-        memory_check.plan_training(base, *sections, "text")
+        memory_check.plan_training(base, *sections, rows)
     kept = replace(recipe.model, dtype="bfloat16")
-    assert memory_check.plan_training(kept, *sections, "text", always=True)[0] is not None
+    assert memory_check.plan_training(kept, *sections, rows, always=True)[0] is not None
     report = slimtune.plan(
         recipe.model.name, recipe.data.train[0].path, tight, methods=["lora"], bases=["dense"],
         memory_gb=tight.memory_bytes / 1e9,

@@ -37,7 +37,7 @@ def show(view: CurrentView, search: str = "") -> Response:
     runs = read_runs(view.studio.folder, view.studio.jobs)
     words = search.lower().split()
     chosen = [run for run in runs if all(word in run.search_text for word in words)]
-    output = view.studio.folder / "tuned"
+    output = view.studio.shown_folder / "tuned"
     command = forms.command_of(["train", "MODEL", "DATA", "--output", str(output)])
     return view.render("runs.html.j2", runs=chosen, has_runs=bool(runs), search=search, command_line=command)
 
@@ -251,7 +251,7 @@ def _facts_of(view: View, run: Run) -> dict[str, Any]:
 
 def _chart_of(view: View, run: Run) -> dict[str, Any]:
     lines = _lines(view, run)
-    points = lines[0]["y"]
+    points = lines[0]["y"] if lines else []
     sentence = view.t("runs.no_curve")
     if points:
         sentence = view.t("runs.curve", first=f"{points[0]:.3g}", last=f"{points[-1]:.3g}", step=lines[0]["x"][-1])
@@ -259,14 +259,13 @@ def _chart_of(view: View, run: Run) -> dict[str, Any]:
 
 
 def _lines(view: View, run: Run, with_name: bool = False) -> list[dict[str, Any]]:
-    """The curves of a run. One that it doesn't have is left out where runs are compared, and is empty on its own page,
-    on which it may still come."""
+    """The curves of a run; while it learns also one that is empty, for its points may still come."""
     losses = curves(read_lines(run.live_folder / LOSSES).entries)
     labels = {"loss": view.t("runs.loss"), "eval_loss": view.t("runs.held_out")}
     return [
         series(f"{run.name}, {label}" if with_name else label, losses.get(name, ()), marks=name == "eval_loss")
         for name, label in labels.items()
-        if name in losses or not with_name
+        if name in losses or (run.is_busy and not with_name)
     ]
 
 

@@ -91,7 +91,11 @@ async def save_recipe(view: CurrentView) -> Response:
     while path.exists() and path.read_text(encoding="utf-8") != text:
         path, number = folder / f"{name}-{number}.yaml", number + 1
     write_file(path, text)
-    return view.render("train_saved.html.j2", file=path.name, command_line=forms.command_of(["train", str(path)]))
+    return view.render(
+        "train_saved.html.j2",
+        file=path.name,
+        command_line=forms.command_of(["train", str(view.studio.shown_folder / RECIPES / path.name)]),
+    )
 
 
 @PAGE.get("/train/recipes/{file}")
@@ -178,7 +182,7 @@ def _arguments(view: View, texts: Mapping[str, str], filled: forms.Filled) -> li
 
 
 def _output(view: View, texts: Mapping[str, str]) -> Any:
-    return view.studio.folder / (texts.get(_NAME, "").strip() or "NAME")
+    return view.studio.shown_folder / (texts.get(_NAME, "").strip() or "NAME")
 
 
 def _mistakes_of_start(view: View, texts: Mapping[str, str], filled: forms.Filled) -> dict[str, str]:
