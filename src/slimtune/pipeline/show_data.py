@@ -36,13 +36,16 @@ def show_report(screen: Console, report: Sequence[Remark | Sample]) -> None:
             screen.print(entry.text, markup=False)
 
 
+def show_too_long(screen: Console, count: int, max_length: int) -> None:
+    """Say how many examples are longer than training takes, if any are."""
+    if count:
+        longer = f"{counted(count, 'example')} {'is' if count == 1 else 'are'} longer than {max_length:,} tokens"
+        choices = "they are to be cut (data.too_long=truncate) or dropped (data.too_long=drop)"
+        screen.print(f"[yellow]{longer}[/]: training refuses them unless {choices}")
+
+
 def _show_rows(screen: Console, lengths: Lengths, max_length: int, batch_size: int, packing: bool) -> None:
-    if over := lengths.over(max_length):
-        screen.print(
-            f"[yellow]{counted(over, 'example')} {'is' if over == 1 else 'are'} longer than {max_length:,} tokens[/]: "
-            f"training refuses them unless "
-            f"too_long says what becomes of them"
-        )
+    show_too_long(screen, lengths.over(max_length), max_length)
     within = lengths.within(max_length)
     screen.print(f"padding: {within.padding_waste(batch_size):.0%} of what batches of {batch_size} compute")
     if packing:
