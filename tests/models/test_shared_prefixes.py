@@ -122,6 +122,60 @@ def test_every_method_learns_the_same(method: str, specimen: Specimen) -> None:
     assert_same_step(model.train(), batch())
 
 
+PROMPTS: dict[str, Callable[[], Any]] = {
+    "prompt tuning": lambda: slimtune.PromptTuningConfig(num_virtual_tokens=5),
+    "p-tuning": lambda: slimtune.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16),
+    "prefix tuning": lambda: slimtune.PrefixTuningConfig(num_virtual_tokens=5),
+    "projected prefix": lambda: slimtune.PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    # A trained prefix in layers with a window is refused, see below.
+    [(p, n) for p in PROMPTS for n in ("tied-llama", "gpt2", "gemma2", "qwen3") if "prefix" not in p or n != "gemma2"],
+)
+def test_virtual_tokens_in_front_of_all_rows_are_shared(prompt: str, name: str, checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    base = MODELS[next(known for known in MODELS if known.endswith(name))]()
+    model = randomize(slimtune, slimtune.get_peft_model(base, PROMPTS[prompt]()))
+    check_shares(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs = batch()
+    assert_same_step(model.train(), inputs)
+    del inputs["attention_mask"]
+    assert_same_step(model, inputs)
+    # Padded on the left, where the virtual tokens stand behind the padding.
+    assert_same_step(model, answers())
+
+
+def test_without_its_prompt_a_model_shares_as_ever() -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), PROMPTS["prompt tuning"]()).eval()
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    with model.disable_adapter(), shared_prefixes(model) as tokens:
+        together = model(**inputs, use_cache=False).logits
+    with model.disable_adapter():
+        apart = model(**inputs, use_cache=False).logits
+    assert tokens.computed < 0.6 * tokens.given == 0.6 * inputs["input_ids"].numel()
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(together[kept], apart[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_of_the_callers_own_stay_as_they_are() -> None:
+    model = slimtune.get_peft_model(LLAMA.model(), PROMPTS["prompt tuning"]()).train()
+    embeds = model.get_input_embeddings()(batch()["input_ids"])
+    with shared_prefixes(model) as tokens:
+        model(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], use_cache=False)
+    assert tokens.given == 0
+
+
 def test_packed_rows_share_too() -> None:
     inputs, model = batch(), LLAMA.model().train()
     # Two texts a row, without a mask: positions begin anew.
@@ -230,15 +284,15 @@ def falcon() -> Any:
     )
 
 
-def prompted() -> Any:
-    return slimtune.get_peft_model(LLAMA.model(), slimtune.PromptTuningConfig(num_virtual_tokens=3))
+def prefixed() -> Any:
+    return slimtune.get_peft_model(MODELS["mistral"](), slimtune.PrefixTuningConfig(num_virtual_tokens=3))
 
 
 @pytest.mark.parametrize(
     ("build", "why"),
     [
         (mamba, "layers of linear_attention"), (llama4, "layers of chunked_attention"), (falcon, "differ by"),
-        (T5.model, "no decoder alone"), (BERT.model, "can't share prefixes"), (prompted, "virtual tokens"),
+        (T5.model, "no decoder alone"), (BERT.model, "can't share prefixes"), (prefixed, "the last 8 tokens alone"),
     ],
 )  # fmt: skip
 def test_models_that_can_t_are_refused(build: Callable[[], Any], why: str) -> None:
