@@ -16,6 +16,7 @@ from kinds import NEEDED
 from slimtune.core.config import methods
 from slimtune.errors import ConfigError, TargetError
 from slimtune.models.shared_prefixes import SharedTokens, check_shares, counts_columns, shared_prefixes
+from small_seq2seq import bart
 from tensors import randomize
 from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QUANTIZED, QWEN2, T5, TIED_LLAMA, VOCABULARY, Specimen
 
@@ -156,6 +157,39 @@ def test_virtual_tokens_in_front_of_all_rows_are_shared(prompt: str, name: str, 
     assert_same_step(model, answers())
 
 
+ENCODED: dict[str, Callable[[], Any]] = {
+    "t5": lambda: None, "lora": slimtune.LoraConfig, "prompt tuning": PROMPTS["prompt tuning"],
+    "prefix tuning": PROMPTS["prefix tuning"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [T5.model, bart], ids=["t5", "bart"])
+@pytest.mark.parametrize("method", ENCODED)
+def test_an_encoder_reads_a_prompt_of_several_targets_once(method: str, build: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    config = ENCODED[method]()
+    model = build() if config is None else randomize(slimtune, slimtune.get_peft_model(build(), config))
+    check_shares(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    torch.manual_seed(1)
+    ids = torch.randint(4, 15, (6, 12))
+    # Three targets of one prompt and two of another, padded alike; one prompt differs by its padding alone.
+    ids[1] = ids[2] = ids[0]
+    ids[4] = ids[3]
+    ids[5] = ids[3]
+    mask = torch.ones_like(ids)
+    mask[3:5, 9:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(4, 15, (6, 7))}
+    assert_same_step(model.train(), inputs)
+    with shared_prefixes(model) as tokens:
+        model(**inputs)
+    assert (tokens.given, tokens.computed) == (6 * 12, 3 * 12)
+
+
 def test_without_its_prompt_a_model_shares_as_ever() -> None:
     model = slimtune.get_peft_model(LLAMA.model(), PROMPTS["prompt tuning"]()).eval()
     inputs = {name: value for name, value in batch().items() if name != "labels"}
@@ -292,7 +326,7 @@ def prefixed() -> Any:
     ("build", "why"),
     [
         (mamba, "layers of linear_attention"), (llama4, "layers of chunked_attention"), (falcon, "differ by"),
-        (T5.model, "no decoder alone"), (BERT.model, "can't share prefixes"), (prefixed, "the last 8 tokens alone"),
+        (BERT.model, "can't share prefixes"), (prefixed, "the last 8 tokens alone"),
     ],
 )  # fmt: skip
 def test_models_that_can_t_are_refused(build: Callable[[], Any], why: str) -> None:

@@ -25,6 +25,7 @@ from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, first_line
 from slimtune.methods.prompt.base import VirtualTokens
 from slimtune.methods.prompt.prefix_tuning import Prefix, ReadOnlyUpdate
+from slimtune.models.shared_encodings import shared_encodings
 from slimtune.ops.autograd import is_traced
 from slimtune.ops.prefix_tree import Family, PrefixTree, prefix_tree, tree_attention
 
@@ -59,7 +60,7 @@ class SharedTokens:
 
 @contextmanager
 def shared_prefixes(model: Any, always: bool = False, left_padded: bool = False) -> Iterator[SharedTokens]:
-    """Within it, a model computes what the rows of a batch share once.
+    """Within it, a model computes what the rows of a batch share once; an encoder-decoder encodes equal rows once.
 
     A soft prompt or a trained prefix in front of the rows is shared, too. Left as they are: batches that share too
     little, passes with a key-value cache, with embeddings in place of tokens, with hidden states or attention weights
@@ -71,8 +72,13 @@ def shared_prefixes(model: Any, always: bool = False, left_padded: bool = False)
 
     Raises: ConfigError, for a kind of model that can't; whether this one can is for `check_shares` to say.
     """
+    tokens = SharedTokens()
+    if is_encoded(model):
+        with shared_encodings(model, tokens):
+            yield tokens
+        return
     config = check_kind(model)
-    own, tokens, decoder = config._attn_implementation, SharedTokens(), model.get_decoder()
+    own, decoder = config._attn_implementation, model.get_decoder()
     flatten = _Flatten(model, decoder, tokens, always, left_padded)
     hooks = [
         model.register_forward_pre_hook(flatten.note_text, with_kwargs=True),
@@ -95,7 +101,8 @@ def check_shares(model: Any) -> None:
     Raises: ConfigError, for a model that isn't causal, that doesn't attend through transformers' registry, or whose
         layers see more than attention shows them, as in recurrent models.
     """
-    check_kind(model)
+    if not is_encoded(model):
+        check_kind(model)
     prompt = _prompt_of(model)
     if isinstance(prompt, Prefix) and prompt.window is not None:
         raise ConfigError(
@@ -107,9 +114,16 @@ def check_shares(model: Any) -> None:
     # Two rows share most tokens, a third one none; the second one is padded.
     shared = torch.cat([drawn[0, : PROBED - 4], drawn[1, PROBED - 4 :]])
     ids = torch.stack([drawn[0], shared, drawn[2]]).to(model.device)
+    if is_encoded(model):
+        ids[1] = ids[2] = ids[0]
     mask = torch.ones_like(ids)
     mask[1, -2:] = 0
     _check_same_states(model, ids, mask)
+
+
+def is_encoded(model: Any) -> bool:
+    """Whether an encoder reads the rows, all tokens of a row at once, so that only equal rows are shared."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
 
 
 def counts_columns(model: Any) -> bool:
@@ -129,16 +143,20 @@ def counts_columns(model: Any) -> bool:
 
 def _check_same_states(model: Any, ids: Tensor, mask: Tensor, left_padded: bool = False) -> None:
     """Raises: ConfigError, where rows computed as a tree have other hidden states than apart."""
-    was_training = model.training
-    # Virtual tokens come in at the root, which gives a column for each of them in front, or none.
-    runs, width = (model if _prompt_of(model) is not None else model.get_decoder()), ids.shape[1]
+    was_training, width = model.training, ids.shape[1]
+    if is_encoded(model):
+        runs: Any = model.get_encoder()
+    else:
+        # Virtual tokens come in at the root, which gives a column for each of them in front, or none.
+        root = model if _prompt_of(model) is not None else model.get_decoder()
+        runs = functools.partial(root, use_cache=False)
     # Dropout draws other masks for other layouts.
     model.eval()
     try:
         with torch.no_grad():
-            apart = runs(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            apart = runs(input_ids=ids, attention_mask=mask)[0]
             with shared_prefixes(model, always=True, left_padded=left_padded) as tokens:
-                together = runs(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+                together = runs(input_ids=ids, attention_mask=mask)[0]
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ConfigError(f"{type(model).__name__} can't share prefixes: {first_line(error)}") from error
     finally:
