@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment
 
+from slimtune.studio.answers import Answers
 from slimtune.studio.history import run_path
 from slimtune.studio.jobs import Jobs
 from slimtune.studio.security import Access
@@ -43,6 +44,7 @@ class Studio:
         folder: of the runs, absolute.
         pages: in the order of the navigation.
         languages: the texts by the language's code.
+        answers: of commands that pages wait for.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Studio:
     pages: tuple[Page, ...]
     templates: Environment
     languages: dict[str, Texts] = field(repr=False)
+    answers: Answers = field(default_factory=Answers, repr=False)
 
     def run_folder(self, name: str) -> Path:
         """The folder of a run. Raises: NoSuchRunError, for a name that is none or leads elsewhere."""
