@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
-from slimtune.errors import counted, listing
+from slimtune.errors import counted, listing, needs
 from slimtune.pipeline.launch import with_processes
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
@@ -241,13 +241,8 @@ def _show_choices(screen: Console, report: PlanReport) -> None:
     if any(choice.setting.gradient_checkpointing for choice in report.choices):
         screen.print("* with gradient checkpointing")
     if report.left_out:
-        package, extra = library_of(report.left_out[0]) or ("", "")
-        screen.print(
-            f"left out: a base in {listing(report.left_out)}, which needs {package}: run `pip install "
-            f"'slimtune[{extra}]'`",
-            style="yellow",
-            markup=False,
-        )
+        why = needs(*(library_of(report.left_out[0]) or ("", "")))
+        screen.print(f"left out: a base in {listing(report.left_out)}, which {why}", style="yellow", markup=False)
     screen.print("runtime: the context of the device, and what its allocator leaves unused; in all figures of need")
     rates = report.rates
     how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"

@@ -10,18 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimtune.errors import (
-    AdapterFileError,
-    ConfigError,
-    ModelNotFoundError,
-    did_you_mean,
-)
+from slimtune.errors import AdapterFileError, ConfigError, ModelNotFoundError, did_you_mean, require
 from slimtune.models.device import DTYPES, pick_device
 from slimtune.ops.freed_memory import return_freed_memory
 from slimtune.quantization.config import (
     INTEGER_KINDS,
+    QUANTIZED_BASE,
     Quantization,
-    require,
     settings_of,
     stored_by_bitsandbytes,
     stored_by_compressed_tensors,
@@ -239,13 +234,13 @@ def read_as_stored(model_class: Any, source: str, config: Any, device: str, **op
         config: of the folder.
     """
     if stored_by_compressed_tensors(config):
-        require("accelerate", "quantized")
+        require("accelerate", extra="quantized", purpose=QUANTIZED_BASE)
         from slimtune.quantization.integer import load_compressed
 
         return load_compressed(model_class, source, config, device, **options)
     if stored_by_bitsandbytes(config):
-        require("accelerate", "quantized")
-        require("bitsandbytes", "quantized")
+        require("accelerate", extra="quantized", purpose=QUANTIZED_BASE)
+        require("bitsandbytes", extra="quantized", purpose=QUANTIZED_BASE)
         from slimtune.quantization.load import load_as_stored
 
         return load_as_stored(model_class, source, device, **options)
@@ -277,17 +272,17 @@ def _quantized(
 ) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source} is quantized already; load it without quantize, or pass the folder in 16 bits")
-    by_torchao = type(settings).__name__ == "TorchAoConfig"
-    require("accelerate", "torchao" if by_torchao else "quantized")
-    if by_torchao:
+    if type(settings).__name__ == "TorchAoConfig":
+        require("accelerate", extra="torchao", purpose=QUANTIZED_BASE)
         from slimtune.bases.torchao import load_quantized as load_by_torchao
 
         return load_by_torchao(chosen, source, settings, device, **options)
+    require("accelerate", extra="quantized", purpose=QUANTIZED_BASE)
     if isinstance(settings, Quantization) and settings.kind in INTEGER_KINDS:
         from slimtune.quantization.integer import load_integer
 
         return load_integer(chosen, source, settings, device, **options)
-    require("bitsandbytes", "quantized")
+    require("bitsandbytes", extra="quantized", purpose=QUANTIZED_BASE)
     from slimtune.quantization.load import load_quantized
 
     return load_quantized(chosen, source, settings, device, **options)

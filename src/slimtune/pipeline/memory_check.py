@@ -39,8 +39,11 @@ def check_memory(
     training: TrainSettings,
     preferences: PreferenceSettings,
     task: str,
-) -> None:
+) -> dict[str, Any] | None:
     """Print the memory that the training takes, or why it can't be planned; arguments as of `plan_training`.
+
+    Returns:
+        `needed_bytes`, None where it fits by far, `memory_bytes` of the device and its name; None without a plan.
 
     Raises:
         DoesNotFitError: with the nearest setting that fits.
@@ -53,14 +56,13 @@ def check_memory(
             raise
         # A plan that can't be made must not stop a training that might work.
         screen.print(f"not planned: {str(error).splitlines()[0] if str(error) else type(error).__name__}", markup=False)
-        return
-    if planned is not None:
+        return None
+    needed = None if planned is None else device.needed_bytes(_live_bytes(planned))
+    if needed is not None:
         process = this_process()
         several = f", each of {process.count}" if process.count > 1 else ""
-        screen.print(
-            f"planned: {device.needed_bytes(_live_bytes(planned)) / 1e9:.1f} GB of {device.memory_bytes / 1e9:.1f} on "
-            f"{device.name}{several}"
-        )
+        screen.print(f"planned: {needed / 1e9:.1f} GB of {device.memory_bytes / 1e9:.1f} on {device.name}{several}")
+    return {"needed_bytes": needed, "memory_bytes": device.memory_bytes, "device": device.name}
 
 
 def plan_training(

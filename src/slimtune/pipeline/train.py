@@ -99,7 +99,7 @@ def run(
             return _train_features(screen, data, recipe, overwrite)
         check_runs(recipe.training.optim, device)
         if plans and process.is_main:
-            check_memory(
+            folder.planned = check_memory(
                 screen, recipe.model, recipe.method, recipe.data, share_of(recipe.training), recipe.preferences,
                 data.task,
             )  # fmt: skip

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from slimtune.errors import ConfigError, MissingDependencyError, check_choice
+from slimtune.errors import ConfigError, check_choice, has_library, require
 from slimtune.storage.compressed import is_compressed
 
 if TYPE_CHECKING:
@@ -101,20 +99,14 @@ def settings_of(quantize: Quantize) -> Settings:
     return bitsandbytes
 
 
-def require(package: str, extra: str) -> None:
-    """See that a package is there. Raises: MissingDependencyError."""
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"a quantized base needs {package}: run `pip install 'slimtune[{extra}]'`"
-        ) from error
+QUANTIZED_BASE = "a quantized base"
+"""What needs a library, in the sentence of its error."""
 
 
 def require_for(kind: str) -> None:
     """See that the library that quantizes to a kind is there. Raises: MissingDependencyError."""
     if library := library_of(kind):
-        require(*library)
+        require(library[0], extra=library[1], purpose=QUANTIZED_BASE)
 
 
 def library_of(kind: str) -> tuple[str, str] | None:
@@ -127,7 +119,7 @@ def library_of(kind: str) -> tuple[str, str] | None:
 def is_installed(kind: str) -> bool:
     """Whether the library that quantizes to a kind is there; it is looked for and not imported."""
     library = library_of(kind)
-    return library is None or find_spec(library[0]) is not None
+    return library is None or has_library(library[0])
 
 
 def _check_foreign(config: BitsAndBytesConfig) -> None:

@@ -62,6 +62,7 @@ def slim(recipe: SlimRecipe, screen: Console, overwrite: bool = False) -> SlimRe
     steps: list[tuple[str, Mapping[str, Any]]] = [next(iter(step.items())) for step in recipe.steps]
     before = first = teacher = _first(recipe.model, work)
     key = _digest([weights_of(first), recipe.data, recipe.evaluation])
+    losses = work / f"losses-{_digest(weights_of(first))[:20]}.json"
     rows: list[SlimRow] = []
     reference: SlimRow | None = None
     for number, (kind, fields) in enumerate([("model", {}), *steps]):
@@ -75,7 +76,8 @@ def slim(recipe: SlimRecipe, screen: Console, overwrite: bool = False) -> SlimRe
             if number:
                 _remove(folder)
                 _do(kind, fields, str(before), teacher, folder, recipe, screen)
-            row = measured(name, str(folder), first, recipe.data, recipe.evaluation, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            row = measured(name, str(folder), first, recipe.data, recipe.evaluation, seconds, losses)
             write_file(work / f"{name}.json", json.dumps({"key": key, "row": row.to_dict()}))
         rows.append(row)
         _refuse_beyond(recipe, reference or row, row)

@@ -206,7 +206,7 @@ class Jobs:
     def run_on(self) -> None:
         """See that a runner runs, if a job waits; one more than is needed goes at once."""
         if any(job.state == "queued" for job in self):
-            _start("slimtune.studio.jobs", [str(self.runs)], self.runs)
+            spawn("slimtune.studio.jobs", [str(self.runs)], self.runs)
 
     def stop(self, job: Job) -> None:
         """Take a waiting job out of the queue; have a running one stop, as Ctrl-C does, with its checkpoint.
@@ -276,7 +276,7 @@ def _claimed(job: Job) -> bool:
 def _run(job: Job) -> None:
     try:
         with (job.folder / _LOG).open("ab") as log:
-            child = _start("slimtune", job.arguments, Path(job.directory), log)
+            child = spawn("slimtune", job.arguments, Path(job.directory), log)
     except OSError as error:
         (job.folder / _LOG).write_text(f"slimtune: {job.directory}: {error.strerror}\n", encoding="utf-8")
         (job.folder / _EXIT_CODE).write_text("1", encoding="utf-8")
@@ -289,7 +289,7 @@ def _run(job: Job) -> None:
         write_file(job.folder / _EXIT_CODE, str(code))
 
 
-def _start(
+def spawn(
     module: str, arguments: Sequence[str], directory: Path, log: IO[bytes] | int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
     """A process in a session of its own: neither the end of the server nor Ctrl-C in its terminal ends it."""

@@ -1,7 +1,8 @@
 """The folder of a run until its output is whole: `OUTPUT.run` beside the output, which outlives a kill.
 
 OUTPUT.run/lock          held by the process that trains, with its id
-OUTPUT.run/run.json      the recipe that the run was begun with
+OUTPUT.run/run.json      the recipe that the run was begun with, and the memory that it was planned to take
+OUTPUT.run/progress.json step, speed, time left and memory, once a second
 OUTPUT.run/checkpoint-N  its checkpoints, with loss.jsonl and samples.jsonl as far as they go
 """
 
@@ -42,6 +43,7 @@ class RunFolder:
     Attributes:
         overwrite: whether files of the output may be replaced, as it was allowed when the run was begun.
         resume: whether the run of an earlier process goes on.
+        planned: the memory that it is planned to take, where that is known.
         is_locked: whether this process holds the lock, and writes.
         is_begun: whether this process has written into it.
         is_done: whether the weights are in the output, so that nothing here is needed any more.
@@ -51,6 +53,7 @@ class RunFolder:
     recipe: Mapping[str, Any]
     overwrite: bool
     resume: bool
+    planned: Mapping[str, Any] | None = None
     is_locked: bool = True
     is_begun: bool = False
     is_done: bool = False
@@ -63,7 +66,7 @@ class RunFolder:
             if not self.resume:
                 _empty(self.path)
             if not (self.path / _FACTS).is_file():
-                facts = {"overwrite": self.overwrite, "recipe": self.recipe}
+                facts = {"overwrite": self.overwrite, "recipe": self.recipe, "planned": self.planned}
                 with staged_file(self.path / _FACTS) as pending:
                     pending.write_text(json.dumps(facts), encoding="utf-8")
             self.overwrite = self.overwrite or _facts(self.path)["overwrite"]
