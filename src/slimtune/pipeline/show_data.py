@@ -126,3 +126,9 @@ def show_preview(screen: Console, preview: Preview, max_length: int, batch_size:
     screen.print(f"{shares}; the longest has {lengths.longest:,}")
     if unit == "tokens":
         _show_rows(screen, lengths, max_length, batch_size, packing)
+        if preview.encoded:
+            times = preview.shared_prefixes(max_length, batch_size)
+            screen.print(
+                f"what rows begin with alike: computed once, batches have {times['drawn']:.2f} times fewer tokens, and "
+                f"{times['grouped']:.2f} times with training.group_prefixes=true"
+            )
