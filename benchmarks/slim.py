@@ -2,13 +2,15 @@
 
 `quality` measures perplexity on newspaper editorials of the model in bf16, in NF4 with double quantization, and as
 `slimtune quantize` makes it; `speed` times decoding and prefill of the same models in turns and takes resident memory
-after the first answer against the size of the file, the memory in a process of its own.
+after the first answer against the size of the file, the memory in a process of its own; `pipeline` tunes, prunes,
+distills and quantizes the packaged model on the demo's orders by one recipe, once for each seed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import sys
 import tempfile
@@ -26,8 +28,14 @@ from benchmarks import machine, page
 from benchmarks.codecs import editorials, perplexity
 from benchmarks.off_grid import off_grid_
 from benchmarks.prepare import model_folder
+from benchmarks.pruning import over
 from benchmarks.results import FOLDER, subtitle
 from benchmarks.runs import run_module
+from slimtune.console.screen import open_screen
+from slimtune.data.demo_orders import make_orders
+from slimtune.recipe.validation import read_as
+from slimtune.slim.pipeline import slim
+from slimtune.slim.recipe import SlimRecipe
 
 BF16, FLOAT32, NF4 = "bf16", "float32", "NF4 + double quantization"
 LIKE = "on such texts"
@@ -241,6 +249,76 @@ def worker(folder: str) -> None:
     seconds_of(model)
     del kept
     print(json.dumps({"resident": resident_megabytes() - before}))
+
+
+@app.command()
+def pipeline(
+    seeds: Annotated[int, typer.Option(min=1, help="Of the orders, the adapters and the order of the rows.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of tuning, of 16 orders.")] = 40,
+    recovery: Annotated[int, typer.Option(min=1, help="Steps of distilling, of 16 orders.")] = 20,
+    layers: Annotated[int, typer.Option(min=1, help="Layers that are left.")] = 27,
+    questions: Annotated[int, typer.Option(min=8, help="Held-out orders that are asked.")] = 64,
+) -> None:
+    """Run `slimtune slim` on the demo's orders, and fill in docs/slim.md; seeds that are there already are kept."""
+    path = FOLDER / "slim-pipeline.json"
+    facts = {"steps": steps, "recovery": recovery, "layers": layers, "questions": questions}
+    document = json.loads(path.read_text()) if path.exists() else {}
+    runs: list[Any] = document["runs"] if all(document.get(key) == value for key, value in facts.items()) else []
+    for seed in range(len(runs), seeds):
+        with tempfile.TemporaryDirectory() as scratch:
+            base = Path(scratch, "base")
+            write_base(base, packaged=True)
+            orders = make_orders(max(640, questions * 10), 1, seed)[0]
+            rows = Path(scratch, "orders.jsonl")
+            rows.write_text("".join(json.dumps({"messages": order.messages()}) + "\n" for order in orders))
+            training = {"batch_size": 16, "learning_rate": 1e-3, "seed": seed}
+            lora = {"name": "lora", "target_modules": "all-linear"}
+            recipe = {
+                "model": str(base),
+                "data": {"train": str(rows), "held_out": 0.1, "max_length": 256},
+                "evaluation": {"limit": questions, "max_new_tokens": 40},
+                "output": str(Path(scratch, "output")),
+                "steps": [
+                    {"tune": {"method": lora, "training": training | {"max_steps": steps, "warmup": 0.1}}},
+                    {"prune": {"layers": layers}},
+                    {"distill": {"method": lora, "training": training | {"max_steps": recovery}}},
+                    {"quantize": {"scheme": "W4A16", "head": "int8"}},
+                ],
+            }
+            before = processor_seconds()
+            report = slim(read_as(SlimRecipe, recipe), open_screen(True))
+            runs.append({"rows": report.to_dict()["rows"], "seconds": processor_seconds() - before})
+        on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
+        document = {"machine": on, "date": machine.today(), "commit": machine.commit(), **facts, "runs": runs}
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        write_pipeline(document)
+
+
+def write_pipeline(document: dict[str, Any]) -> None:
+    """The table of the seeds so far: a score and its interval are over seeds, the rest is their median."""
+    runs, table = document["runs"], []
+    for number, row in enumerate(runs[0]["rows"]):
+        own = [run["rows"][number] for run in runs]
+        first = [run["rows"][0] for run in runs]
+        share = median(one["bytes"] / other["bytes"] for one, other in zip(own, first, strict=True))
+        cells = (f"{median(one[name] for one in own):.2f}" for name in ("decode_ratio", "prefill_ratio", "perplexity"))
+        scores = [one["score"] for one in own]
+        table.append((row["name"], f"{share:.3f}", *cells, over(scores), ", ".join(f"{one:.2f}" for one in scores)))
+        console.print("  ".join(table[-1]), highlight=False)
+    header = ("after", "bytes / first", "decode / first", "prefill / first", "perplexity", "JSON right", "by seed")
+    note = (
+        f"{document['steps']} steps of tuning and {document['recovery']} of distilling, of 16 orders each; "
+        f"{document['questions']} held-out orders; mean and 95% interval over {len(runs)} seeds; "
+        f"{median(run['seconds'] for run in runs):.0f} seconds of the processor a seed, with all measuring; "
+        f"{subtitle(document['machine'])} {document['date']}."
+    )
+    page.fill(page.PRUNED, "pipeline", f"{page.table(header, table)}\n\n{note}")
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def resident_megabytes() -> float:

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,36 @@ class OutputExistsError(SlimtuneError, FileExistsError):
 
 class MissingDependencyError(SlimtuneError, ImportError):
     """An optional library that the feature needs."""
+
+
+_MODULES = {"scikit-learn": "sklearn"}
+"""Of libraries whose module has another name than the package, but for hyphens."""
+
+
+def require(library: str, *, extra: str, purpose: str, otherwise: str = "") -> None:
+    """See that an optional library is there, before anything is read or computed.
+
+    Args:
+        library: the name of its package.
+        extra: the extra of this package that brings it.
+        purpose: what needs it, the beginning of the sentence.
+        otherwise: what else can be done, the end of the sentence.
+
+    Raises:
+        MissingDependencyError: it isn't installed.
+    """
+    if not has_library(library):
+        raise MissingDependencyError(f"{purpose} {needs(library, extra)}{otherwise}")
+
+
+def has_library(library: str) -> bool:
+    """Whether a library is installed; it is looked for and not imported, which takes some seconds."""
+    return find_spec(_MODULES.get(library, library.replace("-", "_"))) is not None
+
+
+def needs(library: str, extra: str) -> str:
+    """The clause that names a missing library and the extra that brings it."""
+    return f"needs {library}: run `pip install 'slimtune[{extra}]'`"
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

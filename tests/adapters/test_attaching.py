@@ -232,3 +232,31 @@ def test_a_forward_that_was_put_on_a_module_stays_its_own(leave: str) -> None:
         assert vars(site)["forward"] is instead
         assert "instance_forward" not in vars(site)
         assert type(site) is nn.Linear
+
+
+AROUND: dict[str, Any] = {
+    "a-prompt": slimtune.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    "the-head-adapted": slimtune.LoraConfig(r=2, target_modules=["lm_head"]),
+    "the-head-whole": slimtune.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "layers": slimtune.LoraConfig(r=2, target_modules=["q_proj"]),
+}
+
+
+def looks_like_trl_s(hidden: Any, fused_lm_head: bool = False) -> Any:
+    """TRL's forward is known by its argument."""
+    return hidden
+
+
+def an_own_forward(*args: Any, **kwargs: Any) -> Any:
+    return "own"
+
+
+@pytest.mark.parametrize("config", AROUND)
+@pytest.mark.parametrize(("name", "value"), [("forward", an_own_forward), ("loss", looks_like_trl_s), ("notes", 3)])
+def test_what_is_set_on_a_model_is_what_is_there(config: str, name: str, value: Any) -> None:
+    """Adapters around the model, or on its head, have a part in TRL's forward alone."""
+    model = slimtune.get_peft_model(LLAMA.model(), AROUND[config])
+    setattr(model, name, value)
+    assert getattr(model, name) is value
+    if name == "forward":
+        assert model(**LLAMA.batch()) == "own"

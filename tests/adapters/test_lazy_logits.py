@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import slimtune
+from slimtune.adapters.lazy_logits import LazyLogits
 from tensors import adapter_gradients, assert_all_near, assert_near, copies, loss_of, predict, randomize
 from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QWEN2, T5, TIED_LLAMA, VOCABULARY, Specimen, llama, token_ids
 
@@ -101,6 +103,40 @@ def test_nothing_is_supervised_or_everything_is() -> None:
         model.return_logits = return_logits
         losses.append(model(**batch).loss.detach())
     torch.testing.assert_close(losses[0], losses[1], equal_nan=True)
+
+
+LAZY: dict[str, Callable[[Any], Any]] = {
+    "as-they-are": lambda logits: logits,
+    "float": lambda logits: logits.float(),
+    "contiguous": lambda logits: logits.contiguous(),
+    "to-a-dtype": lambda logits: logits.to(torch.float64),
+    "to-their-device": lambda logits: logits.to(logits.device),
+    "shifted": lambda logits: logits[..., :-1, :],
+    "flattened": lambda logits: logits.reshape(-1, logits.size(-1)),
+    "viewed": lambda logits: logits.view(-1, VOCABULARY),
+    "viewed-by-a-shape": lambda logits: logits.view((logits.shape[0] * logits.shape[1], VOCABULARY)),
+}
+COMPUTED: dict[str, Callable[[Any], Any]] = {
+    "to-a-device-by-name": lambda logits: logits.to(device="cpu"),
+    "a-part-of-the-vocabulary": lambda logits: logits[..., :5],
+    "one-position": lambda logits: logits[:, -1],
+    "reshaped-otherwise": lambda logits: logits.reshape(-1),
+    "a-product": lambda logits: logits * 2,
+    "a-probability": lambda logits: logits.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("use", [*LAZY, *COMPUTED])
+def test_what_is_done_to_lazy_logits_is_done_to_the_logits(use: str) -> None:
+    """Computed or not: the same numbers, dtype, shape and device."""
+    head = tuned(LLAMA).lm_head
+    hidden = torch.randn(2, 7, head.in_features)
+    own = head(hidden).detach()
+    done = {**LAZY, **COMPUTED}[use]
+    result, expected = done(LazyLogits(hidden, head, head)), done(own)
+    assert isinstance(result, LazyLogits) is (use in LAZY)
+    assert (result.shape, result.dtype, result.device) == (expected.shape, expected.dtype, expected.device)
+    assert torch.equal(result.computed().detach() if use in LAZY else result.detach(), expected)
 
 
 @each_causal

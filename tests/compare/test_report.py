@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compare.browser import DESK, PHONE, browser, look
+from browser import DESK, PHONE, browser, look
 from compare.constructed import BASE, LORA, done, everything, failed, questions, summary
 from slimtune.compare.record import ComparisonRecord
 from slimtune.compare.report import html, report, write_report

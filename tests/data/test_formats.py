@@ -11,6 +11,7 @@ from slimtune.data.columns import recognize
 from slimtune.data.encode import encode_row
 from slimtune.data.formats import FORMATS, TASKS, find_format, read_as
 from slimtune.data.rows import Conversation, Document, Instruction, Judged, Labelled, Pair, Preference, Prompt, Tagged
+from slimtune.data.tasks.preference import trl_columns
 from slimtune.errors import ConfigError, DataError
 from small_text_model import tiny_tokenizer
 
@@ -94,6 +95,28 @@ def test_a_text_is_learned_whole_and_ends() -> None:
     example = encode_row(Document(text="two teas, please"), tokenizer)
     assert tokenizer.decode(example.input_ids) == "two teas, please<|im_end|>"
     assert example.learned == len(example.input_ids) - 1
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
+@pytest.mark.parametrize("has_template", [False, True])
+def test_preferences_go_to_trl_as_messages_where_there_is_a_template(as_messages: bool, has_template: bool) -> None:
+    def said(role: str, text: str, is_answer: bool = False) -> Any:
+        return [{"role": role, "content": text}] if as_messages or (is_answer and has_template) else text
+
+    tokenizer = tiny_tokenizer() if has_template else tiny_tokenizer(chat_template=None)
+    asked = said("user", "q")
+    pair = Preference(prompt=asked, chosen=said("assistant", "a"), rejected=said("assistant", "b"))
+    judged = Judged(prompt=asked, completion=said("assistant", "a"), label=False)
+    if as_messages and not has_template:
+        for row in (pair, judged):
+            with pytest.raises(DataError, match="no chat template"):
+                trl_columns(row, tokenizer)
+        return
+    q, a, b = (said(role, text, True) for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+    assert trl_columns(pair, tokenizer) == {"prompt": q, "chosen": a, "rejected": b}
+    assert trl_columns(judged, tokenizer) == {"prompt": q, "completion": a, "label": False}
+    prompt = Prompt.model_validate({"prompt": asked, "solution": "4"})
+    assert trl_columns(prompt, tokenizer) == {"prompt": q, "solution": "4"}
 
 
 def test_rows_of_the_other_tasks() -> None:

@@ -12,9 +12,11 @@ import trl
 from slimtune.data.batches import IGNORED, Encoded, pieces
 from slimtune.data.chat_template import named_templates, render, use_template
 from slimtune.data.encode import encode, encode_row
+from slimtune.data.preview import preview
 from slimtune.data.rows import Conversation
+from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, DataError
-from small_text_model import CHATML, tiny_tokenizer
+from small_text_model import CHATML, tiny_tokenizer, write_lines
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 ANSWERS = ("two teas", "{}")
@@ -178,6 +180,17 @@ def test_a_template_by_name_and_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("!" + CHATML)
     use_template(tokenizer, str(tmp_path / "own.jinja"))
     assert render(tokenizer, TWO_ANSWERS.turns()).startswith("!")
+
+
+def test_data_are_shown_as_the_chosen_template_writes_them(tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "rows.jsonl", {"prompt": "two teas", "completion": "a latte"})
+    for name in ("chatml", "plain"):
+        settings = DataSettings(str(rows), chat_template=name)
+        shown = preview(settings, tiny_tokenizer(chat_template=None))
+        chosen = tiny_tokenizer(chat_template=None)
+        use_template(chosen, name)
+        turns = [{"role": "user", "content": "two teas"}, {"role": "assistant", "content": "a latte"}]
+        assert "".join(text for _, text in shown.samples[0]) == render(chosen, turns)
 
 
 def test_templates_that_can_not_be_used(tmp_path: Path) -> None:

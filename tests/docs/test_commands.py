@@ -1,7 +1,7 @@
 """Every command of every page is one that the parser takes, on files that the page has made; and all run (soak).
 
-What isn't run: blocks that say what they need, `pip install`, and `serve`, which runs until it is stopped, as
-`test_serving` does it.
+What isn't run: blocks that say what they need, `pip install`, and `serve` and `studio`, which run until they are
+stopped, as `test_serving` and `tests/studio` do it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ IDS = {"ids": lambda page: str(page.relative_to(DOCS))}
 NEEDS = {
     "the Hub", "data sets of the Hub", "a T5 of the Hub", "vLLM on two machines with GPUs", "an Ollama that runs",
     "four GPUs", "a checkout", "a pipeline", "optimum", "labelled/train.jsonl and labelled/held_out.jsonl",
-    "a download, and a checkout",
+    "a download, and a checkout", "a password file",
 }  # fmt: skip
 """What blocks say that they need."""
 REAL = {"smollm2-135m-instruct": "base", "llama-2-7b": "base", "minilm-l6-v2": "encoder"}
+UNTIL_STOPPED = (["serve"], ["studio"])
+"""Commands that run until they are stopped, which other tests do."""
 QUICK = {
     "train": ["--max-steps", "1"], "distill": ["--max-steps", "1"], "evaluate": ["--limit", "2"],
     "demo-data": ["--train", "40", "--held-out", "8"], "compare": ["--dry-run"],
@@ -77,7 +79,7 @@ def test_the_commands_run(page: Path, models: Path, tmp_path: Path, monkeypatch:
     for step in told:
         if step.file:
             Path(step.file).write_text(step.text)
-        elif not step.needs and step.words[:1] != ["serve"] and not step.text.startswith("pip install "):
+        elif not step.needs and step.words[:1] not in UNTIL_STOPPED and not step.text.startswith("pip install "):
             run(step, models)
             for recipe in Path.cwd().glob("*.yaml"):
                 text = recipe.read_text()

@@ -31,9 +31,9 @@ each_method = pytest.mark.parametrize("method", METHODS)
 COUNTED = {torch.ops.aten.addmm_: lambda out, a, b, **options: 2 * a[0] * a[1] * b[1]}
 
 
-def layer(method: str, **changes: Any) -> Any:
+def layer(method: str, bias: bool = True, **changes: Any) -> Any:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(FEATURES_IN, FEATURES_OUT))
+    model = nn.Sequential(nn.Linear(FEATURES_IN, FEATURES_OUT, bias))
     config = type(METHODS[method])(**METHODS[method].to_dict() | changes)
     return randomize(slimtune, slimtune.get_peft_model(model, config)).train()
 
@@ -74,9 +74,10 @@ class Made(TorchDispatchMode):
 
 
 @each_method
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [16, 400])
-def test_a_fused_layer_repeats_no_product_of_the_base(method: str, tokens: int) -> None:
-    model = layer(method)
+def test_a_fused_layer_repeats_no_product_of_the_base(method: str, tokens: int, bias: bool) -> None:
+    model = layer(method, bias)
     base = 2 * tokens * FEATURES_IN * FEATURES_OUT
     assert operations(model, tokens) < operations(plain(model), tokens) + base / 2
 

@@ -221,6 +221,26 @@ def test_gradients_in_bf16_are_those_of_float32_to_a_few_roundings(variant: Vari
         assert (near.double() - gradient).norm() <= 6 * BF16 * gradient.norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", FUSED, ids=lambda variant: "-".join(map(str, variant)))
+def test_a_layer_answers_in_the_dtype_in_which_it_does_without_an_adapter(
+    variant: Variant, dtype: torch.dtype, autocast: bool
+) -> None:
+    """A dense layer in that of its weight, one in few bits in that of its input; under autocast both in 16 bits."""
+    kind, method, options = variant
+    host = kind.host().to(dtype) if kind in FLOATING else kind.host()
+    model = randomize(slimtune, attach(kind, small_config(method, kind, options)))
+    model = model.to(dtype) if kind in FLOATING else model
+    x = kind.input().to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = host(x).dtype
+        assert expected == (torch.bfloat16 if autocast else dtype)
+        assert model.train()(x).dtype == expected
+        with torch.no_grad():
+            assert model.eval()(x).dtype == expected
+
+
 AROUND: dict[str, Any] = {
     "out-of-place": lambda model, x: torch.relu(model(x)),
     "in-place": lambda model, x: torch.relu_(model(x)),

@@ -148,6 +148,19 @@ def test_save_then_load_is_the_identity(method: str, on: str, tmp_path: Path) ->
     assert torch.equal(predict(again, specimen.batch()), predict(model, specimen.batch()))
 
 
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_an_adapter_s_tensors_are_a_state_dict_of_the_model(method: str) -> None:
+    specimen = BY_NAME[next(on for name, on in applicable() if name == method)]
+    tensors = copies(adapter_tensors(slimtune, tuned(method, specimen)))
+    model = attach(method, specimen)
+    assert model.load_state_dict(tensors) == ([], [])
+    assert_same(adapter_tensors(slimtune, model), tensors)
+    whole = copies(model.state_dict())
+    other = attach(method, specimen)
+    assert other.load_state_dict(whole) == ([], [])
+    assert_same(other.state_dict(), whole)
+
+
 @pytest.mark.one_in(2)
 @each_pair
 def test_two_adapters_do_not_disturb_each_other(method: str, on: str) -> None:

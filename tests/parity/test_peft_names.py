@@ -506,6 +506,7 @@ def test_names_that_suites_of_tests_read(tmp_path: Path) -> None:
         model.add_adapter("other", lora(library))
         model.base_model.set_adapter(["default", "other"])
         assert model.base_model.active_adapter == ["default", "other"]
+    assert not slimtune.get_peft_model(LLAMA.model(), lora(slimtune)).supports_lora_conversion()
     plain: Any = slimtune.get_peft_model(nn.Sequential(nn.Linear(3, 3)), slimtune.LoraConfig(r=2, target_modules=["0"]))
     assert callable(plain.push_to_hub)
     plain.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from slimtune.plan.devices import Device, find
 from slimtune.plan.memory import PRECISIONS
 from slimtune.plan.plan import PlanReport, count, plan
 from slimtune.recipe.preference import PREFERENCE_TASKS
+from small_text_model import save_base, write_lines
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4,
@@ -84,6 +86,24 @@ def test_a_micro_batch_shrinks_and_is_accumulated_before_checkpoints_are_taken()
     assert setting.batch < 16
     assert setting.batch * setting.accumulation == 16
     assert not setting.gradient_checkpointing
+
+
+def test_a_micro_batch_is_halved_as_often_as_it_takes() -> None:
+    options: dict[str, Any] = {"methods": ("lora",), "bases": ("dense",), "gradient_checkpointing": False}
+    (of_four,) = asked(batch_size=4, **options).choices
+    (tight,) = asked(int(of_four.parts.total / 0.9) + 2, **options).choices
+    assert tight.setting.batch <= 4, "16 and 8 don't fit"
+    assert tight.setting.batch * tight.setting.accumulation == 16
+
+
+@pytest.mark.parametrize("texts", [["one tea"] * 3, ["one tea", "two large lattes, please"]], ids=["alike", "apart"])
+def test_rows_of_several_lengths_are_planned_with_their_padding(texts: list[str], tmp_path: Path) -> None:
+    """Padded rows take a mask over all pairs of positions, which rows of one length do without."""
+    base = save_base(tmp_path / "base")
+    data = write_lines(tmp_path / "rows.jsonl", *({"text": text} for text in texts))
+    report = plan(str(base), data=data, device=device(10**12), methods=("lora",), bases=("dense",))
+    assert report.best is not None
+    assert report.best.setting.padded is (len(set(texts)) > 1)
 
 
 def test_checkpoints_come_when_a_single_example_is_too_much() -> None:

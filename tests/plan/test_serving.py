@@ -78,8 +78,8 @@ def test_more_answers_at_once_read_the_weights_once(base: Path) -> None:
 
 
 def test_adapters_take_room_and_are_read_beside_the_weights(base: Path) -> None:
-    plan = planned(base, context=40, adapters=3, adapter_numbers=1000)
-    assert plan.adapter_bytes > 0
+    plan = planned(base, context=40, adapters=3, adapter_numbers=100_000)
+    assert plan.adapter_bytes > plan.slot_bytes, "else their room would be lost in that of a slot"
     # A device whose products take no time, and which reads a byte a second.
     rates = Rates(flops_16bit=1e30, flops_32bit=1e30, bandwidth=1.0, slack=1.0, is_measured=True)
     read = plan.weights_bytes + 3 * plan.adapter_bytes + 2 * plan.key_value_bytes // 2

@@ -46,6 +46,13 @@ def test_the_parts_of_full_tuning_are_what_is_known_of_them() -> None:
     assert parts.adapter == 0
 
 
+def test_what_is_not_asked_for_is_not_simulated() -> None:
+    ordinary = ["load", "attach", "forward", "backward", "update"]
+    assert [snapshot.phase for snapshot in plan(slimtune.LoraConfig(r=4)).snapshots] == ordinary
+    more = plan(slimtune.LoraConfig(r=4), evaluation=True, merge=True).snapshots
+    assert [snapshot.phase for snapshot in more] == [*ordinary, "evaluation", "merge"]
+
+
 def test_a_4_bit_base_takes_half_a_byte_a_weight_and_its_scales() -> None:
     weights = plan(slimtune.LoraConfig(), base="nf4", double_quantization=False).at("load").parts.weights
     rotary, codebooks = 8 * 4 * 2, 14 * 16 * 4

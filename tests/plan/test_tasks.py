@@ -16,10 +16,12 @@ from simulated import both, peak_of
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.registry import read
 from slimtune.errors import ConfigError
+from slimtune.plan.build import build
 from slimtune.plan.data import measure
 from slimtune.plan.memory import MemoryPlan, Setting
 from slimtune.plan.memory_tracker import MemoryTracker
 from slimtune.plan.simulate import setting_of, simulate
+from slimtune.plan.step import layers_of, prefill, supervised_step
 from slimtune.recipe.preference import PREFERENCE_TASKS, PreferenceSettings
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.loop import fine_tune
@@ -63,6 +65,34 @@ def test_a_step_is_simulated_as_it_runs(model: str, fields: dict[str, Any]) -> N
         if snapshot.phase != "load":
             assert simulated.at(snapshot.phase).total == pytest.approx(snapshot.total, rel=TOLERANCE), snapshot.phase
     assert simulated.work["forward"].flops * 2 == really.work["forward"].flops
+
+
+@pytest.mark.parametrize(
+    ("model", "task_type"),
+    [("BERT-like", "TOKEN_CLS"), ("BERT-like", "SEQ_CLS"), ("T5-like", "SEQ_2_SEQ_LM"), ("Llama-like", "SEQ_CLS")],
+)
+def test_the_loss_of_a_step_in_16_bits_is_computed_in_32_as_that_of_training(model: str, task_type: str) -> None:
+    setting = setting_of(None, BATCH | {"sequence": 8, "dtype": "bfloat16", "task_type": task_type})
+    step = supervised_step(build(MODELS[model].config(), setting, task_type), setting)
+    assert step.loss(step.batch()).dtype == torch.float32
+
+
+class WithAllLogits(transformers.LlamaForCausalLM):
+    """A model as its own authors write it, which computes all logits."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:  # type: ignore[override]
+        return super().forward(input_ids, attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("made", [transformers.LlamaForCausalLM, WithAllLogits])
+def test_of_a_prompt_one_position_has_logits_where_the_model_can_leave_out_the_others(made: Any) -> None:
+    model = made(llama())
+    shapes: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda module, given, result: shapes.append(tuple(result.shape)))
+    with torch.no_grad():
+        cache = prefill(model, rows=3, tokens=9)
+    assert shapes == [(3, 9 if made is WithAllLogits else 1, model.config.vocab_size)]
+    assert all((tensor.shape[0], tensor.shape[2]) == (3, 9) for layer in layers_of(cache) for tensor in layer)
 
 
 @pytest.mark.parametrize("task", ["dpo", "kto", "orpo", "grpo"])

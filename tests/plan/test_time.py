@@ -70,6 +70,7 @@ def test_a_training_counts_its_padded_tokens_and_costs_by_the_hour() -> None:
     assert found.cost == pytest.approx(found.seconds / 3600 * T4.price_per_hour)  # type: ignore[operator]
     assert not found.is_measured
     assert duration(plan, lengths, 3, replace(T4, price_per_hour=None), rates).cost is None
+    assert [duration(plan, lengths, epochs, T4, rates).steps for epochs in (0, 1, 2, 3, 4)] == [1, 1, 1, 2, 2]
 
 
 def test_a_faster_device_is_faster_and_longer_texts_are_slower() -> None:

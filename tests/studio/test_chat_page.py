@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from compare.browser import browser
+from browser import browser
 from slimtune.studio import chat_server
 from slimtune.studio.chat_server import ChatServer, find_bases, keep
 from slimtune.studio.jobs import Process

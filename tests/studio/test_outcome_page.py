@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from compare.browser import browser
+from browser import browser
 from slimtune.compare.results import Result, RunScore, ShownQuestion, write_questions
 from slimtune.errors import ConfigError
 from slimtune.metrics.intervals import wilson

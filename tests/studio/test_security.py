@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
 from slimtune.errors import ConfigError
 from slimtune.studio.app import build_app
@@ -117,3 +118,17 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(ConfigError, match="can't be made"):
         build_app(tmp_path / "runs")
+
+
+def test_a_failure_is_a_sentence_with_the_headers_of_every_page(tmp_path: Path) -> None:
+    app = build_app(tmp_path)
+
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    app.add_api_route("/broken", fail)
+    answer = TestClient(app, base_url=ORIGIN, raise_server_exceptions=False).get("/broken")
+    assert answer.status_code == 500
+    assert "The studio failed" in answer.text
+    assert "a bug" not in answer.text
+    assert "script-src 'self'" in answer.headers["content-security-policy"]

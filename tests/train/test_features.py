@@ -211,7 +211,7 @@ def test_settings_that_can_not_be(options: Any) -> None:
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     f_ND, target, names = features(2)
     with pytest.raises(MissingDependencyError, match=r"slimtune\[features\]"):
         FeatureClassifier.fit(f_ND, target, names, FeatureTuning(), "base", 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from slimtune.data.batches import Encoded, PadRight
 from slimtune.data.encode import encode
 from slimtune.data.rows import Conversation
 from slimtune.errors import MissingDependencyError, TrainingError
-from slimtune.recipe import optimizers
 from slimtune.recipe.optimizers import OFFLOADED, OPTIMIZERS, PAGED, TORCHAO, check_runs
 from slimtune.recipe.training import TrainSettings
 from slimtune.train.checks import trainable
@@ -230,7 +230,8 @@ def test_on_the_command_line_a_mistake_is_told_before_the_model_is_loaded(
 
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda library: None)
+    for library in ("bitsandbytes", "torchao"):
+        monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(MissingDependencyError, match=r"slimtune\[quantized\]"):
         check_runs("adamw_8bit", "cpu")
     with pytest.raises(MissingDependencyError, match=r"slimtune\[torchao\]"):

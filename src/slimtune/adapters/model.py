@@ -55,6 +55,7 @@ from slimtune.storage.peft_format import (
     KEY_PREFIX,
     adapter_folder,
     is_checkpoint,
+    key,
     offer_to_trainer,
     read_adapter,
     save_adapter,
@@ -575,10 +576,10 @@ class PeftModel(PeftNames, Adopted):
 
         That is how transformers' Trainer resumes. Raises: BaseMismatchError.
         """
-        stored = adapter_tensors(self, self.active_adapter) if "prompt_embeddings" in state_dict else {}
+        placed = [pair for name in self.active_adapters[:1] for pair in attached(self, name)]
+        # Most begin with the prefix; what belongs to no single module (virtual tokens, VeRA's projection) doesn't.
+        stored = {key(site.name, name) for site, delta in placed for name in delta.to_disk(delta.state_dict())}
         if state_dict and all(name.startswith(KEY_PREFIX) or name in stored for name in state_dict):
-            config = self.peft_config[self.active_adapter]
-            tensors = on_model(self, state_dict)
-            fill(self, config, attached(self, self.active_adapter), tensors, "the state dict")
+            fill(self, self.peft_config[self.active_adapter], placed, on_model(self, state_dict), "the state dict")
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)

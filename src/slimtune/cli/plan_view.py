@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
-from slimtune.errors import counted, listing
+from slimtune.errors import counted, listing, needs
+from slimtune.models.device import cost_of_emulation, is_emulated
 from slimtune.pipeline.launch import with_processes
+from slimtune.plan.devices import CPU
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
 from slimtune.plan.recommend import Choice
@@ -159,6 +161,10 @@ def _show_question(screen: Console, report: PlanReport) -> None:
         f"goal {request.goal}: {GOALS[request.goal]}",
         markup=False,
     )
+    if report.why_float32 is not None:
+        screen.print(f"computed in {report.why_float32}")
+    if device.is_cpu and is_emulated(request.dtype, CPU):
+        screen.print(cost_of_emulation([request.dtype]), style="yellow", markup=False)
     if report.data is None:
         screen.print(
             f"no data given: time and cost are for {counted(lengths.examples, 'example')} of "
@@ -241,13 +247,8 @@ def _show_choices(screen: Console, report: PlanReport) -> None:
     if any(choice.setting.gradient_checkpointing for choice in report.choices):
         screen.print("* with gradient checkpointing")
     if report.left_out:
-        package, extra = library_of(report.left_out[0]) or ("", "")
-        screen.print(
-            f"left out: a base in {listing(report.left_out)}, which needs {package}: run `pip install "
-            f"'slimtune[{extra}]'`",
-            style="yellow",
-            markup=False,
-        )
+        why = needs(*(library_of(report.left_out[0]) or ("", "")))
+        screen.print(f"left out: a base in {listing(report.left_out)}, which {why}", style="yellow", markup=False)
     screen.print("runtime: the context of the device, and what its allocator leaves unused; in all figures of need")
     rates = report.rates
     how = "as calibrated" if rates.is_measured else "by the data sheet; slimtune plan --calibrate measures yours"
@@ -264,6 +265,11 @@ def _show_refusal(screen: Console, report: PlanReport) -> None:
         f"{_bytes(report.request.device.memory_bytes)}; take a smaller model, a shorter --max-length, a larger "
         "--device or more of them (--devices)"
     )
+    if (fits := report.in_16_bits) is not None:
+        screen.print(
+            f"in {report.stored_dtype} {fits.label} would fit, with {_bytes(fits.needed_bytes)}, and take several "
+            f"times as long: model.dtype={report.stored_dtype}"
+        )
 
 
 def bar(parts: MemoryBreakdown, runtime: int, scale: int, has_colour: bool = True, width: int = BAR_WIDTH) -> Text:

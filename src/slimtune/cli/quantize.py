@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, load_merged
+from slimtune.cli.options import Device, Json, Output, Overwrite, StoredDtype, TrustRemoteCode, load_merged
 from slimtune.console.screen import open_screen, print_json
 
 
@@ -40,7 +40,7 @@ def quantize(
         list[str] | None, typer.Option(help="A linear layer to leave as it is, by name or regular expression; repeat.")
     ] = None,
     overwrite: Overwrite = False,
-    dtype: Dtype = "auto",
+    dtype: StoredDtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -54,15 +54,15 @@ def quantize(
     after the other (GPTQ) by what the layers get to see on the data: take data like that which the model will see.
     """
     from slimtune.console.progress import Counting
+    from slimtune.errors import require
     from slimtune.models.load import LoadOptions
-    from slimtune.quantization.config import require
     from slimtune.slim.data import calibration_batches
     from slimtune.slim.folder import quantize_to_folder
     from slimtune.slim.quantize import QuantizeConfig
     from slimtune.storage.atomic import refuse_existing
 
     # What is written is read again at the end.
-    require("accelerate", "quantized")
+    require("accelerate", extra="quantized", purpose="reading what is written again")
     config = QuantizeConfig(scheme, method, group_size, head, ignore or (), strategy, not asymmetric)
     refuse_existing(output, overwrite)
     loaded, tokenizer = load_merged(model, LoadOptions(dtype, device, trust_remote_code))

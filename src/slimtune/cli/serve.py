@@ -9,7 +9,7 @@ import typer
 
 from slimtune.cli.options import Base, Device, Dtype, Json, Quantize, TrustRemoteCode, parse
 from slimtune.console.screen import print_json, say
-from slimtune.errors import ConfigError, MissingDependencyError, SlimtuneError, check_choice, counted
+from slimtune.errors import ConfigError, SlimtuneError, check_choice, counted, require
 
 if TYPE_CHECKING:
     from slimtune.models.load import LoadOptions
@@ -102,7 +102,8 @@ def serve(
         raise ConfigError("--engine openai loads no adapters; name models of the servers with --adapter NAME=MODEL")
     backend: Backend
     if engine == "embedded":
-        backend = _backend(base, LoadOptions(dtype, device, trust_remote_code, quantize), slots, context)
+        loading = LoadOptions(dtype, device, trust_remote_code, quantize, computes="tokens")
+        backend = _backend(base, loading, slots, context)
     else:
         backend = RemoteBackend(url, base, slots or SLOTS, url_key, loads=engine == "vllm", converted=converted)
     registry = Registry(backend, adapter_memory)
@@ -127,13 +128,10 @@ def serve(
 
 
 def _require_libraries() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import httpx  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(f"serving needs {error.name}: run `pip install 'slimtune[serve]'`") from error
+    require("fastapi", extra="serve", purpose="serving")
+    require("httpx", extra="serve", purpose="serving")
+    require("prometheus-client", extra="serve", purpose="serving")
+    require("uvicorn", extra="serve", purpose="serving")
 
 
 def _backend(base: str, options: LoadOptions, slots: int | None, context: int | None) -> Backend:

@@ -9,7 +9,7 @@ import typer
 
 from slimtune.cli.options import Json
 from slimtune.console.screen import print_json, say
-from slimtune.errors import MissingDependencyError
+from slimtune.errors import require
 
 _GIGABYTE = 10**9
 
@@ -32,7 +32,7 @@ def studio(
     What a page does is a command of this library that it shows. Commands run in processes of their own: they go on when
     the browser or the studio is closed, and are found again. Runs that a terminal began in the folder are seen, too.
 
-    With --json, the address is a line of JSON. Exit codes: 0 ended by Ctrl-C, 2 a mistake, as a port that is taken.
+    With --json, the address is a line of JSON. Exit codes: 130 ended by Ctrl-C, 2 a mistake, as a port that is taken.
 
     Example: slimtune studio --folder runs --open
     """
@@ -50,12 +50,9 @@ def studio(
 
 
 def _require_libraries() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import httpx  # noqa: F401
-        import jinja2  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import python_multipart  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(f"the studio needs {error.name}: run `pip install 'slimtune[studio]'`") from error
+    require("fastapi", extra="studio", purpose="the studio")
+    require("httpx", extra="studio", purpose="the studio")
+    require("jinja2", extra="studio", purpose="the studio")
+    require("prometheus-client", extra="studio", purpose="the studio")
+    require("python-multipart", extra="studio", purpose="the studio")
+    require("uvicorn", extra="studio", purpose="the studio")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
@@ -20,7 +19,7 @@ from slimtune.compare.results import RunScore, ShownQuestion
 from slimtune.compare.summary import CandidateRow, Summary
 from slimtune.console.markdown import code, escaped
 from slimtune.console.screen import printable
-from slimtune.errors import MissingDependencyError
+from slimtune.errors import require
 from slimtune.storage.atomic import write_file
 
 PAGE, TABLE, FIGURES = "report.html", "report.md", "report.json"
@@ -83,9 +82,9 @@ def report(summary: Summary, facts: ComparisonRecord, questions: Sequence[ShownQ
 
 def check_dependencies() -> None:
     """See that what the report needs is there, before hours of runs. Raises: MissingDependencyError."""
-    for library in ("jinja2", "matplotlib", "scipy"):
-        if find_spec(library) is None:
-            raise MissingDependencyError(f"the report needs {library}: run `pip install 'slimtune[compare]'`")
+    require("jinja2", extra="compare", purpose="the report")
+    require("matplotlib", extra="compare", purpose="the report")
+    require("scipy", extra="compare", purpose="the report")
 
 
 def html(report: ComparisonReport) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import ConfigError, MissingDependencyError
+from slimtune.errors import ConfigError, require
 
 FORMATS = (".png", ".svg")
 
@@ -18,10 +18,9 @@ def check_picture(path: Path) -> None:
 
 def new_figure(width: float, height: float) -> Any:
     """An empty figure that needs no screen. Raises: MissingDependencyError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("a plot needs matplotlib: run `pip install 'slimtune[train]'`") from error
+    require("matplotlib", extra="train", purpose="a plot")
+    from matplotlib.figure import Figure
+
     # The class itself and not pyplot, which keeps every figure alive and looks for a display.
     return Figure(figsize=(width, height), layout="constrained")
 

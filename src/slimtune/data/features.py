@@ -28,11 +28,11 @@ from slimtune.errors import (
     AdapterFileError,
     ConfigError,
     DataError,
-    MissingDependencyError,
     check_choice,
     check_number,
     check_whole,
     first_line,
+    require,
     warn,
 )
 from slimtune.storage.atomic import staged_file
@@ -221,12 +221,7 @@ def _logits(features_ND: Tensor, weight_KD: Tensor, bias_K: Tensor) -> Tensor:
 def check_solver(how: FeatureTuning) -> None:
     """See that the solver is installed, before hours are spent on features. Raises: MissingDependencyError."""
     if how.solver == "sklearn":
-        try:
-            import sklearn.linear_model  # noqa: F401 - only whether it can be
-        except ImportError as error:
-            raise MissingDependencyError(
-                "the solver needs scikit-learn: run `pip install 'slimtune[features]'`, or choose solver=torch"
-            ) from error
+        require("scikit-learn", extra="features", purpose="solver=sklearn", otherwise=", or choose solver=torch")
 
 
 def _by_sklearn(f_ND: Tensor, target_N: Tensor, labels: int, how: FeatureTuning) -> tuple[Tensor, Tensor]:

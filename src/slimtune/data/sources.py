@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.data.settings import Source
-from slimtune.errors import DataError, MissingDependencyError, did_you_mean, listing
+from slimtune.errors import DataError, did_you_mean, listing, require
 from slimtune.storage.text_files import open_file, parse_json
 
 Record = tuple[dict[str, Any], str]
@@ -316,14 +316,10 @@ def _said(value: Any, names: list[str] | None) -> Any:
 
 def load_datasets() -> Any:
     """The library, without its bars; raises MissingDependencyError."""
-    try:
-        import datasets
-        import datasets.data_files
-    except ImportError as error:
-        raise MissingDependencyError(
-            "folders, Parquet files and data sets of the Hub are read by the library datasets, which is missing; "
-            "run `pip install 'slimtune[train]'`"
-        ) from error
+    require("datasets", extra="train", purpose="reading a folder, a Parquet file or a data set of the Hub")
+    import datasets
+    import datasets.data_files
+
     datasets.disable_progress_bars()
     # What it logs of a file that can't be read it raises too, and that becomes a sentence.
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)

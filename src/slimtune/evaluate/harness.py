@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import ConfigError, DataError, MissingDependencyError, did_you_mean, listing
+from slimtune.errors import ConfigError, DataError, did_you_mean, listing, require
 from slimtune.evaluate.result import Evaluation
 from slimtune.metrics.intervals import Z, wilson
 
@@ -101,11 +101,8 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
 
 
 def _harness() -> tuple[Any, Any]:
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise MissingDependencyError(
-            "tasks of lm-evaluation-harness need the library: run `pip install 'slimtune[lm-eval]'`"
-        ) from error
+    require("lm-eval", extra="lm-eval", purpose="a task of lm-evaluation-harness")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     return lm_eval, HFLM

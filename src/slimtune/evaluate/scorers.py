@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from slimtune.errors import ConfigError, MissingDependencyError, check_choice, check_whole, did_you_mean
+from slimtune.errors import ConfigError, check_choice, check_whole, did_you_mean, require
 from slimtune.evaluate.tasks import Question, Task
 
 AUTO, CHOICE = "auto", "accuracy"
@@ -141,10 +141,9 @@ def _number_match() -> Callable[[str, Question], dict[str, float]]:
 
 
 def _rouge() -> Callable[[str, Question], dict[str, float]]:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise _missing("rouge", "rouge-score") from error
+    require("rouge-score", extra="evaluate", purpose="the scorer 'rouge'")
+    from rouge_score.rouge_scorer import RougeScorer
+
     kinds = ["rougeL", "rouge1", "rouge2"]
     scorer = RougeScorer(kinds)
 
@@ -156,10 +155,9 @@ def _rouge() -> Callable[[str, Question], dict[str, float]]:
 
 
 def _chrf() -> Callable[[str, Question], dict[str, float]]:
-    try:
-        from sacrebleu.metrics.chrf import CHRF
-    except ImportError as error:
-        raise _missing("chrf", "sacrebleu") from error
+    require("sacrebleu", extra="evaluate", purpose="the scorer 'chrf'")
+    from sacrebleu.metrics.chrf import CHRF
+
     scorer = CHRF()
     # From 0 to 1 as all others here; sacrebleu counts to 100.
     return lambda answer, question: {"chrf": scorer.sentence_score(answer, [question.expected]).score / 100}
@@ -180,10 +178,6 @@ SCORERS: dict[str, Callable[[], Callable[[str, Question], Mapping[str, float]]]]
     "chrf": _chrf,
     "reasoning_gym": _reasoning_gym,
 }
-
-
-def _missing(scorer: str, package: str) -> MissingDependencyError:
-    return MissingDependencyError(f"the scorer '{scorer}' needs {package}: run `pip install 'slimtune[evaluate]'`")
 
 
 _BROKEN = object()

@@ -11,7 +11,7 @@ from slimtune.data.chat_template import Message, assistant_spans, has_template, 
 from slimtune.data.reading import read_labelled, read_rows, task_of
 from slimtune.data.rows import Document, Labelled, Pair, Row, Text
 from slimtune.data.settings import Source
-from slimtune.errors import ConfigError, DataError, MissingDependencyError, did_you_mean
+from slimtune.errors import ConfigError, DataError, did_you_mean, require
 
 MADE = "reasoning-gym:"
 """In front of the names of tasks that are made, not read."""
@@ -225,10 +225,7 @@ def score_entry(answer: str, question: Question) -> float:
 
 
 def _gym() -> Any:
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise MissingDependencyError(
-            "tasks of reasoning-gym need the library: run `pip install 'slimtune[reasoning]'`"
-        ) from error
+    require("reasoning-gym", extra="reasoning", purpose="a task of reasoning-gym")
+    import reasoning_gym
+
     return reasoning_gym

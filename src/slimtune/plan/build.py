@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from slimtune.errors import ConfigError, MissingDependencyError, PlanError, first_line
+from slimtune.errors import ConfigError, PlanError, first_line, require
 from slimtune.models.auto import BY_TASK, own_auto_class
 from slimtune.models.load import read_model_config
 from slimtune.ops import cross_entropy
@@ -188,8 +188,7 @@ def _efficient(
 
 def head_module() -> Any:
     """Where TRL computes the log-probabilities at the head. Raises: MissingDependencyError."""
-    try:
-        from trl.kernels import chunked_logprob
-    except ImportError as error:
-        raise MissingDependencyError("preferences need TRL: run `pip install 'slimtune[trl,train]'`") from error
+    require("trl", extra="trl,train", purpose="a plan of preference tuning")
+    from trl.kernels import chunked_logprob
+
     return chunked_logprob

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from slimtune.data.batches import IGNORED, classification, token_loss
-from slimtune.errors import MissingDependencyError, PlanError
+from slimtune.errors import PlanError, require
 from slimtune.plan.build import positions_of
 from slimtune.plan.memory import MemoryBreakdown, Setting, Snapshot, Work, padded
 from slimtune.recipe.optimizers import BITSANDBYTES, OFFLOADED, PAGED, TORCHAO, check_installed
@@ -153,10 +153,9 @@ def preference_step(model: Any, setting: Setting, last_good: LastGood) -> Step:
 
 
 def _trainer(model: Any, setting: Setting, last_good: LastGood, longest: int) -> Any:
-    try:
-        from datasets import Dataset
-    except ImportError as error:
-        raise MissingDependencyError("preferences need datasets: run `pip install 'slimtune[train]'`") from error
+    require("datasets", extra="train", purpose="a plan of preference tuning")
+    from datasets import Dataset
+
     task = str(setting.task)
     drawn: dict[str, Any] = (
         {"generations": setting.generations, "max_new_tokens": setting.drawn_tokens} if task == "grpo" else {}

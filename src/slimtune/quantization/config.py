@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from slimtune.errors import ConfigError, MissingDependencyError, check_choice
+from slimtune.errors import ConfigError, check_choice, has_library, require
 from slimtune.storage.compressed import is_compressed
 
 if TYPE_CHECKING:
@@ -101,20 +99,14 @@ def settings_of(quantize: Quantize) -> Settings:
     return bitsandbytes
 
 
-def require(package: str, extra: str) -> None:
-    """See that a package is there. Raises: MissingDependencyError."""
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"a quantized base needs {package}: run `pip install 'slimtune[{extra}]'`"
-        ) from error
+QUANTIZED_BASE = "a quantized base"
+"""What needs a library, in the sentence of its error."""
 
 
 def require_for(kind: str) -> None:
     """See that the library that quantizes to a kind is there. Raises: MissingDependencyError."""
     if library := library_of(kind):
-        require(*library)
+        require(library[0], extra=library[1], purpose=QUANTIZED_BASE)
 
 
 def library_of(kind: str) -> tuple[str, str] | None:
@@ -127,7 +119,7 @@ def library_of(kind: str) -> tuple[str, str] | None:
 def is_installed(kind: str) -> bool:
     """Whether the library that quantizes to a kind is there; it is looked for and not imported."""
     library = library_of(kind)
-    return library is None or find_spec(library[0]) is not None
+    return library is None or has_library(library[0])
 
 
 def _check_foreign(config: BitsAndBytesConfig) -> None:
@@ -145,6 +137,23 @@ def stored_by_bitsandbytes(config: Any) -> bool:
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     return method is not None and str(getattr(method, "value", method)).startswith("bitsandbytes")
+
+
+def few_tokens_read_codes(config: Any, settings: Settings | None) -> bool:
+    """Whether products with few tokens read the codes of a base as they are, in bf16, on every processor.
+
+    bitsandbytes' 4 bits are read so on processors with AVX512 alone, which don't emulate bf16.
+
+    Args:
+        config: of the model, with the quantization that it is stored in.
+        settings: of the quantization while it is read.
+    """
+    stored = getattr(config, "quantization_config", None)
+    for said in (stored, settings):
+        is_8_bit = said.get("load_in_8bit") if isinstance(said, dict) else getattr(said, "load_in_8bit", False)
+        if is_8_bit or getattr(said, "kind", None) in ("int8", *INTEGER_KINDS):
+            return True
+    return stored_by_compressed_tensors(config)
 
 
 def stored_by_compressed_tensors(config: Any) -> bool:

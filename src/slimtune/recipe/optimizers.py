@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.util import find_spec
 
-from slimtune.errors import ConfigError, MissingDependencyError, TrainingError, did_you_mean
+from slimtune.errors import ConfigError, TrainingError, did_you_mean, require
 
 DEFAULT = "adamw_torch_fused"
 OFFLOADED = "adamw_offload"
@@ -40,14 +39,10 @@ def check_name(name: str) -> None:
 
 def check_installed(name: str) -> None:
     """See that the library of an optimizer is there. Raises: MissingDependencyError."""
-    library, extra = (
-        ("bitsandbytes", "quantized") if name in (*BITSANDBYTES, *PAGED)
-        else ("torchao", "torchao") if name in TORCHAO
-        else ("", "")
-    )  # fmt: skip
-    # Looked for and not imported: bitsandbytes takes a second to import and probes for CUDA.
-    if library and find_spec(library) is None:
-        raise MissingDependencyError(f"training.optim={name} needs {library}: run `pip install 'slimtune[{extra}]'`")
+    if name in (*BITSANDBYTES, *PAGED):
+        require("bitsandbytes", extra="quantized", purpose=f"training.optim={name}")
+    if name in TORCHAO:
+        require("torchao", extra="torchao", purpose=f"training.optim={name}")
 
 
 def check_runs(name: str, device: str) -> None:

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from slimtune.errors import ConfigError, MissingDependencyError, first_line
+from slimtune.errors import ConfigError, first_line, require
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -29,10 +29,9 @@ class Grammars:
 
     @cached_property
     def _tokens(self) -> Any:
-        try:
-            from llguidance.hf import from_tokenizer
-        except ImportError as error:
-            raise MissingDependencyError("JSON schemas need llguidance: run `pip install 'slimtune[serve]'`") from error
+        require("llguidance", extra="serve", purpose="an answer by a JSON schema")
+        from llguidance.hf import from_tokenizer
+
         return from_tokenizer(self.tokenizer, n_vocab=self.vocabulary, eos_token=self.ends)
 
     def matching(self, schema: Mapping[str, Any]) -> JsonConstraint:

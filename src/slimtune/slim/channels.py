@@ -14,7 +14,7 @@ from torch import nn
 
 from slimtune.console.progress import Watch
 from slimtune.core.delta import walk
-from slimtune.errors import ConfigError, DataError, MissingDependencyError
+from slimtune.errors import ConfigError, DataError, require
 from slimtune.slim.structure import Batch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,12 +40,9 @@ def drop_channels(model: Any, batches: Sequence[Batch], share: float, watch: Wat
         )
     if not batches:
         raise DataError("the network is traced with a batch; pass one, as it is called with")
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise MissingDependencyError(
-            "channels are pruned by torch-pruning: run `pip install 'slimtune[pruning]'`"
-        ) from error
+    require("torch-pruning", extra="pruning", purpose="pruning channels")
+    import torch_pruning
+
     smaller = copy.deepcopy(model).eval()
     before = _channels(smaller)
     last = [module for _, module in walk(smaller) if isinstance(module, (nn.Linear, *CONVOLUTIONS))][-1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import torch
 from slimtune.console.progress import Counting
 from slimtune.data.batches import Encoded, Objective, PadRight, pad_id_of
 from slimtune.data.tasks.base import EncodedDataset
-from slimtune.errors import ConfigError, MissingDependencyError, did_you_mean, listing
+from slimtune.errors import ConfigError, did_you_mean, listing, require
 from slimtune.evaluate.answers import weights_of
 from slimtune.models.load import LoadOptions, load_model
 from slimtune.pipeline.train import run
@@ -55,8 +54,8 @@ def distill(
         raise ConfigError(
             "the recipe names no teacher; add distillation: {teacher: ...}, or run it with slimtune train"
         )
-    if settings.lmbda and importlib.util.find_spec("trl") is None:
-        raise MissingDependencyError("lmbda draws answers through TRL: pip install slimtune[trl,train]")
+    if settings.lmbda:
+        require("trl", extra="trl,train", purpose="distillation.lmbda, with which the model's own answers are drawn,")
     teaching = _Teaching(settings, recipe, screen, cache or cache_dir().with_name("teachers"))
     return run(recipe, screen, overwrite, plans, resume, teaching)
 
@@ -99,7 +98,7 @@ class _Teaching:
 
     def _load(self, model: Any, data: Any) -> tuple[Any, Any]:
         how = self.recipe.model
-        options = LoadOptions(device=str(model.device), trust_remote_code=how.trust_remote_code)
+        options = LoadOptions(device=str(model.device), trust_remote_code=how.trust_remote_code, computes="batches")
         teacher, tokenizer = load_model(self.settings.teacher, data.model_task, options)
         return teacher.eval().requires_grad_(False), tokenizer
 

@@ -6,15 +6,18 @@ the first model's, for the clock of a busy machine tells little by itself: what 
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +29,10 @@ from slimtune.evaluate.domain_texts import texts
 from slimtune.evaluate.forgetting import MAX_LENGTH, all_passages, compare
 from slimtune.evaluate.language_loss import Passage, losses
 from slimtune.evaluate.scorers import EvaluationSettings
-from slimtune.models.load import load_model
+from slimtune.models.load import LoadOptions, load_model
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions
 from slimtune.slim.engines import engines_by_format, engines_of
+from slimtune.storage.atomic import write_file
 
 TURNS, DECODED, PREFILL = 5, 24, 256
 COMPARED_TOKENS = 2048
@@ -77,31 +81,37 @@ class SlimRow:
 
 
 def measured(
-    name: str, folder: str, first: str, data: DataSettings, evaluation: EvaluationSettings | None, seconds: float
-) -> SlimRow:
-    """Measure a model's folder in a process of its own; raises what its loading raises."""
+    name: str, folder: str, first: str, data: DataSettings, evaluation: EvaluationSettings | None, seconds: float,
+    losses_of_first: Path | None = None,
+) -> SlimRow:  # fmt: skip
+    """Measure a model's folder in a process of its own; raises what its loading raises.
+
+    Args:
+        losses_of_first: a file for the first model's losses on the shipped texts, which all rows need.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, name, folder, first, data, evaluation, seconds).result()
+        return pool.submit(measure, name, folder, first, data, evaluation, seconds, losses_of_first).result()
 
 
 @torch.inference_mode()
 def measure(
-    name: str, folder: str, first: str, data: DataSettings, evaluation: EvaluationSettings | None, seconds: float
-) -> SlimRow:
+    name: str, folder: str, first: str, data: DataSettings, evaluation: EvaluationSettings | None, seconds: float,
+    losses_of_first: Path | None = None,
+) -> SlimRow:  # fmt: skip
     """As `measured`, in this process."""
-    model, tokenizer = load_model(folder, "text")
+    model, tokenizer = load_model(folder, "text", LoadOptions(computes="tokens"))
     model.eval()
     prompt = torch.tensor([[5, 6, 7, 8]], device=model.device)
     _decode(model, prompt)
     resident = _resident_bytes()
-    base = model if folder == first else load_model(first, "text")[0].eval()
+    base = model if folder == first else load_model(first, "text", LoadOptions(computes="tokens"))[0].eval()
     decoding = _in_turns(base, model, lambda m: DECODED / _decode(m, prompt))
     long = torch.randint(5, 200, (1, PREFILL), generator=torch.Generator().manual_seed(0)).to(model.device)
     prefill = _in_turns(base, model, lambda m: PREFILL / _seconds(m, long))
     passages = all_passages(texts(), tokenizer, MAX_LENGTH)
     after = losses(model, tokenizer, passages).numpy()
-    before = after if base is model else losses(base, tokenizer, passages).numpy()
+    before = _kept(losses_of_first, lambda: after if base is model else losses(base, tokenizer, passages).numpy())
     kl, same = _against(base, model, passages)
     questions = held_out_questions(evaluation, read(data, "text"))
     result = evaluate_answers(open_screen(True), model, tokenizer, questions)
@@ -114,6 +124,16 @@ def measure(
         engines=engines_of(Path(folder), model, {"input_ids": long}) + engines_by_format(model),
         sparsity=zero_share(model), seconds=seconds,
     )  # fmt: skip
+
+
+def _kept(path: Path | None, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """What a file holds, or what is computed and kept in it for the next row."""
+    if path is not None and path.is_file():
+        return np.array(json.loads(path.read_text(encoding="utf-8")))
+    computed = compute()
+    if path is not None:
+        write_file(path, json.dumps(computed.tolist()))
+    return computed
 
 
 def _in_turns(base: Any, model: Any, speed: Any) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from slimtune.errors import (
     ModelNotFoundError,
     did_you_mean,
     listing,
+    require,
 )
 from slimtune.storage.atomic import staged
 from slimtune.storage.foreign import refuse_special_files
@@ -216,15 +217,12 @@ def _unpack(gguf: Path, target: Path) -> None:
     options: dict[str, Any] = {"gguf_file": gguf.name}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        # The bar of the conversion itself can't be switched off.
-        with no_weight_bar(), contextlib.redirect_stderr(io.StringIO()):
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            "reading GGUF needs two more packages: run `pip install gguf accelerate`"
-        ) from error
+    require("gguf", extra="gguf,train", purpose="reading GGUF")
+    require("accelerate", extra="gguf,train", purpose="reading GGUF")
+    # The bar of the conversion itself can't be switched off.
+    with no_weight_bar(), contextlib.redirect_stderr(io.StringIO()):
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     strip_quantization_metadata(model)
     vars(model.config).pop("_model_name_or_path", None)
     with no_weight_bar():

@@ -14,5 +14,6 @@ How a page is added (nothing else needs an edit):
 Long work is a command: `view.studio.jobs.add(NAME, [ARGUMENTS])` queues `slimtune ARGUMENTS` and gives a `Job`, whose
 page is /runs/NAME. Names of runs that come from the browser go through `view.studio.run_folder(name)`, which raises for
 whatever lies outside of the folder. A SlimtuneError that a route raises is shown as its sentence. A POST that takes a
-file is named in Page(uploads=("/NAME/PATH",)), or its body may have no more than a megabyte.
+file is named in Page(uploads=("/NAME/PATH",)), or its body may have no more than a megabyte. A page that is about one
+run says with Page(of_run="/NAME?run=") how the run's own page leads to it.
 """

@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from slimtune.console.failures import sentence_of
 from slimtune.errors import ConfigError, SlimtuneError
@@ -46,8 +47,12 @@ def build_app(folder: Path, access: Access | None = None) -> FastAPI:
     app.add_exception_handler(OSError, _on_mistake)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(Exception, _on_failure)
-    app.add_middleware(Guard, access=access, refuse=lambda request, status, key: _refused(app, request, status, key))
+    app.add_exception_handler(ClientDisconnect, _on_gone)
+
+    def refuse(request: Request, status: int, reason: str) -> Response:
+        return _refused(app, request, status, reason)
+
+    app.add_middleware(Guard, access=access, refuse=refuse)
     return app
 
 
@@ -104,7 +109,6 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     return view.refuse(422, view.t("refused.form"))
 
 
-async def _on_failure(request: Request, error: Exception) -> Response:
-    # The traceback goes to the log: Starlette raises the error again behind this.
-    view = View(request)
-    return view.refuse(500, view.t("refused.failed", kind=type(error).__name__))
+async def _on_gone(request: Request, error: Exception) -> Response:
+    # The browser took its request back, as at each key that follows another; nobody reads this.
+    return Response(status_code=499)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -39,6 +40,23 @@ def moment(seconds: float) -> str:
     then = datetime.fromtimestamp(seconds)
     today = datetime.fromtimestamp(time.time()).date()
     return then.strftime("%H:%M") if then.date() == today else then.strftime("%Y-%m-%d %H:%M")
+
+
+class Numbers(dict[str, float]):
+    """The numbers of a file that anybody may have written: what is missing, or is none, is None in a template."""
+
+    @classmethod
+    def of(cls, values: Any) -> Numbers:
+        """Those of a mapping; none of anything else."""
+        items = values.items() if isinstance(values, Mapping) else ()
+        return cls({str(name): value for name, value in items if _is_number(value)})
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 FILTERS: dict[str, Callable[..., Any]] = {"size": size, "duration": duration, "number": number, "moment": moment}

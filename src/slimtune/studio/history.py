@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from slimtune.errors import SlimtuneError
 from slimtune.storage.text_files import read_json
+from slimtune.studio.figures import Numbers
 from slimtune.studio.jobs import Job, Jobs, Process
 
 RUN_SUFFIX = ".run"
@@ -82,6 +83,11 @@ class Run:
         return self.state in ("queued", "running")
 
     @property
+    def figures(self) -> Numbers:
+        """The numbers of results.json."""
+        return Numbers.of(self.results)
+
+    @property
     def base(self) -> str:
         """The model that was tuned; empty where it isn't known."""
         return str(self.results.get("base") or _at(self.facts, "recipe", "model", "name") or "")
@@ -146,8 +152,8 @@ def _read(path: Path, job: Job | None) -> Run | None:
     try:
         mark = next((name for name in _KINDS if (path / name).is_file()), None)
         process = _holder(under_way)
-        facts, fault = _json(under_way / RUN_FACTS)
-        results, damage = _json(path / RESULTS) if mark == RESULTS else ({}, None)
+        facts, fault = read_json_mapping(under_way / RUN_FACTS)
+        results, damage = read_json_mapping(path / RESULTS) if mark == RESULTS else ({}, None)
         can_resume = any(under_way.glob("checkpoint-*"))
         changed = max(_changed(each) for each in (path, under_way, under_way / "loss.jsonl"))
     except OSError as error:
@@ -186,7 +192,7 @@ def _holder(under_way: Path) -> Process | None:
     return process if process is not None and process.is_alive and process.began <= written + 1 else None
 
 
-def _json(path: Path) -> tuple[Mapping[str, Any], str | None]:
+def read_json_mapping(path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The mapping in a file, or what is wrong with it; empty where there is no file."""
     try:
         status = path.stat()

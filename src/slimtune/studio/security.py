@@ -127,8 +127,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        is_answered = False
+
         async def send_on(message: Message) -> None:
+            nonlocal is_answered
             if message["type"] == "http.response.start":
+                is_answered = True
                 headers = MutableHeaders(scope=message)
                 if scope["path"].startswith("/static/"):
                     # Kept by the browser, which asks each time whether it is still the same.
@@ -141,7 +145,13 @@ class Guard:
         if refused is not None:
             await refused(scope, receive, send_on)
             return
-        await self.app(scope, _bounded(receive, self.access.max_body(scope["path"])), send_on)
+        try:
+            await self.app(scope, _bounded(receive, self.access.max_body(scope["path"])), send_on)
+        except Exception:
+            # Here, so that a failure has the headers of every other answer; its traceback goes to the log.
+            if not is_answered:
+                await self.refuse(Request(scope), 500, "refused.failed")(scope, receive, send_on)
+            raise
 
     def _refused(self, request: Request) -> Response | None:
         headers, path = request.headers, request.url.path

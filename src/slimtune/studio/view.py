@@ -28,11 +28,14 @@ class Page(APIRouter):
         path: where the navigation leads.
         order: its place in the navigation, from the left; None leaves it out.
         uploads: paths that take files.
+        of_run: where the page of a run that is done leads with its name, as `/chat?adapter=`; empty for nowhere.
     """
 
-    def __init__(self, name: str, path: str, order: int | None = None, uploads: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, name: str, path: str, order: int | None = None, uploads: tuple[str, ...] = (), of_run: str = ""
+    ) -> None:
         super().__init__()
-        self.name, self.path, self.order, self.uploads = name, path, order, uploads
+        self.name, self.path, self.order, self.uploads, self.of_run = name, path, order, uploads, of_run
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Studio:
     pages: tuple[Page, ...]
     templates: Environment
     languages: dict[str, Texts] = field(repr=False)
+
+    @property
+    def shown_folder(self) -> Path:
+        """The folder as a command names it: from where the studio was started, if it lies below."""
+        here = Path.cwd()
+        return self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
 
     def run_folder(self, name: str) -> Path:
         """The folder of a run. Raises: NoSuchRunError, for a name that is none or leads elsewhere."""

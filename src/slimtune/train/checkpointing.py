@@ -36,6 +36,8 @@ from slimtune.train.state import environment, trained_state, training_state
 
 LOSS_LOG, SAMPLES_LOG = LOGS = ("loss.jsonl", "samples.jsonl")
 """What a run writes line by line; a checkpoint holds it as far as it goes."""
+PROGRESS = "progress.json"
+"""How far a run is, for whoever looks on; it ends with the run."""
 WEIGHTS, TRAINING, FACTS = "weights", "training", "facts.json"
 TRAINER_STATE = "trainer_state.json"
 MANIFEST = "manifest.json"

@@ -23,6 +23,7 @@ from slimtune.recipe.training import TrainSettings
 from slimtune.train.arguments import arguments, check_device, check_settings, run_identity, use_one_gpu
 from slimtune.train.checkpointing import (
     LOSS_LOG,
+    PROGRESS,
     SAMPLES_LOG,
     TRAINER_STATE,
     BestCheckpoint,
@@ -33,7 +34,7 @@ from slimtune.train.checkpointing import (
 from slimtune.train.checks import DivergedError, EachDeltaLearns, InterruptedRunError, LastGood, StopOnSignal
 from slimtune.train.optimizer import OffloadedAdamW
 from slimtune.train.processes import is_lost_connection, lost, place_of, share_of, start
-from slimtune.train.progress import SCORES, LossLog, ProgressBar, ReproducibilityCheck, Samples
+from slimtune.train.progress import SCORES, LossLog, ProgressBar, ProgressFile, ReproducibilityCheck, Samples
 from slimtune.train.sharing import group_prefixes, sharing
 from slimtune.train.state import load_trained_state
 from slimtune.train.trainer import AnswerTrainer, TrainerSpec, supervised
@@ -132,6 +133,7 @@ def fine_tune(
                 # The log before the checkpoints, which copy its file.
                 EachDeltaLearns(model, lambda line: log(f"warning: {line}")),
                 LossLog(folder / LOSS_LOG, process.is_main),
+                ProgressFile(folder / PROGRESS, process.is_main),
                 ReproducibilityCheck(checkpointer.earlier_losses, 0.0 if device == "cpu" else 1e-3, log),
                 bar,
                 *samples,

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import warnings
@@ -26,15 +25,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from slimtune.adapters.forward import check_head
 from slimtune.console.process import this_process
 from slimtune.core.delta import deltas_of
-from slimtune.errors import (
-    ConfigError,
-    MissingDependencyError,
-    SlimtuneError,
-    TrainingError,
-    check_choice,
-    did_you_mean,
-    listing,
-)
+from slimtune.errors import ConfigError, SlimtuneError, TrainingError, check_choice, did_you_mean, listing, require
 from slimtune.evaluate.user_scorer import function_of
 from slimtune.recipe.preference import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
@@ -46,9 +37,8 @@ def check_task(task: str, settings: PreferenceSettings) -> None:
     """Check all that needs no model; raises ConfigError, MissingDependencyError."""
     check_choice("task", task, PREFERENCE_TASKS)
     settings.check_for(task)
-    for library in ("trl", "datasets"):
-        if importlib.util.find_spec(library) is None:
-            raise MissingDependencyError(f"task {task} trains through {library}: pip install slimtune[trl,train]")
+    require("trl", extra="trl,train", purpose=f"task {task}")
+    require("datasets", extra="trl,train", purpose=f"task {task}")
     if task == "grpo":
         reward_of(settings.reward or EXACT_MATCH)
 

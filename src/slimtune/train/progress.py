@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.text import Text
@@ -18,12 +19,14 @@ from slimtune.console.progress import Counting
 from slimtune.data.batches import IGNORED, pad_id_of
 from slimtune.errors import ConfigError
 from slimtune.evaluate.generation import sampling
+from slimtune.storage.atomic import write_file
 
 KEPT = ("loss", "grad_norm", "learning_rate", "epoch", "reward", "kl")
 """What is written of each logged step, beside everything in a group of KEPT_GROUPS, `eval_` in front or not."""
 KEPT_GROUPS = ("rewards/", "completions/")
 SCORES = ("rewards/accuracies", "rewards/margins", "reward")
 """Of held-out pairs the share in the right order, and how far apart they are; of held-out prompts the reward."""
+_PROGRESS_SECONDS = 1.0
 _EXTRA_TOKENS = 32
 """Tokens that a sampled answer may have beyond twice the expected one."""
 _SHOWN = 200
@@ -88,6 +91,51 @@ class LossLog(TrainerCallback):
 
 def _is_score(name: str) -> bool:
     return name.startswith("eval_") and "/" not in name and not name.endswith(("_second", "_runtime"))
+
+
+class ProgressFile(TrainerCallback):
+    """How far the run is, in a file for whoever looks on from another process.
+
+    Args:
+        writes: off in all but one of several processes.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.began = self.written_at = 0.0
+        self.first_step = self.first_tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Steps of earlier sessions count as done, but not for the speed."""
+        self.began, self.first_step, self.first_tokens = (
+            time.monotonic(),
+            state.global_step,
+            state.num_input_tokens_seen,
+        )
+        self._write(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write, if the file is older than a second."""
+        if time.monotonic() - self.written_at >= _PROGRESS_SECONDS or state.global_step >= state.max_steps:
+            self._write(state)
+
+    def _write(self, state: Any) -> None:
+        if not self.writes:
+            return
+        self.written_at = time.monotonic()
+        seconds = max(self.written_at - self.began, 1e-9)
+        done = state.global_step - self.first_step
+        on_gpu = torch.cuda.is_available()
+        progress = {
+            "step": state.global_step,
+            "steps": state.max_steps,
+            "tokens": state.num_input_tokens_seen,
+            "tokens_per_second": (state.num_input_tokens_seen - self.first_tokens) / seconds if done else None,
+            "seconds_left": (state.max_steps - state.global_step) * seconds / done if done else None,
+            # What the plan is about: the peak of the GPU's tensors, or the main memory of the process.
+            "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss,
+        }
+        write_file(self.path, json.dumps(progress))
 
 
 class ReproducibilityCheck(TrainerCallback):

@@ -8,7 +8,6 @@ import platform
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from slimtune.errors import MissingDependencyError
+from slimtune.errors import require
 from slimtune.recipe.recipe import ModelSettings
 from slimtune.train.loop import Outcome
 from slimtune.train.processes import shards
@@ -51,13 +50,9 @@ def save_model(folder: Path, model: Any, tokenizer: Any, writes: bool = True, ha
 
 
 def check_dependencies() -> None:
-    """Import what a run needs at its end, and its Trainer from the start on. Raises: MissingDependencyError."""
-    for what, module in (("the loss curve", "matplotlib.figure"), ("the Trainer", "accelerate")):
-        try:
-            import_module(module)
-        except ImportError as error:
-            name = module.partition(".")[0]
-            raise MissingDependencyError(f"{what} needs {name}: run `pip install 'slimtune[train]'`") from error
+    """See that what a run needs at its end is there, and its Trainer from the start. Raises: MissingDependencyError."""
+    require("matplotlib", extra="train", purpose="the loss curve")
+    require("accelerate", extra="train", purpose="the Trainer")
 
 
 def plot_losses(loss_file: Path, picture: Path) -> None:

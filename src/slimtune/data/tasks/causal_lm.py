@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from slimtune.data.batches import Encoded, Objective, PackRows, pad_id_of
+from slimtune.data.batches import Encoded, Limit, Objective, PackRows, pad_id_of
 from slimtune.data.chat_template import use_template
-from slimtune.data.encode import EncodedRows, encode, refuse_split
+from slimtune.data.encode import EncodedRows, WholeExamples, encode, encode_whole, fitted, refuse_split
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import SourceRows, Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
@@ -39,6 +39,7 @@ class Conversations:
     splits: Splits
     settings: DataSettings
     seed: int = 0
+    _whole: dict[Any, list[WholeExamples]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     task = "text"
     task_type = "CAUSAL_LM"
@@ -63,11 +64,22 @@ class Conversations:
             # Before hours of encoding and training: a model that mixes up its examples would learn all the same.
             check_packs(model)
 
+    def whole(self, tokenizer: Any) -> list[WholeExamples]:
+        """The examples of each source to train on, of any length: encoded once, for planning and for training."""
+        # By its files, which both read. One that was made in memory has no name that would tell it from others.
+        key = tokenizer.name_or_path or id(tokenizer), tokenizer.chat_template
+        if key not in self._whole:
+            bad_rows = self.settings.bad_rows
+            sources = self.splits.train
+            self._whole[key] = [encode_whole(s.rows, tokenizer, s.places, bad_rows) for s in sources]
+        return self._whole[key]
+
     def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
         """The ids with what is learned of them; raises DataError, ConfigError if the model can't pack."""
         self.prepare(model, tokenizer)
         positions = positions_of(model)
-        encoded = encode_sources(self.splits.train, self.settings, tokenizer, positions)
+        limit = Limit(self.settings.max_length, self.settings.too_long, positions)
+        encoded = [fitted(whole, limit) for whole in self.whole(tokenizer)]
         held_out_rows = encode_sources(self.splits.held_out, self.settings, tokenizer, positions)
         held_out = [example for rows in held_out_rows for example in rows.examples]
         examples = mixed(self.splits.train, encoded, self.seed)

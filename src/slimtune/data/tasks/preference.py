@@ -13,7 +13,7 @@ from slimtune.data.reading import Splits, names_of
 from slimtune.data.rows import Conversation, Judged, Pair, Preference, Prompt, Turn
 from slimtune.data.settings import DataSettings
 from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, held_out_note, lost, sample_of
-from slimtune.errors import ConfigError, DataError, MissingDependencyError
+from slimtune.errors import ConfigError, DataError, require
 
 Said = str | list[Turn]
 
@@ -141,8 +141,7 @@ def lengths_of(row: Any, tokenizer: Any) -> list[int]:
 
 
 def _dataset(rows: Sequence[Any], tokenizer: Any) -> Any:
-    try:
-        from datasets import Dataset
-    except ImportError as error:
-        raise MissingDependencyError("preferences need datasets: run `pip install 'slimtune[train]'`") from error
+    require("datasets", extra="train", purpose="training on preferences")
+    from datasets import Dataset
+
     return Dataset.from_list([trl_columns(row, tokenizer) for row in rows])

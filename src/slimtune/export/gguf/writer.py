@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimtune.errors import ConfigError, MissingDependencyError, check_choice
+from slimtune.errors import ConfigError, check_choice, require
 from slimtune.export.gguf.architectures import Architecture, Place, context_limit, places_of, rope_factors
 from slimtune.export.gguf.quantize import KINDS, Blocks, byte_shape, decoded, encoded, kind_of
 from slimtune.export.gguf.tokenizer import vocabulary_of
@@ -33,12 +33,7 @@ class Entry:
 
 def require_gguf() -> None:
     """Raises: MissingDependencyError, where the `gguf` package isn't installed."""
-    try:
-        import gguf  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise MissingDependencyError(
-            "GGUF files need a package that is not installed: run `pip install gguf`"
-        ) from error
+    require("gguf", extra="gguf", purpose="writing GGUF")
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from slimtune.errors import SlimtuneError
 from slimtune.studio.chat_server import ChatServer, find_bases, headers
 from slimtune.studio.view import CurrentView, Page, View
 
-PAGE = Page("chat", "/chat", order=50)
+PAGE = Page("chat", "/chat", order=50, of_run="/chat?adapter=")
 
 
 class Question(BaseModel):

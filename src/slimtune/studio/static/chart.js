@@ -34,7 +34,8 @@ function draw(figure, spec) {
       width: 2,
       dash: index >= 6 ? [6, 4] : undefined,
       spanGaps: true,
-      points: { show: each.x.length < 2 || each.points === true },
+      // A single point has no line; and those of an evaluation are few.
+      points: { show: () => each.x.length < 2 || each.points === true },
     }))],
   }, aligned(spec.series), figure);
   charts.set(figure, { plot, spec });

@@ -22,3 +22,22 @@ document.addEventListener("htmx:after:swap", () => {
   }
 });
 for (const log of document.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;
+
+// Mistakes of a form, each beside its field: the event "mistakes" has {fields: {id: sentence}}, and clears all others.
+document.addEventListener("mistakes", (event) => {
+  const { fields } = event.detail;
+  for (const error of document.querySelectorAll(".error[id^='error-']")) {
+    const id = error.id.slice("error-".length);
+    error.textContent = fields[id] ?? "";
+    document.getElementById(id)?.toggleAttribute("aria-invalid", id in fields);
+    if (id in fields) document.getElementById(id)?.setAttribute("aria-invalid", "true");
+  }
+});
+
+// A link to a field opens what the field is folded into.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("a[href^='#']");
+  const field = link && document.getElementById(link.getAttribute("href").slice(1));
+  field?.closest("details")?.setAttribute("open", "");
+  field?.focus();
+});
