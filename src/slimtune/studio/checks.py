@@ -112,7 +112,7 @@ def read_checks(runs: Path, jobs: Jobs) -> list[Check]:
 def read_check(runs: Path, jobs: Jobs, name: str, by_name: Mapping[str, list[Job]] | None = None) -> Check:
     """The check or comparison of this name. Raises: NoSuchRunError for a name that is none."""
     folder = run_path(runs, name)
-    own = (_jobs_by_name(jobs) if by_name is None else by_name).get(name, [])
+    own = jobs.named(name) if by_name is None else by_name.get(name, [])
     if _kind(folder) == "check":
         return _read_check(folder, own)
     return _read_comparison(folder, own)
