@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from compare.browser import browser
+from browser import browser
 from slimtune.slim.measure import SlimRow
 from slimtune.slim.recipe import shipped
 from slimtune.slim.report import SlimReport, write_report
