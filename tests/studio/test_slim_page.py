@@ -150,6 +150,12 @@ def test_what_the_forms_run_are_commands(tmp_path: Path) -> None:
             422,
             "no setting",
         ),
+        (
+            "models",
+            {"run": "orders", "how": "slim-int4", "data": "x.jsonl", "changes": "evaluation.scorer=x.py:f"},
+            422,
+            "code in a file",
+        ),
         ("models", {"run": "orders", "how": "../recipe", "data": "x.jsonl"}, 422, "no recipe"),
         ("models", {"run": "orders", "how": "quantize:W1"}, 422, "W4A16"),
     ],

@@ -11,7 +11,7 @@ from slimtune.errors import ConfigError, SlimtuneError, check_choice
 from slimtune.storage.atomic import write_file
 from slimtune.storage.source import ADAPTER, base_of
 from slimtune.storage.text_files import parse, read_json
-from slimtune.studio.checks import free_name, last_json
+from slimtune.studio.checks import free_name, last_json, refuse_code
 from slimtune.studio.history import RUN_SUFFIX, run_path
 from slimtune.studio.jobs import OWN_FOLDER, Job, Jobs
 from slimtune.studio.run_files import files_of
@@ -136,6 +136,7 @@ def begin_quantize(runs: Path, jobs: Jobs, run: str, scheme: str, data: str) -> 
 
 def begin_slim(runs: Path, jobs: Jobs, run: str, recipe: str, data: str, changes: Sequence[str]) -> str:
     """Queue `slimtune slim` with a recipe that ships; the name of what it writes. Raises: ConfigError."""
+    from slimtune.recipe.recipe import overridden
     from slimtune.slim.recipe import SlimRecipe, shipped
 
     known = shipped()
@@ -148,6 +149,7 @@ def begin_slim(runs: Path, jobs: Jobs, run: str, recipe: str, data: str, changes
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, known[recipe])
     overrides = [f"model={source}", f"data.train={data}", *changes]
+    refuse_code(overridden(parse(known[recipe]), overrides))
     # What can be wrong is said now and not by a job that fails.
     SlimRecipe.read(path, overrides, runs / name)
     jobs.add(name, ["slim", str(path), *overrides, "--output", str(runs / name)])

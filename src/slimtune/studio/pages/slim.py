@@ -27,7 +27,7 @@ from slimtune.studio.exports import (
 from slimtune.studio.history import NoSuchRunError
 from slimtune.studio.view import CurrentView, Page, View
 
-PAGE = Page("slim", "/slim", order=60)
+PAGE = Page("slim", "/slim", order=60, of_run="/slim?run=")
 QUANTIZE = "quantize:"
 """In front of a scheme, where a recipe's name could stand."""
 
@@ -58,7 +58,7 @@ def export(
     kind: Annotated[str, Form()] = "",
 ) -> Response:
     """Queue an export, and lead to it."""
-    name = begin_export(view.studio.folder, view.studio.jobs, run, to, kind)
+    name = begin_export(view.studio.shown_folder, view.studio.jobs, run, to, kind)
     return view.go(f"/slim/results/{name}")
 
 
@@ -71,7 +71,7 @@ def make_smaller(
     changes: Annotated[str, Form()] = "",
 ) -> Response:
     """Queue a quantization or a recipe of steps, and lead to it."""
-    runs, jobs = view.studio.folder, view.studio.jobs
+    runs, jobs = view.studio.shown_folder, view.studio.jobs
     if how.startswith(QUANTIZE):
         name = begin_quantize(runs, jobs, run, how.removeprefix(QUANTIZE), data.strip())
     else:
