@@ -37,14 +37,13 @@ def test_what_becomes_of_long_rows_is_told(task: str, where: str, too_long: str,
     short, long = ROWS[task]
     other = {**short, "label": "b"} if "label" in short else short
     few, more = [short, other], [short, other, long, long]
-    files = {
-        name: write_lines(tmp_path / f"{name}.jsonl", *(more if name == where else few))
-        for name in ("train", "held_out")
-    }
-    settings = DataSettings(str(files["train"]), held_out=[str(files["held_out"])], max_length=40, too_long=too_long)
-    model, tokenizer = (
-        (t5(), seq2seq_tokenizer(starts=False)) if task == "seq2seq" else (tiny_model(), tiny_tokenizer())
-    )
+    train = write_lines(tmp_path / "train.jsonl", *(more if where == "train" else few))
+    held_out = write_lines(tmp_path / "held_out.jsonl", *(more if where == "held_out" else few))
+    there = 0.0 if where == "nowhere" else [str(held_out)]
+    settings = DataSettings(str(train), held_out=there, max_length=40, too_long=too_long)
+    is_encoder_decoder = task == "seq2seq"
+    model = t5() if is_encoder_decoder else tiny_model()
+    tokenizer = seq2seq_tokenizer(starts=False) if is_encoder_decoder else tiny_tokenizer()
     told = [part for part in read(settings, task).encode(model, tokenizer).report if isinstance(part, Remark)]
     lost = [remark.warning for remark in told if remark.warning.endswith((" dropped", " cut"))]
     unit = {"text": "example", "seq2seq": "pair", "dpo": "row"}.get(task, "text")
