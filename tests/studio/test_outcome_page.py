@@ -141,6 +141,17 @@ def test_a_comparison_is_a_command_by_the_recipe_of_the_run(tmp_path: Path, monk
     assert next(iter(Jobs(runs))).state == "stopped"
 
 
+def test_a_comparison_runs_no_code_that_a_recipe_names(tmp_path: Path) -> None:
+    base, runs = save_runs(tmp_path)
+    for extra in ({"evaluation": {"scorer": "own.py:score"}}, {"compare": {"scorer": "own.py:score"}}):
+        save_recipe(runs, base, held_out=0.2)
+        path = runs / "orders" / "recipe.yaml"
+        path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+        refused = open_studio(runs).post("/outcome/checks", data={"run": "orders", "kind": "comparison"})
+        assert (refused.status_code, "code in a file" in refused.text) == (422, True)
+    assert not list(Jobs(runs))
+
+
 def test_a_vote_is_kept_once_and_by_who_was_where(tmp_path: Path) -> None:
     votes, contest = Votes(tmp_path), Contest.between(tmp_path, "tiny", "orders", "")
     assert contest == Contest.between(tmp_path, "tiny", "", "orders")

@@ -112,7 +112,7 @@ def read_checks(runs: Path, jobs: Jobs) -> list[Check]:
 def read_check(runs: Path, jobs: Jobs, name: str, by_name: Mapping[str, list[Job]] | None = None) -> Check:
     """The check or comparison of this name. Raises: NoSuchRunError for a name that is none."""
     folder = run_path(runs, name)
-    own = (_jobs_by_name(jobs) if by_name is None else by_name).get(name, [])
+    own = jobs.named(name) if by_name is None else by_name.get(name, [])
     if _kind(folder) == "check":
         return _read_check(folder, own)
     return _read_comparison(folder, own)
@@ -191,9 +191,14 @@ class ComparisonSettings:
 
 
 def begin_comparison(runs: Path, jobs: Jobs, run: str, settings: ComparisonSettings) -> str:
-    """Queue a comparison by the recipe of a run; its name. Raises: ConfigError, for a run without one."""
+    """Queue a comparison by the recipe of a run; its name.
+
+    Raises: ConfigError, for a run without a recipe, or one that would run code.
+    """
     source = run_path(runs, run)
-    held_out = _recipe_values(source)["data"].get("held_out")
+    values = _recipe_values(source)
+    refuse_code(values)
+    held_out = values["data"].get("held_out")
     if not settings.held_out and not held_out:
         raise ConfigError(f"{run} held no rows out to ask; name a file of questions, or a share such as 0.1")
     name = free_name(runs, f"{run}-comparison")
@@ -211,6 +216,21 @@ def free_name(runs: Path, stem: str) -> str:
     taken = {path.name for path in runs.iterdir()} | set(Jobs(runs).latest())
     names = (stem if number == 1 else f"{stem}-{number}" for number in range(1, len(taken) + 2))
     return next(name for name in names if name not in taken)
+
+
+def refuse_code(values: Any, place: str = "") -> None:
+    """Raises: ConfigError, for settings by which a command would run a file of Python, or a model's own code."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            refuse_code(value, f"{place}.{name}".lstrip("."))
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            refuse_code(value, f"{place}.{number}")
+    runs_code = (isinstance(values, str) and ".py:" in values) or (
+        values is True and place.endswith("trust_remote_code")
+    )
+    if runs_code:
+        raise ConfigError(f"{place} has code in a file run, which the studio doesn't do; use the command in a terminal")
 
 
 def checkable(runs: Path) -> list[str]:

@@ -31,7 +31,7 @@ from slimtune.studio.history import NoSuchRunError
 from slimtune.studio.view import CurrentView, Page, View
 from slimtune.studio.votes import Ballot, Choice, Contest, Votes
 
-PAGE = Page("outcome", "/outcome", order=40)
+PAGE = Page("outcome", "/outcome", order=40, of_run="/outcome?run=")
 PER_PAGE = 10
 
 
@@ -61,7 +61,7 @@ def show(view: CurrentView, run: str = "") -> Response:
 @PAGE.post("/outcome/checks")
 def begin(view: CurrentView, form: Annotated[CheckForm, Form()]) -> Response:
     """Queue a check or a comparison, and lead to it."""
-    runs, jobs = view.studio.folder, view.studio.jobs
+    runs, jobs = view.studio.shown_folder, view.studio.jobs
     if form.kind == "check":
         name = begin_check(runs, jobs, form.run, CheckSettings(form.held_out, form.limit, form.shots, form.texts))
     else:
