@@ -277,6 +277,46 @@ def test_trl_s_head_gives_the_model_s_own_loss_and_gradients(kind: str) -> None:
     assert model.eval().generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2).shape == (2, 9)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shifted"),
+    # A prompt makes room in labels, and not in labels that are shifted already.
+    [(kind, shifted) for kind in FUSED for shifted in (False, True) if not (shifted and kind.startswith("p"))],
+)
+def test_trl_s_head_scores_the_learned_tokens_alone(shifted: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl.trainer import utils
+
+    rows: list[int] = []
+    apply = utils._ChunkedLogProbFunction.apply
+
+    def counted(hidden: Any, *rest: Any) -> Any:
+        rows.append(hidden.numel() // hidden.shape[-1])
+        return apply(hidden, *rest)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", counted)
+    specimen, config = FUSED[kind]
+    shared = {name: value for name, value in specimen.batch().items() if name != "labels"}
+    labels = specimen.batch()["labels"].clone()
+    labels[:, :4] = -100
+    targets = {"shift_labels": torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]} if shifted else {}
+    found = []
+    for ours in (False, True):
+        model = randomize(slimtune, slimtune.get_peft_model(specimen.model(), config())).train()
+        with monkeypatch.context() as patched:
+            if not ours:
+                patched.setattr("slimtune.adapters.model.on_learned_tokens", lambda model, forward: forward)
+            utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        output = model(**shared, **(targets or {"labels": labels}), fused_lm_head=True)
+        output.log_probs.sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        given = {
+            name: getattr(output, name).float() for name in ("loss", "log_probs", "entropy", "is_top1", "label_mask")
+        }
+        found.append({n: v.detach() for n, v in (given | gradients).items()})
+    assert_all_near(found[1], found[0], 1e-5)
+    learned = int((labels[:, 1:] != -100).sum())
+    assert rows[1] == learned < rows[0]
+
+
 def test_an_adapter_on_the_head_that_trl_would_pass_by_is_refused(sft_rows: Any, tmp_path: Path) -> None:
     config = slimtune.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ConfigError, match="an adapter on the head would not be trained; leave the head out") as told:

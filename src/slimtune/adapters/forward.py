@@ -25,6 +25,9 @@ from slimtune.core.delta import deltas_of, standing_in
 from slimtune.core.roles import recomputes
 from slimtune.errors import ConfigError, listing
 
+_IGNORED = -100
+"""The label of a token that isn't learned, as torch's cross entropy has it."""
+
 
 def wrapped(model_type: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     """This model type's own methods that adapters take part in, wrapped; their signatures stay its own."""
@@ -177,6 +180,56 @@ def check_head(model: Any, otherwise: str = "") -> None:
             f"TRL multiplies by the head's weight, and this head is a {type(head).__name__} of {head.weight.dtype}; "
             f"load the model with its head in 16 bits{otherwise}"
         )
+
+
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+"""What TRL's forward gives of each token."""
+_COMPACT = ("cuda", "xpu")
+"""Where TRL's kernels score the learned tokens alone by themselves."""
+
+
+def on_learned_tokens(model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """TRL's forward, whose head scores the tokens that are learned and no others on every device.
+
+    On a processor TRL (1.16) multiplies the hidden states of the whole batch by the head, forward, once more in the
+    backward pass and for the gradient, and fills in 0 for what isn't learned. What comes out is the same.
+    """
+
+    @functools.wraps(forward)
+    def scored(
+        *args: Any, fused_lm_head: bool = False, labels: Any = None, shift_labels: Any = None, **kwargs: Any
+    ) -> Any:
+        given = {"labels": labels, "shift_labels": shift_labels, "fused_lm_head": fused_lm_head}
+        as_it_is = functools.partial(forward, *args, **kwargs, **{n: v for n, v in given.items() if v is not None})
+        backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+        if not fused_lm_head or backbone is None or (labels is None and shift_labels is None):
+            return as_it_is()
+        targets = labels[:, 1:] if shift_labels is None else shift_labels
+        learned = targets != _IGNORED
+        count = int(learned.sum())
+        # Of a batch in which nothing is learned, the zeros have to hang together with the model.
+        if targets.device.type in _COMPACT or not 0 < count < learned.numel():
+            return as_it_is()
+
+        def pick(module: nn.Module, args: Any, output: Any) -> Any:
+            # (B, T, features) to (1, learned, features).
+            states = output.last_hidden_state if shift_labels is not None else output.last_hidden_state[:, :-1]
+            output["last_hidden_state"] = states[learned.to(states.device)][None]
+            return output
+
+        hook = backbone.register_forward_hook(pick)
+        try:
+            output = forward(*args, fused_lm_head=True, shift_labels=targets[learned][None], **kwargs)
+        finally:
+            hook.remove()
+        for name in PER_TOKEN:
+            if (values := getattr(output, name, None)) is not None:
+                there = learned.to(values.device)
+                setattr(output, name, values.new_zeros(there.shape).masked_scatter(there, values))
+        output.label_mask = learned
+        return output
+
+    return scored
 
 
 def is_around(model: Any) -> bool:

@@ -36,7 +36,7 @@ from slimtune.adapters.adopt import (
     adopt_head,
 )
 from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
-from slimtune.adapters.forward import check_head, is_around, is_from_trl, put_inside, wrapped
+from slimtune.adapters.forward import check_head, is_around, is_from_trl, on_learned_tokens, put_inside, wrapped
 from slimtune.adapters.fused_experts import onto_fused_experts
 from slimtune.adapters.merge import merge, merge_plain, released, unmerge
 from slimtune.adapters.model_views import PeftNames
@@ -232,6 +232,7 @@ class PeftModel(PeftNames, Adopted):
         """
         if name == "forward" and is_from_trl(value):
             check_head(self)
+            value = on_learned_tokens(self, value)
             if is_around(self):
                 name, value = "instance_forward", put_inside(self, value)
         super().__setattr__(name, value)
