@@ -69,6 +69,13 @@ def save_base(folder: Path, chat_template: str | None = CHATML, **changes: Any) 
     return folder
 
 
+def save_half_base(folder: Path) -> Path:
+    """The same in bfloat16, as most models are stored."""
+    tiny_model().to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def orders(count: int) -> list[Example]:
     """The first orders of the demo's task."""
     return make_orders(count, 1)[0]

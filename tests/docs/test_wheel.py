@@ -11,17 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.models.device import native_dtype
-
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-
-
-# What the README says for processors that only emulate 16 bits.
-IN_FLOAT32 = {
-    "train": "model.dtype=float32", "compare": "model.dtype=float32",
-    "evaluate": "--dtype=float32", "chat": "--dtype=float32", "merge": "--dtype=float32",
-}  # fmt: skip
 
 
 def section(title: str, language: str = "") -> list[str]:
@@ -53,7 +44,6 @@ def test_the_readme_is_typed_from_top_to_bottom(tmp_path: Path) -> None:
     for line in [*compared.splitlines(), *typed.splitlines()]:
         words = shlex.split(line, comments=True)
         words += ["--dry-run"] if words[1] == "compare" else []
-        words += [IN_FLOAT32[words[1]]] if words[1] in IN_FLOAT32 and native_dtype() == "float32" else []
         run(words, folder, clean)
     assert (folder / "merged" / "model.safetensors").is_file()
 

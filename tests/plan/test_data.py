@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import slimtune.data.encode as encode_module
+from slimtune.data.chat_template import use_template
 from slimtune.data.encode import encode
 from slimtune.data.lengths import Lengths
 from slimtune.data.reading import read_rows
+from slimtune.data.settings import DataSettings
+from slimtune.data.tasks import causal_lm
+from slimtune.data.tasks.registry import read
 from slimtune.errors import ConfigError, DataError
-from slimtune.plan.data import measure, uniform
-from small_text_model import orders, tiny_tokenizer, write_lines
+from slimtune.models.load import load_tokenizer
+from slimtune.plan.data import measure, measure_read, uniform
+from small_text_model import orders, tiny_model, tiny_tokenizer, write_lines
 
 LENGTHS = Lengths((3, 5, 8, 8, 13, 20), learned=30)
 
@@ -25,6 +32,28 @@ def test_conversations_are_measured_as_they_are_trained(tmp_path: Path) -> None:
     assert (found.examples, found.total, found.longest) == (30, prepared.tokens, prepared.longest)
     assert found.learned == prepared.learned < found.total
     assert list(found.tokens) == sorted(found.tokens)
+
+
+def test_planning_and_training_encode_the_rows_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path / "orders.jsonl", *({"messages": e.messages()} for e in orders(5)))
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    counted: list[int] = []
+
+    def encode_whole(rows: list[Any], *args: Any) -> Any:
+        counted.append(len(rows))
+        return encode_module.encode_whole(rows, *args)
+
+    monkeypatch.setattr(causal_lm, "encode_whole", encode_whole)
+    data = read(settings := DataSettings(path))
+    # Each loads the tokenizer for itself.
+    planned, trained = (load_tokenizer(str(tmp_path / "model")) for _ in range(2))
+    lengths = measure_read(data, settings, planned).lengths
+    assert lengths.total == sum(len(e.input_ids) for e in data.encode(tiny_model(), trained).examples)
+    assert counted == [5]
+    # Under another template the same rows are others.
+    use_template(trained, "plain")
+    assert measure_read(data, settings, trained).lengths.total != lengths.total
+    assert counted == [5, 5]
 
 
 def test_texts_with_labels(tmp_path: Path) -> None:

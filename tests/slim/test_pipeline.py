@@ -240,6 +240,18 @@ def test_mistakes_are_found_before_anything_is_loaded(
     assert said in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("layers", [[3], [2, 2], [0]])
+def test_layers_out_of_range_are_found_before_anything_is_measured(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: list[int]
+) -> None:
+    monkeypatch.setattr(pipeline, "measured", lambda *a: pytest.fail("it measured"))
+    steps = ", ".join(f"{{prune: {{layers: {count}}}}}" for count in layers)
+    result = run("slim", recipe, f"steps=[{steps}]")
+    assert result.exit_code == 2, result.output
+    assert "layers says how many are left" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_recipes_are_whole(name: str, tmp_path: Path) -> None:
     printed = run("slim", name, "--example")

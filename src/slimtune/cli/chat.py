@@ -49,7 +49,7 @@ def chat(
     """
     from slimtune.models.load import LoadOptions
 
-    options = LoadOptions(dtype, device, trust_remote_code, quantize)
+    options = LoadOptions(dtype, device, trust_remote_code, quantize, computes="tokens")
     loaded, tokenizer = load_text_model(model, adapter, options)
     opening = [{"role": "system", "content": system}] if system else []
     session = ChatSession(loaded, tokenizer, max_new_tokens, temperature, opening)

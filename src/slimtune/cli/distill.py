@@ -177,6 +177,7 @@ def _with_answers(recipe: Recipe, teacher: str, max_new_tokens: int, screen: Any
     if _is_file_of_answers(teacher):
         return recipe
     path = answers_beside(Path(recipe.output))
-    options = LoadOptions(device=recipe.model.device, trust_remote_code=recipe.model.trust_remote_code)
+    base = recipe.model
+    options = LoadOptions(device=base.device, trust_remote_code=base.trust_remote_code, computes="batches")
     write_answers(teacher, recipe.data, path, screen, max_new_tokens, options)
     return replace(recipe, data=replace(recipe.data, train=(Source(str(path)),)))

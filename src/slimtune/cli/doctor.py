@@ -156,7 +156,9 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["devices"][0]["capability"] != "AVX512":
         screen.print("4-bit bases work on this cpu, but slower than on one with AVX512, which expands them faster")
     if len(facts["devices"]) == 1 and facts["devices"][0]["native_dtype"] == "float32":
-        screen.print("this cpu only emulates 16 bits: train with model.dtype=float32, which is several times faster")
+        screen.print(
+            "this cpu only emulates 16 bits: what trains or answers computes in float32, unless a dtype is given"
+        )
     for gap in facts["missing"]:
         verb = "is" if len(gap["packages"]) == 1 else "are"
         # Not as markup, which would take the brackets of an extra for a style.

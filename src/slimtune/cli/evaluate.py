@@ -118,7 +118,7 @@ def evaluate(
 
     screen, typed = open_screen(as_json), set(written(ctx))
     _refuse_what_changes_nothing(typed, lm_eval, task, shots)
-    source = EvaluatedModel(model, LoadOptions(dtype, device, trust_remote_code, quantize))
+    source = EvaluatedModel(model, LoadOptions(dtype, device, trust_remote_code, quantize, computes="batches"))
     if lm_eval is not None:
         # None and not 0: a task of the harness has a number of its own.
         few = shots if "shots" in typed else None

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from slimtune.cli import proposals
-from slimtune.cli.options import AdapterBase, Device, Dtype, Json, Output, Overwrite, TrustRemoteCode
+from slimtune.cli.options import AdapterBase, Device, Json, Output, Overwrite, StoredDtype, TrustRemoteCode
 from slimtune.console.screen import open_screen, print_json
 
 
@@ -45,7 +45,7 @@ def export(
         typer.Option(min=0.0, help="Refuse (exit code 1) if the outputs drift further than this KL divergence."),
     ] = None,
     overwrite: Overwrite = False,
-    dtype: Dtype = "auto",
+    dtype: StoredDtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

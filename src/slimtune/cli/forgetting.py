@@ -58,7 +58,7 @@ def forgetting(
     chosen = _texts(domains, texts, data)
     screen = open_screen(as_json)
     loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize}
-    model = Tuned.find(tuned, base, **loading)
+    model = Tuned.find(tuned, base, computes="batches", **loading)
     with Counting(screen) as counting:
         changes = measure(model, chosen, max_length, worst, watch=counting.watch)
     if plot:

@@ -53,7 +53,7 @@ def generate(
     from slimtune.evaluate.generation import generate_batch
     from slimtune.models.load import LoadOptions
 
-    options = LoadOptions(dtype, device, trust_remote_code, quantize)
+    options = LoadOptions(dtype, device, trust_remote_code, quantize, computes="tokens")
     loaded, tokenizer = load_text_model(model, adapter, options)
     set_seed(seed)
     prompts = [render(tokenizer, conversation, for_answer=True) for conversation in conversations]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from slimtune.cli import proposals
-from slimtune.cli.options import AdapterBase, Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, attach
+from slimtune.cli.options import AdapterBase, Device, Json, Output, Overwrite, StoredDtype, TrustRemoteCode, attach
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import AdapterFileError, ConfigError
 
@@ -38,7 +38,7 @@ def merge(
         ),
     ] = None,
     overwrite: Overwrite = False,
-    dtype: Dtype = "auto",
+    dtype: StoredDtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

@@ -57,7 +57,17 @@ Overwrite = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.", autocompletion=dtypes),
+    typer.Option(
+        metavar="TYPE",
+        help="auto (as stored; float32 where the processor only emulates 16 bits), bfloat16, float16 or float32.",
+        autocompletion=dtypes,
+    ),
+]
+StoredDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="TYPE", help="auto (as stored), bfloat16, float16 or float32.", autocompletion=dtypes
+    ),
 ]
 Device = Annotated[
     str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...", autocompletion=torch_devices)

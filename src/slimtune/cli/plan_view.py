@@ -11,7 +11,10 @@ from rich.text import Text
 
 from slimtune.data.lengths import PERCENTILES
 from slimtune.errors import counted, listing, needs
+from slimtune.models.device import cost_of_emulation, is_emulated
 from slimtune.pipeline.launch import with_processes
+from slimtune.pipeline.show_data import show_too_long
+from slimtune.plan.devices import CPU
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
 from slimtune.plan.recommend import Choice
@@ -159,6 +162,10 @@ def _show_question(screen: Console, report: PlanReport) -> None:
         f"goal {request.goal}: {GOALS[request.goal]}",
         markup=False,
     )
+    if report.why_float32 is not None:
+        screen.print(f"computed in {report.why_float32}")
+    if device.is_cpu and is_emulated(request.dtype, CPU):
+        screen.print(cost_of_emulation([request.dtype]), style="yellow", markup=False)
     if report.data is None:
         screen.print(
             f"no data given: time and cost are for {counted(lengths.examples, 'example')} of "
@@ -171,12 +178,7 @@ def _show_question(screen: Console, report: PlanReport) -> None:
         + _learned(report)
         + f"; {spread}; the longest has {lengths.longest:,}"
     )
-    if report.cut:
-        screen.print(
-            f"[yellow]{counted(report.cut, 'example')} {'is' if report.cut == 1 else 'are'} longer than "
-            f"{request.sequence:,} tokens[/] and would be cut "
-            "(data.too_long=truncate) or dropped (data.too_long=drop)"
-        )
+    show_too_long(screen, report.cut, request.sequence)
     batch = report.choices[0].setting.batch
     gain = lengths.packing_gain(request.sequence, batch)
     screen.print(
@@ -259,6 +261,11 @@ def _show_refusal(screen: Console, report: PlanReport) -> None:
         f"{_bytes(report.request.device.memory_bytes)}; take a smaller model, a shorter --max-length, a larger "
         "--device or more of them (--devices)"
     )
+    if (fits := report.in_16_bits) is not None:
+        screen.print(
+            f"in {report.stored_dtype} {fits.label} would fit, with {_bytes(fits.needed_bytes)}, and take several "
+            f"times as long: model.dtype={report.stored_dtype}"
+        )
 
 
 def bar(parts: MemoryBreakdown, runtime: int, scale: int, has_colour: bool = True, width: int = BAR_WIDTH) -> Text:

@@ -41,7 +41,7 @@ def predict(
     from slimtune.metrics.classification import scores, shown
     from slimtune.models.load import LoadOptions
 
-    options = LoadOptions(dtype, device, trust_remote_code, quantize)
+    options = LoadOptions(dtype, device, trust_remote_code, quantize, computes="batches")
     too_long = "truncate" if truncate else "error"
     if is_tagger(model):
         _tag(model, data, options, batch_size, too_long, as_json)

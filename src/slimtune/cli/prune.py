@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Model, Output, Overwrite, TrustRemoteCode, load_merged
+from slimtune.cli.options import Device, Json, Model, Output, Overwrite, StoredDtype, TrustRemoteCode, load_merged
 from slimtune.console.progress import Counting
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError
@@ -42,7 +42,7 @@ def prune(
         typer.Option("--data", metavar="FILE", help="Texts or conversations to choose by; the shipped ones without."),
     ] = None,
     overwrite: Overwrite = False,
-    dtype: Dtype = "auto",
+    dtype: StoredDtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

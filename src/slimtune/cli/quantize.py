@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Output, Overwrite, TrustRemoteCode, load_merged
+from slimtune.cli.options import Device, Json, Output, Overwrite, StoredDtype, TrustRemoteCode, load_merged
 from slimtune.console.screen import open_screen, print_json
 
 
@@ -40,7 +40,7 @@ def quantize(
         list[str] | None, typer.Option(help="A linear layer to leave as it is, by name or regular expression; repeat.")
     ] = None,
     overwrite: Overwrite = False,
-    dtype: Dtype = "auto",
+    dtype: StoredDtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

@@ -102,7 +102,8 @@ def serve(
         raise ConfigError("--engine openai loads no adapters; name models of the servers with --adapter NAME=MODEL")
     backend: Backend
     if engine == "embedded":
-        backend = _backend(base, LoadOptions(dtype, device, trust_remote_code, quantize), slots, context)
+        loading = LoadOptions(dtype, device, trust_remote_code, quantize, computes="tokens")
+        backend = _backend(base, loading, slots, context)
     else:
         backend = RemoteBackend(url, base, slots or SLOTS, url_key, loads=engine == "vllm", converted=converted)
     registry = Registry(backend, adapter_memory)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimtune.cli.options import Device, Dtype, Json, Overwrite, Quantize, TrustRemoteCode, TunedBase, TunedModel
+from slimtune.cli.options import Device, Json, Overwrite, Quantize, StoredDtype, TrustRemoteCode, TunedBase, TunedModel
 from slimtune.console.figure import check_picture
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError, counted
@@ -62,7 +62,7 @@ def spectra(
         bool, typer.Option("--as-model", help="Write a plain model, not an adapter.", rich_help_panel=SCALING)
     ] = False,
     overwrite: Overwrite = False,
-    dtype: Dtype = "auto",
+    dtype: StoredDtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,

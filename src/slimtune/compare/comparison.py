@@ -116,7 +116,9 @@ def prepare(
     check_unchanged(setup, runs_of(settings.candidates, settings.seeds))
     priced = _priced(price)
     kind, is_prompted = _kind(base, setup.train), _writes_text(base.model)
-    setup = replace(setup, kind=kind, settings=settings.for_task(kind, is_prompted))
+    # One that goes on computes as it was begun: runs in two dtypes wouldn't compare.
+    computes = before is None or before.computes
+    setup = replace(setup, kind=kind, settings=settings.for_task(kind, is_prompted), computes=computes)
     name = _written(base, settings, data, before if scratch is None else None)
     facts = _facts(setup, name, same, before, priced, is_prompted)
     if scratch is None:
@@ -149,6 +151,7 @@ def _facts(
         price_per_hour=priced[0],
         price_of=priced[1],
         constant=constant,
+        computes=setup.computes,
         remarks=remarks(setup, prompted, constant),
         moved=[] if before is None else environment_changes(before, **now),
         **now,

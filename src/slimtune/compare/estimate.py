@@ -148,7 +148,7 @@ def _plan(setup: ComparisonSetup, candidates: Sequence[Candidate]) -> tuple[Plan
             bases=sorted({_base(setup, candidate) for candidate in candidates}) or None, batch_size=training.batch_size,
             gradient_accumulation=training.gradient_accumulation,
             gradient_checkpointing=training.gradient_checkpointing, epochs=1,
-            max_length=(setup.recipe.get("data") or {}).get("max_length"),
+            dtype=recipe.model.dtype, max_length=(setup.recipe.get("data") or {}).get("max_length"),
             trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
     except SlimtuneError as error:

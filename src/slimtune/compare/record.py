@@ -35,6 +35,7 @@ class ComparisonRecord(BaseModel):
         price_per_hour: US dollars for the machine, None if it costs nothing or nobody knows.
         constant: the most frequent label to learn from, where there are labels.
         remarks: what a reader must know besides what the runs say, in sentences.
+        computes: whether the dtype `auto` is what the machine is fast in; earlier versions ran what is stored.
         moved: the machines and versions that earlier runs were made with, where they are others; in sentences.
     """
 
@@ -55,6 +56,7 @@ class ComparisonRecord(BaseModel):
     price_of: str = ""
     constant: ConstantAnswer | None = None
     remarks: list[str] = []
+    computes: bool = False
     moved: list[str] = []
 
     def write(self, folder: Path) -> None:

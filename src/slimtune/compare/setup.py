@@ -27,6 +27,7 @@ class ComparisonSetup:
         recipe: sections of the recipe, the comparison's own left out.
         train, questions: the files that were written for all runs.
         kind: of the data: text or classification.
+        computes: as in the record of the comparison.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class ComparisonSetup:
     train: Path
     questions: Path
     kind: str = "text"
+    computes: bool = True
 
     @property
     def has_language_loss(self) -> bool:

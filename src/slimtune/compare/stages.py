@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def stages_of(setup: ComparisonSetup, run: Run) -> list[Stage]:
         return [_evaluation(setup, run, at_revision(model["name"], model.get("revision")))]
     tuned = _source(setup, run, str(place / TUNED))
     stages = [
-        Stage("train", partial(train, recipe=place / RECIPE, resume=_can_resume(place))),
+        Stage("train", partial(train, recipe=place / RECIPE, resume=_can_resume(place), computes=setup.computes)),
         _evaluation(setup, run, tuned.name),
     ]
     if setup.has_language_loss and settings.texts != 0:
@@ -67,7 +68,7 @@ def _source(setup: ComparisonSetup, run: Run, name: str) -> EvaluatedModel:
     fields = ("dtype", "device", "trust_remote_code", "quantize")
     # Quantized as it was trained: an adapter on the 16-bit base would answer for weights that it never saw.
     given = {key: value for key, value in model_of(setup, run.candidate).items() if key in fields and value}
-    return EvaluatedModel(name, LoadOptions(**given))
+    return EvaluatedModel(name, LoadOptions(**given, computes="batches" if setup.computes else None))
 
 
 def _evaluation(setup: ComparisonSetup, run: Run, model: str) -> Stage:
@@ -88,14 +89,21 @@ def _evaluation(setup: ComparisonSetup, run: Run, model: str) -> Stage:
     return Stage("evaluate", work)
 
 
-def train(recipe: Path, resume: bool) -> dict[str, Any]:
-    """Train as a recipe says, over what is there unless it is resumed. Raises: SlimtuneError."""
+def train(recipe: Path, resume: bool, computes: bool) -> dict[str, Any]:
+    """Train as a recipe says, over what is there unless it is resumed. Raises: SlimtuneError.
+
+    Args:
+        computes: as in the record of the comparison.
+    """
+    from slimtune.pipeline.dtype import in_stored_dtype
     from slimtune.pipeline.train import run
     from slimtune.recipe.recipe import Recipe
     from slimtune.storage.text_files import read_mapping
     from slimtune.train.results import RESULTS
 
     settings = Recipe.of(read_mapping(recipe))
+    if not computes and not resume:
+        settings = replace(settings, model=in_stored_dtype(settings.model, settings.method))
     run(settings, open_screen(as_json=True), overwrite=not resume, resume=resume)
     return {"output": settings.output, **json.loads((Path(settings.output) / RESULTS).read_text(encoding="utf-8"))}
 

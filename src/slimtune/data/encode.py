@@ -13,6 +13,20 @@ from slimtune.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
+class WholeExamples:
+    """The examples that rows became, of any length.
+
+    Attributes:
+        given: the rows that there were.
+        skipped: why each row that couldn't be encoded was left out.
+    """
+
+    examples: list[Encoded]
+    given: int
+    skipped: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class EncodedRows:
     """The examples that rows became, and what happened to those that were too long.
 
@@ -63,24 +77,36 @@ def encode(
         positions: how many the model has.
         bad_rows: what becomes of rows that the chat template refuses: error or skip.
     """
+    return fitted(encode_whole(rows, tokenizer, places, bad_rows), Limit(max_length, too_long, positions))
+
+
+def encode_whole(
+    rows: Sequence[Row], tokenizer: Any, places: Sequence[str] = (), bad_rows: str = "error"
+) -> WholeExamples:
+    """Encode rows at whatever length they have; arguments and errors as of `encode`."""
     require_offsets(tokenizer)
-    limit = Limit(max_length, too_long, positions)
-    everything: list[Encoded] = []
+    examples: list[Encoded] = []
     skipped: list[str] = []
     for number, row in enumerate(rows):
         where = places[number] if places else f"example {number + 1} of {len(rows)}"
         try:
-            everything += encode_answers(row, tokenizer, where)
+            examples += encode_answers(row, tokenizer, where)
         except DataError as error:
             # Where every row fails the cause isn't in the rows.
             if bad_rows == "error" or len(skipped) == len(rows) - 1:
                 raise
             skipped.append(str(error))
+    return WholeExamples(examples, len(rows), skipped)
+
+
+def fitted(whole: WholeExamples, limit: Limit) -> EncodedRows:
+    """The examples within the limit; raises DataError if some are too long, or if nothing would be learned."""
+    everything = whole.examples
     # Refused before any is cut, so that the error counts all of them at once.
     limit.refuse([len(example.input_ids) for example in everything], len(everything))
-    fitted = [piece for example in everything for piece in fit(example, limit)]
+    pieces = [piece for example in everything for piece in fit(example, limit)]
     # Without a label an example gives a loss of 0 / 0, and would only take its share of the batch.
-    examples = [example for example in fitted if example.learned]
+    examples = [example for example in pieces if example.learned]
     if not examples:
         raise DataError(
             f"0% of the tokens would be learned: none of {len(everything)} examples has an answer within "
@@ -88,9 +114,9 @@ def encode(
         )
     over = sum(len(example.input_ids) > limit.tokens for example in everything)
     dropped = sum(not any(piece.learned for piece in fit(example, limit)) for example in everything)
-    cut = over if too_long in ("truncate", "split") else 0
-    apart = len(everything) - (len(rows) - len(skipped))
-    return EncodedRows(examples, dropped, cut, len(rows), apart, skipped)
+    cut = over if limit.too_long in ("truncate", "split") else 0
+    apart = len(everything) - (whole.given - len(whole.skipped))
+    return EncodedRows(examples, dropped, cut, whole.given, apart, whole.skipped)
 
 
 def encode_answers(row: Row, tokenizer: Any, where: str) -> list[Encoded]:

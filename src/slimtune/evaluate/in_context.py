@@ -143,9 +143,9 @@ def nearest(texts: Sequence[str], pool: Sequence[str], count: int) -> tuple[list
 
 def _encoded(texts: list[str]) -> Tensor:
     from slimtune.data.features import extract
-    from slimtune.models.load import load_model
+    from slimtune.models.load import LoadOptions, load_model
 
-    model, tokenizer = load_model(ENCODER, "features")
+    model, tokenizer = load_model(ENCODER, "features", LoadOptions(computes="batches"))
     return torch.nn.functional.normalize(extract(model, tokenizer, texts, too_long="truncate"), dim=1)
 
 

@@ -34,7 +34,11 @@ class EvaluatedModel:
         """The file of answers; the model and its options tell whether a killed evaluation can be resumed from it."""
         from slimtune.evaluate.answers import AnswerFile, weights_of
 
-        return AnswerFile(path, {"model": weights_of(self.name), "options": asdict(self.options)}, overwrite)
+        options = asdict(self.options)
+        # Answers of earlier versions, which knew no such option, are gone on from where nothing else has changed.
+        if options["computes"] is None:
+            del options["computes"]
+        return AnswerFile(path, {"model": weights_of(self.name), "options": options}, overwrite)
 
     def evaluate(self, prepared: PreparedTask, counting: Counting, file: AnswerFile | None = None) -> Evaluation:
         """Score the labels of a classifier, or the text that any other model generates. Raises: SlimtuneError."""

@@ -15,6 +15,7 @@ from slimtune.data.tasks.registry import Data, read
 from slimtune.errors import OutputExistsError, SlimtuneError
 from slimtune.models.device import pick_device
 from slimtune.models.load import load_tokenizer
+from slimtune.pipeline.dtype import in_computing_dtype
 from slimtune.pipeline.evaluation import held_out_questions
 from slimtune.pipeline.memory_check import plan_training
 from slimtune.pipeline.show_data import show_report
@@ -88,7 +89,7 @@ def dry_run(recipe: Recipe, screen: Console) -> DryRun:
         shape, tokenizer = _without_weights(model, data)
         result.data = encode(screen, data, shape, tokenizer).facts
         if takes_steps:
-            _plan(recipe, data.task, result)
+            _plan(recipe, data, result)
     return result
 
 
@@ -101,10 +102,11 @@ def _without_weights(model: ModelSettings, data: Data) -> tuple[Any, Any]:
         return build(config, Setting(trust_remote_code=model.trust_remote_code), data.task_type), tokenizer
 
 
-def _plan(recipe: Recipe, task: str, result: DryRun) -> None:
-    sections = recipe.model, recipe.method, recipe.data, recipe.training, recipe.preferences
+def _plan(recipe: Recipe, data: Data, result: DryRun) -> None:
+    base, why = in_computing_dtype(recipe.model, recipe.method)
+    sections = base, recipe.method, recipe.data, recipe.training, recipe.preferences
     try:
-        plan, device = plan_training(*sections, task, always=True)
+        plan, device = plan_training(*sections, data, always=True)
     except SlimtuneError:
         raise
     # Whatever the simulation trips over, as a model whose code can't run on the meta device, may train all the same.
@@ -115,4 +117,4 @@ def _plan(recipe: Recipe, task: str, result: DryRun) -> None:
     assert plan is not None
     result.device, result.memory_bytes = device.name, device.memory_bytes
     result.needed_bytes = int(device.needed_bytes(plan.peak_bytes))
-    result.notes += plan.notes
+    result.notes += [f"computed in {why}"] * (why is not None) + [*plan.notes]

@@ -68,7 +68,7 @@ def measure_forgetting(screen: Console, base: ModelSettings, tuned: Path) -> Non
     from slimtune.evaluate.tuned import Tuned
 
     loading = {name: getattr(base, name) for name in ("dtype", "device", "trust_remote_code", "quantize")}
-    forgetting = measure(Tuned.find(str(tuned), base.source, **loading), texts())
+    forgetting = measure(Tuned.find(str(tuned), base.source, computes="batches", **loading), texts())
     (tuned / FORGETTING).write_text(json.dumps(forgetting.to_dict(), indent=2) + "\n", encoding="utf-8")
     screen.print(
         f"forgetting: the loss on other texts changed by {forgetting.difference:+.4f} "

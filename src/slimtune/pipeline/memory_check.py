@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any
 from slimtune.console.process import this_process
 from slimtune.data.settings import DataSettings
 from slimtune.errors import DoesNotFitError, PlanError, SlimtuneError
-from slimtune.models.device import native_dtype, pick_device
+from slimtune.models.device import is_emulated, native_dtype, pick_device
+from slimtune.models.load import dtype_named_by
 from slimtune.plan.build import positions_of
-from slimtune.plan.data import measure
-from slimtune.plan.devices import Device, find, this_device
+from slimtune.plan.data import measure_read
+from slimtune.plan.devices import HALF_PRECISIONS, Device, find, this_device
 from slimtune.plan.memory import MemoryPlan, Setting, Sharing
-from slimtune.plan.plan import beginnings_of, count, plan, read_config, simulation, task_type_of, tokenizer_of
+from slimtune.plan.plan import (
+    beginnings_of,
+    parameters_of,
+    plan,
+    read_config,
+    simulation,
+    task_type_of,
+    tokenizer_of,
+)
 from slimtune.plan.recommend import Choice
 from slimtune.recipe.method import FULL
 from slimtune.recipe.preference import PREFERENCE_TASKS
@@ -26,6 +35,7 @@ from slimtune.train.processes import offloads, shards
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimtune.data.tasks.registry import Data
     from slimtune.recipe.preference import PreferenceSettings
     from slimtune.recipe.recipe import MethodSettings, ModelSettings
     from slimtune.recipe.training import TrainSettings
@@ -38,7 +48,7 @@ def check_memory(
     data: DataSettings,
     training: TrainSettings,
     preferences: PreferenceSettings,
-    task: str,
+    rows: Data,
 ) -> dict[str, Any] | None:
     """Print the memory that the training takes, or why it can't be planned; arguments as of `plan_training`.
 
@@ -50,7 +60,7 @@ def check_memory(
         SlimtuneError: a mistake that the training itself would stop at, after the model was loaded.
     """
     try:
-        planned, device = plan_training(model, method, data, training, preferences, task)
+        planned, device = plan_training(model, method, data, training, preferences, rows)
     except Exception as error:
         if isinstance(error, SlimtuneError) and not isinstance(error, PlanError):
             raise
@@ -71,14 +81,14 @@ def plan_training(
     data: DataSettings,
     training: TrainSettings,
     preferences: PreferenceSettings,
-    task: str,
+    rows: Data,
     always: bool = False,
 ) -> tuple[MemoryPlan | None, Device]:
     """The memory plan of a training, and the device that it is for, or its part for each of several processes.
 
     Args:
         training: with this process's share of a step.
-        task: what the data is for, as a recipe names it.
+        rows: what was read of the data.
         always: simulate also what fits by a wide margin; the plan is None there otherwise.
 
     Raises:
@@ -91,7 +101,7 @@ def plan_training(
     if device.is_cpu:
         device = replace(device, memory_bytes=device.memory_bytes // process.local_count)
     config = read_config(model.source, model.trust_remote_code)
-    setting = _setting(config, model, method, training, preferences, task, data.max_length, kind)
+    setting = _setting(config, model, method, training, preferences, rows.task, data.max_length, kind)
     drawn = setting.drawn_tokens if setting.task == "grpo" else 0
     positions = positions_of(config) or setting.sequence
     setting = replace(setting, sequence=min(setting.sequence, max(1, positions - drawn)))
@@ -99,7 +109,7 @@ def plan_training(
     if parameters is not None and _fits_by_far(config, setting, device, parameters):
         return None, device
     # `setting.sequence` was the longest that is allowed; the user's own examples may all be shorter.
-    measured = measure(data, tokenizer_of(model.source, model.trust_remote_code), task)
+    measured = measure_read(rows, data, tokenizer_of(model.source, model.trust_remote_code))
     lengths = measured.lengths.within(setting.sequence)
     setting = replace(
         setting,
@@ -124,8 +134,8 @@ def plan_training(
             "--no-plan to try it all the same"
         )
     if process.count == 1 and not device.takes(planned.peak_bytes):
-        nearest = _nearest(model.source, method.name, data, setting, training.group_prefixes, task, device)
-        raise DoesNotFitError(_refusal(planned, device, nearest))
+        nearest = _nearest(model.source, method.name, data, setting, training.group_prefixes, rows.task, device)
+        raise DoesNotFitError(_refusal(planned, device, nearest, _in_stored_dtype(config, setting, device)))
     return planned, device
 
 
@@ -148,7 +158,7 @@ def _setting(
     task_type = task_type_of(task)
     dtype = model.dtype
     if dtype == "auto":
-        dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        dtype = dtype_named_by(config) or "float32"
     is_full = method.name == FULL
     adapter = None if is_full else method.config()
     if adapter is not None:
@@ -158,7 +168,7 @@ def _setting(
         base=model.quantize or "dense",  # type: ignore[arg-type]
         # As `pipeline.train.load_for_training` has it: float32 weights, with products in the machine's own 16 bits.
         dtype="float32" if is_full else dtype,
-        autocast=is_full and native_dtype() == "bfloat16",
+        autocast=is_full and autocasts(model),
         batch=training.batch_size,
         sequence=max_length,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -173,6 +183,11 @@ def _setting(
     )
 
 
+def autocasts(model: ModelSettings) -> bool:
+    """Whether full tuning computes in bf16 over its float32 weights."""
+    return (native_dtype(model.device) if model.dtype == "auto" else model.dtype) == "bfloat16"
+
+
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -180,7 +195,7 @@ def _parameters(config: Any, setting: Setting) -> int | None:
     """Parameters of a model of which a bound is known; None for others."""
     if setting.task_type is None or not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
         return None
-    return count(config, setting.task_type, setting.trust_remote_code)[0]
+    return parameters_of(config, setting.task_type, setting.trust_remote_code)
 
 
 def _fits_by_far(config: Any, setting: Setting, device: Device, parameters: int) -> bool:
@@ -210,7 +225,16 @@ def _nearest(
     return plan(model, data, rank=rank, dtype=dtype, bases=bases, **options).best
 
 
-def _refusal(planned: MemoryPlan, device: Device, nearest: Choice | None) -> str:
+def _in_stored_dtype(config: Any, setting: Setting, device: Device) -> MemoryPlan | None:
+    """The plan with a base in the 16 bits in which it is stored, where it is planned in float32 and that would fit."""
+    stored = dtype_named_by(config)
+    if setting.method is None or setting.dtype != "float32" or stored not in HALF_PRECISIONS:
+        return None
+    planned = simulation(config)(replace(setting, dtype=stored))
+    return planned if device.takes(planned.peak_bytes) else None
+
+
+def _refusal(planned: MemoryPlan, device: Device, nearest: Choice | None, in_16_bits: MemoryPlan | None) -> str:
     """The message of a training that doesn't fit, with what to type for the nearest one that does."""
     setting, peak = planned.setting, planned.peak
     module = f" in {peak.module}" if peak.module else ""
@@ -219,6 +243,12 @@ def _refusal(planned: MemoryPlan, device: Device, nearest: Choice | None) -> str
         f"{device.memory_bytes / 1e9:.1f}: batches of {setting.batch} x {setting.sequence} tokens peak in the "
         f"{peak.phase}{module}"
     )
+    if in_16_bits is not None:
+        dtype = in_16_bits.setting.dtype
+        slower = ", but takes several times as long on this processor" if is_emulated(dtype, setting.device) else ""
+        needs += f"; model.dtype={dtype} needs {device.needed_bytes(in_16_bits.peak_bytes) / 1e9:.1f} GB{slower}"
+    if nearest is None and in_16_bits is not None:
+        return f"{needs}; or pass --no-plan to try it all the same"
     if nearest is None:
         return f"{needs}; nothing of this method fits, see `slimtune plan`, or pass --no-plan to try it all the same"
     fitting = nearest.setting

@@ -21,10 +21,11 @@ from slimtune.data.tasks.registry import Data, read
 from slimtune.errors import ConfigError, TrainingError, counted, first_line
 from slimtune.evaluate.result import Evaluation
 from slimtune.metrics.classification import shown
-from slimtune.models.device import native_dtype, pick_device
+from slimtune.models.device import cost_of_emulation, is_emulated, pick_device
 from slimtune.models.load import LoadOptions, load_model
+from slimtune.pipeline.dtype import in_computing_dtype
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions, measure_forgetting
-from slimtune.pipeline.memory_check import check_memory
+from slimtune.pipeline.memory_check import autocasts, check_memory
 from slimtune.pipeline.show_data import show_report
 from slimtune.quantization.report import parts
 from slimtune.recipe.method import FEATURES, FULL, table
@@ -98,20 +99,32 @@ def run(
         if not takes_steps:
             return _train_features(screen, data, recipe, overwrite)
         check_runs(recipe.training.optim, device)
+        base = _settled(screen, recipe, folder)
         if plans and process.is_main:
             folder.planned = check_memory(
-                screen, recipe.model, recipe.method, recipe.data, share_of(recipe.training), recipe.preferences,
-                data.task,
+                screen, base, recipe.method, recipe.data, share_of(recipe.training), recipe.preferences,
+                data,
             )  # fmt: skip
         Memory.watch()
-        model, tokenizer, autocast = load_for_training(recipe.model, recipe.method, data, recipe.training.seed)
+        model, tokenizer, autocast = load_for_training(base, recipe.method, data, recipe.training.seed)
         outcome = tune(screen, model, tokenizer, data, recipe, folder, autocast, teaching)
     # After the folder is written: the base and the tuned model are read from disk, one after the other.
     if recipe.evaluation and recipe.evaluation.forgetting and process.is_main:
         # Two models at once may not fit.
         del model
-        measure_forgetting(screen, recipe.model, output)
+        measure_forgetting(screen, base, output)
     return outcome
+
+
+def _settled(screen: Console, recipe: Recipe, folder: RunFolder) -> ModelSettings:
+    """The model in the dtype that the run is to have, or was begun in; the run's folder keeps which one that is."""
+    if folder.resume:
+        return replace(recipe.model, dtype=folder.recipe["model"]["dtype"])
+    base, why = in_computing_dtype(recipe.model, recipe.method)
+    folder.recipe = replace(recipe, model=base).to_dict()
+    if why is not None:
+        screen.print(f"computed in {why}")
+    return base
 
 
 def tune(
@@ -227,6 +240,7 @@ def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, 
 
     # A new head is drawn while the model is loaded.
     set_seed(seed)
+    autocast = method.name == FULL and autocasts(model)
     if shards() and this_process().count > 1:
         # No GPU is to hold all of it: each gets its shard from main memory.
         model = replace(model, device="cpu")
@@ -241,7 +255,7 @@ def load_for_training(model: ModelSettings, method: MethodSettings, data: Data, 
     loaded, tokenizer = load_model(model.source, data.model_task, options, data.names)
     loaded.requires_grad_(True)
     keep_zeros(loaded)
-    return loaded, tokenizer, (native_dtype() if model.dtype == "auto" else model.dtype) == "bfloat16"
+    return loaded, tokenizer, autocast
 
 
 def adopt(model: Any, config: Any, seed: int, task_type: str = "CAUSAL_LM") -> Any:
@@ -285,13 +299,11 @@ def show_trained(screen: Console, model: Any) -> None:
             f"{share:.1%} of the weights of the blocks are zero{' and stay so' if keeps else ''}", markup=False
         )
     screen.print(f"trained in {dtypes_of(trainable)}, on {model.device}; the base: {parts(model).line}", markup=False)
-    is_half = any(p.is_floating_point() and p.itemsize == 2 for p in model.parameters())
-    if is_half and model.device.type == "cpu" and native_dtype() == "float32":
-        # Measured on an AMD EPYC with AVX2: 8 times forward, 20 times backward.
-        screen.print(
-            "[yellow]this processor only emulates 16 bits[/]: with model.dtype=float32 a step is several times faster, "
-            "and the base takes twice the memory"
-        )
+    held = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    emulated = sorted(dtype for dtype in held if is_emulated(dtype, model.device.type))
+    # What several processes share lies in main memory until it is dealt out to their GPUs.
+    if emulated and not (shards() and this_process().count > 1):
+        screen.print(cost_of_emulation(emulated), style="yellow", markup=False)
 
 
 def show_outcome(screen: Console, outcome: Outcome, best_by: str | None) -> None:

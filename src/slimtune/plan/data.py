@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.batches import Limit
 from slimtune.data.chat_template import use_template
+from slimtune.data.encode import fitted
 from slimtune.data.lengths import Lengths, sorted_lengths
-from slimtune.data.reading import Splits, read_splits
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.causal_lm import encode_sources, mixed
-from slimtune.data.tasks.classification import labels_of
+from slimtune.data.tasks.causal_lm import Conversations, mixed
+from slimtune.data.tasks.classification import Classes
 from slimtune.data.tasks.preference import Preferred, lengths_of
+from slimtune.data.tasks.registry import Data, read
 from slimtune.data.tasks.seq2seq import Completions, encode_pair
 from slimtune.data.tasks.token_classification import Tags
 from slimtune.data.tasks.word_alignment import align
@@ -50,12 +52,19 @@ def measure(data: str | Path | DataSettings, tokenizer: Any, task: str = "auto")
     settings = data if isinstance(data, DataSettings) else DataSettings(data)
     if settings.streaming:
         return MeasuredData("text", uniform(settings.max_length, ASSUMED_EXAMPLES))
+    return measure_read(read(settings, task), settings, tokenizer)
+
+
+def measure_read(data: Data, settings: DataSettings, tokenizer: Any) -> MeasuredData:
+    """As `measure`, of rows that were read already, with the settings that they are to be trained with.
+
+    Nothing is cut: the plan says how many examples are longer than it reads.
+    """
+    if settings.streaming:
+        return MeasuredData("text", uniform(settings.max_length, ASSUMED_EXAMPLES))
     if settings.chat_template is not None:
         use_template(tokenizer, settings.chat_template)
-    # Nothing is cut while measuring: the plan says how many examples are longer than it reads.
-    whole = replace(settings, max_length=sys.maxsize, too_long="error")
-    splits = read_splits(whole, task)
-    measured = _MEASURES.get(splits.task, _preferred)(splits, whole, tokenizer)
+    measured = _MEASURES.get(data.task, _preferred)(data, tokenizer)
     if not settings.packing:
         return measured
     rows = measured.lengths.packed_rows(settings.max_length)
@@ -69,42 +78,41 @@ def uniform(length: int, examples: int) -> Lengths:
     return Lengths((length,) * examples, length * examples)
 
 
-def _texts(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    examples = mixed(splits.train, encode_sources(splits.train, settings, tokenizer), seed=0)
+def _texts(data: Conversations, tokenizer: Any) -> MeasuredData:
+    encoded = [fitted(whole, Limit(sys.maxsize, "error")) for whole in data.whole(tokenizer)]
+    examples = mixed(data.splits.train, encoded, data.seed)
     lengths = sorted_lengths([len(e.input_ids) for e in examples], sum(e.learned for e in examples))
     return MeasuredData("text", lengths, examples=[e.input_ids for e in examples])
 
 
-def _classes(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    rows = [row for source in splits.train for row in source.rows]
-    encoded = tokenize([row.texts for row in rows], tokenizer, sys.maxsize)
+def _classes(data: Classes, tokenizer: Any) -> MeasuredData:
+    encoded = tokenize([row.texts for row in data.rows], tokenizer, sys.maxsize)
     lengths = [len(row["input_ids"]) for row in encoded.rows]
-    return MeasuredData("classification", sorted_lengths(lengths, len(rows), labels_of(rows)))
+    return MeasuredData("classification", sorted_lengths(lengths, len(data.rows), data.labels))
 
 
-def _tags(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    tags = Tags.of(splits, settings)
-    texts = align([row.tokens for row in tags.rows], tokenizer, sys.maxsize).texts
+def _tags(data: Tags, tokenizer: Any) -> MeasuredData:
+    texts = align([row.tokens for row in data.rows], tokenizer, sys.maxsize).texts
     lengths = [len(text.input["input_ids"]) for text in texts]
-    return MeasuredData(tags.task, sorted_lengths(lengths, sum(len(text.firsts) for text in texts), tags.tags))
+    return MeasuredData(data.task, sorted_lengths(lengths, sum(len(text.firsts) for text in texts), data.tags))
 
 
-def _completions(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    pairs = [encode_pair(row, tokenizer) for row in Completions.of(splits, settings).rows]
+def _completions(data: Completions, tokenizer: Any) -> MeasuredData:
+    pairs = [encode_pair(row, tokenizer) for row in data.rows]
     written = [len(pair.labels) for pair in pairs]
     return MeasuredData("seq2seq", sorted_lengths([len(pair.input_ids) for pair in pairs], sum(written)), max(written))
 
 
-def _preferred(splits: Splits, settings: DataSettings, tokenizer: Any) -> MeasuredData:
-    lengths_of_rows = [lengths_of(row, tokenizer) for row in Preferred.of(splits, settings).rows]
+def _preferred(data: Preferred, tokenizer: Any) -> MeasuredData:
+    lengths_of_rows = [lengths_of(row, tokenizer) for row in data.rows]
     # Tokens of both answers are learned from; the prompt in front of each is masked.
     learned = sum(length - prompt for prompt, *answers in lengths_of_rows for length in answers)
     # TRL's orpo puts a beginning and an end where a text has none of its own.
-    more = 2 if splits.task == "orpo" else 0
-    return MeasuredData(splits.task, sorted_lengths([max(lengths) + more for lengths in lengths_of_rows], learned))
+    more = 2 if data.task == "orpo" else 0
+    return MeasuredData(data.task, sorted_lengths([max(lengths) + more for lengths in lengths_of_rows], learned))
 
 
-_MEASURES: dict[str, Callable[[Splits, DataSettings, Any], MeasuredData]] = {
+_MEASURES: dict[str, Callable[[Any, Any], MeasuredData]] = {
     "text": _texts,
     "classification": _classes,
     "token-classification": _tags,

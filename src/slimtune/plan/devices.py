@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import ConfigError, PlanError, check_number, did_you_mean, listing
-from slimtune.models.device import native_dtype, ram
+from slimtune.models.device import is_emulated, native_dtype, ram
 
 GIB = 2**30
 AUTO, CPU = "auto", "cpu"
@@ -28,6 +28,8 @@ _CPU_FLOPS_PER_CORE = 1e11
 """Sixteen float32 lanes, two operations each, at 3 GHz: a guess that a calibration replaces."""
 _CPU_16BIT_GAIN = 4
 """How much faster products in bfloat16 are where a processor has them; the README's steps differ by 2.7 in all."""
+_CPU_EMULATED = 1 / 10
+"""The same where it only emulates them, see `slimtune.models.device.is_emulated`: a guess, as above."""
 _CPU_BANDWIDTH = 4e10
 """Two channels of DDR5, of which a process gets about half: a guess, as above."""
 GPU_MARGIN = 0.1
@@ -96,7 +98,7 @@ class Device:
     def half_precision(self) -> str:
         """The 16-bit type that it computes in by itself; float32 where there is none."""
         if self.is_cpu:
-            return native_dtype()
+            return native_dtype(CPU)
         return "bfloat16" if self.has_bf16 else "float16"
 
     def flops(self, dtype: str) -> float:
@@ -187,7 +189,7 @@ def this_cpu() -> Device:
         name=CPU,
         memory_bytes=min(_memory_sources()),
         bandwidth=_CPU_BANDWIDTH,
-        flops_16bit=cores * _CPU_FLOPS_PER_CORE * (_CPU_16BIT_GAIN if native_dtype() in HALF_PRECISIONS else 1),
+        flops_16bit=cores * _CPU_FLOPS_PER_CORE * (_CPU_EMULATED if is_emulated("bfloat16", CPU) else _CPU_16BIT_GAIN),
         flops_32bit=cores * _CPU_FLOPS_PER_CORE,
         context_bytes=CPU_LIBRARIES_BYTES + _CPU_WORKSPACE_BYTES,
         fragmentation=_CPU_FRAGMENTATION,

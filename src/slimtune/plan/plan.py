@@ -6,17 +6,19 @@ import copy
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from slimtune.data.lengths import PERCENTILES
 from slimtune.data.settings import DataSettings
 from slimtune.errors import ConfigError, ModelNotFoundError, check_choice, check_number, check_whole, did_you_mean
+from slimtune.models.device import is_emulated, reason_for_float32
+from slimtune.models.load import computing_dtype_of, dtype_named_by
 from slimtune.plan.beginnings import Beginnings, can_share
 from slimtune.plan.build import build, config_of, positions_of, task_of
 from slimtune.plan.data import ASSUMED_EXAMPLES, MeasuredData, measure, uniform
-from slimtune.plan.devices import Device, find
+from slimtune.plan.devices import AUTO, CPU, Device, find
 from slimtune.plan.memory import DRAWN_TOKENS, DTYPES, FSDP2, MemoryPlan, Precision, Setting, Sharing
 from slimtune.plan.recommend import BASES, Choice, PlanRequest, recommend
 from slimtune.plan.rules import Case
@@ -50,6 +52,8 @@ class PlanReport:
         cut: examples that are longer than the maximum length.
         fields: names of columns, and what they are called in the data.
         stored_dtype: of the base on disk.
+        in_16_bits: what would fit in that dtype, where nothing does in float32, which is planned in its place because
+            the processor only emulates 16 bits.
         left_out: precisions of the base that weren't planned, because the library that makes them isn't installed.
     """
 
@@ -63,11 +67,18 @@ class PlanReport:
     stored_dtype: str
     fields: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[Precision, ...] = ()
+    in_16_bits: Choice | None = None
 
     @property
     def best(self) -> Choice | None:
         """The first choice, None if nothing fits."""
         return next((choice for choice in self.choices if choice.fits), None)
+
+    @property
+    def why_float32(self) -> str | None:
+        """Why it is planned in float32, in words, where the base is stored in 16 bits that the processor emulates."""
+        is_so = self.request.dtype == "float32" and self.request.device.is_cpu and is_emulated(self.stored_dtype, CPU)
+        return reason_for_float32(self.stored_dtype) if is_so else None
 
     def command(self, choice: Choice, output: str = "tuned") -> str:
         """What to type to run a choice."""
@@ -85,7 +96,9 @@ class PlanReport:
         words += ["--method", choice.method]
         words += ["--rank", choice.rank] if choice.rank else []
         words += ["--quantize", choice.base] if choice.base != "dense" else []
-        words += [f"model.dtype={self.request.dtype}"] if self.request.dtype != self.stored_dtype else []
+        # What is stored, and float32 in place of what is only emulated, are taken by themselves.
+        is_auto = self.request.dtype == self.stored_dtype or self.why_float32
+        words += [] if is_auto else [f"model.dtype={self.request.dtype}"]
         words += ["--learning-rate", f"{choice.learning_rate:g}", "--batch-size", setting.batch]
         # The batches of a step are those of all devices, which divide them.
         batches = setting.accumulation * self.request.devices
@@ -134,6 +147,7 @@ class PlanReport:
             "rates": asdict(self.rates),
             "fits": self.best is not None,
             "left_out": list(self.left_out),
+            "dtype": self.request.dtype,
             "choices": [self._choice(choice) for choice in self.choices],
         }
 
@@ -261,7 +275,7 @@ def plan(
         batch=batch_size,
         accumulation=gradient_accumulation,
         checkpointing=gradient_checkpointing,
-        dtype=_dtype(dtype, stored, chosen),
+        dtype=_dtype(dtype, config, chosen),
         task=measured.task,
         task_type=task_type,
         answer=max_new_tokens or measured.answer,
@@ -279,12 +293,19 @@ def plan(
         trust_remote_code=trust_remote_code,
     )
     rates = rates_of(chosen)
-    case, choices = recommend(request, simulation(config, evaluation=evaluation, merge=merge), rates, numbers_per_rank)
+    simulated = simulation(config, evaluation=evaluation, merge=merge)
+    case, choices = recommend(request, simulated, rates, numbers_per_rank)
     named = model if isinstance(model, str) else str(getattr(config, "name_or_path", "") or "MODEL")
     settings = data if isinstance(data, DataSettings) else None
     file = settings.train[0].path if settings else None if data is None else str(data)
     columns = settings.train[0].fields if settings else {}
-    return PlanReport(named, file, request, case, tuple(choices), rates, lengths.over(limit), stored, columns, left_out)
+    report = PlanReport(
+        named, file, request, case, tuple(choices), rates, lengths.over(limit), stored, columns, left_out
+    )
+    if dtype != AUTO or report.best is not None or report.why_float32 is None:
+        return report
+    smaller = recommend(replace(request, dtype=stored), simulated, rates, numbers_per_rank)[1]
+    return replace(report, in_16_bits=next((choice for choice in smaller if choice.fits), None))
 
 
 def _installed(bases: Sequence[Precision] | None) -> tuple[Sequence[Precision] | None, tuple[Precision, ...]]:
@@ -340,23 +361,29 @@ def beginnings_of(
     return Beginnings([row[:limit] for row in measured.examples], group_prefixes)
 
 
+def parameters_of(config: Any, task_type: str | None, trust_remote_code: bool = False) -> int:
+    """Parameters of the model."""
+    return sum(p.numel() for p in _shape_of(config, task_type, trust_remote_code).parameters())
+
+
 def count(config: Any, task_type: str | None, trust_remote_code: bool = False) -> tuple[int, int]:
     """Parameters of the model, and of LoRA of rank 1 on all its linear layers."""
-    import torch
-
     from slimtune.adapters.model import get_peft_model
     from slimtune.methods.lora.config import LoraConfig
 
-    parameters, trained = 0, []
-    # rank 2 less rank 1 is what one rank costs: sum of (in + out) over all linear layers.
-    for rank in (1, 2):
-        with torch.device("meta"):
-            model = build(copy.deepcopy(config), Setting(trust_remote_code=trust_remote_code), task_type)
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            get_peft_model(model, LoraConfig(r=rank, task_type=task_type))
-        trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
-    # A new head counts in both.
-    return parameters, trained[1] - trained[0]
+    model = _shape_of(config, task_type, trust_remote_code)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    get_peft_model(model, LoraConfig(r=1, task_type=task_type))
+    # Of the factors alone: a new head is trained too, and its size doesn't follow the rank.
+    return parameters, sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def _shape_of(config: Any, task_type: str | None, trust_remote_code: bool) -> Any:
+    """The model in its shape only."""
+    import torch
+
+    with torch.device("meta"):
+        return build(copy.deepcopy(config), Setting(trust_remote_code=trust_remote_code), task_type)
 
 
 def _check(
@@ -390,22 +417,25 @@ def _device(device: str | Device) -> Device:
     return device if isinstance(device, Device) else find(device)
 
 
-def _dtype(wanted: str, stored: str, device: Device) -> str:
-    """The given one; else as stored on a processor, and in the type that a GPU computes in."""
-    if wanted != "auto":
+def _dtype(wanted: str, config: Any, device: Device) -> str:
+    """The given one; else what training takes on this processor, or the type that a GPU computes in."""
+    if wanted != AUTO:
         if wanted not in DTYPES:
             raise ConfigError(f"no dtype '{wanted}'; pass auto, {', '.join(DTYPES)}{did_you_mean(wanted, DTYPES)}")
         return wanted
-    return stored if device.is_cpu and stored in DTYPES else device.half_precision
+    if not device.is_cpu:
+        return device.half_precision
+    computing, stored = computing_dtype_of(config, CPU), _stored_dtype(config)
+    return computing if computing != AUTO else stored if stored in DTYPES else device.half_precision
 
 
 def dtype_on(config: Any, device: Device) -> str:
     """The type of numbers in which a model computes on a device, where none is asked for."""
-    return _dtype("auto", _stored_dtype(config), device)
+    return _dtype(AUTO, config, device)
 
 
 def _stored_dtype(config: Any) -> str:
-    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return dtype_named_by(config) or "float32"
 
 
 def task_type_of(task: str) -> str | None:

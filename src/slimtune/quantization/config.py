@@ -139,6 +139,23 @@ def stored_by_bitsandbytes(config: Any) -> bool:
     return method is not None and str(getattr(method, "value", method)).startswith("bitsandbytes")
 
 
+def few_tokens_read_codes(config: Any, settings: Settings | None) -> bool:
+    """Whether products with few tokens read the codes of a base as they are, in bf16, on every processor.
+
+    bitsandbytes' 4 bits are read so on processors with AVX512 alone, which don't emulate bf16.
+
+    Args:
+        config: of the model, with the quantization that it is stored in.
+        settings: of the quantization while it is read.
+    """
+    stored = getattr(config, "quantization_config", None)
+    for said in (stored, settings):
+        is_8_bit = said.get("load_in_8bit") if isinstance(said, dict) else getattr(said, "load_in_8bit", False)
+        if is_8_bit or getattr(said, "kind", None) in ("int8", *INTEGER_KINDS):
+            return True
+    return stored_by_compressed_tensors(config)
+
+
 def stored_by_compressed_tensors(config: Any) -> bool:
     """Whether a model's configuration says that its weights are stored as compressed-tensors has them."""
     return is_compressed(getattr(config, "quantization_config", None))

@@ -42,7 +42,7 @@ class ModelSettings:
     Attributes:
         name: a folder, a Hub id or a packaged name; an id may have its revision behind it, organisation/name@revision.
         revision: of a Hub id: a branch, a tag or a commit; main by default.
-        dtype: auto (as stored), bfloat16, float16 or float32.
+        dtype: auto (as stored; float32 where the processor only emulates 16 bits), bfloat16, float16 or float32.
         device: auto, cpu, cuda, cuda:1, ...
         quantize: as what weights are held that are read in full: nf4, fp4, int8, int4, int8-torchao or int4-torchao.
         trust_remote_code: whether Python code that comes with the model is run.

@@ -44,7 +44,7 @@ def write_answers(
     asked = [row for source in rows.splits.train for row in source.rows]
     if any(isinstance(row, Document) for row in asked):
         raise DataError("plain texts have no prompts that a teacher could answer; pass conversations or pairs")
-    model, tokenizer = load_model(teacher, "text", options or LoadOptions())
+    model, tokenizer = load_model(teacher, "text", options or LoadOptions(computes="batches"))
     turns = [_before_last_answer(row.turns()) for row in asked]
     tools = [getattr(row, "tools", None) for row in asked]
     prompts = [render(tokenizer, t, for_answer=True, tools=own) for t, own in zip(turns, tools, strict=True)]

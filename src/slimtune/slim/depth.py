@@ -36,6 +36,14 @@ def block_influence(structure: Structure, batches: Sequence[Batch], watch: Watch
     return [total / count for total, count in sums.values()]
 
 
+def check_layers(layers: int, count: int) -> None:
+    """Raises: ConfigError, unless at least one layer of a model's is left, and fewer than there are."""
+    if not 1 <= layers < count:
+        raise ConfigError(
+            f"layers says how many are left, from 1 to {count - 1} of this model's {count}, found {layers}"
+        )
+
+
 def drop_layers(model: Any, batches: Sequence[Batch], layers: int, watch: Watch) -> tuple[Any, dict[str, Any]]:
     """A model with so many layers left, in their order, and what was chosen by which influence.
 
@@ -44,10 +52,7 @@ def drop_layers(model: Any, batches: Sequence[Batch], layers: int, watch: Watch)
     """
     structure = Structure.of(model)
     count = len(structure.blocks)
-    if not 1 <= layers < count:
-        raise ConfigError(
-            f"layers says how many are left, from 1 to {count - 1} of this model's {count}, found {layers}"
-        )
+    check_layers(layers, count)
     influence = block_influence(structure, batches, watch)
     chosen = sorted(torch.tensor(influence).topk(layers).indices.tolist())
     config = copy.deepcopy(model.config)

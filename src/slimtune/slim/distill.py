@@ -98,7 +98,7 @@ class _Teaching:
 
     def _load(self, model: Any, data: Any) -> tuple[Any, Any]:
         how = self.recipe.model
-        options = LoadOptions(device=str(model.device), trust_remote_code=how.trust_remote_code)
+        options = LoadOptions(device=str(model.device), trust_remote_code=how.trust_remote_code, computes="batches")
         teacher, tokenizer = load_model(self.settings.teacher, data.model_task, options)
         return teacher.eval().requires_grad_(False), tokenizer
 

@@ -29,7 +29,7 @@ from slimtune.evaluate.domain_texts import texts
 from slimtune.evaluate.forgetting import MAX_LENGTH, all_passages, compare
 from slimtune.evaluate.language_loss import Passage, losses
 from slimtune.evaluate.scorers import EvaluationSettings
-from slimtune.models.load import load_model
+from slimtune.models.load import LoadOptions, load_model
 from slimtune.pipeline.evaluation import evaluate_answers, held_out_questions
 from slimtune.slim.engines import engines_by_format, engines_of
 from slimtune.storage.atomic import write_file
@@ -100,12 +100,12 @@ def measure(
     losses_of_first: Path | None = None,
 ) -> SlimRow:  # fmt: skip
     """As `measured`, in this process."""
-    model, tokenizer = load_model(folder, "text")
+    model, tokenizer = load_model(folder, "text", LoadOptions(computes="tokens"))
     model.eval()
     prompt = torch.tensor([[5, 6, 7, 8]], device=model.device)
     _decode(model, prompt)
     resident = _resident_bytes()
-    base = model if folder == first else load_model(first, "text")[0].eval()
+    base = model if folder == first else load_model(first, "text", LoadOptions(computes="tokens"))[0].eval()
     decoding = _in_turns(base, model, lambda m: DECODED / _decode(m, prompt))
     long = torch.randint(5, 200, (1, PREFILL), generator=torch.Generator().manual_seed(0)).to(model.device)
     prefill = _in_turns(base, model, lambda m: PREFILL / _seconds(m, long))

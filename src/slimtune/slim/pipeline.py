@@ -23,10 +23,11 @@ from slimtune.evaluate.answers import weights_of
 from slimtune.export.formats import ExportOptions, export
 from slimtune.export.gguf.model import MODEL_FILE
 from slimtune.models.export import merge_to_folder
-from slimtune.models.load import load_model
+from slimtune.models.load import load_model, read_model_config
 from slimtune.pipeline.train import run
 from slimtune.recipe.validation import read_as
 from slimtune.slim.data import calibration_batches
+from slimtune.slim.depth import check_layers
 from slimtune.slim.distill import distill
 from slimtune.slim.folder import quantize_to_folder
 from slimtune.slim.measure import SlimRow, measured
@@ -61,6 +62,7 @@ def slim(recipe: SlimRecipe, screen: Console, overwrite: bool = False) -> SlimRe
     work.mkdir(parents=True, exist_ok=True)
     steps: list[tuple[str, Mapping[str, Any]]] = [next(iter(step.items())) for step in recipe.steps]
     before = first = teacher = _first(recipe.model, work)
+    _check_layers(recipe, first)
     key = _digest([weights_of(first), recipe.data, recipe.evaluation])
     losses = work / f"losses-{_digest(weights_of(first))[:20]}.json"
     rows: list[SlimRow] = []
@@ -141,6 +143,16 @@ def _first(model: str, work: Path) -> str:
         loaded, tokenizer = load_model(model, "text")
         merge_to_folder(loaded, tokenizer, folder)
     return str(folder)
+
+
+def _check_layers(recipe: SlimRecipe, first: str) -> None:
+    """Find layers out of range before anything is measured. Raises: ConfigError."""
+    count = getattr(read_model_config(first).get_text_config(), "num_hidden_layers", None)
+    for step in recipe.steps:
+        layers = step.get("prune", {}).get("layers")
+        if layers is not None and count is not None:
+            check_layers(layers, count)
+            count = layers
 
 
 def _known(path: Path, key: str, folder: Path) -> SlimRow | None:

@@ -48,9 +48,11 @@ def build_app(folder: Path, access: Access | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ClientDisconnect, _on_gone)
-    app.add_middleware(
-        Guard, access=access, refuse=lambda request, status, reason: _refused(app, request, status, reason)
-    )
+
+    def refuse(request: Request, status: int, reason: str) -> Response:
+        return _refused(app, request, status, reason)
+
+    app.add_middleware(Guard, access=access, refuse=refuse)
     return app
 
 

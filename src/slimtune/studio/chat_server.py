@@ -146,6 +146,17 @@ class ChatServer:
                 raise ConfigError(answer.json()["error"]["message"])
         return name
 
+    def answer(self, base: str, adapter: str, request: Mapping[str, Any]) -> str:
+        """The whole answer to a body of /v1/chat/completions. Raises: ConfigError, TrainingError."""
+        current = self.wait_until_ready(base)
+        body = {**request, "model": self.model_name(adapter)}
+        with client(current) as http:
+            answer = http.post("/v1/chat/completions", json=body)
+            if answer.is_error:
+                raise ConfigError(answer.json()["error"]["message"])
+            self.touch()
+            return answer.json()["choices"][0]["message"]["content"] or ""
+
     def touch(self) -> None:
         """Say that it is used."""
         with suppress(OSError):

@@ -208,6 +208,10 @@ class Jobs:
         """The last job of each run, by the run's name."""
         return {job.name: job for job in self}
 
+    def named(self, name: str) -> list[Job]:
+        """The jobs of a run, in the order in which they were added."""
+        return [job for job in self if job.name == name]
+
     def add(self, name: str, arguments: Sequence[str]) -> Job:
         """Put a command into the queue, and see that it is run.
 

@@ -39,7 +39,7 @@ def train_on_features(
     if not isinstance(data, Classes):
         raise ConfigError("--method features trains a classifier; give rows with text and label")
     began = time.monotonic()
-    options = LoadOptions(base.dtype, base.device, base.trust_remote_code)
+    options = LoadOptions(base.dtype, base.device, base.trust_remote_code, computes="batches")
     model, tokenizer = load_model(base.source, "features", options)
     limit = longest_input(model, tokenizer, data.settings.max_length)
     cache = cache_dir().with_name("features")

@@ -41,6 +41,7 @@ class RunFolder:
     """The folder of one run, locked by this process, or by the first of several.
 
     Attributes:
+        recipe: of the run; where it goes on and its `model.dtype` is auto, with the dtype in which it was begun.
         overwrite: whether files of the output may be replaced, as it was allowed when the run was begun.
         resume: whether the run of an earlier process goes on.
         planned: the memory that it is planned to take, where that is known.
@@ -103,6 +104,7 @@ def run_folder(output: Path, recipe: Mapping[str, Any], overwrite: bool, resume:
     check_name(output)
     if not this_process().is_main:
         wait()
+        recipe = _as_begun(recipe, _facts(path)) if resume else recipe
         yield RunFolder(path, recipe, overwrite, resume, is_locked=False)
         return
     if resume:
@@ -127,8 +129,9 @@ def _check_start(folder: RunFolder, output: Path) -> None:
             # An earlier process wrote the output, and was killed before it could remove this.
             folder.is_done = True
             raise TrainingError(f"the run that wrote {output} has finished: there is nothing to resume")
-        now = json.loads(json.dumps(folder.recipe))
-        then = _facts(folder.path).get("recipe", now)
+        facts = _facts(folder.path)
+        folder.recipe = now = _as_begun(json.loads(json.dumps(folder.recipe)), facts)
+        then = facts.get("recipe", now)
         check_same_run(folder.path, _by_key(then), _by_key(now), _MAY_CHANGE)
         return
     refuse_existing(output, folder.overwrite)
@@ -140,6 +143,14 @@ def _check_start(folder: RunFolder, output: Path) -> None:
             f"the run that writes {output} was broken off after step {checkpoint.step}; pass --resume to go on with "
             "it, or --overwrite to begin anew"
         )
+
+
+def _as_begun(recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The recipe of a run that goes on, with the dtype in which it was begun in place of auto."""
+    # What auto is depends on the processor and on the version: only the run knows what it was.
+    begun = facts.get("recipe", {}).get("model", {}).get("dtype")
+    model = recipe.get("model", {})
+    return {**recipe, "model": {**model, "dtype": begun}} if begun and model.get("dtype") == "auto" else recipe
 
 
 def _check_resume(output: Path, path: Path) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from slimtune.data.batches import Encoded, Objective, PackRows, pad_id_of
+from slimtune.data.batches import Encoded, Limit, Objective, PackRows, pad_id_of
 from slimtune.data.chat_template import use_template
-from slimtune.data.encode import EncodedRows, encode, refuse_split
+from slimtune.data.encode import EncodedRows, WholeExamples, encode, encode_whole, fitted, refuse_split
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import SourceRows, Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of, skipped_note
+from slimtune.data.tasks.base import HELD_OUT, EncodedDataset, Remark, Report, held_out_note, sample_of, skipped_note
 from slimtune.data.texts import positions_of
 from slimtune.errors import ConfigError, counted
 
@@ -39,6 +39,7 @@ class Conversations:
     splits: Splits
     settings: DataSettings
     seed: int = 0
+    _whole: dict[Any, list[WholeExamples]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     task = "text"
     task_type = "CAUSAL_LM"
@@ -63,17 +64,33 @@ class Conversations:
             # Before hours of encoding and training: a model that mixes up its examples would learn all the same.
             check_packs(model)
 
+    def whole(self, tokenizer: Any) -> list[WholeExamples]:
+        """The examples of each source to train on, of any length: encoded once, for planning and for training."""
+        # By its files, which both read. One that was made in memory has no name that would tell it from others.
+        key = tokenizer.name_or_path or id(tokenizer), tokenizer.chat_template
+        if key not in self._whole:
+            bad_rows = self.settings.bad_rows
+            sources = self.splits.train
+            self._whole[key] = [encode_whole(s.rows, tokenizer, s.places, bad_rows) for s in sources]
+        return self._whole[key]
+
     def encode(self, model: Any, tokenizer: Any) -> EncodedDataset:
         """The ids with what is learned of them; raises DataError, ConfigError if the model can't pack."""
         self.prepare(model, tokenizer)
         positions = positions_of(model)
-        encoded = encode_sources(self.splits.train, self.settings, tokenizer, positions)
+        limit = Limit(self.settings.max_length, self.settings.too_long, positions)
+        encoded = [fitted(whole, limit) for whole in self.whole(tokenizer)]
         held_out_rows = encode_sources(self.splits.held_out, self.settings, tokenizer, positions)
         held_out = [example for rows in held_out_rows for example in rows.examples]
         examples = mixed(self.splits.train, encoded, self.seed)
         tokens, learned = sum(len(e.input_ids) for e in examples), sum(e.learned for e in examples)
         report: Report = [
             *_sources_report(self.splits.train, encoded, self.settings),
+            *(
+                remark
+                for source, rows in zip(self.splits.held_out, held_out_rows, strict=True)
+                for remark in _losses(source.name, rows, self.settings, HELD_OUT)
+            ),
             Remark(
                 f"data: {counted(len(examples), 'example')}, {tokens:,} tokens of which "
                 f"{learned / tokens:.0%} are learned; the longest has {max(len(e.input_ids) for e in examples):,}"
@@ -103,22 +120,30 @@ def _sources_report(
     sources: Sequence[SourceRows], encoded: Sequence[EncodedRows], settings: DataSettings
 ) -> list[Remark]:
     """What each source holds, how many of it an epoch takes, and what became of long examples."""
-    report, limit = [], settings.max_length
+    report: list[Remark] = []
     shares = exact_shares(sources, [len(rows.examples) for rows in encoded])
     for source, rows, share in zip(sources, encoded, shares, strict=True):
         weighted = ""
         if source.weight is not None:
             weighted = f"; of its {len(rows.examples):,} examples an epoch takes {share:,} (weight {source.weight:g})"
         report.append(Remark(f"{source.name}: format {source.format}, {counted(len(source.rows), 'row')}{weighted}"))
-        report += skipped_note(source.name, rows.skipped)
-        if rows.apart:
-            why = (
-                ": the chat template rewrites earlier turns, so each answer is learned in an example that ends with it"
-            )
-            report.append(Remark(why, f"{counted(rows.apart, 'example')} more than rows"))
-        if rows.dropped:
-            report.append(Remark(f": no answer within {limit:,} tokens", f"{counted(rows.dropped, 'example')} dropped"))
-        if rows.truncated:
-            verb = "split" if settings.too_long == "split" else "cut"
-            report.append(Remark(f" at {limit:,} tokens", f"{counted(rows.truncated, 'example')} {verb}"))
+        report += _losses(source.name, rows, settings)
+    return report
+
+
+def _losses(source: str, rows: EncodedRows, settings: DataSettings, which: str = "") -> list[Remark]:
+    """What became of the rows of a source that aren't examples as they are.
+
+    Args:
+        which: what the examples are called, such as "held-out ".
+    """
+    report, limit, unit = skipped_note(source, rows.skipped), settings.max_length, f"{which}example"
+    if rows.apart:
+        why = ": the chat template rewrites earlier turns, so each answer is learned in an example that ends with it"
+        report.append(Remark(why, f"{counted(rows.apart, unit)} more than rows"))
+    if rows.dropped:
+        report.append(Remark(f": no answer within {limit:,} tokens", f"{counted(rows.dropped, unit)} dropped"))
+    if rows.truncated:
+        verb = "split" if settings.too_long == "split" else "cut"
+        report.append(Remark(f" at {limit:,} tokens", f"{counted(rows.truncated, unit)} {verb}"))
     return report

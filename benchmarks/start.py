@@ -1,0 +1,99 @@
+"""What comes before the first step, and what a plan takes: `python -m benchmarks.start`.
+
+In turns, each in a process of its own, the seconds of the processor (the clock says little where others work, too):
+
+- importing torch;
+- importing transformers' Trainer and a model's code, which every training with it needs;
+- `slimtune train` of SmolLM2 on 400 orders, up to its first step;
+- `slimtune plan llama-3-70b --device H100 --devices 8`.
+
+transformers imports what it finds beside it: with `--without peft,bitsandbytes,torchao,scipy` these are hidden, as in
+an environment that has slimtune's own dependencies alone. `--src` names another checkout's sources, to compare with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.machine import PACKAGES, cores, cpu_model, installed, load, today
+from slimtune.data.demo_orders import make_orders
+
+_HIDE = """
+import sys
+for name in {hidden!r}:
+    # What stands as None can't be imported, and isn't found.
+    sys.modules[name] = None
+"""
+_UP_TO_THE_FIRST_STEP = """
+import os, slimtune.train.trainer
+slimtune.train.trainer.AnswerTrainer.training_step = lambda *_, **__: os._exit(0)
+"""
+_COMMAND = """
+from slimtune.__main__ import main
+sys.argv = ["slimtune", *{words!r}]
+main()
+"""
+
+
+def cases(folder: Path) -> dict[str, str]:
+    """What is run, by name."""
+    data = folder / "orders.jsonl"
+    data.write_text("".join(f"{json.dumps({'messages': e.messages()})}\n" for e in make_orders(400, 1)[0]))
+    train = ["train", "smollm2-135m-instruct", str(data), "--output", str(folder / "tuned"), "--overwrite",
+             "model.dtype=float32"]  # fmt: skip
+    plan = ["plan", "llama-3-70b", "--device", "H100", "--devices", "8"]
+    return {
+        "import torch": "import torch",
+        "import the Trainer": "from transformers import Trainer\nimport transformers.models.llama.modeling_llama",
+        "train, to the first step": _UP_TO_THE_FIRST_STEP + _COMMAND.format(words=train),
+        "plan of 70B": _COMMAND.format(words=plan),
+    }
+
+
+def seconds(program: str, hidden: list[str], source: str | None) -> float:
+    """The processor's seconds that a program takes. Raises: RuntimeError, with what it printed."""
+    environment = os.environ | ({"PYTHONPATH": source} if source else {})
+    with tempfile.TemporaryFile("w+") as printed:
+        words = [sys.executable, "-c", _HIDE.format(hidden=hidden) + program]
+        process = subprocess.Popen(words, stdout=printed, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        if code := os.waitstatus_to_exitcode(status):
+            printed.seek(0)
+            raise RuntimeError(f"exit code {code}:\n{printed.read()[-4000:]}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Of all cases, in turns.")] = 5,
+    only: Annotated[list[str] | None, typer.Option(help="A case; repeatable.")] = None,
+    without: Annotated[str, typer.Option(help="Packages to hide, with commas between.")] = "",
+    src: Annotated[list[str] | None, typer.Option(help="Sources to compare; repeatable.")] = None,
+) -> None:
+    """Print a Markdown table: the least of all rounds, and the median."""
+    sources: list[str | None] = [*(src or [None])]
+    hidden = [name for name in without.split(",") if name]
+    versions = ", ".join(f"{package} {installed(package)}" for package in PACKAGES)
+    print(f"{cpu_model()}, {cores()} cores, load {load():.0f}; {versions}; {today()}")
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = {name: program for name, program in cases(Path(folder)).items() if name in (only or [name])}
+        taken: dict[tuple[str, str | None], list[float]] = {(name, s): [] for name in chosen for s in sources}
+        for _ in range(rounds):
+            for (name, source), each in taken.items():
+                each.append(seconds(chosen[name], hidden, source))
+                print(f"  {name} {source or ''}: {each[-1]:.2f}", file=sys.stderr)
+    print("| case | sources | least | median |\n|---|---|---|---|")
+    for (name, source), each in taken.items():
+        print(f"| {name} | {source or ''} | {min(each):.1f} s | {statistics.median(each):.1f} s |")
+
+
+if __name__ == "__main__":
+    typer.run(main)
