@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ def looked_at(client: TestClient, **settings: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    yield open_studio(tmp_path_factory.mktemp("runs"))
+def client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
+    return open_studio(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize(
