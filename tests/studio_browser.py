@@ -105,7 +105,7 @@ def tab(opened: Any, size: tuple[int, int] = (1280, 900), scheme: str = "light",
         viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce", locale=language
     )
     page = context.new_page()
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(240_000)
     seen = Tab(page)
     page.on("console", lambda said: seen.problems.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: seen.problems.append(str(error)))

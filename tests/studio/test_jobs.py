@@ -77,23 +77,26 @@ def test_a_queue_that_was_left_goes_on_with_the_next_server(tmp_path: Path) -> N
     wait_until(lambda: state(job) == "done", 120)
 
 
-def test_ctrl_c_reaches_a_job_though_the_studio_was_started_in_the_background(tmp_path: Path) -> None:
-    """A shell lets what it starts with & ignore Ctrl-C, and so would what that starts."""
+def test_a_job_outlives_a_killed_server_and_ctrl_c_reaches_it(tmp_path: Path) -> None:
+    """A shell lets what it starts with & ignore Ctrl-C, and so would what that starts, if nobody saw to it."""
     code = (
         "import signal, sys; from pathlib import Path; from slimtune.studio.jobs import Jobs; "
         "signal.signal(signal.SIGINT, signal.SIG_IGN); "
-        "Jobs(Path(sys.argv[1])).add('page', ['studio', '--port', '0', '--folder', sys.argv[1] + '/inner'])"
+        "Jobs(Path(sys.argv[1])).add('page', ['studio', '--port', '0', '--folder', sys.argv[1] + '/inner']); "
+        "signal.pause()"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    (job,) = Jobs(tmp_path)
-    wait_until(lambda: "Ctrl-C ends it" in job.log_tail(), 120)
-    running = Job.read(job.folder)
-    assert running is not None
-    assert running.process is not None
+    server = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    wait_until(lambda: any("Ctrl-C ends it" in job.log_tail() for job in Jobs(tmp_path)), 120)
+    server.kill()
+    server.wait()
+    (running,) = Jobs(tmp_path)
     assert running.state == "running"
+    assert running.process is not None
     assert os.getpgid(running.process.pid) != os.getpgid(0)
+    waiting = Jobs(tmp_path).add("next", QUICK)
+    assert waiting.state == "queued"
     Jobs(tmp_path).stop(running)
-    wait_until(lambda: state(job) == "stopped", 120)
+    wait_until(lambda: state(running) == "stopped" and state(waiting) == "done", 120)
 
 
 def test_the_process_of_a_job_is_known_by_more_than_its_id(tmp_path: Path) -> None:
@@ -113,7 +116,14 @@ DAMAGED: dict[str, Any] = {
         b'{"name": "x"}',
         b'{"name": "x", "arguments": 3, "directory": "/", "added": "now"}',
     ],
-    "process.json": [b"", b"[]", b'{"pid": "a", "began": 1}', b'{"pid": 99999999999999999999, "began": 1}'],
+    "process.json": [
+        b"",
+        b"[]",
+        b'{"process": 3}',
+        b'{"process": {"pid": "a", "began": 1}}',
+        b'{"process": null, "runner": null}',
+        b'{"process": {"pid": 99999999999999999999, "began": 1}, "runner": {"pid": -1, "began": 1}}',
+    ],
     "exit_code": [b"", b"zero", b"\xff"],
 }
 

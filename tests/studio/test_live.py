@@ -38,7 +38,7 @@ def chromium() -> Iterator[Any]:
         yield opened
 
 
-def words(files: Path, output: Path, steps: int = 120) -> list[str]:
+def words(files: Path, output: Path, steps: int = 60) -> list[str]:
     made = ["train", str(files / "base"), str(files / "train.jsonl"), "--output", str(output), "--rank", "4"]
     return [*made, "--batch-size", "2", "model.device=cpu", "data.held_out=0.1", f"training.max_steps={steps}"]
 
@@ -55,6 +55,7 @@ def events(text: str) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_server_loses_nothing_and_the_page_goes_on(
     chromium: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +109,7 @@ def test_a_run_of_a_terminal_is_followed_stopped_and_gone_on_with(files: Path, t
     client = open_studio(runs)
     page = client.get("/runs/theirs").text
     assert 'class="badge running"' in page
-    assert "/ 120" in page
+    assert "/ 60" in page
     assert "Stop with a checkpoint" in page
     assert client.post("/runs/theirs/stop").status_code == 200
     terminal.join(120)

@@ -2,7 +2,7 @@
 
     FOLDER/.studio/jobs/NUMBER/job.json      what is run: the name of its run, the arguments behind `slimtune`, where
     FOLDER/.studio/jobs/NUMBER/queued        is there while it waits; whoever removes it has claimed the job
-    FOLDER/.studio/jobs/NUMBER/process.json  the id of its process, and when that began
+    FOLDER/.studio/jobs/NUMBER/process.json  its process and the runner that waits for it: id, and when it began
     FOLDER/.studio/jobs/NUMBER/log           what it prints
     FOLDER/.studio/jobs/NUMBER/exit_code     once it has ended
     FOLDER/.studio/runner.lock               held by the runner
@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Literal
@@ -129,8 +129,16 @@ class Job:
     @cached_property
     def process(self) -> Process | None:
         """The process that ran it, or runs it."""
+        return self._process("process")
+
+    @cached_property
+    def runner(self) -> Process | None:
+        """The process that waits for its end, to write down how it ended."""
+        return self._process("runner")
+
+    def _process(self, name: str) -> Process | None:
         try:
-            values = read_json(self.folder / _PROCESS)
+            values = read_json(self.folder / _PROCESS)[name]
             return Process(int(values["pid"]), float(values["began"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -138,22 +146,24 @@ class Job:
     @cached_property
     def exit_code(self) -> int | None:
         """Its exit code, once it has ended; negative for the signal that ended it."""
-        try:
-            return int((self.folder / _EXIT_CODE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        return _read_code(self.folder)
 
     @cached_property
     def state(self) -> JobState:
         """How far it is; lost is a job whose process ended without a word, as when the machine is switched off."""
         if self.exit_code is not None:
-            return "done" if self.exit_code == 0 else "stopped" if self.exit_code in _STOPPED_BY else "failed"
+            return _ended_as(self.exit_code)
         if (self.folder / _QUEUED).exists():
             return "queued"
         if self.process is None:
             # It was claimed this moment, and its process is being started.
             return "running" if time.time() - self.folder.stat().st_mtime < _START_SECONDS else "lost"
-        return "running" if self.process.is_alive else "lost"
+        # Its end is seen by the system before the runner has written it down.
+        if self.process.is_alive or (self.runner is not None and self.runner.is_alive):
+            return "running"
+        # Written since it was looked at above, by a runner that has gone since.
+        code = _read_code(self.folder)
+        return "lost" if code is None else _ended_as(code)
 
     def log_tail(self, most: int = 16_000) -> str:
         """The last bytes of what it printed, from the beginning of a line."""
@@ -166,6 +176,17 @@ class Job:
         except OSError:
             return ""
         return text.partition("\n")[2] if start else text
+
+
+def _read_code(folder: Path) -> int | None:
+    try:
+        return int((folder / _EXIT_CODE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _ended_as(code: int) -> JobState:
+    return "done" if code == 0 else "stopped" if code in _STOPPED_BY else "failed"
 
 
 class Jobs:
@@ -285,8 +306,8 @@ def _run(job: Job) -> None:
         (job.folder / _LOG).write_text(f"slimtune: {job.directory}: {error.strerror}\n", encoding="utf-8")
         (job.folder / _EXIT_CODE).write_text("1", encoding="utf-8")
         return
-    if (process := Process.of(child.pid)) is not None:
-        write_file(job.folder / _PROCESS, json.dumps({"pid": process.pid, "began": process.began}))
+    processes = {"process": Process.of(child.pid), "runner": Process.of(os.getpid())}
+    write_file(job.folder / _PROCESS, json.dumps({name: each and asdict(each) for name, each in processes.items()}))
     code = child.wait()
     # Not if the run was deleted meanwhile.
     if job.folder.is_dir():
