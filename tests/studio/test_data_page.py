@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ def looked_at(client: TestClient, **settings: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    yield open_studio(tmp_path_factory.mktemp("runs"))
+def client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
+    return open_studio(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_a_page_says_what_the_command_says(client: TestClient, tmp_path: Path) -
     # What is learned is marked, and said for those who don't see it.
     assert re.search(r"<mark><span class=\"unseen\">\[learned: </span>It is 0\.", page)
     # The columns as they were found can be chosen otherwise.
-    assert re.search(r'name="data.fields.prompt">\s*<option value="">.*?<option selected>question</option>', page, re.S)
+    assert re.search(r'name="data.fields.prompt">\s*<option value="">.*?<option selected>question</option>', page, re.DOTALL)
     assert f"data.train={str(path).replace('/', '%2F')}" in page
 
 
@@ -113,7 +112,7 @@ def test_columns_are_chosen_and_go_into_the_command(client: TestClient, tmp_path
     assert "which is no format of task" in refused
     assert "--field prompt=COLUMN" in refused
     half = looked_at(client, **{"data.train": str(path), "data.format": "prompt-completion"})
-    assert re.search(r'name="data.fields.completion">.*?<option>b</option>', half, re.S)
+    assert re.search(r'name="data.fields.completion">.*?<option>b</option>', half, re.DOTALL)
     fields = {"data.fields.prompt": "a", "data.fields.completion": "b"}
     page = looked_at(client, **{"data.train": str(path), "data.format": "prompt-completion", **fields})
     assert "--format prompt-completion --field prompt=a --field completion=b" in page
