@@ -1,8 +1,8 @@
 """Whether weights that are packed once make a frozen model's products faster: `python -m benchmarks.packed_weights`.
 
-The products of SmolLM2's layers in float32 on one core, y = x W^T forward and g W for the gradient of the input, in turns:
-torch's own, and those of oneDNN and MKL with weights in their own layout. Printed is how many times as fast each is, of
-the sum over the layers' shapes, each the least of some rounds of the processor's seconds.
+The products of SmolLM2's layers in float32 on one core, y = x W^T forward and g W for the gradient of the input, in
+turns: torch's own, and those of oneDNN and MKL with weights in their own layout. Printed is how many times as fast each
+is, of the sum over the layers' shapes, each the least of some rounds of the processor's seconds.
 """
 
 from __future__ import annotations

@@ -78,7 +78,13 @@ class _Work:
 
     @property
     def is_wanted(self) -> bool:
-        return any(time.monotonic() - moment < PATIENCE for moment in self.asked.values())
+        # A copy: others ask while this looks.
+        return any(time.monotonic() - moment < PATIENCE for moment in list(self.asked.values()))
+
+    def end(self) -> None:
+        """End the process, if it was started."""
+        if self.process.pid is not None:
+            self.process.kill()
 
 
 class Answers:
@@ -102,7 +108,7 @@ class Answers:
                 if other != key:
                     work.asked.pop(tab, None)
                     if not work.asked:
-                        work.process.kill()
+                        work.end()
             if key in self._done:
                 return self._done[key]
             if key not in self._running and len(self._running) < MOST_AT_ONCE:
@@ -122,17 +128,17 @@ class Answers:
     def _start(self, key: _Key, arguments: list[str]) -> None:
         context = _context()
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(there, arguments), daemon=True)
-        _safely(process.start)
-        there.close()
-        work = self._running[key] = _Work(process, here)
-        threading.Thread(target=self._wait, args=(key, work), daemon=True).start()
+        work = self._running[key] = _Work(context.Process(target=_run, args=(there, arguments), daemon=True), here)
+        threading.Thread(target=self._wait, args=(key, work, there), daemon=True).start()
 
-    def _wait(self, key: _Key, work: _Work) -> None:
+    def _wait(self, key: _Key, work: _Work, there: Any) -> None:
         """Keep the answer when it comes, or end what nobody waits for."""
+        # Here and not in the request: it takes as long as the fork server still imports.
+        _safely(work.process.start)
+        there.close()
         while not work.connection.poll(_LOOK_SECONDS):
             if not work.is_wanted:
-                work.process.kill()
+                work.end()
         try:
             answer = Answer(*work.connection.recv())
         except EOFError:
@@ -183,7 +189,9 @@ def _run(connection: Any, arguments: list[str]) -> None:
         except Exception as error:
             code = 1
             print(f"{_PREFIX}{type(error).__name__}: {error}", file=errors)
-    connection.send((code, output.getvalue(), errors.getvalue()))
+    # The studio may have gone.
+    with contextlib.suppress(BrokenPipeError):
+        connection.send((code, output.getvalue(), errors.getvalue()))
 
 
 def _stamp(word: str) -> tuple[int, int] | None:

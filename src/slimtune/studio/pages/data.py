@@ -39,7 +39,13 @@ AUTO = "auto"
 FIELDS = "data.fields."
 _ABSENT: dict[str, Any] = {"labels": {}, "longer": 0, "shared_prefixes": None}
 """What the answer leaves out where it doesn't apply."""
-_DEFAULTS = {"data.max_length": "1024", "training.batch_size": "8", "data.format": AUTO, "data.chat_template": ""}
+_DEFAULTS = {
+    "data.train": "",
+    "data.max_length": "1024",
+    "training.batch_size": "8",
+    "data.format": AUTO,
+    "data.chat_template": "",
+}
 
 
 @dataclass(frozen=True)

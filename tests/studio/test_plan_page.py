@@ -1,0 +1,81 @@
+"""The page Plan: what it shows is what `slimtune plan` says, and leads to a training with those settings."""
+
+from __future__ import annotations
+
+import html
+import re
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pytest
+from fastapi.testclient import TestClient
+
+from slimtune.studio import forms
+from slimtune.studio.pages.plan import OPTIONS, TO_TRAIN
+from small_text_model import save_base
+from studio_client import open_studio
+
+
+def planned(client: TestClient, **settings: Any) -> str:
+    """The page once it is planned."""
+    for _ in range(1200):
+        page = client.get("/plan/result", params={"tab": "1", **settings})
+        assert page.status_code == 200, page.text
+        if "hx-trigger" not in page.text:
+            return page.text
+        time.sleep(0.1)
+    raise AssertionError("the plan didn't come")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_base(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
+    return open_studio(tmp_path_factory.mktemp("runs"))
+
+
+def test_a_plan_leads_to_a_training_with_its_settings(client: TestClient, model: str) -> None:
+    settings = {"model.name": model, "method.name": "lora", "model.quantize": "dense", "method.r": "4"}
+    more = {"training.batch_size": "2", "data.max_length": "64", "device": "RTX 4090"}
+    page = planned(client, **settings, **more)
+    command = f"slimtune plan {model} --device 'RTX 4090' --method lora --base dense --rank 4 --batch-size 2"
+    assert command in html.unescape(page)
+    assert "Fits RTX 4090" in page
+    assert 'class="part-weights"' in page
+    (query, *_) = re.findall(r'href="/train\?([^"]*)"', page)
+    to_train = dict(parse_qsl(html.unescape(query)))
+    assert to_train["model.name"] == model
+    assert (to_train["method.name"], to_train["method.r"], to_train["training.batch_size"]) == ("lora", "4", "2")
+    assert forms.fill_in({**to_train, "data.train": "rows.jsonl"}).errors == {}
+
+
+def test_what_doesnt_fit_says_what_would(client: TestClient) -> None:
+    page = planned(
+        client, **{"model.name": "llama-2-7b", "method.name": "full", "device": "T4", "data.max_length": "64"}
+    )
+    assert "Nothing fits T4" in page
+    assert "would fit" in page
+    assert "/train?" not in page
+
+
+def test_mistakes_are_the_sentences_of_the_library(client: TestClient) -> None:
+    assert "did you mean" in planned(client, **{"model.name": "llama-2-7", "device": "T4"})
+
+
+def test_the_form_has_what_the_address_says(client: TestClient) -> None:
+    page = client.get("/plan", params={"model.name": "some-model", "method.r": "32", "goal": "tiny"}).text
+    assert 'value="some-model"' in page
+    assert 'name="method.r" min="1" value="32"' in page
+    assert '<option value="tiny" selected>' in page
+    for name in OPTIONS:
+        assert f'name="{name}"' in page
+
+
+def test_settings_are_those_of_the_form_of_training(tmp_path: Path) -> None:
+    known = {setting.place for group in forms.all_settings().values() for setting in group}
+    assert {*TO_TRAIN.values()} - {forms.METHOD} <= known
