@@ -138,6 +138,11 @@ def over(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
+def over_seeds(most: int) -> str:
+    """How the cells of a table came about."""
+    return "one seed" if most == 1 else f"mean and 95% interval over {most} seeds, or one seed alone"
+
+
 def write(name: str, header: tuple[str, ...], rows: list[tuple[str, ...]], facts: dict[str, Any], note: str) -> None:
     """The figures as JSON, and as a table of docs/slim.md."""
     on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
@@ -204,7 +209,7 @@ def write_quality(values: dict[str, Any], facts: dict[str, Any]) -> None:
     note = (
         f"{facts['measured']:,} tokens of shipped prose; calibrated on {facts['tokens']:,} tokens of other shipped "
         f"texts and recovered on them, {WINDOW} a step, by LoRA (r={RANK}) towards the dense model's distribution, "
-        f"under the mask where there is one; mean and 95% interval over {seeds} seeds; seconds are of the pruning;"
+        f"under the mask where there is one; {over_seeds(seeds)}; seconds are of the pruning;"
     )
     write("quality", header, rows, {**facts, "values": values}, note)
 
@@ -250,8 +255,8 @@ def write_qat(values: dict[str, list[float]], facts: dict[str, Any]) -> None:
         rows.append((title, over(values[name]), "" if name == of else over(lost, 3)))
     note = (
         f"{facts['measured']:,} tokens of editorials, learned from {facts['tokens']:,} tokens of others, {WINDOW} a "
-        f"step, {facts['steps']} steps, LoRA with r={RANK}, SmolLM2 off its grid, groups of 64; mean and 95% interval "
-        f"over {len(values['tuned'])} seeds;"
+        f"step, {facts['steps']} steps, LoRA with r={RANK}, SmolLM2 off its grid, groups of 64; "
+        f"{over_seeds(len(values['tuned']))};"
     )
     header = ("model", "perplexity", "log-perplexity lost by the 4 bits")
     write("qat", header, rows, {**facts, "values": values}, note)

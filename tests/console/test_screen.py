@@ -12,7 +12,7 @@ import pytest
 from rich.table import Table
 
 from slimtune.console.failures import sentence_of
-from slimtune.console.noise import escape_logs
+from slimtune.console.noise import set_up_logging
 from slimtune.console.screen import finite, one_line, open_screen, plain_table, print_json, printable, say
 from slimtune.errors import ConfigError
 
@@ -72,7 +72,7 @@ def test_json_is_json(value: float, capsys: pytest.CaptureFixture[str]) -> None:
 def test_logs_and_warnings_are_text(caplog: pytest.LogCaptureFixture) -> None:
     before = logging.getLogRecordFactory()
     try:
-        escape_logs()
+        set_up_logging()
         logging.getLogger("a.library").warning("tensor %s is \x1b[1mnot\x1b[0m there", "w\x1b]0;x\x07")
     finally:
         logging.setLogRecordFactory(before)

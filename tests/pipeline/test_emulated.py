@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ EMULATED = pytest.mark.skipif(not is_emulated("bfloat16", "cpu"), reason="this p
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_base_in_16_bits_is_slow_where_they_are_emulated(dtype: torch.dtype) -> None:
-    screen = Console(file=io.StringIO(), width=200)
-    train.show_trained(screen, get_peft_model(tiny_model().to(dtype), LoraConfig(task_type="CAUSAL_LM")))
-    shown = screen.file.getvalue()
+    file, model = io.StringIO(), cast(Any, tiny_model()).to(dtype)
+    train.show_trained(Console(file=file, width=200), get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")))
+    shown = file.getvalue()
     is_told = is_emulated(str(dtype).removeprefix("torch."), "cpu")
     assert "trained in float32" in shown
     assert ("model.dtype=float32" in shown) == is_told

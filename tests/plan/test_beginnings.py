@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig
 from slimtune.data.lengths import sorted_lengths
 from slimtune.errors import ConfigError
 from slimtune.methods.lora.config import LoraConfig
+from slimtune.methods.prompt.prefix_tuning import PrefixTuningConfig
 from slimtune.methods.prompt.prompt_tuning import PromptTuningConfig
 from slimtune.plan.beginnings import Beginnings, can_share
 from slimtune.plan.devices import find
@@ -99,9 +101,15 @@ def test_nothing_is_shared_where_it_does_not_pay() -> None:
     assert Beginnings(examples(prompt=2, answers=(30, 30))).shared_in(SETTING) is SETTING
 
 
-def test_virtual_tokens_stand_before_each_row_and_share_nothing() -> None:
-    setting = replace(SETTING, method=PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    assert Beginnings(examples()).shared_in(setting) is setting
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_shared_in_the_plan_as_in_training(kind: Any) -> None:
+    setting = replace(SHARED, method=kind(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    real = plan_of(trace(CONFIG, setting, "CAUSAL_LM", fake=False), setting)
+    simulated = planned(setting)
+    assert simulated.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+    assert simulated.work["forward"].flops == real.work["forward"].flops
+    padded = planned(replace(setting, shared=None))
+    assert simulated.work["forward"].flops < 0.6 * padded.work["forward"].flops
 
 
 def test_only_decoders_share() -> None:

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
-def fetch(repository: Path, choices: list[tuple[bool, bool]], cache: Path, stderr: int) -> list[set[str]]:
+def fetch(repository: Path, choices: Sequence[tuple[bool, ...]], cache: Path, stderr: int) -> list[set[str]]:
     # A process of its own: the Hub's address is read once.
     with serving(repository) as address:
         environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import DataCollatorForSeq2Seq
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.data.batches import Encoded
+from slimtune.data.batches import Encoded, Objective, token_loss
 from slimtune.data.prefixes import PrefixGroups
 from slimtune.errors import ConfigError
 from slimtune.recipe.training import TrainSettings
 from slimtune.train import sharing
 from slimtune.train.loop import fine_tune
+from small_seq2seq import seq2seq_tokenizer, t5
 from small_text_model import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -54,6 +56,31 @@ def test_it_is_done_where_it_pays_and_learns_the_same(tmp_path: Path) -> None:
     assert SAID not in silent
     assert (most, all_tokens) == (30 + 4 * 12, 4 * 42)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_with_several_targets_is_encoded_once(tmp_path: Path) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, 15, (10,), generator=drawn).tolist() for _ in range(4)]
+    # Each prompt with its four targets, apart from each other.
+    rows = [
+        {"input_ids": prompt, "labels": torch.randint(4, 15, (5,), generator=drawn).tolist()} for prompt in prompts * 4
+    ]
+    losses, shown = {}, {}
+    for name, settings in {"apart": {"share_prefixes": False}, "at random": {}, "grouped": {}}.items():
+        model = get_peft_model(t5(), LoraConfig(r=4, target_modules=["q", "v"]))
+        screen = Console(file=io.StringIO(), width=200)
+        chosen = TrainSettings(
+            learning_rate=0.01, max_steps=3, batch_size=4, group_prefixes=name == "grouped", **settings
+        )
+        objective = Objective(DataCollatorForSeq2Seq(seq2seq_tokenizer(False), model=model), token_loss)
+        fine_tune(model, seq2seq_tokenizer(False), rows, chosen, tmp_path / name, screen, objective=objective)
+        lines = [json.loads(line) for line in (tmp_path / name / "loss.jsonl").read_text().splitlines()]
+        losses[name] = torch.tensor([line["loss"] for line in lines if "loss" in line])
+        shown[name] = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert SAID not in shown["apart"]
+    assert "a prompt that stands in a batch several times is encoded once: 1." in shown["at random"]
+    torch.testing.assert_close(losses["at random"], losses["apart"], rtol=1e-4, atol=1e-5)
+    assert "encoded once: 4.00 times fewer tokens" in shown["grouped"]
 
 
 def questions(document: int = 30, count: int = 4) -> list[Encoded]:

@@ -48,13 +48,9 @@ def _unwrapped(name: str) -> str:
     return without_wrappers(prefix + inside if is_wrapped else name)
 
 
-def _path_of(name: str) -> list[str]:
-    return name.removeprefix(KEY_PREFIX).split(".")
-
-
 def _is_at(name: str, paths: set[str]) -> bool:
     """Whether a key surely begins with the path of a module; keys of soft prompts stand alone."""
-    parts = _path_of(name)
+    parts = name.removeprefix(KEY_PREFIX).split(".")
     if len(parts) < 2 or not name.startswith(KEY_PREFIX):
         return True
     # The common names alone, which spares most files the renamings; on others `_renamed` decides.
@@ -73,13 +69,11 @@ def _behind(inside: str, paths: set[str]) -> int:
 
 def _renamings(model: Any) -> list[Any]:
     """transformers' renamings of checkpoints' keys for this model, older layouts to the present one."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # before transformers 5
-        return []
     if not hasattr(model, "base_model_prefix"):
         return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
     return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
 

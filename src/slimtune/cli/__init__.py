@@ -40,7 +40,7 @@ from slimtune.cli.spectra import spectra
 from slimtune.cli.studio import studio
 from slimtune.cli.train import train
 from slimtune.console.failures import sentence_of
-from slimtune.console.noise import escape_logs, leave_out_noise
+from slimtune.console.noise import leave_out_noise, set_up_logging
 from slimtune.console.process import report_failure
 from slimtune.console.screen import say, silence
 from slimtune.errors import DoesNotFitError, MergeError, SlimtuneError, is_out_of_memory
@@ -179,7 +179,7 @@ def options(
 ) -> None:
     """Fine-tune large models on small hardware: one frozen base, tiny trainable deltas."""
     leave_out_noise()
-    escape_logs()
+    set_up_logging()
 
 
 app.add_typer(recipe, name="recipe")

@@ -40,6 +40,9 @@ def preview(
     examples: Annotated[int, typer.Option(min=0, help="How many are shown.")] = 3,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example in training.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once in training, for the padding.")] = 8,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Read only the first so many of each source; all unless told.")
+    ] = None,
     packing: Annotated[bool, typer.Option("--packing", help="Tell what packing makes of it.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -66,7 +69,7 @@ def preview(
     screen = open_screen(as_json)
     with screen.status("reading..."):
         tokenizer = None if model is None else tokenizer_of(model, trust_remote_code)
-        looked = look(settings, tokenizer, task, examples)
+        looked = look(settings, tokenizer, task, examples, rows)
     if as_json:
         print_json(looked.to_dict(max_length, batch_size))
     else:

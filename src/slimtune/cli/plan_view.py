@@ -13,6 +13,7 @@ from slimtune.data.lengths import PERCENTILES
 from slimtune.errors import counted, listing, needs
 from slimtune.models.device import cost_of_emulation, is_emulated
 from slimtune.pipeline.launch import with_processes
+from slimtune.pipeline.show_data import show_too_long
 from slimtune.plan.devices import CPU
 from slimtune.plan.memory import MemoryBreakdown
 from slimtune.plan.plan import PlanReport
@@ -177,12 +178,7 @@ def _show_question(screen: Console, report: PlanReport) -> None:
         + _learned(report)
         + f"; {spread}; the longest has {lengths.longest:,}"
     )
-    if report.cut:
-        screen.print(
-            f"[yellow]{counted(report.cut, 'example')} {'is' if report.cut == 1 else 'are'} longer than "
-            f"{request.sequence:,} tokens[/] and would be cut "
-            "(data.too_long=truncate) or dropped (data.too_long=drop)"
-        )
+    show_too_long(screen, report.cut, request.sequence)
     batch = report.choices[0].setting.batch
     gain = lengths.packing_gain(request.sequence, batch)
     screen.print(

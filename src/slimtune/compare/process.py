@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from slimtune.compare.results import Stage
 from slimtune.console.failures import sentence_of
-from slimtune.console.noise import escape_logs, leave_out_noise
+from slimtune.console.noise import leave_out_noise, set_up_logging
 from slimtune.console.progress import Counting
 from slimtune.errors import SlimtuneError
 from slimtune.storage.atomic import write_file
@@ -116,7 +116,7 @@ def _work(stages: Sequence[Stage], folder: Path, log: Path, sender: Connection) 
     """What the process does. Raises: SystemExit, when a stage fails."""
     _leave_the_terminal(log)
     leave_out_noise()
-    escape_logs()
+    set_up_logging()
     Counting.report = _Reporter(sender)
     for stage in stages:
         keywords = getattr(stage.work, "keywords", {})

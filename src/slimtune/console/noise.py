@@ -31,8 +31,8 @@ class _PlainRecord(logging.LogRecord):
         return printable(_COLOURS.sub("", super().getMessage()))
 
 
-def escape_logs() -> None:
-    """Show what libraries log and warn of as text, from now on: for a process that is slimtune's own."""
+def set_up_logging() -> None:
+    """For a process of slimtune's own: libraries' logs and warnings as plain text, of torch's C++ errors alone."""
     logging.setLogRecordFactory(_PlainRecord)
     logging.captureWarnings(True)
     # Read when torch is imported. What it would say: DDP's remark that all parameters were used, by each process.

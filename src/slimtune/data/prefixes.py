@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from slimtune.data.batches import Encoded
+from slimtune.models.shared_encodings import distinct_rows
 from slimtune.models.shared_prefixes import SharedTokens
 from slimtune.ops.prefix_tree import SHORTEST_SHARED, prefix_tree
 
@@ -38,10 +39,12 @@ def sample_batches(
     batch_size: int,
     seed: int,
     groups: PrefixGroups | None = None,
+    whole_rows: bool = False,
 ) -> list[SampledBatch]:
     """A few batches as training draws them; none where they aren't rows of tokens.
 
     Args:
+        whole_rows: only rows that are equal from end to end are shared, as by an encoder.
         collate: the batch of the examples of these numbers, which go up to `count`.
         groups: by which batches are drawn, if they are.
     """
@@ -59,8 +62,12 @@ def sample_batches(
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if ids is None or ids.dim() != 2:
             return []
-        tree = prefix_tree(ids, batch.get("attention_mask"), batch.get("position_ids"))
-        sampled.append(SampledBatch(examples, SharedTokens(ids.numel(), len(tree.tokens))))
+        mask = batch.get("attention_mask")
+        if whole_rows:
+            computed = len(distinct_rows(ids, mask)[0]) * ids.shape[1]
+        else:
+            computed = len(prefix_tree(ids, mask, batch.get("position_ids")).tokens)
+        sampled.append(SampledBatch(examples, SharedTokens(ids.numel(), computed)))
     return sampled
 
 

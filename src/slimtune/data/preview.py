@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from slimtune.data.batches import pieces
+from slimtune.data.batches import Encoded, PadRight, pieces
 from slimtune.data.chat_template import use_template
 from slimtune.data.encode import EncodedRows
 from slimtune.data.lengths import PERCENTILES, Lengths, sorted_lengths
+from slimtune.data.prefixes import PrefixGroups, sample_batches, tokens_of
 from slimtune.data.reading import SourceRows, Splits, exact_shares, read_splits
 from slimtune.data.rows import Conversation, Document, Instruction, Labelled, Tagged, Turn
 from slimtune.data.settings import DataSettings
@@ -26,6 +27,8 @@ from slimtune.errors import ConfigError
 
 Piece = tuple[bool, str]
 """A piece of an example's text, and whether it is learned."""
+GROUPED_EXAMPLES = 4096
+"""Of which it is counted what they begin with alike: the first of them, for more take long to sort."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Preview:
         apart: examples beyond one for each row, because the chat template rewrites earlier turns.
         labels: how often each label occurs, for texts with labels.
         skipped: rows that were read and can't be encoded, where those are left out.
+        encoded: the examples as token ids, for a model that writes text.
     """
 
     splits: Splits
@@ -50,6 +54,7 @@ class Preview:
     apart: int = 0
     labels: dict[str, int] = field(default_factory=dict)
     skipped: Sequence[Remark] = ()
+    encoded: Sequence[Encoded] = ()
 
     @property
     def sources(self) -> list[SourceRows]:
@@ -67,7 +72,13 @@ class Preview:
         return {
             "task": self.splits.task,
             "sources": [
-                {"name": source.name, "format": source.format, "rows": len(source.rows), "examples_of_an_epoch": share}
+                {
+                    "name": source.name,
+                    "format": source.format,
+                    "fields": dict(source.fields),
+                    "rows": len(source.rows),
+                    "examples_of_an_epoch": share,
+                }
                 for source, share in zip(self.sources, self.shares, strict=True)
             ],
             "columns": [
@@ -98,18 +109,39 @@ class Preview:
             "padding": within.padding_waste(batch_size),
             "packed_rows": within.packed_rows(max_length),
             "packed_padding": within.packed_waste(max_length),
+            **({"shared_prefixes": self.shared_prefixes(max_length, batch_size)} if self.encoded else {}),
         }
 
+    def shared_prefixes(self, max_length: int, batch_size: int) -> dict[str, float]:
+        """How many times fewer tokens are computed where rows of a batch share what they begin with.
 
-def preview(settings: DataSettings, tokenizer: Any = None, task: str = "auto", samples: int = 3) -> Preview:
+        `drawn` is for batches as they are drawn, `grouped` for those of examples that begin alike
+        (`training.group_prefixes`); each by a few batches.
+        """
+        rows = [Encoded(e.input_ids[:max_length], e.labels[:max_length]) for e in self.encoded[:GROUPED_EXAMPLES]]
+        collate = PadRight(0)
+
+        def ratio(groups: PrefixGroups | None) -> float:
+            batches = sample_batches(
+                lambda picked: collate([rows[i] for i in picked]), len(rows), batch_size, 0, groups
+            )
+            return tokens_of(batches).ratio
+
+        return {"drawn": ratio(None), "grouped": ratio(PrefixGroups([row.input_ids for row in rows]))}
+
+
+def preview(
+    settings: DataSettings, tokenizer: Any = None, task: str = "auto", samples: int = 3, most: int | None = None
+) -> Preview:
     """Read, encode and measure data; raises DataError, ConfigError.
 
     Args:
         tokenizer: of the model to train; without it rows are shown as they are read, and measured in characters.
         samples: how many examples are shown.
+        most: rows that are read of each source; None for all.
     """
     # All rows are shown: which of them a seed would hold out is no property of the data.
-    splits = read_splits(replace(settings, held_out=0.0), task)
+    splits = read_splits(replace(settings, held_out=0.0), task, most=most)
     if settings.packing and splits.task != "text":
         raise ConfigError(f"packing is for models that write text, and not for task {splits.task}; leave it out")
     if tokenizer is not None and settings.chat_template is not None:
@@ -142,7 +174,7 @@ def _encoded(splits: Splits, settings: DataSettings, tokenizer: Any, samples: in
     pairs = zip(splits.train, encoded, strict=True)
     skipped = [remark for source, rows in pairs for remark in skipped_note(source.name, rows.skipped)]
     apart = sum(rows.apart for rows in encoded)
-    return Preview(splits, shares, lengths, "tokens", shown, apart, skipped=skipped)
+    return Preview(splits, shares, lengths, "tokens", shown, apart, skipped=skipped, encoded=examples)
 
 
 def _first(encoded: Sequence[EncodedRows], tokenizer: Any, samples: int) -> list[list[Piece]]:

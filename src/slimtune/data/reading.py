@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,10 +83,14 @@ def _key(row: Any) -> Any:
     return row.model_dump_json() if hasattr(row, "model_dump_json") else row
 
 
-def read_splits(settings: DataSettings, task: str = "auto", seed: int = 0) -> Splits:
-    """Read all rows for a task, and hold out a share of each source; raises DataError, ConfigError."""
+def read_splits(settings: DataSettings, task: str = "auto", seed: int = 0, most: int | None = None) -> Splits:
+    """Read all rows for a task, and hold out a share of each source; raises DataError, ConfigError.
+
+    Args:
+        most: rows that are read of each source to train on; None for all.
+    """
     formats_of(task)
-    train = [_read(source, settings, task) for source in settings.train]
+    train = [_read(source, settings, task, most=most) for source in settings.train]
     task = _task(train, task)
     if settings.held_out_sources:
         return Splits(task, train, [_read(source, settings, task) for source in settings.held_out_sources])
@@ -108,8 +113,10 @@ def names_of(sources: Sequence[SourceRows]) -> str:
     return ", ".join(Path(source.name).name for source in sources)
 
 
-def _read(source: Source, settings: DataSettings, task: str, first: bool = False) -> SourceRows:
-    """The rows of a source, or the `first` that can be read; raises DataError."""
+def _read(
+    source: Source, settings: DataSettings, task: str, first: bool = False, most: int | None = None
+) -> SourceRows:
+    """The rows of a source, the `first` that can be read, or so many at `most`; raises DataError."""
     name = source.format if source.format != "auto" else settings.format
     layout = Layout(find_format(name, task)) if name != "auto" else None
     rows, places, skipped = [], [], []
@@ -120,7 +127,7 @@ def _read(source: Source, settings: DataSettings, task: str, first: bool = False
             refuse(error)
         skipped.append(str(error))
 
-    for given, where in records(source, first, bad):
+    for given, where in islice(records(source, first or most is not None, bad), most):
         try:
             # The first row that can be read decides; the others are read as it, or refused with what they lack.
             layout = layout or recognize(given, where, task)

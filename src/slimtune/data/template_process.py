@@ -88,41 +88,47 @@ class _Watched:
         # It writes one byte when its libraries are there, whose memory and time aren't the template's.
         self.process.stdout.read(1)
         self.seen = psutil.Process(self.process.pid)
-        self.excess, self.since, self.bytes = "", None, 0
-        self.lock, self.is_busy = threading.Lock(), threading.Event()
+        self.excess, self.bytes = "", 0
+        self.since: float | None = None
+        """Seconds of the processor that it had taken when the conversation came; None while it is idle."""
+        self.changed = threading.Condition()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self) -> None:
         """A conversation goes to it."""
-        with self.lock, contextlib.suppress(psutil.Error):
+        with self.changed, contextlib.suppress(psutil.Error):
             self.since, self.bytes = self._seconds(), self.bytes or self.seen.memory_info().rss
-            self.is_busy.set()
+            self.changed.notify()
 
     def rest(self) -> None:
         """Its answer is there."""
-        with self.lock:
-            self.is_busy.clear()
+        with self.changed:
             self.since = None
 
     def end(self) -> None:
         """End it, and the thread with it."""
         self.process.kill()
         self.process.communicate()
-        self.is_busy.set()
+        with self.changed:
+            self.changed.notify()
 
     def _watch(self) -> None:
-        # Asleep while it is idle; a process that is gone ends the thread.
+        # A process that is gone ends the thread.
         with contextlib.suppress(psutil.Error):
-            while self.is_busy.wait() and self.process.returncode is None and not self.excess:
+            while self.process.returncode is None and not self.excess:
                 # Under the lock: what ends it must be what this conversation took, and not one before.
-                with self.lock:
-                    self.excess = self._excess() if self.since is not None else ""
+                with self.changed:
+                    # Asleep while it is idle.
+                    self.changed.wait_for(lambda: self.since is not None or self.process.returncode is not None)
+                    self.excess = self._excess()
                     if self.excess:
                         self.process.kill()
                 time.sleep(INTERVAL)
 
     def _excess(self) -> str:
-        if self.since is not None and self._seconds() - self.since > SECONDS:
+        if self.since is None:
+            return ""
+        if self._seconds() - self.since > SECONDS:
             return f"it takes longer than {SECONDS} s"
         is_large = self.seen.memory_info().rss - self.bytes > BYTES
         return f"it takes more than {BYTES // 2**20} MB of memory" if is_large else ""

@@ -21,7 +21,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from slimtune.core.delta import deltas_of
 from slimtune.errors import ConfigError, first_line
+from slimtune.methods.prompt.base import VirtualTokens
+from slimtune.methods.prompt.prefix_tuning import Prefix, ReadOnlyUpdate
+from slimtune.models.shared_encodings import shared_encodings
 from slimtune.ops.autograd import is_traced
 from slimtune.ops.prefix_tree import Family, PrefixTree, prefix_tree, tree_attention
 
@@ -56,10 +60,11 @@ class SharedTokens:
 
 @contextmanager
 def shared_prefixes(model: Any, always: bool = False, left_padded: bool = False) -> Iterator[SharedTokens]:
-    """Within it, a model computes what the rows of a batch share once.
+    """Within it, a model computes what the rows of a batch share once; an encoder-decoder encodes equal rows once.
 
-    Left as they are: batches that share too little, passes with a key-value cache, with embeddings in place of tokens,
-    with hidden states or attention weights asked for, or with adapters by row.
+    A soft prompt or a trained prefix in front of the rows is shared, too. Left as they are: batches that share too
+    little, passes with a key-value cache, with embeddings in place of tokens, with hidden states or attention weights
+    asked for, or with adapters by row.
 
     Args:
         always: batches that share little, too.
@@ -67,10 +72,17 @@ def shared_prefixes(model: Any, always: bool = False, left_padded: bool = False)
 
     Raises: ConfigError, for a kind of model that can't; whether this one can is for `check_shares` to say.
     """
+    tokens = SharedTokens()
+    if is_encoded(model):
+        with shared_encodings(model, tokens):
+            yield tokens
+        return
     config = check_kind(model)
-    own, tokens, decoder = config._attn_implementation, SharedTokens(), model.get_decoder()
+    own, decoder = config._attn_implementation, model.get_decoder()
+    flatten = _Flatten(model, decoder, tokens, always, left_padded)
     hooks = [
-        decoder.register_forward_pre_hook(_Flatten(model, decoder, tokens, always, left_padded), with_kwargs=True),
+        model.register_forward_pre_hook(flatten.note_text, with_kwargs=True),
+        decoder.register_forward_pre_hook(flatten, with_kwargs=True),
         decoder.register_forward_hook(_unflatten, with_kwargs=True),
     ]
     # For the whole training and not for the forward pass alone: checkpointing runs layers again in the backward pass.
@@ -89,21 +101,29 @@ def check_shares(model: Any) -> None:
     Raises: ConfigError, for a model that isn't causal, that doesn't attend through transformers' registry, or whose
         layers see more than attention shows them, as in recurrent models.
     """
-    check_kind(model)
-    for name, config in getattr(model, "peft_config", {}).items():
-        if getattr(config, "is_prompt_learning", False):
-            raise ConfigError(
-                f"prefixes can't be shared with {config.peft_type} (adapter {name}), whose virtual tokens stand in "
-                "front of each row"
-            )
+    if not is_encoded(model):
+        check_kind(model)
+    prompt = _prompt_of(model)
+    if isinstance(prompt, Prefix) and prompt.window is not None:
+        raise ConfigError(
+            f"{type(model).__name__} can't share prefixes with a trained one (PREFIX_TUNING): some of its layers see "
+            f"the last {prompt.window} tokens alone; use prompt tuning or LoRA"
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
     drawn = torch.randint(0, vocabulary, (3, PROBED), generator=torch.Generator().manual_seed(0))
     # Two rows share most tokens, a third one none; the second one is padded.
     shared = torch.cat([drawn[0, : PROBED - 4], drawn[1, PROBED - 4 :]])
     ids = torch.stack([drawn[0], shared, drawn[2]]).to(model.device)
+    if is_encoded(model):
+        ids[1] = ids[2] = ids[0]
     mask = torch.ones_like(ids)
     mask[1, -2:] = 0
     _check_same_states(model, ids, mask)
+
+
+def is_encoded(model: Any) -> bool:
+    """Whether an encoder reads the rows, all tokens of a row at once, so that only equal rows are shared."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
 
 
 def counts_columns(model: Any) -> bool:
@@ -123,25 +143,58 @@ def counts_columns(model: Any) -> bool:
 
 def _check_same_states(model: Any, ids: Tensor, mask: Tensor, left_padded: bool = False) -> None:
     """Raises: ConfigError, where rows computed as a tree have other hidden states than apart."""
-    decoder, was_training = model.get_decoder(), model.training
+    was_training, width = model.training, ids.shape[1]
+    if is_encoded(model):
+        runs: Any = model.get_encoder()
+    else:
+        # Virtual tokens come in at the root, which gives a column for each of them in front, or none.
+        root = model if _prompt_of(model) is not None else model.get_decoder()
+        runs = functools.partial(root, use_cache=False)
     # Dropout draws other masks for other layouts.
     model.eval()
     try:
         with torch.no_grad():
-            apart = decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            apart = runs(input_ids=ids, attention_mask=mask)[0]
             with shared_prefixes(model, always=True, left_padded=left_padded) as tokens:
-                together = decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+                together = runs(input_ids=ids, attention_mask=mask)[0]
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ConfigError(f"{type(model).__name__} can't share prefixes: {first_line(error)}") from error
     finally:
         model.train(was_training)
     # Padding aside, whose states are some other token's here.
-    difference, whole = ((x[mask.bool()].float()) for x in (together - apart, apart))
+    difference, whole = (_of_text(x, mask, width).float() for x in (together - apart, apart))
     moved = float(difference.norm() / whole.norm().clamp_min(1e-12))
     if not moved < ROUNDING.get(apart.dtype, ROUNDING_16_BITS) or not tokens.computed:
         raise ConfigError(
             f"{type(model).__name__} can't share prefixes: computed so, its hidden states differ by {moved:.1%}"
         )
+
+
+def _of_text(states: Tensor, mask: Tensor, width: int) -> Tensor:
+    """The states of the tokens, without padding and virtual tokens; all of those that are one for a row."""
+    return states[:, -width:][mask.bool()] if states.dim() == 3 else states
+
+
+def _prompt_of(model: Any) -> VirtualTokens | None:
+    """The virtual tokens that are in effect in front of a model's rows."""
+    state, deltas = vars(model).get("adapter_state"), deltas_of(model)
+    names = () if state is None else (name for name in state.applied if name in deltas)
+    return next((deltas[name] for name in names if isinstance(deltas[name], VirtualTokens)), None)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the decoder reads, by its tokens; soft prompts have ids below 0, each its own.
+
+    Attributes:
+        mask, positions: as `prefix_tree` takes them.
+        front: keys in front of all rows.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    front: int = 0
 
 
 class _Flatten:
@@ -150,41 +203,105 @@ class _Flatten:
     def __init__(self, model: Any, decoder: nn.Module, tokens: SharedTokens, always: bool, left_padded: bool) -> None:
         self.model, self.tokens, self.always, self.left_padded = model, tokens, always, left_padded
         self.signature, self.config = inspect.signature(decoder.forward), cast(Any, decoder.config)
+        self.root_signature = inspect.signature(model.forward)
+        self.text: tuple[Tensor | None, Tensor | None] = None, None
+
+    def note_text(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model: keep the ids and the mask of the text, of which a soft prompt makes embeddings."""
+        bound = self.root_signature.bind(*args, **kwargs).arguments
+        given = {**bound.get("kwargs", {}), **bound}
+        self.text = given.get("input_ids"), given.get("attention_mask")
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
         given = {**bound.arguments.pop("kwargs", {}), **bound.arguments}
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
         caches = given.get("use_cache")
         if caches is None:
             # In training nobody takes the cache that a config asks for.
             caches = self.config.use_cache and not decoder.training
-        if caches or ids is None or any(given.get(name) is not None for name in _APART):
-            return None
-        if any(given.get(name) for name in _ASKED) or (mask is not None and mask.dim() != 2) or is_traced():
-            return None
         state = getattr(self.model, "adapter_state", None)
-        if state is not None and state.call.rows is not None:
+        if caches or is_traced() or (state is not None and state.call.rows is not None):
             return None
-        has_positions = given.get("position_ids") is not None or self.left_padded
-        if mask is not None and not has_positions and not bool(mask[:, 0].all()):
+        if any(given.get(name) is not None for name in _APART) or any(given.get(name) for name in _ASKED):
+            return None
+        rows = self._rows(decoder, given)
+        if rows is None:
+            return None
+        has_positions = rows.positions is not None or self.left_padded
+        if rows.mask is not None and not has_positions and not bool(rows.mask[:, 0].all()):
             # Padding on the left: the model may count positions from the padding on, each row by its own.
             return None
-        tree = prefix_tree(ids, mask, given.get("position_ids"))
-        is_worth_it = self.always or SharedTokens(ids.numel(), len(tree.tokens)).pays
-        self.tokens.given += ids.numel()
-        self.tokens.computed += len(tree.tokens) if is_worth_it else ids.numel()
+        tree = prefix_tree(rows.ids, rows.mask, rows.positions)
+        tree.front = rows.front
+        is_worth_it = self.always or SharedTokens(rows.ids.numel(), len(tree.tokens)).pays
+        self.tokens.given += rows.ids.numel()
+        self.tokens.computed += len(tree.tokens) if is_worth_it else rows.ids.numel()
         if not is_worth_it:
             return None
+        if given.get("inputs_embeds") is None:
+            given["input_ids"] = tree.tokens[None]
+        else:
+            given["inputs_embeds"] = _one_of_each(given["inputs_embeds"], tree, rows.mask)
+        if rows.front:
+            given["past_key_values"].update.keep_first_row()
         # A mask of four dimensions is passed on to the layers as it is; ours is for the tree to make.
-        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.ids.device)
+        # Where nothing was said of positions, the model would count on from the keys that are there.
+        positions = tree.positions + (rows.front if rows.positions is None else 0)
         return (), given | {
-            "input_ids": tree.tokens[None], "attention_mask": unused, "position_ids": tree.positions[None],
-            "use_cache": False, _TREE: tree,
+            "attention_mask": unused, "position_ids": positions[None], "use_cache": False, _TREE: tree,
         }  # fmt: skip
 
+    def _rows(self, decoder: nn.Module, given: dict[str, Any]) -> _Rows | None:
+        """What stands in the rows; None where that can't be told, or isn't for a tree to compute."""
+        ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        if mask is not None and mask.dim() != 2:
+            return None
+        past, embeds, prompt = given.get("past_key_values"), given.get("inputs_embeds"), _prompt_of(self.model)
+        if prompt is None:
+            return None if ids is None or past is not None or embeds is not None else _Rows(ids, mask, positions)
+        if decoder is self.model:
+            # The virtual tokens are still to come.
+            return None
+        if isinstance(prompt, Prefix):
+            is_read_only = isinstance(getattr(past, "update", None), ReadOnlyUpdate)
+            if ids is None or not is_read_only or prompt.window is not None:
+                return None
+            return _Rows(ids, None if mask is None else mask[:, prompt.count :], positions, prompt.count)
+        text, text_mask = self.text
+        if embeds is None or text is None or past is not None:
+            return None
+        return _Rows(_with_virtual_tokens(text, text_mask, mask, prompt.count), mask, positions)
 
-_APART = ("past_key_values", "inputs_embeds", "encoder_hidden_states", "token_type_ids")
+
+def _with_virtual_tokens(ids: Tensor, text_mask: Tensor | None, mask: Tensor | None, count: int) -> Tensor:
+    """The ids (B, n + T) of rows with n virtual tokens, which are -1 to -n, in the places that a mask has for them.
+
+    Args:
+        text_mask: (B, T), without the virtual tokens.
+        mask: (B, n + T), in which the padding on the left may stand in front of them.
+    """
+    virtual = -1 - torch.arange(count, device=ids.device).expand(len(ids), -1)
+    joined = torch.cat([virtual, ids], dim=1)
+    if mask is None or text_mask is None:
+        return joined
+    # Padding aside, the order within a row is the same: the k-th token that a mask has stands where the other has it.
+    is_padding = torch.cat([torch.zeros_like(virtual), (text_mask == 0).long()], dim=1)
+    tokens_first = joined.gather(1, is_padding.argsort(dim=1, stable=True))
+    return tokens_first.gather(1, (mask.cumsum(1) - 1).clamp_min(0))
+
+
+def _one_of_each(embeds: Tensor, tree: PrefixTree, mask: Tensor | None) -> Tensor:
+    """The embeddings (1, N, features) of a tree's tokens: of each that of one row, since they are the same in all."""
+    place = tree.place.flatten()
+    columns = torch.arange(len(place), device=place.device)
+    if mask is not None:
+        columns = columns[mask.bool().flatten()]
+    first = torch.empty_like(tree.tokens).index_copy_(0, place[columns], columns)
+    return embeds.flatten(0, 1).index_select(0, first)[None]
+
+
+_APART = ("encoder_hidden_states", "token_type_ids")
 _ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -222,7 +339,7 @@ def _registered(own: str) -> str:
 
 def _sdpa_mask(tree: PrefixTree, family: Family, window: int | None, query: Tensor) -> Tensor | None:
     # Without a mask the kernel makes the triangle itself, which is faster.
-    return None if family.is_plain(window) else tree.mask(family, window)[None, None]
+    return None if family.is_plain(window) and not tree.front else tree.mask(family, window)[None, None]
 
 
 def _eager_mask(tree: PrefixTree, family: Family, window: int | None, query: Tensor) -> Tensor:

@@ -76,4 +76,4 @@ def multiplied_in(x_TI: Tensor) -> torch.dtype:
 @cache
 def _emulates_bfloat16() -> bool:
     # What torch asks before it hands a product to oneDNN; its own one takes one number after the other.
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -81,6 +81,7 @@ class PrefixTree:
         gathered: (sum of G * L,) the tokens of all families, padded with token 0.
         back: (N,) where in `gathered` each token of the tree stands.
         padding: (sum of G * L,) True where `gathered` is padding.
+        front: how many keys stand in front of all tokens and are none of them, as those of a trained prefix.
     """
 
     tokens: Tensor
@@ -90,11 +91,12 @@ class PrefixTree:
     gathered: Tensor
     back: Tensor
     padding: Tensor
+    front: int = 0
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, family: Family, window: int | None) -> Tensor:
-        """(L, A + L), True where a child's token attends: to at most `window` tokens, its own the last."""
-        before = sum(length for _, length in family.path)
+        """(L, front + A + L), True where a child's token attends: to at most `window` tokens, its own the last."""
+        before = self.front + sum(length for _, length in family.path)
         key = (before, family.width, window)
         if key not in self._masks:
             keys = torch.arange(before + family.width, device=self.tokens.device)
@@ -258,11 +260,13 @@ def tree_attention(
     """Attention over the tree, by an attention function of transformers: (1, N, H, D).
 
     Args:
-        query: (1, H, N, D); `key` and `value` may have fewer heads.
+        query: (1, H, N, D); `key` and `value` may have fewer heads, and have those in front of the tokens' own.
         mask_of: what `attend` takes as the mask of a family, by the window of the layer and the queries.
     """
     # (N, H * D) each, gathered into the families' order: (sum of G * L, H * D).
-    packed = [_Gather.apply(x[0].transpose(0, 1).flatten(1), tree) for x in (query, key, value)]
+    own = (query, key[:, :, tree.front :], value[:, :, tree.front :])
+    packed = [_Gather.apply(x[0].transpose(0, 1).flatten(1), tree) for x in own]
+    front = ((-tree.front, tree.front),) if tree.front else ()
     window = options.get("sliding_window")
     answers: list[Tensor] = []
     begin = 0
@@ -273,9 +277,9 @@ def tree_attention(
             for x, whole in zip(packed, (query, key, value), strict=True)
         )
         begin += count * width
-        if family.path:
+        if path := (*front, *family.path):
             k, v = (
-                torch.cat([*(_expanded(x, at, length, count) for at, length in family.path), own], dim=1)
+                torch.cat([*(_expanded(x, tree.front + at, length, count) for at, length in path), own], dim=1)
                 for x, own in zip((key, value), (k, v), strict=True)
             )
         mask = mask_of(family, window, q)

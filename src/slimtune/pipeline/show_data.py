@@ -36,13 +36,16 @@ def show_report(screen: Console, report: Sequence[Remark | Sample]) -> None:
             screen.print(entry.text, markup=False)
 
 
+def show_too_long(screen: Console, count: int, max_length: int) -> None:
+    """Say how many examples are longer than training takes, if any are."""
+    if count:
+        longer = f"{counted(count, 'example')} {'is' if count == 1 else 'are'} longer than {max_length:,} tokens"
+        choices = "they are to be cut (data.too_long=truncate) or dropped (data.too_long=drop)"
+        screen.print(f"[yellow]{longer}[/]: training refuses them unless {choices}")
+
+
 def _show_rows(screen: Console, lengths: Lengths, max_length: int, batch_size: int, packing: bool) -> None:
-    if over := lengths.over(max_length):
-        screen.print(
-            f"[yellow]{counted(over, 'example')} {'is' if over == 1 else 'are'} longer than {max_length:,} tokens[/]: "
-            f"training refuses them unless "
-            f"too_long says what becomes of them"
-        )
+    show_too_long(screen, lengths.over(max_length), max_length)
     within = lengths.within(max_length)
     screen.print(f"padding: {within.padding_waste(batch_size):.0%} of what batches of {batch_size} compute")
     if packing:
@@ -123,3 +126,9 @@ def show_preview(screen: Console, preview: Preview, max_length: int, batch_size:
     screen.print(f"{shares}; the longest has {lengths.longest:,}")
     if unit == "tokens":
         _show_rows(screen, lengths, max_length, batch_size, packing)
+        if preview.encoded:
+            times = preview.shared_prefixes(max_length, batch_size)
+            screen.print(
+                f"what rows begin with alike: computed once, batches have {times['drawn']:.2f} times fewer tokens, and "
+                f"{times['grouped']:.2f} times with training.group_prefixes=true"
+            )

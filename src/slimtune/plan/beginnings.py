@@ -33,8 +33,6 @@ class Beginnings:
 
     def shared_in(self, setting: Setting) -> Setting:
         """The setting with the rows of its micro-batch, where sharing what they begin with pays."""
-        if getattr(setting.method, "is_prompt_learning", False):
-            return setting
         shared = self.shared_rows(setting.batch)
         if shared is None:
             return setting

@@ -102,8 +102,6 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
             # Said in any case: where it is left open, transformers asks at the terminal.
             trusts = {"trust_remote_code": setting.trust_remote_code}
             model = made.from_config(config, dtype=getattr(torch, setting.dtype), **trusts, **options)
-        # Without initialisation, weights aren't tied either.
-        model.tie_weights()
         # A model whose weights aren't drawn has its ties left undone.
         model.tie_weights()
         if setting.gradient_checkpointing:

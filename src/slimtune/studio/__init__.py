@@ -12,8 +12,9 @@ How a page is added (nothing else needs an edit):
     texts/en.yaml, ko.yaml      a section NAME with `nav`, `title`, `lead` and the page's own keys, the same in both
 
 Long work is a command: `view.studio.jobs.add(NAME, [ARGUMENTS])` queues `slimtune ARGUMENTS` and gives a `Job`, whose
-page is /runs/NAME. Names of runs that come from the browser go through `view.studio.run_folder(name)`, which raises for
-whatever lies outside of the folder. A SlimtuneError that a route raises is shown as its sentence. A POST that takes a
-file is named in Page(uploads=("/NAME/PATH",)), or its body may have no more than a megabyte. A page that is about one
-run says with Page(of_run="/NAME?run=") how the run's own page leads to it.
+page is /runs/NAME. A short command whose answer a page shows is asked for by `view.studio.answers.ask(TAB,
+[ARGUMENTS])` until it is there. Names of runs that come from the browser go through `view.studio.run_folder(name)`,
+which raises for whatever lies outside of the folder. A SlimtuneError that a route raises is shown as its sentence. A
+POST that takes a file is named in Page(uploads=("/NAME/PATH",)), or its body may have no more than a megabyte. A page
+that is about one run says with Page(of_run="/NAME?run=") how the run's own page leads to it.
 """

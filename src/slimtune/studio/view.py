@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment
 
+from slimtune.studio.answers import Answers
 from slimtune.studio.history import run_path
 from slimtune.studio.jobs import Jobs
 from slimtune.studio.security import Access
@@ -46,6 +47,7 @@ class Studio:
         folder: of the runs, absolute.
         pages: in the order of the navigation.
         languages: the texts by the language's code.
+        answers: of commands that pages wait for.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Studio:
     pages: tuple[Page, ...]
     templates: Environment
     languages: dict[str, Texts] = field(repr=False)
+    answers: Answers = field(default_factory=Answers, repr=False)
 
     @property
     def shown_folder(self) -> Path:

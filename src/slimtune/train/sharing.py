@@ -25,6 +25,7 @@ from slimtune.models.shared_prefixes import (
     check_kind,
     check_shares,
     counts_columns,
+    is_encoded,
     shared_prefixes,
 )
 from slimtune.recipe.training import TrainSettings
@@ -77,13 +78,15 @@ def sharing(
     """
     if settings.share_prefixes is False:
         return nullcontext()
+    encoded = is_encoded(model)
     try:
-        # Before anything is drawn: an encoder can't, whatever its batches share.
-        check_kind(model)
+        # Before anything is drawn: an encoder alone can't, whatever its batches share.
+        if not encoded:
+            check_kind(model)
     except ConfigError as error:
         return _not_shared(error, settings)
-    tokens = _sample(examples, collate, settings, groups)
-    would_be = SharedTokens() if groups or not tokens.given else _if_grouped(examples, collate, settings)
+    tokens = _sample(examples, collate, settings, groups, encoded)
+    would_be = SharedTokens() if groups or not tokens.given else _if_grouped(examples, collate, settings, encoded)
     pays = tokens.pays or not tokens.given or settings.asks_to_share
     # Grouped, batches have other lengths, too: what counts is what of them is computed.
     grouping_pays = would_be.pays and would_be.ratio * WORTHWHILE >= tokens.ratio
@@ -105,14 +108,19 @@ def sharing(
     if not pays:
         return nullcontext()
     if tokens.given:
+        what = (
+            "a prompt that stands in a batch several times is encoded once"
+            if encoded
+            else "what rows begin with alike is computed once, and padding not at all"
+        )
         console.print(
             escape(
-                f"what rows begin with alike is computed once, and padding not at all: {tokens.ratio:.2f} times fewer "
+                f"{what}: {tokens.ratio:.2f} times fewer "
                 f"tokens, by {SAMPLED} of the batches (training.share_prefixes=false computes all)"
             )
         )
     # TRL pads the prompts of grpo on the left, and gives no positions.
-    return shared_prefixes(model, left_padded=not tokens.given and counts_columns(model))
+    return shared_prefixes(model, left_padded=not encoded and not tokens.given and counts_columns(model))
 
 
 def _not_shared(error: ConfigError, settings: TrainSettings) -> AbstractContextManager[Any]:
@@ -124,8 +132,9 @@ def _not_shared(error: ConfigError, settings: TrainSettings) -> AbstractContextM
 
 
 def _sample(
-    examples: Any, collate: Callable[[list[Any]], Any], settings: TrainSettings, groups: PrefixGroups | None
-) -> SharedTokens:
+    examples: Any, collate: Callable[[list[Any]], Any], settings: TrainSettings, groups: PrefixGroups | None,
+    whole_rows: bool,
+) -> SharedTokens:  # fmt: skip
     """The tokens of a few batches, as they would be drawn; none where batches can't be drawn beforehand."""
     if not hasattr(examples, "__len__") or not hasattr(examples, "__getitem__"):
         return SharedTokens()
@@ -133,14 +142,16 @@ def _sample(
     def batch(numbers: list[int]) -> Any:
         return collate([examples[number] for number in numbers])
 
-    return tokens_of(sample_batches(batch, len(examples), settings.batch_size, settings.seed, groups))
+    return tokens_of(sample_batches(batch, len(examples), settings.batch_size, settings.seed, groups, whole_rows))
 
 
-def _if_grouped(examples: Any, collate: Callable[[list[Any]], Any], settings: TrainSettings) -> SharedTokens:
+def _if_grouped(
+    examples: Any, collate: Callable[[list[Any]], Any], settings: TrainSettings, whole_rows: bool
+) -> SharedTokens:
     """The tokens of a few batches if they were drawn of examples that begin alike; a bound where a part is sorted."""
     if hasattr(examples, "__len__") and len(examples) > MOST_GROUPED:
         numbers = random.Random(settings.seed).sample(range(len(examples)), MOST_GROUPED)
         is_table = hasattr(examples, "select")
         examples = examples.select(numbers) if is_table else [examples[number] for number in numbers]
     rows = beginnings(examples)
-    return SharedTokens() if rows is None else _sample(examples, collate, settings, PrefixGroups(rows))
+    return SharedTokens() if rows is None else _sample(examples, collate, settings, PrefixGroups(rows), whole_rows)

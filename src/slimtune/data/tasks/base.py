@@ -13,6 +13,8 @@ from slimtune.errors import ConfigError, DataError, counted, listing
 
 SAMPLED_TOKENS = 400
 SKIPPED_SHOWN = 3
+HELD_OUT = "held-out "
+"""Before what examples are called, where they aren't those that are learned."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from slimtune.data.encode import EncodedRows, WholeExamples, encode, encode_whol
 from slimtune.data.packing import check_packs, pack
 from slimtune.data.reading import SourceRows, Splits, drawn, exact_shares, names_of
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, held_out_note, sample_of, skipped_note
+from slimtune.data.tasks.base import HELD_OUT, EncodedDataset, Remark, Report, held_out_note, sample_of, skipped_note
 from slimtune.data.texts import positions_of
 from slimtune.errors import ConfigError, counted
 
@@ -86,6 +86,11 @@ class Conversations:
         tokens, learned = sum(len(e.input_ids) for e in examples), sum(e.learned for e in examples)
         report: Report = [
             *_sources_report(self.splits.train, encoded, self.settings),
+            *(
+                remark
+                for source, rows in zip(self.splits.held_out, held_out_rows, strict=True)
+                for remark in _losses(source.name, rows, self.settings, HELD_OUT)
+            ),
             Remark(
                 f"data: {counted(len(examples), 'example')}, {tokens:,} tokens of which "
                 f"{learned / tokens:.0%} are learned; the longest has {max(len(e.input_ids) for e in examples):,}"
@@ -115,22 +120,30 @@ def _sources_report(
     sources: Sequence[SourceRows], encoded: Sequence[EncodedRows], settings: DataSettings
 ) -> list[Remark]:
     """What each source holds, how many of it an epoch takes, and what became of long examples."""
-    report, limit = [], settings.max_length
+    report: list[Remark] = []
     shares = exact_shares(sources, [len(rows.examples) for rows in encoded])
     for source, rows, share in zip(sources, encoded, shares, strict=True):
         weighted = ""
         if source.weight is not None:
             weighted = f"; of its {len(rows.examples):,} examples an epoch takes {share:,} (weight {source.weight:g})"
         report.append(Remark(f"{source.name}: format {source.format}, {counted(len(source.rows), 'row')}{weighted}"))
-        report += skipped_note(source.name, rows.skipped)
-        if rows.apart:
-            why = (
-                ": the chat template rewrites earlier turns, so each answer is learned in an example that ends with it"
-            )
-            report.append(Remark(why, f"{counted(rows.apart, 'example')} more than rows"))
-        if rows.dropped:
-            report.append(Remark(f": no answer within {limit:,} tokens", f"{counted(rows.dropped, 'example')} dropped"))
-        if rows.truncated:
-            verb = "split" if settings.too_long == "split" else "cut"
-            report.append(Remark(f" at {limit:,} tokens", f"{counted(rows.truncated, 'example')} {verb}"))
+        report += _losses(source.name, rows, settings)
+    return report
+
+
+def _losses(source: str, rows: EncodedRows, settings: DataSettings, which: str = "") -> list[Remark]:
+    """What became of the rows of a source that aren't examples as they are.
+
+    Args:
+        which: what the examples are called, such as "held-out ".
+    """
+    report, limit, unit = skipped_note(source, rows.skipped), settings.max_length, f"{which}example"
+    if rows.apart:
+        why = ": the chat template rewrites earlier turns, so each answer is learned in an example that ends with it"
+        report.append(Remark(why, f"{counted(rows.apart, unit)} more than rows"))
+    if rows.dropped:
+        report.append(Remark(f": no answer within {limit:,} tokens", f"{counted(rows.dropped, unit)} dropped"))
+    if rows.truncated:
+        verb = "split" if settings.too_long == "split" else "cut"
+        report.append(Remark(f" at {limit:,} tokens", f"{counted(rows.truncated, unit)} {verb}"))
     return report

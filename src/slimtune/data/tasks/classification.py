@@ -11,7 +11,7 @@ from slimtune.data.batches import classification
 from slimtune.data.reading import Splits
 from slimtune.data.rows import Labelled
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, TaskData, held_out_note, lost, refuse_unlearned
+from slimtune.data.tasks.base import HELD_OUT, EncodedDataset, Remark, TaskData, held_out_note, lost, refuse_unlearned
 from slimtune.data.texts import Tokenized, longest_input, tokenize
 from slimtune.errors import DataError, counted
 from slimtune.metrics.classification import classify, scores
@@ -63,7 +63,11 @@ class Classes(TaskData):
             f"data: {counted(len(learned), 'text')} ({counts}), {rows.tokens:,} tokens; "
             f"the longest has {rows.longest:,}" + held_out_note(len(true), "texts ")
         )
-        report = [remark, *lost("text", limit, len(self.rows) - len(learned), rows.truncated)]
+        report = [
+            remark,
+            *lost("text", limit, len(self.rows) - len(learned), rows.truncated),
+            *lost(f"{HELD_OUT}text", limit, len(self.held_out) - len(true), held_out.truncated),
+        ]
         facts = self.facts(len(learned), len(true), rows.tokens, limit, labels=self.labels)
 
         def judge(model: Any) -> dict[str, float]:

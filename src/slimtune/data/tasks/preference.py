@@ -12,7 +12,7 @@ from slimtune.data.encode import encode_row
 from slimtune.data.reading import Splits, names_of
 from slimtune.data.rows import Conversation, Judged, Pair, Preference, Prompt, Turn
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, held_out_note, lost, sample_of
+from slimtune.data.tasks.base import HELD_OUT, EncodedDataset, Remark, Report, TaskData, held_out_note, lost, sample_of
 from slimtune.errors import ConfigError, DataError, require
 
 Said = str | list[Turn]
@@ -92,7 +92,7 @@ class Preferred(TaskData):
             use_template(tokenizer, self.settings.chat_template)
         report: Report = []
         learned, tokens = self._within(report, self.rows, tokenizer)
-        held_out = self._within(report, self.held_out, tokenizer)[0] if self.held_out else []
+        held_out = self._within(report, self.held_out, tokenizer, HELD_OUT)[0] if self.held_out else []
         kind = {"kto": "judged answers", "grpo": "prompts"}.get(self.task, "pairs of answers")
         report.append(Remark(f"data: {len(learned):,} {kind}, {tokens:,} tokens" + held_out_note(len(held_out), "")))
         report += _samples(learned[0], tokenizer)
@@ -100,7 +100,7 @@ class Preferred(TaskData):
         there = _dataset(held_out, tokenizer) if held_out else []
         return EncodedDataset(_dataset(learned, tokenizer), there, facts, report)
 
-    def _within(self, report: Report, rows: Sequence[Any], tokenizer: Any) -> tuple[list[Any], int]:
+    def _within(self, report: Report, rows: Sequence[Any], tokenizer: Any, which: str = "") -> tuple[list[Any], int]:
         """The rows that are within the limit, or that TRL will cut to it, and their tokens; reports what was lost."""
         limit, too_long = self.settings.max_length, self.settings.too_long
         lengths = [lengths_of(row, tokenizer) for row in rows]
@@ -112,7 +112,7 @@ class Preferred(TaskData):
         if not kept:
             raise DataError(f"none of {len(rows)} rows is within {limit} tokens; raise max_length")
         dropped = len(rows) - len(kept)
-        report += lost("row", limit, dropped, len(over) - dropped)
+        report += lost(f"{which}row", limit, dropped, len(over) - dropped)
         return [rows[i] for i in kept], sum(min(length, limit) for i in kept for length in lengths[i][1:])
 
 

@@ -11,7 +11,7 @@ from slimtune.data.chat_template import has_template, render
 from slimtune.data.reading import Splits, names_of
 from slimtune.data.rows import Conversation, Pair
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, held_out_note, lost, sample_of
+from slimtune.data.tasks.base import HELD_OUT, EncodedDataset, Remark, Report, TaskData, held_out_note, lost, sample_of
 from slimtune.data.texts import longest_input
 from slimtune.errors import DataError, counted
 
@@ -83,7 +83,7 @@ class Completions(TaskData):
         limit = longest_input(model, tokenizer, self.settings.max_length)
         report: Report = []
         examples = self._encoded(report, self.rows, tokenizer, limit)
-        held_out = self._encoded(report, self.held_out, tokenizer, limit) if self.held_out else []
+        held_out = self._encoded(report, self.held_out, tokenizer, limit, HELD_OUT) if self.held_out else []
         read, learned = (sum(len(getattr(e, name)) for e in examples) for name in ("input_ids", "labels"))
         first = examples[0]
         as_one = Encoded(first.input_ids + first.labels, [IGNORED] * len(first.input_ids) + first.labels)
@@ -102,16 +102,19 @@ class Completions(TaskData):
         objective = Objective(DataCollatorForSeq2Seq(tokenizer, model=model), token_loss)
         return EncodedDataset([vars(e) for e in examples], [vars(e) for e in held_out], facts, report, objective)
 
-    def _encoded(self, report: Report, rows: Sequence[Pair], tokenizer: Any, limit: int) -> list[EncodedPair]:
+    def _encoded(
+        self, report: Report, rows: Sequence[Pair], tokenizer: Any, limit: int, which: str = ""
+    ) -> list[EncodedPair]:
         """The pairs within the limit, or cut to it; reports what was lost."""
+        unit = f"{which}pair"
         everything = [encode_pair(row, tokenizer) for row in rows]
         over = [example.longer for example in everything if example.longer > limit]
         Limit(limit, self.settings.too_long).refuse(over, len(everything), "pairs")
         if over and self.settings.too_long == "truncate":
-            report.append(Remark(f" at {limit:,} tokens of prompt or completion", f"{counted(len(over), 'pair')} cut"))
+            report.append(Remark(f" at {limit:,} tokens of prompt or completion", f"{counted(len(over), unit)} cut"))
             return [example.cut(limit) for example in everything]
         kept = [example for example in everything if example.longer <= limit]
         if not kept:
             raise DataError(f"none of {len(everything)} pairs is within {limit} tokens; raise max_length")
-        report += lost("pair", limit, len(over), 0)
+        report += lost(unit, limit, len(over), 0)
         return kept

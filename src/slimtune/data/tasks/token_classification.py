@@ -11,7 +11,16 @@ from slimtune.data.batches import Objective, token_loss
 from slimtune.data.reading import Splits
 from slimtune.data.rows import Tagged
 from slimtune.data.settings import DataSettings
-from slimtune.data.tasks.base import EncodedDataset, Remark, Report, TaskData, held_out_note, lost, refuse_unlearned
+from slimtune.data.tasks.base import (
+    HELD_OUT,
+    EncodedDataset,
+    Remark,
+    Report,
+    TaskData,
+    held_out_note,
+    lost,
+    refuse_unlearned,
+)
 from slimtune.data.tasks.word_alignment import OUTSIDE, AlignedTexts, align, tag, tags_of
 from slimtune.data.texts import longest_input
 from slimtune.errors import counted
@@ -48,7 +57,7 @@ class Tags(TaskData):
         if self.held_out:
             held_out = align([row.tokens for row in self.held_out], tokenizer, limit, too_long)
         true = [self.held_out[i].tags for i in held_out.kept]
-        report = self._report(learned, len(true), limit)
+        report = self._report(learned, held_out, limit)
         facts = self.facts(len(learned.texts), len(true), learned.tokens, limit, tags=self.tags)
 
         def judge(model: Any) -> dict[str, float]:
@@ -62,15 +71,19 @@ class Tags(TaskData):
         examples = numbered(learned, self.rows)
         return EncodedDataset(examples, numbered(held_out, self.held_out), facts, report, objective, judge)
 
-    def _report(self, learned: AlignedTexts, held_out: int, limit: int) -> Report:
+    def _report(self, learned: AlignedTexts, held_out: AlignedTexts, limit: int) -> Report:
         """How many words there are of each tag, and what became of long texts."""
         counts = Counter(itertools.chain(*(self.rows[i].tags for i in learned.kept)))
         tags = ", ".join(f"{tag}: {counts[tag]:,}" for tag in self.tags if tag != OUTSIDE)
         remark = Remark(
             f"data: {counted(len(learned.texts), 'text')} of {counts.total():,} words ({tags}), "
-            f"{learned.tokens:,} tokens" + held_out_note(held_out, "texts ")
+            f"{learned.tokens:,} tokens" + held_out_note(len(held_out.texts), "texts ")
         )
-        report = [remark, *lost("text", limit, len(self.rows) - len(learned.texts), learned.truncated)]
+        report = [
+            remark,
+            *lost("text", limit, len(self.rows) - len(learned.texts), learned.truncated),
+            *lost(f"{HELD_OUT}text", limit, len(self.held_out) - len(held_out.texts), held_out.truncated),
+        ]
         if learned.without_token:
             words = f"{learned.without_token:,} words are not learned"
             report.append(Remark(": cut off, or no token is left of them", words))

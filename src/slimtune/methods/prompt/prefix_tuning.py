@@ -335,7 +335,7 @@ def _empty_cache(model: Any, whole: bool = False) -> Any:
     return EncoderDecoderCache(own, DynamicCache(**options)) if model.config.is_encoder_decoder else own
 
 
-class _Reader:
+class ReadOnlyUpdate:
     """In place of a cache's `update`: new keys and values after the cached ones, which stay as they are.
 
     Attributes:
@@ -345,6 +345,11 @@ class _Reader:
     def __init__(self, cache: Any) -> None:
         self.layers = cache.layers
         self.used = False
+
+    def keep_first_row(self) -> None:
+        """Leave a row of keys and values, of which all are alike, for a batch that is read as one row."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[:1], layer.values[:1]
 
     def __call__(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self.used = True
@@ -360,10 +365,10 @@ class _Forgetful(dict[int, bool]):
         pass
 
 
-def _make_read_only(cache: Any) -> _Reader:
+def _make_read_only(cache: Any) -> ReadOnlyUpdate:
     """Let layers read a cache without writing to it."""
     own = getattr(cache, "self_attention_cache", cache)
-    own.update = reader = _Reader(own)
+    own.update = reader = ReadOnlyUpdate(own)
     if own is not cache:
         # Or a checkpointed layer that is computed again would take its cross-attention's keys from the first time,
         # which belong to another graph.
