@@ -155,7 +155,11 @@ def test_a_comparison_runs_no_code_that_a_recipe_names(tmp_path: Path) -> None:
 def test_a_vote_is_kept_once_and_by_who_was_where(tmp_path: Path) -> None:
     votes, contest = Votes(tmp_path), Contest.between(tmp_path, "tiny", "orders", "")
     assert contest == Contest.between(tmp_path, "tiny", "", "orders")
-    sides = set()
+    sides: set[str] = set()
+    ballot = votes.deal(contest, "first prompt", ("of the base", "of the run"))
+    votes.vote(contest, ballot.id, "tie")
+    with pytest.raises(ConfigError, match="judged already"):
+        votes.vote(contest, ballot.id, "left")
     for number in range(30):
         ballot = votes.deal(contest, f"prompt {number}", ("of the base", "of the run"))
         sides.add(ballot.left)
@@ -163,12 +167,13 @@ def test_a_vote_is_kept_once_and_by_who_was_where(tmp_path: Path) -> None:
         votes.vote(contest, ballot.id, "left" if ballot.left == "of the run" else "right")
     assert sides == {"of the base", "of the run"}
     tally = votes.tally(contest)
-    assert (tally.wins, tally.losses, tally.ties) == (0, 30, 0)
-    assert tally.interval == wilson(0, 30)
+    assert (tally.wins, tally.losses, tally.ties) == (0, 30, 1)
+    assert tally.rate == 0.5 / 31
     assert tally.is_shown
-    assert len(votes.prompts(contest)) == 30
-    with pytest.raises(ConfigError, match="judged already"):
-        votes.vote(contest, ballot.id, "tie")
+    assert len(votes.prompts(contest)) == 31
+    decided = Contest.between(tmp_path, "tiny", "orders", "reviews")
+    votes.vote(decided, votes.deal(decided, "prompt", ("a", "b")).id, "left")
+    assert votes.tally(decided).interval in (wilson(0, 1), wilson(1, 1))
     for name in ("../../x", "0" * 16, ""):
         with pytest.raises(ConfigError):
             votes.vote(contest, name, "tie")

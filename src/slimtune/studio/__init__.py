@@ -15,5 +15,6 @@ Long work is a command: `view.studio.jobs.add(NAME, [ARGUMENTS])` queues `slimtu
 page is /runs/NAME. A short command whose answer a page shows is asked for by `view.studio.answers.ask(TAB,
 [ARGUMENTS])` until it is there. Names of runs that come from the browser go through `view.studio.run_folder(name)`,
 which raises for whatever lies outside of the folder. A SlimtuneError that a route raises is shown as its sentence. A
-POST that takes a file is named in Page(uploads=("/NAME/PATH",)), or its body may have no more than a megabyte.
+POST that takes a file is named in Page(uploads=("/NAME/PATH",)), or its body may have no more than a megabyte. A page
+that is about one run says with Page(of_run="/NAME?run=") how the run's own page leads to it.
 """

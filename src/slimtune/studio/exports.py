@@ -195,7 +195,10 @@ def _is_run(path: Path) -> bool:
 
 
 def _kind(path: Path) -> ResultKind:
-    return next((kind for mark, kind in _MARKS.items() if (path / mark).is_file()), "nothing")
+    for mark, kind in _MARKS.items():
+        if (path / mark).is_file():
+            return kind
+    return "nothing"
 
 
 def _outline(path: Path, jobs: list[Job]) -> Exported:

@@ -20,15 +20,14 @@ _CHUNK = 1 << 20
 
 def file_path(runs: Path, name: str, inner: str) -> Path:
     """A file of a run. Raises: NoSuchRunError, for what isn't there, leads out of the run's folder, or is no file."""
-    folder = run_path(runs, name)
+    folder, missing = run_path(runs, name).resolve(), NoSuchRunError(f"there is no file {inner[:200]!r} in {name}")
     try:
         path = (folder / inner).resolve()
-        is_inside = path.is_relative_to(folder.resolve()) and path.is_file()
-    except (OSError, ValueError, RuntimeError):
-        is_inside = False
-    # A link that stays inside is refused with those that don't: nothing here writes one.
-    if not is_inside or path != folder.resolve() / Path(inner):
-        raise NoSuchRunError(f"there is no file {inner[:200]!r} in {name}")
+        # A link that stays inside is refused with those that don't: nothing here writes one.
+        if not path.is_relative_to(folder) or path != folder / Path(inner) or not path.is_file():
+            raise missing
+    except (OSError, ValueError, RuntimeError) as error:
+        raise missing from error
     return path
 
 
