@@ -102,7 +102,8 @@ def test_a_page_says_what_the_command_says(client: TestClient, tmp_path: Path) -
     # What is learned is marked, and said for those who don't see it.
     assert re.search(r"<mark><span class=\"unseen\">\[learned: </span>It is 0\.", page)
     # The columns as they were found can be chosen otherwise.
-    assert re.search(r'name="data.fields.prompt">\s*<option value="">.*?<option selected>question</option>', page, re.DOTALL)
+    chosen = r"name=\"data.fields.prompt\">\s*<option value=\"\">.*?<option selected>question</option>"
+    assert re.search(chosen, page, re.DOTALL)
     assert f"data.train={str(path).replace('/', '%2F')}" in page
 
 
