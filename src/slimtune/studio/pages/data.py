@@ -24,7 +24,6 @@ from slimtune.data.formats import FORMATS
 from slimtune.data.settings import Source
 from slimtune.data.sources import kind_of, records
 from slimtune.errors import ConfigError, SlimtuneError, check_whole
-from slimtune.pipeline.show_data import shortened
 from slimtune.storage.source import PACKAGED
 from slimtune.studio.uploads import DATA, files_in, receive
 from slimtune.studio.view import CurrentView, Page, View
@@ -190,6 +189,9 @@ def _columns(question: Question, looked: Any) -> dict[str, str]:
 
 def _samples(looked: Any) -> list[list[tuple[bool, str]]]:
     samples = looked["samples"] if looked else []
+    # It brings torch along, for whose seconds the first page of the studio shouldn't wait.
+    from slimtune.pipeline.show_data import shortened
+
     return [shortened([(piece["learned"], piece["text"]) for piece in sample]) for sample in samples]
 
 
