@@ -202,9 +202,9 @@ def on_learned_tokens(model: Any, forward: Callable[..., Any]) -> Callable[..., 
         given = {"labels": labels, "shift_labels": shift_labels, "fused_lm_head": fused_lm_head}
         as_it_is = functools.partial(forward, *args, **kwargs, **{n: v for n, v in given.items() if v is not None})
         backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-        if not fused_lm_head or backbone is None or (labels is None and shift_labels is None):
+        targets = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
+        if not fused_lm_head or backbone is None or targets is None:
             return as_it_is()
-        targets = labels[:, 1:] if shift_labels is None else shift_labels
         learned = targets != _IGNORED
         count = int(learned.sum())
         # Of a batch in which nothing is learned, the zeros have to hang together with the model.
