@@ -97,4 +97,4 @@ def test_the_plan_moves_with_its_settings_in_a_browser(model: str, tmp_path: Pat
         check_accessible(page)
         page.get_by_role("link", name="Train with these settings").click()
         page.wait_for_url("**/train?**")
-        assert page.get_by_label("batch_size", exact=True).input_value() == "64"
+        assert page.locator("#training-batch_size").input_value() == "64"
