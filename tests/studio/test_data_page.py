@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from browser import browser
 from slimtune.errors import ConfigError
 from slimtune.studio.security import Access
 from slimtune.studio.uploads import safe_name
+from small_text_model import save_base
+from studio_browser import PHONE, check_accessible, listening_studio, tab_of
 from studio_client import open_studio
 
 ROWS = [{"question": f"What is {number}?", "answer": f"It is {number}."} for number in range(30)]
@@ -160,3 +163,20 @@ def test_a_name_like_an_option_is_a_name(client: TestClient) -> None:
     page = looked_at(client, **{"data.train": "--help"})
     assert "--help" in page
     assert "it is not there" in page or "no file" in page
+
+
+def test_a_file_is_dropped_and_its_limit_moves_in_a_browser(tmp_path: Path) -> None:
+    model = save_base(tmp_path / "model")
+    path = write_lines(tmp_path / "pairs.jsonl", ROWS)
+    with browser() as opened, listening_studio(tmp_path / "runs") as url, tab_of(opened, PHONE) as page:
+        page.goto(f"{url}/data?model.name={model}")
+        page.locator("input[type=file]").set_input_files(path)
+        page.locator("#samples").wait_for()
+        assert page.get_by_label("Or name it").input_value() == str(tmp_path / "runs" / "data" / "pairs.jsonl")
+        assert page.locator("mark", has_text="It is 0.").count() == 1
+        page.get_by_label("Longest, in tokens").fill("4")
+        page.get_by_label("Examples at once").focus()
+        page.get_by_text("Training refuses them").wait_for()
+        page.locator(".waiting").wait_for(state="detached")
+        check_accessible(page)
+        assert "data.max_length=4" in page.url

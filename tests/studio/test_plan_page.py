@@ -12,9 +12,11 @@ from urllib.parse import parse_qsl
 import pytest
 from fastapi.testclient import TestClient
 
+from browser import browser
 from slimtune.studio import forms
 from slimtune.studio.pages.plan import OPTIONS, TO_TRAIN
 from small_text_model import save_base
+from studio_browser import check_accessible, listening_studio, tab_of
 from studio_client import open_studio
 
 
@@ -79,3 +81,20 @@ def test_the_form_has_what_the_address_says(client: TestClient) -> None:
 def test_settings_are_those_of_the_form_of_training(tmp_path: Path) -> None:
     known = {setting.place for group in forms.all_settings().values() for setting in group}
     assert {*TO_TRAIN.values()} - {forms.METHOD} <= known
+
+
+def test_the_plan_moves_with_its_settings_in_a_browser(model: str, tmp_path: Path) -> None:
+    settings = "method.name=lora&model.quantize=dense&data.max_length=64&device=T4&training.batch_size=1"
+    with browser() as opened, listening_studio(tmp_path) as url, tab_of(opened) as page:
+        page.goto(f"{url}/plan?model.name={model}&{settings}")
+        page.locator("#recommended").wait_for()
+        page.locator(".waiting").wait_for(state="detached")
+        before = page.locator("#recommendation .big").inner_text()
+        page.get_by_label("Examples at once").fill("64")
+        page.locator("#result code", has_text="--batch-size 64").wait_for()
+        page.locator("#recommended").wait_for()
+        assert page.locator("#recommendation .big").inner_text() != before
+        check_accessible(page)
+        page.get_by_role("link", name="Train with these settings").click()
+        page.wait_for_url("**/train?**")
+        assert page.locator("#training-batch_size").input_value() == "64"
