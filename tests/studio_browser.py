@@ -25,10 +25,11 @@ from slimtune.studio.security import Access
 AXE = (Path(__file__).parent / "studio" / "axe" / "axe.min.js").read_text(encoding="utf-8")
 PICTURES = os.environ.get("SLIMTUNE_SCREENSHOTS")
 """A folder for pictures of the pages, as `SLIMTUNE_SCREENSHOTS=docs/studio pytest tests/studio` writes them."""
-_WITHOUT_PATHS = """() => {
+_WITHOUT_PATHS = """here => {
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const text = texts.currentNode;
+    text.data = text.data.replaceAll(here, "~");
     if (/\\/pytest-/.test(text.data)) text.data = text.data.replace(/\\/[^ ]*\\/pytest-[^/ ]*\\/[^/ .]*/g, "~");
   }
 }"""
@@ -56,9 +57,9 @@ class Tab:
         return [f"{each['id']}: {node['html'][:150]}" for each in found for node in each["nodes"]]
 
     def picture(self, name: str) -> None:
-        """Keep a picture of the whole page, if pictures are wanted, without the path of the test."""
+        """Keep a picture of the whole page, if pictures are wanted, without paths of this machine."""
         if PICTURES:
-            self.page.evaluate(_WITHOUT_PATHS)
+            self.page.evaluate(_WITHOUT_PATHS, os.getcwd())
             Path(PICTURES).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=Path(PICTURES) / f"{name}.png", full_page=True)
 

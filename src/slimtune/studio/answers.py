@@ -188,7 +188,7 @@ def _run(connection: Any, arguments: list[str]) -> None:
             code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         except Exception as error:
             code = 1
-            print(f"{_PREFIX}{type(error).__name__}: {error}", file=errors)
+            errors.write(f"{_PREFIX}{type(error).__name__}: {error}\n")
     # The studio may have gone.
     with contextlib.suppress(BrokenPipeError):
         connection.send((code, output.getvalue(), errors.getvalue()))

@@ -17,8 +17,6 @@ from fastapi.responses import Response
 
 from slimtune.errors import ConfigError
 from slimtune.plan.devices import AUTO, CPU, devices
-from slimtune.plan.rules import GOALS
-from slimtune.plan.table import COLOURS, SIZES
 from slimtune.recipe.method import methods
 from slimtune.storage.source import PACKAGED
 from slimtune.studio.uploads import DATA, files_in
@@ -46,6 +44,10 @@ TO_TRAIN = {
 @PAGE.get("/plan")
 def show(view: CurrentView) -> Response:
     """The form; it is planned as soon as it is shown."""
+    # They bring torch along, for which the page Runs must not wait.
+    from slimtune.plan.rules import GOALS
+    from slimtune.plan.table import SIZES
+
     view.studio.answers.warm_up()
     empty = dict.fromkeys(("model.name", *OPTIONS), "")
     values = empty | {"model.name": next(iter(PACKAGED))} | _DEFAULTS | dict(view.request.query_params)
@@ -65,6 +67,8 @@ def show(view: CurrentView) -> Response:
 @PAGE.get("/plan/result")
 def result(view: CurrentView) -> Response:
     """The plan of the form's settings, to be asked for again until it is there."""
+    from slimtune.plan.table import COLOURS
+
     values = {name: text.strip() for name, text in view.request.query_params.items() if text.strip()}
     if "model.name" not in values:
         return view.render("plan_result.html.j2", plan=None, command_line="", waits=False, refused="")
@@ -109,6 +113,8 @@ def _columns(values: Mapping[str, str]) -> list[str]:
 
 def _shown(choice: Mapping[str, Any], plan: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
     """A choice with its bar, in per cent of the device's memory or of the need, where that is larger."""
+    from slimtune.plan.table import COLOURS
+
     memory, needed = plan["device"]["memory_bytes"], choice["needed_bytes"]
     whole = max(memory, needed)
     parts = choice["parts"] | {"runtime": choice["runtime_bytes"]}
