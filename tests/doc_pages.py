@@ -175,7 +175,13 @@ def inputs(name: str, given: dict[str, Any]) -> list[str]:
     return found
 
 
-NAMES = (("recipe init", "path"), ("recipe show", "name"), ("serve-key", "adapter"), ("studio", "folder"))
+NAMES = (
+    ("recipe init", "path"),
+    ("plan", "base"),
+    ("recipe show", "name"),
+    ("serve-key", "adapter"),
+    ("studio", "folder"),
+)
 """Parameters that look like files or models and are made, or are names of other things."""
 
 MODELS = ("model", "adapter", "source", "tuned", "base", "student", "teacher", "folder", "against", "recipe")

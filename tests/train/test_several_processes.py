@@ -301,7 +301,7 @@ class TestWhatCannotStart:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("distributed_type: DEEPSPEED", "DeepSpeed keeps.*fsdp2.yaml"),
+            ("distributed_type: DEEPSPEED", "DeepSpeed keeps.*--launch fsdp2"),
             ("distributed_type: MEGATRON_LM", "Megatron-LM replaces"),
             ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "set fsdp_version: 2"),
             ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}", "there is one; .*optim=adamw_offload"),
