@@ -135,7 +135,10 @@ def test_the_scale_is_counted_in(folder: Path, options: dict[str, Any]) -> None:
 def test_base_and_file_are_those_of_a_plain_lora(folder: Path, tmp_path: Path) -> None:
     base = in_4_bits(folder)
     before = copies(dict(base.state_dict()))
-    untouched = logits(slimtune.get_peft_model(in_4_bits(folder), slimtune.LoraConfig()))
+    plain = slimtune.get_peft_model(in_4_bits(folder), slimtune.LoraConfig())
+    # Disabled, too: where bf16 is emulated, only a product without an adapter is computed in float32.
+    with plain.disable_adapter():
+        untouched = logits(plain)
     model = slimtune.get_peft_model(base, slimtune.LoraConfig(**LOFTQ))
     assert_same({name: model.state_dict()[name] for name in before}, before)
     expected = logits(model)
