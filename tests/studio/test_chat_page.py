@@ -127,7 +127,9 @@ def test_the_keeper_stops_what_nobody_asks(tmp_path: Path, monkeypatch: pytest.M
     server = ChatServer(tmp_path)
     server.folder.mkdir(parents=True)
     for is_named in (True, False):
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        # As a server does: what is started in the background of a script ignores Ctrl-C otherwise.
+        code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); time.sleep(60)"
+        child = subprocess.Popen([sys.executable, "-c", code])
         process = Process.of(child.pid)
         assert process is not None
         if is_named:
