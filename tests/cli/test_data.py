@@ -15,7 +15,8 @@ def test_what_is_shown_is_what_training_sees(run: Any, base: Path, data: Path) -
     prepared = encode(read_rows(data), tiny_tokenizer(), 1024)
     found = json.loads(run("data", "preview", data, "--model", base, "--examples", 2, "--json").stdout)
     assert (found["task"], found["unit"]) == ("text", "tokens")
-    assert found["sources"] == [{"name": str(data), "format": "messages", "rows": 24, "examples_of_an_epoch": 24}]
+    source = {"name": str(data), "format": "messages", "fields": {}, "rows": 24, "examples_of_an_epoch": 24}
+    assert found["sources"] == [source]
     assert (found["examples"], found["total"], found["learned"]) == (24, prepared.tokens, prepared.learned)
     assert found["longest"] == prepared.longest == found["histogram"][-1]["up_to"]
     assert sum(bar["examples"] for bar in found["histogram"]) == 24
