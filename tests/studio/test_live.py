@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from slimtune.cli import app
 from slimtune.studio.history import read_run
 from slimtune.studio.jobs import Jobs
 from slimtune.studio.pages import runs as runs_page
+from slimtune.train.run_folder import run_folder
 from small_server import wait_until
 from small_text_model import orders, save_base, write_lines
 from studio_browser import listening_studio, started, tab
@@ -131,8 +133,6 @@ def test_events_go_on_where_a_page_stopped_reading(tmp_path: Path, monkeypatch: 
     losses = under_way / "loss.jsonl"
     losses.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0, "eval_loss": 2.5}\n{"step": 3, "lo')
     # Held by this process, so that it seems to train.
-    from slimtune.train.run_folder import run_folder
-
     with listening_studio(tmp_path) as url, run_folder(tmp_path / "mine", {}, True, False):
         with httpx.stream("GET", f"{url}/runs/mine/events", params={"at": "25-0"}) as answer:
             text = ""
@@ -163,6 +163,18 @@ def test_events_go_on_where_a_page_stopped_reading(tmp_path: Path, monkeypatch: 
                 if "#losses" in text and text.endswith("\n\n"):
                     break
         assert "9.0" in text
+
+
+def test_a_run_is_followed_however_late_a_script_comes(chromium: Any, tmp_path: Path) -> None:
+    def late(route: Any) -> None:
+        time.sleep(0.5)
+        route.continue_()
+
+    (tmp_path / "mine.run").mkdir()
+    with listening_studio(tmp_path) as url, run_folder(tmp_path / "mine", {}, True, False), tab(chromium) as seen:
+        seen.page.route("**/hx-sse.min.js*", late)
+        with seen.page.expect_request("**/runs/mine/events*", timeout=30_000):
+            seen.page.goto(f"{url}/runs/mine")
 
 
 def test_the_end_of_a_run_ends_its_events(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from browser import browser
 from slimtune.studio import forms
 from slimtune.studio.pages.plan import OPTIONS, TO_TRAIN
 from small_text_model import save_base
-from studio_browser import check_accessible, listening_studio, tab_of
+from studio_browser import Tab, check_accessible, listening_studio, tab_of
 from studio_client import open_studio
 
 
@@ -89,6 +89,7 @@ def test_the_plan_moves_with_its_settings_in_a_browser(model: str, tmp_path: Pat
         page.goto(f"{url}/plan?model.name={model}&{settings}")
         page.locator("#recommended").wait_for()
         page.locator(".waiting").wait_for(state="detached")
+        Tab(page).picture("plan-result")
         before = page.locator("#recommendation .big").inner_text()
         page.get_by_label("Examples at once").fill("64")
         page.locator("#result code", has_text="--batch-size 64").wait_for()
