@@ -22,6 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slimtune.studio.jobs import PREFIX, last_sentence
+
 MOST_AT_ONCE = 2
 KEPT = 64
 PATIENCE = 90.0
@@ -32,7 +34,6 @@ PRELOADED = [
 ]  # fmt: skip
 _SAFE_PATH = "PYTHONSAFEPATH"
 _LOOK_SECONDS = 1.0
-_PREFIX = "slimtune: "
 
 _Key = tuple[tuple[str, tuple[int, int] | None], ...]
 
@@ -59,9 +60,7 @@ class Answer:
     @property
     def sentence(self) -> str:
         """Why there is no answer."""
-        lines = [line.strip() for line in self.errors.splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if line.startswith(_PREFIX)), lines[-1] if lines else "")
-        return said.removeprefix(_PREFIX)
+        return last_sentence(self.errors)
 
 
 @dataclass
@@ -149,7 +148,7 @@ class Answers:
             del self._running[key]
             if answer is None and work.is_wanted:
                 code = work.process.exitcode
-                answer = Answer(1, "", f"{_PREFIX}the process that worked on it ended with {code}; free some memory")
+                answer = Answer(1, "", f"{PREFIX}the process that worked on it ended with {code}; free some memory")
             if answer is not None:
                 self._done[key] = answer
                 for oldest in list(self._done)[:-KEPT]:
@@ -188,7 +187,7 @@ def _run(connection: Any, arguments: list[str]) -> None:
             code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         except Exception as error:
             code = 1
-            errors.write(f"{_PREFIX}{type(error).__name__}: {error}\n")
+            errors.write(f"{PREFIX}{type(error).__name__}: {error}\n")
     # The studio may have gone.
     with contextlib.suppress(BrokenPipeError):
         connection.send((code, output.getvalue(), errors.getvalue()))

@@ -95,7 +95,7 @@ class Check:
     @property
     def is_busy(self) -> bool:
         """Whether some of its commands wait or run."""
-        return any(job.state in ("queued", "running") for job in self.jobs)
+        return any(job.is_busy for job in self.jobs)
 
 
 def read_checks(runs: Path, jobs: Jobs) -> list[Check]:

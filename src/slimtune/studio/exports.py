@@ -72,7 +72,7 @@ class Exported:
     @property
     def is_busy(self) -> bool:
         """Whether a command that makes it waits or runs."""
-        return any(job.state in ("queued", "running") for job in self.jobs)
+        return any(job.is_busy for job in self.jobs)
 
 
 def find_exports(runs: Path, jobs: Jobs) -> list[Exported]:

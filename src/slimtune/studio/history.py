@@ -17,7 +17,7 @@ from typing import Any, Literal
 from slimtune.errors import SlimtuneError
 from slimtune.storage.text_files import read_json
 from slimtune.studio.figures import Numbers
-from slimtune.studio.jobs import Job, Jobs, Process
+from slimtune.studio.jobs import Job, Jobs, Process, last_sentence
 
 RUN_SUFFIX = ".run"
 RESULTS, RUN_FACTS = "results.json", "run.json"
@@ -173,7 +173,7 @@ def _read(path: Path, job: Job | None) -> Run | None:
     else:
         state = "stopped" if job is not None and job.state == "stopped" else "failed"
     if state == "failed" and fault is None:
-        fault = _last_words(job)
+        fault = (last_sentence(job.log_tail(4000)) or None) if job is not None else None
     if process is None and job is not None and state == "running":
         process = job.process
     changed = changed or (job.added if job else 0.0)
@@ -218,15 +218,6 @@ def _changed(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _last_words(job: Job | None) -> str | None:
-    """The error that a job ended with."""
-    if job is None:
-        return None
-    lines = [line.strip() for line in job.log_tail(4000).splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith("slimtune: ")), lines[-1] if lines else "")
-    return said.removeprefix("slimtune: ") or None
 
 
 def _at(values: Any, *keys: str) -> Any:

@@ -43,6 +43,8 @@ except ImportError:
     fcntl = None
 
 OWN_FOLDER = ".studio"
+PREFIX = "slimtune: "
+"""Of the sentence in which a command says why it failed."""
 _QUEUED, _JOB, _PROCESS, _LOG, _EXIT_CODE = "queued", "job.json", "process.json", "log", "exit_code"
 _LOOK_SECONDS = 0.5
 _STOPPED_BY = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
@@ -165,6 +167,11 @@ class Job:
         code = _read_code(self.folder)
         return "lost" if code is None else _ended_as(code)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in ("queued", "running")
+
     def log_tail(self, most: int = 16_000) -> str:
         """The last bytes of what it printed, from the beginning of a line."""
         try:
@@ -246,10 +253,16 @@ class Jobs:
             raise TrainingError(f"the job of {job.name} has ended: there is nothing to stop")
         interrupt(job.process)
 
+    def stop_all(self, jobs: Sequence[Job]) -> None:
+        """Stop those that wait or run, the last first, or one that waits would begin in place of the one before it."""
+        for job in reversed(jobs):
+            if job.is_busy:
+                self.stop(job)
+
     def remove(self, name: str) -> None:
         """Forget the ended jobs of a run."""
         for job in self:
-            if job.name == name and job.state not in ("queued", "running"):
+            if job.name == name and not job.is_busy:
                 shutil.rmtree(job.folder, ignore_errors=True)
 
     def _new_folder(self) -> Path:
@@ -260,6 +273,13 @@ class Jobs:
             with suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 return folder
+
+
+def last_sentence(printed: str) -> str:
+    """The last sentence of slimtune's own in what a command printed, or else its last line."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith(PREFIX)), lines[-1] if lines else "")
+    return said.removeprefix(PREFIX)
 
 
 def interrupt(process: Process) -> None:

@@ -87,7 +87,7 @@ def show_jobs(view: CurrentView, name: str, ended: int = 0) -> Response:
     """How far the commands are; the page is loaded again where one has ended since."""
     check = _check(view, name)
     response = view.render("outcome_jobs.html.j2", check=check)
-    if sum(job.state not in ("queued", "running") for job in check.jobs) != ended:
+    if sum(not job.is_busy for job in check.jobs) != ended:
         response.headers["hx-refresh"] = "true"
     return response
 
@@ -95,9 +95,7 @@ def show_jobs(view: CurrentView, name: str, ended: int = 0) -> Response:
 @PAGE.post("/outcome/checks/{name}/stop")
 def stop(view: CurrentView, name: str) -> Response:
     """Stop the commands of a check, those that wait first."""
-    for job in reversed(_check(view, name).jobs):
-        if job.state in ("queued", "running"):
-            view.studio.jobs.stop(job)
+    view.studio.jobs.stop_all(_check(view, name).jobs)
     return view.go(f"/outcome/checks/{name}")
 
 

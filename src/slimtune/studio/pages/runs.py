@@ -82,7 +82,7 @@ async def events(view: CurrentView, name: str, at: str = "") -> Response:
 def stop(view: CurrentView, name: str) -> Response:
     """Stop a run as Ctrl-C does, with a checkpoint, whoever began it."""
     run = read_run(view.studio.folder, view.studio.jobs, name)
-    if run.job is not None and run.job.state in ("queued", "running"):
+    if run.job is not None and run.job.is_busy:
         view.studio.jobs.stop(run.job)
     elif run.process is not None:
         interrupt(run.process)

@@ -100,9 +100,7 @@ def show_jobs(view: CurrentView, name: str) -> Response:
 @PAGE.post("/slim/results/{name}/stop")
 def stop(view: CurrentView, name: str) -> Response:
     """Stop the command that makes it."""
-    for job in _export(view, name).jobs:
-        if job.state in ("queued", "running"):
-            view.studio.jobs.stop(job)
+    view.studio.jobs.stop_all(_export(view, name).jobs)
     return view.go(f"/slim/results/{name}")
 
 
