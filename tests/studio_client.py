@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi.testclient import TestClient
 
@@ -23,6 +25,17 @@ def open_studio(folder: Path, access: Access | None = None, language: str = "en"
     access = access or Access()
     headers = {TOKEN_HEADER: access.token, "accept-language": language}
     return TestClient(build_app(folder, access), base_url=ORIGIN, headers=headers)
+
+
+def awaited(client: TestClient, path: str, **settings: Any) -> str:
+    """What a page that asks again and again comes to."""
+    for _ in range(1200):
+        page = client.get(path, params={"tab": "1", **settings})
+        assert page.status_code == 200, page.text
+        if "hx-trigger" not in page.text:
+            return page.text
+        time.sleep(0.1)
+    raise AssertionError("the answer didn't come")
 
 
 def write_run(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -15,27 +13,11 @@ from browser import browser
 from slimtune.errors import ConfigError
 from slimtune.studio.security import Access
 from slimtune.studio.uploads import safe_name
-from small_text_model import save_base
+from small_text_model import save_base, write_lines
 from studio_browser import PHONE, check_accessible, listening_studio, tab_of
-from studio_client import open_studio
+from studio_client import awaited, open_studio
 
 ROWS = [{"question": f"What is {number}?", "answer": f"It is {number}."} for number in range(30)]
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def looked_at(client: TestClient, **settings: Any) -> str:
-    """The page once all is read."""
-    for _ in range(600):
-        page = client.get("/data/preview", params={"tab": "1", **settings})
-        assert page.status_code == 200, page.text
-        if "hx-trigger" not in page.text:
-            return page.text
-        time.sleep(0.1)
-    raise AssertionError("the answer didn't come")
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +78,8 @@ def test_the_folder_of_data_is_no_run(tmp_path: Path) -> None:
 
 
 def test_a_page_says_what_the_command_says(client: TestClient, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "pairs.jsonl", [*ROWS, ROWS[0]])
-    page = looked_at(client, **{"data.train": str(path)})
+    path = write_lines(tmp_path / "pairs.jsonl", *ROWS, ROWS[0])
+    page = awaited(client, "/data/preview", **{"data.train": str(path)})
     assert f"slimtune data preview {path}" in page
     assert "prompt-completion" in page
     assert re.search(r"repeated rows: 1 of 31", page)
@@ -112,21 +94,21 @@ def test_a_page_says_what_the_command_says(client: TestClient, tmp_path: Path) -
 
 
 def test_columns_are_chosen_and_go_into_the_command(client: TestClient, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "other.jsonl", [{"a": "What is it?", "b": "It is this."}])
-    refused = looked_at(client, **{"data.train": str(path)})
+    path = write_lines(tmp_path / "other.jsonl", {"a": "What is it?", "b": "It is this."})
+    refused = awaited(client, "/data/preview", **{"data.train": str(path)})
     assert "which is no format of task" in refused
     assert "--field prompt=COLUMN" in refused
-    half = looked_at(client, **{"data.train": str(path), "data.format": "prompt-completion"})
+    half = awaited(client, "/data/preview", **{"data.train": str(path), "data.format": "prompt-completion"})
     assert re.search(r'name="data.fields.completion">.*?<option>b</option>', half, re.DOTALL)
     fields = {"data.fields.prompt": "a", "data.fields.completion": "b"}
-    page = looked_at(client, **{"data.train": str(path), "data.format": "prompt-completion", **fields})
+    page = awaited(client, "/data/preview", **{"data.train": str(path), "data.format": "prompt-completion", **fields})
     assert "--format prompt-completion --field prompt=a --field completion=b" in page
     assert "data.fields=%7B%22prompt%22%3A+%22a%22" in page
     assert "It is this." in page
 
 
 def test_mistakes_are_the_sentences_of_the_library(client: TestClient, tmp_path: Path) -> None:
-    page = looked_at(client, **{"data.train": str(tmp_path / "missing.jsonl")})
+    page = awaited(client, "/data/preview", **{"data.train": str(tmp_path / "missing.jsonl")})
     assert "it is not there; pass a file" in page
     bad = client.get("/data/preview", params={"data.train": "x", "data.max_length": "1"}, headers={"hx-request": "1"})
     assert (bad.status_code, bad.headers["hx-retarget"]) == (422, "#notice")
@@ -134,8 +116,8 @@ def test_mistakes_are_the_sentences_of_the_library(client: TestClient, tmp_path:
 
 
 def test_text_of_a_file_is_no_html(client: TestClient, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "evil.jsonl", [{"prompt": "<script>alert(1)</script>", "completion": "<b>x</b>"}])
-    page = looked_at(client, **{"data.train": str(path)})
+    path = write_lines(tmp_path / "evil.jsonl", {"prompt": "<script>alert(1)</script>", "completion": "<b>x</b>"})
+    page = awaited(client, "/data/preview", **{"data.train": str(path)})
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page
 
@@ -147,7 +129,7 @@ def test_a_large_file_shows_its_first_rows_at_once(
 
     monkeypatch.setattr(data, "LARGE", 100)
     monkeypatch.setattr(data, "FIRST_ROWS", 7)
-    path = write_lines(tmp_path / "large.jsonl", ROWS)
+    path = write_lines(tmp_path / "large.jsonl", *ROWS)
     seen = set()
     for _ in range(600):
         page = client.get("/data/preview", params={"tab": "1", "data.train": str(path)}).text
@@ -160,14 +142,14 @@ def test_a_large_file_shows_its_first_rows_at_once(
 
 
 def test_a_name_like_an_option_is_a_name(client: TestClient) -> None:
-    page = looked_at(client, **{"data.train": "--help"})
+    page = awaited(client, "/data/preview", **{"data.train": "--help"})
     assert "--help" in page
     assert "it is not there" in page or "no file" in page
 
 
 def test_a_file_is_dropped_and_its_limit_moves_in_a_browser(tmp_path: Path) -> None:
     model = save_base(tmp_path / "model")
-    path = write_lines(tmp_path / "pairs.jsonl", ROWS)
+    path = write_lines(tmp_path / "pairs.jsonl", *ROWS)
     with browser() as opened, listening_studio(tmp_path / "runs") as url, tab_of(opened, PHONE) as page:
         page.goto(f"{url}/data?model.name={model}")
         page.locator("input[type=file]").set_input_files(path)

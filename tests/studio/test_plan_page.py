@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-import time
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl
 
 import pytest
@@ -17,18 +15,7 @@ from slimtune.studio import forms
 from slimtune.studio.pages.plan import OPTIONS, TO_TRAIN
 from small_text_model import save_base
 from studio_browser import Tab, check_accessible, listening_studio, tab_of
-from studio_client import open_studio
-
-
-def planned(client: TestClient, **settings: Any) -> str:
-    """The page once it is planned."""
-    for _ in range(1200):
-        page = client.get("/plan/result", params={"tab": "1", **settings})
-        assert page.status_code == 200, page.text
-        if "hx-trigger" not in page.text:
-            return page.text
-        time.sleep(0.1)
-    raise AssertionError("the plan didn't come")
+from studio_client import awaited, open_studio
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +31,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
 def test_a_plan_leads_to_a_training_with_its_settings(client: TestClient, model: str) -> None:
     settings = {"model.name": model, "method.name": "lora", "model.quantize": "dense", "method.r": "4"}
     more = {"training.batch_size": "2", "data.max_length": "64", "device": "RTX 4090"}
-    page = planned(client, **settings, **more)
+    page = awaited(client, "/plan/result", **settings, **more)
     command = f"slimtune plan {model} --device 'RTX 4090' --method lora --base dense --rank 4 --batch-size 2"
     assert command in html.unescape(page)
     assert "Fits RTX 4090" in page
@@ -57,8 +44,10 @@ def test_a_plan_leads_to_a_training_with_its_settings(client: TestClient, model:
 
 
 def test_what_doesnt_fit_says_what_would(client: TestClient) -> None:
-    page = planned(
-        client, **{"model.name": "llama-2-7b", "method.name": "full", "device": "T4", "data.max_length": "64"}
+    page = awaited(
+        client,
+        "/plan/result",
+        **{"model.name": "llama-2-7b", "method.name": "full", "device": "T4", "data.max_length": "64"},
     )
     assert "Nothing fits T4" in page
     assert "would fit" in page
@@ -66,7 +55,7 @@ def test_what_doesnt_fit_says_what_would(client: TestClient) -> None:
 
 
 def test_mistakes_are_the_sentences_of_the_library(client: TestClient) -> None:
-    assert "did you mean" in planned(client, **{"model.name": "llama-2-7", "device": "T4"})
+    assert "did you mean" in awaited(client, "/plan/result", **{"model.name": "llama-2-7", "device": "T4"})
 
 
 def test_the_form_has_what_the_address_says(client: TestClient) -> None:
