@@ -7,16 +7,15 @@ learns from as well. Which one it is shows in the dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import HoldsCodes, IntegerLinear
+from slimtune.bases.integer import HoldsCodes, IntegerLinear, Product
 from slimtune.core.delta import Base
 from slimtune.ops import grid, int4_kernel
-from slimtune.ops.autograd import reads_codes
 from slimtune.ops.freed_memory import return_freed_memory
 from slimtune.storage.compressed import ZERO
 
@@ -25,6 +24,7 @@ class Int4Linear(IntegerLinear):
     """4-bit codes in groups of inputs."""
 
     bits = 4
+    most_tokens = int4_kernel.MOST_TOKENS
     module_types = ("slimtune.bases.int4.LinearInt4",)
 
     def hold_codes(self, codes_OI: Tensor) -> Tensor:
@@ -38,43 +38,32 @@ class Int4Linear(IntegerLinear):
         self, module: Any, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         if codes.dtype == torch.uint8:
-            # (in, out), as the kernel's order unpacks without a transpose; the product takes either.
-            groups_GSO = int4_kernel.from_kernel(codes).to(dtype).view(scales_OG.shape[1], -1, scales_OG.shape[0])
+            # (in, out), as the kernel's order unpacks without a transpose; the product takes either. Scales and zeros
+            # are laid out so too: read in steps of a row they take three times as long as all the rest.
+            outputs, groups = scales_OG.shape
+            groups_GSO = int4_kernel.from_kernel(codes).to(dtype).view(groups, -1, outputs)
             if zeros_OG is not None:
-                groups_GSO.sub_(zeros_OG.t().to(dtype).unsqueeze(1))
-            return groups_GSO.mul_(scales_OG.t().to(dtype).unsqueeze(1)).view(-1, scales_OG.shape[0]).t()
+                groups_GSO.sub_(zeros_OG.t().to(dtype).contiguous().unsqueeze(1))
+            return groups_GSO.mul_(scales_OG.t().to(dtype).contiguous().unsqueeze(1)).view(-1, outputs).t()
         return grid.expand(_codes(codes, module.in_features), scales_OG, dtype, zeros_OG)
 
-    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        dtype = self.product_dtype(module, x) if self.is_packed(module) else torch.float32
-        if not reads_codes(x, dtype, int4_kernel.MOST_TOKENS) or module.weight.device.type != "cpu":
-            return None
+    def kernel(self, module: Any, dtype: torch.dtype) -> Product | None:
         group_size = self.group_size(module)
-        if not int4_kernel.takes(module.out_features, module.in_features, group_size):
+        takes = int4_kernel.takes(module.out_features, module.in_features, group_size)
+        if not takes or module.weight.device.type != "cpu":
             return None
-        codes, scales = _for_kernel(module, dtype)
-        return lambda x: int4_kernel.product(x, codes, group_size, scales)
+        if module.weight.dtype != torch.uint8:
+            packed = int4_kernel.to_kernel(_codes(module.weight.data, module.in_features))
+            # In one step: another thread that reads the weight sees the codes in the one order or in the other.
+            module._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
+            return_freed_memory()
+        scales = int4_kernel.kernel_scales(module.weight_scale, module._buffers.get(ZERO), dtype)
+        return functools.partial(int4_kernel.product, packed=module.weight, group_size=group_size, scales_GO2=scales)
 
 
 def _codes(held: Tensor, inputs: int) -> Tensor:
     """Codes in either order as int8 (out, in)."""
     return int4_kernel.from_kernel(held).t() if held.dtype == torch.uint8 else grid.unpack(held, inputs, 4)
-
-
-def _for_kernel(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The module's codes and scales as the kernel reads them, from now on the ones that it holds."""
-    codes, scales = module.weight, module._buffers.get("kernel_scale")
-    if codes.dtype != torch.uint8:
-        packed = int4_kernel.to_kernel(_codes(codes.data, module.in_features))
-        # In one step: another thread that reads the weight sees the codes in the one order or in the other.
-        codes = module._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
-        return_freed_memory()
-    # A merge, and what undoes it, exchange the scales: those for the kernel remember which they were made from.
-    if scales is None or scales.dtype != dtype or scales.__dict__.get("made_from") is not module.weight_scale:
-        scales = int4_kernel.kernel_scales(module.weight_scale, module._buffers.get(ZERO), dtype)
-        scales.made_from = module.weight_scale  # type: ignore[attr-defined]
-        module.register_buffer("kernel_scale", scales, persistent=False)
-    return codes.data, scales
 
 
 class LinearInt4(HoldsCodes, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -6,28 +6,26 @@ other multiplies by them. `LinearW8A8` rounds its inputs to 8 bits as well, each
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import HoldsCodes, IntegerLinear
+from slimtune.bases.integer import HoldsCodes, IntegerLinear, Product
 from slimtune.core.delta import Base, Dense, TensorSpec
 from slimtune.ops import grid, int8_kernel
-from slimtune.ops.autograd import is_traced, reads_codes
+from slimtune.ops.autograd import is_traced
 from slimtune.ops.frozen_linear import frozen_linear
 from slimtune.ops.grid import GridWeight
 from slimtune.storage.compressed import CODES, SCALE, ZERO
-
-MOST_TOKENS = 16
-"""From here on expanding and multiplying is quicker."""
 
 
 class Int8Linear(IntegerLinear):
     """8-bit codes with a scale a row, or in groups of inputs."""
 
     bits = 8
+    most_tokens = int8_kernel.MOST_TOKENS
     module_types = ("slimtune.bases.int8.LinearInt8",)
 
     def hold_codes(self, codes_OI: Tensor) -> Tensor:
@@ -42,14 +40,11 @@ class Int8Linear(IntegerLinear):
     ) -> Tensor:
         return grid.expand(codes, scales_OG, dtype, zeros_OG)
 
-    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        dtype = self.product_dtype(module, x) if self.is_packed(module) else torch.float32
-        if not reads_codes(x, dtype, MOST_TOKENS) or ZERO in module._buffers:
+    def kernel(self, module: Any, dtype: torch.dtype) -> Product | None:
+        if ZERO in module._buffers or not int8_kernel.takes(module.weight, module.weight_scale):
             return None
-        if not int8_kernel.takes(module.weight, module.weight_scale):
-            return None
-        codes_OI, scales_O = module.weight.data, module.weight_scale.to(dtype).view(-1)
-        return lambda x: int8_kernel.product(x.to(dtype), codes_OI, scales_O)
+        scales_O = module.weight_scale.to(dtype).view(-1)
+        return functools.partial(int8_kernel.product, codes_OI=module.weight, scales_O=scales_O)
 
 
 class LinearInt8(HoldsCodes, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -81,7 +76,7 @@ class W8A8Linear(Int8Linear):
         codes_OI, scales_OG, _ = positive_rows(weight_OI)
         return {"weight": nn.Parameter(codes_OI, requires_grad=False), SCALE: scales_OG}
 
-    def for_few_tokens(self, module: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def kernel(self, module: Any, dtype: torch.dtype) -> Product | None:
         # Which is for kernels that take the inputs as they are.
         return None
 

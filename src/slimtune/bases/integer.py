@@ -14,6 +14,7 @@ import functools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +25,12 @@ from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.delta import Base, Dense
 from slimtune.errors import DamagedBaseError
 from slimtune.ops import grid
+from slimtune.ops.autograd import reads_codes
 from slimtune.ops.grid import GridWeight
 from slimtune.storage.compressed import CODES, PACKED, SCALE, SHAPE, ZERO
+
+Product = Callable[[Tensor], Tensor]
+"""x W^T of x (..., in)."""
 
 
 class IntegerLinear(PackedLinear):
@@ -36,6 +41,8 @@ class IntegerLinear(PackedLinear):
     """Of compressed-tensors, in which it is stored."""
     parts: ClassVar[tuple[str, ...]] = (PACKED, SCALE, SHAPE)
     """The tensors of a file that it always has."""
+    most_tokens: ClassVar[int] = 0
+    """With so many the kernel that reads codes is quicker than expanding them."""
     rounds_inputs: ClassVar[bool] = False
     """Whether the product is one with inputs that are rounded to 8 bits."""
 
@@ -52,6 +59,24 @@ class IntegerLinear(PackedLinear):
     @abstractmethod
     def codes(self, module: Any) -> Tensor:
         """The codes of a module, int8 (out, in)."""
+
+    @abstractmethod
+    def kernel(self, module: Any, dtype: torch.dtype) -> Product | None:
+        """The product with few tokens that reads the codes of a packed module; None where no kernel takes them.
+
+        The module may hold its codes in the kernel's order from here on.
+        """
+
+    def for_few_tokens(self, module: Any, x: Tensor) -> Product | None:
+        dtype = self.product_dtype(module, x)
+        if not reads_codes(x, dtype, self.most_tokens):
+            return None
+        # A token that is decoded comes here once a layer: what doesn't change from one to the next is kept.
+        found: _Kernel | None = module.__dict__.get(_KERNEL)
+        if found is None or not found.is_of(module, dtype):
+            product = self.kernel(module, dtype) if self.is_packed(module) else None
+            found = module.__dict__[_KERNEL] = _Kernel(module.weight, module._buffers.get(SCALE), dtype, product)
+        return found.product
 
     def stored_as(self, module: Any) -> str:
         return f"int{self.bits}" if self.is_packed(module) else super().stored_as(module)
@@ -83,6 +108,26 @@ class IntegerLinear(PackedLinear):
     def make_plain(self, module: Any, weight_OI: Tensor) -> None:
         module.drop_codes()
         super().make_plain(module, weight_OI)
+
+
+_KERNEL = "few_tokens"
+"""Where a module keeps its `_Kernel`."""
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The product of a module with few tokens, and the weight and the scales that it was made from."""
+
+    weight: nn.Parameter
+    scales_OG: Tensor | None
+    dtype: torch.dtype
+    product: Product | None
+
+    def is_of(self, module: Any, dtype: torch.dtype) -> bool:
+        """Whether they are the module's still: a merge, and what undoes it, exchange them."""
+        # Its own dictionaries, as `nn.Module` finds an attribute there only after a search.
+        is_same = module._parameters["weight"] is self.weight and module._buffers.get(SCALE) is self.scales_OG
+        return is_same and self.dtype == dtype
 
 
 class HoldsCodes(Packed):
@@ -125,17 +170,18 @@ class HoldsCodes(Packed):
             module.weight.data.copy_(held)
             self.weight_scale.copy_(new.scales)
             _STORED.pop(module.weight, None)
-            module._buffers.pop("kernel_scale", None)
+            module.__dict__.pop(_KERNEL, None)
         else:
             self.put_codes(*new, self.compute_dtype)
 
     def drop_codes(self) -> None:
         """Forget all that is known beside a plain weight."""
         module: Any = self
-        for name in (SCALE, ZERO, "kernel_scale"):
+        for name in (SCALE, ZERO):
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)
-        module.__dict__.pop("compute_dtype", None)
+        for name in ("compute_dtype", _KERNEL):
+            module.__dict__.pop(name, None)
 
     @property
     def stored_shape(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ beside the codes from the first answer until the module learns again; the codes 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from bitsandbytes.autograd._functions import matmul_4bit
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, gemv_4bit, has_avx512bf16
 from torch import Tensor, nn
 
+from slimtune.ops import int8_kernel
 from slimtune.ops.autograd import reads_codes
 
 Product = Callable[[Tensor], Tensor]
@@ -72,13 +74,7 @@ def few_tokens_8bit(codes_OI: Tensor, scales_O: Tensor, x: Tensor, dtype: torch.
         return None
     # w = code * scale / 127, which the kernel wants as one factor a row in the dtype of x.
     scales = (scales_O / 127).to(dtype)
-
-    def product(x: Tensor) -> Tensor:
-        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-        y_TO = torch.ops.aten._weight_int8pack_mm(x_TI.contiguous(), codes_OI.data, scales)
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
-
-    return product
+    return functools.partial(int8_kernel.product, codes_OI=codes_OI.data, scales_O=scales)
 
 
 def _reordered(module: Any, state: Any) -> tuple[Tensor, Any]:

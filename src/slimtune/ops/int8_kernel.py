@@ -37,7 +37,9 @@ def takes(codes_OI: Tensor, scales_OG: Tensor) -> bool:
 
 def product(x: Tensor, codes_OI: Tensor, scales_O: Tensor) -> Tensor:
     """x W^T with x (..., in) in the dtype of the scales."""
-    y_TO = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), codes_OI, scales_O)
+    x_TI = x.reshape(-1, x.shape[-1]).to(scales_O.dtype).contiguous()
+    # By its name in torch, which takes a quarter of the time of a call by `torch.ops`.
+    y_TO = torch._weight_int8pack_mm(x_TI, codes_OI, scales_O)  # pyright: ignore[reportPrivateImportUsage]
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
@@ -73,7 +75,7 @@ class _TokenProduct(torch.autograd.Function):
         q_TI, scales_T1 = token_codes(x_TI)
         if reads_codes(x_TI, dtype, MOST_TOKENS) and takes(codes_OI, scales_OG):
             # bfloat16 holds whole numbers up to 256.
-            y_TO = product(q_TI.to(dtype), codes_OI, scales_OG.to(dtype).view(-1))
+            y_TO = product(q_TI, codes_OI, scales_OG.to(dtype).view(-1))
             return y_TO.float().mul_(scales_T1).to(dtype)
         sums_TO = _sums(q_TI, codes_OI)
         return sums_TO.mul_(scales_T1).mul_(scales_OG.t().float()).to(dtype)
