@@ -216,7 +216,8 @@ def speed(rounds: Annotated[int, typer.Option(min=1, help="How often all models 
     (FOLDER / "slim-speed.json").write_text(json.dumps(document, indent=1) + "\n")
     note = (
         f"How many times as fast as in bf16, or in float32, with {torch.get_num_threads()} threads, "
-        f"the least of {TRIES} in turns; median and range of {rounds} rounds; decoding of {STEPS} tokens one by one, prefill of {PREFILL}; "
+        f"the least of {TRIES} in turns; median and range of {rounds} rounds; "
+        f"decoding of {STEPS} tokens one by one, prefill of {PREFILL}; "
         f"quantized models compute in bf16; {subtitle(on)} {document['date']}."
     )
     page.fill(page.SLIM, "speed", f"{page.table(SPEED_HEADER, table)}\n\n{note}")

@@ -119,14 +119,14 @@ class _Kernel:
     """The product of a module with few tokens, and the weight and the scales that it was made from."""
 
     weight: nn.Parameter
-    scales_OG: Tensor | None
+    scales: Tensor | None
     dtype: torch.dtype
     product: Product | None
 
     def is_of(self, module: Any, dtype: torch.dtype) -> bool:
         """Whether they are the module's still: a merge, and what undoes it, exchange them."""
         # Its own dictionaries, as `nn.Module` finds an attribute there only after a search.
-        is_same = module._parameters["weight"] is self.weight and module._buffers.get(SCALE) is self.scales_OG
+        is_same = module._parameters["weight"] is self.weight and module._buffers.get(SCALE) is self.scales
         return is_same and self.dtype == dtype
 
 

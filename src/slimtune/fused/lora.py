@@ -1,8 +1,8 @@
 """LoRA on a frozen linear layer in one autograd node.
 
-Forward adds the low-rank term into the base's product in place; backward adds its part into the input's gradient in
-place. Saved are the input (shared with the siblings that read it) and the (tokens, r) product; dropout masks are drawn
-again from their seed instead of being kept.
+Forward adds the base's product onto the low-rank term in place; backward does so for the input's gradient. Saved are
+the input (shared with the siblings that read it) and the (tokens, r) product; dropout masks are drawn again from their
+seed instead of being kept.
 """
 
 from __future__ import annotations
@@ -157,9 +157,6 @@ def products(
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s z B^T and z = dropout(x) A^T."""
     dtype = settings.dtype
-    # (tokens, out) in the base's dtype (ADR 6). The low-rank term goes into this very tensor; the plain formula makes
-    # two more of its size, one for s B z and one for the sum.
-    y_TO = F.linear(x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
     keep, probability = settings.mask(x_TI)
     # (tokens, in), not saved: backward makes it again from x, which is saved anyway, and the seed.
     kept_TI = x_TI if keep is None else apply_mask(x_TI, keep)
@@ -167,7 +164,16 @@ def products(
     if keep is not None:
         # 1 / p on the (tokens, r) product: the same as on the (tokens, in) input, for a small part of the work.
         z_TR.div_(probability)
-    return y_TO.addmm_(z_TR, b_OR.to(dtype).t(), alpha=settings.scaling), z_TR
+    b_RO, weight_IO = b_OR.to(dtype).t(), weight_OI.to(dtype).t()
+    # (tokens, out) in the base's dtype (ADR 6); the plain formula makes two more of its size.
+    if bias_O is None:
+        # The low-rank term first, and the base's product onto it, whose sums are in float32 and rounded once with the
+        # term in them. Onto a product that is rounded already, a term below half a digit of it is lost (ADR 26).
+        return ((z_TR * settings.scaling) @ b_RO).addmm_(x_TI, weight_IO), z_TR
+    # With a bias the other way round, as the base's own product is rounded once with the bias in it: at the start the
+    # output is the base's to the bit.
+    y_TO = F.linear(x_TI, weight_IO.t(), bias_O.to(dtype))
+    return y_TO.addmm_(z_TR, b_RO, alpha=settings.scaling), z_TR
 
 
 def gradients(
@@ -187,12 +193,10 @@ def gradients(
     if needed[1]:
         ga_RI = (gz_TR.t() @ (x_TI if keep is None else apply_mask(x_TI, keep))).to(a_RI.dtype)
     if needed[0]:
-        gx_TI = g_TO @ settings.weight(weight_OI)
-        if keep is None:
-            # In place, as in forward. With a mask the low-rank part is masked by itself: W saw all of x.
-            gx_TI.addmm_(gz_TR, a_RI.to(dtype))
-        else:
-            gx_TI.add_(apply_mask(gz_TR @ a_RI.to(dtype), keep))
+        # As in forward, the product with W onto the low-rank part, which is masked by itself: W saw all of x.
+        gx_TI = gz_TR @ a_RI.to(dtype)
+        gx_TI = gx_TI if keep is None else apply_mask(gx_TI, keep)
+        gx_TI.addmm_(g_TO, settings.weight(weight_OI))
     gx = None if gx_TI is None else gx_TI.view(settings.shape).to(settings.x_dtype)
     return gx, ga_RI, gb_OR
 

@@ -183,9 +183,12 @@ class _UpdatedProduct(torch.autograd.Function):
         # The backward pass makes the update again, and under the same autocast, or it would be another one.
         ctx.update, ctx.autocast = update, _autocast(x_TI.device.type)
         if weight_OI is not None and would_swallow(weight_OI):
-            y_TO = F.linear(x_TI, weight_OI, bias_O)
-            # 16 bits: two products into one tensor. dW is made in float32 and rounded once (ADR 6).
-            return y_TO.addmm_(x_TI, update(*factors).to(x_TI.dtype).t())
+            # 16 bits: two products into one tensor. dW is made in float32 and rounded once (ADR 6). W's product comes
+            # last, so that one rounding is of both; with a bias first, as in LoRA (ADR 26).
+            update_IO = update(*factors).to(x_TI.dtype).t()
+            if bias_O is None:
+                return (x_TI @ update_IO).addmm_(x_TI, weight_OI.t())
+            return F.linear(x_TI, weight_OI, bias_O).addmm_(x_TI, update_IO)
         update_OI = update(*factors)
         if weight_OI is not None:
             # 32 bits: W + s dW, and one product; in the memory of the update, unless W lies the other way round, as in
@@ -214,7 +217,7 @@ class _UpdatedProduct(torch.autograd.Function):
             gx_TI, update_OI = None, update_OI.detach()
             if needs_x and weight_OI is not None and would_swallow(weight_OI):
                 # As in forward: in 16 bits W and dW each have a product.
-                gx_TI = (g_TO @ weight_OI).addmm_(g_TO, update_OI.to(g_TO.dtype))
+                gx_TI = (g_TO @ update_OI.to(g_TO.dtype)).addmm_(g_TO, weight_OI)
             elif needs_x:
                 sum_OI = update_OI if weight_OI is None else update_OI.to(weight_OI.dtype).add_(weight_OI)
                 gx_TI = (g_TO @ sum_OI.to(g_TO.dtype)).to(x_TI.dtype)
