@@ -43,6 +43,11 @@ class LlamaCpp:
         }
         return self._ask("completion", request)["tokens"]
 
+    def chat(self, messages: Sequence[dict[str, str]], tokens: int) -> str:
+        """The likeliest answer to a conversation, through the chat template that the file holds."""
+        request = {"messages": list(messages), "max_tokens": tokens, "temperature": 0, "cache_prompt": False}
+        return self._ask("v1/chat/completions", request)["choices"][0]["message"]["content"]
+
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text, with special tokens where it has some and around it."""
         return self._ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]

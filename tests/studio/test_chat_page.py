@@ -181,6 +181,53 @@ def test_base_and_adapter_answer_side_by_side_in_a_browser(made: tuple[Path, Pat
         wait_until(lambda: not current.process.is_alive)
 
 
+def test_a_conversation_outlives_its_page_and_stays_in_its_tab(made: tuple[Path, Path]) -> None:
+    base, runs = made
+    with browser() as opened, answering(runs, base), listening_studio(runs) as url, tab_of(opened) as tab:
+
+        def type_in(text: str) -> None:
+            tab.fill("#message", text)
+            tab.keyboard.press("Enter")
+
+        tab.goto(f"{url}/chat?adapter=orders")
+        tab.fill("#system", "Be brief.")
+        tab.fill("[name=max_tokens]", "4")
+        for count, text in enumerate(("two apples", "three pears"), 1):
+            type_in(text)
+            tab.locator(".figures", has_text="4 tokens").nth(2 * count - 1).wait_for()
+            tab.locator("#send").wait_for()
+        shown = tab.locator(".turn").all_inner_texts()
+        tab.reload()
+        assert tab.locator(".turn").all_inner_texts() == shown
+        assert tab.locator("#columns select").evaluate_all("all => all.map(each => each.value)") == ["", "orders"]
+        assert (tab.input_value("#system"), tab.input_value("[name=max_tokens]")) == ("Be brief.", "4")
+        # What is asked next goes on where the conversation was; one without an answer goes back to where it was typed.
+        tab.fill("[name=max_tokens]", "400")
+        with tab.expect_request("**/chat/answer") as sent:
+            type_in("and a plum")
+        messages = sent.value.post_data_json["request"]["messages"]
+        assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2, "user"]
+        assert {key for message in messages for key in message} == {"role", "content"}
+        tab.reload()
+        assert tab.locator(".turn").all_inner_texts() == shown
+        assert tab.input_value("#message") == "and a plum"
+        # Another page leads here with an adapter: it stands beside what was asked before, empty.
+        tab.goto(f"{url}/chat?adapter=주문")
+        assert tab.locator("#columns select").evaluate_all("all => all.map(each => each.value)") == [
+            "주문",
+            "",
+            "orders",
+        ]
+        assert tab.locator(".turn").all_inner_texts() == shown
+        assert tab.locator("#columns .nothing").count() == 1
+        other = tab.context.new_page()
+        other.goto(f"{url}/chat")
+        assert other.locator(".turn").count() == 0
+        tab.click("#clear")
+        tab.reload()
+        assert tab.locator(".turn").count() == 0
+
+
 @pytest.mark.parametrize(("language", "scheme"), [("en-US", "light"), ("ko-KR", "dark")])
 def test_the_page_is_accessible_at_a_phone_and_at_a_desk(made: tuple[Path, Path], language: str, scheme: str) -> None:
     with browser() as opened, listening_studio(made[1]) as url:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
 import re
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 
@@ -14,7 +17,7 @@ from slimtune.errors import ConfigError
 from slimtune.studio.security import Access
 from slimtune.studio.uploads import safe_name
 from small_text_model import save_base, write_lines
-from studio_browser import PHONE, check_accessible, listening_studio, tab_of
+from studio_browser import PHONE, check_accessible, listening_studio, started, tab, tab_of
 from studio_client import awaited, open_studio
 
 ROWS = [{"question": f"What is {number}?", "answer": f"It is {number}."} for number in range(30)]
@@ -130,7 +133,7 @@ def test_a_large_file_shows_its_first_rows_at_once(
     monkeypatch.setattr(data, "LARGE", 100)
     monkeypatch.setattr(data, "FIRST_ROWS", 7)
     path = write_lines(tmp_path / "large.jsonl", *ROWS)
-    seen = set()
+    seen, page = set(), ""
     for _ in range(600):
         page = client.get("/data/preview", params={"tab": "1", "data.train": str(path)}).text
         seen.add("first 7 rows" in page)
@@ -162,3 +165,56 @@ def test_a_file_is_dropped_and_its_limit_moves_in_a_browser(tmp_path: Path) -> N
         page.locator(".waiting").wait_for(state="detached")
         check_accessible(page)
         assert "data.max_length=4" in page.url
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", *ROWS)
+    access = Access(max_upload=path.stat().st_size - 1)
+    with browser() as opened, listening_studio(tmp_path / "runs", access) as url, tab(opened) as seen:
+        page, sent = seen.page, []
+        page.on("request", lambda asked: sent.append(asked.url) if asked.method == "POST" else None)
+        page.goto(f"{url}/data")
+        page.locator("input[type=file]").set_input_files(path)
+        page.get_by_text("larger than the studio takes; name it by its path").wait_for()
+        assert sent == []
+        # What is lost on the way is said as well.
+        write_lines(path, ROWS[0])
+        page.route("**/data/files*", lambda route: route.abort())
+        page.locator("input[type=file]").set_input_files(path)
+        page.get_by_text("Is the studio still running?").wait_for()
+        assert page.get_by_label("Or name it").input_value() == ""
+
+
+@pytest.mark.soak
+def test_a_file_of_200_mb_is_looked_at_and_never_held_by_the_studio(tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    line = json.dumps({"prompt": "What is it? " * 40, "completion": "It is this. " * 40}) + "\n"
+    rows = 200_000_000 // len(line) + 1
+    with path.open("w") as file:
+        file.writelines(line.replace("this", f"{number:04}", 1) for number in range(rows))
+    with browser() as opened, started(tmp_path / "runs") as (server, url), tab_of(opened) as page:
+        page.set_default_timeout(900_000)
+        page.goto(f"{url}/data?data.train=&model.name=")
+        # A small one first, for which the libraries are imported that show examples.
+        page.locator("input[type=file]").set_input_files(write_lines(tmp_path / "small.jsonl", *ROWS))
+        page.locator(".samples").wait_for()
+        before = peak_bytes(server.pid)
+        page.locator("input[type=file]").set_input_files(path)
+        # The first rows are there while the others are read.
+        page.get_by_text("These are the first 200 rows").wait_for()
+        assert page.locator("dd", has_text="of the first rows").inner_text().startswith("200")
+        page.locator(".waiting").wait_for(state="detached")
+        assert page.locator("dd", has_text=re.compile(f"^{rows:,}$")).count() == 1
+        kept = tmp_path / "runs" / "data" / "large.jsonl"
+        assert page.get_by_label("Or name it").input_value() == str(kept)
+        assert filecmp.cmp(path, kept, shallow=False)
+        # A copy of the file, or of a tenth of it, would be more.
+        assert peak_bytes(server.pid) - before < 20_000_000
+        # Those that read it have ended: nothing is forked now from the process that has the library ready.
+        assert [reader for child in psutil.Process(server.pid).children() for reader in child.children()] == []
+
+
+def peak_bytes(pid: int) -> int:
+    """The most main memory that a process ever had."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

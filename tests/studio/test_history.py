@@ -14,7 +14,7 @@ import pytest
 from slimtune.studio.history import BusyRunError, NoSuchRunError, delete_run, read_run, read_runs, run_path
 from slimtune.studio.jobs import Jobs
 from slimtune.train.run_folder import run_folder
-from studio_client import open_studio, write_run
+from studio_client import held_queue, open_studio, write_run
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -49,11 +49,62 @@ def test_an_id_that_the_system_gave_again_is_not_the_run(tmp_path: Path) -> None
     assert states(tmp_path) == {"old": "failed"}
 
 
+def test_a_check_is_one_and_is_done_when_all_of_its_commands_are(tmp_path: Path) -> None:
+    client, jobs = open_studio(tmp_path), Jobs(tmp_path)
+    (tmp_path / "orders-check").mkdir()
+    (tmp_path / "orders-check" / "check.json").write_text('{"run": "orders"}')
+    with held_queue(tmp_path):
+        first, last = (jobs.add("orders-check", ["--version"]) for _ in range(2))
+
+        def seen() -> tuple[str, str]:
+            run = read_run(tmp_path, jobs, "orders-check")
+            return run.kind, run.state
+
+        assert seen() == ("check", "queued")
+        (first.folder / "queued").unlink()
+        assert seen() == ("check", "running")
+        (first.folder / "exit_code").write_text("0")
+        assert seen() == ("check", "queued")
+        page = client.get("/runs/orders-check").text
+        assert 'href="/outcome/checks/orders-check"' in page
+        assert "It is the next one." in page
+        client.post("/runs/orders-check/stop")
+        assert seen() == ("check", "stopped")
+        (last.folder / "exit_code").write_text("0")
+        assert seen() == ("check", "done")
+
+
+def test_what_a_stop_takes_out_of_the_queue_is_all_of_a_check(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    with held_queue(tmp_path):
+        for name in ("orders-check", "other", "orders-check"):
+            jobs.add(name, ["--version"])
+        assert [job.name for job in jobs.waiting()] == ["orders-check", "other", "orders-check"]
+        open_studio(tmp_path).post("/runs/orders-check/stop")
+        assert [job.name for job in jobs.waiting()] == ["other"]
+        jobs.stop_all(jobs.waiting())
+
+
+def test_a_command_that_writes_no_known_file_is_done_when_it_is(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    with held_queue(tmp_path):
+        for code, state in ((0, "done"), (1, "failed"), (130, "stopped")):
+            job = jobs.add("packed", ["--version"])
+            (job.folder / "queued").unlink()
+            (job.folder / "exit_code").write_text(str(code))
+            assert states(tmp_path) == {"packed": state}
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "model.gguf").touch()
+    assert read_run(tmp_path, jobs, "packed").kind == "model"
+
+
 def test_each_kind_of_folder_is_known_and_others_are_left_out(tmp_path: Path) -> None:
     write_run(tmp_path / "trained")
     for name, file in (("compared", "comparison.json"), ("slimmed", "slim_report.json"), ("a model", "config.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
+    # Its last step was a training.
+    (tmp_path / "slimmed" / "results.json").write_text("{}")
     (tmp_path / "notes").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "linked").symlink_to(tmp_path / "trained")

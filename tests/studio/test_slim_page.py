@@ -217,6 +217,49 @@ def test_a_gguf_file_is_made_and_downloaded_in_a_browser(tmp_path: Path) -> None
             assert sorted(packed.namelist()) == ["orders-ollama/Modelfile", "orders-ollama/model.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "steps"),
+    [
+        ("slim-int8", "evaluation.max_new_tokens=8", ["00-model", "01-quantize"]),
+        # What it asks of perplexity is for a model that knows a language.
+        pytest.param(
+            "slim-width", "stop.perplexity=100", ["00-model", "01-prune", "02-distill"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_recipe_of_steps_is_run_and_reported_in_a_browser(
+    recipe: str, changes: str, steps: list[str], tmp_path: Path
+) -> None:
+    _, runs = save_runs(tmp_path, "orders")
+    rows = write_lines(tmp_path / "rows.jsonl", *({"messages": each.messages()} for each in orders(40)))
+    name = f"orders-{recipe}"
+    with browser() as opened, listening_studio(runs) as url, tab_of(opened) as tab:
+        tab.goto(f"{url}/slim?run=orders")
+        tab.check(f"[value={recipe}]")
+        tab.fill("#slim-form [name=data]", str(rows))
+        tab.fill("#slim-form [name=changes]", changes)
+        tab.click("#slim-form button.primary")
+        tab.wait_for_url(f"**/slim/results/{name}")
+        # The page is loaded again by itself once the command has ended.
+        report = tab.frame_locator("iframe.report")
+        report.locator("h1").wait_for()
+        (job,) = Jobs(runs)
+        assert (job.state, job.arguments[0]) == ("done", "slim"), job.log_tail()
+        told = json.loads((runs / name / "slim_report.json").read_text())
+        assert [row["name"] for row in told["rows"]] == steps
+        for shown in (report.locator("tbody tr"), tab.locator("section tbody tr")):
+            cells = [row.locator("th, td").all_inner_texts() for row in shown.all()]
+            assert [row[0] for row in cells] == steps
+            assert [row[5] for row in cells] == [f"{row['perplexity']:.2f}" for row in told["rows"]]
+        assert tab.locator(".files a", has_text="model.safetensors").count() == 1
+        tab.goto(f"{url}/runs/{name}")
+        tab.locator("#actions a").click()
+        tab.wait_for_url(f"**/slim/results/{name}")
+        # It is a model like others now, and can be exported.
+        tab.goto(f"{url}/slim?run={name}")
+        assert tab.locator("#export-form [name=run]").input_value() == name
+
+
 @pytest.mark.parametrize(("size", "language", "scheme"), [(PHONE, "ko-KR", "dark"), ((1280, 900), "en-US", "light")])
 def test_the_pages_are_accessible_at_a_phone_and_at_a_desk(
     made: tuple[Path, Path], size: tuple[int, int], language: str, scheme: str

@@ -9,7 +9,9 @@ How a page is added (nothing else needs an edit):
     templates/NAME.html.j2      {% extends "base.html.j2" %} with a block `content`; no text but that of `t`, as in
                                 t("runs.title"), no script or style of its own, for the browser is told to refuse
                                 both; parts.html.j2 has macros
-    texts/en.yaml, ko.yaml      a section NAME with `nav`, `title`, `lead` and the page's own keys, the same in both
+    texts/en.yaml, ko.yaml      a section NAME with `nav`, `title`, `lead` and the page's own keys, the same in both;
+                                what the library has in English itself, as the help of a setting, is in the section
+                                `library` of other languages, and a template takes it by the macro `said`
 
 Long work is a command: `view.studio.jobs.add(NAME, [ARGUMENTS])` queues `slimtune ARGUMENTS` and gives a `Job`, whose
 page is /runs/NAME. A short command whose answer a page shows is asked for by `view.studio.answers.ask(TAB,

@@ -45,11 +45,13 @@ class Answer:
     Attributes:
         output: what it printed for machines.
         errors: what it said to people.
+        is_kept: whether the same question has this answer again; one that the machine had no room for is asked anew.
     """
 
     exit_code: int
     output: str
     errors: str = ""
+    is_kept: bool = True
 
     @cached_property
     def value(self) -> Any:
@@ -109,7 +111,7 @@ class Answers:
                     if not work.asked:
                         work.end()
             if key in self._done:
-                return self._done[key]
+                return self._done[key] if self._done[key].is_kept else self._done.pop(key)
             if key not in self._running and len(self._running) < MOST_AT_ONCE:
                 self._start(key, list(arguments))
             if key in self._running:
@@ -131,28 +133,41 @@ class Answers:
         threading.Thread(target=self._wait, args=(key, work, there), daemon=True).start()
 
     def _wait(self, key: _Key, work: _Work, there: Any) -> None:
-        """Keep the answer when it comes, or end what nobody waits for."""
-        # Here and not in the request: it takes as long as the fork server still imports.
-        _safely(work.process.start)
-        there.close()
-        while not work.connection.poll(_LOOK_SECONDS):
-            if not work.is_wanted:
-                work.end()
-        try:
-            answer = Answer(*work.connection.recv())
-        except EOFError:
-            answer = None
-        work.connection.close()
-        work.process.join()
+        """Keep the answer when it comes."""
+        answer = _received(work, there)
         with self._lock:
             del self._running[key]
-            if answer is None and work.is_wanted:
-                code = work.process.exitcode
-                answer = Answer(1, "", f"{PREFIX}the process that worked on it ended with {code}; free some memory")
             if answer is not None:
                 self._done[key] = answer
                 for oldest in list(self._done)[:-KEPT]:
                     del self._done[oldest]
+
+
+def _received(work: _Work, there: Any) -> Answer | None:
+    """What a command comes to; None for one that is ended, since nobody waits for it."""
+    try:
+        # Here and not in the request: it takes as long as the fork server still imports.
+        _safely(work.process.start)
+    except (OSError, EOFError) as error:
+        work.connection.close()
+        why = f"no process can be started to work on it: {error}; free some memory, or end some programs"
+        return Answer(1, "", PREFIX + why, is_kept=False)
+    finally:
+        there.close()
+    while not work.connection.poll(_LOOK_SECONDS):
+        if not work.is_wanted:
+            work.end()
+    try:
+        return Answer(*work.connection.recv())
+    except EOFError:
+        pass
+    finally:
+        work.connection.close()
+        work.process.join()
+    if not work.is_wanted:
+        return None
+    why = f"the process that worked on it ended with {work.process.exitcode}; free some memory"
+    return Answer(1, "", PREFIX + why, is_kept=False)
 
 
 def _context() -> Any:

@@ -21,13 +21,15 @@ from slimtune.studio.jobs import Job, Jobs, Process, last_sentence
 
 RUN_SUFFIX = ".run"
 RESULTS, RUN_FACTS = "results.json", "run.json"
-Kind = Literal["training", "comparison", "slim", "model", "job"]
+Kind = Literal["training", "comparison", "check", "slim", "model", "job"]
 RunState = Literal["queued", "running", "stopped", "done", "failed"]
 _KINDS: dict[str, Kind] = {
-    RESULTS: "training", "comparison.json": "comparison", "slim_report.json": "slim", "adapter_config.json": "model",
-    "config.json": "model",
+    "slim_report.json": "slim", RESULTS: "training", "comparison.json": "comparison", "check.json": "check",
+    "adapter_config.json": "model", "config.json": "model", "model.gguf": "model", "adapter.gguf": "model",
 }  # fmt: skip
-"""Files by which a folder is known, the first that it has."""
+"""Files by which a folder is known, the first that it has: the last step of a slim recipe may have been a training."""
+_BEGUN_WITH = ("comparison.json", "check.json")
+"""Files that are there before the work is done: how it ended is known by its commands alone."""
 _MAX_NAME = 200
 
 
@@ -168,10 +170,10 @@ def _read(path: Path, job: Job | None) -> Run | None:
         state = "queued"
     elif can_resume:
         state = "stopped"
-    elif mark is not None:
-        state = "done"
+    elif job is not None and (mark is None or mark in _BEGUN_WITH):
+        state = "failed" if job.state == "lost" else job.state
     else:
-        state = "stopped" if job is not None and job.state == "stopped" else "failed"
+        state = "done" if mark is not None else "failed"
     if state == "failed" and fault is None:
         fault = (last_sentence(job.log_tail(4000)) or None) if job is not None else None
     if process is None and job is not None and state == "running":

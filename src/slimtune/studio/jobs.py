@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Literal
 
@@ -111,10 +111,9 @@ class Job:
     @classmethod
     def read(cls, folder: Path) -> Job | None:
         """The job in a folder; None for what is none, or is damaged."""
+        path = folder / _JOB
         try:
-            values = read_json(folder / _JOB)
-            arguments = tuple(str(word) for word in values["arguments"])
-            return cls(folder, str(values["name"]), arguments, str(values["directory"]), float(values["added"]))
+            return cls(folder, *_read_fields(path, path.stat().st_mtime_ns))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -185,6 +184,14 @@ class Job:
         return text.partition("\n")[2] if start else text
 
 
+@lru_cache(maxsize=4096)
+def _read_fields(path: Path, changed: int) -> tuple[str, tuple[str, ...], str, float]:
+    """What job.json holds, read once: it is never written again, but a number may be given again."""
+    values = read_json(path)
+    arguments = tuple(str(word) for word in values["arguments"])
+    return str(values["name"]), arguments, str(values["directory"]), float(values["added"])
+
+
 def _read_code(folder: Path) -> int | None:
     try:
         return int((folder / _EXIT_CODE).read_text(encoding="utf-8"))
@@ -212,8 +219,17 @@ class Jobs:
         return Job.read(self.folder / number) if re.fullmatch(r"\d+", number) else None
 
     def latest(self) -> dict[str, Job]:
-        """The last job of each run, by the run's name."""
-        return {job.name: job for job in self}
+        """The job of each run that says how far it is, by the run's name: the first that is busy, or else the last."""
+        latest: dict[str, Job] = {}
+        for job in self:
+            before = latest.get(job.name)
+            if before is None or not before.is_busy:
+                latest[job.name] = job
+        return latest
+
+    def waiting(self) -> list[Job]:
+        """Those that wait, in the order in which they will run."""
+        return list(filter(None, (Job.read(path.parent) for path in sorted(self.folder.glob(f"*/{_QUEUED}")))))
 
     def named(self, name: str) -> list[Job]:
         """The jobs of a run, in the order in which they were added."""

@@ -83,7 +83,8 @@ def stop(view: CurrentView, name: str) -> Response:
     """Stop a run as Ctrl-C does, with a checkpoint, whoever began it."""
     run = read_run(view.studio.folder, view.studio.jobs, name)
     if run.job is not None and run.job.is_busy:
-        view.studio.jobs.stop(run.job)
+        # A check has several, and the next one would begin in place of the one that is stopped.
+        view.studio.jobs.stop_all(view.studio.jobs.named(name))
     elif run.process is not None:
         interrupt(run.process)
     return view.render("run_stopping.html.j2", run=run)
@@ -235,7 +236,7 @@ def _page_of(view: View, name: str) -> dict[str, Any]:
 def _facts_of(view: View, run: Run) -> dict[str, Any]:
     """The figures of a run, and what can be done with it."""
     progress = Numbers.of(read_json_mapping(run.run_folder / PROGRESS)[0] if run.is_busy else {})
-    waiting = [job.number for job in view.studio.jobs if job.state == "queued"]
+    waiting = [job.number for job in view.studio.jobs.waiting()] if run.state == "queued" else []
     losses = curves(read_lines(run.live_folder / LOSSES).entries)
     memory = progress["memory_bytes"] or (run.process.memory_bytes() if run.process and run.is_busy else None)
     return {

@@ -6,13 +6,17 @@ const columns = document.getElementById("columns");
 const message = document.getElementById("message");
 const texts = chat.dataset;
 const MOST_COLUMNS = 4;
+const KEPT = `chat ${texts.base}`;
 const talks = new WeakMap();
 let running = null;
+let asked = "";
 
 const talkOf = (column) => {
   if (!talks.has(column)) talks.set(column, []);
   return talks.get(column);
 };
+const adapterOf = (column) => column.querySelector("[data-adapter]").value;
+const settings = () => [...document.querySelectorAll("#sampling input, #system")];
 const all = () => [...columns.querySelectorAll("[data-column]")];
 
 function number() {
@@ -51,6 +55,19 @@ function addTurn(column, role, text) {
   return turn;
 }
 
+function figuresOf(text) {
+  const figures = document.createElement("p");
+  figures.className = "figures";
+  figures.textContent = text;
+  return figures;
+}
+
+function newColumn(adapter) {
+  const column = document.getElementById("column").content.firstElementChild.cloneNode(true);
+  column.querySelector("[data-adapter]").value = adapter;
+  return column;
+}
+
 // The settings as the API has them; an empty one is left to the server.
 function sampling() {
   const values = {};
@@ -85,14 +102,13 @@ async function ask(column, text, signal) {
   talk.push({ role: "user", content: text });
   addTurn(column, "user", text);
   const turn = addTurn(column, "assistant", "");
-  const [body, figures] = [turn.querySelector("p"), document.createElement("p")];
-  figures.className = "figures";
-  figures.textContent = texts.writing;
+  const [body, figures] = [turn.querySelector("p"), figuresOf(texts.writing)];
   turn.append(figures);
   const turns = column.querySelector(".turns");
   turns.setAttribute("aria-busy", "true");
   const system = document.getElementById("system").value.trim();
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...talk];
+  const said = talk.map(({ role, content }) => ({ role, content }));
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...said];
   let [answer, reason, usage, first, failed] = ["", "", null, 0, ""];
   const began = performance.now();
   try {
@@ -101,7 +117,7 @@ async function ask(column, text, signal) {
       headers: { "content-type": "application/json", "x-csrf-token": texts.token, "hx-request": "true" },
       body: JSON.stringify({
         base: texts.base,
-        adapter: column.querySelector("[data-adapter]").value,
+        adapter: adapterOf(column),
         request: { messages, ...sampling() },
       }),
     });
@@ -134,17 +150,14 @@ async function ask(column, text, signal) {
     failed = signal.aborted ? "" : error instanceof TypeError ? texts.unreachable : error.message;
   }
   turns.removeAttribute("aria-busy");
-  talk.push({ role: "assistant", content: answer });
-  if (failed) {
-    // What got no answer is not a part of the conversation.
-    talk.splice(-2);
-    figures.classList.add("bad");
-    figures.textContent = failed;
-  } else {
-    figures.textContent = told(usage, first || began, reason, signal.aborted);
-  }
+  figures.textContent = failed || told(usage, first || began, reason, signal.aborted);
+  figures.classList.toggle("bad", failed !== "");
+  // What got no answer is not a part of the conversation.
+  if (failed) talk.pop();
+  else talk.push({ role: "assistant", content: answer, figures: figures.textContent });
   turns.scrollTop = turns.scrollHeight;
   document.body.dispatchEvent(new Event("server-changed"));
+  return failed === "";
 }
 
 function told(usage, first, reason, wasStopped) {
@@ -166,12 +179,58 @@ async function send() {
     return;
   }
   message.value = "";
+  asked = text;
   running = new AbortController();
   show(true);
-  await Promise.all(all().map((column) => ask(column, text, running.signal)));
+  const answered = await Promise.all(all().map((column) => ask(column, text, running.signal)));
   running = null;
+  asked = "";
+  // To be sent again without typing it again; also what a page that is being left keeps.
+  if (!answered.includes(true)) message.value ||= text;
   show(false);
+  keep();
   message.focus();
+}
+
+// The conversations outlive a page that is loaded again: in the tab alone, until it is closed or they are cleared.
+function keep() {
+  const open = all().map((column) => {
+    const talk = talkOf(column);
+    // Without a question in the middle of its answer, which goes back to where it was typed.
+    return { adapter: adapterOf(column), talk: talk.slice(0, talk.length - (talk.length % 2)) };
+  });
+  const values = settings().map((input) => input.value);
+  try {
+    sessionStorage.setItem(KEPT, JSON.stringify({ open, values, message: message.value || asked }));
+  } catch {
+    // More than a browser keeps: it is lost with the page.
+    sessionStorage.removeItem(KEPT);
+  }
+}
+
+function restore() {
+  const kept = JSON.parse(sessionStorage.getItem(KEPT) ?? "null");
+  if (!kept) return;
+  const fresh = all();
+  for (const { adapter, talk } of kept.open) {
+    const column = newColumn(adapter);
+    // Its run may have been deleted since.
+    if (adapterOf(column) !== adapter) continue;
+    columns.append(column);
+    talks.set(column, talk);
+    for (const { role, content, figures } of talk) {
+      const turn = addTurn(column, role, content);
+      if (figures) turn.append(figuresOf(figures));
+    }
+  }
+  const wanted = new URLSearchParams(location.search).get("adapter");
+  const there = all().slice(fresh.length).map(adapterOf);
+  for (const column of fresh) {
+    // What another page leads here for stands beside what was asked before.
+    if (there.length && (adapterOf(column) !== wanted || there.includes(wanted))) column.remove();
+  }
+  settings().forEach((input, index) => { input.value = kept.values[index] ?? input.value; });
+  message.value = kept.message;
 }
 
 function show(isRunning) {
@@ -200,8 +259,8 @@ document.getElementById("clear").addEventListener("click", () => {
   message.focus();
 });
 document.getElementById("add")?.addEventListener("click", () => {
-  const column = document.getElementById("column").content.firstElementChild.cloneNode(true);
-  const taken = new Set([...columns.querySelectorAll("select")].map((select) => select.value));
+  const taken = new Set(all().map(adapterOf));
+  const column = newColumn("");
   const select = column.querySelector("select");
   const free = [...select.options].find((option) => !taken.has(option.value));
   if (free) select.value = free.value;
@@ -226,4 +285,6 @@ document.getElementById("base").addEventListener("change", (event) => {
 });
 // Where they would stand between the model and the conversation.
 if (matchMedia("(max-width: 60rem)").matches) document.getElementById("settings").open = false;
+addEventListener("pagehide", keep);
+restore();
 number();

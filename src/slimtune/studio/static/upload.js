@@ -7,7 +7,18 @@ for (const zone of document.querySelectorAll("[data-upload]")) {
   const bar = zone.querySelector("progress");
   const notice = document.getElementById("notice");
 
+  const say = (sentence) => {
+    const said = document.createElement("p");
+    said.className = "notice bad";
+    said.textContent = sentence;
+    notice.replaceChildren(said);
+  };
   const send = (file) => {
+    // A server that refuses it may close the connection before the browser reads why.
+    if (file.size > Number(zone.dataset.most)) {
+      say(zone.dataset.tooLarge);
+      return;
+    }
     const request = new XMLHttpRequest();
     request.open("POST", `${zone.dataset.upload}?name=${encodeURIComponent(file.name)}`);
     request.setRequestHeader("HX-Request", "true");
@@ -18,7 +29,10 @@ for (const zone of document.querySelectorAll("[data-upload]")) {
     request.upload.addEventListener("progress", (event) => { bar.value = event.loaded / event.total; });
     request.addEventListener("loadend", () => {
       bar.classList.add("hidden");
-      input.value = "";
+      if (request.status === 0) {
+        say(zone.dataset.lost);
+        return;
+      }
       if (request.status !== 200) {
         notice.innerHTML = request.responseText;
         return;
@@ -37,6 +51,8 @@ for (const zone of document.querySelectorAll("[data-upload]")) {
     // It is no setting of the form.
     event.stopPropagation();
     if (input.files.length) send(input.files[0]);
+    // Or the same file could not be chosen again.
+    input.value = "";
   });
   for (const kind of ["dragover", "dragleave", "drop"]) {
     zone.addEventListener(kind, (event) => {
