@@ -32,6 +32,7 @@ from slimtune.errors import (
     first_line,
     listing,
 )
+from slimtune.ops.worker_threads import release_worker_threads
 from slimtune.storage.peft_format import adapter_folder, read_adapter
 
 
@@ -95,6 +96,8 @@ class Engine:
         if self._thread is not None:
             raise ConfigError("the engine runs already; call stop() before start()")
         self._stopping = False
+        # The caller, who has loaded the model, hands its products over to the loop.
+        release_worker_threads()
         self._thread = threading.Thread(target=self._loop, name="slimtune-engine", daemon=True)
         self._thread.start()
 
@@ -286,6 +289,8 @@ class Engine:
 
         with self._changing():
             drafted = draft_for_inference(self.model, attached_as, config, tensors, source)
+            if self._thread is not None:
+                release_worker_threads()
             return self._between_steps(attach)
 
     def _check_new(self, name: str) -> None:

@@ -14,6 +14,7 @@ from slimtune.data.features import extract
 from slimtune.data.texts import longest_input
 from slimtune.engine.request import LoadedAdapter
 from slimtune.errors import ConfigError
+from slimtune.ops.worker_threads import release_worker_threads
 from slimtune.serve.backend import GenerationRequest, Piece
 from slimtune.serve.openai import bad_request
 from slimtune.storage.text_files import read_json
@@ -40,7 +41,8 @@ class EncoderBackend:
         self._working = ThreadPoolExecutor(1, "slimtune-embed")
 
     async def start(self) -> None:
-        """Nothing is to be started."""
+        """Hand the products over to the thread that embeds, from this one, which has loaded the model."""
+        release_worker_threads()
 
     async def stop(self) -> None:
         """Let the thread go."""

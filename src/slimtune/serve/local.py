@@ -57,7 +57,8 @@ class EngineBackend:
     async def start(self) -> None:
         """Start the engine's thread."""
         self._mailbox = Mailbox(asyncio.get_running_loop())
-        await asyncio.to_thread(self.engine.start)
+        # On this thread, which has loaded the model and now lets go of its workers; it takes no time.
+        self.engine.start()
 
     async def stop(self) -> None:
         """Stop the engine's thread."""
