@@ -56,7 +56,7 @@ def may_mix(host: Any, names: list[str]) -> bool:
 
 
 @settings(max_examples=40)
-@given(host=hosts(), seed=st.integers(0, 9), most=st.sampled_from([0, product.MOST_WORK]))
+@given(host=hosts(), seed=st.integers(0, 9), most=st.sampled_from([{}, product.MOST_WORK]))
 def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 9, 12, generator=generator)
@@ -73,7 +73,7 @@ def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: int) -
             assert_near(by_rows(host, x, names, joint), alone(host, x, names), 2e-5)
 
 
-@pytest.mark.parametrize("most", [0, product.MOST_WORK])
+@pytest.mark.parametrize("most", [{}, product.MOST_WORK])
 def test_what_one_adapter_makes_infinite_reaches_no_other_row(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "MOST_WORK", most)
     host = attach(LINEAR[0], slimtune.LoraConfig(r=2, target_modules=["site"]), "a")

@@ -21,7 +21,11 @@ class JointProduct(Protocol):
     def __call__(
         self, module: Any, frozen: Callable[..., Any], rows: RowAdapters, x: Tensor
     ) -> tuple[Tensor, Collection[str]]:
-        """What it computes, and the adapters that are in it; rows of all others are the frozen product's."""
+        """What it computes, and the adapters of the batch that aren't in it, whose rows are the frozen product's.
+
+        Raises:
+            ConfigError: as `check_rows`.
+        """
         ...
 
 
@@ -44,7 +48,7 @@ class RowAdapters:
         self.names, self.distinct, self.kept, self.packed = names, frozenset(names), kept, packed
         self.product = product
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
-        self._made: dict[Hashable, Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
 
     def dim(self, x: Tensor) -> int:
         """The axis of a module's input along which rows lie."""
@@ -61,7 +65,7 @@ class RowAdapters:
             known = self._groups[length, x.device] = self._positions(length, x.device)
         return known
 
-    def cached(self, key: Hashable, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    def cached(self, key: Hashable, x: Tensor, make: Callable[[], Any]) -> Any:
         """What follows from the rows alone, made once for all modules whose input is as long."""
         whole_key = key, x.shape[self.dim(x)], x.device
         if whole_key not in self._made:
@@ -123,25 +127,28 @@ def run_rows(
         frozen: what it computes without any, as a function of the module and its inputs.
         composed: the same under the adapter of this name.
     """
-    own = deltas_of(module)
-    # No adapter of this batch is here: the plain product, without an index or a copy.
-    if own.keys().isdisjoint(rows.distinct):
-        return frozen(module, x, *args, **kwargs)
-    check_rows(module, rows)
-    groups, dim = rows.groups(x), rows.dim(x)
-    done: Collection[str] = ()
-    if rows.product is not None and module.adopted_base.kind == "linear" and not (args or kwargs):
-        y, done = rows.product(module, frozen, rows, x)
-    elif len(groups) == 1:
-        return composed(next(iter(groups)))(module, x, *args, **kwargs)
+    if rows.product is not None and not (args or kwargs) and module.adopted_base.kind == "linear":
+        # First: a token that is decoded passes here once a layer, and mostly nothing is left to do.
+        y, left = rows.product(module, frozen, rows, x)
+        if not left:
+            return y
+        own, groups, dim = deltas_of(module), rows.groups(x), rows.dim(x)
     else:
-        y = frozen(module, x, *args, **kwargs)
-    if all(name in done or name not in own for name in groups):
-        return y
+        own = deltas_of(module)
+        # No adapter of this batch is here: the plain product, without an index or a copy.
+        if own.keys().isdisjoint(rows.distinct):
+            return frozen(module, x, *args, **kwargs)
+        check_rows(module, rows)
+        groups, dim = rows.groups(x), rows.dim(x)
+        if len(groups) == 1:
+            return composed(next(iter(groups)))(module, x, *args, **kwargs)
+        y, left = frozen(module, x, *args, **kwargs), own.keys()
+        if left.isdisjoint(groups):
+            return y
     parts, order = [], []
     for name, positions in groups.items():
         y_rows = y.index_select(dim, positions)
-        if name in own and name not in done:
+        if name in left:
             x_rows = x.index_select(dim, positions)
             if own[name].holds:
                 # Its own parameters stand in for the module's, so that the frozen product isn't a part of it.

@@ -9,18 +9,42 @@ p are looked up by row. The frozen product is the layer's own, so that bases in 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.adapters.rows import RowAdapters
+from slimtune.adapters.rows import RowAdapters, check_rows
 from slimtune.core.delta import Frozen, RowParts, deltas_of
 
-MOST_WORK = 4096
-"""Rows times ranks up to which one product for all adapters costs less than one for each on its own rows."""
+MOST_WORK = {2: 65_536, 4: 16_384}
+"""Rows times ranks up to which one product for all adapters costs less than one for each on its own rows, by the bytes
+of a number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which adapters are in the factors of a layer, in their order, with their ranks; one object for all layers alike.
+
+    What follows from it and from the rows is made once a step, and found by the object: comparing names would take
+    longer than a small product.
+    """
+
+    ranks: Mapping[str, int]
+
+
+class Places(NamedTuple):
+    """Where the rows of a batch are in the factors.
+
+    Attributes:
+        index: the place in the tables of each row, (rows,).
+        others: where a rank is another adapter's than the row's, (rows, ranks); None where rows run by adapter.
+    """
+
+    index: Tensor
+    others: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -29,23 +53,21 @@ class JointFactors:
 
     Attributes:
         seen: the adapters that were looked at; some may have no form of this kind.
-        ranks: of the others by name; their factors lie behind each other in A and B.
+        layout: the others; their factors lie behind each other in A and B.
         a, b: A (R, in) and B (R, out) of all; None without any.
         inputs, outputs, biases: tables of i, o and p, a row for each adapter and a neutral one at the end; None where
             all are neutral.
+        left: by the adapters of a batch, those of them that are not in these factors and yet on the layer.
     """
 
     seen: frozenset[str]
-    ranks: Mapping[str, int]
+    layout: Layout
     a: Tensor | None
     b: Tensor | None
     inputs: Tensor | None
     outputs: Tensor | None
     biases: Tensor | None
-
-    @property
-    def key(self) -> tuple[tuple[str, int], ...]:
-        return tuple(self.ranks.items())
+    left: dict[frozenset[str], frozenset[str]] = field(default_factory=dict)
 
 
 class RowProduct:
@@ -58,20 +80,28 @@ class RowProduct:
     def __init__(self, rank_budget: int) -> None:
         self.rank_budget = rank_budget
         self._joint: dict[nn.Module, JointFactors] = {}
+        self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
 
     def forget(self) -> None:
         """Read the adapters anew: one has gone, or may have been trained."""
         self._joint.clear()
+        self._layouts.clear()
 
     def __call__(
         self, module: Any, frozen: Callable[..., Any], rows: RowAdapters, x: Tensor
     ) -> tuple[Tensor, Collection[str]]:
         joint = self._joint.get(module)
-        own = deltas_of(module)
-        present = [name for name in rows.groups(x) if name in own]
-        if joint is None or not joint.seen.issuperset(present):
-            joint = self._joint[module] = self._joined(module, frozen, present, joint, x.dtype)
-        return self._product(module, frozen, joint, rows, x), joint.ranks
+        left = None if joint is None else joint.left.get(rows.distinct)
+        if joint is None or left is None:
+            # The first batch of these adapters; the steps of its answers find all of it known.
+            check_rows(module, rows)
+            own = deltas_of(module)
+            present = [name for name in dict.fromkeys(rows.names) if name in own]
+            if joint is None or not joint.seen.issuperset(present):
+                joint = self._joint[module] = self._joined(module, frozen, present, joint, x.dtype)
+            left = frozenset(name for name in present if name not in joint.layout.ranks)
+            joint.left[rows.distinct] = left
+        return self._product(module, frozen, joint, rows, x), left
 
     def _joined(
         self, module: Any, frozen: Callable[..., Any], present: list[str], known: JointFactors | None, dtype: Any
@@ -80,7 +110,7 @@ class RowProduct:
         base, own = Frozen(module, module.adopted_base, frozen), deltas_of(module)
         # Adapters come and go by the step: without those that left, two clients in turn would have all factors joined
         # anew each time.
-        left = [name for name in (known.ranks if known else ()) if name in own and name not in present]
+        left = [name for name in (known.layout.ranks if known else ()) if name in own and name not in present]
         parts: dict[str, RowParts] = {}
         for name in (*present, *left):
             # What is held whole replaces parameters of the layer, so that the frozen product isn't a part of it.
@@ -89,26 +119,26 @@ class RowProduct:
                 continue
             if name in present or sum(map(_rank, (*parts.values(), change))) <= self.rank_budget:
                 parts[name] = change
-        return _side_by_side(frozenset(present) | parts.keys(), parts, dtype)
+        ranks = {name: _rank(each) for name, each in parts.items()}
+        layout = self._layouts.setdefault(tuple(ranks.items()), Layout(ranks))
+        return _side_by_side(frozenset(present) | parts.keys(), layout, parts, dtype)
 
     def _product(
         self, module: Any, frozen: Callable[..., Any], joint: JointFactors, rows: RowAdapters, x: Tensor
     ) -> Tensor:
-        if not joint.ranks:
+        if not joint.layout.ranks:
             return frozen(module, x)
         x_TI = x.reshape(-1, x.shape[-1])
-        # The order of the names is part of the key: a table's rows lie in it, and it differs between layers.
-        index_T = rows.cached(("index", *joint.ranks), x, lambda: _index(joint, rows, x))
+        places = rows.cached(joint.layout, x, lambda: _places(joint, rows, x))
+        index_T = places.index
         if joint.inputs is not None:
             x_TI = x_TI * joint.inputs[index_T]
         # A new tensor, which what follows is added to in place.
         y_TO = frozen(module, x_TI)
         if joint.a is not None and joint.b is not None:
-            if len(x_TI) * len(joint.a) <= MOST_WORK:
-                # With the ranks in the key: layers may have other ranks by `rank_pattern`.
-                others_TR = rows.cached(("others", *joint.key), x, lambda: _others(joint, index_T))
+            if places.others is not None:
                 # Written over and not multiplied by zero: what one adapter makes infinite must not reach other rows.
-                z_TR = F.linear(x_TI, joint.a).masked_fill_(others_TR, 0.0)
+                z_TR = F.linear(x_TI, joint.a).masked_fill_(places.others, 0.0)
                 y_TO.add_(z_TR @ joint.b)
             else:
                 _add_by_adapter(y_TO, x_TI, joint, rows.groups(x))
@@ -123,7 +153,9 @@ def _rank(parts: RowParts) -> int:
     return 0 if parts.a is None else len(parts.a)
 
 
-def _side_by_side(seen: frozenset[str], parts: Mapping[str, RowParts], dtype: torch.dtype) -> JointFactors:
+def _side_by_side(
+    seen: frozenset[str], layout: Layout, parts: Mapping[str, RowParts], dtype: torch.dtype
+) -> JointFactors:
     factors_a = [each.a for each in parts.values() if each.a is not None]
     factors_b = [each.b.t() for each in parts.values() if each.b is not None]
 
@@ -137,7 +169,7 @@ def _side_by_side(seen: frozenset[str], parts: Mapping[str, RowParts], dtype: to
 
     return JointFactors(
         seen=seen,
-        ranks={name: _rank(each) for name, each in parts.items()},
+        layout=layout,
         a=torch.cat(factors_a).to(dtype) if factors_a else None,
         b=torch.cat(factors_b).to(dtype) if factors_b else None,
         inputs=table("input", 1.0),
@@ -146,20 +178,17 @@ def _side_by_side(seen: frozenset[str], parts: Mapping[str, RowParts], dtype: to
     )
 
 
-def _index(joint: JointFactors, rows: RowAdapters, x: Tensor) -> Tensor:
-    """The place in the tables of each row."""
-    index_T = torch.full((x.shape[rows.dim(x)],), len(joint.ranks), device=x.device)
-    for place, name in enumerate(joint.ranks):
+def _places(joint: JointFactors, rows: RowAdapters, x: Tensor) -> Places:
+    ranks = joint.layout.ranks
+    index_T = torch.full((x.shape[rows.dim(x)],), len(ranks), device=x.device)
+    for place, name in enumerate(ranks):
         positions = rows.groups(x).get(name)
         if positions is not None:
             index_T[positions] = place
-    return index_T
-
-
-def _others(joint: JointFactors, index_T: Tensor) -> Tensor:
-    """Where a rank is another adapter's than the row's, (rows, ranks)."""
-    owners = [place for place, rank in enumerate(joint.ranks.values()) for _ in range(rank)]
-    return index_T[:, None] != torch.tensor(owners, device=index_T.device)
+    if len(index_T) * sum(ranks.values()) > MOST_WORK.get(x.element_size(), 0):
+        return Places(index_T, None)
+    owners = [place for place, rank in enumerate(ranks.values()) for _ in range(rank)]
+    return Places(index_T, index_T[:, None] != torch.tensor(owners, device=index_T.device))
 
 
 def _add_by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Mapping[str, Tensor]) -> None:
@@ -167,7 +196,7 @@ def _add_by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Map
     assert joint.a is not None
     assert joint.b is not None
     begin = 0
-    for name, rank in joint.ranks.items():
+    for name, rank in joint.layout.ranks.items():
         end = begin + rank
         if rank and name in groups:
             # Sum of ranks times rows is what the joint product costs; here each adapter meets its own rows alone.
