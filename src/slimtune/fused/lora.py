@@ -166,13 +166,13 @@ def products(
         z_TR.div_(probability)
     b_RO, weight_IO = b_OR.to(dtype).t(), weight_OI.to(dtype).t()
     # (tokens, out) in the base's dtype (ADR 6); the plain formula makes two more of its size.
-    if bias_O is None:
+    if bias_O is None and dtype.itemsize < 4:
         # The low-rank term first, and the base's product onto it, whose sums are in float32 and rounded once with the
         # term in them. Onto a product that is rounded already, a term below half a digit of it is lost (ADR 26).
         return ((z_TR * settings.scaling) @ b_RO).addmm_(x_TI, weight_IO), z_TR
-    # With a bias the other way round, as the base's own product is rounded once with the bias in it: at the start the
-    # output is the base's to the bit.
-    y_TO = F.linear(x_TI, weight_IO.t(), bias_O.to(dtype))
+    # In 32 bits as `peft` adds them. With a bias so too, as the base's own product is rounded once with the bias in it:
+    # at the start the output is the base's to the bit.
+    y_TO = F.linear(x_TI, weight_IO.t(), None if bias_O is None else bias_O.to(dtype))
     return y_TO.addmm_(z_TR, b_RO, alpha=settings.scaling), z_TR
 
 
