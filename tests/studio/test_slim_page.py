@@ -217,14 +217,13 @@ def test_a_gguf_file_is_made_and_downloaded_in_a_browser(tmp_path: Path) -> None
             assert sorted(packed.namelist()) == ["orders-ollama/Modelfile", "orders-ollama/model.gguf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "changes", "steps"),
     [
         ("slim-int8", "evaluation.max_new_tokens=8", ["00-model", "01-quantize"]),
         # What it asks of perplexity is for a model that knows a language.
-        pytest.param(
-            "slim-width", "stop.perplexity=100", ["00-model", "01-prune", "02-distill"], marks=pytest.mark.slow
-        ),
+        ("slim-width", "stop.perplexity=100", ["00-model", "01-prune", "02-distill"]),
     ],
 )
 def test_a_recipe_of_steps_is_run_and_reported_in_a_browser(
