@@ -35,15 +35,15 @@ class Layout:
     ranks: Mapping[str, int]
 
 
-class Places(NamedTuple):
+class RowPlaces(NamedTuple):
     """Where the rows of a batch are in the factors.
 
     Attributes:
-        index: the place in the tables of each row, (rows,).
+        own: the place of each row's adapter in the tables, (rows,).
         others: where a rank is another adapter's than the row's, (rows, ranks); None where rows run by adapter.
     """
 
-    index: Tensor
+    own: Tensor
     others: Tensor | None
 
 
@@ -130,7 +130,7 @@ class RowProduct:
             return frozen(module, x)
         x_TI = x.reshape(-1, x.shape[-1])
         places = rows.cached(joint.layout, x, lambda: _places(joint, rows, x))
-        index_T = places.index
+        index_T = places.own
         if joint.inputs is not None:
             x_TI = x_TI * joint.inputs[index_T]
         # A new tensor, which what follows is added to in place.
@@ -178,7 +178,7 @@ def _side_by_side(
     )
 
 
-def _places(joint: JointFactors, rows: RowAdapters, x: Tensor) -> Places:
+def _places(joint: JointFactors, rows: RowAdapters, x: Tensor) -> RowPlaces:
     ranks = joint.layout.ranks
     index_T = torch.full((x.shape[rows.dim(x)],), len(ranks), device=x.device)
     for place, name in enumerate(ranks):
@@ -186,9 +186,9 @@ def _places(joint: JointFactors, rows: RowAdapters, x: Tensor) -> Places:
         if positions is not None:
             index_T[positions] = place
     if len(index_T) * sum(ranks.values()) > MOST_WORK.get(x.element_size(), 0):
-        return Places(index_T, None)
+        return RowPlaces(index_T, None)
     owners = [place for place, rank in enumerate(ranks.values()) for _ in range(rank)]
-    return Places(index_T, index_T[:, None] != torch.tensor(owners, device=index_T.device))
+    return RowPlaces(index_T, index_T[:, None] != torch.tensor(owners, device=index_T.device))
 
 
 def _add_by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Mapping[str, Tensor]) -> None:

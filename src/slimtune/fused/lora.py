@@ -193,10 +193,13 @@ def gradients(
     if needed[1]:
         ga_RI = (gz_TR.t() @ (x_TI if keep is None else apply_mask(x_TI, keep))).to(a_RI.dtype)
     if needed[0]:
-        # As in forward, the product with W onto the low-rank part, which is masked by itself: W saw all of x.
-        gx_TI = gz_TR @ a_RI.to(dtype)
-        gx_TI = gx_TI if keep is None else apply_mask(gx_TI, keep)
-        gx_TI.addmm_(g_TO, settings.weight(weight_OI))
+        # As in forward. Dropout masks the low-rank part by itself, as W saw all of x.
+        if keep is None and dtype.itemsize >= 4:
+            gx_TI = (g_TO @ settings.weight(weight_OI)).addmm_(gz_TR, a_RI.to(dtype))
+        else:
+            gx_TI = gz_TR @ a_RI.to(dtype)
+            gx_TI = gx_TI if keep is None else apply_mask(gx_TI, keep)
+            gx_TI.addmm_(g_TO, settings.weight(weight_OI))
     gx = None if gx_TI is None else gx_TI.view(settings.shape).to(settings.x_dtype)
     return gx, ga_RI, gb_OR
 
