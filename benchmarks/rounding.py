@@ -1,13 +1,14 @@
 """How the weights of a merged model are rounded to bf16, and what each way does to its answers.
 
 `python -m benchmarks.rounding` trains a LoRA on SmolLM2-135M for a few steps, merges it in float32 and rounds the
-weights that it changed in four ways. All is computed in float32, so that a figure is the rounding of the weights alone:
-the KL of the answers to held-out orders, from those of base and adapter apart. What is larger than the change by the
-tuning itself has lost it.
+weights that it changed in four ways. A figure is the KL of the answers to held-out orders, from those of base and
+adapter apart in float32: of the merged model in float32, which is the rounding of the weights alone, and in bf16, as it
+is used. What is larger than the change by the tuning itself has lost it.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -115,11 +116,14 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model_folder(), padding_side="right")
     train, asked = make_orders(640, held_out)
     question = encoded(tokenizer, asked)
-    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.bfloat16).float().eval()
+    used = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.bfloat16).eval()
+    model = copy.deepcopy(used).float()
     untouched = answers(model, question)
     model = slimtune.get_peft_model(model, slimtune.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     print(f"{machine.cpu_model()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
+    noise = compare_outputs(untouched, answers(used, question).float()).kl
+    print(f"In float32 / in bf16, whose own noise is {noise:.1e} on the base.\n")
     print(f"| after steps | change by the tuning | {' | '.join(WAYS)} |\n|{'---|' * (len(WAYS) + 2)}")
     for step in range(1, stops[-1] + 1):
         batch = encoded(tokenizer, train[(step - 1) * BATCH : step * BATCH])
@@ -135,8 +139,11 @@ def main(
             cells = [f"{compare_outputs(apart, untouched).kl:.1e}"]
             for way in WAYS.values():
                 for name, weight_OI in merged.items():
-                    model.get_submodule(name).weight.data.copy_(way(weight_OI, inputs[name]))
-                cells.append(f"{compare_outputs(apart, answers(model, question)).kl:.1e}")
+                    rounded_OI = way(weight_OI, inputs[name])
+                    model.get_submodule(name).weight.data.copy_(rounded_OI)
+                    used.get_submodule(name).weight.data.copy_(rounded_OI)
+                kls = [compare_outputs(apart, answers(each, question).float()).kl for each in (model, used)]
+                cells.append(" / ".join(f"{kl:.1e}" for kl in kls))
             for name, weight_OI in merged.items():
                 model.get_submodule(name).weight.data.copy_(weight_OI)
             model.unmerge_adapter()

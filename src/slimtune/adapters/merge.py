@@ -161,10 +161,9 @@ def fold(module: Any, names: tuple[str, ...], dtype: torch.dtype | None = None) 
         dense = delta.fold_beside(dense, frozen)
     # By identity: what no adapter changed keeps its codes and its ties.
     changed = {name for name, tensor in dense.items() if tensor is not frozen[name]}
-    # Each number goes to its nearest. Other ways were tried on SmolLM2 in bf16: after one and three steps of LoRA the
-    # answers strayed by KL 2.3e-3 and 3.2e-3 so, by 1.2e-2 and 4.9e-3 rounded stochastically, and by 2.8e-3 and
-    # 2.5e-3 with the error carried along the row; bf16 itself puts them off by about 2e-3. benchmarks/rounding.py
-    # measures them without bf16's own noise.
+    # Each number goes to its nearest. By chance a small update would arrive on average, six times nearer after a step
+    # of tuning and no nearer after ten (benchmarks/rounding.py); but under a constraint what is merged must be to the
+    # bit what was trained.
     stored = held | {name: tensor for name, tensor in base.repack(module, dense).items() if name in changed}
     if expands_to is not None and "weight" in stored:
         stored["weight"] = stored["weight"].to(expands_to)
