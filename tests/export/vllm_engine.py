@@ -21,7 +21,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     adapters: dict[str, str] = request["adapters"]
     options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": request["max_rank"]} if adapters else {}
-    engine = LLM(request["model"], dtype="float32", enforce_eager=True, max_model_len=64, seed=0, **options)
+    engine = LLM(request["model"], dtype=request["dtype"], enforce_eager=True, max_model_len=64, seed=0, **options)
     settings = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
 
     def answer(lora: Any = None) -> list[int]:
