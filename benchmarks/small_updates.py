@@ -31,7 +31,7 @@ TOKENS, OUTPUTS, INPUTS, RANK = 608, 1536, 576, 8
 SHARES = (1e-2, 1e-3, 5e-4, 1e-4)
 """Sizes of an update beside the output's."""
 BATCH = 8
-ARMS = ((slimtune, torch.bfloat16), (peft, torch.bfloat16), (slimtune, torch.float32))
+SIDES = ((slimtune, torch.bfloat16), (peft, torch.bfloat16), (slimtune, torch.float32))
 
 
 def arrives(share: float) -> tuple[float, float]:
@@ -93,7 +93,7 @@ def main(
     for share in SHARES:
         print(f"| {share:g} | " + " | ".join(f"{found:.2f}" for found in arrives(share)) + " |")
     print(f"\n| library | computes in | mean loss of {steps} steps | the last 10 | s a step |\n|---|---|---|---|---|")
-    for library, dtype in ARMS:
+    for library, dtype in SIDES:
         began = time.perf_counter()
         runs = [losses(library, dtype, seed, rate, steps) for seed in range(seeds)]
         seconds = (time.perf_counter() - began) / seeds / steps

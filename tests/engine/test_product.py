@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sized
 from typing import Any
 
 import hypothesis.strategies as st
@@ -57,7 +59,7 @@ def may_mix(host: Any, names: list[str]) -> bool:
 
 @settings(max_examples=40)
 @given(host=hosts(), seed=st.integers(0, 9), most=st.sampled_from([{}, product.MOST_WORK]))
-def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: int) -> None:
+def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: dict[int, int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 9, 12, generator=generator)
     joint = RowProduct(rank_budget=8)
@@ -74,7 +76,9 @@ def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: int) -
 
 
 @pytest.mark.parametrize("most", [{}, product.MOST_WORK])
-def test_what_one_adapter_makes_infinite_reaches_no_other_row(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_one_adapter_makes_infinite_reaches_no_other_row(
+    most: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(product, "MOST_WORK", most)
     host = attach(LINEAR[0], slimtune.LoraConfig(r=2, target_modules=["site"]), "a")
     host.add_adapter("b", slimtune.LoraConfig(r=2, target_modules=["site"], use_dora=True))
@@ -86,3 +90,16 @@ def test_what_one_adapter_makes_infinite_reaches_no_other_row(most: int, monkeyp
     y = by_rows(host.eval(), x, names, RowProduct(8))
     assert not y[0, 0].isfinite().all()
     assert_near(y[:, 1:], alone(host, x, names)[:, 1:])
+
+
+def test_what_is_kept_does_not_grow_with_the_batches_that_there_were() -> None:
+    host = attach(LINEAR[0], slimtune.LoraConfig(r=2, target_modules=["site"]), "a")
+    for name in "bcd":
+        host.add_adapter(name, slimtune.LoraConfig(r=2, target_modules=["site"]))
+    joint, x, kept = RowProduct(4), torch.ones(1, 4, 12), []
+    batches = [list(names) for names in itertools.product("abcd", repeat=4)]
+    for names in batches * 2:
+        by_rows(host.eval(), x, names, joint)
+        kept.append(sum(len(table) for table in vars(joint).values() if isinstance(table, Sized)))
+    # One layer: its factors, its last batch, and the layout of the factors.
+    assert max(kept) <= 3

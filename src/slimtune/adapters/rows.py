@@ -21,7 +21,7 @@ class JointProduct(Protocol):
     def __call__(
         self, module: Any, frozen: Callable[..., Any], rows: RowAdapters, x: Tensor
     ) -> tuple[Tensor, Collection[str]]:
-        """What it computes, and the adapters of the batch that aren't in it, whose rows are the frozen product's.
+        """What it computes, and the adapters that run apart, whose rows are the frozen product's in it.
 
         Raises:
             ConfigError: as `check_rows`.
@@ -127,28 +127,28 @@ def run_rows(
         frozen: what it computes without any, as a function of the module and its inputs.
         composed: the same under the adapter of this name.
     """
+    own, apart = deltas_of(module), rows.distinct
     if rows.product is not None and not (args or kwargs) and module.adopted_base.kind == "linear":
-        # First: a token that is decoded passes here once a layer, and mostly nothing is left to do.
-        y, left = rows.product(module, frozen, rows, x)
-        if not left:
+        # First: a token that is decoded passes here once a layer, and mostly no adapter runs apart.
+        y, apart = rows.product(module, frozen, rows, x)
+        if not apart:
             return y
-        own, groups, dim = deltas_of(module), rows.groups(x), rows.dim(x)
-    else:
-        own = deltas_of(module)
+    elif own.keys().isdisjoint(rows.distinct):
         # No adapter of this batch is here: the plain product, without an index or a copy.
-        if own.keys().isdisjoint(rows.distinct):
-            return frozen(module, x, *args, **kwargs)
+        return frozen(module, x, *args, **kwargs)
+    else:
         check_rows(module, rows)
-        groups, dim = rows.groups(x), rows.dim(x)
-        if len(groups) == 1:
-            return composed(next(iter(groups)))(module, x, *args, **kwargs)
-        y, left = frozen(module, x, *args, **kwargs), own.keys()
-        if left.isdisjoint(groups):
-            return y
+        if len(rows.groups(x)) == 1:
+            return composed(next(iter(rows.groups(x))))(module, x, *args, **kwargs)
+        y = frozen(module, x, *args, **kwargs)
+    groups, dim = rows.groups(x), rows.dim(x)
+    apart = own.keys() & apart & groups.keys()
+    if not apart:
+        return y
     parts, order = [], []
     for name, positions in groups.items():
         y_rows = y.index_select(dim, positions)
-        if name in left:
+        if name in apart:
             x_rows = x.index_select(dim, positions)
             if own[name].holds:
                 # Its own parameters stand in for the module's, so that the frozen product isn't a part of it.

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import HoldsCodes, IntegerLinear, Product
+from slimtune.bases.integer import HoldsCodes, IntegerLinear
 from slimtune.core.delta import Base
 from slimtune.ops import grid, int4_kernel
+from slimtune.ops.autograd import Product
 from slimtune.ops.freed_memory import return_freed_memory
 from slimtune.storage.compressed import ZERO
 
@@ -39,7 +40,7 @@ class Int4Linear(IntegerLinear):
     ) -> Tensor:
         if codes.dtype == torch.uint8:
             # (in, out), as the kernel's order unpacks without a transpose; the product takes either. Scales and zeros
-            # are laid out so too: read in steps of a row they take three times as long as all the rest.
+            # are laid out so too: read in steps of a row they take longer than all the rest.
             outputs, groups = scales_OG.shape
             groups_GSO = int4_kernel.from_kernel(codes).to(dtype).view(groups, -1, outputs)
             if zeros_OG is not None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.bases.integer import HoldsCodes, IntegerLinear, Product
+from slimtune.bases.integer import HoldsCodes, IntegerLinear
 from slimtune.core.delta import Base, Dense, TensorSpec
 from slimtune.ops import grid, int8_kernel
-from slimtune.ops.autograd import is_traced
+from slimtune.ops.autograd import Product, is_traced
 from slimtune.ops.frozen_linear import frozen_linear
 from slimtune.ops.grid import GridWeight
 from slimtune.storage.compressed import CODES, SCALE, ZERO
@@ -63,6 +63,8 @@ class W8A8Linear(Int8Linear):
     format = "int-quantized"
     parts = (CODES, SCALE)
     rounds_inputs = True
+    # The kernel takes inputs as they are.
+    most_tokens = 0
     module_types = ("slimtune.bases.int8.LinearW8A8",)
 
     def stored_as(self, module: Any) -> str:
@@ -75,10 +77,6 @@ class W8A8Linear(Int8Linear):
     def quantize(self, module: Any, weight_OI: Tensor) -> Dense:
         codes_OI, scales_OG, _ = positive_rows(weight_OI)
         return {"weight": nn.Parameter(codes_OI, requires_grad=False), SCALE: scales_OG}
-
-    def kernel(self, module: Any, dtype: torch.dtype) -> Product | None:
-        # Which is for kernels that take the inputs as they are.
-        return None
 
     def may_fuse(self, module: Any) -> bool:
         # The fused products multiply inputs that aren't rounded.

@@ -25,12 +25,9 @@ from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.delta import Base, Dense
 from slimtune.errors import DamagedBaseError
 from slimtune.ops import grid
-from slimtune.ops.autograd import reads_codes
+from slimtune.ops.autograd import Product, reads_codes
 from slimtune.ops.grid import GridWeight
 from slimtune.storage.compressed import CODES, PACKED, SCALE, SHAPE, ZERO
-
-Product = Callable[[Tensor], Tensor]
-"""x W^T of x (..., in)."""
 
 
 class IntegerLinear(PackedLinear):
@@ -42,7 +39,7 @@ class IntegerLinear(PackedLinear):
     parts: ClassVar[tuple[str, ...]] = (PACKED, SCALE, SHAPE)
     """The tensors of a file that it always has."""
     most_tokens: ClassVar[int] = 0
-    """With so many the kernel that reads codes is quicker than expanding them."""
+    """Up to so many the kernel that reads codes is quicker than expanding them."""
     rounds_inputs: ClassVar[bool] = False
     """Whether the product is one with inputs that are rounded to 8 bits."""
 

@@ -288,8 +288,9 @@ class Engine:
             return adapter.loaded
 
         with self._changing():
-            drafted = draft_for_inference(self.model, attached_as, config, tensors, source)
-            if self._thread is not None:
+            try:
+                drafted = draft_for_inference(self.model, attached_as, config, tensors, source)
+            finally:
                 release_worker_threads()
             return self._between_steps(attach)
 

@@ -9,8 +9,9 @@ p are looked up by row. The frozen product is the layer's own, so that bases in 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,6 @@ class JointFactors:
         a, b: A (R, in) and B (R, out) of all; None without any.
         inputs, outputs, biases: tables of i, o and p, a row for each adapter and a neutral one at the end; None where
             all are neutral.
-        left: by the adapters of a batch, those of them that are not in these factors and yet on the layer.
     """
 
     seen: frozenset[str]
@@ -67,7 +67,6 @@ class JointFactors:
     inputs: Tensor | None
     outputs: Tensor | None
     biases: Tensor | None
-    left: dict[frozenset[str], frozenset[str]] = field(default_factory=dict)
 
 
 class RowProduct:
@@ -80,28 +79,31 @@ class RowProduct:
     def __init__(self, rank_budget: int) -> None:
         self.rank_budget = rank_budget
         self._joint: dict[nn.Module, JointFactors] = {}
-        self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
+        # By layer, the adapters of the last batch, and those of them that run apart. Of that batch alone, whose steps
+        # follow each other: kept for each batch that there was, they would fill the memory of a server.
+        self._apart: dict[nn.Module, tuple[frozenset[str], frozenset[str]]] = {}
+        # A layout goes with the last layer that has it.
+        self._layouts: WeakValueDictionary[tuple[tuple[str, int], ...], Layout] = WeakValueDictionary()
 
     def forget(self) -> None:
         """Read the adapters anew: one has gone, or may have been trained."""
         self._joint.clear()
-        self._layouts.clear()
+        self._apart.clear()
 
     def __call__(
         self, module: Any, frozen: Callable[..., Any], rows: RowAdapters, x: Tensor
     ) -> tuple[Tensor, Collection[str]]:
-        joint = self._joint.get(module)
-        left = None if joint is None else joint.left.get(rows.distinct)
-        if joint is None or left is None:
-            # The first batch of these adapters; the steps of its answers find all of it known.
+        known, apart = self._apart.get(module, (None, frozenset()))
+        if known != rows.distinct:
+            # The first step of a batch of these adapters; those that follow find it known.
             check_rows(module, rows)
-            own = deltas_of(module)
+            own, joint = deltas_of(module), self._joint.get(module)
             present = [name for name in dict.fromkeys(rows.names) if name in own]
             if joint is None or not joint.seen.issuperset(present):
                 joint = self._joint[module] = self._joined(module, frozen, present, joint, x.dtype)
-            left = frozenset(name for name in present if name not in joint.layout.ranks)
-            joint.left[rows.distinct] = left
-        return self._product(module, frozen, joint, rows, x), left
+            apart = frozenset(present) - joint.layout.ranks.keys()
+            self._apart[module] = rows.distinct, apart
+        return self._product(module, frozen, self._joint[module], rows, x), apart
 
     def _joined(
         self, module: Any, frozen: Callable[..., Any], present: list[str], known: JointFactors | None, dtype: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+Product = Callable[[Tensor], Tensor]
+"""x (..., in) to x W^T, (..., out), by a kernel that reads codes."""
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 """What holds nothing but numbers, or stands for such a tensor where memory is planned."""
 

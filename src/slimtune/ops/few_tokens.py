@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,9 +18,7 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu, gemv_4bit, h
 from torch import Tensor, nn
 
 from slimtune.ops import int8_kernel
-from slimtune.ops.autograd import reads_codes
-
-Product = Callable[[Tensor], Tensor]
+from slimtune.ops.autograd import Product, reads_codes
 
 MOST_TOKENS = 16
 """Where expanding and multiplying catches up, by `python -m benchmarks.decoding`."""
@@ -69,8 +66,7 @@ def few_tokens_4bit(module: Any, state: Any, x: Tensor, dtype: torch.dtype) -> P
 
 def few_tokens_8bit(codes_OI: Tensor, scales_O: Tensor, x: Tensor, dtype: torch.dtype) -> Product | None:
     """y = x W^T on int8 codes with a scale a row; else as `few_tokens_4bit`."""
-    has_lanes = not any(size % _LANES for size in codes_OI.shape)
-    if not reads_codes(x, dtype, MOST_TOKENS) or x.device.type != "cpu" or not has_lanes:
+    if not reads_codes(x, dtype, MOST_TOKENS) or not int8_kernel.takes(codes_OI, scales_O[:, None]):
         return None
     # w = code * scale / 127, which the kernel wants as one factor a row in the dtype of x.
     scales = (scales_O / 127).to(dtype)
