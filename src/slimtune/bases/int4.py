@@ -42,7 +42,7 @@ class Int4Linear(IntegerLinear):
             # (in, out), as the kernel's order unpacks without a transpose; the product takes either. Scales and zeros
             # are laid out so too: read in steps of a row they take longer than all the rest.
             outputs, groups = scales_OG.shape
-            groups_GSO = int4_kernel.from_kernel(codes).to(dtype).view(groups, -1, outputs)
+            groups_GSO = int4_kernel.from_kernel(codes, dtype).view(groups, -1, outputs)
             if zeros_OG is not None:
                 groups_GSO.sub_(zeros_OG.t().to(dtype).contiguous().unsqueeze(1))
             return groups_GSO.mul_(scales_OG.t().to(dtype).contiguous().unsqueeze(1)).view(-1, outputs).t()

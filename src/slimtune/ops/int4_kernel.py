@@ -7,9 +7,10 @@ rather than assumed, and never written to a file.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,24 +40,28 @@ def to_kernel(codes_OI: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int() + 8, 1)
 
 
-def from_kernel(packed: Tensor) -> Tensor:
-    """The inverse of `to_kernel`: int8 codes transposed, (in, out)."""
+def from_kernel(packed: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """The inverse of `to_kernel`: codes transposed, (in, out), as numbers of any type."""
     outputs, inputs = packed.shape[0], packed.shape[1] * 2
-    size = _block_size()
-    whole = outputs // size * size
+    whole = outputs - outputs % _block_size()
+    codes_IO = torch.empty(inputs, outputs, dtype=dtype)
     # All whole blocks at once, and what is left as one smaller block.
-    parts = [_unpacked(packed[:whole], size, inputs), _unpacked(packed[whole:], outputs - whole, inputs)]
-    return torch.cat([part for part in parts if part is not None], dim=1).view(torch.int8).sub_(8)
+    for first, end, rows in ((0, whole, _block_size()), (whole, outputs, outputs - whole)):
+        if end > first:
+            _unpack(packed[first:end], codes_IO[:, first:end].unflatten(1, (-1, rows)))
+    return codes_IO
 
 
-def _unpacked(packed: Tensor, rows: int, inputs: int) -> Tensor | None:
-    """Blocks of so many rows each as codes (in, out) from 0 to 15; None where there is no row."""
-    if not packed.numel():
-        return None
-    octets = packed.reshape(-1, inputs, rows // 2)  # (blocks, in, bytes)
-    halves = torch.cat([octets & 0xF, octets >> 4], dim=-1)
-    ordered = torch.cat([halves[..., run] for run in _runs(rows)], dim=-1)
-    return ordered.permute(1, 0, 2).reshape(inputs, -1)
+def _unpack(packed: Tensor, codes_IBR: Tensor) -> None:
+    """Write the codes of blocks of rows, (in, blocks, rows), of which a byte holds two."""
+    inputs, blocks, rows = codes_IBR.shape
+    # 8 more than a code with its highest bit flipped is the code in two's complement, whose sign a shift spreads.
+    octets = (packed.reshape(blocks, inputs, rows // 2) ^ 0x88).view(torch.int8)
+    halves = octets << 4 >> 4, octets >> 4
+    codes_BIR = codes_IBR.transpose(0, 1)
+    for run in _runs(rows):
+        # The copy changes the type: a weight that is expanded is written once.
+        codes_BIR[..., run.row : run.row + run.length] = halves[run.half][..., run.place : run.place + run.length]
 
 
 def kernel_scales(scales_OG: Tensor, zeros_OG: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -101,14 +106,24 @@ def _row_order(rows: int) -> Tensor | None:
     return rows_of[0].argsort() if is_known else None
 
 
+class _Run(NamedTuple):
+    """Rows of a block that follow each other in one half of an input's bytes: copied much faster than single ones."""
+
+    half: int
+    place: int
+    row: int
+    length: int
+
+
 @cache
-def _runs(rows: int) -> tuple[slice, ...]:
-    """`_row_order` as slices of places that follow each other, which are copied much faster than single ones."""
-    order: Any = _row_order(rows)
-    starts = [i for i in range(rows) if i == 0 or order[i] != order[i - 1] + 1]
+def _runs(rows: int) -> tuple[_Run, ...]:
+    """`_row_order` as runs."""
+    order: list[int] = _row_order(rows).tolist()  # type: ignore[union-attr]
+    size = rows // 2
+    starts = [i for i in range(rows) if i == 0 or order[i] != order[i - 1] + 1 or order[i] == size]
     return tuple(
-        slice(int(order[start]), int(order[start]) + end - start)
-        for start, end in zip(starts, [*starts[1:], rows], strict=True)
+        _Run(order[start] // size, order[start] % size, start, end - start)
+        for start, end in itertools.pairwise([*starts, rows])
     )
 
 
