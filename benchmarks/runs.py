@@ -26,10 +26,10 @@ class MeasurementError(RuntimeError):
     """A process that failed, or two sides that did not do the same work."""
 
 
-def run_module(module: str, *arguments: str) -> Any:
+def run_module(module: str, *arguments: str, python: str = sys.executable) -> Any:
     """The JSON that a module prints when it runs in a fresh process, cut off from the network."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    command = [python, "-W", "ignore", "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         what = f"{module} {' '.join(arguments)} ended with {done.returncode}"

@@ -1,9 +1,10 @@
 """What quantization after training loses, and what it gains, on SmolLM2 off its grid (`benchmarks.off_grid`).
 
 `quality` measures perplexity on newspaper editorials of the model in bf16, in NF4 with double quantization, and as
-`slimtune quantize` makes it; `speed` times decoding and prefill of the same models in turns and takes resident memory
-after the first answer against the size of the file, the memory in a process of its own; `pipeline` tunes, prunes,
-distills and quantizes the packaged model on the demo's orders by one recipe, once for each seed.
+`slimtune quantize` makes it; `peer` adds what llm-compressor makes of it; `speed` times decoding and prefill of the
+same models in turns and takes resident memory after the first answer against the size of the file, the memory in a
+process of its own; `pipeline` tunes, prunes, distills and quantizes the packaged model on the demo's orders by one
+recipe, once for each seed.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from benchmarks.runs import run_module
 from slimtune.console.screen import open_screen
 from slimtune.data.demo_orders import make_orders
 from slimtune.recipe.validation import read_as
+from slimtune.slim.data import calibration_batches
 from slimtune.slim.pipeline import slim
 from slimtune.slim.recipe import SlimRecipe
 
 BF16, FLOAT32, NF4 = "bf16", "float32", "NF4 + double quantization"
+PEER = "llm-compressor"
 LIKE = "on such texts"
 """Marks what is calibrated on other editorials, as a user calibrates on data of his own, and not on shipped texts."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -83,7 +86,6 @@ def quantized(base: Path, output: Path, settings: dict[str, Any], like: Path | N
         like: texts to calibrate on; without them, the shipped ones.
     """
     import slimtune
-    from slimtune.slim.data import calibration_batches
     from slimtune.slim.quantize import QuantizeConfig, quantize_
 
     model, tokenizer = slimtune.load(base, dtype="bfloat16", device="cpu")
@@ -116,30 +118,14 @@ def quality(
     packaged: Annotated[bool, typer.Option("--packaged", help="The model as it comes, on its grid; not kept.")] = False,
 ) -> None:
     """Measure what each way of quantizing loses, and fill in docs/quantizing.md."""
-    import slimtune
-
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        base = Path(scratch, "base")
-        write_base(base, packaged)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-        ids = tokenizer(editorials(), return_tensors="pt")["input_ids"][0]
-        like = Path(scratch, "like.txt")
-        like.write_text(tokenizer.decode(ids[CALIBRATED_FROM:]))
+        base, ids, like = inputs(Path(scratch), packaged)
         rows: list[dict[str, Any]] = []
 
-        def add(name: str, where: Path, kind: str | None = None, seconds: float | None = None) -> None:
-            start = time.process_time()
-            model = slimtune.load(where, dtype="bfloat16", device="cpu", quantize=kind)[0]
-            seconds = time.process_time() - start if kind else seconds
-            bits, megabytes = (
-                bits_per_weight(model),
-                size_of(where) if where != base else slimtune.parts(model).bytes / 1e6,
-            )
-            # The same weights in float32 products: those of bf16 take ten times as long on processors without them.
-            model = slimtune.load(where, dtype="float32", device="cpu", quantize=kind)[0]
-            found = perplexity(model.eval(), ids[:tokens])
-            rows.append({"model": name, "bits": bits, "MB": megabytes, "perplexity": found, "seconds": seconds or 0.0})
+        def add(name: str, where: Path, kind: str | None = None, seconds: float = 0.0) -> None:
+            rows.append({"model": name, **measured(where, ids[:tokens], kind)})
+            rows[-1]["seconds"] = rows[-1]["seconds"] or seconds
             console.print("  ".join(cells(rows)[-1]), highlight=False)
 
         add(BF16, base)
@@ -149,8 +135,56 @@ def quality(
             seconds = quantized(base, output, settings, like if name.endswith(LIKE) else None)
             add(name, output, None, seconds)
             shutil.rmtree(output)
-    if packaged:
-        return
+    if not packaged:
+        write_quality(tokens, rows)
+
+
+@app.command()
+def peer(
+    python: Annotated[str, typer.Argument(help="The Python of an environment with llm-compressor.")],
+) -> None:
+    """Measure what llm-compressor's GPTQ loses on the same texts, and add it to what `quality` has measured."""
+    known = json.loads((FOLDER / "slim-quality.json").read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        base, ids, like = inputs(Path(scratch))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        windows = torch.cat([batch["input_ids"] for batch in calibration_batches(tokenizer, like)])
+        wanted = {"base": str(base), "output": str(Path(scratch, "peer")), "ids": windows.tolist()}
+        done = run_module("benchmarks.slim_peer", json.dumps(wanted), python=python)
+        row = measured(Path(scratch, "peer"), ids[: known["tokens"]]) | {"seconds": done["seconds"]}
+    name = f"int4 gptq by {PEER} {done['version']}, {LIKE}"
+    rows = [one for one in known["rows"] if PEER not in one["model"]]
+    # Beside ours by the same method.
+    place = 1 + [one["model"] for one in rows].index(f"int4 gptq, {LIKE}")
+    write_quality(known["tokens"], [*rows[:place], {"model": name, **row}, *rows[place:]])
+
+
+def inputs(folder: Path, packaged: bool = False) -> tuple[Path, torch.Tensor, Path]:
+    """The base's folder, the tokens that are measured, and a file of texts like them to calibrate on."""
+    base, like = folder / "base", folder / "like.txt"
+    write_base(base, packaged)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(editorials(), return_tensors="pt")["input_ids"][0]
+    like.write_text(tokenizer.decode(ids[CALIBRATED_FROM:]))
+    return base, ids, like
+
+
+def measured(where: Path, ids: torch.Tensor, kind: str | None = None) -> dict[str, Any]:
+    """Bits a weight, megabytes and perplexity of a folder; of one that is quantized while loading, the seconds too."""
+    import slimtune
+
+    start = time.process_time()
+    model = slimtune.load(where, dtype="bfloat16", device="cpu", quantize=kind)[0]
+    seconds = time.process_time() - start if kind else 0.0
+    is_stored = transformers.AutoConfig.from_pretrained(where).to_dict().get("quantization_config")
+    megabytes = size_of(where) if is_stored else slimtune.parts(model).bytes / 1e6
+    bits = bits_per_weight(model)
+    # The same weights in float32 products: those of bf16 take ten times as long on processors without them.
+    model = slimtune.load(where, dtype="float32", device="cpu", quantize=kind)[0]
+    return {"bits": bits, "MB": megabytes, "perplexity": perplexity(model.eval(), ids), "seconds": seconds}
+
+
+def write_quality(tokens: int, rows: list[dict[str, Any]]) -> None:
     on = machine.describe({"device": "cpu", "cpu_capability": torch.backends.cpu.get_cpu_capability()})
     document = {"machine": on, "date": machine.today(), "commit": machine.commit(), "tokens": tokens, "rows": rows}
     (FOLDER / "slim-quality.json").write_text(json.dumps(document, indent=1) + "\n")
