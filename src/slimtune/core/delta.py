@@ -172,14 +172,17 @@ class Frozen:
 
 @dataclass(frozen=True)
 class RowParts:
-    """A change of a linear layer at rest, as what it does to each row: y = o * (base(i * x) + B A (i * x)) + p.
+    """A change of a linear layer at rest, as what it does to each row.
 
-    What isn't there is one, or zero for p. Rows under changes of different methods then share one product with the
-    frozen weight, and one with the factors of all.
+        h = o * (base(i * x) + B A (i * x)),   y = h + U f(D h + d) + p
+
+    What isn't there is one, or zero for what is added. Rows under changes of different methods then share one product
+    with the frozen weight, and one with the factors of all.
 
     Attributes:
         a, b: A (r, in) and B (out, r), with their scale in B.
         input, output: i (in,) and o (out,).
+        bottleneck: D, d, U and f.
         bias: p (out,).
     """
 
@@ -187,7 +190,17 @@ class RowParts:
     b: Tensor | None = None
     input: Tensor | None = None
     output: Tensor | None = None
+    bottleneck: RowBottleneck | None = None
     bias: Tensor | None = None
+
+
+class RowBottleneck(NamedTuple):
+    """U f(D h + d) of a layer's output h: D (m, out), d (m,), U (out, m), with the scale in U."""
+
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    activation: Callable[[Tensor], Tensor]
 
 
 class Delta(nn.Module):

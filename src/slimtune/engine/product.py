@@ -1,14 +1,15 @@
 """Linear layers under the adapters of many rows at once, whatever their methods.
 
-    y = o * (base(i * x) + (z * M) B) + p,  z = (i * x) A,
+    h = o * (base(i * x) + ((i * x) A^T * M) B),   y = h + (f(h D^T + d) * N) U + p
 
-A and B are the factors of all adapters in the batch, side by side; M leaves each row its own adapter's ranks; i, o and
-p are looked up by row. The frozen product is the layer's own, so that bases in few bits need nothing of their own.
+A and B are the factors of all low-rank adapters in the batch, side by side, D and U those of all bottlenecks; M and N
+leave each row its own adapter's ranks; i, o and p are looked up by row. The frozen product is the layer's own, so that
+bases in few bits need nothing of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -25,27 +26,58 @@ MOST_WORK = {2: 65_536, 4: 16_384}
 of a number."""
 
 
+Ranks = Mapping[str, int]
+"""How many ranks each adapter has in some factors, in the order in which they lie there."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Which adapters are in the factors of a layer, in their order, with their ranks; one object for all layers alike.
+    """Which adapters a layer has at hand, in their order, and their ranks in its low-rank pairs and its bottlenecks.
 
-    What follows from it and from the rows is made once a step, and found by the object: comparing names would take
-    longer than a small product.
+    One object for all layers alike: what follows from it and from the rows is made once a step, and found by the
+    object. Comparing names would take longer than a small product.
     """
 
-    ranks: Mapping[str, int]
+    names: tuple[str, ...]
+    low_rank: Ranks
+    bottlenecks: tuple[Ranks, ...]
 
 
 class RowPlaces(NamedTuple):
-    """Where the rows of a batch are in the factors.
+    """Where the rows of a batch are in the tables and the factors.
 
     Attributes:
         own: the place of each row's adapter in the tables, (rows,).
-        others: where a rank is another adapter's than the row's, (rows, ranks); None where rows run by adapter.
+        low_rank, bottlenecks: where a rank is another adapter's than the row's, (rows, ranks); None where rows run by
+            adapter.
+        groups: the rows of each adapter.
     """
 
     own: Tensor
-    others: Tensor | None
+    low_rank: Tensor | None
+    bottlenecks: tuple[Tensor | None, ...]
+    groups: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The pairs of several adapters behind each other: f(h A^T + bias) B.
+
+    Attributes:
+        a, b: (R, in) and (R, out).
+        bias: (R,), or None.
+        activation: f, of a bottleneck, whose h is the layer's output; None for a low-rank pair, which reads its input.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None = None
+    activation: Callable[[Tensor], Tensor] | None = None
+
+    def inner(self, h: Tensor, ranks: slice = slice(None)) -> Tensor:
+        """f(h A^T + bias) of these ranks, (tokens, ranks), as a new tensor."""
+        z_TR = F.linear(h, self.a[ranks], None if self.bias is None else self.bias[ranks])
+        return z_TR if self.activation is None else self.activation(z_TR)
 
 
 @dataclass(frozen=True)
@@ -54,16 +86,16 @@ class JointFactors:
 
     Attributes:
         seen: the adapters that were looked at; some may have no form of this kind.
-        layout: the others; their factors lie behind each other in A and B.
-        a, b: A (R, in) and B (R, out) of all; None without any.
+        layout: the others.
+        low_rank, bottlenecks: their pairs, a bottleneck's by the activation.
         inputs, outputs, biases: tables of i, o and p, a row for each adapter and a neutral one at the end; None where
             all are neutral.
     """
 
     seen: frozenset[str]
     layout: Layout
-    a: Tensor | None
-    b: Tensor | None
+    low_rank: Factors | None
+    bottlenecks: tuple[Factors, ...]
     inputs: Tensor | None
     outputs: Tensor | None
     biases: Tensor | None
@@ -83,7 +115,7 @@ class RowProduct:
         # follow each other: kept for each batch that there was, they would fill the memory of a server.
         self._apart: dict[nn.Module, tuple[frozenset[str], frozenset[str]]] = {}
         # A layout goes with the last layer that has it.
-        self._layouts: WeakValueDictionary[tuple[tuple[str, int], ...], Layout] = WeakValueDictionary()
+        self._layouts: WeakValueDictionary[Any, Layout] = WeakValueDictionary()
 
     def forget(self) -> None:
         """Read the adapters anew: one has gone, or may have been trained."""
@@ -101,7 +133,7 @@ class RowProduct:
             present = [name for name in dict.fromkeys(rows.names) if name in own]
             if joint is None or not joint.seen.issuperset(present):
                 joint = self._joint[module] = self._joined(module, frozen, present, joint, x.dtype)
-            apart = frozenset(present) - joint.layout.ranks.keys()
+            apart = frozenset(present).difference(joint.layout.names)
             self._apart[module] = rows.distinct, apart
         return self._product(module, frozen, self._joint[module], rows, x), apart
 
@@ -112,7 +144,7 @@ class RowProduct:
         base, own = Frozen(module, module.adopted_base, frozen), deltas_of(module)
         # Adapters come and go by the step: without those that left, two clients in turn would have all factors joined
         # anew each time.
-        left = [name for name in (known.layout.ranks if known else ()) if name in own and name not in present]
+        left = [name for name in (known.layout.names if known else ()) if name in own and name not in present]
         parts: dict[str, RowParts] = {}
         for name in (*present, *left):
             # What is held whole replaces parameters of the layer, so that the frozen product isn't a part of it.
@@ -121,87 +153,120 @@ class RowProduct:
                 continue
             if name in present or sum(map(_rank, (*parts.values(), change))) <= self.rank_budget:
                 parts[name] = change
-        ranks = {name: _rank(each) for name, each in parts.items()}
-        layout = self._layouts.setdefault(tuple(ranks.items()), Layout(ranks))
-        return _side_by_side(frozenset(present) | parts.keys(), layout, parts, dtype)
+        return self._side_by_side(frozenset(present) | parts.keys(), parts, dtype)
+
+    def _side_by_side(self, seen: frozenset[str], parts: Mapping[str, RowParts], dtype: torch.dtype) -> JointFactors:
+        def table(name: str, neutral: float) -> Tensor | None:
+            vectors = [getattr(each, name) for each in parts.values()]
+            like = next((vector for vector in vectors if vector is not None), None)
+            if like is None:
+                return None
+            none = torch.full_like(like, neutral)
+            return torch.stack([*(none if vector is None else vector for vector in vectors), none]).to(dtype)
+
+        ranks, low_rank = _low_rank(parts, dtype)
+        bottlenecks = _bottlenecks(parts, dtype)
+        layout = Layout(tuple(parts), ranks, tuple(each for each, _ in bottlenecks))
+        # By its ranks too: an adapter's next version may have others.
+        key = layout.names, *(tuple(each.items()) for each in (layout.low_rank, *layout.bottlenecks))
+        return JointFactors(
+            seen=seen,
+            layout=self._layouts.setdefault(key, layout),
+            low_rank=low_rank,
+            bottlenecks=tuple(factors for _, factors in bottlenecks),
+            inputs=table("input", 1.0),
+            outputs=table("output", 1.0),
+            biases=table("bias", 0.0),
+        )
 
     def _product(
         self, module: Any, frozen: Callable[..., Any], joint: JointFactors, rows: RowAdapters, x: Tensor
     ) -> Tensor:
-        if not joint.layout.ranks:
+        layout = joint.layout
+        if not layout.names:
             return frozen(module, x)
         x_TI = x.reshape(-1, x.shape[-1])
-        places = rows.cached(joint.layout, x, lambda: _places(joint, rows, x))
-        index_T = places.own
+        places = rows.cached(layout, x, lambda: _places(layout, rows, x))
         if joint.inputs is not None:
-            x_TI = x_TI * joint.inputs[index_T]
+            x_TI = x_TI * joint.inputs[places.own]
         # A new tensor, which what follows is added to in place.
         y_TO = frozen(module, x_TI)
-        if joint.a is not None and joint.b is not None:
-            if places.others is not None:
-                # Written over and not multiplied by zero: what one adapter makes infinite must not reach other rows.
-                z_TR = F.linear(x_TI, joint.a).masked_fill_(places.others, 0.0)
-                y_TO.add_(z_TR @ joint.b)
-            else:
-                _add_by_adapter(y_TO, x_TI, joint, rows.groups(x))
+        if joint.low_rank is not None:
+            _add(y_TO, x_TI, joint.low_rank, layout.low_rank, places.low_rank, places.groups)
         if joint.outputs is not None:
-            y_TO.mul_(joint.outputs[index_T])
+            y_TO.mul_(joint.outputs[places.own])
+        for factors, ranks, others in zip(joint.bottlenecks, layout.bottlenecks, places.bottlenecks, strict=True):
+            _add(y_TO, y_TO, factors, ranks, others, places.groups)
         if joint.biases is not None:
-            y_TO.add_(joint.biases[index_T])
+            y_TO.add_(joint.biases[places.own])
         return y_TO.view(*x.shape[:-1], -1)
 
 
 def _rank(parts: RowParts) -> int:
-    return 0 if parts.a is None else len(parts.a)
+    """How many ranks it has in all factors."""
+    return sum(len(each) for each in (parts.a, parts.bottleneck and parts.bottleneck.down) if each is not None)
 
 
-def _side_by_side(
-    seen: frozenset[str], layout: Layout, parts: Mapping[str, RowParts], dtype: torch.dtype
-) -> JointFactors:
-    factors_a = [each.a for each in parts.values() if each.a is not None]
-    factors_b = [each.b.t() for each in parts.values() if each.b is not None]
-
-    def table(name: str, neutral: float) -> Tensor | None:
-        vectors = [getattr(each, name) for each in parts.values()]
-        like = next((vector for vector in vectors if vector is not None), None)
-        if like is None:
-            return None
-        none = torch.full_like(like, neutral)
-        return torch.stack([*(none if vector is None else vector for vector in vectors), none]).to(dtype)
-
-    return JointFactors(
-        seen=seen,
-        layout=layout,
-        a=torch.cat(factors_a).to(dtype) if factors_a else None,
-        b=torch.cat(factors_b).to(dtype) if factors_b else None,
-        inputs=table("input", 1.0),
-        outputs=table("output", 1.0),
-        biases=table("bias", 0.0),
+def _low_rank(parts: Mapping[str, RowParts], dtype: torch.dtype) -> tuple[Ranks, Factors | None]:
+    pairs = {name: (each.a, each.b) for name, each in parts.items() if each.a is not None and each.b is not None}
+    if not pairs:
+        return {}, None
+    factors = Factors(
+        _stacked((a for a, _ in pairs.values()), dtype), _stacked((b.t() for _, b in pairs.values()), dtype)
     )
+    return {name: len(a) for name, (a, _) in pairs.items()}, factors
 
 
-def _places(joint: JointFactors, rows: RowAdapters, x: Tensor) -> RowPlaces:
-    ranks = joint.layout.ranks
-    index_T = torch.full((x.shape[rows.dim(x)],), len(ranks), device=x.device)
-    for place, name in enumerate(ranks):
-        positions = rows.groups(x).get(name)
-        if positions is not None:
-            index_T[positions] = place
-    if len(index_T) * sum(ranks.values()) > MOST_WORK.get(x.element_size(), 0):
-        return RowPlaces(index_T, None)
-    owners = [place for place, rank in enumerate(ranks.values()) for _ in range(rank)]
-    return RowPlaces(index_T, index_T[:, None] != torch.tensor(owners, device=index_T.device))
+def _bottlenecks(parts: Mapping[str, RowParts], dtype: torch.dtype) -> list[tuple[Ranks, Factors]]:
+    """One for each activation that there is."""
+    known = {name: each.bottleneck for name, each in parts.items() if each.bottleneck is not None}
+    done = []
+    for activation in dict.fromkeys(each.activation for each in known.values()):
+        alike = {name: each for name, each in known.items() if each.activation is activation}
+        factors = Factors(
+            a=_stacked((each.down for each in alike.values()), dtype),
+            b=_stacked((each.up.t() for each in alike.values()), dtype),
+            bias=_stacked((each.down_bias for each in alike.values()), dtype),
+            activation=activation,
+        )
+        done.append(({name: len(each.down) for name, each in alike.items()}, factors))
+    return done
 
 
-def _add_by_adapter(y_TO: Tensor, x_TI: Tensor, joint: JointFactors, groups: Mapping[str, Tensor]) -> None:
-    """Add each adapter's low-rank term to its own rows of y, in place."""
-    assert joint.a is not None
-    assert joint.b is not None
+def _stacked(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([each.to(dtype) for each in tensors])
+
+
+def _places(layout: Layout, rows: RowAdapters, x: Tensor) -> RowPlaces:
+    groups = rows.groups(x)
+    index_T = torch.full((x.shape[rows.dim(x)],), len(layout.names), device=x.device)
+    for place, name in enumerate(layout.names):
+        if name in groups:
+            index_T[groups[name]] = place
+    most = MOST_WORK.get(x.element_size(), 0)
+
+    def others(ranks: Ranks) -> Tensor | None:
+        if len(index_T) * sum(ranks.values()) > most:
+            return None
+        owners = [layout.names.index(name) for name, rank in ranks.items() for _ in range(rank)]
+        return index_T[:, None] != torch.tensor(owners, device=index_T.device)
+
+    return RowPlaces(index_T, others(layout.low_rank), tuple(map(others, layout.bottlenecks)), groups)
+
+
+def _add(
+    y_TO: Tensor, h: Tensor, factors: Factors, ranks: Ranks, others: Tensor | None, groups: Mapping[str, Tensor]
+) -> None:
+    """Add to each row of y, in place, what its own adapter's pair gives of the same row of h."""
+    if others is not None:
+        # Written over and not multiplied by zero: what one adapter makes infinite must not reach other rows.
+        y_TO.add_(factors.inner(h).masked_fill_(others, 0.0) @ factors.b)
+        return
     begin = 0
-    for name, rank in joint.layout.ranks.items():
-        end = begin + rank
-        if rank and name in groups:
-            # Sum of ranks times rows is what the joint product costs; here each adapter meets its own rows alone.
-            change = F.linear(x_TI[groups[name]], joint.a[begin:end]) @ joint.b[begin:end]
+    for name, rank in ranks.items():
+        its = slice(begin, begin + rank)
+        if name in groups:
+            # The joint product costs the sum of ranks for each row; here each adapter meets its own rows alone.
+            change = factors.inner(h[groups[name]], its) @ factors.b[its]
             y_TO.index_add_(0, groups[name], change.to(y_TO.dtype))
-        begin = end
+        begin = its.stop

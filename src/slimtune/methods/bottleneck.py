@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.core.config import LayeredConfig, Whereabouts, register
-from slimtune.core.delta import Delta, Frozen, Role, Site, trainable_dtype, wrong_kind
+from slimtune.core.delta import Delta, Frozen, Role, RowBottleneck, RowParts, Site, trainable_dtype, wrong_kind
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean, listing
 
 PLACEMENTS: dict[str, tuple[Role, ...]] = {
@@ -232,6 +232,13 @@ class BottleneckDelta(Delta):
         z = F.dropout(NON_LINEARITIES[self.non_linearity](z), self.dropout, self.training)
         # Scaled where it is small: s * (B z + b) = B (s z) + s b.
         return F.linear((self.scaling * z).to(h.dtype), up.weight.to(h.dtype), (self.scaling * up.bias).to(h.dtype))
+
+    def row_parts(self, base: Frozen) -> RowParts | None:
+        if self.noted is not None:
+            return None
+        down, up, f = self.adapter_down, self.adapter_up, NON_LINEARITIES[self.non_linearity]
+        bottleneck = RowBottleneck(down.weight, down.bias, self.scaling * up.weight, f)
+        return RowParts(bottleneck=bottleneck, bias=self.scaling * up.bias)
 
     def extra_repr(self) -> str:
         scaling = "learned" if isinstance(self.scaling, Tensor) else f"{self.scaling:g}"
