@@ -17,7 +17,7 @@ import slimtune
 from quantizers import QUANTIZERS, Quantizer, expanded
 from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig, TargetedConfig, methods
-from slimtune.core.delta import Site
+from slimtune.core.frozen import Site
 from slimtune.errors import ConfigError, TargetError
 
 

@@ -17,7 +17,7 @@ from slimtune import ConstraintConfig, PeftModel, get_peft_model
 from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig, methods
 from slimtune.core.constrained import Constrained, Grid
-from slimtune.core.delta import Site, walk
+from slimtune.core.frozen import Site, walk
 from slimtune.errors import AdapterFileError, BaseMismatchError, ConfigError
 from slimtune.serve.convert import convert_to_lora
 from slimtune.slim.weights import WeightPruning, pruned_layers, zero_weights

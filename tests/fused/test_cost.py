@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import slimtune
 from slimtune.bases import base_of
-from slimtune.core.delta import Frozen
+from slimtune.core.frozen import Frozen
 from slimtune.fused import vera
 from tensors import randomize
 

@@ -19,7 +19,7 @@ from kinds import FLOATING, KINDS, Kind, attach, cases, configs, methods_for
 from slimtune import fused as ops
 from slimtune.bases import base_of
 from slimtune.core.config import PeftConfig, methods
-from slimtune.core.delta import Frozen
+from slimtune.core.frozen import Frozen
 from slimtune.errors import ConfigError, TargetError
 from tensors import adapter_gradients, adapter_tensors, assert_all_near, assert_near, copies, randomize, trainable
 

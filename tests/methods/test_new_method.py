@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.config import TargetedConfig, register
-from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype, wrong_kind
+from slimtune.core.delta import Delta, trainable_dtype, wrong_kind
+from slimtune.core.frozen import Dense, Frozen, Site
 
 
 @register

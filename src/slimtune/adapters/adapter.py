@@ -21,7 +21,8 @@ from slimtune.bases import base_of, claim
 from slimtune.bases.foreign import ForeignLinear
 from slimtune.core.config import PeftConfig
 from slimtune.core.constrained import Constrained
-from slimtune.core.delta import Delta, Site, deltas_of
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import Site, deltas_of
 from slimtune.errors import (
     AdapterExistsError,
     BaseMismatchError,

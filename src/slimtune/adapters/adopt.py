@@ -21,7 +21,7 @@ from slimtune.adapters.layer_views import layer_views
 from slimtune.adapters.lazy_logits import LazyLogits
 from slimtune.adapters.rows import RowAdapters, run_rows
 from slimtune.bases import base_of, base_of_type
-from slimtune.core.delta import Base, Dense, Frozen, call_under, deltas_of
+from slimtune.core.frozen import Base, Dense, Frozen, call_under, deltas_of
 from slimtune.errors import AdapterNotFoundError, MergeError, did_you_mean, listing
 from slimtune.fused import fused_for
 from slimtune.ops.autograd import is_traced

@@ -22,7 +22,8 @@ from slimtune.adapters.model import PeftModel, get_peft_model
 from slimtune.adapters.read_options import ReadOptions
 from slimtune.adapters.stored_keys import on_model
 from slimtune.core.config import PeftConfig, TaskType, methods
-from slimtune.core.delta import Delta, deltas_of
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import deltas_of
 from slimtune.errors import BaseMismatchError, ConfigError, listing, warn
 from slimtune.methods.lora.layers import LoraDelta
 from slimtune.methods.trainable_tokens import TokenRows

@@ -15,7 +15,8 @@ from slimtune.bases import base_of
 from slimtune.bases.packed import PackedLinear
 from slimtune.core.constrained import Constrained, Grid, Mask
 from slimtune.core.constraint import ConstraintConfig
-from slimtune.core.delta import Delta, Site, walk
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import Site, walk
 from slimtune.errors import ConfigError, listing
 
 Placed = list[tuple[Site, Delta]]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.delta import Site, walk
+from slimtune.core.frozen import Site, walk
 from slimtune.core.roles import input_embeddings
 from slimtune.errors import ConfigError, listing, warn
 from slimtune.methods.trainable_tokens import TokenRows

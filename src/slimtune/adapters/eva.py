@@ -17,7 +17,8 @@ from torch import Tensor
 
 from slimtune.adapters.adapter import attached
 from slimtune.adapters.adopt import attach_to
-from slimtune.core.delta import Delta, Site
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import Site
 from slimtune.errors import ConfigError, did_you_mean
 from slimtune.methods.lora.config import LoraConfig
 from slimtune.methods.lora.eva import EvaConfig, IncrementalPCA

@@ -21,7 +21,7 @@ from slimtune.adapters.embeddings import token_embeddings
 from slimtune.adapters.lazy_logits import lazy_head, without_lazy
 from slimtune.adapters.rows import BASE, RowAdapters
 from slimtune.bases import base_of
-from slimtune.core.delta import deltas_of, standing_in
+from slimtune.core.frozen import deltas_of, standing_in
 from slimtune.core.roles import recomputes
 from slimtune.errors import ConfigError, listing
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.delta import walk
+from slimtune.core.frozen import walk
 from slimtune.errors import warn
 from slimtune.storage.peft_format import KEY_PREFIX, key
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.delta import Delta, deltas_of, with_tensors
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import deltas_of, with_tensors
 
 TENSORS = (
     *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_E", "ranknum"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimtune.bases import base_of
-from slimtune.core.delta import deltas_of
+from slimtune.core.frozen import deltas_of
 from slimtune.ops.autograd import is_traced
 from slimtune.ops.cross_entropy import chunked_cross_entropy
 from slimtune.ops.lazy import Lazy, real

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from slimtune.adapters.adapter import adopted_modules, conflict
 from slimtune.adapters.adopt import frozen_forward, release, run
 from slimtune.bases import base_of
-from slimtune.core.delta import Delta, Dense, Difference, call_under, deltas_of, with_tensors
+from slimtune.core.delta import Delta, Difference
+from slimtune.core.frozen import Dense, call_under, deltas_of, with_tensors
 from slimtune.errors import MergeError, listing
 from slimtune.quantization.dequantize import expanded, make_plain, plain_dtype, untie_if_changed
 

@@ -46,7 +46,7 @@ from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
 from slimtune.core.config import PeftConfig
 from slimtune.core.constrained import inner_of
-from slimtune.core.delta import deltas_of
+from slimtune.core.frozen import deltas_of
 from slimtune.errors import ConfigError, listing, warn
 from slimtune.methods.adalora import AdaLoraConfig
 from slimtune.storage.hub import parted

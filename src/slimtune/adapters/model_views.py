@@ -16,7 +16,8 @@ from torch import Tensor
 from slimtune.adapters.adapter import adopted_modules, attached
 from slimtune.adapters.adopt import AdapterState
 from slimtune.bases.packed import Packed
-from slimtune.core.delta import Delta, deltas_of
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import deltas_of
 from slimtune.errors import ConfigError
 
 Irregular = Literal["irregular"]

@@ -24,7 +24,7 @@ from slimtune.bases.int4 import LinearInt4
 from slimtune.bases.int8 import LinearInt8
 from slimtune.bases.packed import PackedLinear, as_linear
 from slimtune.core.constrained import Constrained, Grid
-from slimtune.core.delta import Dense, with_tensors
+from slimtune.core.frozen import Dense, with_tensors
 from slimtune.errors import MergeError
 from slimtune.quantization.dequantize import untie_if_changed
 from slimtune.storage.quantization_metadata import mend_saving

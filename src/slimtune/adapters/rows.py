@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slimtune.core.delta import Base, Frozen, deltas_of
+from slimtune.core.frozen import Base, Frozen, deltas_of
 from slimtune.errors import ConfigError
 
 BASE = "__base__"

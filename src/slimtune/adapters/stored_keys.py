@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimtune.core.delta import walk
+from slimtune.core.frozen import walk
 from slimtune.core.patterns import compiled
 from slimtune.storage.peft_format import KEY_PREFIX, WRAPPERS, without_wrappers
 

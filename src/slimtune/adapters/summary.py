@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from slimtune.adapters.adapter import attached
 from slimtune.adapters.targets import text_model_of
-from slimtune.core.delta import dtypes_of, walk
+from slimtune.core.frozen import dtypes_of, walk
 
 
 class ModuleGroup(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from slimtune.bases import base_of
-from slimtune.core.delta import Site, holds_deltas, walk
+from slimtune.core.frozen import Site, holds_deltas, walk
 from slimtune.core.patterns import compiled, matching, means
 from slimtune.core.roles import input_embeddings
 from slimtune.errors import TargetError, did_you_mean, listing

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimtune.core.delta import Base
+from slimtune.core.frozen import Base
 from slimtune.errors import DamagedBaseError
 
 _LIBRARIES = ("bitsandbytes", "torchao")

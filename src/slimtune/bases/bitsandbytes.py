@@ -34,7 +34,7 @@ from bitsandbytes.nn.modules import Linear8bitLt as Stored8bit
 from torch import Tensor
 
 from slimtune.bases.packed import Packed, PackedLinear
-from slimtune.core.delta import Base, Dense
+from slimtune.core.frozen import Base, Dense
 from slimtune.errors import DamagedBaseError, MergeError
 from slimtune.ops.few_tokens import few_tokens_4bit, few_tokens_8bit
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from slimtune.core.delta import Base
+from slimtune.core.frozen import Base
 from slimtune.ops.autograd import PLAIN_TENSORS
 
 

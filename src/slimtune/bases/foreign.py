@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.bases.packed import Packed, PackedLinear
-from slimtune.core.delta import Base, Dense, TensorSpec
+from slimtune.core.frozen import Base, Dense, TensorSpec
 from slimtune.errors import MergeError, TargetError
 
 GENERIC = True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.bases.integer import HoldsCodes, IntegerLinear
-from slimtune.core.delta import Base
+from slimtune.core.frozen import Base
 from slimtune.ops import grid, int4_kernel
 from slimtune.ops.autograd import Product
 from slimtune.ops.freed_memory import return_freed_memory

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.bases.integer import HoldsCodes, IntegerLinear
-from slimtune.core.delta import Base, Dense, TensorSpec
+from slimtune.core.frozen import Base, Dense, TensorSpec
 from slimtune.ops import grid, int8_kernel
 from slimtune.ops.autograd import Product, is_traced
 from slimtune.ops.frozen_linear import frozen_linear

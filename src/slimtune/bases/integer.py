@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slimtune.bases.packed import Packed, PackedLinear
-from slimtune.core.delta import Base, Dense
+from slimtune.core.frozen import Base, Dense
 from slimtune.errors import DamagedBaseError
 from slimtune.ops import grid
 from slimtune.ops.autograd import Product, reads_codes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from slimtune.core.delta import Base, Dense, TensorSpec
+from slimtune.core.frozen import Base, Dense, TensorSpec
 from slimtune.errors import MergeError
 from slimtune.ops.frozen_linear import frozen_linear
 

@@ -21,7 +21,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from slimtune import bases
 from slimtune.bases.packed import Packed, PackedLinear
-from slimtune.core.delta import Base, Dense
+from slimtune.core.frozen import Base, Dense
 from slimtune.errors import ConfigError, MergeError, ModelNotFoundError
 from slimtune.storage.foreign import reading_model
 

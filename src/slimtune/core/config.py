@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from slimtune.core.constraint import ConstraintConfig
-from slimtune.core.delta import Delta, Site
+from slimtune.core.delta import Delta
 from slimtune.core.field_types import check_types
+from slimtune.core.frozen import Site
 from slimtune.core.roles import Role
 from slimtune.errors import ConfigError, SlimtuneError, UnknownFieldError, did_you_mean, listing
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from slimtune.core.delta import Base, Delta, Dense, Frozen, Site
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import Base, Dense, Frozen, Site
 from slimtune.errors import BaseMismatchError
 from slimtune.ops import grid
 from slimtune.ops.autograd import is_traced

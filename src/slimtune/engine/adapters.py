@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from slimtune.adapters.adapter import attached, detach
-from slimtune.core.delta import deltas_of
+from slimtune.core.frozen import deltas_of
 from slimtune.engine.request import LoadedAdapter
 from slimtune.methods.prompt.prefix_tuning import Prefix
 from slimtune.methods.prompt.prompt_tuning import SoftPrompt

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.adapters.rows import RowAdapters, check_rows
-from slimtune.core.delta import Frozen, RowParts, deltas_of
+from slimtune.core.delta import RowParts
+from slimtune.core.frozen import Frozen, deltas_of
 
 MOST_WORK = {2: 65_536, 4: 16_384}
 """Rows times ranks up to which one product for all adapters costs less than one for each on its own rows, by the bytes

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from slimtune.bases import base_of
 from slimtune.bases.dense import DenseLinear
 from slimtune.bases.packed import PackedLinear
-from slimtune.core.delta import Delta, Frozen
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import Frozen
 from slimtune.fused import fuses
 from slimtune.methods.lora.layers import LoraLinear
 from slimtune.ops.autograd import PLAIN_TENSORS, made_again, maker_of, no_autocast

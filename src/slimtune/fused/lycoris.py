@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slimtune.bases.dense import DenseLinear
 from slimtune.bases.packed import PackedLinear
-from slimtune.core.delta import Frozen
+from slimtune.core.frozen import Frozen
 from slimtune.fused import fuses
 from slimtune.fused.lora import stays_plain
 from slimtune.methods.lycoris.base import LycorisDelta, recomputed, updated_product

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from slimtune.bases.dense import DenseLinear
 from slimtune.bases.packed import PackedLinear
-from slimtune.core.delta import Frozen
+from slimtune.core.frozen import Frozen
 from slimtune.fused import fuses
 from slimtune.fused.lora import Pass, gradients, products, stays_plain, this_pass
 from slimtune.fused.lycoris import is_of_one_dtype

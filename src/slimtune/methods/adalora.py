@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.config import LayeredConfig, register
-from slimtune.core.delta import Delta, Site, wrong_kind
+from slimtune.core.delta import Delta, wrong_kind
+from slimtune.core.frozen import Site
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole
 from slimtune.methods.lora.config import LoraConfig
 from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraLinear

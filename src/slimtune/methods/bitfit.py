@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from slimtune.core.config import TargetedConfig, register
-from slimtune.core.delta import Difference, Frozen, RowParts, Site, wrong_kind
+from slimtune.core.delta import Difference, RowParts, wrong_kind
+from slimtune.core.frozen import Frozen, Site
 from slimtune.errors import ConfigError, TargetError
 
 

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.core.config import LayeredConfig, Whereabouts, register
-from slimtune.core.delta import Delta, Frozen, Role, RowBottleneck, RowParts, Site, trainable_dtype, wrong_kind
+from slimtune.core.delta import Delta, RowBottleneck, RowParts, trainable_dtype, wrong_kind
+from slimtune.core.frozen import Frozen, Site
+from slimtune.core.roles import Role
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean, listing
 
 PLACEMENTS: dict[str, tuple[Role, ...]] = {

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from slimtune.core.config import TargetedConfig, register
-from slimtune.core.delta import Delta, Difference, Site, statistics, wrong_kind
+from slimtune.core.delta import Delta, Difference, wrong_kind
+from slimtune.core.frozen import Site, statistics
 from slimtune.errors import ConfigError, did_you_mean
 
 STORES = ("difference", "whole")

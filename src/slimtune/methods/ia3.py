@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.config import TargetedConfig, register
-from slimtune.core.delta import Delta, Dense, Frozen, RowParts, Site, add_up, trainable_dtype, wrong_kind
+from slimtune.core.delta import Delta, RowParts, add_up, trainable_dtype, wrong_kind
+from slimtune.core.frozen import Dense, Frozen, Site
 from slimtune.core.patterns import compiled
 from slimtune.errors import ConfigError, did_you_mean, listing
 from slimtune.ops.scaling import scaled

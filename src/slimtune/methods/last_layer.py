@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from slimtune.core.config import TargetedConfig, register
-from slimtune.core.delta import Delta, Site, wrong_kind
+from slimtune.core.delta import Delta, wrong_kind
+from slimtune.core.frozen import Site
 
 
 @register

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.core.config import TargetedConfig, Whereabouts, register
-from slimtune.core.delta import Delta, Dense, Frozen, Role, Site, trainable_dtype, wrong_kind
-from slimtune.core.roles import input_embeddings
+from slimtune.core.delta import Delta, trainable_dtype, wrong_kind
+from slimtune.core.frozen import Dense, Frozen, Site
+from slimtune.core.roles import Role, input_embeddings
 from slimtune.errors import ConfigError, TargetError, did_you_mean
 
 

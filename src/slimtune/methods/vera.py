@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.core.config import LayeredConfig, register
-from slimtune.core.delta import Delta, Dense, Frozen, Site, added, trainable_dtype, wrong_kind
+from slimtune.core.delta import Delta, added, trainable_dtype, wrong_kind
+from slimtune.core.frozen import Dense, Frozen, Site
 from slimtune.errors import check_choice, check_number, check_whole
 
 

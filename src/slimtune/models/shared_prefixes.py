@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from slimtune.core.delta import deltas_of
+from slimtune.core.frozen import deltas_of
 from slimtune.errors import ConfigError, first_line
 from slimtune.methods.prompt.base import VirtualTokens
 from slimtune.methods.prompt.prefix_tuning import Prefix, ReadOnlyUpdate

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slimtune.adapters.constrain import PRUNED, constraint_of, keep_zeros, zero_share
 from slimtune.adapters.model import get_peft_model
 from slimtune.console.process import this_process, warn_of_one_process
-from slimtune.core.delta import dtypes_of
+from slimtune.core.frozen import dtypes_of
 from slimtune.data.features import check_solver
 from slimtune.data.tasks.base import EncodedDataset, splits_report
 from slimtune.data.tasks.registry import Data, read

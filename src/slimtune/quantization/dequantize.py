@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimtune.bases import base_of, claim, follow_class
 from slimtune.bases.packed import PackedLinear
-from slimtune.core.delta import walk
+from slimtune.core.frozen import walk
 from slimtune.errors import ConfigError, listing
 from slimtune.storage.quantization_metadata import strip_quantization_metadata
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from slimtune.bases import base_of
-from slimtune.core.delta import walk
+from slimtune.core.frozen import walk
 
 _NAMES = {"linear": "linear layer", "embedding": "embedding", "conv": "convolution"}
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from slimtune.adapters.adapter import attached
 from slimtune.adapters.model import PeftModel
 from slimtune.core.config import PeftConfig
-from slimtune.core.delta import Delta, Site
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import Site
 from slimtune.errors import AdapterFileError
 from slimtune.methods.lora.config import LoraConfig
 from slimtune.models.compatibility import VLLM_RANKS

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from slimtune.console.progress import Watch
-from slimtune.core.delta import walk
+from slimtune.core.frozen import walk
 from slimtune.errors import ConfigError, DataError, require
 from slimtune.slim.structure import Batch
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimtune.adapters.merge import Drift, compare_outputs, outputs, probe_inputs
 from slimtune.bases import base_of
 from slimtune.console.progress import Watch
-from slimtune.core.delta import Base, walk
+from slimtune.core.frozen import Base, walk
 from slimtune.errors import MergeError
 from slimtune.evaluate.language_loss import has_language_loss
 from slimtune.models.load import read_as_stored

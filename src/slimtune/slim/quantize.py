@@ -14,7 +14,7 @@ from slimtune.bases.int8 import EmbeddingInt8, LinearInt8, LinearW8A8, positive_
 from slimtune.bases.integer import HoldsCodes
 from slimtune.bases.packed import as_linear
 from slimtune.console.progress import Watch
-from slimtune.core.delta import walk
+from slimtune.core.frozen import walk
 from slimtune.errors import ConfigError, DataError, check_choice, listing
 from slimtune.ops.grid import SCALE_DTYPE, GridWeight, rounded
 from slimtune.quantization.config import INTEGER_GROUPS

@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from slimtune.adapters.forward import check_head
 from slimtune.console.process import this_process
-from slimtune.core.delta import deltas_of
+from slimtune.core.frozen import deltas_of
 from slimtune.errors import ConfigError, SlimtuneError, TrainingError, check_choice, did_you_mean, listing, require
 from slimtune.evaluate.user_scorer import function_of
 from slimtune.recipe.preference import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from slimtune.adapters.adapter import adopted_modules
 from slimtune.console.process import this_process
-from slimtune.core.delta import Delta, deltas_of
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import deltas_of
 from slimtune.errors import BaseMismatchError, listing
 from slimtune.train.processes import of_all, shard_like, whole
 

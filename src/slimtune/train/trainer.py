@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from slimtune.adapters.model import PeftModel
-from slimtune.core.delta import deltas_of
+from slimtune.core.frozen import deltas_of
 from slimtune.data.batches import IGNORED, Objective, count_packed
 from slimtune.methods.adalora import AdaLoraConfig, Orthogonality
 from slimtune.storage.tensor_tree import read_tree

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimtune.adapters.adapter import adopted_modules
 from slimtune.bases import base_of
-from slimtune.core.delta import Dense, deltas_of, with_tensors
+from slimtune.core.frozen import Dense, deltas_of, with_tensors
 from slimtune.core.roles import input_embeddings
 from slimtune.errors import BaseMismatchError, ConfigError, MergeError, did_you_mean, listing
 from slimtune.methods.lora.layers import LoraDelta

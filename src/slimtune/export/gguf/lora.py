@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimtune.adapters.adapter import adopted_modules, get_peft_model_state_dict
-from slimtune.core.delta import deltas_of
+from slimtune.core.frozen import deltas_of
 from slimtune.errors import ConfigError, MergeError, listing
 from slimtune.export.gguf.architectures import Place, architecture_of, places_of
 from slimtune.export.gguf.quantize import decoded, encoded

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.core.delta import Frozen, Site, TensorSpec, standing_in
+from slimtune.core.frozen import Frozen, Site, TensorSpec, standing_in
 from slimtune.errors import ConfigError, TargetError
 from slimtune.methods.lora.layers import LoraDelta, LoraLinear
 from slimtune.storage.peft_format import key

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from slimtune.core.config import LayeredConfig, register
-from slimtune.core.delta import Delta, Site, wrong_kind
+from slimtune.core.delta import Delta, wrong_kind
+from slimtune.core.frozen import Site
 from slimtune.core.patterns import by_pattern
 from slimtune.errors import ConfigError, TargetError, check_choice, check_number, check_whole, did_you_mean
 from slimtune.methods.lora import dora

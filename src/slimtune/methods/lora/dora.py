@@ -17,7 +17,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.delta import Dense, Frozen, RowParts, Site
+from slimtune.core.delta import RowParts
+from slimtune.core.frozen import Dense, Frozen, Site
 from slimtune.errors import ConfigError
 from slimtune.methods.lora.layers import LoraConv, LoraDelta, LoraEmbedding, LoraLinear, Start
 from slimtune.ops.autograd import is_traced, no_autocast

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.delta import Delta, Dense, Frozen, Site, trainable_dtype
+from slimtune.core.delta import Delta, trainable_dtype
+from slimtune.core.frozen import Dense, Frozen, Site
 from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
 from slimtune.methods.lora.init import warn_of_rank, wide
 

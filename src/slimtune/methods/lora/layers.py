@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.core.delta import Delta, Dense, Frozen, RowParts, Site, TensorSpec, trainable_dtype
+from slimtune.core.delta import Delta, RowParts, trainable_dtype
+from slimtune.core.frozen import Dense, Frozen, Site, TensorSpec
 from slimtune.errors import ConfigError, MergeError
 from slimtune.methods.lora.combine import combined
 from slimtune.methods.lora.init import Factors, mica, orthogonal, pissa, principal, warn_of_rank

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.core.delta import Site
+from slimtune.core.frozen import Site
 from slimtune.errors import ConfigError, SlimtuneError
 from slimtune.methods.lora.init import pissa, wide
 from slimtune.storage.source import INDEX, folder_of, shards_of

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimtune.core.delta import Delta, Site
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import Site
 from slimtune.errors import ConfigError, warn
 from slimtune.methods.lora.layers import LoraEmbedding, LoraLinear
 from slimtune.methods.trainable_tokens import tied_to

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from slimtune.core.config import LayeredConfig
-from slimtune.core.delta import Delta, Dense, Frozen, Site, added, trainable_dtype
+from slimtune.core.delta import Delta, added, trainable_dtype
+from slimtune.core.frozen import Dense, Frozen, Site
 from slimtune.core.patterns import by_pattern
 from slimtune.errors import check_choice, check_number, check_whole
 from slimtune.ops.autograd import is_traced

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from slimtune.core.config import register
-from slimtune.core.delta import Frozen, RowParts, Site, wrong_kind
+from slimtune.core.delta import RowParts, wrong_kind
+from slimtune.core.frozen import Frozen, Site
 from slimtune.methods.lycoris.base import LycorisConfig, LycorisDelta, from_core, recomputed, updated_product
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.config import register
-from slimtune.core.delta import Site, wrong_kind
+from slimtune.core.delta import wrong_kind
+from slimtune.core.frozen import Site
 from slimtune.errors import ConfigError, check_choice
 from slimtune.methods.lycoris.base import LycorisConfig, LycorisDelta, from_core, recomputed
 

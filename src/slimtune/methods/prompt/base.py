@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.config import PeftConfig, Whereabouts
-from slimtune.core.delta import Delta, Role, Site
+from slimtune.core.delta import Delta
+from slimtune.core.frozen import Site
+from slimtune.core.roles import Role
 from slimtune.errors import BaseMismatchError, ConfigError, TargetError, check_whole
 
 ENCODER = "/prompt_encoder."

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.config import register
-from slimtune.core.delta import Frozen, Site, trainable_dtype
+from slimtune.core.delta import trainable_dtype
+from slimtune.core.frozen import Frozen, Site
 from slimtune.core.roles import recomputes, role_of
 from slimtune.errors import ConfigError, TargetError, check_whole
 from slimtune.methods.prompt.base import (

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.config import register
-from slimtune.core.delta import Delta, Frozen, Site, trainable_dtype
+from slimtune.core.delta import Delta, trainable_dtype
+from slimtune.core.frozen import Frozen, Site
 from slimtune.core.roles import input_embeddings
 from slimtune.errors import ConfigError, TargetError, did_you_mean, listing
 from slimtune.methods.prompt.base import (
