@@ -22,7 +22,7 @@ from slimtune.bases.foreign import ForeignLinear
 from slimtune.core.config import PeftConfig
 from slimtune.core.constrained import Constrained
 from slimtune.core.delta import Delta
-from slimtune.core.frozen import Site, deltas_of
+from slimtune.core.frozen import Site, deltas_of, without_wrappers
 from slimtune.errors import (
     AdapterExistsError,
     BaseMismatchError,
@@ -34,7 +34,7 @@ from slimtune.errors import (
     listing,
     warn,
 )
-from slimtune.storage.peft_format import check_adapter_name, key, without_wrappers
+from slimtune.storage.peft_format import check_adapter_name, key
 from slimtune.storage.source import name_here
 
 _ALWAYS_TAKEN = 1024

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from slimtune.core.frozen import walk
+from slimtune.core.frozen import WRAPPERS, walk, without_wrappers
 from slimtune.core.patterns import compiled
-from slimtune.storage.peft_format import KEY_PREFIX, WRAPPERS, without_wrappers
+from slimtune.storage.peft_format import KEY_PREFIX
 
 
 def on_model(

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.roles import Role, role_of
-from slimtune.storage.peft_format import WRAPPERS
 
 Dense = dict[str, Tensor]
 """The parameters of one module by name, `weight` as (out, in, ...): what a change is folded into."""
 
 Kind = Literal["linear", "conv", "embedding", "other"]
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names of modules that torch.compile, FSDP and activation checkpointing put around another; never in a file."""
 
 
 class TensorSpec(NamedTuple):
@@ -243,3 +245,8 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in model._modules.items():
         if child is not None and not holds_deltas(model, name):
             yield from walk(child, prefix if name in WRAPPERS else f"{prefix}.{name}" if prefix else name)
+
+
+def without_wrappers(path: str) -> str:
+    """A module's path without the names of wrappers in it."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)

@@ -30,15 +30,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 MODEL_NAME = "model.safetensors"
 KEY_PREFIX = "base_model.model."
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names of modules that torch.compile, FSDP and activation checkpointing put around another; never in a file."""
 _PENDING = ".new"
 _PENDING_FOLDER = ".saving"
-
-
-def without_wrappers(path: str) -> str:
-    """A module's path without the names of wrappers in it."""
-    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
