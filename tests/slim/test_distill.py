@@ -120,6 +120,24 @@ def test_the_cache_is_used_again_and_damage_is_refused(folder: Path, tmp_path: P
     assert not (tmp_path / "three").exists()
 
 
+def test_a_teacher_whose_answers_are_stored_is_not_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimtune.slim import distill as module
+
+    # Wider than the teacher, as an embedding padded to whole blocks: what both have is known from the cache alone.
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    student.resize_token_embeddings(student.config.vocab_size + 8)
+    student.save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(folder / "student").save_pretrained(tmp_path / "student")
+    arguments = ["distill", folder / "teacher", tmp_path / "student", "--data", folder / "orders.jsonl", *FAST,
+                 "--max-steps", 2, "--rank", 4, "--cache", tmp_path / "answers"]  # fmt: skip
+    done(*arguments, "-o", tmp_path / "one")
+    monkeypatch.setattr(module, "load_model", lambda *a: pytest.fail("the teacher was loaded"))
+    done(*arguments, "-o", tmp_path / "two")
+    assert curve(tmp_path / "one") == curve(tmp_path / "two")
+
+
 def test_a_cache_that_was_broken_off_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimtune.slim import cache as module
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from slimtune.data.batches import IGNORED, Encoded
 from slimtune.errors import DataError
 from slimtune.ops.cross_entropy import FLOAT_SHARE, HELD
 from slimtune.slim.losses import TopKTeacher
-from slimtune.slim.readout import Readout, read_out
+from slimtune.slim.readout import Readout, read_out, width_of
 from slimtune.storage.atomic import staged_file, write_file
 
 MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ class Request:
 
     Attributes:
         teacher: what tells its weights from others.
-        width: how many tokens teacher and student share.
+        width: how many tokens the student knows.
         k: how many tokens are stored.
         drawn: how many of these are drawn from all but the likeliest.
     """
@@ -76,6 +76,9 @@ class TeacherCache:
     Args:
         folder: of all caches; this one has its own within.
 
+    Attributes:
+        width: how many tokens teacher and student share, as far as the teacher was asked.
+
     Raises:
         DataError: a shard is damaged.
     """
@@ -84,8 +87,9 @@ class TeacherCache:
         self.request, self.examples = request, examples
         self.folder = folder / request.key(examples)
         self.shards: list[dict[str, Any]] = []
+        self.width = request.width
         if (self.folder / MANIFEST).is_file():
-            self.shards = _read_manifest(self.folder)
+            self.width, self.shards = _read_manifest(self.folder)
 
     @property
     def done(self) -> int:
@@ -95,7 +99,7 @@ class TeacherCache:
     @property
     def drawn(self) -> int:
         """How many of the stored tokens were drawn, of a vocabulary that may be smaller than k."""
-        return min(self.request.drawn, min(self.request.k, self.request.width - 1) - 1)
+        return min(self.request.drawn, min(self.request.k, self.width - 1) - 1)
 
     @property
     def bytes(self) -> int:
@@ -105,8 +109,10 @@ class TeacherCache:
     def fill(self, teacher: Any, pad_id: int, on_examples: Callable[[int], None] = lambda count: None) -> None:
         """Ask the teacher what is missing, shard by shard."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.width = min(self.request.width, width_of(teacher))
+        request = replace(self.request, width=self.width)
         for start, stop in _shards(self.examples, self.done):
-            stored = _ask(teacher, self.examples[start:stop], self.request, pad_id, on_examples)
+            stored = _ask(teacher, self.examples[start:stop], request, pad_id, on_examples)
             self._write(start, stop, stored)
 
     def answers(self, numbers: Sequence[int]) -> TopKTeacher:
@@ -127,14 +133,15 @@ class TeacherCache:
 
         path = self.folder / f"teacher-{len(self.shards) + 1:05d}.safetensors"
         # torch indexes with no uint16, but stores it.
-        ids = stored.ids.to(torch.uint16 if self.request.width <= 2**16 else torch.int32)
+        ids = stored.ids.to(torch.uint16 if self.width <= 2**16 else torch.int32)
         with staged_file(path) as scratch:
             save_file({"ids": ids, "log_probs": stored.log_probs, "rest": stored.rest}, scratch)
         counts = [len(learned_places(example)) for example in self.examples[start:stop]]
         self.shards.append(
             {"name": path.name, "start": start, "stop": stop, "counts": counts, "sha256": _checksum(path)}
         )
-        write_file(self.folder / MANIFEST, json.dumps({"request": vars(self.request), "shards": self.shards}))
+        answered = vars(self.request) | {"width": self.width}
+        write_file(self.folder / MANIFEST, json.dumps({"request": answered, "shards": self.shards}))
 
 
 def _shards(examples: Sequence[Encoded], start: int) -> Iterator[tuple[int, int]]:
@@ -232,11 +239,12 @@ def _offsets(counts: Sequence[int]) -> list[int]:
     return torch.tensor([0, *counts]).cumsum(0).tolist()
 
 
-def _read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The shards that are there whole. Raises: DataError, for what isn't as it was written."""
+def _read_manifest(folder: Path) -> tuple[int, list[dict[str, Any]]]:
+    """The width, and the shards that are there whole. Raises: DataError, for what isn't as it was written."""
     way_out = "remove the folder, and the teacher is asked again"
     try:
-        shards = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
+        stored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        width, shards = stored["request"]["width"], stored["shards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / MANIFEST} can't be read ({error}); {way_out}") from error
     for shard in shards:
@@ -245,7 +253,7 @@ def _read_manifest(folder: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path} is missing; {way_out}")
         if _checksum(path) != shard["sha256"]:
             raise DataError(f"{path} is damaged: it isn't what was written; {way_out}")
-    return shards
+    return width, shards
 
 
 def _checksum(path: Path) -> str:

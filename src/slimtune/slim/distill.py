@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from slimtune.pipeline.train import run
 from slimtune.recipe.distillation import DistillationSettings
 from slimtune.slim.cache import Request, TeacherCache, drawn_of
 from slimtune.slim.losses import Distance
+from slimtune.slim.readout import width_of
 from slimtune.slim.trainer import DistillTrainer, LabelLoss, OnPolicy, StepLoss, Taught, TextLoss, WithStored
 from slimtune.storage.source import cache_dir, folder_of
 from slimtune.train.trainer import TrainerSpec
@@ -75,38 +76,45 @@ class _Teaching:
         """The examples, perhaps with the teacher's stored answers, and the Trainer that learns from them."""
         settings = self.settings
         distance = Distance(settings.beta, settings.temperature, settings.alpha)
-        teacher, teachers_tokenizer = self._load(model, data)
         facts = dataset.facts | {"teacher": settings.teacher} | {
             name: getattr(settings, name) for name in ("beta", "temperature", "alpha")
         }  # fmt: skip
         dataset = replace(dataset, facts=facts)
         if data.task_type != "CAUSAL_LM":
             self._check_text_settings()
-            check_tokenizers(tokenizer, teachers_tokenizer, "train on what slimtune predict writes with the teacher")
+            way_out = "train on what slimtune predict writes with the teacher"
+            teacher = self._load(model, data, tokenizer, way_out)
             order = _order(data.names, teacher)
             collate = dataset.objective.collate if dataset.objective else PadRight(pad_id_of(tokenizer))
             return dataset, _spec(LabelLoss(distance, teacher, order, settings.hidden), collate)
         if settings.hidden:
             raise ConfigError("hidden compares the hidden states of classifiers; leave it out for a model of texts")
-        check_tokenizers(tokenizer, teachers_tokenizer, WAY_OUT)
-        width = min(_width(model), _width(teacher))
+        load = functools.partial(self._load, model, data, tokenizer, WAY_OUT)
         objective = dataset.objective or Objective(PadRight(pad_id_of(tokenizer)))
         if settings.stored_tokens:
-            return self._stored(dataset, objective, distance, width, teacher, tokenizer)
+            return self._stored(dataset, objective, distance, width_of(model), load, tokenizer)
+        teacher = load()
+        width = min(width_of(model), width_of(teacher))
         rewrite = OnPolicy(settings, pad_id_of(tokenizer)) if settings.lmbda else None
         return dataset, _spec(TextLoss(distance, width, teacher), objective.collate, rewrite)
 
-    def _load(self, model: Any, data: Any) -> tuple[Any, Any]:
+    def _load(self, model: Any, data: Any, tokenizer: Any, way_out: str) -> Any:
+        """The teacher. Raises: ConfigError, where its tokenizer isn't the student's."""
         how = self.recipe.model
         options = LoadOptions(device=str(model.device), trust_remote_code=how.trust_remote_code, computes="batches")
-        teacher, tokenizer = load_model(self.settings.teacher, data.model_task, options)
-        return teacher.eval().requires_grad_(False), tokenizer
+        teacher, teachers_tokenizer = load_model(self.settings.teacher, data.model_task, options)
+        check_tokenizers(tokenizer, teachers_tokenizer, way_out)
+        return teacher.eval().requires_grad_(False)
 
     def _stored(
-        self, dataset: EncodedDataset, objective: Objective, distance: Distance, width: int, teacher: Any,
-        tokenizer: Any,
+        self, dataset: EncodedDataset, objective: Objective, distance: Distance, width: int,
+        load: Callable[[], Any], tokenizer: Any,
     ) -> tuple[EncodedDataset, TrainerSpec]:  # fmt: skip
-        """The examples with numbers of stored answers, which are there when this returns."""
+        """The examples with numbers of stored answers, which are there when this returns.
+
+        Args:
+            load: gives the teacher, which takes memory and time only where an answer is missing.
+        """
         examples = list(dict.fromkeys(map(_key, _flat([*dataset.examples, *dataset.held_out]))))
         request = Request(
             _identity(self.settings.teacher), _digest(json.dumps(tokenizer.get_vocab(), sort_keys=True)), width,
@@ -116,10 +124,10 @@ class _Teaching:
         with Counting(self.screen) as counting:
             if cache.done < len(examples):
                 counting.start("asking the teacher, examples", len(examples), cache.done)
-                cache.fill(teacher, pad_id_of(tokenizer), counting.advance)
+                cache.fill(load(), pad_id_of(tokenizer), counting.advance)
         self.screen.print(f"teacher: {len(examples):,} examples answered, {cache.bytes / 1e6:.1f} MB in {cache.folder}")
         numbers = {key: number for number, key in enumerate(examples)}
-        loss = TextLoss(distance, width, drawn=cache.drawn)
+        loss = TextLoss(distance, cache.width, drawn=cache.drawn)
         taught = replace(
             dataset, examples=_taught(dataset.examples, numbers), held_out=_taught(dataset.held_out, numbers)
         )
@@ -159,10 +167,6 @@ def _order(labels: Sequence[str], teacher: Any) -> torch.Tensor:
                 "choose one that was trained on these labels"
             )
     return torch.tensor([places[name] for name in labels])
-
-
-def _width(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _flat(examples: Sequence[Any]) -> list[Encoded]:

@@ -46,6 +46,11 @@ class Readout:
             return self.head(self.hidden[rows])
 
 
+def width_of(model: Any) -> int:
+    """How many tokens it has logits for."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
 def read_out(model: Any, inputs: Mapping[str, Any]) -> Readout:
     """The last hidden states that the model has for its inputs, (B, T, features), and its head.
 
