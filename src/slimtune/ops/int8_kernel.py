@@ -45,11 +45,13 @@ def product(x: Tensor, codes_OI: Tensor, scales_O: Tensor) -> Tensor:
 
 def token_codes(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """Codes as whole float32 numbers (tokens, in), and the scale of each token, (tokens, 1)."""
-    x_TI = x_TI.float()
-    scales_T1 = x_TI.abs().amax(-1, keepdim=True) / _HALF_RANGE
+    wide_TI = x_TI.float()
+    # From both ends and not from |x|, which would be a tensor as large again: fresh memory costs more than the sums.
+    largest_T1 = torch.maximum(wide_TI.amax(-1, keepdim=True), -wide_TI.amin(-1, keepdim=True))
     # A token of zeros has codes of zeros, whatever its scale.
-    scales_T1 = torch.where(scales_T1 == 0, 1.0, scales_T1)
-    return (x_TI / scales_T1).round_().clamp_(-128, 127), scales_T1
+    scales_T1 = torch.where(largest_T1 == 0, 1.0, largest_T1 / _HALF_RANGE)
+    codes_TI = wide_TI / scales_T1 if wide_TI is x_TI else wide_TI.div_(scales_T1)
+    return codes_TI.round_().clamp_(-128, 127), scales_T1
 
 
 def on_token_grid(x: Tensor) -> Tensor:
