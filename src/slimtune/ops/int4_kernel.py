@@ -57,7 +57,7 @@ def _unpack(packed: Tensor, codes_IBR: Tensor) -> None:
     inputs, blocks, rows = codes_IBR.shape
     # 8 more than a code with its highest bit flipped is the code in two's complement, whose sign a shift spreads.
     octets = (packed.reshape(blocks, inputs, rows // 2) ^ 0x88).view(torch.int8)
-    halves = octets << 4 >> 4, octets >> 4
+    halves = (octets << 4).bitwise_right_shift_(4), octets.bitwise_right_shift_(4)
     codes_BIR = codes_IBR.transpose(0, 1)
     for run in _runs(rows):
         # The copy changes the type: a weight that is expanded is written once.
