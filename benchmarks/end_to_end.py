@@ -11,8 +11,8 @@ clock and of the processor, those of a training step (a mean, the first one incl
 where the machine tells. A step of grpo draws its answers, too.
 
 Data: orders (a short system prompt), tools (orders behind seven tool schemas, some 600 tokens), mixed (texts of many
-lengths, nothing shared; slimtune packs them), dpo (orders with a wrong answer beside the right one), grpo (eight
-answers to a prompt of some 300 tokens).
+lengths, nothing shared; slimtune packs as many tokens into a row as a batch of the others has, without its padding),
+dpo (orders with a wrong answer beside the right one), grpo (eight answers to a prompt of some 300 tokens).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tokenizers import Tokenizer
 
 from benchmarks.machine import PACKAGES, cores, cpu_model, installed, load, today
 from slimtune.data.demo_orders import Example, make_orders
@@ -123,7 +124,11 @@ SETTINGS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """One data set on all sides, the same for each of them."""
+    """One data set on all sides, the same for each of them.
+
+    Attributes:
+        packed: the tokens of a batch, which `slimtune train` packs into one row; None where it doesn't.
+    """
 
     kind: str
     model: str
@@ -131,11 +136,14 @@ class Comparison:
     batch: int
     steps: int
     data: str
+    packed: int | None
 
     def command(self, side: str, output: Path) -> list[str]:
         """What is typed."""
         if side == "slimtune train":
-            options = ["--output", str(output), "--max-steps", str(self.steps), "--batch-size", str(self.batch)]
+            options = ["--output", str(output), "--max-steps", str(self.steps)]
+            options += ["--batch-size", str(self.batch if self.packed is None else 1)]
+            options += [] if self.packed is None else ["--max-length", str(self.packed)]
             return [
                 sys.executable, "-m", "slimtune", "train", self.model, self.data, *options,
                 f"model.dtype={self.dtype}", *SETTINGS.get(self.kind, []),
@@ -145,6 +153,13 @@ class Comparison:
             "answers": ANSWERS, "answer_tokens": ANSWER_TOKENS,
         }  # fmt: skip
         return [sys.executable, "-m", "benchmarks.end_to_end_worker", json.dumps(spec)]
+
+
+def tokens_of_a_batch(rows: list[Row], model: str, batch: int) -> int:
+    """On average, padding apart."""
+    # Without transformers, which would make this process large.
+    tokenizer = Tokenizer.from_file(str(Path(folder_of(model), "tokenizer.json")))
+    return round(batch * statistics.mean(len(tokenizer.encode(row["text"])) for row in rows))
 
 
 def run(comparison: Comparison, side: str) -> Figures:
@@ -232,10 +247,12 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for kind in data:
             file = Path(folder) / f"{kind}.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in DATA[kind](orders)), encoding="utf-8")
-            comparison = Comparison(kind, model, dtype, ANSWERS if kind == "grpo" else batch, steps, str(file))
-            for row in rows_of(kind, dict(in_turns(comparison, rounds, side))):
-                print(row, flush=True)
+            rows = DATA[kind](orders)
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            packed = tokens_of_a_batch(rows, model, batch) if kind == "mixed" else None
+            comparison = Comparison(kind, model, dtype, ANSWERS if kind == "grpo" else batch, steps, str(file), packed)
+            for line in rows_of(kind, dict(in_turns(comparison, rounds, side))):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
