@@ -34,8 +34,20 @@ for name in {hidden!r}:
     sys.modules[name] = None
 """
 _UP_TO_THE_FIRST_STEP = """
-import os, slimtune.train.trainer
-slimtune.train.trainer.AnswerTrainer.training_step = lambda *_, **__: os._exit(0)
+import importlib.abc, importlib.machinery, os, sys
+class Ending(importlib.abc.MetaPathFinder):
+    # Not imported beforehand: when and how the command imports its Trainer is what is measured.
+    def find_spec(self, name, path=None, target=None):
+        if name != "slimtune.train.trainer":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            module.AnswerTrainer.training_step = lambda *_, **__: os._exit(0)
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Ending())
 """
 _COMMAND = """
 from slimtune.__main__ import main
