@@ -5,7 +5,7 @@ says little):
 
 - importing torch;
 - importing transformers' Trainer and a model's code, which every training with it needs;
-- `slimtune train` of SmolLM2 on 400 orders, up to its first step;
+- `slimtune train` of SmolLM2 on 400 orders, up to each of its stages and its first step;
 - `slimtune plan llama-3-70b --device H100 --devices 8`.
 
 transformers imports what it finds beside it: with `--without peft,bitsandbytes,torchao,scipy` these are hidden, as in
@@ -35,22 +35,29 @@ for name in {hidden!r}:
     # What stands as None can't be imported, and isn't found.
     sys.modules[name] = None
 """
-_UP_TO_THE_FIRST_STEP = """
+_UP_TO = """
 import importlib.abc, importlib.machinery, os, sys
 class Ending(importlib.abc.MetaPathFinder):
-    # Not imported beforehand: when and how the command imports its Trainer is what is measured.
+    # Not imported beforehand: when and how the command imports its libraries is what is measured.
     def find_spec(self, name, path=None, target=None):
-        if name != "slimtune.train.trainer":
+        if name != {module!r}:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         execute = spec.loader.exec_module
         def exec_module(module):
             execute(module)
-            module.AnswerTrainer.training_step = lambda *_, **__: os._exit(0)
+            module.{function} = lambda *_, **__: os._exit(0)
         spec.loader.exec_module = exec_module
         return spec
 sys.meta_path.insert(0, Ending())
 """
+STAGES = {
+    "train, to its data": ("slimtune.pipeline.train", "read"),
+    "train, to its weights": ("slimtune.pipeline.train", "load_model"),
+    "train, to its adapter on the model": ("slimtune.pipeline.train", "tune"),
+    "train, to the first step": ("slimtune.train.trainer", "AnswerTrainer.training_step"),
+}
+"""What isn't done any more: before it all is imported, examples are encoded and memory checked, the model is loaded."""
 _COMMAND = """
 from slimtune.__main__ import main
 sys.argv = ["slimtune", *{words!r}]
@@ -68,7 +75,10 @@ def cases(folder: Path) -> dict[str, str]:
     return {
         "import torch": "import torch",
         "import the Trainer": "from transformers import Trainer\nimport transformers.models.llama.modeling_llama",
-        "train, to the first step": _UP_TO_THE_FIRST_STEP + _COMMAND.format(words=train),
+        **{
+            stage: _UP_TO.format(module=module, function=function) + _COMMAND.format(words=train)
+            for stage, (module, function) in STAGES.items()
+        },
         "plan of 70B": _COMMAND.format(words=plan),
     }
 
