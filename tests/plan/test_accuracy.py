@@ -135,6 +135,19 @@ def test_a_deep_model_is_continued_from_two_shallow_ones_to_the_byte(
         assert continued.work[phase].bytes_moved == pytest.approx(work.bytes_moved, rel=0.02)
 
 
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize(("config", "method", "fields"), KINDS, ids=[*DEEP, "two kinds of blocks"])
+def test_results_that_are_remembered_are_those_that_torch_gives(
+    method: Any, fields: dict[str, Any], config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"batch": 2, "sequence": 24, "task_type": "CAUSAL_LM", "whole": True} | fields
+    # Once to fill the memory, and once from it.
+    simulate(config, method, **fields)
+    remembered = simulate(config, method, **fields)
+    monkeypatch.setattr("slimtune.plan.fake_results._kind", lambda func: "other")
+    assert simulate(config, method, **fields) == remembered
+
+
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "method",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimtune.cli.options import Output, Overwrite
+from slimtune.console.libraries import importing
 from slimtune.console.screen import open_screen, say
 from slimtune.errors import TrainingError, counted
 
@@ -79,8 +80,9 @@ class Demo:
         return self._conclude(tuned, reloaded, merged, time.monotonic() - began)
 
     def _load(self) -> tuple[Any, Any]:
-        from slimtune.models.device import native_dtype
-        from slimtune.models.load import LoadOptions, load_model
+        with importing():
+            from slimtune.models.device import native_dtype
+            from slimtune.models.load import LoadOptions, load_model
 
         with self._step("Load SmolLM2-135M-Instruct (unpacked at the first use)"):
             model, tokenizer = load_model(BASE, "text", LoadOptions(native_dtype()))
@@ -102,10 +104,11 @@ class Demo:
     def _tune(
         self, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], base: ExactMatch
     ) -> ExactMatch:
-        from slimtune.data.tasks.registry import read
-        from slimtune.pipeline.train import adopt, tune
-        from slimtune.recipe.recipe import Recipe
-        from slimtune.train.run_folder import run_folder
+        with importing():
+            from slimtune.data.tasks.registry import read
+            from slimtune.pipeline.train import adopt, tune
+            from slimtune.recipe.recipe import Recipe
+            from slimtune.train.run_folder import run_folder
 
         rows = self.output / "train.jsonl"
         rows.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from slimtune.cli.options import (
     written,
 )
 from slimtune.cli.train import changed_recipe, show_results, with_options
+from slimtune.console.libraries import importing
 from slimtune.console.screen import open_screen
 from slimtune.errors import ConfigError
 
@@ -107,9 +108,10 @@ def distill(
 
     Example: slimtune distill answers.jsonl smollm2-135m-instruct --seq-kd --output imitation
     """
-    from slimtune.pipeline.train import run
-    from slimtune.slim.distill import distill as distilled
-    from slimtune.storage.atomic import refuse_existing
+    with importing():
+        from slimtune.pipeline.train import run
+        from slimtune.slim.distill import distill as distilled
+        from slimtune.storage.atomic import refuse_existing
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from slimtune.cli.proposals import dtypes, methods, models, quantizations, torch_devices
+from slimtune.console.libraries import importing
 from slimtune.errors import AdapterExistsError, AdapterFileError, ConfigError, listing
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def parse(values: Sequence[str]) -> dict[str, str]:
 
 def load_text_model(model: str, adapters: Sequence[str], options: LoadOptions) -> tuple[Any, Any]:
     """A model that writes text with the adapters of `--adapter` attached, and its tokenizer."""
-    from slimtune.models.load import load_model
+    with importing():
+        from slimtune.models.load import load_model
 
     # All names come first: a mistake in one must not cost loading a model.
     named = parse(adapters)
@@ -213,7 +215,8 @@ def load_text_model(model: str, adapters: Sequence[str], options: LoadOptions) -
 
 def load_merged(model: str, options: LoadOptions) -> tuple[Any, Any]:
     """A plain model and its tokenizer; of an adapter, its base with the adapter in its weights."""
-    from slimtune.models.load import load_model
+    with importing():
+        from slimtune.models.load import load_model
 
     # Merged: what comes next prunes or quantizes weights, and has no place for an adapter beside them.
     loaded, tokenizer = load_model(model, None, options)

@@ -9,6 +9,7 @@ import typer
 
 from slimtune.cli import proposals
 from slimtune.cli.options import Fields, Json, TrustRemoteCode, columns_of
+from slimtune.console.libraries import importing
 from slimtune.console.screen import open_screen, print_json
 from slimtune.errors import ConfigError, did_you_mean
 
@@ -163,8 +164,9 @@ def plan(
         return
     if slots is not None or adapters:
         raise ConfigError("--slots and --adapters would change nothing without --serve; leave them out")
-    from slimtune.cli.plan_view import show
-    from slimtune.plan.plan import plan as ask
+    with importing():
+        from slimtune.cli.plan_view import show
+        from slimtune.plan.plan import plan as ask
 
     screen = open_screen(as_json)
     count, sharing = _sharing(devices, launch)

@@ -32,8 +32,10 @@ from slimtune.cli.options import (
     written,
 )
 from slimtune.cli.push import push_trained
+from slimtune.console.libraries import importing
 from slimtune.console.process import this_process
 from slimtune.console.screen import open_screen, print_json
+from slimtune.data import template_process
 from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,9 +118,11 @@ def train(
 
     Example: slimtune train recipe.yaml --launch 4
     """
-    from slimtune.pipeline.train import run
-    from slimtune.storage.atomic import refuse_existing
-    from slimtune.storage.push import check_access
+    # First what checks a recipe: a mistake is told before a Trainer is imported.
+    with importing(transformers=False):
+        from slimtune.recipe.preference import PREFERENCE_TASKS
+        from slimtune.storage.atomic import refuse_existing
+        from slimtune.storage.push import check_access
 
     if output is not None and not resume:
         refuse_existing(output, overwrite)
@@ -126,6 +130,11 @@ def train(
     repository = check_access(push_to_hub) if push_to_hub and this_process().is_main else None
     if launch is not None:
         raise typer.Exit(_launched(ctx, launch, recipe))
+    template_process.prepare()
+    # Tables of `datasets` are for TRL alone: other tasks hand their Trainer lists.
+    with importing(*(() if recipe.task in PREFERENCE_TASKS else ("datasets",))):
+        from slimtune.pipeline.train import run
+
     run(recipe, open_screen(as_json, works_on=True), overwrite, plans, resume)
     if this_process().is_main:
         show_results(open_screen(as_json), recipe, as_json, repository)
@@ -146,8 +155,9 @@ def _launched(ctx: typer.Context, how: str, recipe: Recipe) -> int:
 
 
 def _recipe(ctx: typer.Context, source: str, rest: list[str], output: Path | None) -> Recipe:
-    from slimtune.recipe.recipe import Recipe
-    from slimtune.storage.text_files import is_yaml
+    with importing(transformers=False):
+        from slimtune.recipe.recipe import Recipe
+        from slimtune.storage.text_files import is_yaml
 
     typed = {name: value for name, value in written(ctx).items() if name not in WITH_A_RECIPE}
     target = {} if output is None else {"output": str(output)}

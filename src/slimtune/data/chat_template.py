@@ -72,7 +72,8 @@ def assistant_spans(
         if message["role"] != "assistant" or not (learned is None or learned[index]):
             continue
         # Templates carry no marks around what is generated, so each turn is found by rendering up to it.
-        through = render(tokenizer, messages[: index + 1], tools=tools)
+        is_last = index == len(messages) - 1
+        through = whole if is_last else render(tokenizer, messages[: index + 1], tools=tools)
         if index == 0:
             start = _start_of_first(tokenizer, message, through, tools)
         else:

@@ -2,7 +2,8 @@
 
 transformers renders them in a sandbox, which keeps them from files and from code, and not from time and memory: a loop
 in a loop, a text times a number, a list of itself in itself. What bounds all of it alike is a process: one is started
-with the first conversation, takes one after the other, and ends with this one. Any number of threads may use it.
+by the first conversation at the latest, takes one after the other, and ends with this one. Any number of threads may
+use it.
 """
 
 from __future__ import annotations
@@ -83,10 +84,7 @@ class _Watched:
     """
 
     def __init__(self) -> None:
-        self.process = _start()
-        assert self.process.stdout
-        # It writes one byte when its libraries are there, whose memory and time aren't the template's.
-        self.process.stdout.read(1)
+        self.process, self.is_ready = _start(), False
         self.seen = psutil.Process(self.process.pid)
         self.excess, self.bytes = "", 0
         self.since: float | None = None
@@ -96,6 +94,11 @@ class _Watched:
 
     def begin(self) -> None:
         """A conversation goes to it."""
+        assert self.process.stdout
+        if not self.is_ready:
+            # It writes one byte when its libraries are there, whose memory and time aren't the template's.
+            self.process.stdout.read(1)
+            self.is_ready = True
         with self.changed, contextlib.suppress(psutil.Error):
             self.since, self.bytes = self._seconds(), self.bytes or self.seen.memory_info().rss
             self.changed.notify()
@@ -144,6 +147,11 @@ class _Process:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.running: _Watched | None = None
+
+    def prepare(self) -> None:
+        """Start it, and don't wait until its libraries are there."""
+        with self.lock:
+            self.running = self.running or _Watched()
 
     def ask(self, request: bytes) -> dict[str, str]:
         """The answer to a request, as `template_worker` gives it; "excess" too where the process came to its end."""
@@ -203,6 +211,11 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 _PROCESS = _Process()
+
+
+def prepare() -> None:
+    """Start the process before the first conversation is there: it imports its libraries beside this one's."""
+    _PROCESS.prepare()
 
 
 def end() -> None:

@@ -91,6 +91,13 @@ def positions_of(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def check_length(config: Any, tokens: int) -> None:
+    """Raises: PlanError, for more tokens than the model has positions."""
+    longest = positions_of(config)
+    if longest is not None and tokens > longest:
+        raise PlanError(f"sequence is {tokens} and the model has {longest} positions; plan with a shorter one")
+
+
 def build(config: Any, setting: Setting, task_type: str | None) -> Any:
     """The model in training mode, its weights as the setting stores them. Raises: PlanError."""
     made = model_class(config, task_type, setting.trust_remote_code)

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from slimtune.errors import PlanError
+from slimtune.plan.fake_results import result_of
 from slimtune.plan.memory import Phase, Work
 
 ALIVE = 2**62
@@ -268,7 +269,7 @@ class FakeMemoryTracker(MemoryTracker):
         if func is _aten.index.Tensor:
             args = (args[0], _by_position(args[1]))
         try:
-            result = func(*args, **kwargs)
+            result = result_of(self.fake, func, args, kwargs) if has_fake else func(*args, **kwargs)
         except DataDependentOutputException:
             return _answer(func, args)
         except DynamicOutputShapeException as error:

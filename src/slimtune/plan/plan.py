@@ -22,6 +22,7 @@ from slimtune.plan.devices import AUTO, CPU, Device, find
 from slimtune.plan.memory import DRAWN_TOKENS, DTYPES, FSDP2, MemoryPlan, Precision, Setting, Sharing
 from slimtune.plan.recommend import BASES, Choice, PlanRequest, recommend
 from slimtune.plan.rules import Case
+from slimtune.plan.simulate import simulate
 from slimtune.plan.table import SIZES
 from slimtune.plan.time import Rates, rates_of
 from slimtune.quantization.config import is_installed, require_for
@@ -324,7 +325,6 @@ def _installed(bases: Sequence[Precision] | None) -> tuple[Sequence[Precision] |
 
 def simulation(config: Any, evaluation: bool = False, merge: bool = False) -> Callable[[Setting], MemoryPlan]:
     """The simulator for one model."""
-    from slimtune.plan.simulate import simulate
 
     def run(setting: Setting) -> MemoryPlan:
         others = {field.name: getattr(setting, field.name) for field in fields(setting) if field.name != "method"}

@@ -31,7 +31,6 @@ from slimtune.plan.step import (
     last_token,
     layers_of,
     optimizer_for,
-    preference_step,
     prefill,
     supervised_step,
 )
@@ -159,12 +158,19 @@ def prepare(
             raise ConfigError("nothing of the model would be trained; choose another method")
         # Training keeps a copy of an adapter, to go back to where the loss is no longer a number.
         last_good = LastGood(model, has_copy=setting.method is not None)
-        step = preference_step(model, setting, last_good) if setting.task else supervised_step(model, setting)
+        step = _preference_step(model, setting, last_good) if setting.task else supervised_step(model, setting)
     run = TracedRun(setting, tracker, model, step, last_good, overhead, _counts(model, setting))
     # The first category that a storage gets is its own: tied weights and views count once.
     run.assign("weights", weights)
     run.assign("adapter", tracker.live())
     return run
+
+
+def _preference_step(model: Any, setting: Setting, last_good: LastGood) -> Step:
+    # Imported where it is needed: transformers' Trainer takes longer than most plans.
+    from slimtune.plan.preference_step import preference_step
+
+    return Step(*preference_step(model, setting, last_good))
 
 
 def _counts(model: Any, setting: Setting) -> ModelCounts:
