@@ -1,7 +1,7 @@
 """A thousand adapters registered with `slimtune serve`, 64 of them in use: tokens a second beside 8 in use, and memory.
 
 The same number of requests goes to 64 adapters and to 8, in turns on one server; 16 are answered at a time. Memory is
-what the server grows by while 56 adapters come to the 8 that are loaded, beside the bytes of their tensors.
+what the server grows by while 32 adapters come to the 32 that are loaded, beside the bytes of their tensors.
 """
 
 from __future__ import annotations
@@ -74,13 +74,12 @@ def first_uses(url: str, names: Sequence[str]) -> list[float]:
 
 
 def memory(url: str, server: psutil.Process, names: Sequence[str], prompt: int, answer: int) -> dict[str, float]:
-    """What the server takes for each adapter beyond the first few, and for their tensors."""
-    # With all that answering takes by itself: the joint products, buffers, the threads' stacks.
-    warm_up = drawn(random.Random(1), IN_USE, prompt)
-    asyncio.run(streamed(url, warm_up, answer, names[:FEW]))
+    """What the server takes for each adapter of the second half, and for their tensors."""
+    more = len(names) // 2
+    # By then it has all that answering takes by itself: factors side by side up to the budget, memory of the threads.
+    asyncio.run(streamed(url, drawn(random.Random(1), IN_USE, prompt), answer, names[:more]))
     before, bytes_before = server.memory_info().rss, adapter_bytes(url)
-    seconds = first_uses(url, names[FEW:])
-    more = len(names) - FEW
+    seconds = first_uses(url, names[more:])
     return {
         "resident": (server.memory_info().rss - before) / more,
         "tensors": (adapter_bytes(url) - bytes_before) / more,
