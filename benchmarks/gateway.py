@@ -42,10 +42,10 @@ console = Console()
 
 
 @contextmanager
-def started(folder: str, dtype: str, context: int) -> Iterator[tuple[str, psutil.Process]]:
+def started(folder: str, dtype: str, context: int, *options: str) -> Iterator[tuple[str, psutil.Process]]:
     """The address and the process of `slimtune serve`, as a user starts it."""
     command = [sys.executable, "-m", "slimtune", "serve", folder, "--dtype", dtype, "--port", "0", "--json"]
-    command += ["--slots", str(AT_ONCE), "--context", str(context)]
+    command += ["--slots", str(AT_ONCE), "--context", str(context), *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None
@@ -58,11 +58,15 @@ def started(folder: str, dtype: str, context: int) -> Iterator[tuple[str, psutil
         server.wait()
 
 
-async def streamed(url: str, prompts: Sequence[list[int]], answer: int) -> int:
-    """Ask for all at once and read the streams to their ends; the number of answers' tokens."""
+async def streamed(url: str, prompts: Sequence[list[int]], answer: int, models: Sequence[str] = ("base",)) -> int:
+    """Ask for all at once and read the streams to their ends; the number of answers' tokens.
 
-    async def one(client: httpx.AsyncClient, prompt: list[int]) -> int:
-        body = {"model": "base", "prompt": prompt, "max_tokens": answer, "temperature": 0, "ignore_eos": True}
+    Args:
+        models: what is asked, in turn.
+    """
+
+    async def one(client: httpx.AsyncClient, prompt: list[int], model: str) -> int:
+        body = {"model": model, "prompt": prompt, "max_tokens": answer, "temperature": 0, "ignore_eos": True}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         last = ""
         async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -73,7 +77,8 @@ async def streamed(url: str, prompts: Sequence[list[int]], answer: int) -> int:
         return json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"]
 
     async with httpx.AsyncClient(timeout=None, limits=NO_LIMIT) as client:
-        return sum(await asyncio.gather(*(one(client, prompt) for prompt in prompts)))
+        asked = (one(client, prompt, models[i % len(models)]) for i, prompt in enumerate(prompts))
+        return sum(await asyncio.gather(*asked))
 
 
 def in_process(engine: slimtune.Engine, prompts: Sequence[list[int]], answer: int) -> int:
@@ -81,6 +86,11 @@ def in_process(engine: slimtune.Engine, prompts: Sequence[list[int]], answer: in
     params = slimtune.SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
     completions = engine.generate([slimtune.Request(tuple(prompt), params) for prompt in prompts])
     return sum(len(completion.tokens) for completion in completions)
+
+
+def drawn(generator: random.Random, count: int, length: int) -> list[list[int]]:
+    """New prompts, which nobody has read yet."""
+    return [[generator.randrange(*ANY_TOKEN) for _ in range(length)] for _ in range(count)]
 
 
 def processor_seconds(process: psutil.Process) -> float:
@@ -98,8 +108,7 @@ def measured(url: str, server: psutil.Process, engine: slimtune.Engine, rounds: 
     }
     results = []
     for _ in range(rounds + 1):
-        # New ones in each round, or they would have been read already.
-        prompts = [[draw.randrange(*ANY_TOKEN) for _ in range(prompt)] for _ in range(AT_ONCE)]
+        prompts = drawn(draw, AT_ONCE, prompt)
         result = {}
         for name, (process, answers) in sides.items():
             clock, processor = time.perf_counter(), processor_seconds(process)

@@ -9,6 +9,7 @@ from benchmarks.machine import ROOT
 
 QUANTIZED = ROOT / "docs" / "figures" / "quantized.md"
 SLIM = ROOT / "docs" / "quantizing.md"
+ENGINE = ROOT / "docs" / "engine.md"
 PRUNED = ROOT / "docs" / "slim.md"
 
 

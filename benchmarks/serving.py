@@ -52,23 +52,44 @@ def adapter_configs() -> dict[str, Any]:
     }
 
 
+def base_with_adapters(source: str, dtype: str | torch.dtype, names: Sequence[str]) -> Any:
+    """SmolLM2 with these adapters."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    for name, config in adapter_configs().items():
+        if name in names:
+            slimtune.get_peft_model(base, config, name) if name == names[0] else base.add_adapter(name, config)
+    return base.eval()
+
+
+def drawn_prompts(vocabulary: int, length: int) -> list[list[int]]:
+    """Tokens of all prompts, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, vocabulary, (AT_ONCE, length), generator=generator).tolist()
+
+
+def context_of(prompt: int, answer: int) -> int:
+    """What the slots are made for."""
+    return prompt + answer + 16
+
+
 class Work:
     """One batch of requests and the ways to answer it."""
 
-    def __init__(self, model: Any, tokenizer: Any, prompt: int, answer: int) -> None:
-        self.model, self.answer = model, answer
-        self.engine = slimtune.Engine(model, tokenizer, slots=AT_ONCE, context=prompt + answer + 16)
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(5, model.config.vocab_size, (AT_ONCE, prompt), generator=generator)
+    def __init__(self, model: Any, tokenizer: Any, prompts: list[list[int]], answer: int) -> None:
+        self.model, self.prompts, self.answer = model, prompts, answer
+        context = context_of(len(prompts[0]), answer)
+        self.engine = slimtune.Engine(model, tokenizer, slots=AT_ONCE, context=context)
         self.turn = 0
 
     def requests(self, names: Sequence[str | None]) -> list[slimtune.Request]:
         # A tenant of its own for each turn, or the prompts would have been read already.
         self.turn += 1
         params = slimtune.SamplingParams(max_tokens=self.answer, temperature=0, ignore_eos=True)
-        rows = [tuple(row) for row in self.ids.tolist()]
         return [
-            slimtune.Request(row, params, names[i % len(names)], tenant=str(self.turn)) for i, row in enumerate(rows)
+            slimtune.Request(tuple(prompt), params, names[i % len(names)], tenant=str(self.turn))
+            for i, prompt in enumerate(self.prompts)
         ]
 
     def by_engine(self, names: Sequence[str | None]) -> Callable[[], Any]:
@@ -78,8 +99,9 @@ class Work:
         """transformers' generate on one padded batch; by row with slimtune's adapter_names."""
         options: dict[str, Any] = {"min_new_tokens": self.answer, "max_new_tokens": self.answer, "do_sample": False}
         rows = [names[i % len(names)] for i in range(AT_ONCE)] if names else [BASE] * AT_ONCE
+        ids = torch.tensor(self.prompts)
         return lambda: self.model.generate(
-            self.ids, attention_mask=torch.ones_like(self.ids), pad_token_id=0, adapter_names=rows, **options
+            ids, attention_mask=torch.ones_like(ids), pad_token_id=0, adapter_names=rows, **options
         )
 
 
@@ -118,7 +140,12 @@ class Watched:
 
     @property
     def gaps(self) -> list[float]:
-        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+        return self.gaps_in(self.submitted, self.times[-1])
+
+    def gaps_in(self, begin: float, end: float) -> list[float]:
+        """Those that a stretch of time touches."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        return [later - earlier for earlier, later in pairs if later > begin and earlier < end]
 
 
 def latency(work: Work, folder: Path) -> dict[str, float]:
@@ -130,10 +157,12 @@ def latency(work: Work, folder: Path) -> dict[str, float]:
         steady = [gap for one in at_once for gap in one.gaps]
         arriving = _answered(work, pause=median(steady) * 3)
         watched = _submitted(work, LORAS[:4])
-        time.sleep(median(steady) * 4)
+        # Behind the prompts, which hold answers up longer than a load does.
+        while not all(one.times for one in watched):
+            time.sleep(median(steady))
         started = time.perf_counter()
         engine.load_adapter("hot", folder)
-        loaded = time.perf_counter() - started
+        loaded = time.perf_counter()
         for one in watched:
             one.done.wait()
         engine.unload_adapter("hot")
@@ -144,8 +173,8 @@ def latency(work: Work, folder: Path) -> dict[str, float]:
         "first token, p99, 16 at once": 1000 * _p99([one.times[0] - one.submitted for one in at_once]),
         "between tokens, p50, with arrivals": 1000 * median(gaps),
         "between tokens, p99, with arrivals": 1000 * _p99(gaps),
-        "an adapter from disk to ready": 1000 * loaded,
-        "longest gap of others meanwhile": 1000 * max(gap for one in watched for gap in one.gaps),
+        "an adapter from disk to ready": 1000 * (loaded - started),
+        "longest gap of others meanwhile": 1000 * max(gap for one in watched for gap in one.gaps_in(started, loaded)),
     }
 
 
@@ -198,17 +227,13 @@ def main(
 
     Example: python -m benchmarks.serving --rounds 3
     """
-    transformers.utils.logging.disable_progress_bar()
     warn_if_busy()
-    torch.manual_seed(0)
     source = model or model_folder()
-    base: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or native_dtype())
+    base = base_with_adapters(source, dtype or native_dtype(), list(adapter_configs()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    for name, config in adapter_configs().items():
-        slimtune.get_peft_model(base, config, name) if name == LORAS[0] else base.add_adapter(name, config)
     with tempfile.TemporaryDirectory() as folder:
-        base.eval().save_pretrained(folder, selected_adapters=[LORAS[0]])
-        work = Work(base, tokenizer, prompt, answer)
+        base.save_pretrained(folder, selected_adapters=[LORAS[0]])
+        work = Work(base, tokenizer, drawn_prompts(base.config.vocab_size, prompt), answer)
         seconds = throughput(work, rounds)
         console.print(shown(seconds, AT_ONCE * answer))
         milliseconds = latency(work, Path(folder, LORAS[0]))

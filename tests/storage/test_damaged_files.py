@@ -218,6 +218,12 @@ def test_any_floating_point_is_read(dtype: torch.dtype, adapter: Path) -> None:
     assert_same(copies(slimtune.get_peft_model_state_dict(model)), expected)
 
 
+def test_finite_numbers_of_an_infinite_sum_are_read(adapter: Path) -> None:
+    rewrite_tensors(adapter, lambda tensors: tensors.update({k: torch.full_like(t, 3e38) for k, t in tensors.items()}))
+    model = slimtune.PeftModel.from_pretrained(LLAMA.model(), adapter)
+    assert all((tensor == 3e38).all() for tensor in slimtune.get_peft_model_state_dict(model).values())
+
+
 ENDLESS = r"(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(?=[^\x00-\xff])"
 FIELDS = ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
 

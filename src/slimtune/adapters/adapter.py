@@ -303,8 +303,8 @@ def _fill(
         )
     sites = {key(site.name, name): site for site, _, names in disk_names for name in names}
     mismatched = {name for name in matching if own[name].shape != tensors[name].shape}
+    bases = _two_bases(config, model)
     for name in (name for name in own if name in matching):
-        bases = _two_bases(config, model)
         _check_fits(sites[name], name, own[name], tensors[name], source, bases, ignore_mismatched_sizes)
     for names, what in ((missing, "lacks"), (strange, "holds besides"), (mismatched, "has in another shape")):
         if names:

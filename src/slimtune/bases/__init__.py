@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimtune.core.frozen import Base
+from slimtune.core.frozen import Base, walk
 from slimtune.errors import DamagedBaseError
 
 _LIBRARIES = ("bitsandbytes", "torchao")
@@ -65,11 +65,13 @@ def claim(model: nn.Module) -> None:
     Raises:
         DamagedBaseError: what is stored of a weight doesn't fit together.
     """
-    _import_libraries_of({type(x) for module in model.modules() for x in (module, *module._parameters.values())})
+    # Without the adapters, of which a server has hundreds: they stand on the base and are none of it.
+    modules = list(walk(model))
+    _import_libraries_of({type(x) for _, module in modules for x in (module, *module._parameters.values())})
     dtype = getattr(model, "dtype", None)
     for file in _files():
         if hasattr(file, "claim"):
-            for path, module in model.named_modules():
+            for path, module in modules:
                 was = type(module)
                 try:
                     file.claim(module, dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype())
