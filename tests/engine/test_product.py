@@ -103,3 +103,18 @@ def test_what_is_kept_does_not_grow_with_the_batches_that_there_were() -> None:
         kept.append(sum(len(table) for table in vars(joint).values() if isinstance(table, Sized)))
     # One layer: its factors, its last batch, and the layout of the factors.
     assert max(kept) <= 3
+
+
+def test_forgetting_one_adapter_keeps_what_is_joined_without_it() -> None:
+    host = attach(LINEAR[0], slimtune.LoraConfig(r=2, target_modules=["site"]), "a")
+    host.add_adapter("b", slimtune.LoraConfig(r=2, target_modules=["site"]))
+    joint, x, names = RowProduct(8), torch.ones(1, 2, 12), ["b", BASE]
+    before = by_rows(host.eval(), x, names, joint)
+    # As another version of each: `a` is nowhere in the batch, `b` is.
+    for seed, name in enumerate("ab"):
+        randomize(slimtune, host, name, seed)
+    joint.forget("a")
+    assert torch.equal(by_rows(host, x, names, joint), before)
+    joint.forget("b")
+    assert_near(by_rows(host, x, names, joint), alone(host, x, names))
+    assert not torch.allclose(before, alone(host, x, names))

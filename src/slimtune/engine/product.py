@@ -118,10 +118,11 @@ class RowProduct:
         # A layout goes with the last layer that has it.
         self._layouts: WeakValueDictionary[Any, Layout] = WeakValueDictionary()
 
-    def forget(self) -> None:
-        """Read the adapters anew: one has gone, or may have been trained."""
-        self._joint.clear()
-        self._apart.clear()
+    def forget(self, name: str | None = None) -> None:
+        """Read an adapter anew, or all: it has gone, or may have been trained."""
+        # What is joined without it stays: a server that lets adapters go to make room would join all anew each time.
+        self._joint = {m: joint for m, joint in self._joint.items() if name is not None and name not in joint.seen}
+        self._apart = {m: apart for m, apart in self._apart.items() if m in self._joint and name not in apart[0]}
 
     def __call__(
         self, module: Any, frozen: Callable[..., Any], rows: RowAdapters, x: Tensor

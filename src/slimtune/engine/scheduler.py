@@ -68,7 +68,7 @@ class Scheduler:
 
     def forget(self, adapter: ServedAdapter) -> None:
         """Let go of what was kept of an adapter."""
-        self.product.forget()
+        self.product.forget(adapter.attached_as)
         self._remains = {slot: r for slot, r in self._remains.items() if r.owner[1] != adapter.attached_as}
 
     def step(self) -> None:
