@@ -15,9 +15,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
 import psutil
@@ -31,6 +30,7 @@ from benchmarks import machine
 from benchmarks.lora import warn_if_busy
 from benchmarks.prepare import model_folder
 from benchmarks.results import FOLDER
+from benchmarks.serving import AnswerTokens, Dtype, JsonPath, PromptTokens, Rounds
 from slimtune.models.device import native_dtype
 
 AT_ONCE = 16
@@ -122,11 +122,11 @@ def measured(url: str, server: psutil.Process, engine: slimtune.Engine, rounds: 
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How often both take turns.")] = 5,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
-    answer: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 48,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; else what the processor computes in.")] = "",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    rounds: Rounds = 5,
+    prompt: PromptTokens = 32,
+    answer: AnswerTokens = 48,
+    dtype: Dtype = "",
+    json_path: JsonPath = None,
 ) -> None:
     """Measure what HTTP takes from SmolLM2's tokens a second.
 

@@ -38,6 +38,12 @@ LORAS = [f"lora-{i}" for i in range(8)]
 MIXED = ["lora-0", "dora", "ia3", "bottleneck", "prefix", None]
 ALL_LINEAR = {"r": 8, "target_modules": "all-linear"}
 
+Rounds = Annotated[int, typer.Option(min=1, help="How often all take turns.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")]
+AnswerTokens = Annotated[int, typer.Option(min=2, help="Tokens of each answer.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; else what the processor computes in.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Where to write the results.")]
+
 app = typer.Typer(add_completion=False)
 console = Console()
 
@@ -216,11 +222,11 @@ def shown(seconds: dict[str, list[dict[str, float]]], tokens: int) -> Table:
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How often all take turns.")] = 5,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
-    answer: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 48,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; else what the processor computes in.")] = "",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    rounds: Rounds = 5,
+    prompt: PromptTokens = 32,
+    answer: AnswerTokens = 48,
+    dtype: Dtype = "",
+    json_path: JsonPath = None,
     model: Annotated[str, typer.Option(help="A folder with SmolLM2, if not the packaged one.")] = "",
 ) -> None:
     """Measure the engine on SmolLM2 with the base, eight LoRAs and a mixture of methods, beside transformers' batches.

@@ -31,7 +31,17 @@ from benchmarks import machine, page
 from benchmarks.lora import warn_if_busy
 from benchmarks.prepare import MODEL, model_folder
 from benchmarks.results import FOLDER
-from benchmarks.serving import AT_ONCE, LORAS, base_with_adapters, context_of, drawn_prompts
+from benchmarks.serving import (
+    AT_ONCE,
+    LORAS,
+    AnswerTokens,
+    JsonPath,
+    PromptTokens,
+    Rounds,
+    base_with_adapters,
+    context_of,
+    drawn_prompts,
+)
 from benchmarks.table import digits
 from slimtune.export.formats import ExportOptions, export
 from slimtune.export.gguf.model import MODEL_FILE
@@ -198,10 +208,10 @@ def main(
         str | None, typer.Option("--llama-server", envvar="SLIMTUNE_LLAMA_SERVER", help="llama.cpp's program.")
     ] = None,
     gguf: Annotated[list[str], typer.Option(help="Numbers of llama.cpp's files; repeatable.")] = [Q4_1, "BF16"],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1, help="How often all take turns.")] = 5,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
-    answer: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 48,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    rounds: Rounds = 5,
+    prompt: PromptTokens = 32,
+    answer: AnswerTokens = 48,
+    json_path: JsonPath = None,
 ) -> None:
     """Measure SmolLM2 in bf16 on the engine, vLLM and llama.cpp, with the base and with eight LoRAs of rank 8.
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
 import psutil
@@ -30,7 +30,16 @@ from benchmarks.gateway import drawn, started, streamed
 from benchmarks.lora import warn_if_busy
 from benchmarks.prepare import model_folder
 from benchmarks.results import FOLDER, subtitle
-from benchmarks.serving import LORAS, base_with_adapters, context_of
+from benchmarks.serving import (
+    LORAS,
+    AnswerTokens,
+    Dtype,
+    JsonPath,
+    PromptTokens,
+    Rounds,
+    base_with_adapters,
+    context_of,
+)
 from benchmarks.table import digits
 from slimtune.models.device import native_dtype
 from slimtune.storage.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_config, save_adapter
@@ -105,11 +114,11 @@ def in_turns(url: str, names: Sequence[str], rounds: int, prompt: int, answer: i
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How often both take turns.")] = 5,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
-    answer: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 48,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; else what the processor computes in.")] = "",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    rounds: Rounds = 5,
+    prompt: PromptTokens = 32,
+    answer: AnswerTokens = 48,
+    dtype: Dtype = "",
+    json_path: JsonPath = None,
 ) -> None:
     """Measure what it costs SmolLM2's server that a thousand adapters are registered and 64 of them in use.
 
