@@ -33,6 +33,9 @@ def test_the_order_of_the_kernel_is_undone_to_the_bit(blocks: int, groups: int, 
     packed = int4_kernel.to_kernel(codes)
     assert packed.numel() * 2 == codes.numel()
     assert torch.equal(int4_kernel.from_kernel(packed), codes.t())
+    assert torch.equal(int4_kernel.from_kernel(packed, torch.bfloat16), codes.t().bfloat16())
+    # On the device of the codes: a model may move after its first answer.
+    assert int4_kernel.from_kernel(packed.to("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "group_size"), [(40, 64, 32), (64, 96, 96), (64, 48, 32), (8, 64, 64)])

@@ -158,7 +158,7 @@ def zero_share(model: nn.Module) -> float:
         weight = base_of(module).weight(module)
         # A quarter of what a comparison takes, which makes a mask to be added up.
         others, total = others + int(torch.count_nonzero(weight)), total + weight.numel()
-    return 1 - others / total if total else 0.0
+    return (total - others) / max(1, total)
 
 
 @torch.no_grad()

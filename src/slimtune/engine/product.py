@@ -75,10 +75,15 @@ class Factors:
     bias: Tensor | None = None
     activation: Callable[[Tensor], Tensor] | None = None
 
-    def inner(self, h: Tensor, ranks: slice = slice(None)) -> Tensor:
-        """f(h A^T + bias) of these ranks, (tokens, ranks), as a new tensor."""
-        z_TR = F.linear(h, self.a[ranks], None if self.bias is None else self.bias[ranks])
+    def inner(self, h: Tensor) -> Tensor:
+        """f(h A^T + bias), (tokens, R), as a new tensor."""
+        z_TR = F.linear(h, self.a, self.bias)
         return z_TR if self.activation is None else self.activation(z_TR)
+
+    def of(self, ranks: slice) -> Factors:
+        """Some of them, as views."""
+        bias = None if self.bias is None else self.bias[ranks]
+        return Factors(self.a[ranks], self.b[ranks], bias, self.activation)
 
 
 @dataclass(frozen=True)
@@ -266,9 +271,10 @@ def _add(
         return
     begin = 0
     for name, rank in ranks.items():
-        its = slice(begin, begin + rank)
+        end = begin + rank
         if name in groups:
             # The joint product costs the sum of ranks for each row; here each adapter meets its own rows alone.
-            change = factors.inner(h[groups[name]], its) @ factors.b[its]
+            own = factors.of(slice(begin, end))
+            change = own.inner(h[groups[name]]) @ own.b
             y_TO.index_add_(0, groups[name], change.to(y_TO.dtype))
-        begin = its.stop
+        begin = end

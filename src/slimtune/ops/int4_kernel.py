@@ -44,7 +44,7 @@ def from_kernel(packed: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
     """The inverse of `to_kernel`: codes transposed, (in, out), as numbers of any type."""
     outputs, inputs = packed.shape[0], packed.shape[1] * 2
     whole = outputs - outputs % _block_size()
-    codes_IO = torch.empty(inputs, outputs, dtype=dtype)
+    codes_IO = packed.new_empty(inputs, outputs, dtype=dtype)
     # All whole blocks at once, and what is left as one smaller block.
     for first, end, rows in ((0, whole, _block_size()), (whole, outputs, outputs - whole)):
         if end > first:

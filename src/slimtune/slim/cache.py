@@ -244,7 +244,7 @@ def _read_manifest(folder: Path) -> tuple[int, list[dict[str, Any]]]:
     way_out = "remove the folder, and the teacher is asked again"
     try:
         stored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        width, shards = stored["request"]["width"], stored["shards"]
+        width, shards = int(stored["request"]["width"]), stored["shards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / MANIFEST} can't be read ({error}); {way_out}") from error
     for shard in shards:
