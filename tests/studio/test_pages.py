@@ -139,6 +139,29 @@ def test_mistakes_are_said_beside_their_fields(chromium: Any, studio: str) -> No
         page.locator("#error-data-train", has_text="needed").wait_for()
 
 
+@pytest.mark.parametrize("button", ["Start", "Save recipe"])
+def test_what_is_missing_stays_said_when_an_earlier_check_answers_late(chromium: Any, studio: str, button: str) -> None:
+    """Leaving a field checks the form, and the press that left it must not lose its answer to that check."""
+    with tab(chromium) as seen:
+        page = seen.page
+        page.goto(f"{studio}/train")
+        epochs = page.get_by_label("epochs", exact=True)
+        page.locator("summary", has_text="Training").click()
+        late: list[Any] = []
+        page.route("**/train/check", lambda route: late.append(route) if not late else route.continue_())
+        epochs.fill("2")
+        page.get_by_role("button", name=button, exact=True).click()
+        needed = page.locator("#error-data-train", has_text="needed")
+        needed.wait_for()
+        late[0].continue_()
+        epochs.fill("4")
+        with page.expect_response("**/train/check"):
+            epochs.blur()
+        page.locator("#comes-to code", has_text="epochs=4").wait_for()
+        assert needed.is_visible()
+        assert page.locator("#comes-to .notice.bad", has_text="needed").is_visible()
+
+
 def test_a_password_is_asked_for_in_the_page(chromium: Any, tmp_path: Path) -> None:
     with listening_studio(tmp_path, Access(password="open sesame")) as url, tab(chromium) as seen:
         page = seen.page

@@ -27,7 +27,7 @@ from slimtune.studio.view import CurrentView, Page, View
 PAGE = Page("train", "/train", order=30)
 FIRST_PRESET = "chat"
 RECIPES = "recipes"
-_NAME, _PRESET, _BEFORE, _OVERWRITE = "run", "preset", "before", "overwrite"
+_NAME, _PRESET, _BEFORE, _OVERWRITE, _ASKED = "run", "preset", "before", "overwrite", "asked"
 _GOOD_NAME = re.compile(r"[^\W_][\w.-]*")
 
 
@@ -58,9 +58,15 @@ async def change_method(view: CurrentView) -> Response:
 
 @PAGE.post("/train/check")
 async def check(view: CurrentView) -> Response:
-    """What the form comes to: its mistakes, or the command and the recipe."""
+    """What the form comes to: its mistakes, or the command and the recipe.
+
+    Once a start or a recipe was asked for, what is missing for it is a mistake too, and stays said until it is there.
+    """
     texts = await _texts(view.request)
-    return _answer(view, texts, forms.fill_in(texts, str(_output(view, texts))), {})
+    filled = forms.fill_in(texts, str(_output(view, texts)))
+    asked = texts.get(_ASKED, "")
+    errors = _mistakes_of_start(view, texts) if asked == "start" else {}
+    return _answer(view, texts, filled, errors, asked=bool(asked))
 
 
 @PAGE.post("/train/start")
@@ -68,9 +74,9 @@ async def start(view: CurrentView) -> Response:
     """Put the training into the queue, and show it."""
     texts = await _texts(view.request)
     filled = forms.fill_in(texts, str(_output(view, texts)))
-    errors = _mistakes_of_start(view, texts, filled)
+    errors = _mistakes_of_start(view, texts)
     if errors or filled.recipe is None:
-        return _answer(view, texts, filled, errors, status=422)
+        return _answer(view, texts, filled, errors, asked=True, status=422)
     name = texts[_NAME].strip()
     view.studio.jobs.add(name, _arguments(view, texts, filled))
     return view.go(f"/runs/{name}")
@@ -82,7 +88,7 @@ async def save_recipe(view: CurrentView) -> Response:
     texts = await _texts(view.request)
     filled = forms.fill_in(texts, str(_output(view, texts)))
     if filled.recipe is None:
-        return _answer(view, texts, filled, {}, status=422, target="#comes-to")
+        return _answer(view, texts, filled, {}, asked=True, status=422, target="#comes-to")
     name = texts.get(_NAME, "").strip()
     _check_name(view, name)
     folder, text = view.studio.folder / RECIPES, forms.recipe_text(filled.recipe)
@@ -161,12 +167,14 @@ def _answer(
     texts: Mapping[str, str],
     filled: forms.Filled,
     errors: Mapping[str, str],
+    *,
+    asked: bool,
     status: int = 200,
     target: str = "",
 ) -> Response:
-    """What stands beside the form, with the mistakes for the fields; what is only missing is said at the start."""
+    """What stands beside the form, with the mistakes for the fields; what is only missing is said once asked for."""
     required = {place: sentence or view.t("train.required") for place, sentence in filled.errors.items()}
-    shown = {**(required if status != 200 else filled.errors), **errors}
+    shown = {**(required if asked else filled.errors), **errors}
     response = view.render("train_aside.html.j2", status, **_aside(view, texts, filled, shown))
     fields = {place.replace(".", "-"): sentence for place, sentence in shown.items() if place and sentence}
     # The browser puts each beside its field; a header takes ASCII, which `dumps` gives.
@@ -185,7 +193,7 @@ def _output(view: View, texts: Mapping[str, str]) -> Any:
     return view.studio.shown_folder / (texts.get(_NAME, "").strip() or "NAME")
 
 
-def _mistakes_of_start(view: View, texts: Mapping[str, str], filled: forms.Filled) -> dict[str, str]:
+def _mistakes_of_start(view: View, texts: Mapping[str, str]) -> dict[str, str]:
     name = texts.get(_NAME, "").strip()
     try:
         _check_name(view, name)

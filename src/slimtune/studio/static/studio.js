@@ -34,6 +34,12 @@ document.addEventListener("mistakes", (event) => {
   }
 });
 
+// A button says in its form what is asked for, before the form is sent.
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-asks]");
+  if (button) button.form.elements.asked.value = button.dataset.asks;
+}, { capture: true });
+
 // A link to a field opens what the field is folded into.
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[href^='#']");
