@@ -34,6 +34,7 @@ class Slimtune:
         self.work = Work(model, tokenizer, spec["prompts"], spec["answer"])
         for name, folder in spec["adapters"].items():
             self.work.engine.load_adapter(name, folder)
+        self.work.engine.start()
 
     def answers(self, names: Names) -> list[list[int]]:
         completions = self.work.engine.generate(self.work.requests(names))

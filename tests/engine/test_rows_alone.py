@@ -72,12 +72,17 @@ def asked(name: str | None, prompt: tuple[int, ...], **options: Any) -> Request:
     return Request(prompt, SamplingParams(**{"max_tokens": TOKENS, "temperature": 0, **options}), name)
 
 
+@pytest.mark.parametrize("is_started", [True, False])
 @pytest.mark.parametrize("specimen", SPECIMENS.values(), ids=lambda specimen: specimen.name)
-def test_each_answer_is_its_adapters_alone(specimen: Specimen) -> None:
+def test_each_answer_is_its_adapters_alone(specimen: Specimen, is_started: bool) -> None:
     model, names = with_all_methods(specimen)
     cases = [(name, prompts()[index % len(prompts())]) for index, name in enumerate([None, *names, None])]
     engine = Engine(model, word_tokenizer(), slots=5, context=48, prefill_chunk=8)
+    if is_started:
+        # With the weights in another order, as in a server.
+        engine.start()
     completions = engine.generate([asked(name, prompt) for name, prompt in cases])
+    engine.stop()
     answers = [completion.tokens for completion in completions]
     alone = [greedy_alone(model, *case, answer) for case, answer in zip(cases, answers, strict=True)]
     wrong = {case[0]: (a, b) for case, a, b in zip(cases, answers, alone, strict=True) if a != b}

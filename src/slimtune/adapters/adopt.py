@@ -279,6 +279,12 @@ def adopt(module: nn.Module, adapter_state: AdapterState, mixin: type[Adopted] =
     return module
 
 
+def reclass(module: Any, module_type: type[nn.Module]) -> None:
+    """Make the module one of another type, in place, under what it may be adopted by."""
+    mixin = getattr(type(module), "adopted_by", None)
+    module.__class__ = module_type if mixin is None else adopted_class(module_type, mixin)
+
+
 def adopt_head(model: Any, adapter_state: AdapterState) -> None:
     """Adopt the model's output layer, whose logits may stay uncomputed."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -83,7 +83,7 @@ class Base(ABC):
 
     def floating(self, module: nn.Module, name: str) -> Tensor | None:
         """A parameter of the module in floating point, laid out as a dense module stores it."""
-        return module._parameters[name]
+        return getattr(module, name)
 
     def dense(self, module: nn.Module) -> Dense:
         """All parameters of the module by name, the weight as (out, in, ...)."""

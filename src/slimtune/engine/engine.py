@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from slimtune.adapters.model import add_drafted, draft_for_inference
 from slimtune.core.config import PeftConfig
 from slimtune.engine.adapters import ServedAdapter, detach_served, served
 from slimtune.engine.answer import Answer, OnEvents, completion
-from slimtune.engine.model import attention_by_name, causal_model_slots, stop_tokens
+from slimtune.engine.model import attention_by_name, causal_model_slots, stop_tokens, weights_reordered
 from slimtune.engine.request import Completion, EngineStats, Handle, LoadedAdapter, Request, TokenEvent
 from slimtune.engine.sampling import Sampler
 from slimtune.engine.scheduler import Scheduler
@@ -34,6 +34,9 @@ from slimtune.errors import (
 )
 from slimtune.ops.worker_threads import release_worker_threads
 from slimtune.storage.peft_format import adapter_folder, read_adapter
+
+_WORTH_REORDERING = 128
+"""From so many steps on, weights are reordered for them and brought back afterwards."""
 
 
 class Engine:
@@ -88,6 +91,8 @@ class Engine:
         self._changes = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        # What `start` changed about the model, to be undone by `stop`.
+        self._started = ExitStack()
 
     # -- Starting and stopping.
 
@@ -96,6 +101,8 @@ class Engine:
         if self._thread is not None:
             raise ConfigError("the engine runs already; call stop() before start()")
         self._stopping = False
+        with self._turn, self._changes:
+            self._started.enter_context(weights_reordered(self.model))
         # The caller, who has loaded the model, hands its products over to the loop.
         release_worker_threads()
         self._thread = threading.Thread(target=self._loop, name="slimtune-engine", daemon=True)
@@ -120,6 +127,8 @@ class Engine:
         if thread.is_alive():
             self._cancel_all()
             thread.join()
+        with self._turn, self._changes:
+            self._started.close()
 
     def _cancel_all(self) -> None:
         with self._wakes:
@@ -151,9 +160,11 @@ class Engine:
                     self._scheduler.fail(answer, f"the engine failed: {first_line(error)}")
 
     @contextmanager
-    def _driving(self) -> Iterator[None]:
-        """While this thread runs the steps, and the model's layers read from the slots."""
-        with self._turn, attention_by_name(self.model, ATTENTION):
+    def _driving(self, requests: Sequence[Request] = ()) -> Iterator[None]:
+        """While this thread runs the steps, of these requests alone, and the model's layers read from the slots."""
+        steps = sum(request.sampling.max_tokens for request in requests) // self.slots
+        weights = weights_reordered(self.model) if steps >= _WORTH_REORDERING else nullcontext()
+        with self._turn, attention_by_name(self.model, ATTENTION), weights:
             # Until now the model was its owner's, who may have trained an adapter.
             self._scheduler.product.forget()
             yield
@@ -245,7 +256,7 @@ class Engine:
         try:
             for index, request in enumerate(requests):
                 handles.append(self.submit(request, lambda new, index=index: receive(index, new)))
-            with nullcontext() if is_served else self._driving():
+            with nullcontext() if is_served else self._driving(requests):
                 for count in range(len(requests)):
                     # Served, another thread steps and this one sleeps; else it steps by itself whenever no answer is
                     # done.

@@ -175,7 +175,7 @@ class Remembered:
         if not sources or is_traced() or any(source.is_inference() for source in sources):
             return compute()
         # The version counts writes in place; the storage tells of `t.data = other`, which leaves the version as it was.
-        state = setting, [(t._version, t.untyped_storage()._cdata, t.device, t.dtype) for t in sources]
+        state = setting, [(t._version, _storage(t), t.device, t.dtype) for t in sources]
         is_same = state == self._state and all(kept() is t for kept, t in zip(self._sources, sources, strict=True))
         if self._value is None or not is_same:
             # Weakly: a weight that is taken out of the model must not live on here.
@@ -186,6 +186,11 @@ class Remembered:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a module starts with nothing: what was remembered is about the tensors of the other one.
         return Remembered, ()
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """What tells a tensor's memory from any other; None of one in a layout that nobody can write to."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
 
 
 def _weight_at(site: Site) -> Tensor:
