@@ -9,18 +9,18 @@ bases in few bits need nothing of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.adapters.rows import RowAdapters, check_rows
 from slimtune.core.delta import RowParts
 from slimtune.core.frozen import Frozen, deltas_of
+from slimtune.ops.reordered_linear import add_linear, held, linear, written_out
 
 MOST_WORK = {2: 65_536, 4: 16_384}
 """Rows times ranks up to which one product for all adapters costs less than one for each on its own rows, by the bytes
@@ -65,7 +65,7 @@ class Factors:
     """The pairs of several adapters behind each other: f(h A^T + bias) B.
 
     Attributes:
-        a, b: (R, in) and (R, out).
+        a, b: (R, in) and (out, R), held as their products read them quickest.
         bias: (R,), or None.
         activation: f, of a bottleneck, whose h is the layer's output; None for a low-rank pair, which reads its input.
     """
@@ -77,13 +77,17 @@ class Factors:
 
     def inner(self, h: Tensor) -> Tensor:
         """f(h A^T + bias), (tokens, R), as a new tensor."""
-        z_TR = F.linear(h, self.a, self.bias)
+        z_TR = linear(h, self.a, self.bias)
         return z_TR if self.activation is None else self.activation(z_TR)
 
-    def of(self, ranks: slice) -> Factors:
-        """Some of them, as views."""
-        bias = None if self.bias is None else self.bias[ranks]
-        return Factors(self.a[ranks], self.b[ranks], bias, self.activation)
+    def each(self, ranks: Ranks) -> Iterator[tuple[str, Factors]]:
+        """Those of each adapter, as views."""
+        a_RI, b_OR = written_out(self.a), written_out(self.b)
+        begin = 0
+        for name, rank in ranks.items():
+            own = slice(begin, begin := begin + rank)
+            bias = None if self.bias is None else self.bias[own]
+            yield name, Factors(a_RI[own], b_OR[:, own], bias, self.activation)
 
 
 @dataclass(frozen=True)
@@ -199,11 +203,11 @@ class RowProduct:
         # A new tensor, which what follows is added to in place.
         y_TO = frozen(module, x_TI)
         if joint.low_rank is not None:
-            _add(y_TO, x_TI, joint.low_rank, layout.low_rank, places.low_rank, places.groups)
+            y_TO = _added(y_TO, x_TI, joint.low_rank, layout.low_rank, places.low_rank, places.groups)
         if joint.outputs is not None:
             y_TO.mul_(joint.outputs[places.own])
         for factors, ranks, others in zip(joint.bottlenecks, layout.bottlenecks, places.bottlenecks, strict=True):
-            _add(y_TO, y_TO, factors, ranks, others, places.groups)
+            y_TO = _added(y_TO, y_TO, factors, ranks, others, places.groups)
         if joint.biases is not None:
             y_TO.add_(joint.biases[places.own])
         return y_TO.view(*x.shape[:-1], -1)
@@ -219,7 +223,7 @@ def _low_rank(parts: Mapping[str, RowParts], dtype: torch.dtype) -> tuple[Ranks,
     if not pairs:
         return {}, None
     factors = Factors(
-        _stacked((a for a, _ in pairs.values()), dtype), _stacked((b.t() for _, b in pairs.values()), dtype)
+        held(_stacked((a for a, _ in pairs.values()), dtype)), held(_stacked((b for _, b in pairs.values()), dtype, 1))
     )
     return {name: len(a) for name, (a, _) in pairs.items()}, factors
 
@@ -231,8 +235,8 @@ def _bottlenecks(parts: Mapping[str, RowParts], dtype: torch.dtype) -> list[tupl
     for activation in dict.fromkeys(each.activation for each in known.values()):
         alike = {name: each for name, each in known.items() if each.activation is activation}
         factors = Factors(
-            a=_stacked((each.down for each in alike.values()), dtype),
-            b=_stacked((each.up.t() for each in alike.values()), dtype),
+            a=held(_stacked((each.down for each in alike.values()), dtype)),
+            b=held(_stacked((each.up for each in alike.values()), dtype, 1)),
             bias=_stacked((each.down_bias for each in alike.values()), dtype),
             activation=activation,
         )
@@ -240,8 +244,8 @@ def _bottlenecks(parts: Mapping[str, RowParts], dtype: torch.dtype) -> list[tupl
     return done
 
 
-def _stacked(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([each.to(dtype) for each in tensors])
+def _stacked(tensors: Iterable[Tensor], dtype: torch.dtype, dim: int = 0) -> Tensor:
+    return torch.cat([each.to(dtype) for each in tensors], dim)
 
 
 def _places(layout: Layout, rows: RowAdapters, x: Tensor) -> RowPlaces:
@@ -261,20 +265,16 @@ def _places(layout: Layout, rows: RowAdapters, x: Tensor) -> RowPlaces:
     return RowPlaces(index_T, others(layout.low_rank), tuple(map(others, layout.bottlenecks)), groups)
 
 
-def _add(
+def _added(
     y_TO: Tensor, h: Tensor, factors: Factors, ranks: Ranks, others: Tensor | None, groups: Mapping[str, Tensor]
-) -> None:
-    """Add to each row of y, in place, what its own adapter's pair gives of the same row of h."""
+) -> Tensor:
+    """Each row of y, which may be written over, with what its own adapter's pair gives of the same row of h."""
     if others is not None:
         # Written over and not multiplied by zero: what one adapter makes infinite must not reach other rows.
-        y_TO.add_(factors.inner(h).masked_fill_(others, 0.0) @ factors.b)
-        return
-    begin = 0
-    for name, rank in ranks.items():
-        end = begin + rank
+        return add_linear(y_TO, factors.inner(h).masked_fill_(others, 0.0), factors.b)
+    for name, own in factors.each(ranks):
         if name in groups:
             # The joint product costs the sum of ranks for each row; here each adapter meets its own rows alone.
-            own = factors.of(slice(begin, end))
-            change = own.inner(h[groups[name]]) @ own.b
+            change = linear(own.inner(h[groups[name]]), own.b)
             y_TO.index_add_(0, groups[name], change.to(y_TO.dtype))
-        begin = end
+    return y_TO
