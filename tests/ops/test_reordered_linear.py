@@ -11,8 +11,8 @@ from torch import nn
 import slimtune
 from slimtune.adapters.adopt import reclass
 from slimtune.bases import base_of
-from slimtune.engine.model import weights_reordered
-from slimtune.ops.reordered_linear import LinearReordered, can_reorder, reordered_linear
+from slimtune.engine.weights import reordered_weights
+from slimtune.ops.reordered_linear import LinearReordered, can_reorder, reordered
 from tensors import assert_near, randomize
 from zoo import LLAMA, TIED_LLAMA, token_ids
 
@@ -40,7 +40,7 @@ def test_the_product_and_the_weight_are_as_before(inputs: int, outputs: int, bia
     own, numbers = layer.weight, layer.weight.detach().clone()
     xs = [torch.randn(*shape, inputs) for shape in ((1,), (16,), (2, 3), (1, 300))]
     before = [layer(x) for x in xs]
-    with reordered_linear(layer, reclass):
+    with reordered([layer], reclass):
         assert type(layer) is LinearReordered
         assert own.numel() == 0, "the weight is there twice"
         assert base_of(layer).spec(layer) == (numbers.shape, numbers.dtype, numbers.device)
@@ -83,7 +83,7 @@ def test_a_model_computes_the_same_and_is_the_same_afterwards(specimen: Any, is_
     parameters, state = dict(model.named_parameters()), {k: v.clone() for k, v in model.state_dict().items()}
     classes = {name: type(module) for name, module in model.named_modules()}
     expected = logits()
-    with torch.inference_mode(), weights_reordered(model):
+    with torch.inference_mode(), reordered_weights(model):
         assert sum(isinstance(module, LinearReordered) for module in model.modules()) >= 14
         assert model.get_input_embeddings().weight.numel(), "the embedding reads its own rows"
         assert model.state_dict().keys() == state.keys()
@@ -118,8 +118,8 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
             raise RuntimeError("out of memory")
         reclass(module, module_type)
 
-    monkeypatch.setattr("slimtune.engine.model.reclass", fails_at_the_fifth)
-    with pytest.raises(RuntimeError, match="out of memory"), weights_reordered(model):
+    monkeypatch.setattr("slimtune.engine.weights.reclass", fails_at_the_fifth)
+    with pytest.raises(RuntimeError, match="out of memory"), reordered_weights(model):
         pass
     assert not any(isinstance(module, LinearReordered) for module in model.modules())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

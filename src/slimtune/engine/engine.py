@@ -17,12 +17,13 @@ from slimtune.adapters.model import add_drafted, draft_for_inference
 from slimtune.core.config import PeftConfig
 from slimtune.engine.adapters import ServedAdapter, detach_served, served
 from slimtune.engine.answer import Answer, OnEvents, completion
-from slimtune.engine.model import attention_by_name, causal_model_slots, stop_tokens, weights_reordered
+from slimtune.engine.model import attention_by_name, causal_model_slots, stop_tokens
 from slimtune.engine.request import Completion, EngineStats, Handle, LoadedAdapter, Request, TokenEvent
 from slimtune.engine.sampling import Sampler
 from slimtune.engine.scheduler import Scheduler
 from slimtune.engine.slots import ATTENTION
 from slimtune.engine.text import TextStream, check_tokenizer
+from slimtune.engine.weights import reordered_weights
 from slimtune.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
@@ -102,7 +103,7 @@ class Engine:
             raise ConfigError("the engine runs already; call stop() before start()")
         self._stopping = False
         with self._turn, self._changes:
-            self._started.enter_context(weights_reordered(self.model))
+            self._started.enter_context(reordered_weights(self.model))
         # The caller, who has loaded the model, hands its products over to the loop.
         release_worker_threads()
         self._thread = threading.Thread(target=self._loop, name="slimtune-engine", daemon=True)
@@ -163,8 +164,8 @@ class Engine:
     def _driving(self, requests: Sequence[Request] = ()) -> Iterator[None]:
         """While this thread runs the steps, of these requests alone, and the model's layers read from the slots."""
         steps = sum(request.sampling.max_tokens for request in requests) // self.slots
-        weights = weights_reordered(self.model) if steps >= _WORTH_REORDERING else nullcontext()
-        with self._turn, attention_by_name(self.model, ATTENTION), weights:
+        weights = reordered_weights(self.model) if steps >= _WORTH_REORDERING else nullcontext()
+        with self._turn, weights, attention_by_name(self.model, ATTENTION):
             # Until now the model was its owner's, who may have trained an adapter.
             self._scheduler.product.forget()
             yield

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimtune.adapters.adopt import reclass
-from slimtune.core.frozen import walk
 from slimtune.engine.slots import ATTENTION, KeyValueSlots, Piece, Step
 from slimtune.errors import ConfigError, DoesNotFitError, check_whole, first_line
 from slimtune.models.device import ram
-from slimtune.ops.reordered_linear import can_reorder, reordered_linear
 
 LONGEST = 2048
 """The context where none is asked for, unless the model's own is shorter: memory for it is taken at the start."""
 
 SLOTS = 16
 """Answers written at once where nothing else is asked for; fewer where the memory is short of them."""
-
-_SPARE = 10
-"""How many times a second copy of a weight must fit into the free memory before one is made."""
 
 _PROBE = 7
 """Tokens by which a model is tried."""
@@ -101,19 +94,19 @@ def _tried(model: Any) -> list[tuple[int, int, int]]:
             shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in layers]
             expected_V = by_itself.logits[0, -1].float()
             in_slots_V = _in_slots(model, ids, KeyValueSlots(shapes, 2, _PROBE, layers[0][0])).float()
-        spread = float(expected_V.std())
-        # 16 bits differ by the order of sums; another attention would differ by much more.
-        most = max(1e-5, spread * (0.02 if _is_wide(model) else 0.3))
-        is_alike = float((in_slots_V - expected_V).abs().max()) <= most
+        answers = is_alike(model, in_slots_V, expected_V)
     except Exception as error:
-        is_alike, reason = False, first_line(error)
-    if not is_alike:
+        answers, reason = False, first_line(error)
+    if not answers:
         raise ConfigError(f"a {type(model).__name__} can't be run in slots: {reason}; use model.generate()")
     return shapes
 
 
-def _is_wide(model: Any) -> bool:
-    return model.dtype.itemsize >= 4
+def is_alike(model: Any, logits: Tensor, expected: Tensor) -> bool:
+    """Whether a model that is run in another way gives the logits that it should, both in float32."""
+    # 16 bits differ by the order of sums; another attention would differ by much more.
+    most = max(1e-5, float(expected.std()) * (0.02 if model.dtype.itemsize >= 4 else 0.3))
+    return float((logits - expected).abs().max()) <= most
 
 
 def _in_slots(model: Any, ids: list[int], memory: KeyValueSlots) -> Tensor:
@@ -141,25 +134,6 @@ def attention_by_name(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-@contextmanager
-def weights_reordered(model: Any) -> Iterator[None]:
-    """The linear layers with their weights in the order in which a processor multiplies by them, where it has one.
-
-    It takes as long as some ten steps, there and back. An output layer that shares its weight with the embedding gets
-    a second one, where the memory is ample.
-    """
-    modules = {module: None for _, module in walk(model)}
-    uses = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
-    machine = ram()
-    with ExitStack() as restored:
-        for module in filter(can_reorder, modules):
-            weight: Any = module._parameters["weight"]
-            is_shared = uses[id(weight)] > 1
-            if not is_shared or (machine is not None and machine.available > _SPARE * weight.nbytes):
-                restored.enter_context(reordered_linear(module, reclass, is_shared))
-        yield
 
 
 def frozen_alone(model: Any) -> Any:

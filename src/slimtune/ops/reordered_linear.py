@@ -8,7 +8,7 @@ order. Which blocks they are belongs to the machine and to the version of oneDNN
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,10 +25,62 @@ _MOST_SPREAD = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 class Blocks(NamedTuple):
-    """A weight in blocks, and the parameter that it belongs to: under another one they don't count."""
+    """What a layer multiplies by.
 
-    parameter: nn.Parameter
-    weight: Tensor
+    Attributes:
+        weight, bias: the parameters that it is in place of: under others of an adapter's it doesn't count.
+        held: the weight in blocks, of all layers that share the input.
+        shared: these layers, where there are others.
+        place: of this layer among them.
+    """
+
+    weight: nn.Parameter
+    bias: Tensor | None
+    held: Tensor
+    shared: SharedInput | None = None
+    place: int = 0
+
+
+class SharedInput:
+    """Layers that read one tensor, as queries, keys and values do, in one product.
+
+    The layer that is called first computes for all. The others find theirs when they are called with the very same
+    tensor, and the last one lets it go.
+
+    Attributes:
+        modules: in the order in which they are called.
+        widths: their outputs.
+    """
+
+    def __init__(self, modules: Sequence[Any], held: Tensor) -> None:
+        self.modules, self.held = tuple(modules), held
+        self.widths = [module.out_features for module in modules]
+        biases = [module.bias for module in modules]
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            filled = [
+                torch.zeros(width, dtype=held.dtype) if bias is None else bias.detach()
+                for bias, width in zip(biases, self.widths, strict=True)
+            ]
+            self.bias = torch.cat(filled)
+        self._known: tuple[Tensor, object, Sequence[Tensor]] | None = None
+
+    def product(self, x: Tensor) -> Tensor:
+        """The outputs of all, side by side."""
+        return product(x, self.held, self.bias)
+
+    def part(self, place: int, x: Tensor, key: object, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output of one layer, a slice of what `compute` gives for all.
+
+        Args:
+            key: what else the outputs depend on; others of another key are computed anew.
+        """
+        known = self._known
+        if known is None or known[0] is not x or known[1] is not key:
+            known = self._known = x, key, compute(x).split(self.widths, -1)
+        if place == len(self.modules) - 1:
+            self._known = None
+        return known[2][place]
 
 
 class LinearReordered(nn.Linear):
@@ -40,17 +92,30 @@ class LinearReordered(nn.Linear):
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The weight (out, in), written out where it is in blocks alone."""
         own: Any = self._parameters["weight"]
-        return own if own.layout == torch.strided else own.detach().to_dense()
+        return own if own.device.type == "cpu" and own.layout == torch.strided else self._written_out()
+
+    def _written_out(self) -> Tensor:
+        blocks = self.blocks
+        dense = blocks.held.to_dense()
+        return dense if blocks.shared is None else dense.split(blocks.shared.widths)[blocks.place].clone()
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (..., in) to (..., out)."""
-        return product(x, self.blocks.weight, self.bias) if self._takes(x) else F.linear(x, self.weight, self.bias)
+        if not self.takes(x):
+            return F.linear(x, self.weight, self.bias)
+        blocks = self.blocks
+        if blocks.shared is None:
+            return product(x, blocks.held, self.bias)
+        if self.bias is blocks.bias:
+            return blocks.shared.part(blocks.place, x, None, blocks.shared.product)
+        y = product(x, blocks.held).split(blocks.shared.widths, -1)[blocks.place]
+        return y if self.bias is None else y + self.bias
 
-    def _takes(self, x: Tensor) -> bool:
-        # Nothing is learned, cast, traced or only planned, and no adapter has its own weight here.
+    def takes(self, x: Tensor) -> bool:
+        """Whether x is multiplied in blocks: nothing is learned, cast, traced or planned, the weight is the layer's."""
         return (
-            self._parameters["weight"] is self.blocks.parameter
-            and x.dtype == self.blocks.weight.dtype
+            self._parameters["weight"] is self.blocks.weight
+            and x.dtype == self.blocks.held.dtype
             and type(x) is Tensor
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
@@ -60,6 +125,12 @@ class LinearReordered(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight.detach()
+
+
+def shared_input(module: Any, x: Tensor) -> SharedInput | None:
+    """The layers that multiply x at once with this one, where there are others."""
+    blocks: Blocks | None = vars(module).get("blocks")
+    return blocks.shared if blocks is not None and module.takes(x) else None
 
 
 def can_reorder(module: nn.Module) -> bool:
@@ -78,34 +149,44 @@ def can_reorder(module: nn.Module) -> bool:
 
 
 @contextmanager
-def reordered_linear(
-    module: Any, reclass: Callable[[Any, type[nn.Module]], None], is_shared: bool = False
+def reordered(
+    modules: Sequence[Any], reclass: Callable[[Any, type[nn.Module]], None], is_kept: bool = False
 ) -> Iterator[None]:
-    """The module with its weight in blocks; afterwards its own parameter is there again, with the same numbers.
+    """The modules with their weights in blocks; afterwards their own parameters are there again, the same numbers.
 
     Args:
-        reclass: gives the module another class, under whatever is mixed in front of it.
-        is_shared: another module has the parameter too, so that it stays as it is beside the blocks.
+        modules: one, or several that read the same tensor, in the order in which they are called.
+        reclass: gives a module another class, under whatever is mixed in front of it.
+        is_kept: the weight stays beside the blocks, as another module has it too; of one module alone.
     """
-    own: nn.Parameter = module._parameters["weight"]
+    own: list[nn.Parameter] = [module._parameters["weight"] for module in modules]
     # Not as tensors of inference, wherever the caller is: it may train the model afterwards.
-    with torch.inference_mode(False):
-        blocks = in_blocks(own.detach())
-        held = own if is_shared else nn.Parameter(blocks, requires_grad=False)
-    module.__dict__["blocks"] = Blocks(held, blocks)
+    with torch.inference_mode(False), torch.no_grad():
+        held = in_blocks(torch.cat([*own]) if len(own) > 1 else own[0].detach())
+        shared = SharedInput(modules, held) if len(own) > 1 else None
+        stand_ins = own if is_kept else [_stand_in(weight, held, shared) for weight in own]
     try:
-        reclass(module, LinearReordered)
-        module._parameters["weight"] = held
-        if not is_shared:
-            own.data = own.data.new_empty(0)
+        for place, (module, stand_in) in enumerate(zip(modules, stand_ins, strict=True)):
+            module.__dict__["blocks"] = Blocks(stand_in, module.bias, held, shared, place)
+            reclass(module, LinearReordered)
+            module._parameters["weight"] = stand_in
+        for weight in () if is_kept else own:
+            weight.data = weight.data.new_empty(0)
         yield
     finally:
-        if not own.numel():
-            with torch.inference_mode(False):
-                own.data = blocks.to_dense()
-        module._parameters["weight"] = own
-        reclass(module, nn.Linear)
-        del module.__dict__["blocks"]
+        for module, weight in zip(modules, own, strict=True):
+            if not weight.numel():
+                with torch.inference_mode(False):
+                    weight.data = module._written_out()
+        for module, weight in zip(modules, own, strict=True):
+            module._parameters["weight"] = weight
+            reclass(module, nn.Linear)
+            module.__dict__.pop("blocks", None)
+
+
+def _stand_in(weight: Tensor, held: Tensor, shared: SharedInput | None) -> nn.Parameter:
+    """What a module has in the place of its weight: alike, and without numbers to be read by mistake."""
+    return nn.Parameter(held if shared is None else torch.empty_like(weight, device="meta"), requires_grad=False)
 
 
 def in_blocks(weight_OI: Tensor) -> Tensor:
