@@ -85,7 +85,7 @@ class Step:
     decoding: Sequence[Piece]
     prompts: Sequence[Piece]
     layers: int = 0
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         device = self.memory.keys[0].device
@@ -128,7 +128,8 @@ class Step:
             # (1, G, end, D), a view: prompts are attended to one by one, for their lengths differ.
             k, v = keys[piece.slot, None, :, :end], values[piece.slot, None, :, :end]
             q = query_HTD[None, :, count : count + piece.length]
-            y_HTD = _attention(q, k, v, self._prompt_mask(index, piece, window), scale)[0]
+            shared = query_HTD.shape[0] // keys.shape[1]
+            y_HTD = _attention(q, k, v, self._prompt_mask(index, piece, window, shared), scale)[0]
             outputs.append(y_HTD.transpose(0, 1))
             count += piece.length
         return torch.cat(outputs)
@@ -136,20 +137,26 @@ class Step:
     def _decoding_mask(self, window: int | None) -> Tensor:
         """(slots of the span, 1, 1, longest): what each slot's one token sees."""
         # The mask is the same in all layers with one window; -1 stands for the decoding rows, 0 and up for pieces.
-        if (-1, window) not in self._masks:
+        if (-1, window, 1) not in self._masks:
             device = self.position_T.device
             # A slot that doesn't decode sees its first key: the mean over no keys at all is NaN.
             last_B = torch.zeros(self.span, dtype=torch.long, device=device)
             last_B[self.decoding_B] = self.position_T[: len(self.decoding)]
-            self._masks[-1, window] = _sees(last_B[:, None], self.longest, window)[:, None]
-        return self._masks[-1, window]
+            self._masks[-1, window, 1] = self._summand(_sees(last_B[:, None], self.longest, window)[:, None])
+        return self._masks[-1, window, 1]
 
-    def _prompt_mask(self, index: int, piece: Piece, window: int | None) -> Tensor:
-        """(1, 1, length, end): each token sees those before it and itself."""
-        if (index, window) not in self._masks:
+    def _prompt_mask(self, index: int, piece: Piece, window: int | None, shared: int) -> Tensor:
+        """(1, 1, shared * length, end): each token sees those before it and itself, in each head of a key head."""
+        if (index, window, shared) not in self._masks:
             position_T = torch.arange(piece.start, piece.start + piece.length, device=self.position_T.device)
-            self._masks[index, window] = _sees(position_T, piece.start + piece.length, window)[None, None]
-        return self._masks[index, window]
+            sees_TS = _sees(position_T, piece.start + piece.length, window)
+            # Row h * T + t of the joined heads is head h's token t, and sees what token t sees.
+            self._masks[index, window, shared] = self._summand(sees_TS.repeat(shared, 1)[None, None])
+        return self._masks[index, window, shared]
+
+    def _summand(self, sees: Tensor) -> Tensor:
+        """Zero where a key is seen, and minus infinity elsewhere: of booleans each layer would make these anew."""
+        return torch.zeros_like(sees, dtype=self.memory.keys[0].dtype).masked_fill_(~sees, -torch.inf)
 
 
 _step: ContextVar[Step] = ContextVar("step")
@@ -167,8 +174,6 @@ def _attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor, sca
     groups = k_BGSD.shape[1]
     # (rows, G, H / G * T, D): without a copy of the keys for each head, which would be most of the work in decoding.
     q = q_BHTD.reshape(rows, groups, heads // groups * length, -1)
-    # Row h * T + t of the joined heads is head h's token t, and sees what token t sees.
-    mask = mask.expand(-1, -1, length, -1).repeat(1, 1, heads // groups, 1) if length > 1 else mask
     y = F.scaled_dot_product_attention(q, k_BGSD, v_BGSD, attn_mask=mask, scale=scale)
     return y.reshape(rows, heads, length, -1)
 
