@@ -30,17 +30,17 @@ def reordered_weights(model: Any) -> Iterator[None]:
     layer's output than its numbers has each layer by itself. There and back it takes as long as some ten steps. An
     output layer that shares its weight with the embedding gets a second one, where the memory is ample.
     """
-    modules = dict.fromkeys(module for _, module in walk(model))
-    uses = Counter(id(weight) for module in modules for weight in module._parameters.values())
-    own = [module for module in modules if can_reorder(module) and uses[id(module._parameters["weight"])] == 1]
-    tied = [module for module in modules if can_reorder(module) and module not in own and _is_small(module)]
+    modules = [module for module in dict.fromkeys(module for _, module in walk(model)) if can_reorder(module)]
+    uses = Counter(_memory(tensor) for module in model.modules() for tensor in _tensors_of(module))
+    own = [module for module in modules if uses[_memory(module._parameters["weight"])] == 1]
     with ExitStack() as restored:
-        for module in tied:
-            restored.enter_context(reordered([module], reclass, is_kept=True))
+        for module in modules:
+            if module not in own and _has_room(module):
+                restored.enter_context(reordered([module], reclass, is_kept=True))
         together = restored.enter_context(ExitStack())
-        groups, expected_TV = _reading_the_same(model, own)
+        groups, expected_TV = _reading_the_same(model, own) if own else ([], None)
         _reorder(groups, together)
-        if any(len(group) > 1 for group in groups) and not _answers_so(model, expected_TV):
+        if expected_TV is not None and not _answers_so(model, expected_TV):
             together.close()
             _reorder([[module] for module in own], together)
         yield
@@ -51,7 +51,17 @@ def _reorder(groups: Sequence[Sequence[nn.Module]], restored: ExitStack) -> None
         restored.enter_context(reordered(group, reclass))
 
 
-def _is_small(module: nn.Module) -> bool:
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    own = (*module._parameters.values(), *module._buffers.values())
+    return (tensor for tensor in own if tensor is not None and tensor.layout == torch.strided)
+
+
+def _memory(tensor: Any) -> int:
+    """What tells a tensor's memory from any other: two parameters may be views of one."""
+    return tensor.untyped_storage()._cdata
+
+
+def _has_room(module: nn.Module) -> bool:
     machine, weight = ram(), module._parameters["weight"]
     return machine is not None and weight is not None and machine.available > _SPARE * weight.nbytes
 
