@@ -15,6 +15,7 @@ from slimtune.adapters.rows import BASE, RowAdapters
 from slimtune.engine.product import RowProduct
 from slimtune.engine.weights import reordered_weights
 from slimtune.ops.reordered_linear import LinearReordered, can_reorder
+from small_seq2seq import t5
 from tensors import assert_near, randomize
 from zoo import GPT_NEOX, LLAMA, QWEN2, TIED_LLAMA, token_ids
 
@@ -137,3 +138,34 @@ def test_memory_that_something_else_reads_too_stays() -> None:
         assert layer.gate_proj.weight.untyped_storage()._cdata == both.untyped_storage()._cdata
     both.zero_()
     assert not layer.up_proj.weight.any(), "they are the same memory still"
+
+
+def test_a_weight_that_the_models_own_code_reads_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reading(self: Any, x: Tensor) -> Tensor:
+        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(hidden.to(self.down_proj.weight.dtype))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", reading)
+    model, ids = LLAMA.model().eval(), token_ids(2, 7)
+    before = logits_of(model, ids)
+    with reordered_weights(model):
+        assert all(type(layer.mlp.down_proj) is nn.Linear for layer in model.model.layers)
+        assert ("gate_proj", "up_proj") in shared_by(model)
+        assert_near(logits_of(model, ids), before, 1e-4)
+
+
+def test_few_steps_and_encoder_decoders_are_left_alone() -> None:
+    model, seq2seq = LLAMA.model(), t5()
+    for each, steps in ((model, 3), (seq2seq, None)):
+        with reordered_weights(each, steps):
+            assert not any(isinstance(module, LinearReordered) for module in each.modules())
+
+
+def test_looking_draws_nothing() -> None:
+    """A model in training, whose next dropout must be the one that it would have been."""
+    model = LLAMA.model().train()
+    state = torch.get_rng_state()
+    with reordered_weights(model):
+        pass
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training

@@ -9,6 +9,7 @@ import torch
 
 from slimtune.adapters.merge import compare_outputs
 from slimtune.data.chat_template import render
+from slimtune.engine import weights
 from slimtune.errors import ConfigError
 from slimtune.evaluate.generation import generate_batch, generate_replies
 from small_text_model import orders, tiny_model, tiny_tokenizer
@@ -23,8 +24,11 @@ def one_by_one(model: Any, prompt: str) -> str:
     return TOKENIZER.decode(produced[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("is_worth_it", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_as_one_by_one(batch_size: int) -> None:
+def test_as_one_by_one(batch_size: int, is_worth_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights in another order while the answers are written, as for many of them, and without."""
+    monkeypatch.setattr(weights, "_WORTH_IT", 0 if is_worth_it else 10**9)
     model = tiny_model()
     assert generate_batch(model, TOKENIZER, PROMPTS, 10, batch_size=batch_size) == [
         one_by_one(model, prompt) for prompt in PROMPTS

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 import slimtune
+from slimtune.engine import weights
 from slimtune.errors import ConfigError, TrainingError
 from slimtune.recipe.preference import LOSSES, PreferenceSettings
 from slimtune.recipe.training import TrainSettings
@@ -132,11 +133,17 @@ def vowels(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{path}:vowels"
 
 
-def test_grpo_raises_the_reward(vowels: str, tmp_path: Path) -> None:
+def test_grpo_raises_the_reward(vowels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers drawn with the weights in another order, as long ones are."""
+    monkeypatch.setattr(weights, "_WORTH_IT", 0)
     chosen = PreferenceSettings(reward=vowels, generations=8, max_new_tokens=8)
+    model = adopted()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
     outcome, lines = train(
-        "grpo", adopted(), questions(), tmp_path, chosen, batch_size=16, max_steps=25, learning_rate=0.02
+        "grpo", model, questions(), tmp_path, chosen, batch_size=16, max_steps=25, learning_rate=0.02
     )
+    frozen = dict(model.named_parameters())
+    assert all(torch.equal(frozen[name], parameter) for name, parameter in before.items())
     rewards = [line["reward"] for line in lines if "reward" in line]
     assert len(rewards) == 25
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 1

@@ -47,6 +47,7 @@ def chat(
 
     Example: slimtune chat smollm2-135m-instruct --adapter orders=tuned --adapter other=elsewhere
     """
+    from slimtune.engine.weights import reordered_weights
     from slimtune.models.load import LoadOptions
 
     options = LoadOptions(dtype, device, trust_remote_code, quantize, computes="tokens")
@@ -54,12 +55,13 @@ def chat(
     opening = [{"role": "system", "content": system}] if system else []
     session = ChatSession(loaded, tokenizer, max_new_tokens, temperature, opening)
     say("/help lists what can be done besides talking.", to_errors=True)
-    for line in _lines():
-        if line.startswith("/"):
-            if not _command(session, line):
-                return
-        elif line:
-            _answer(session, line)
+    with reordered_weights(loaded):
+        for line in _lines():
+            if line.startswith("/"):
+                if not _command(session, line):
+                    return
+            elif line:
+                _answer(session, line)
 
 
 @dataclass

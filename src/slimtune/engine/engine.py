@@ -36,9 +36,6 @@ from slimtune.errors import (
 from slimtune.ops.worker_threads import release_worker_threads
 from slimtune.storage.peft_format import adapter_folder, read_adapter
 
-_WORTH_REORDERING = 128
-"""From so many steps on, weights are reordered for them and brought back afterwards."""
-
 
 class Engine:
     """Answers many requests at once with one causal language model, each under its own adapter.
@@ -164,8 +161,7 @@ class Engine:
     def _driving(self, requests: Sequence[Request] = ()) -> Iterator[None]:
         """While this thread runs the steps, of these requests alone, and the model's layers read from the slots."""
         steps = sum(request.sampling.max_tokens for request in requests) // self.slots
-        weights = reordered_weights(self.model) if steps >= _WORTH_REORDERING else nullcontext()
-        with self._turn, weights, attention_by_name(self.model, ATTENTION):
+        with self._turn, reordered_weights(self.model, steps), attention_by_name(self.model, ATTENTION):
             # Until now the model was its owner's, who may have trained an adapter.
             self._scheduler.product.forget()
             yield

@@ -16,6 +16,8 @@ from slimtune.engine.model import frozen_alone, is_alike
 from slimtune.models.device import ram
 from slimtune.ops.reordered_linear import can_reorder, reordered
 
+_WORTH_IT = 64
+"""From so many steps on weights are reordered for them and brought back, which takes as long as some twenty steps."""
 _SPARE = 10
 """How many times a second copy of a weight must fit into the free memory before one is made."""
 _PROBE = 3
@@ -23,31 +25,43 @@ _PROBE = 3
 
 
 @contextmanager
-def reordered_weights(model: Any) -> Iterator[None]:
+def reordered_weights(model: Any, steps: int | None = None) -> Iterator[None]:
     """The linear layers with their weights in oneDNN's blocks; those that read the same tensor multiply it at once.
 
     Which layers do is found by trial, and so is whether the model still answers as before: one that looks at more of a
-    layer's output than its numbers has each layer by itself. There and back it takes as long as some ten steps. An
-    output layer that shares its weight with the embedding gets a second one, where the memory is ample.
+    layer's output than its numbers has each layer by itself, and a layer whose weight the model's own code reads stays
+    as it is. An output layer that shares its weight with the embedding gets a second one, where the memory is ample.
+
+    Args:
+        steps: how many follow; few aren't worth the way there and back. None for a model that is kept so.
     """
-    modules = [module for module in dict.fromkeys(module for _, module in walk(model)) if can_reorder(module)]
+    modules: list[Any] = []
+    # An encoder beside the decoder reads other tensors, of which a trial would have to know.
+    if (steps is None or steps >= _WORTH_IT) and not model.config.is_encoder_decoder:
+        modules = [module for module in dict.fromkeys(module for _, module in walk(model)) if can_reorder(module)]
+    if not modules:
+        yield
+        return
     uses = Counter(_memory(tensor) for module in model.modules() for tensor in _tensors_of(module))
     own = [module for module in modules if uses[_memory(module._parameters["weight"])] == 1]
     with ExitStack() as restored:
         for module in modules:
-            if module not in own and _has_room(module):
+            if uses[_memory(module._parameters["weight"])] > 1 and _has_room(module):
                 restored.enter_context(reordered([module], reclass, is_kept=True))
         together = restored.enter_context(ExitStack())
-        groups, expected_TV = _reading_the_same(model, own) if own else ([], None)
+        groups, expected_TV = _reading_the_same(model, own)
         _reorder(groups, together)
-        if expected_TV is not None and not _answers_so(model, expected_TV):
+        answers_so = _answers_so(model, expected_TV)
+        read = {module for module in own if module.reads}
+        if read or not answers_so:
             together.close()
-            _reorder([[module] for module in own], together)
+            groups = groups if answers_so else [[module] for module in own]
+            _reorder([[module for module in group if module not in read] for group in groups], together)
         yield
 
 
 def _reorder(groups: Sequence[Sequence[nn.Module]], restored: ExitStack) -> None:
-    for group in groups:
+    for group in filter(None, groups):
         restored.enter_context(reordered(group, reclass))
 
 
@@ -105,5 +119,6 @@ def _logits(model: Any) -> Tensor:
     """What the model itself gives for a few tokens, (tokens, vocabulary)."""
     table = model.get_input_embeddings().weight
     ids_1T = torch.arange(_PROBE, device=table.device)[None] % table.shape[0]
-    with frozen_alone(model):
+    # A model in training may draw dropout, and what is drawn afterwards must be the same.
+    with frozen_alone(model), torch.random.fork_rng(devices=[]):
         return model(input_ids=ids_1T, use_cache=False).logits[0].float()

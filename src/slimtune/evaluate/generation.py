@@ -12,6 +12,7 @@ import torch
 
 from slimtune.data.batches import pad_id_of
 from slimtune.data.chat_template import prompt_ids
+from slimtune.engine.weights import reordered_weights
 from slimtune.errors import ConfigError
 from slimtune.storage.foreign import reading
 
@@ -75,27 +76,29 @@ def generate_replies(
     # A system prompt or a set of shots is often most of a prompt: read once, not once for each question.
     prefix, cache = read_shared_prefix(model, rows)
     replies: dict[int, Reply] = {}
+    steps = -(-len(rows) // batch_size) * max_new_tokens
     options = sampling(temperature) | ({"stop_strings": stop, "tokenizer": tokenizer} if stop else {})
-    for start in range(0, len(rows), batch_size):
-        chosen = by_length[start : start + batch_size]
-        ids, mask = _padded(model, prefix, [rows[index][len(prefix) :] for index in chosen], pad_id_of(tokenizer))
-        # What a model's generation_config.json asks for meets its use here for the first time.
-        with reading(f"{model.name_or_path or 'the model'} can't write text", _MEND, ConfigError):
-            produced = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=repeated(cache, len(chosen)),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad_id_of(tokenizer),
-                **options,
-            )
-        # A decoder of its own begins with one start token; a causal model gives the prompt back in front.
-        answers = produced[:, 1:] if model.config.is_encoder_decoder else produced[:, ids.shape[1] :]
-        answered = _replies(model, tokenizer, answers, max_new_tokens, stop)
-        batch = dict(zip(chosen, answered, strict=True))
-        replies |= batch
-        if on_batch:
-            on_batch(batch)
+    with reordered_weights(model, steps):
+        for start in range(0, len(rows), batch_size):
+            chosen = by_length[start : start + batch_size]
+            ids, mask = _padded(model, prefix, [rows[index][len(prefix) :] for index in chosen], pad_id_of(tokenizer))
+            # What a model's generation_config.json asks for meets its use here for the first time.
+            with reading(f"{model.name_or_path or 'the model'} can't write text", _MEND, ConfigError):
+                produced = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=repeated(cache, len(chosen)),
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=pad_id_of(tokenizer),
+                    **options,
+                )
+            # A decoder of its own begins with one start token; a causal model gives the prompt back in front.
+            answers = produced[:, 1:] if model.config.is_encoder_decoder else produced[:, ids.shape[1] :]
+            answered = _replies(model, tokenizer, answers, max_new_tokens, stop)
+            batch = dict(zip(chosen, answered, strict=True))
+            replies |= batch
+            if on_batch:
+                on_batch(batch)
     model.train(was_training)
     return [replies[index] for index in range(len(rows))]
 

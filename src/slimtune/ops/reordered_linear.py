@@ -87,6 +87,8 @@ class LinearReordered(nn.Linear):
     """An `nn.Linear` whose weight is in oneDNN's blocks, and (out, in) to whoever reads it."""
 
     blocks: Blocks
+    reads: int
+    """How often the weight was written out."""
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -95,6 +97,7 @@ class LinearReordered(nn.Linear):
         return own if own.device.type == "cpu" and own.layout == torch.strided else self._written_out()
 
     def _written_out(self) -> Tensor:
+        self.__dict__["reads"] += 1
         blocks = self.blocks
         dense = blocks.held.to_dense()
         return dense if blocks.shared is None else dense.split(blocks.shared.widths)[blocks.place].clone()
@@ -167,7 +170,7 @@ def reordered(
         stand_ins = own if is_kept else [_stand_in(weight, held, shared) for weight in own]
     try:
         for place, (module, stand_in) in enumerate(zip(modules, stand_ins, strict=True)):
-            module.__dict__["blocks"] = Blocks(stand_in, module.bias, held, shared, place)
+            module.__dict__ |= {"blocks": Blocks(stand_in, module.bias, held, shared, place), "reads": 0}
             reclass(module, LinearReordered)
             module._parameters["weight"] = stand_in
         for weight in () if is_kept else own:
@@ -181,7 +184,8 @@ def reordered(
         for module, weight in zip(modules, own, strict=True):
             module._parameters["weight"] = weight
             reclass(module, nn.Linear)
-            module.__dict__.pop("blocks", None)
+            for name in ("blocks", "reads"):
+                module.__dict__.pop(name, None)
 
 
 def _stand_in(weight: Tensor, held: Tensor, shared: SharedInput | None) -> nn.Parameter:

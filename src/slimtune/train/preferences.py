@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from slimtune.adapters.forward import check_head
 from slimtune.console.process import this_process
 from slimtune.core.frozen import deltas_of
+from slimtune.engine.weights import reordered_weights
 from slimtune.errors import ConfigError, SlimtuneError, TrainingError, check_choice, did_you_mean, listing, require
 from slimtune.evaluate.user_scorer import function_of
 from slimtune.recipe.preference import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
@@ -184,6 +185,12 @@ def _with_checks(trainer: Any) -> type:
             tokens = sum(int(inputs[name].sum()) for name in masks if name in inputs)
             self.state.num_input_tokens_seen += sum(of_all(tokens))
             return super().training_step(model, inputs, *args, **kwargs)
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            # GRPO spends most of a step on drawing its answers.
+            model: Any = self.accelerator.unwrap_model(self.model)
+            with reordered_weights(model, self.max_completion_length):
+                return super()._generate_single_turn(*args, **kwargs)
 
         def items_of(self, inputs: Any) -> torch.Tensor:
             # TRL's losses are means over the rows of a batch.
