@@ -169,3 +169,29 @@ def test_looking_draws_nothing() -> None:
         pass
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (slimtune.LoraConfig(target_modules="all-linear"), 0),
+        (slimtune.IA3Config(), 0),
+        (slimtune.BottleneckConfig(), 0),
+        # For the norms of its weight, which stay known for as long as that does.
+        (slimtune.LoraConfig(target_modules="all-linear", use_dora=True), 1),
+    ],
+    ids=["lora", "ia3", "bottleneck", "dora"],
+)
+def test_an_adapter_that_comes_has_no_weight_written_out(config: Any, most: int) -> None:
+    model: Any = slimtune.get_peft_model(LLAMA.model(), slimtune.LoraConfig(), "first").eval()
+    ids = token_ids(1, 4)
+    with reordered_weights(model):
+        model.add_adapter("second", config)
+        model.eval()
+        for batch in (["second"] * 4, ["first", "second"] * 2):
+            product = RowProduct(8)
+            with model.adapter_state.using(applied=(), rows=RowAdapters(tuple(batch), packed=True, product=product)):
+                logits_of(model, ids)
+        reads = [module.reads for module in model.modules() if isinstance(module, LinearReordered)]
+        # DoRA's start, m = ||W||, reads it once more.
+        assert max(reads) <= 2 * most

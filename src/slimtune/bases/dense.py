@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from slimtune.core.frozen import Base
+from slimtune.core.frozen import Base, TensorSpec
 from slimtune.ops.autograd import PLAIN_TENSORS
+from slimtune.ops.reordered_linear import LinearReordered
 
 
 class DenseLinear(Base):
@@ -19,6 +20,10 @@ class DenseLinear(Base):
 
     def features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
+
+    def spec(self, module: Any) -> TensorSpec:
+        # Without its numbers, which would be written out.
+        return TensorSpec(*module.looks) if isinstance(module, LinearReordered) else super().spec(module)
 
     def may_fuse(self, module: nn.Module) -> bool:
         return self.is_textbook(module) and is_frozen(module.weight)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slimtune.bases.packed import Packed, PackedLinear
 from slimtune.core.frozen import Base, Dense, TensorSpec
 from slimtune.errors import MergeError, TargetError
+from slimtune.ops.reordered_linear import LinearReordered
 
 GENERIC = True
 """Claims only what no file that knows its library has claimed."""
@@ -125,7 +126,7 @@ class ForeignLinear(PackedLinear):
 
 def is_foreign(module: nn.Module) -> bool:
     """Whether a module is a linear layer, by its widths, that keeps its weight in other than floating numbers."""
-    if isinstance(module, Packed) or _widths(module) is None:
+    if isinstance(module, (Packed, LinearReordered)) or _widths(module) is None:
         return False
     weight = getattr(module, "weight", None)
     # A block that happens to have widths, as one with several layers inside, is no layer.

@@ -197,11 +197,12 @@ class RowProduct:
         # anew each time.
         left = [name for name in (known.layout.names if known else ()) if name in there and name not in wanted]
         changes: dict[str, list[RowParts | None]] = {}
+        ranks, most = 0, self.rank_budget * len(modules)
         for name in (*wanted, *left):
             own = [_change(module, name) for module in modules]
-            ranks = sum(_rank(each) for all_of_one in (*changes.values(), own) for each in all_of_one)
-            if any(own) and (name in wanted or ranks <= self.rank_budget * len(modules)):
-                changes[name] = own
+            rank = sum(map(_rank, filter(None, own)))
+            if any(own) and (name in wanted or ranks + rank <= most):
+                changes[name], ranks = own, ranks + rank
         seen = frozenset(wanted) | changes.keys()
         present = {m: frozenset(n for n, own in changes.items() if own[i] is not None) for i, m in enumerate(modules)}
         joint = self._joint[unit] = self._side_by_side(seen, present, _together(changes, modules), dtype)
@@ -303,10 +304,8 @@ def _beside_each_other(own: Sequence[RowParts | None], widths: Sequence[int]) ->
     return RowParts(a=a, b=b, output=vectors("output", 1.0), bias=vectors("bias", 0.0))
 
 
-def _rank(parts: RowParts | None) -> int:
+def _rank(parts: RowParts) -> int:
     """How many ranks it has in all factors."""
-    if parts is None:
-        return 0
     return sum(len(each) for each in (parts.a, parts.bottleneck and parts.bottleneck.down) if each is not None)
 
 

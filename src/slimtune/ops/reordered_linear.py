@@ -96,6 +96,13 @@ class LinearReordered(nn.Linear):
         own: Any = self._parameters["weight"]
         return own if own.device.type == "cpu" and own.layout == torch.strided else self._written_out()
 
+    @property
+    def looks(self) -> tuple[torch.Size, torch.dtype, torch.device]:
+        """The weight's shape, dtype and device."""
+        own: Any = self._parameters["weight"]
+        # What stands in for it has no numbers, and so no device.
+        return own.shape, own.dtype, self.blocks.held.device if own is self.blocks.weight else own.device
+
     def _written_out(self) -> Tensor:
         self.__dict__["reads"] += 1
         blocks = self.blocks

@@ -203,8 +203,9 @@ def _weight_at(site: Site) -> Tensor:
 
 def _weights(base: Frozen) -> list[Tensor]:
     """What the frozen weight is kept in."""
-    weight = getattr(base.module, "weight", None)
-    return [weight] if isinstance(weight, Tensor) else base.base.held(base.module)
+    # The parameter itself: what a property of that name gives may be another tensor each time.
+    weight = base.module._parameters.get("weight")
+    return base.base.held(base.module) if weight is None else [weight]
 
 
 def quotient(magnitude_O: Tensor, norms_O: Tensor) -> Tensor:
