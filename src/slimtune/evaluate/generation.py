@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -120,17 +121,64 @@ def _replies(model: Any, tokenizer: Any, produced: torch.Tensor, most: int, stop
 
 def read_shared_prefix(model: Any, rows: Sequence[list[int]]) -> tuple[list[int], Any]:
     """The ids with which all rows begin, and the keys and values that the model computes for them."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
     # At least one id of each row stays, for generate to begin with.
     shared = _common_start([row[:-1] for row in rows]) if len(rows) > 1 else []
     if not shared or model.config.is_encoder_decoder or _has_soft_prompt(model):
         return [], None
     cache = model(torch.tensor([shared], device=model.device), use_cache=True, **kept_logits(model, 1)).past_key_values
-    # Sliding windows and recurrent states keep no row for every token, so they can't be continued behind padding.
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return [], None
-    return shared, cache
+    return (shared, cache) if _is_plain_cache(cache) else ([], None)
+
+
+def _is_plain_cache(cache: Any) -> bool:
+    """Whether it has a row for every token: sliding windows and recurrent states can't be continued behind padding."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@contextmanager
+def equal_prompts_read_once(model: Any) -> Iterator[None]:
+    """While it is open, `model.generate` reads equal prompts of a batch once, as where several answers are drawn."""
+    generate = model.generate
+
+    def reading_once(*args: Any, **kwargs: Any) -> Any:
+        cache = None if args else _read_once(model, kwargs)
+        return generate(*args, **kwargs, **({} if cache is None else {"past_key_values": cache}))
+
+    vars(model)["generate"] = reading_once
+    try:
+        yield
+    finally:
+        del vars(model)["generate"]
+
+
+_ABOUT_TOKENS = {"input_ids", "attention_mask", "generation_config", "disable_compile"}
+"""Arguments of `generate` under which a prompt is its tokens and nothing else."""
+
+
+@torch.no_grad()
+def _read_once(model: Any, given: Mapping[str, Any]) -> Any:
+    """The cache of all prompts but for their last token, each distinct one read once; None where nothing is saved."""
+    ids_BT, mask_BT = given.get("input_ids"), given.get("attention_mask")
+    own_cache = getattr(given.get("generation_config"), "cache_implementation", None)
+    if given.keys() - _ABOUT_TOKENS or ids_BT is None or mask_BT is None or own_cache or ids_BT.shape[1] < 2:
+        return None
+    if model.config.is_encoder_decoder or _has_soft_prompt(model):
+        return None
+    # With the mask: a pad may be a token of another prompt.
+    distinct, index_B = torch.unique(torch.stack([ids_BT, mask_BT], -1), dim=0, return_inverse=True)
+    if len(distinct) == len(ids_BT):
+        return None
+    ids, mask = distinct[:, :-1, 0], distinct[:, :-1, 1]
+    # Pads are in front, and a token's position is counted from the first that is none, as `generate` counts it.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    read = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **kept_logits(model, 1)
+    ).past_key_values
+    if not _is_plain_cache(read):
+        return None
+    read.batch_select_indices(index_B)
+    return read
 
 
 def kept_logits(model: Any, count: int) -> dict[str, int]:

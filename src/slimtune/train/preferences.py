@@ -27,6 +27,7 @@ from slimtune.console.process import this_process
 from slimtune.core.frozen import deltas_of
 from slimtune.engine.weights import reordered_weights
 from slimtune.errors import ConfigError, SlimtuneError, TrainingError, check_choice, did_you_mean, listing, require
+from slimtune.evaluate.generation import equal_prompts_read_once
 from slimtune.evaluate.user_scorer import function_of
 from slimtune.recipe.preference import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
@@ -189,7 +190,7 @@ def _with_checks(trainer: Any) -> type:
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             # GRPO spends most of a step on drawing its answers.
             model: Any = self.accelerator.unwrap_model(self.model)
-            with reordered_weights(model, self.max_completion_length):
+            with equal_prompts_read_once(model), reordered_weights(model, self.max_completion_length):
                 return super()._generate_single_turn(*args, **kwargs)
 
         def items_of(self, inputs: Any) -> torch.Tensor:
