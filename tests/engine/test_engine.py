@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import slimtune
+from slimtune.engine import scheduler
 from slimtune.engine.engine import Engine
 from slimtune.engine.request import Request, SamplingParams, TokenEvent
 from slimtune.errors import AdapterExistsError, AdapterNotFoundError, ConfigError, DoesNotFitError, SlimtuneError
@@ -326,3 +327,25 @@ def test_slots_that_do_not_fit_are_refused_before_they_are_made(tokenizer: Any) 
 def test_an_answer_ends_where_the_context_does(tokenizer: Any, folders: dict[str, Path]) -> None:
     (completion,) = engine_of(tokenizer, folders).generate([ask(max_tokens=500, ignore_eos=True)])
     assert (len(completion.tokens), completion.finish_reason) == (96 - len(LONG), "length")
+
+
+def test_what_arrives_at_once_and_begins_alike_is_read_once(
+    tokenizer: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for the first to have read what they share; who shares nothing goes ahead of them."""
+    together = tuple(range(10, 90))
+    requests = [ask((*together, 100 + number), "one") for number in range(4)]
+    requests += [ask(tuple(range(95, 10, -1)), "one"), ask((*together, 105), "two"), ask((*together, 106), tenant="b")]
+    alone = [engine_of(tokenizer, folders, "one", "two").generate([request])[0].tokens for request in requests]
+    engine, counted = engine_of(tokenizer, folders, "one", "two", slots=7), []
+    forward = scheduler.forward_of
+
+    def counting(model: Any, ids: Any, *rest: Any) -> Any:
+        counted.append(len(ids))
+        return forward(model, ids, *rest)
+
+    monkeypatch.setattr(scheduler, "forward_of", counting)
+    assert [each.tokens for each in engine.generate(requests)] == alone
+    answers = sum(len(tokens) for tokens in alone)
+    # Four whole prompts, of another adapter and another tenant too, and of three the last token alone.
+    assert sum(counted) <= 81 + 85 + 81 + 81 + 3 * 17 + answers

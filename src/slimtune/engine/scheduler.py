@@ -6,6 +6,7 @@ their adapters. Adapters that change parameters which all rows share get a forwa
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ from slimtune.engine.request import FinishReason, TokenEvent
 from slimtune.engine.sampling import SampledToken, sample
 from slimtune.engine.slots import KeyValueSlots, Piece, Step
 from slimtune.errors import first_line
+
+_WORTH_WAITING = 16
+"""Tokens that an answer must be spared to wait for a slot that reads them now."""
+_LOOKED_AT = 64
+"""How many of those who wait are looked at for one who needn't wait longer."""
 
 
 @dataclass
@@ -91,10 +97,17 @@ class Scheduler:
             self._finish(answer, [TokenEvent(-1, "", finish_reason="cancelled")])
 
     def _admit(self) -> None:
-        """Give free slots to those who wait, in their order; each begins with what its slot or another one knows."""
+        """Give free slots to those who wait, in their order; each begins with what its slot or another one knows.
+
+        Whoever will know more once another slot has read on waits for that, while those behind him go ahead.
+        """
         with self.lock:
-            while self.waiting and len(self.running) < self._memory.slots:
-                answer = self.waiting.popleft()
+            while len(self.running) < self._memory.slots:
+                first = itertools.islice(self.waiting, _LOOKED_AT)
+                answer = next((each for each in first if not self._will_share(each)), None)
+                if answer is None:
+                    return
+                self.waiting.remove(answer)
                 answer.slot, answer.read = self._place(answer)
                 self._remains.pop(answer.slot, None)
                 self.running[answer.slot] = answer
@@ -123,6 +136,16 @@ class Scheduler:
                 self._memory.write(slot, layer, keys_HND, values_HND)
             return slot, answer.virtual
         return slot, 0
+
+    def _will_share(self, answer: Answer) -> bool:
+        """Whether a running answer is reading what this one begins with, and more of it than has been read so far."""
+        for other in self.running.values():
+            length = max(0, other.read - other.virtual) + _WORTH_WAITING
+            is_read_on = other.owner == answer.owner and other.pending > 1 and length <= len(other.tokens)
+            # The last token of a prompt is read in any case.
+            if is_read_on and length < len(answer.tokens) and answer.tokens[:length] == other.tokens[:length]:
+                return True
+        return False
 
     def _shared(self, answer: Answer, owner: tuple[str, str], tokens: Sequence[int]) -> int:
         """How many tokens of a prompt a slot has read for the same tenant and adapter, but the last."""

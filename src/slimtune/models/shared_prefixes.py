@@ -36,6 +36,8 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of hidden states that counts as rounding, by their dtype."""
 ROUNDING_16_BITS = 5e-2
 
+_ATTENTION = ", shared prefixes"
+"""What the name of an attention ends with that reads trees."""
 _TREE = "prefix_tree"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -222,6 +224,9 @@ class _Flatten:
         state = getattr(self.model, "adapter_state", None)
         if caches or is_traced() or (state is not None and state.call.rows is not None):
             return None
+        if not self.config._attn_implementation.endswith(_ATTENTION):
+            # Whoever runs the model meanwhile has an attention of his own, as the engine, whose row is many texts.
+            return None
         if any(given.get(name) is not None for name in _APART) or any(given.get(name) for name in _ASKED):
             return None
         rows = self._rows(decoder, given)
@@ -321,7 +326,7 @@ def _unflatten(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _registered(own: str) -> str:
     """The name of an attention function that passes trees to `own` family by family; registers it."""
-    name = f"{own}, shared prefixes"
+    name = own + _ATTENTION
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
         function: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

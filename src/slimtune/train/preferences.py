@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
@@ -31,6 +32,7 @@ from slimtune.evaluate.generation import equal_prompts_read_once
 from slimtune.evaluate.user_scorer import function_of
 from slimtune.recipe.preference import EXACT_MATCH, PREFERENCE_TASKS, SHARE_OF_RATE, PreferenceSettings
 from slimtune.train.checks import WATCHED_STEPS, EachDeltaLearns
+from slimtune.train.drawing import draw
 from slimtune.train.processes import of_all
 from slimtune.train.trainer import AnswerTrainer, TrainerSpec
 
@@ -190,14 +192,37 @@ def _with_checks(trainer: Any) -> type:
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             # GRPO spends most of a step on drawing its answers.
             model: Any = self.accelerator.unwrap_model(self.model)
+            drawn = self._drawn(model, *args, **kwargs)
+            if drawn is not None:
+                # Without their log probabilities: those are computed in the step, with gradients.
+                return drawn, None
             with equal_prompts_read_once(model), reordered_weights(model, self.max_completion_length):
                 return super()._generate_single_turn(*args, **kwargs)
+
+        def _drawn(self, model: Any, *args: Any, **kwargs: Any) -> list[list[int]] | None:
+            """The answers by the engine; None where TRL draws them itself, in whatever way it was told to."""
+            # TRL promises nothing of this function, which was another one in other versions.
+            known = tuple(inspect.signature(trainer._generate_single_turn).parameters)
+            if known != ("self", *_DRAWING) or self.use_vllm or self.use_transformers_continuous_batching:
+                return None
+            given = dict(zip(_DRAWING, args, strict=False)) | kwargs
+            settings = (self.args.generation_kwargs, self.args.cache_implementation, self.tools)
+            if given.get("images") or given.get("multimodal_fields") or any(settings):
+                return None
+            names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            sampling = {name: value for name in names if (value := getattr(self, name)) is not None}
+            prompts = given["prompt_ids"]
+            return draw(model, self.processing_class, prompts, self.max_completion_length, **sampling)
 
         def items_of(self, inputs: Any) -> torch.Tensor:
             # TRL's losses are means over the rows of a batch.
             return torch.tensor(find_batch_size(inputs) or len(inputs))
 
     return CheckedTrainer
+
+
+_DRAWING = ("prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images")
+"""What TRL gives to the function that draws answers, in the versions in which these are known."""
 
 
 class RewardsDiffer(TrainerCallback):
