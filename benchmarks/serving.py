@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -37,6 +38,7 @@ from slimtune.models.device import native_dtype
 AT_ONCE = 16
 LORAS = [f"lora-{i}" for i in range(8)]
 MIXED = ["lora-0", "dora", "ia3", "bottleneck", "prefix", None]
+FIRST = slimtune.SamplingParams(max_tokens=1, temperature=0)
 ALL_LINEAR = {"r": 8, "target_modules": "all-linear"}
 
 Rounds = Annotated[int, typer.Option(min=1, help="How often all take turns.")]
@@ -111,6 +113,10 @@ class Work:
     def by_engine(self, names: Sequence[str | None]) -> Callable[[], Any]:
         return lambda: self.engine.generate(self.requests(names))
 
+    def warm_up(self, names: Sequence[str | None]) -> None:
+        """Use adapters once, as a server has that runs for a while: their factors are joined then."""
+        self.engine.generate([replace(each, sampling=FIRST) for each in self.requests(names)])
+
     def by_batch(self, names: Sequence[str] | None) -> Callable[[], Any]:
         """transformers' generate on one padded batch; by row with slimtune's adapter_names."""
         options: dict[str, Any] = {"min_new_tokens": self.answer, "max_new_tokens": self.answer, "do_sample": False}
@@ -124,10 +130,10 @@ class Work:
 @torch.inference_mode()
 def throughput(work: Work, rounds: int) -> dict[str, list[dict[str, float]]]:
     """Seconds of each way to answer, one a round; a first round of each warms up."""
-    ways = {
-        "engine, base": work.by_engine([None]),
-        "engine, 8 LoRA": work.by_engine(LORAS),
-        "engine, five methods mixed": work.by_engine(MIXED),
+    served: dict[str, list[str | None]] = {
+        "engine, base": [None], "engine, 8 LoRA": [*LORAS], "engine, five methods mixed": [*MIXED],
+    }  # fmt: skip
+    ways = {name: work.by_engine(adapters) for name, adapters in served.items()} | {
         "batch, base": work.by_batch(None),
         "batch, 8 LoRA (adapter_names)": work.by_batch(LORAS),
     }
@@ -135,7 +141,9 @@ def throughput(work: Work, rounds: int) -> dict[str, list[dict[str, float]]]:
     for turn in range(rounds + 1):
         for name, way in ways.items():
             # Started as in a server, which holds the weights in another order than transformers has them.
-            with work.started() if name.startswith("engine") else nullcontext():
+            with work.started() if name in served else nullcontext():
+                if name in served:
+                    work.warm_up(served[name])
                 clock, processor = time.perf_counter(), time.process_time()
                 way()
                 took = {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}
