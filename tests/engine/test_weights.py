@@ -195,3 +195,10 @@ def test_an_adapter_that_comes_has_no_weight_written_out(config: Any, most: int)
         reads = [module.reads for module in model.modules() if isinstance(module, LinearReordered)]
         # DoRA's start, m = ||W||, reads it once more.
         assert max(reads) <= 2 * most
+
+
+def test_a_model_that_wants_more_than_tokens_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLAMA.model().eval()
+    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, pixels: None)
+    with reordered_weights(model):
+        assert not any(isinstance(module, LinearReordered) for module in model.modules())

@@ -48,16 +48,25 @@ def reordered_weights(model: Any, steps: int | None = None) -> Iterator[None]:
         for module in modules:
             if uses[_memory(module._parameters["weight"])] > 1 and _has_room(module):
                 restored.enter_context(reordered([module], reclass, is_kept=True))
-        together = restored.enter_context(ExitStack())
-        groups, expected_TV = _reading_the_same(model, own)
-        _reorder(groups, together)
-        answers_so = _answers_so(model, expected_TV)
-        read = {module for module in own if module.reads}
-        if read or not answers_so:
-            together.close()
-            groups = groups if answers_so else [[module] for module in own]
-            _reorder([[module for module in group if module not in read] for group in groups], together)
+        _reorder_together(model, own, restored)
         yield
+
+
+def _reorder_together(model: Any, modules: Sequence[Any], restored: ExitStack) -> None:
+    """Reorder the weights that no other module has, as many of them together as the model allows."""
+    try:
+        groups, expected_TV = _reading_the_same(model, modules)
+    except Exception:
+        # One that wants more than tokens can't be tried, and stays as it is.
+        return
+    together = restored.enter_context(ExitStack())
+    _reorder(groups, together)
+    answers_so = _answers_so(model, expected_TV)
+    read = {module for module in modules if module.reads}
+    if read or not answers_so:
+        together.close()
+        groups = groups if answers_so else [[module] for module in modules]
+        _reorder([[module for module in group if module not in read] for group in groups], together)
 
 
 def _reorder(groups: Sequence[Sequence[nn.Module]], restored: ExitStack) -> None:

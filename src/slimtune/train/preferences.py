@@ -203,14 +203,15 @@ def _with_checks(trainer: Any) -> type:
             """The answers by the engine; None where TRL draws them itself, in whatever way it was told to."""
             # TRL promises nothing of this function, which was another one in other versions.
             known = tuple(inspect.signature(trainer._generate_single_turn).parameters)
-            if known != ("self", *_DRAWING) or self.use_vllm or self.use_transformers_continuous_batching:
+            others = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func")
+            if known != ("self", *_DRAWING) or any(getattr(self, name, None) for name in others):
                 return None
             given = dict(zip(_DRAWING, args, strict=False)) | kwargs
-            settings = (self.args.generation_kwargs, self.args.cache_implementation, self.tools)
+            settings = (self.args.generation_kwargs, self.args.cache_implementation)
             if given.get("images") or given.get("multimodal_fields") or any(settings):
                 return None
             names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            sampling = {name: value for name in names if (value := getattr(self, name)) is not None}
+            sampling = {name: value for name in names if (value := getattr(self, name, None)) is not None}
             prompts = given["prompt_ids"]
             return draw(model, self.processing_class, prompts, self.max_completion_length, **sampling)
 
