@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from slimtune.adapters.merge import compare_outputs
 from slimtune.data.chat_template import render
 from slimtune.engine import weights
 from slimtune.errors import ConfigError
-from slimtune.evaluate.generation import generate_batch, generate_replies
+from slimtune.evaluate.generation import equal_prompts_read_once, generate_batch, generate_replies
 from small_text_model import orders, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -121,3 +122,21 @@ def test_drift_against_the_textbook() -> None:
     assert compare_outputs(after, after + 3).kl == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="shapes"):
         compare_outputs(before, after[:, :1])
+
+
+def test_equal_prompts_are_read_once_and_answered_as_each_alone() -> None:
+    """Two prompts twice each, the shorter one padded on the left."""
+    model: Any = tiny_model()
+    pad = TOKENIZER.pad_token_id
+    prompts = [[7, 8, 9, 10, 11], [pad, pad, 7, 8, 9], [7, 8, 9, 10, 11], [pad, pad, 7, 8, 9]]
+    ids = torch.tensor(prompts)
+    given = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]] * 2)}
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=pad)
+    expected, read = model.generate(**given, generation_config=config), []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    with equal_prompts_read_once(model):
+        assert torch.equal(model.generate(**given, generation_config=config), expected)
+    hook.remove()
+    # Two prompts but for their last tokens, which all rows read, and then a token a row for each step.
+    assert read[:2] == [8, 4]
+    assert "generate" not in vars(model)

@@ -21,6 +21,7 @@ from slimtune.engine import weights
 from slimtune.errors import ConfigError, TrainingError
 from slimtune.recipe.preference import LOSSES, PreferenceSettings
 from slimtune.recipe.training import TrainSettings
+from slimtune.train import preferences
 from slimtune.train.loop import Outcome, fine_tune
 from slimtune.train.preferences import Reward, preference, reward_of
 from small_text_model import save_base, tiny_model, tiny_tokenizer
@@ -133,9 +134,12 @@ def vowels(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{path}:vowels"
 
 
-def test_grpo_raises_the_reward(vowels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answers drawn with the weights in another order, as long ones are."""
+@pytest.mark.parametrize("by_engine", [True, False])
+def test_grpo_raises_the_reward(by_engine: bool, vowels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers drawn with the weights in another order, as long ones are; by TRL where no engine runs the model."""
     monkeypatch.setattr(weights, "_WORTH_IT", 0)
+    if not by_engine:
+        monkeypatch.setattr(preferences, "draw", lambda *_, **__: None)
     chosen = PreferenceSettings(reward=vowels, generations=8, max_new_tokens=8)
     model = adopted()
     before = {name: parameter.clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}

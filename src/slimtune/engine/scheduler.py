@@ -99,7 +99,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Give free slots to those who wait, in their order; each begins with what its slot or another one knows.
 
-        Whoever will know more once another slot has read on waits for that, while those behind him go ahead.
+        One that will know more once another slot has read on waits for that, while those behind it go ahead.
         """
         with self.lock:
             while len(self.running) < self._memory.slots:

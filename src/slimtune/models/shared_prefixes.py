@@ -225,7 +225,7 @@ class _Flatten:
         if caches or is_traced() or (state is not None and state.call.rows is not None):
             return None
         if not self.config._attn_implementation.endswith(_ATTENTION):
-            # Whoever runs the model meanwhile has an attention of his own, as the engine, whose row is many texts.
+            # The engine runs the model meanwhile, with its own attention: its one row is many texts.
             return None
         if any(given.get(name) is not None for name in _APART) or any(given.get(name) for name in _ASKED):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,22 +35,22 @@ def draw(
     active = list(model.active_adapters) if getattr(model, "peft_config", None) else []
     if len(active) > 1:
         return None
+    adapter = active[0] if active else None
+    virtual = getattr(model.peft_config[adapter], "num_virtual_tokens", None) or 0 if adapter else 0
+    context = virtual + max(map(len, prompts)) + most + 1
     was_training = model.training
     try:
-        virtual = sum(getattr(model.peft_config[name], "num_virtual_tokens", None) or 0 for name in active)
-        context = virtual + max(map(len, prompts)) + most + 1
-        engine = Engine(model, tokenizer, slots=min(AT_ONCE, len(prompts)), context=context)
+        try:
+            params = SamplingParams(max_tokens=most, **sampling)
+            engine = Engine(model, tokenizer, slots=min(AT_ONCE, len(prompts)), context=context)
+        except (ConfigError, DoesNotFitError):
+            return None
         # One for each answer, so that none depends on what is drawn beside it.
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
-        adapter = active[0] if active else None
         requests = [
-            Request(tuple(prompt), SamplingParams(max_tokens=most, seed=seed, **sampling), adapter)
+            Request(tuple(prompt), replace(params, seed=seed), adapter)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-    except (ConfigError, DoesNotFitError):
-        model.train(was_training)
-        return None
-    try:
         return [list(answer.tokens) for answer in engine.generate(requests)]
     finally:
         model.train(was_training)
