@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.state import GradientState
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -37,7 +38,7 @@ from slimtune.train import processes
 from slimtune.train.processes import check_processes, share_of
 from slimtune.train.trainer import HeldOutMean
 from small_text_model import save_base
-from tensors import assert_all_near, assert_same
+from tensors import assert_same
 
 TWO = read_launch("2")
 SCRIPT = Path(__file__).with_name("several_processes.py")
@@ -71,13 +72,19 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_and_orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny base and orders to learn."""
     folder = tmp_path_factory.mktemp("several")
     save_base(folder / "base")
     orders = ["demo-data", "--output", str(folder / "orders"), "--train", "20", "--held-out", "5"]
     assert CliRunner().invoke(app, orders).exit_code == 0
     return folder
+
+
+@pytest.fixture
+def work(base_and_orders: Path, tmp_path: Path) -> Path:
+    """The same in a folder of the test's own, in which no other test has written its runs."""
+    return shutil.copytree(base_and_orders, tmp_path / "work")
 
 
 def recipe(work: Path, output: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +112,15 @@ def trained(output: Path) -> Mapping[str, Any]:
     return load_file(output / f"{name}.safetensors")
 
 
+def assert_all_near_in_norm(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> None:
+    """|actual - expected| <= bound |expected|, in the norm: Adam divides by sqrt(v), and where a gradient is nearly zero
+    in all steps it makes a visible part of a step of its rounding, in single elements."""
+    assert sorted(actual) == sorted(expected)
+    for key, tensor in expected.items():
+        error = float((actual[key].double() - tensor.double()).norm() / tensor.double().norm())
+        assert error <= bound, f"{key}: {error:.2e}"
+
+
 def assert_two_are_one(
     work: Path, cases: Mapping[str, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: Any, *options: str
 ) -> None:
@@ -121,7 +137,7 @@ def assert_two_are_one(
         assert len({entry["loss"] for entry in one if "loss" in entry}) > 1
         for before, after in zip(one, two, strict=True):
             assert after == pytest.approx(before, rel=1e-5, abs=1e-9), name
-        assert_all_near(trained(work / "two" / name), trained(work / "one" / name), 1e-4)
+        assert_all_near_in_norm(trained(work / "two" / name), trained(work / "one" / name), 5e-5)
         results = [json.loads((work / n / name / "results.json").read_text()) for n in ("one", "two")]
         assert results[0]["steps"] == results[1]["steps"] == two[-1]["step"]
         assert results[1]["tokens"] == results[0]["tokens"]
