@@ -67,8 +67,13 @@ def _of_blocks(weight: Any, numbers: Tensor) -> Tensor:
 
 def _has_zeros(weight: Any) -> bool:
     zeros = weight.zero_point
-    # Where a compiler or a plan looks on, numbers can't be looked at.
-    return zeros is not None and (torch.compiler.is_compiling() or type(zeros) is FakeTensor or bool(zeros.any()))
+    if zeros is None:
+        return False
+    if type(zeros) is FakeTensor:
+        # A plan has no numbers to look at: of `torchao_settings`, int4 has zero points and int8 none but zeros.
+        return isinstance(weight, IntxUnpackedToInt8Tensor)
+    # Where a compiler looks on, numbers can't be looked at.
+    return torch.compiler.is_compiling() or bool(zeros.any())
 
 
 @torch.no_grad()
