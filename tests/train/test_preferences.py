@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 import slimtune
+from slimtune.adapters import trl_forward
 from slimtune.engine import weights
 from slimtune.errors import ConfigError, TrainingError
 from slimtune.recipe.preference import LOSSES, PreferenceSettings
@@ -103,6 +104,26 @@ def test_dpo_raises_the_margin_of_what_is_preferred(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters() if name in before)
     assert "forward" not in vars(model)
     assert model.config.use_cache
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_policy_and_reference_score_the_answers_alone(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[tuple[int, bool]] = []
+    score = trl_forward.chunked_log_probs
+
+    def counted(hidden: Any, *rest: Any) -> Any:
+        scored.append((len(hidden), torch.is_grad_enabled()))
+        return score(hidden, *rest)
+
+    monkeypatch.setattr(trl_forward, "chunked_log_probs", counted)
+    rows = (pairs if task == "dpo" else judged)(4)
+    train(task, adopted(), rows, tmp_path, max_steps=1)
+    policy, reference = ([count for count, learns in scored if learns is which] for which in (True, False))
+    # KTO scores answers to other prompts too, without a gradient by both.
+    assert len(policy) == 1
+    assert reference == policy if task == "dpo" else policy[0] in reference
 
 
 def test_kto_learns_from_single_judgements(tmp_path: Path) -> None:

@@ -113,8 +113,10 @@ def trained(output: Path) -> Mapping[str, Any]:
 
 
 def assert_all_near_in_norm(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> None:
-    """|actual - expected| <= bound |expected|, in the norm: Adam divides by sqrt(v), and where a gradient is nearly zero
-    in all steps it makes a visible part of a step of its rounding, in single elements."""
+    """|actual - expected| <= bound |expected|, in the norm of a tensor.
+
+    Where a gradient is nearly zero in all steps, Adam makes a visible part of a step of its rounding, in one element.
+    """
     assert sorted(actual) == sorted(expected)
     for key, tensor in expected.items():
         error = float((actual[key].double() - tensor.double()).norm() / tensor.double().norm())

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 import slimtune
+from slimtune.adapters import trl_forward
 from slimtune.errors import ConfigError
 from tensors import adapter_tensors, assert_all_near, assert_near, assert_same, copies, predict, randomize
 from zoo import BERT, LLAMA, TIED_LLAMA, VOCABULARY, Specimen, word_tokenizer
@@ -277,44 +278,101 @@ def test_trl_s_head_gives_the_model_s_own_loss_and_gradients(kind: str) -> None:
     assert model.eval().generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2).shape == (2, 9)
 
 
+Scored = list[tuple[str, int]]
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> Scored:
+    """Whose kernel made log-probabilities, and of how many tokens."""
+    from trl.trainer import utils
+
+    calls: Scored = []
+
+    def counted(whose: str, score: Any) -> Any:
+        def counting(hidden: Any, *rest: Any) -> Any:
+            calls.append((whose, hidden.numel() // hidden.shape[-1]))
+            return score(hidden, *rest)
+
+        return counting
+
+    theirs = utils._ChunkedLogProbFunction
+    monkeypatch.setattr(theirs, "apply", counted("trl", theirs.apply))
+    monkeypatch.setattr(trl_forward, "chunked_log_probs", counted("slimtune", trl_forward.chunked_log_probs))
+    return calls
+
+
+PER_TOKEN = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
+
+
+def by_trl_and_by_us(
+    model: Any, given: dict[str, Any], scored: Scored, monkeypatch: pytest.MonkeyPatch, **head: Any
+) -> int:
+    """TRL's forward as it is and as adopted models run it give the same; gives back how many tokens TRL scores."""
+    from trl.trainer import utils
+
+    found = []
+    with monkeypatch.context() as patched:
+        patched.setattr("slimtune.adapters.model.on_learned_tokens", lambda model, forward: forward)
+        for _ in range(2):
+            utils.add_fused_lm_head(model, outputs=PER_TOKEN, **head)
+            model.zero_grad()
+            output = model(**given, fused_lm_head=True)
+            (output.log_probs.sum() + 0.1 * output.entropy.sum()).backward()
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            tensors = {name: getattr(output, name).float() for name in ("loss", "label_mask", *PER_TOKEN)}
+            found.append({n: v.detach() for n, v in (tensors | gradients).items()})
+            patched.undo()
+            for name in ("forward", "instance_forward"):
+                vars(model).pop(name, None)
+    assert_all_near(found[1], found[0], 1e-5)
+    assert len(scored) == 2
+    whose, positions = scored[0]
+    assert whose == "trl"
+    return positions
+
+
 @pytest.mark.parametrize(
     ("kind", "shifted"),
     # A prompt makes room in labels, and not in labels that are shifted already.
     [(kind, shifted) for kind in FUSED for shifted in (False, True) if not (shifted and kind.startswith("p"))],
 )
-def test_trl_s_head_scores_the_learned_tokens_alone(shifted: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trl.trainer import utils
-
-    rows: list[int] = []
-    apply = utils._ChunkedLogProbFunction.apply
-
-    def counted(hidden: Any, *rest: Any) -> Any:
-        rows.append(hidden.numel() // hidden.shape[-1])
-        return apply(hidden, *rest)
-
-    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", counted)
+def test_trl_s_head_scores_the_learned_tokens_alone(
+    shifted: bool, kind: str, scored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
     specimen, config = FUSED[kind]
-    shared = {name: value for name, value in specimen.batch().items() if name != "labels"}
+    given = {name: value for name, value in specimen.batch().items() if name != "labels"}
     labels = specimen.batch()["labels"].clone()
     labels[:, :4] = -100
-    targets = {"shift_labels": torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]} if shifted else {}
-    found = []
-    for ours in (False, True):
-        model = randomize(slimtune, slimtune.get_peft_model(specimen.model(), config())).train()
-        with monkeypatch.context() as patched:
-            if not ours:
-                patched.setattr("slimtune.adapters.model.on_learned_tokens", lambda model, forward: forward)
-            utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        output = model(**shared, **(targets or {"labels": labels}), fused_lm_head=True)
-        output.log_probs.sum().backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        given = {
-            name: getattr(output, name).float() for name in ("loss", "log_probs", "entropy", "is_top1", "label_mask")
-        }
-        found.append({n: v.detach() for n, v in (given | gradients).items()})
-    assert_all_near(found[1], found[0], 1e-5)
+    shift_labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    given |= {"shift_labels": shift_labels} if shifted else {"labels": labels}
+    model = randomize(slimtune, slimtune.get_peft_model(specimen.model(), config())).train()
+    positions = by_trl_and_by_us(model, given, scored, monkeypatch)
     learned = int((labels[:, 1:] != -100).sum())
-    assert rows[1] == learned < rows[0]
+    # A head that learns takes a gradient, which TRL's kernel alone has.
+    assert scored[1] == ("trl" if kind in LEARNED_HEADS else "slimtune", learned)
+    assert learned < positions
+
+
+LEARNED_HEADS = ("whole-head", "tokens-at-both-ends", "last-layer", "full-head")
+
+
+@pytest.mark.parametrize(
+    ("config", "head", "whose"),
+    [
+        ({}, {"temperature": 0.7}, "slimtune"),
+        ({"logit_scale": 0.5}, {"temperature": 0.7}, "slimtune"),
+        ({"final_logit_softcapping": 2.0}, {}, "trl"),
+        ({"logits_scaling": 4.0}, {"cast_lm_head_to_fp32": True}, "slimtune"),
+    ],
+)
+def test_trl_s_head_gives_the_same_of_logits_that_are_scaled_or_capped(
+    config: dict[str, float], head: dict[str, Any], whose: str, scored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tuned(slimtune, LLAMA).train()
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    by_trl_and_by_us(model, LLAMA.batch(), scored, monkeypatch, **head)
+    assert scored[1][0] == whose
 
 
 def test_an_adapter_on_the_head_that_trl_would_pass_by_is_refused(sft_rows: Any, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from slimtune.adapters.adopt import (
     adopt_head,
 )
 from slimtune.adapters.embeddings import saved_whole, stored_whole, vocabulary_of, warn_of_untrained_rows
-from slimtune.adapters.forward import check_head, is_around, is_from_trl, on_learned_tokens, put_inside, wrapped
+from slimtune.adapters.forward import wrapped
 from slimtune.adapters.fused_experts import onto_fused_experts
 from slimtune.adapters.merge import merge, merge_plain, released, unmerge
 from slimtune.adapters.model_views import PeftNames
@@ -44,6 +44,7 @@ from slimtune.adapters.read_options import ReadOptions
 from slimtune.adapters.requantize import merge_quantized
 from slimtune.adapters.stored_keys import on_model
 from slimtune.adapters.summary import Summary, parameter_count, summary_of
+from slimtune.adapters.trl_forward import check_head, is_around, is_from_trl, on_learned_tokens, put_inside
 from slimtune.core.config import PeftConfig
 from slimtune.core.constrained import inner_of
 from slimtune.core.frozen import deltas_of

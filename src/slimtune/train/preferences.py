@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from slimtune.adapters.forward import check_head
+from slimtune.adapters.trl_forward import check_head, is_from_trl, on_learned_tokens
 from slimtune.console.process import this_process
 from slimtune.core.frozen import deltas_of
 from slimtune.engine.weights import reordered_weights
@@ -252,6 +252,12 @@ class ReferenceModel(nn.Module):
         # In a tuple, so that its parameters aren't counted, moved or stored a second time.
         self.shared = (model,)
         self.config = model.config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module's; a forward that TRL puts here scores the learned tokens alone, as one on the model does."""
+        if name == "forward" and is_from_trl(value):
+            value = on_learned_tokens(self.shared[0], value)
+        super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base computes, dropout off."""
