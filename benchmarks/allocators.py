@@ -1,8 +1,9 @@
 """What fresh memory costs in a training step, under several allocators: `python -m benchmarks.allocators`.
 
-A LoRA step of SmolLM2 in float32, in turns, each in a process of its own, with the allocator set from outside as a
-user would: the processor's seconds of a step in the program and in the kernel, page faults, and the peak of memory.
-Another library is measured where `--preload NAME=FILE.so` names one, as cmeel-mimalloc's wheel brings.
+A LoRA step of SmolLM2, in turns, each in a process of its own, with the allocator set from outside as a user would: the
+processor's seconds of a step in the program and in the kernel, page faults, and the peak of memory. Another library is
+measured where `--preload NAME=FILE.so` names one, as cmeel-mimalloc's wheel brings. With `--varied` each step has
+another number of tokens, whose products oneDNN prepares and keeps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.machine import PACKAGES, cores, cpu_model, installed, load, today
+from slimtune.console.libraries import KEPT_PRODUCTS
 
 ALLOCATORS: dict[str, dict[str, str]] = {
     "as it is": {},
@@ -29,22 +31,25 @@ ALLOCATORS: dict[str, dict[str, str]] = {
         ":glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=268435456"
     },
     "torch's huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
+    "few products kept": KEPT_PRODUCTS,
 }
 """By name, the environment of each; `kept` is memory that goes back to the heap and not to the system."""
 
 
-def step_figures(batch: int, tokens: int, steps: int) -> dict[str, float]:
+def step_figures(batch: int, tokens: int, steps: int, dtype: str, varied: bool) -> dict[str, float]:
     """Medians over the steps after the first."""
     import torch
 
     import slimtune
 
-    model, _ = slimtune.load("smollm2-135m-instruct", "float32", "cpu")
+    model, _ = slimtune.load("smollm2-135m-instruct", dtype, "cpu")
     model = slimtune.get_peft_model(model, slimtune.LoraConfig(r=16, target_modules="all-linear")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, 40_000, (batch, tokens), generator=torch.Generator().manual_seed(0))
     taken: list[list[float]] = []
-    for _ in range(steps + 1):
+    for step in range(steps + 1):
+        if varied:
+            ids = ids[:, : tokens - step]
         before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -59,9 +64,9 @@ def step_figures(batch: int, tokens: int, steps: int) -> dict[str, float]:
     return medians | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
 
-def run(environment: dict[str, str], batch: int, tokens: int, steps: int) -> dict[str, float]:
+def run(environment: dict[str, str], step: list[Any]) -> dict[str, float]:
     """The figures of a process in this environment. Raises: CalledProcessError."""
-    words = [sys.executable, "-m", "benchmarks.allocators", "--worker", json.dumps([batch, tokens, steps])]
+    words = [sys.executable, "-m", "benchmarks.allocators", "--worker", json.dumps(step)]
     done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -71,6 +76,8 @@ def main(
     batch: int = 4,
     tokens: int = 256,
     steps: int = 4,
+    dtype: str = "float32",
+    varied: bool = False,
     only: Annotated[list[str] | None, typer.Option(help="An allocator; repeatable.")] = None,
     preload: Annotated[list[str] | None, typer.Option(help="NAME=FILE.so; repeatable.")] = None,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -86,9 +93,11 @@ def main(
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for _ in range(rounds):
         for name, environment in chosen.items():
-            figures[name].append(run(environment, batch, tokens, steps))
+            figures[name].append(run(environment, [batch, tokens, steps, dtype, varied]))
             print(f"  {name}: {figures[name][-1]}", file=sys.stderr)
-    print(f"\n| allocator, {batch} x {tokens} | program | kernel | page faults | peak |\n|---|---|---|---|---|")
+    print(
+        f"\n| allocator, {batch} x {tokens}, {dtype} | program | kernel | page faults | peak |\n|---|---|---|---|---|"
+    )
     for name, each in figures.items():
         row = {key: statistics.median(one[key] for one in each) for key in each[0]}
         seconds = f"{row['program']:.2f} s | {row['kernel']:.2f} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import subprocess
 import sys
 
@@ -51,3 +52,41 @@ def test_garbage_waits_until_all_is_imported() -> None:
     finally:
         if not frozen:
             gc.unfreeze()
+
+
+GROWING = """
+import ctypes
+from slimtune.console import libraries
+{own}
+import torch
+
+class Heap(ctypes.Structure):
+    names = "arena ordblks smblks hblks mapped usmblks fsmblks used fordblks keepcost".split()
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Heap
+weight, out = torch.ones(64, 64, dtype=torch.bfloat16), torch.empty(900, 64, dtype=torch.bfloat16)
+
+def used(shapes):
+    for rows in shapes:
+        torch.mm(out[:rows], weight, out=out[:rows])
+    heap = libc.mallinfo2()
+    return heap.used + heap.mapped
+
+before = used(range(1, 10))
+print(used(range(10, 800)) - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc tells how much of its heap is used")
+def test_a_process_of_its_own_keeps_few_prepared_products() -> None:
+    grown = []
+    for own in ("", "libraries.own_process()"):
+        done = subprocess.run(
+            [sys.executable, "-c", GROWING.format(own=own)], capture_output=True, text=True, check=True
+        )
+        grown.append(int(done.stdout))
+    if grown[0] < 2**20:
+        pytest.skip("this processor's products are not prepared")
+    assert grown[1] < grown[0] / 2
