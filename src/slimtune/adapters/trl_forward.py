@@ -62,8 +62,10 @@ def check_head(model: Any, otherwise: str = "") -> None:
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL's forward gives of each token."""
-_COMPACT = ("cuda", "xpu")
-"""Where TRL's kernels score the learned tokens alone by themselves."""
+BY_TRITON = {"cuda", "xpu"}
+"""Devices for which TRL has kernels in Triton, which fold logits in one pass."""
+_COMPACT = frozenset(BY_TRITON)
+"""Where TRL scores the learned tokens alone by itself."""
 
 
 def on_learned_tokens(model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,8 +147,7 @@ def _log_probs(
     """What TRL's kernel gives, by it or by ours."""
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     is_cast = hidden.dtype != weight.dtype or torch.is_autocast_enabled(hidden.device.type)
-    # Its kernels in Triton fold logits in one pass each.
-    if learns or is_cast or softcap is not None or hidden.device.type in _COMPACT:
+    if learns or is_cast or softcap is not None or hidden.device.type in BY_TRITON:
         return theirs(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs)
     return tuple(chunked_log_probs(hidden, weight, bias, targets, logit_scale / temperature, outputs))
 

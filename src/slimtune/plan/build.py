@@ -17,9 +17,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from slimtune.adapters import trl_forward
 from slimtune.errors import ConfigError, PlanError, first_line, require
 from slimtune.models.auto import BY_TASK, own_auto_class
 from slimtune.models.load import read_model_config
+from slimtune.models.short_attention import short_attention
 from slimtune.ops import cross_entropy
 from slimtune.plan.memory import Setting
 from slimtune.plan.text_part import text_part, whole_of
@@ -123,7 +125,8 @@ def build(config: Any, setting: Setting, task_type: str | None) -> Any:
 def kernels_of(setting: Setting, is_fake: bool) -> Iterator[None]:
     """Attention and loss as on this kind of device, while tensors stand on the CPU."""
     if setting.device == "cpu" or not is_fake:
-        yield
+        with short_attention():
+            yield
         return
     # Fake tensors say they are on the CPU: what is dispatched by device has to be told which device is meant.
     held, attention = cross_entropy.HELD["cpu"], F.scaled_dot_product_attention
@@ -142,6 +145,7 @@ def _cuda_head() -> Iterator[None]:
     """TRL's loss at the head by its Triton kernels, which work on a tile in place and add up in float32."""
 
     head = head_module()
+    trl_forward.BY_TRITON.add("cpu")
     assign = {name: getattr(head, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
 
     def added(sums: Tensor, left: Tensor, right: Tensor) -> None:
@@ -154,6 +158,7 @@ def _cuda_head() -> Iterator[None]:
         yield
     finally:
         vars(head).update(assign)
+        trl_forward.BY_TRITON.remove("cpu")
 
 
 def _cuda_attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from slimtune.data.batches import Objective, PadRight, pad_id_of
 from slimtune.errors import TrainingError
+from slimtune.models.short_attention import short_attention
 from slimtune.recipe.method import FullTuning
 from slimtune.recipe.optimizers import OFFLOADED
 from slimtune.recipe.training import TrainSettings
@@ -152,7 +153,7 @@ def fine_tune(
                     set_seed(settings.seed + process.rank)
                 # The Trainer's, since TRL's encodes its examples itself.
                 dataset, collate = trainer.train_dataset, trainer.data_collator
-                with sharing(model, share_of(settings), dataset, collate, console, groups):
+                with short_attention(), sharing(model, share_of(settings), dataset, collate, console, groups):
                     _train(trainer, checkpointer, checkpoint)
             finally:
                 bar.close()
