@@ -15,7 +15,13 @@ import slimtune
 from kinds import NEEDED
 from slimtune.core.config import methods
 from slimtune.errors import ConfigError, TargetError
-from slimtune.models.shared_prefixes import SharedTokens, check_shares, counts_columns, shared_prefixes
+from slimtune.models.shared_prefixes import (
+    SharedTokens,
+    check_shares,
+    counts_columns,
+    masks_packed_rows,
+    shared_prefixes,
+)
 from small_seq2seq import bart
 from tensors import randomize
 from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QUANTIZED, QWEN2, T5, TIED_LLAMA, VOCABULARY, Specimen
@@ -216,6 +222,66 @@ def test_packed_rows_share_too() -> None:
     ids = inputs["input_ids"].reshape(3, 80)
     positions = torch.arange(40).repeat(2).expand(3, -1)
     assert_same_step(model, {"input_ids": ids, "position_ids": positions, "labels": ids}, use_cache=False)
+
+
+def packed_strangers() -> dict[str, Tensor]:
+    """Two packed rows of texts that share nothing: of 7, 20, 9 and 30 tokens, and of others; the second is padded."""
+    torch.manual_seed(2)
+    ids, positions = torch.randint(4, VOCABULARY, (2, 66)), torch.zeros(2, 66, dtype=torch.long)
+    for row, lengths in enumerate([(7, 20, 9, 30), (31, 6, 5, 18)]):
+        positions[row, : sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])
+        ids[row, sum(lengths) :] = 0
+    labels = ids.clone()
+    # As `PackRows` has it: the first token of a text isn't predicted, and padding isn't learned.
+    labels[positions == 0] = -100
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_of_packed_rows_attend_apart_and_learn_the_same(name: str, checkpointed: bool) -> None:
+    model = MODELS[name]().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = []
+    for around in (nullcontext, lambda: shared_prefixes(model)):
+        model.zero_grad()
+        with around() as tokens:
+            loss = model(**packed_strangers(), use_cache=False).loss
+            loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    # Padding, of which all tokens are alike, is one token of the tree.
+    assert tokens is not None
+    assert tokens.computed == 66 + 60 + 1
+    assert tokens.masked_pairs == 2 * 66**2 > 2.9 * tokens.pairs
+    (masked, by_mask), (apart, by_texts) = found
+    torch.testing.assert_close(apart, masked, rtol=1e-5, atol=1e-6)
+    whole = max(float(gradient.norm()) for gradient in by_mask)
+    for one, other in zip(by_texts, by_mask, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * max(float(other.norm()), whole)
+
+
+def test_where_flash_attention_finds_the_texts_packed_rows_stay() -> None:
+    model = LLAMA.model()
+    assert masks_packed_rows(model)
+    model.config._attn_implementation = "flash_attention_2"
+    assert not masks_packed_rows(model)
+    tokens = SharedTokens(100, 100, 10_000, 1_000)
+    assert tokens.pays
+    assert not tokens.of_tokens_alone().pays
+
+
+def test_one_long_text_a_row_stays_under_its_mask() -> None:
+    inputs, model = packed_strangers(), LLAMA.model().train()
+    inputs["position_ids"] = torch.arange(66).expand(2, -1).clone()
+    inputs["position_ids"][:, 60:] = torch.arange(6)
+    with shared_prefixes(model) as tokens:
+        model(**inputs, use_cache=False)
+    assert not tokens.pays
+    assert tokens.computed == tokens.given == 2 * 66
 
 
 def test_padding_on_the_left() -> None:

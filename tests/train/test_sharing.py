@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import DataCollatorForSeq2Seq
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.data.batches import Encoded, Objective, token_loss
+from slimtune.data.batches import Encoded, Objective, PackRows, token_loss
 from slimtune.data.prefixes import PrefixGroups
 from slimtune.errors import ConfigError
 from slimtune.recipe.training import TrainSettings
@@ -43,7 +43,8 @@ def train(folder: Path, data: list[Encoded], **settings: Any) -> tuple[list[floa
     )
     screen = Console(file=io.StringIO(), width=200)
     chosen = TrainSettings(learning_rate=0.01, max_steps=6, batch_size=4, **settings)
-    fine_tune(model, TOKENIZER, data, chosen, folder, screen, data[:4])
+    objective = Objective(PackRows.of(model, 0), token_loss) if isinstance(data[0], list) else None
+    fine_tune(model, TOKENIZER, data, chosen, folder, screen, data[:4], objective=objective)
     lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line], screen.file.getvalue(), max(tokens)  # type: ignore[attr-defined]
 
@@ -55,6 +56,15 @@ def test_it_is_done_where_it_pays_and_learns_the_same(tmp_path: Path) -> None:
     assert "2.15 times fewer tokens" in shown
     assert SAID not in silent
     assert (most, all_tokens) == (30 + 4 * 12, 4 * 42)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_examples_of_packed_rows_attend_to_themselves_alone(tmp_path: Path) -> None:
+    data: Any = [examples(0)[at : at + 4] for at in range(0, 16, 4)]
+    losses, shown, _ = train(tmp_path / "apart", data)
+    expected, silent, _ = train(tmp_path / "masked", data, share_prefixes=False)
+    assert "examples in a packed row attend to themselves alone: 4.0 times fewer pairs of tokens" in shown
+    assert "attend" not in silent
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 

@@ -64,16 +64,16 @@ def sample_batches(
             return []
         mask = batch.get("attention_mask")
         if whole_rows:
-            computed = len(distinct_rows(ids, mask)[0]) * ids.shape[1]
+            tokens = SharedTokens(ids.numel(), len(distinct_rows(ids, mask)[0]) * ids.shape[1])
         else:
-            computed = len(prefix_tree(ids, mask, batch.get("position_ids")).tokens)
-        sampled.append(SampledBatch(examples, SharedTokens(ids.numel(), computed)))
+            tokens = SharedTokens.of(prefix_tree(ids, mask, batch.get("position_ids")), *ids.shape)
+        sampled.append(SampledBatch(examples, tokens))
     return sampled
 
 
 def tokens_of(sampled: Sequence[SampledBatch]) -> SharedTokens:
     """The tokens of some batches together."""
-    return SharedTokens(sum(b.tokens.given for b in sampled), sum(b.tokens.computed for b in sampled))
+    return sum((batch.tokens for batch in sampled), SharedTokens())
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Training batches whose rows begin alike: what they share is computed once, by any causal model of transformers.
 
+The texts of packed rows attend apart in the same way, in place of all tokens of a row to all others under a mask.
+
 Hooks around the decoder turn a batch into a `PrefixTree` and its hidden states back into rows. Losses, output layers,
 trainers see the same batch as before. Models attend through transformers' registry of attention functions, in which an
 entry of ours passes a tree to the model's own function, family by family, and everything else through.
@@ -12,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import torch
@@ -31,6 +33,8 @@ from slimtune.ops.prefix_tree import Family, PrefixTree, prefix_tree, tree_atten
 
 WORTHWHILE = 0.9
 """A batch stays as it is where its tree has more than this share of its tokens."""
+WORTHWHILE_PAIRS = 0.5
+"""Packed rows stay under a mask where their texts have more than this share of its queries times keys."""
 PROBED = 20
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of hidden states that counts as rounding, by their dtype."""
@@ -44,10 +48,33 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 @dataclass
 class SharedTokens:
-    """How many tokens the batches had, padding included, and how many were computed."""
+    """How many tokens the batches had, padding included, and how many were computed.
+
+    Attributes:
+        masked_pairs: queries times keys of packed rows under a mask, which computes all of them.
+        pairs: of those, the ones that are computed where each text attends by itself.
+    """
 
     given: int = 0
     computed: int = 0
+    masked_pairs: int = 0
+    pairs: int = 0
+
+    @classmethod
+    def of(cls, tree: PrefixTree, rows: int, columns: int) -> SharedTokens:
+        """Those of a batch (rows, columns) as a tree."""
+        given = rows * columns
+        if tree.texts <= rows:
+            # One text a row: without padding attention needs no mask, and skips half of the pairs by itself.
+            return cls(given, len(tree.tokens))
+        return cls(given, len(tree.tokens), given * columns, tree.pairs)
+
+    def of_tokens_alone(self) -> SharedTokens:
+        """The same where no mask is saved."""
+        return SharedTokens(self.given, self.computed)
+
+    def __add__(self, other: SharedTokens) -> SharedTokens:
+        return SharedTokens(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def ratio(self) -> float:
@@ -55,9 +82,14 @@ class SharedTokens:
         return self.given / self.computed if self.computed else 1.0
 
     @property
+    def attend_apart(self) -> bool:
+        """Whether texts of packed rows are worth attending by themselves."""
+        return 0 < self.pairs <= WORTHWHILE_PAIRS * self.masked_pairs
+
+    @property
     def pays(self) -> bool:
-        """Whether so many fewer are computed that sharing is worth its calls."""
-        return 0 < self.computed <= WORTHWHILE * self.given
+        """Whether so much less is computed that sharing is worth its calls."""
+        return 0 < self.computed <= WORTHWHILE * self.given or self.attend_apart
 
 
 @contextmanager
@@ -126,6 +158,12 @@ def check_shares(model: Any) -> None:
 def is_encoded(model: Any) -> bool:
     """Whether an encoder reads the rows, all tokens of a row at once, so that only equal rows are shared."""
     return bool(getattr(model.config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
+
+
+def masks_packed_rows(model: Any) -> bool:
+    """Whether packed rows have a mask; flash attention finds their texts by itself."""
+    config = model.get_decoder().config if hasattr(model, "get_decoder") else model.config
+    return "flash" not in (getattr(config, "_attn_implementation", None) or "")
 
 
 def counts_columns(model: Any) -> bool:
@@ -238,11 +276,15 @@ class _Flatten:
             return None
         tree = prefix_tree(rows.ids, rows.mask, rows.positions)
         tree.front = rows.front
-        is_worth_it = self.always or SharedTokens(rows.ids.numel(), len(tree.tokens)).pays
-        self.tokens.given += rows.ids.numel()
-        self.tokens.computed += len(tree.tokens) if is_worth_it else rows.ids.numel()
-        if not is_worth_it:
+        tokens = SharedTokens.of(tree, *rows.ids.shape)
+        if not masks_packed_rows(self.model):
+            tokens = tokens.of_tokens_alone()
+        if not (self.always or tokens.pays):
+            self.tokens.given += tokens.given
+            self.tokens.computed += tokens.given
             return None
+        for name, count in vars(tokens).items():
+            setattr(self.tokens, name, getattr(self.tokens, name) + count)
         if given.get("inputs_embeds") is None:
             given["input_ids"] = tree.tokens[None]
         else:

@@ -81,6 +81,7 @@ class PrefixTree:
         gathered: (sum of G * L,) the tokens of all families, padded with token 0.
         back: (N,) where in `gathered` each token of the tree stands.
         padding: (sum of G * L,) True where `gathered` is padding.
+        texts: how many texts stand in the batch, of which a packed row has several.
         front: how many keys stand in front of all tokens and are none of them, as those of a trained prefix.
     """
 
@@ -91,8 +92,14 @@ class PrefixTree:
     gathered: Tensor
     back: Tensor
     padding: Tensor
+    texts: int
     front: int = 0
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def pairs(self) -> int:
+        """Queries times keys that attention computes, padding included."""
+        return sum(len(f.lengths) * f.width * (f.width + sum(length for _, length in f.path)) for f in self.families)
 
     def mask(self, family: Family, window: int | None) -> Tensor:
         """(L, front + A + L), True where a child's token attends: to at most `window` tokens, its own the last."""
@@ -135,7 +142,7 @@ def prefix_tree(input_ids: Tensor, attention_mask: Tensor | None, position_ids: 
     back[gathered[is_real]] = np.flatnonzero(is_real)
     tensors = (np.concatenate(grown.ids), np.concatenate(grown.positions), place, gathered.clip(0), back, ~is_real)
     tokens, places, place, gathered, back, padding = (torch.from_numpy(x).to(input_ids.device) for x in tensors)
-    return PrefixTree(tokens, places, place, families, gathered, back, padding)
+    return PrefixTree(tokens, places, place, families, gathered, back, padding, len(texts))
 
 
 @dataclass(frozen=True)

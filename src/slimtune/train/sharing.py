@@ -26,6 +26,7 @@ from slimtune.models.shared_prefixes import (
     check_shares,
     counts_columns,
     is_encoded,
+    masks_packed_rows,
     shared_prefixes,
 )
 from slimtune.recipe.training import TrainSettings
@@ -86,6 +87,8 @@ def sharing(
     except ConfigError as error:
         return _not_shared(error, settings)
     tokens = _sample(examples, collate, settings, groups, encoded)
+    if not masks_packed_rows(model):
+        tokens = tokens.of_tokens_alone()
     would_be = SharedTokens() if groups or not tokens.given else _if_grouped(examples, collate, settings, encoded)
     pays = tokens.pays or not tokens.given or settings.asks_to_share
     # Grouped, batches have other lengths, too: what counts is what of them is computed.
@@ -108,19 +111,23 @@ def sharing(
     if not pays:
         return nullcontext()
     if tokens.given:
-        what = (
-            "a prompt that stands in a batch several times is encoded once"
-            if encoded
-            else "what rows begin with alike is computed once, and padding not at all"
-        )
         console.print(
             escape(
-                f"{what}: {tokens.ratio:.2f} times fewer "
-                f"tokens, by {SAMPLED} of the batches (training.share_prefixes=false computes all)"
+                f"{_what(tokens, encoded)}, by {SAMPLED} of the batches (training.share_prefixes=false computes all)"
             )
         )
     # TRL pads the prompts of grpo on the left, and gives no positions.
     return shared_prefixes(model, left_padded=not encoded and not tokens.given and counts_columns(model))
+
+
+def _what(tokens: SharedTokens, encoded: bool) -> str:
+    """What is left out, and how much of it."""
+    if encoded:
+        return f"a prompt that stands in a batch several times is encoded once: {tokens.ratio:.2f} times fewer tokens"
+    if tokens.attend_apart and tokens.computed > WORTHWHILE * tokens.given:
+        fewer = tokens.masked_pairs / tokens.pairs
+        return f"examples in a packed row attend to themselves alone: {fewer:.1f} times fewer pairs of tokens"
+    return f"what rows begin with alike is computed once, and padding not at all: {tokens.ratio:.2f} times fewer tokens"
 
 
 def _not_shared(error: ConfigError, settings: TrainSettings) -> AbstractContextManager[Any]:
