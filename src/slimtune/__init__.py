@@ -63,6 +63,7 @@ _HOME = {
     "load": "models.load",
     "check_shares": "models.shared_prefixes",
     "shared_prefixes": "models.shared_prefixes",
+    "short_attention": "models.short_attention",
     "Quantization": "quantization.config",
     "parts": "quantization.report",
     "QuantizeConfig": "slim.quantize",
@@ -150,6 +151,7 @@ if TYPE_CHECKING:
     from slimtune.models.load import load as load
     from slimtune.models.shared_prefixes import check_shares as check_shares
     from slimtune.models.shared_prefixes import shared_prefixes as shared_prefixes
+    from slimtune.models.short_attention import short_attention as short_attention
     from slimtune.plan.plan import plan as plan
     from slimtune.quantization.config import Quantization as Quantization
     from slimtune.quantization.dequantize import dequantize as dequantize
