@@ -139,7 +139,10 @@ def main(
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     engine = slimtune.Engine(model.eval(), tokenizer, slots=AT_ONCE, context=context)
     with started(folder, dtype, context) as (url, server):
+        # As the server's own is.
+        engine.start()
         results = measured(url, server, engine, rounds, prompt, answer)
+        engine.stop()
     for kind in ("clock", "processor"):
         ratios = [one["in process"][kind] / one["HTTP"][kind] for one in results]
         speed = AT_ONCE * answer / median(one["HTTP"][kind] for one in results)
