@@ -2,8 +2,9 @@
 
 SmolLM2 with LoRA on the demo's orders and on texts of mixed lengths made of them, forward and backward. The sides take
 turns, step by step, on the same examples; a step has about as many tokens on each. Padding counts as no token. Packed
-rows are measured under a mask and with their examples attending apart, as `slimtune train` lets them. Printed as a
-table; the figures of a machine that does other work besides say little.
+rows are measured under a mask and with their examples attending apart, as `slimtune train` lets them, which computes
+once what they begin with, too; padded batches and those under a mask share nothing. Printed as a table; the figures of
+a machine that does other work besides say little.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ from slimtune.train import processes
 from slimtune.train.processes import check_processes, share_of
 from slimtune.train.trainer import HeldOutMean
 from small_text_model import save_base
-from tensors import assert_same
+from tensors import assert_all_near, assert_same
 
 TWO = read_launch("2")
 SCRIPT = Path(__file__).with_name("several_processes.py")
@@ -115,7 +115,8 @@ def trained(output: Path) -> Mapping[str, Any]:
 def assert_all_near_in_norm(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> None:
     """|actual - expected| <= bound |expected|, in the norm of a tensor.
 
-    Where a gradient is nearly zero in all steps, Adam makes a visible part of a step of its rounding, in one element.
+    Sharded processes sum gradients in another order. Where one is nearly zero in all steps, Adam makes a visible part
+    of a step of its rounding, in one element.
     """
     assert sorted(actual) == sorted(expected)
     for key, tensor in expected.items():
@@ -124,8 +125,9 @@ def assert_all_near_in_norm(actual: Mapping[str, Tensor], expected: Mapping[str,
 
 
 def assert_two_are_one(
-    work: Path, cases: Mapping[str, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: Any, *options: str
-) -> None:
+    work: Path, cases: Mapping[str, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: Any, *options: str,
+    assert_near: Callable[[Any, Any, float], None] = assert_all_near, bound: float = 1e-4,
+) -> None:  # fmt: skip
     """The same processes run all cases, one after the other; one process runs each again."""
     file = work / "recipes.json"
     file.write_text(json.dumps([recipe(work, f"two/{name}", changes) for name, changes in cases.items()]))
@@ -139,7 +141,7 @@ def assert_two_are_one(
         assert len({entry["loss"] for entry in one if "loss" in entry}) > 1
         for before, after in zip(one, two, strict=True):
             assert after == pytest.approx(before, rel=1e-5, abs=1e-9), name
-        assert_all_near_in_norm(trained(work / "two" / name), trained(work / "one" / name), 5e-5)
+        assert_near(trained(work / "two" / name), trained(work / "one" / name), bound)
         results = [json.loads((work / n / name / "results.json").read_text()) for n in ("one", "two")]
         assert results[0]["steps"] == results[1]["steps"] == two[-1]["step"]
         assert results[1]["tokens"] == results[0]["tokens"]
@@ -162,7 +164,9 @@ def test_two_processes_that_shard_the_model_train_as_one_and_go_on(
     work: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     cases = {name: METHODS[name] for name in ("lora", "dora", "qlora", "full")}
-    assert_two_are_one(work, cases, monkeypatch, capfd, "--sharded")
+    assert_two_are_one(
+        work, cases, monkeypatch, capfd, "--sharded", assert_near=assert_all_near_in_norm, bound=5e-5
+    )  # fmt: skip
     for name in cases:
         shutil.move(work / "two" / name, work / "whole" / name)
     # Broken off after step 5, within an epoch, where a process is told to stop, and gone on with.

@@ -25,7 +25,7 @@ from slimtune.adapters.adopt import frozen_forward
 from slimtune.bases import base_of
 from slimtune.core.frozen import deltas_of, standing_in
 from slimtune.errors import ConfigError
-from slimtune.ops.cross_entropy import chunked_log_probs
+from slimtune.ops.cross_entropy import TokenStatistics, chunked_log_probs
 
 _IGNORED = -100
 """The label of a token that isn't learned, as torch's cross entropy has it."""
@@ -60,8 +60,8 @@ def check_head(model: Any, otherwise: str = "") -> None:
         )
 
 
-PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-"""What TRL's forward gives of each token."""
+PER_TOKEN = TokenStatistics._fields
+"""What TRL's forward gives of each token, in the order in which its kernel does."""
 BY_TRITON = {"cuda", "xpu"}
 """Devices for which TRL has kernels in Triton, which fold logits in one pass."""
 _COMPACT = frozenset(BY_TRITON)

@@ -73,7 +73,10 @@ def sample_batches(
 
 def tokens_of(sampled: Sequence[SampledBatch]) -> SharedTokens:
     """The tokens of some batches together."""
-    return sum((batch.tokens for batch in sampled), SharedTokens())
+    total = SharedTokens()
+    for batch in sampled:
+        total.add(batch.tokens)
+    return total
 
 
 @dataclass

@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -73,8 +73,10 @@ class SharedTokens:
         """The same where no mask is saved."""
         return SharedTokens(self.given, self.computed)
 
-    def __add__(self, other: SharedTokens) -> SharedTokens:
-        return SharedTokens(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+    def add(self, other: SharedTokens) -> None:
+        """Count another batch in."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
     @property
     def ratio(self) -> float:
@@ -279,12 +281,10 @@ class _Flatten:
         tokens = SharedTokens.of(tree, *rows.ids.shape)
         if not masks_packed_rows(self.model):
             tokens = tokens.of_tokens_alone()
-        if not (self.always or tokens.pays):
-            self.tokens.given += tokens.given
-            self.tokens.computed += tokens.given
+        is_worth_it = self.always or tokens.pays
+        self.tokens.add(tokens if is_worth_it else SharedTokens(tokens.given, tokens.given))
+        if not is_worth_it:
             return None
-        for name, count in vars(tokens).items():
-            setattr(self.tokens, name, getattr(self.tokens, name) + count)
         if given.get("inputs_embeds") is None:
             given["input_ids"] = tree.tokens[None]
         else:

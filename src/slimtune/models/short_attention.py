@@ -134,13 +134,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, output, log_sums, mask = ctx.saved_tensors
         k, v = (_for_each_head(x.float(), query.shape[1]) for x in (key, value))
-        found = _backward(
+        of_query, *of_pairs = _backward(
             gradients[0].float(), query.float(), k, v, output.float(), log_sums, 0.0, ctx.is_causal,
             attn_mask=None if mask is None else mask.float(), scale=ctx.scale,
         )  # fmt: skip
         # (B, H, S, D) to (B, G, S, D): those of the heads that share a key sum up.
-        sums = (x.unflatten(1, (key.shape[1], -1)).sum(2) if x.shape[1] > key.shape[1] else x for x in found[1:])
-        return found[0].to(query.dtype), *(x.to(query.dtype) for x in sums), None, None, None
+        sums = (x.unflatten(1, (key.shape[1], -1)).sum(2) if x.shape[1] > key.shape[1] else x for x in of_pairs)
+        return of_query.to(query.dtype), *(x.to(query.dtype) for x in sums), None, None, None
 
 
 def _for_each_head(x: Tensor, heads: int) -> Tensor:

@@ -85,8 +85,8 @@ def chunked_log_probs(
     if not torch.is_grad_enabled():
         # The node sees what may take a gradient, and not whether any is taken.
         hidden_TD = hidden_TD.detach()
-    found: Any = _ChunkedLogProbs.apply(hidden_TD, weight_VD, bias_V, labels_T, scale, frozenset(also))
-    return TokenStatistics(*found)
+    statistics: Any = _ChunkedLogProbs.apply(hidden_TD, weight_VD, bias_V, labels_T, scale, frozenset(also))
+    return TokenStatistics(*statistics)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -100,21 +100,21 @@ class _ChunkedLogProbs(torch.autograd.Function):
         # backward receives is one number a token, which its row is multiplied by.
         gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         parts: list[TokenStatistics] = []
-        size, learns = _rows_of_part(weight_VD), gradient_TD is not None
+        size, learns = rows_in_float(weight_VD.device, weight_VD.shape[0]), gradient_TD is not None
         for rows, logits_CV in _chunks(hidden_TD, weight_VD, bias_V):
             each = zip(logits_CV.split(size), labels_T[rows].split(size), strict=True)
             parts.extend(_statistics(part_PV, labels_P, scale, also, learns) for part_PV, labels_P in each)
             if gradient_TD is not None:
                 # The logits have become softmax - one-hot by now.
                 gradient_TD[rows] = logits_CV @ weight_VD
-        found = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
-        ctx.mark_non_differentiable(*(each for each in found[2:] if each is not None))
-        entropy_T = found[1]
+        whole = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
+        ctx.mark_non_differentiable(*(each for each in whole[2:] if each is not None))
+        entropy_T = whole[1]
         # The entropy's own gradient is wanted rarely, and takes the logits a second time.
         again = (None,) * 4 if entropy_T is None else (hidden_TD, weight_VD, bias_V, entropy_T)
         ctx.save_for_backward(gradient_TD, *again)
         ctx.scale = scale
-        return tuple(found)
+        return tuple(whole)
 
     @staticmethod
     @once_differentiable
@@ -133,16 +133,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 def _chunks(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Rows with their logits, (C, vocabulary) in the weight's dtype, which may be written over."""
-    chunk = FLOAT_SHARE * _rows_of_part(weight_VD)
+    chunk = FLOAT_SHARE * rows_in_float(weight_VD.device, weight_VD.shape[0])
     # Of no rows one chunk that is empty, so that their statistics are.
     for start in range(0, max(1, hidden_TD.shape[0]), chunk):
         rows = slice(start, start + chunk)
         yield rows, F.linear(hidden_TD[rows], weight_VD, bias_V)
 
 
-def _rows_of_part(weight_VD: Tensor) -> int:
-    # The softmax is in float32, twice the size of 16-bit logits: over an eighth of the chunk at a time.
-    return max(1, HELD.get(weight_VD.device.type, HELD["cuda"]) // weight_VD.shape[0] // FLOAT_SHARE)
+def rows_in_float(device: torch.device, vocabulary: int) -> int:
+    """How many rows of logits a softmax runs over at a time: in float32 they take twice what 16 bits do."""
+    return max(1, HELD.get(device.type, HELD["cuda"]) // vocabulary // FLOAT_SHARE)
 
 
 def _statistics(
@@ -158,28 +158,28 @@ def _statistics(
     # log sum exp = max - log p_max, and p_max is never small enough to lose digits.
     log_sum_P1 = z_PV.amax(-1, keepdim=True).float() - p_PV.amax(-1, keepdim=True).log()
     log_sum_P = log_sum_P1.squeeze(-1)
-    found: dict[str, Tensor] = {"log_probs": z_PV.gather(-1, labels_P1).float().squeeze(-1) - log_sum_P}
+    statistics: dict[str, Tensor] = {"log_probs": z_PV.gather(-1, labels_P1).float().squeeze(-1) - log_sum_P}
     if "entropy" in also:
         # -sum p (z - log sum) = log sum - p z, as one dot product a row.
-        found["entropy"] = log_sum_P - torch.bmm(p_PV.unsqueeze(1), z_PV.unsqueeze(2)).view(-1)
+        statistics["entropy"] = log_sum_P - torch.bmm(p_PV.unsqueeze(1), z_PV.unsqueeze(2)).view(-1)
     if "log_sum_sq_probs" in also:
-        found["log_sum_sq_probs"] = p_PV.square().sum(-1).log()
+        statistics["log_sum_sq_probs"] = p_PV.square().sum(-1).log()
     if "mean_logits" in also:
-        found["mean_logits"] = z_PV.mean(-1, dtype=torch.float32)
+        statistics["mean_logits"] = z_PV.mean(-1, dtype=torch.float32)
     if "is_top1" in also:
-        found["is_top1"] = z_PV.argmax(-1) == labels_P
+        statistics["is_top1"] = z_PV.argmax(-1) == labels_P
     if learns:
         # In float32: p - 1 of a label that is all but certain has no digits left in 16 bits.
         p_PV.scatter_add_(-1, labels_P1, p_PV.new_full((), -1.0).expand_as(labels_P1))
         logits_PV.copy_(p_PV)
-    return TokenStatistics(**found)
+    return TokenStatistics(**statistics)
 
 
 def _entropy_gradient(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, entropy_T: Tensor, factor_T: Tensor, scale: float
 ) -> Tensor:
     """d H / d z_v = -p_v (log p_v + H), each row times its factor, times W; (tokens, features)."""
-    gradient_TD, size = torch.empty_like(hidden_TD), _rows_of_part(weight_VD)
+    gradient_TD, size = torch.empty_like(hidden_TD), rows_in_float(weight_VD.device, weight_VD.shape[0])
     for rows, logits_CV in _chunks(hidden_TD, weight_VD, bias_V):
         each = zip(logits_CV.split(size), entropy_T[rows].split(size), factor_T[rows].split(size), strict=True)
         for part_PV, entropy_P, factor_P in each:

@@ -145,7 +145,6 @@ def _cuda_head() -> Iterator[None]:
     """TRL's loss at the head by its Triton kernels, which work on a tile in place and add up in float32."""
 
     head = head_module()
-    trl_forward.BY_TRITON.add("cpu")
     assign = {name: getattr(head, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
 
     def added(sums: Tensor, left: Tensor, right: Tensor) -> None:
@@ -154,6 +153,7 @@ def _cuda_head() -> Iterator[None]:
 
     head._forward_tile = head._backward_tile = lambda *_, **__: None
     head._addmm_fp32 = added
+    trl_forward.BY_TRITON.add("cpu")
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from slimtune.data.batches import IGNORED, Encoded
 from slimtune.errors import DataError
-from slimtune.ops.cross_entropy import FLOAT_SHARE, HELD
+from slimtune.ops.cross_entropy import rows_in_float
 from slimtune.slim.losses import TopKTeacher
 from slimtune.slim.readout import Readout, read_out, width_of
 from slimtune.storage.atomic import staged_file, write_file
@@ -204,7 +204,7 @@ def _top_k(readout: Readout, request: Request, generator: torch.Generator) -> tu
     """ids (N, k), log-probabilities (N, k) and the log of the rest's mass (N,)."""
     count, k = readout.hidden.shape[0], min(request.k, request.width - 1)
     drawn = min(request.drawn, k - 1)
-    chunk = max(1, HELD.get(readout.hidden.device.type, HELD["cuda"]) // request.width // FLOAT_SHARE)
+    chunk = rows_in_float(readout.hidden.device, request.width)
     parts = []
     for start in range(0, count, chunk):
         logits_CV = readout.logits(slice(start, start + chunk))[:, : request.width]
