@@ -14,6 +14,8 @@ import pytest
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 PHONE, DESK = (360, 740), (1280, 900)
+PICTURES = os.environ.get("SLIMTUNE_SCREENSHOTS")
+"""A folder for pictures of the pages, as `SLIMTUNE_SCREENSHOTS=docs/studio pytest tests/studio` writes them."""
 
 
 @dataclass
@@ -41,8 +43,18 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-def look(opened: Any, page: Path, size: tuple[int, int], scheme: str, picture: Path) -> Seen:
-    """Show a page in this size and colour scheme, all of its details open, and take a picture of all of it."""
+def picture(tab: Any, name: str) -> None:
+    """Keep a picture of the whole page, if pictures are wanted.
+
+    None is taken otherwise: no test looks at it, and a browser on a busy machine may fail to paint a long page.
+    """
+    if PICTURES:
+        Path(PICTURES).mkdir(parents=True, exist_ok=True)
+        tab.screenshot(path=Path(PICTURES) / f"{name}.png", full_page=True)
+
+
+def look(opened: Any, page: Path, size: tuple[int, int], scheme: str) -> Seen:
+    """Show a page in this size and colour scheme, all of its details open."""
     seen = Seen()
     context = opened.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     tab = context.new_page()
@@ -57,6 +69,6 @@ def look(opened: Any, page: Path, size: tuple[int, int], scheme: str, picture: P
         "Math.min(...[...document.querySelectorAll('svg text')].map(each => each.getBoundingClientRect().height))"
     )
     seen.background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    tab.screenshot(path=picture, full_page=True)
+    picture(tab, f"{page.stem}-{size[0]}-{scheme}")
     context.close()
     return seen

@@ -18,13 +18,11 @@ from typing import Any
 import httpx
 import uvicorn
 
-from browser import DESK, PHONE
+from browser import DESK, PHONE, PICTURES, picture
 from slimtune.studio.app import build_app
 from slimtune.studio.security import Access
 
 AXE = (Path(__file__).parent / "studio" / "axe" / "axe.min.js").read_text(encoding="utf-8")
-PICTURES = os.environ.get("SLIMTUNE_SCREENSHOTS")
-"""A folder for pictures of the pages, as `SLIMTUNE_SCREENSHOTS=docs/studio pytest tests/studio` writes them."""
 _WITHOUT_PATHS = """here => {
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
@@ -60,8 +58,7 @@ class Tab:
         """Keep a picture of the whole page, if pictures are wanted, without paths of this machine."""
         if PICTURES:
             self.page.evaluate(_WITHOUT_PATHS, os.getcwd())
-            Path(PICTURES).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(PICTURES) / f"{name}.png", full_page=True)
+            picture(self.page, name)
 
 
 @contextmanager

@@ -166,12 +166,10 @@ def test_little_to_tell_makes_a_page_too(parts: list, tmp_path: Path) -> None:
     assert not found.problems
 
 
-def test_in_a_browser(page: Path, tmp_path: Path) -> None:
+def test_in_a_browser(page: Path) -> None:
     with browser() as opened:
         seen = {
-            (size, scheme): look(opened, page, size, scheme, tmp_path / f"{size[0]}-{scheme}.png")
-            for size in (PHONE, DESK)
-            for scheme in ("light", "dark")
+            (size, scheme): look(opened, page, size, scheme) for size in (PHONE, DESK) for scheme in ("light", "dark")
         }
     for shown in seen.values():
         assert shown.problems == []
