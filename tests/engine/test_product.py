@@ -15,7 +15,7 @@ from torch import Tensor
 import slimtune
 from kinds import KINDS, Kind, attach, configs, methods_for
 from slimtune.adapters.rows import BASE, RowAdapters
-from slimtune.engine import product
+from slimtune.engine import factors, product
 from slimtune.engine.product import RowProduct
 from tensors import assert_near, randomize
 
@@ -73,6 +73,10 @@ def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: dict[i
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(product, "MOST_WORK", most)
             assert_near(by_rows(host, x, names, joint), alone(host, x, names), 2e-5)
+        # The next version of one of them, whether it was in the batch or not.
+        changed = "abc"[order[0] % 3]
+        randomize(slimtune, host, changed, seed + count)
+        joint.forget(changed)
 
 
 @pytest.mark.parametrize("most", [{}, product.MOST_WORK])
@@ -103,6 +107,32 @@ def test_what_is_kept_does_not_grow_with_the_batches_that_there_were() -> None:
         kept.append(sum(len(table) for table in vars(joint).values() if isinstance(table, Sized)))
     # One layer: its factors, its last batch, and the layout of the factors.
     assert max(kept) <= 3
+
+
+def test_an_adapter_that_comes_or_goes_leaves_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    look = factors._change
+    monkeypatch.setattr(factors, "_change", lambda module, name: read.append(name) or look(module, name))
+    host = attach(LINEAR[0], slimtune.LoraConfig(r=2, target_modules=["site"]), "a")
+    host.add_adapter("b", slimtune.LoraConfig(r=3, target_modules=["site"], use_dora=True))
+    host.add_adapter("c", slimtune.BottleneckConfig(reduction_factor=4, target_modules=["site"]))
+    for name in "abc":
+        randomize(slimtune, host, name)
+    joint, x = RowProduct(rank_budget=64), torch.randn(1, 4, 12)
+
+    def answer(names: str) -> list[str]:
+        """Which adapters were read for a batch whose rows are right."""
+        read.clear()
+        rows = [*names, *[BASE] * (4 - len(names))]
+        assert_near(by_rows(host.eval(), x, rows, joint), alone(host, x, rows))
+        return [*read]
+
+    assert answer("ab") == ["a", "b"]
+    assert answer("abc") == ["c"]
+    assert answer("ca") == answer("b") == []
+    joint.forget("a")
+    assert answer("cb") == []
+    assert answer("ba") == ["a"]
 
 
 def test_forgetting_one_adapter_keeps_what_is_joined_without_it() -> None:
