@@ -59,12 +59,13 @@ def started(
     template: str | None = None,
     memory: int | None = None,
     slots: int = 4,
+    patience: float = 60.0,
     **settings: Any,
 ) -> Iterator[Started]:
     """A server of the tiny model and the adapters in a folder."""
     tokenizer = tiny_tokenizer(template) if template else tiny_tokenizer()
     backend = EngineBackend(Engine(tiny_model(), tokenizer, slots=slots))
-    registry = Registry(backend, memory)
+    registry = Registry(backend, memory, patience=patience)
     for name, folder in folders_of(adapters).items() if adapters else ():
         registry.register(name, folder)
     gateway = Gateway(backend, registry, Keyring(keys), GatewaySettings(adapters=adapters, **settings))

@@ -132,7 +132,8 @@ def needs(library: str, extra: str) -> str:
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """The clause `; did you mean 'x'?` for the option nearest to `word`, or an empty string."""
-    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    # Cut: a word can be a client's text of megabytes, over which the comparison would take seconds.
+    near = difflib.get_close_matches(word[:200], list(options), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 

@@ -61,7 +61,14 @@ def test_both_encodings_of_numbers(server: Started) -> None:
 
 @pytest.mark.parametrize(
     ("body", "said"),
-    [({"input": []}, "input"), ({"input": ""}, "input"), ({"input": "word " * 1000}, "1,002 tokens"), ({}, "input")],
+    [
+        ({"input": []}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": "word " * 1000}, "1,002 tokens"),
+        ({}, "input"),
+        ({"input": [[5, 6]]}, "token ids"),
+        ({"input": [5, 6]}, "check_embedding_ctx_length"),
+    ],
 )
 def test_mistakes(server: Started, body: dict[str, Any], said: str) -> None:
     answer = server.post("/v1/embeddings", {"model": "base", **body})

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from slimtune import PeftModel
+from slimtune.serve.openai import ChatCompletionRequest, CompletionRequest
 from slimtune.serve.tenants import add_key
 from small_server import Started, save_adapter, started, wait_until
 from small_text_model import tiny_model, tiny_tokenizer
@@ -60,6 +61,77 @@ def test_a_model_answers_as_by_itself(server: Started, adapters: Path, name: str
     assert answer.model == ("base" if name == "base" else f"{name}@1")
     assert answer.usage.completion_tokens == 12
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+
+
+def test_an_answer_can_be_sent_back_as_it_came(server: Started) -> None:
+    answer = ask(server).choices[0].message
+    messages: list[Any] = [*HELLO, answer, {"role": "user", "content": "and then?"}]
+    spelled = [*HELLO, {"role": "assistant", "content": answer.content}, messages[-1]]
+    texts = [
+        server.client().chat.completions.create(model="one", messages=each, temperature=0, max_tokens=8)
+        for each in (messages, spelled)
+    ]
+    assert texts[0].choices == texts[1].choices
+    assert texts[0].usage == texts[1].usage
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_null_and_what_asks_for_nothing_are_as_if_left_out(server: Started, path: str) -> None:
+    body_of = ChatCompletionRequest if "chat" in path else CompletionRequest
+    asked: dict[str, Any] = {"model": "one", "temperature": 0, "max_tokens": 4}
+    asked |= {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
+    plain = server.post(path, asked).json()["choices"]
+    nothing = dict.fromkeys({*body_of.model_fields, *body_of.idle} - asked.keys())
+    assert server.post(path, nothing | asked).json()["choices"] == plain
+    for name, values in body_of.idle.items():
+        for value in values:
+            assert server.post(path, {**asked, name: value}).json()["choices"] == plain
+        assert server.post(path, {**asked, name: "something"}).json()["error"]["code"] == "unknown_field"
+
+
+def test_many_answers_of_one_request_leave_room_for_others(adapters: Path, tmp_path: Path) -> None:
+    keys = {
+        name: add_key(tmp_path / "keys.yaml", name, {"concurrency": most})
+        for name, most in (("many", None), ("bound", 1), ("other", None))
+    }
+    with started(adapters, tmp_path / "keys.yaml") as server:
+        body = {"model": "base", "prompt": "hello", "max_tokens": 120, "temperature": 1, "ignore_eos": True}
+        ended: list[tuple[str, Any]] = []
+
+        def run(name: str, **options: Any) -> None:
+            ended.append((name, server.post("/v1/completions", body | options, keys[name]).json()))
+
+        for name in ("bound", "many"):
+            ended.clear()
+            big = threading.Thread(target=run, args=(name,), kwargs={"n": 24})
+            big.start()
+            wait_until(lambda: server.gateway.queue.running > 0)
+            most = 0
+            while not any(who == "other" for who, _ in ended) and big.is_alive():
+                most = max(most, server.gateway.queue.running)
+                run("other", max_tokens=5)
+            big.join()
+            assert [who for who, _ in ended] == ["other", name], "it waits for a turn and not for a request"
+            assert most <= (1 if name == "bound" else 4)
+            choices = ended[-1][1]["choices"]
+            assert sorted(choice["index"] for choice in choices) == [*range(24)]
+            assert {choice["finish_reason"] for choice in choices} == {"length"}
+            assert ended[-1][1]["usage"]["completion_tokens"] == 24 * 120
+            wait_until(lambda: server.gateway.queue.running == 0)
+
+
+def test_a_salt_parts_what_is_kept_of_prompts(server: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, owners = server.gateway.backend.engine, []  # type: ignore[attr-defined]
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request, on: owners.append(request.tenant) or submit(request, on))
+    for salt in ("a", "a", "b", None, None):
+        body = {"model": "one", "prompt": "hello", "max_tokens": 1, "temperature": 0, "cache_salt": salt}
+        assert server.post("/v1/completions", body).status_code == 200
+    # What the engine parts by tenant (tests/engine) it parts by salt as well.
+    first, again, other, bare, bare_again = owners
+    assert first == again
+    assert bare == bare_again
+    assert len({first, other, bare}) == 3
 
 
 def test_a_stream_holds_the_same_text(server: Started, adapters: Path) -> None:
@@ -170,7 +242,14 @@ def test_models_are_listed_with_what_answers(server: Started) -> None:
     [
         ({"model": "oen"}, 404, "model_not_found", "did you mean 'one'"),
         ({"temprature": 1}, 400, "unknown_field", "did you mean 'temperature'"),
-        ({"logit_bias": {}}, 400, "unknown_field", "logit_bias"),
+        ({"logit_bias": {"5": 1}}, 400, "unknown_field", "logit_bias"),
+        ({"store": True}, 400, "unknown_field", "store"),
+        ({"temprature": None}, 400, "unknown_field", "did you mean 'temperature'"),
+        ({"messages": None}, 400, None, "messages"),
+        ({"messages": [{"role": "user", "content": "", "refusal": "no"}]}, 400, None, "assistant"),
+        ({"messages": [{"role": "user", "content": "word " * 100_000}]}, 400, "context_length_exceeded", "or more"),
+        ({"model": "x" * 1_000_000}, 404, "model_not_found", "does not exist"),
+        ({"repetition_penalty": 1e-300}, 400, None, "repetition_penalty"),
         ({"temperature": 3}, 400, None, "temperature"),
         ({"max_tokens": 0}, 400, None, "max_tokens"),
         ({"max_tokens": 100_000}, 400, "context_length_exceeded", "context"),

@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from slimtune import PromptTuningConfig, get_peft_model
 from slimtune.engine.engine import Engine
 from slimtune.errors import AdapterFileError, ConfigError
 from slimtune.serve.local import EngineBackend
@@ -155,22 +156,16 @@ def test_more_adapters_at_once_than_memory_or_slots_hold(folder: Path) -> None:
         answers: list[tuple[str, Any]] = []
 
         def run(name: str) -> None:
-            for _ in range(20):
-                answer = server.post(
-                    "/v1/chat/completions", {"model": name, "messages": HELLO, "temperature": 0, "max_tokens": 10}
-                )
-                if answer.status_code == 200:
-                    answers.append((name, answer.json()["choices"][0]["message"]["content"]))
-                    return
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_room")
-                assert answer.headers["retry-after"] == "1"
+            answers.extend((name, say(server, name)) for _ in range(5))
 
         threads = [threading.Thread(target=run, args=(name,)) for name in alone for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert set(answers) <= set(alone.items())
+        # Nobody is refused: who finds no room waits until an adapter's answers have ended.
+        assert len(answers) == 2 * 5 * len(alone)
+        assert set(answers) == set(alone.items())
         wait_until(lambda: server.gateway.queue.running == 0)
 
 
@@ -259,7 +254,7 @@ def test_who_leaves_while_an_adapter_is_loaded_leaves_it_known(folder: Path) -> 
 
 def test_a_load_without_room_is_no_version(folder: Path) -> None:
     size = (folder / "a0" / "adapter_model.safetensors").stat().st_size
-    with started(folder, memory=int(1.5 * size)) as server:
+    with started(folder, memory=int(1.5 * size), patience=0.05) as server:
         stream = server.client().chat.completions.create(
             model="a0", messages=HELLO, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
@@ -268,3 +263,62 @@ def test_a_load_without_room_is_no_version(folder: Path) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_room")
         assert [adapter.versioned for adapter in server.gateway.registry if adapter.name == "a1"] == ["a1@1"]
         stream.close()
+
+
+def test_until_a_new_version_has_loaded_its_name_means_the_old_one(server: Started, folder: Path) -> None:
+    shutil.rmtree(folder / "a3")
+    save_adapter(folder / "a3", 1, hidden_size=32)  # of another base, which shows only when it is loaded
+    registry, backend = server.gateway.registry, server.gateway.backend
+    meant: list[Any] = []
+    load_adapter = backend.load_adapter
+
+    async def watched(name: str, path: Path) -> Any:
+        meant.append(registry.find("a0"))
+        return await load_adapter(name, path)
+
+    backend.load_adapter = watched  # type: ignore[method-assign]
+    assert load(server, "a0", "a2").status_code == 200
+    first, second = registry.find("a0@1"), registry.find("a0")
+    assert second is not None
+    assert second.version == 2
+    assert load(server, "a0", "a3").status_code == 400
+    assert meant == [first, second]
+    assert registry.find("a0") is second
+
+
+def test_a_version_never_stands_for_other_weights(folder: Path) -> None:
+    size = (folder / "a0" / "adapter_model.safetensors").stat().st_size
+    with started(folder, memory=int(1.5 * size)) as server:
+        first, other = say(server, "a0"), say(server, "a2")
+        # Written anew with the same numbers it is the same adapter.
+        weights = folder / "a0" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes())
+        assert say(server, "a0") == first
+        say(server, "a1")
+        shutil.rmtree(folder / "a0")
+        shutil.copytree(folder / "a2", folder / "a0")
+        with pytest.raises(openai.InternalServerError, match="can't be loaded"):
+            say(server, "a0")
+        assert load(server, "a0", "a0").json()["root"] == "a0@2"
+        assert say(server, "a0") == other
+
+
+def test_no_adapter_is_called_as_the_base_is(folder: Path) -> None:
+    registry = Registry(EngineBackend(Engine(tiny_model(), tiny_tokenizer(), slots=1)), reserved="tiny")
+    for name in ("tiny", "base"):
+        with pytest.raises(ConfigError, match="name of the base"):
+            registry.register(name, folder / "a0")
+
+
+def test_a_prompt_makes_room_for_the_virtual_tokens_of_its_adapter(folder: Path) -> None:
+    adapted = get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(folder / "soft")
+    with started(folder) as server:
+        context = server.gateway.backend.context  # type: ignore[attr-defined]
+        body = {"prompt": [5] * (context - 20), "temperature": 0, "ignore_eos": True}
+        for model, room in (("base", 20), ("soft", 12)):
+            answer = server.post("/v1/completions", {"model": model, **body, "max_tokens": room})
+            assert answer.json()["usage"]["completion_tokens"] == room
+            answer = server.post("/v1/completions", {"model": model, **body, "max_tokens": room + 1})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+        assert "8 virtual tokens" in answer.json()["error"]["message"]

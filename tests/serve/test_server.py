@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_a_server_ends_what_runs_and_refuses_what_is_new(base: Path, tmp_path: P
     with process(base, *options) as (running, told):
         assert told["adapters"] == ["one@1"], "the damaged one is left out"
         url = told["url"]
-        second = add_key(keys, "late", {})
+        second = add_key(keys, "late", {"admin": True})
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key=second).models.list()
@@ -64,6 +65,10 @@ def test_a_server_ends_what_runs_and_refuses_what_is_new(base: Path, tmp_path: P
             return httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
 
         wait_until(is_known)
+        listed = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {second}"}).json()["data"]
+        (damaged,) = [model for model in listed if model["id"] == "damaged"]
+        assert damaged["state"] == "broken"
+        assert "no safetensors weights" in damaged["error"]
         stream = client.chat.completions.create(
             model="one", messages=HELLO, max_tokens=480, stream=True, extra_body={"ignore_eos": True}
         )
@@ -79,8 +84,30 @@ def test_a_server_ends_what_runs_and_refuses_what_is_new(base: Path, tmp_path: P
         _, errors = running.communicate(timeout=60)
         assert running.returncode == 0, errors
         assert "'damaged' is not served" in errors
+        assert "the keys were read again: 2 tenants" in errors
+        assert re.search(r"POST /v1/chat/completions 200 tenant=acme model=one@1 [0-9.]+ s [0-9a-f]{16}", errors)
+        assert "stopping: running answers end" in errors
         assert key not in errors
         assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_after_a_kill_it_starts_again_where_it_was(base: Path) -> None:
+    with process(base, "--adapters", base.parent / "adapters") as (running, told):
+        client = openai.OpenAI(base_url=f"{told['url']}/v1", api_key="none", max_retries=0)
+        stream = client.chat.completions.create(
+            model="one", messages=HELLO, max_tokens=480, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        running.kill()
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            list(stream)
+    port = told["url"].rpartition(":")[2]
+    with process(base, "--adapters", base.parent / "adapters", "--port", port) as (_, again):
+        assert again == told
+        # Not over the connection that has broken.
+        client = openai.OpenAI(base_url=f"{told['url']}/v1", api_key="none", max_retries=0)
+        assert client.chat.completions.create(model="one", messages=HELLO, max_tokens=4).choices
 
 
 @pytest.mark.soak

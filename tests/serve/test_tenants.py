@@ -206,12 +206,59 @@ def test_a_big_request_is_not_overtaken_for_ever() -> None:
             nonlocal big_has_run
             async with queue.turn(Tenant(name="big"), answers=9):
                 big_has_run = True
-                assert queue.running == 4, "more answers than slots take all of them"
+                assert queue.running == 4, "more answers than slots, begun together, take all of them"
 
         await asyncio.gather(*(small(i) for i in range(4)), big(), *(small(i) for i in range(200)))
         return after
 
     assert asyncio.run(run()) < 30
+
+
+def test_the_answers_of_one_request_share_with_other_tenants() -> None:
+    async def run() -> list[str]:
+        queue, order = FairQueue(2, 1000, 60), []
+
+        async def many() -> None:
+            async with queue.turn(Tenant(name="many")) as turns:
+                turn = turns.first
+                for _ in range(40):
+                    order.append("many")
+                    queue.charge(Tenant(name="many"), tokens=10)
+                    await asyncio.sleep(0)
+                    following = asyncio.create_task(turns.take())
+                    await asyncio.sleep(0)
+                    turns.give_back(turn)
+                    turns.give_back(turn)  # once or again
+                    turn = await following
+
+        async def other() -> None:
+            for _ in range(10):
+                async with queue.turn(Tenant(name="other")):
+                    order.append("other")
+                    queue.charge(Tenant(name="other"), tokens=10)
+                    await asyncio.sleep(0)
+
+        await asyncio.gather(many(), many(), other())
+        assert (queue.running, queue.waiting) == (0, 0)
+        return order
+
+    order = asyncio.run(run())
+    last = len(order) - 1 - order[::-1].index("other")
+    # Two of the first tenant's are there at any time, and one of the other's.
+    assert order[:last].count("many") <= 22
+
+
+def test_answers_that_begin_together_keep_to_the_limit_of_their_tenant() -> None:
+    async def run() -> None:
+        queue = FairQueue(8, 1000, 60)
+        with pytest.raises(ApiError, match="your limit is 2 at once") as refused:
+            async with queue.turn(Tenant(name="a", concurrency=2), answers=3):
+                pass
+        assert refused.value.status == 400
+        async with queue.turn(Tenant(name="a", concurrency=2), answers=2):
+            assert queue.running == 2
+
+    asyncio.run(run())
 
 
 def test_concurrency_makes_wait_and_a_full_queue_refuses() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _LIMITS, _REMOTE = "Limits", "Other servers"
 _ENGINES = ("embedded", "vllm", "openai")
+_LOG_LEVELS = ("info", "warning", "error")
 
 
 def serve(
@@ -68,6 +71,9 @@ def serve(
             rich_help_panel=_REMOTE,
         ),
     ] = None,
+    log_level: Annotated[
+        str, typer.Option(help="info: a line for each request and what changes; warning; error.")
+    ] = "info",
     as_json: Json = False,
 ) -> None:
     """Serve a base and its adapters over OpenAI's API: all methods in one batch, keys and limits for each tenant.
@@ -89,6 +95,8 @@ def serve(
     from slimtune.serve.server import check_host, run
     from slimtune.serve.tenants import Keyring
 
+    check_choice("--log-level", log_level, _LOG_LEVELS)
+    _log_to_errors(log_level)
     check_host(host, keys)
     # What can be wrong without a model comes before a model is loaded.
     keyring = Keyring(keys)
@@ -106,7 +114,7 @@ def serve(
         backend = _backend(base, loading, slots, context)
     else:
         backend = RemoteBackend(url, base, slots or SLOTS, url_key, loads=engine == "vllm", converted=converted)
-    registry = Registry(backend, adapter_memory)
+    registry = Registry(backend, adapter_memory, reserved=base, patience=queue_timeout)
     if engine == "openai":
         for name, model in named.items():
             registry.register(name, model, is_folder=False)
@@ -118,9 +126,10 @@ def serve(
     )  # fmt: skip
 
     def tell(url: str) -> None:
+        served = [known.versioned for known in registry if known.state != "broken"]
         if as_json:
-            print_json({"url": url, "base": base, "adapters": [known.versioned for known in registry]})
-        say(f"serving {base} and {counted(len(list(registry)), 'adapter')} at {url}; Ctrl-C stops", to_errors=True)
+            print_json({"url": url, "base": base, "adapters": served})
+        say(f"serving {base} and {counted(len(served), 'adapter')} at {url}; Ctrl-C stops", to_errors=True)
 
     if not run(Gateway(backend, registry, keyring, settings), host, port, drain_timeout, tell):
         say("stopped before all answers had ended", to_errors=True)
@@ -132,6 +141,12 @@ def _require_libraries() -> None:
     require("httpx", extra="serve", purpose="serving")
     require("prometheus-client", extra="serve", purpose="serving")
     require("uvicorn", extra="serve", purpose="serving")
+
+
+def _log_to_errors(level: str) -> None:
+    """Log what the server does; of libraries, what is wrong."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("slimtune.serve").setLevel(level.upper())
 
 
 def _backend(base: str, options: LoadOptions, slots: int | None, context: int | None) -> Backend:
@@ -154,7 +169,7 @@ def _backend(base: str, options: LoadOptions, slots: int | None, context: int | 
 
 
 def _register(registry: Registry, root: Path | None, named: dict[str, Path]) -> None:
-    """Enrol the adapters; one of a folder that is damaged is told of and left out, for the others can be served."""
+    """Enrol the adapters; one of a folder that is damaged is told of and listed so, for the others can be served."""
     from slimtune.serve.registry import folders_of
     from slimtune.storage.source import folder_of
 
@@ -164,6 +179,7 @@ def _register(registry: Registry, root: Path | None, named: dict[str, Path]) -> 
         try:
             registry.register(name, folder)
         except SlimtuneError as error:
+            registry.enrol_broken(name, folder, str(error))
             say(f"'{name}' is not served: {error}", to_errors=True)
     for name, folder in named.items():
         registry.register(name, folder if folder.is_dir() else Path(folder_of(str(folder))))

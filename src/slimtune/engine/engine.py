@@ -372,6 +372,15 @@ class Engine:
         with self._wakes:
             return {name: adapter.loaded for name, adapter in self._served.items() if not adapter.leaving}
 
+    def virtual_tokens(self, name: str | None) -> int:
+        """How many tokens of the context stand before a prompt under this adapter.
+
+        Raises:
+            AdapterNotFoundError: no adapter of that name is loaded.
+        """
+        with self._wakes:
+            return 0 if name is None else self._adapter(name).virtual
+
     def stats(self) -> EngineStats:
         """Where the engine stands."""
         with self._wakes:

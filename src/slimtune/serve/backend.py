@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from slimtune.engine.request import EngineStats, LoadedAdapter
 from slimtune.serve.openai import ChatCompletionRequest, CompletionRequest, bad_request
+from slimtune.serve.queue import Turns
 
 GenerationRequest = ChatCompletionRequest | CompletionRequest
 
@@ -48,9 +49,11 @@ class Backend(Protocol):
 
     Attributes:
         slots: how many answers it works on at once.
+        takes_turns: whether each answer of a request takes a turn of its own; else all of them begin together.
     """
 
     slots: int
+    takes_turns: bool
 
     async def start(self) -> None:
         """Get ready to answer."""
@@ -64,7 +67,9 @@ class Backend(Protocol):
         """Whether it can answer now."""
         ...
 
-    def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    def answer(
+        self, body: GenerationRequest, adapter: str | None, tenant: str, turns: Turns
+    ) -> AsyncGenerator[Piece, None]:
         """The answers, piece by piece; closing the iterator ends them. Raises: ApiError."""
         ...
 

@@ -17,6 +17,7 @@ from slimtune.errors import ConfigError
 from slimtune.ops.worker_threads import release_worker_threads
 from slimtune.serve.backend import GenerationRequest, Piece
 from slimtune.serve.openai import bad_request
+from slimtune.serve.queue import Turns
 from slimtune.storage.text_files import read_json
 
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
@@ -31,6 +32,7 @@ class EncoderBackend:
     """
 
     slots: int = 1
+    takes_turns = True
     context: int
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path) -> None:
@@ -70,7 +72,9 @@ class EncoderBackend:
             vectors_ND = normalize(vectors_ND, dim=-1)
         return vectors_ND.tolist(), sum(lengths)
 
-    async def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    async def answer(
+        self, body: GenerationRequest, adapter: str | None, tenant: str, turns: Turns
+    ) -> AsyncGenerator[Piece, None]:
         """Raises: ApiError."""
         raise bad_request("this base is an encoder and writes no text; ask /v1/embeddings", "model")
         yield Piece()

@@ -95,8 +95,7 @@ class Gateway:
 
     def begin(self, tenant: Tenant, body: GenerationRequest) -> Answer:
         """Start to answer. Raises: ApiError, for what is wrong before it is anybody's turn."""
-        if self.is_draining:
-            raise unavailable("the server is stopping; ask another one", code="stopping")
+        self._require_open()
         adapter = self.resolve(tenant, body.model)
         if body.choices() > 1 and body.temperature == 0 and body.n > 1:
             raise bad_request("n answers at temperature 0 are all the same; raise temperature or leave n out", "n")
@@ -112,8 +111,7 @@ class Gateway:
 
     async def embed(self, tenant: Tenant, body: EmbeddingRequest) -> tuple[list[list[float]], int]:
         """Vectors of texts and their tokens. Raises: ApiError."""
-        if self.is_draining:
-            raise unavailable("the server is stopping; ask another one", code="stopping")
+        self._require_open()
         if self.resolve(tenant, body.model) is not None:
             raise bad_request("embeddings come from the base alone; pass model=base", "model")
         self.limits.admit(tenant)
@@ -125,15 +123,18 @@ class Gateway:
     async def load_adapter(self, tenant: Tenant, name: str, path: str) -> Adapter:
         """Register an adapter, as a new version where the name is known, and load it. Raises: ApiError."""
         self._require_admin(tenant)
+        self._require_open()
         try:
-            adapter = self.registry.register(name, inside(self.settings.adapters, path))
+            adapter = self.registry.draft(name, inside(self.settings.adapters, path))
         except SlimtuneError as error:
             raise bad_request(str(error), "lora_path") from error
         try:
             async with self.registry.use(adapter):
+                # Only now: until it has proved to load, its name goes on meaning the version from before.
+                self.registry.enrol(adapter)
                 return adapter
         except BaseException as error:
-            # Whatever the reason, the version from before, if there is one, is the newest again.
+            # Whatever the reason: who has asked may have gone while it was loaded.
             await self.registry.unload(adapter)
             if isinstance(error, SlimtuneError):
                 raise bad_request(str(error), "lora_path") from error
@@ -151,6 +152,10 @@ class Gateway:
                 if task.get_name() == adapter.versioned:
                     task.cancel("the adapter was unloaded")
         await self.registry.unload(adapter)
+
+    def _require_open(self) -> None:
+        if self.is_draining:
+            raise unavailable("the server is stopping; ask another one", code="stopping")
 
     @staticmethod
     def _require_admin(tenant: Tenant) -> None:
@@ -175,11 +180,15 @@ class Gateway:
         began = last = time.monotonic()
         try:
             # The limit runs over waiting and writing together, as a client's own clock does.
-            async with asyncio.timeout(self.settings.request_timeout), self.queue.turn(tenant, body.choices()):
+            together = 1 if self.backend.takes_turns else body.choices()
+            async with (
+                asyncio.timeout(self.settings.request_timeout),
+                self.queue.turn(tenant, together) as turns,
+            ):
                 self.metrics.queue_seconds.observe(time.monotonic() - began)
                 async with (
                     self._loaded(adapter) as name,
-                    aclosing(self.backend.answer(body, name, tenant.name)) as pieces,
+                    aclosing(self.backend.answer(body, name, tenant.name, turns)) as pieces,
                 ):
                     async for piece in pieces:
                         if piece.tokens:

@@ -101,7 +101,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     @app.get("/ready")
     async def ready() -> Response:
         is_ready = not gateway.is_draining and await gateway.backend.is_ready()
-        status = "draining" if gateway.is_draining else "ready" if is_ready else "starting"
+        status = "draining" if gateway.is_draining else "ready" if is_ready else "not ready"
         return JSONResponse({"status": status}, 200 if is_ready else 503)
 
     @app.get("/metrics")

@@ -26,15 +26,18 @@ from slimtune.serve.openai import (
     bad_request,
     unavailable,
 )  # fmt: skip
+from slimtune.serve.queue import Turns
 from slimtune.serve.tools import ToolReader, call_schema, for_template, knows_tools
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The prompts of a request as token ids, and how their answers are chosen."""
+    """The prompts of a request as token ids, and how long their answers may be."""
 
     prompts: list[tuple[int, ...]]
-    sampling: list[SamplingParams]
+    most: list[int]
+    first: SamplingParams
+    """Of the first answer: a mistake in it is told before any is begun."""
 
 
 class EngineBackend:
@@ -44,11 +47,15 @@ class EngineBackend:
         engine: not started yet.
     """
 
+    takes_turns = True
+
     def __init__(self, engine: Engine) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.slots, self.context = engine.slots, engine.context
         # The width of the logits, which may be padded beyond the tokenizer's tokens.
         self.vocabulary: int = engine.model.get_output_embeddings().weight.shape[0]
+        # In characters; bytes that are one character are several of the vocabulary's own.
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
         self._grammars = Grammars(self.tokenizer, self.vocabulary, sorted(stop_tokens(engine.model, self.tokenizer)))
         # One thread, for a tokenizer is not safe in several; and apart from the loop, which long prompts would hold up.
         self._encoding = ThreadPoolExecutor(1, "slimtune-encode")
@@ -85,31 +92,57 @@ class EngineBackend:
         """Raises: ApiError."""
         return await no_embeddings()
 
-    async def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    async def answer(
+        self, body: GenerationRequest, adapter: str | None, tenant: str, turns: Turns
+    ) -> AsyncGenerator[Piece, None]:
         """The answers, piece by piece, in the order in which their tokens come."""
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._encoding, self._prepare, body)
+        prepared = await loop.run_in_executor(self._encoding, self._prepare, body, adapter)
         # Told before the first token: the prompt is charged for, though the client may go while it is read.
         yield Piece(prompt_tokens=sum(map(len, prepared.prompts)))
         # Without a bound: the engine's thread must never wait for a client; `max_tokens` bounds what can pile up.
-        inbox: asyncio.Queue[tuple[int, Sequence[TokenEvent]]] = asyncio.Queue()
-        readers = [self._reader(body) for _ in prepared.sampling]
+        inbox: asyncio.Queue[tuple[int, Sequence[TokenEvent] | BaseException]] = asyncio.Queue()
+        count = body.choices()
+        readers = [self._reader(body) for _ in range(count)]
         mailbox = self._mailbox
         assert mailbox is not None, "a backend is started before it is asked"
         handles: list[Handle] = []
+        held = {0: turns.first}
+        # By length, so that no name and salt together read as those of another tenant.
+        owner = f"{len(tenant)} {tenant} {body.cache_salt or ''}"
+
+        def begin(choice: int, sampling: SamplingParams) -> None:
+            # Choices are numbered prompt by prompt, n of each, as OpenAI numbers them.
+            request = Request(prepared.prompts[choice // body.n], sampling, adapter, owner)
+            handles.append(self._submit(request, mailbox.address(inbox, choice)))
+
+        async def begin_others() -> None:
+            # Each at a turn of its own: a request of many answers would keep everybody else waiting.
+            try:
+                for choice in range(1, count):
+                    held[choice] = await turns.take()
+                    most = prepared.most[choice // body.n]
+                    begin(choice, await loop.run_in_executor(self._encoding, self._sampling, body, most, choice))
+            except Exception as error:
+                inbox.put_nowait((0, error))
+
+        others = asyncio.create_task(begin_others()) if count > 1 else None
         try:
-            for choice, sampling in enumerate(prepared.sampling):
-                # Choices are numbered prompt by prompt, n of each, as OpenAI numbers them.
-                request = Request(prepared.prompts[choice // body.n], sampling, adapter, tenant)
-                handles.append(self._submit(request, mailbox.address(inbox, choice)))
-            running = len(handles)
+            begin(0, prepared.first)
+            running = count
             while running:
                 choice, events = await inbox.get()
+                if isinstance(events, BaseException):
+                    raise events
                 piece = self._piece(choice, events, readers[choice])
-                running -= piece.finish_reason is not None
+                if piece.finish_reason is not None:
+                    running -= 1
+                    turns.give_back(held.pop(choice))
                 yield piece
         finally:
             # Also where the client has gone in the middle; what has ended takes no notice.
+            if others is not None:
+                others.cancel()
             for handle in handles:
                 handle.cancel()
 
@@ -146,18 +179,26 @@ class EngineBackend:
             return None
         return ToolReader(body.usable_tools(), body.must_call(), not body.parallel_tool_calls)
 
-    def _prepare(self, body: GenerationRequest) -> _Prepared:
+    def _prepare(self, body: GenerationRequest, adapter: str | None) -> _Prepared:
         """Render, encode and check a request. Raises: ApiError 400."""
         try:
+            self._check_length(body)
             prompts = [tuple(prompt) for prompt in self._encode(body)]
-            sampling = []
-            for index, prompt in enumerate(prompts):
-                most = self._room(prompt, body.most_tokens())
-                first = index * body.n
-                sampling += [self._sampling(body, most, choice) for choice in range(first, first + body.n)]
+            virtual = self.engine.virtual_tokens(adapter)
+            most = [self._room(body, len(prompt), virtual) for prompt in prompts]
+            return _Prepared(prompts, most, self._sampling(body, most[0], 0))
         except SlimtuneError as error:
             raise bad_request(str(error)) from error
-        return _Prepared(prompts, sampling)
+
+    def _check_length(self, body: GenerationRequest) -> None:
+        """Refuse what can't fit before it is encoded, for which others wait. Raises: ApiError."""
+        texts = (
+            [message.text() for message in body.messages] if isinstance(body, ChatCompletionRequest) else body.prompts()
+        )
+        for text in texts:
+            least = len(text) // self._longest_token if isinstance(text, str) else len(text)
+            if least > self.context:
+                raise self._too_long(body, f"the prompt has {least:,} or more")
 
     def _encode(self, body: GenerationRequest) -> list[list[int]]:
         if isinstance(body, ChatCompletionRequest):
@@ -178,18 +219,22 @@ class EngineBackend:
             raise bad_request(f"prompt holds the token {max(prompt)}; the model has {self.vocabulary:,}", "prompt")
         return prompt
 
-    def _room(self, prompt: tuple[int, ...], most: int | None) -> int:
+    def _room(self, body: GenerationRequest, prompt: int, virtual: int) -> int:
         """The most tokens of the answer. Raises: ApiError, where they don't fit behind the prompt."""
-        room = self.context - len(prompt)
+        most, room = body.most_tokens(), self.context - prompt - virtual
         if room < 1 or (most is not None and most > room):
             wanted = f" and {most:,} of the answer" if most is not None and room >= 1 else ""
-            raise bad_request(
-                f"the context holds {self.context:,} tokens, but the prompt has {len(prompt):,}{wanted}; shorten the "
-                f"prompt{' or lower max_tokens' if wanted else ''}",
-                "messages",
-                "context_length_exceeded",
-            )
+            before = f"{virtual:,} virtual tokens of the adapter, " if virtual else ""
+            raise self._too_long(body, f"there are {before}{prompt:,} of the prompt{wanted}", lower=bool(wanted))
         return room if most is None else most
+
+    def _too_long(self, body: GenerationRequest, found: str, lower: bool = False) -> ApiError:
+        return bad_request(
+            f"the context holds {self.context:,} tokens, but {found}; shorten the prompt"
+            f"{' or lower max_tokens' if lower else ''}",
+            "messages" if isinstance(body, ChatCompletionRequest) else "prompt",
+            "context_length_exceeded",
+        )
 
     def _sampling(self, body: GenerationRequest, most: int, choice: int) -> SamplingParams:
         return SamplingParams(

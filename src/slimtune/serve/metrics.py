@@ -27,7 +27,11 @@ class Metrics:
         self.tokens = Counter(
             "slimtune_tokens", "Tokens of prompts and of answers", ["tenant", "model", "kind"], registry=self.registry
         )
-        self.cancelled = Counter("slimtune_cancelled", "Answers whose client has gone", registry=self.registry)
+        self.cancelled = Counter(
+            "slimtune_cancelled",
+            "Answers that were broken off: the client has gone, or the adapter",
+            registry=self.registry,
+        )
         self.queue_seconds = self._histogram("queue", "From a request to its turn", _LONG)
         self.first_token_seconds = self._histogram("time_to_first_token", "From a request to its first token", _SHORT)
         self.between_tokens_seconds = self._histogram("between_tokens", "From a token to the next", _SHORT)

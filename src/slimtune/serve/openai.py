@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -66,6 +66,19 @@ class _Body(BaseModel):
     # Not a number and infinity are no JSON, though Python's parser takes them.
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
 
+    idle: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields of OpenAI's that are taken with null or these values alone, which ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_says_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        # Clients send null for what their user has left open, as OpenAI allows it.
+        fields = {field.alias or name for name, field in cls.model_fields.items()} | cls.idle.keys()
+        said = {name: value for name, value in data.items() if value is not None or name not in fields}
+        return {name: value for name, value in said.items() if value not in cls.idle.get(name, ())}
+
 
 class _Root(_Body):
     @model_validator(mode="before")
@@ -110,23 +123,30 @@ class ToolCall(_Body):
 class Message(_Body):
     """A turn of the conversation."""
 
+    # What the clients' own libraries send back of an answer that they were given.
+    idle: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "audio": (), "function_call": ()}
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
+    refusal: str | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("content is missing; only an assistant's turn with tool_calls goes without")
+        if self.refusal is not None and self.role != "assistant":
+            raise ValueError("refusal is only for an assistant's turn")
+        is_answer = self.role == "assistant" and (self.tool_calls or self.refusal is not None)
+        if self.content is None and not is_answer:
+            raise ValueError("content is missing; only an assistant's turn with tool_calls or a refusal goes without")
         return self
 
     def text(self) -> str:
         """The content as one text."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal or ""
 
 
 class FunctionDefinition(_Body):
@@ -192,6 +212,13 @@ ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discrim
 class Generation(_Root):
     """What chats and completions have in common; `top_k` and what follows are vLLM's additions to OpenAI's fields."""
 
+    idle: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "logit_bias": ({},), "metadata": ({},), "store": (False,), "service_tier": ("auto", "default"),
+        "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": (), "verbosity": (),
+        "web_search_options": (), "functions": ([],), "function_call": (), "safety_identifier": (),
+        "prompt_cache_key": (),
+    }  # fmt: skip
+
     model: Annotated[str, Field(min_length=1)]
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -207,8 +234,10 @@ class Generation(_Root):
     # vLLM writes "all" as -1, others as 0.
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     ignore_eos: bool = False
+    # What is kept of a prompt is reused under the same salt only, and always within one tenant.
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Generation:
@@ -281,6 +310,10 @@ class ChatCompletionRequest(Generation):
 class CompletionRequest(Generation):
     """`POST /v1/completions`."""
 
+    idle: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **Generation.idle, "echo": (False,), "best_of": (1,), "suffix": ("",)
+    }  # fmt: skip
+
     prompt: str | list[str] | list[Annotated[int, Field(ge=0)]] | list[list[Annotated[int, Field(ge=0)]]]
     # OpenAI's default for completions, surprising as it is; chats have none.
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
@@ -326,6 +359,18 @@ class EmbeddingRequest(_Root):
     )
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_tokens(cls, data: Any) -> Any:
+        given = data.get("input") if isinstance(data, dict) else None
+        if isinstance(given, list) and given and isinstance(given[0], int | list):
+            # They would be read as this model's, and mean something else.
+            raise ValueError(
+                "input holds token ids, which are those of another model's tokenizer; pass texts (in LangChain, "
+                "check_embedding_ctx_length=False)"
+            )
+        return data
 
     def texts(self) -> list[str]:
         """The texts."""

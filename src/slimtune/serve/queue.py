@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from slimtune.serve.openai import ApiError, unavailable
+from slimtune.serve.openai import ApiError, bad_request, unavailable
 from slimtune.serve.tenants import Tenant
 
 _PROMPT_SHARE = 0.25
@@ -60,6 +60,37 @@ class _Turn:
     granted: asyncio.Future[None]
 
 
+class Turns:
+    """What one request holds of the queue: the turn that it began with, and those of its further answers.
+
+    Attributes:
+        first: the turn that it began with.
+    """
+
+    first: _Turn
+
+    def __init__(self, queue: FairQueue, tenant: Tenant) -> None:
+        self._queue, self._tenant = queue, tenant
+        self._held: set[_Turn] = set()
+
+    async def take(self, answers: int = 1, timeout: float | None = None) -> _Turn:
+        """Wait for one more turn; without a timeout for as long as it takes, as the request was let in already."""
+        turn = await self._queue._wait(self._tenant, answers, timeout)
+        self._held.add(turn)
+        return turn
+
+    def give_back(self, turn: _Turn) -> None:
+        """End a turn, once or again."""
+        if turn in self._held:
+            self._held.remove(turn)
+            self._queue._leave(turn)
+
+    def give_back_all(self) -> None:
+        """End all that are held."""
+        for turn in [*self._held]:
+            self.give_back(turn)
+
+
 class FairQueue:
     """Turns at so many answers at once; who was served the fewest tokens is next.
 
@@ -84,31 +115,52 @@ class FairQueue:
         self._shares[tenant.name].counter += _PROMPT_SHARE * prompt_tokens + tokens
 
     @asynccontextmanager
-    async def turn(self, tenant: Tenant, answers: int = 1) -> AsyncIterator[None]:
-        """Wait for a turn and have it. Raises: ApiError 429 or 503, for a full queue or a wait that is too long."""
-        # No more than there can ever be: a request for more would wait for ever; its answers then share the slots.
-        weight = min(answers, self.slots, tenant.concurrency or answers)
+    async def turn(self, tenant: Tenant, answers: int = 1) -> AsyncIterator[Turns]:
+        """Wait for a turn at so many answers and have it, with what is taken besides.
+
+        Raises:
+            ApiError: 400, for more answers than the tenant may have at once; 429 or 503, for a full queue or a wait
+                that is too long.
+        """
+        if tenant.concurrency is not None and answers > tenant.concurrency:
+            raise bad_request(
+                f"{answers} answers were asked for, and your limit is {tenant.concurrency} at once; lower n or ask one "
+                "prompt at a time",
+                "n",
+            )
+        turns = Turns(self, tenant)
+        try:
+            # No more than there can ever be: a request for more would wait for ever. Whoever begins them all together
+            # has a queue of its own.
+            turns.first = await turns.take(min(answers, self.slots), self.timeout)
+            yield turns
+        finally:
+            turns.give_back_all()
+
+    async def _wait(self, tenant: Tenant, answers: int, timeout: float | None) -> _Turn:
+        """Wait for a turn, which is refused where others wait only if there is a timeout. Raises: ApiError."""
         share = self._shares.setdefault(tenant.name, _Share())
         if not share.waiting and not share.running:
             present = [other.counter for other in self._shares.values() if other.waiting or other.running]
             # Lifted, never lowered: who was served a lot and left for a second doesn't come back as a newcomer.
             share.counter = max(share.counter, min(present, default=share.counter))
-        turn = _Turn(tenant, weight, next(self._numbers), asyncio.get_running_loop().create_future())
+        turn = _Turn(tenant, answers, next(self._numbers), asyncio.get_running_loop().create_future())
         share.waiting.append(turn)
         self._grant()
-        if not turn.granted.done():
+        if timeout is not None and not turn.granted.done():
             self._refuse_beyond(share, turn)
         try:
-            try:
-                async with asyncio.timeout(self.timeout):
-                    await turn.granted
-            except TimeoutError:
-                raise unavailable(
-                    f"no turn came within {self.timeout:g} s; try again later", retry_after=self.timeout
-                ) from None
-            yield
-        finally:
-            self._leave(share, turn)
+            async with asyncio.timeout(timeout):
+                await turn.granted
+        except TimeoutError:
+            self._leave(turn)
+            raise unavailable(
+                f"no turn came within {timeout:g} s; try again later", retry_after=timeout or 1.0
+            ) from None
+        except BaseException:
+            self._leave(turn)
+            raise
+        return turn
 
     def _refuse_beyond(self, share: _Share, turn: _Turn) -> None:
         """Raises: ApiError, where too many wait already."""
@@ -123,7 +175,8 @@ class FairQueue:
             share.waiting.remove(turn)
             raise unavailable(f"{self.most_waiting} requests wait already; try again later")
 
-    def _leave(self, share: _Share, turn: _Turn) -> None:
+    def _leave(self, turn: _Turn) -> None:
+        share = self._shares[turn.tenant.name]
         if turn in share.waiting:
             share.waiting.remove(turn)
         elif turn.granted.done():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import re
 import time
@@ -36,6 +37,7 @@ class Adapter:
         users: requests that run on it; it stays loaded for as long.
         used: when it was used last.
         error: why it can't be loaded.
+        digest: of its files when it was loaded first: a version never stands for others.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Adapter:
     loaded: LoadedAdapter | None = None
     error: str | None = None
     removed: bool = False
+    digest: str | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -79,13 +82,19 @@ class Registry:
 
     Args:
         memory: the bytes that loaded adapters may take together; None leaves that to the backend.
+        reserved: what no adapter may be called, the name of the base.
+        patience: seconds to wait for one that is in use to make room.
     """
 
-    def __init__(self, backend: Backend, memory: int | None = None) -> None:
-        self.backend, self.memory = backend, memory
+    def __init__(
+        self, backend: Backend, memory: int | None = None, reserved: str = BASE, patience: float = 60.0
+    ) -> None:
+        self.backend, self.memory, self.patience = backend, memory, patience
+        self.reserved = {BASE, reserved}
         self._versions: dict[str, dict[int, Adapter]] = {}
         self._next: dict[str, Iterator[int]] = {}
         self._room = asyncio.Lock()
+        self._freed = asyncio.Event()
         self.evictions = 0
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -100,24 +109,41 @@ class Registry:
         Raises:
             AdapterFileError, ConfigError: it can't be read; or its name is none.
         """
-        if not NAME.fullmatch(name) or name == BASE:
+        adapter = self.draft(name, folder, is_folder)
+        self.enrol(adapter)
+        return adapter
+
+    def draft(self, name: str, folder: Path, is_folder: bool = True) -> Adapter:
+        """A new version of a name that no request can name yet. Raises: as `register`."""
+        if not NAME.fullmatch(name) or name in self.reserved:
             raise ConfigError(
-                f"an adapter can't be called '{name[:140]}'; take letters, digits, '.', '_' and '-', and not '{BASE}'"
+                f"an adapter can't be called '{name[:140]}'; take letters, digits, '.', '_' and '-', and not the name "
+                "of the base"
             )
         config: Mapping[str, Any] = {"peft_type": "remote"}
         stored_bytes = 0
         if is_folder:
             stored = read_folder(folder, ADAPTER, "adapter_model*.safetensors")
             config, stored_bytes = stored.config, stored.stored_bytes
+        rank = config.get("r")
+        rank = rank if isinstance(rank, int) else None
+        return self._new(name, folder, str(config.get("peft_type", "unknown")), rank, stored_bytes)
+
+    def enrol(self, adapter: Adapter) -> None:
+        """Let requests name a version; where it is the newest, its name means it from now on."""
+        self._versions.setdefault(adapter.name, {})[adapter.version] = adapter
+
+    def enrol_broken(self, name: str, folder: Path, error: str) -> None:
+        """List an adapter that can't be read, with the reason; a request for it tries once more to load it."""
+        if NAME.fullmatch(name) and name not in self.reserved:
+            adapter = self._new(name, folder, "unknown", None, 0)
+            adapter.error = error
+            self.enrol(adapter)
+
+    def _new(self, name: str, folder: Path, method: str, rank: int | None, stored_bytes: int) -> Adapter:
         # Counted on where all versions are gone again.
         version = next(self._next.setdefault(name, itertools.count(1)))
-        rank = config.get("r")
-        adapter = Adapter(
-            name, version, folder, str(config.get("peft_type", "unknown")), rank if isinstance(rank, int) else None,
-            stored_bytes, time.time(),
-        )  # fmt: skip
-        self._versions.setdefault(name, {})[version] = adapter
-        return adapter
+        return Adapter(name, version, folder, method, rank, stored_bytes, time.time())
 
     def find(self, model: str) -> Adapter | None:
         """The adapter that `name` (its newest version) or `name@version` means."""
@@ -145,6 +171,7 @@ class Registry:
             adapter.used = time.monotonic()
             if not adapter.users:
                 adapter.idle.set()
+                self._freed.set()
 
     async def unload(self, adapter: Adapter) -> None:
         """Take a version out of the list at once, and its memory back once no request runs on it."""
@@ -172,7 +199,14 @@ class Registry:
             adapter.error = None
 
     async def _put_in(self, adapter: Adapter) -> None:
+        # What never leaves the memory is read once.
+        digest = "" if self.memory is None else await asyncio.to_thread(digest_of, adapter.folder)
+        if adapter.digest not in (None, digest):
+            raise AdapterFileError(
+                f"the files of '{adapter.versioned}' were changed after it was loaded; load them as a new version"
+            )
         adapter.loaded = await self.backend.load_adapter(adapter.versioned, adapter.folder)
+        adapter.digest = digest
 
     async def _make_room(self, needed: int) -> None:
         if self.memory is None:
@@ -182,9 +216,15 @@ class Registry:
                 f"the adapter has {needed:,} bytes, and all of them together may take {self.memory:,}; raise "
                 "--adapter-memory"
             )
-        while sum(other.bytes for other in self) + needed > self.memory:
-            if not await self._evict():
-                raise unavailable("all adapters in memory are in use; try again later", code="no_room")
+        try:
+            async with asyncio.timeout(self.patience):
+                while sum(other.bytes for other in self) + needed > self.memory:
+                    self._freed.clear()
+                    if not await self._evict():
+                        # All are in use: the first one whose requests have ended makes room.
+                        await self._freed.wait()
+        except TimeoutError:
+            raise unavailable("all adapters in memory are in use; try again later", code="no_room") from None
 
     async def _evict(self) -> bool:
         """Put out the one that was idle for the longest; False where there is none."""
@@ -213,6 +253,18 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
         raise
+
+
+def digest_of(folder: Path) -> str:
+    """What an adapter's files hold, in short. Raises: AdapterFileError, where they can't be read."""
+    digest = hashlib.sha256()
+    try:
+        # Config and weights: the same matrices under another alpha are another adapter.
+        for file in sorted(folder.glob("adapter_*")):
+            digest.update(file.read_bytes())
+    except OSError as error:
+        raise AdapterFileError(f"'{folder}' can't be read: {error.strerror or error}") from error
+    return digest.hexdigest()[:16]
 
 
 def folders_of(root: Path) -> dict[str, Path]:

@@ -21,6 +21,8 @@ from slimtune.models.headers import read_folder, read_object
 from slimtune.serve.backend import GenerationRequest, Piece, TokenLogprob
 from slimtune.serve.convert import CONVERTED, convert_to_lora
 from slimtune.serve.openai import ApiError, ChatCompletionRequest, bad_request, unavailable
+from slimtune.serve.queue import Turns
+from slimtune.serve.registry import digest_of
 from slimtune.storage.source import ADAPTER
 
 logger = logging.getLogger("slimtune.serve")
@@ -42,6 +44,8 @@ class Replica:
 class RemoteBackend:
     """Answers of other servers; each request goes to the one with the fewest running, and on to another if it is down.
 
+    What one of them keeps of prompts is told apart by tenant where it is vLLM; of others nothing is known.
+
     Args:
         urls: without `/v1`. All serve the same model.
         model: what they call the base.
@@ -50,6 +54,8 @@ class RemoteBackend:
         converted: where adapters are written as LoRA that are not, but can be; a folder that the servers see, too.
         loads: whether adapters are loaded into them, as vLLM can; else their folders are names of models there.
     """
+
+    takes_turns = False
 
     def __init__(
         self,
@@ -119,7 +125,7 @@ class RemoteBackend:
         folder = await asyncio.to_thread(self._as_lora, folder)
         method, rank, stored_bytes = checked_for_vllm(folder)
         # vLLM keeps keys and values by the name of an adapter: a name must never stand for other weights.
-        remote = f"{name.replace('@', '-v')}-{await asyncio.to_thread(_digest, folder)}"
+        remote = f"{name.replace('@', '-v')}-{await asyncio.to_thread(digest_of, folder)}"
         done: list[Replica] = []
         for replica in self.replicas:
             try:
@@ -142,7 +148,7 @@ class RemoteBackend:
                 f"vLLM does not take {folder.name}: {method} is not LoRA, but can be written as such; pass --converted "
                 "DIR, a folder that the servers see, too"
             )
-        output = self.converted / f"{folder.name}-{_digest(folder)}"
+        output = self.converted / f"{folder.name}-{digest_of(folder)}"
         if not (output / ADAPTER).is_file():
             lost = convert_to_lora(folder, output)
             logger.info("%s (%s) is written as LoRA to %s; %.1g of an update is missing", folder, method, output, lost)
@@ -183,10 +189,16 @@ class RemoteBackend:
         # Stable: of equally busy ones the first, so that a quiet gateway fills one cache of prefixes and not several.
         return sorted(self.replicas, key=lambda replica: replica.running)
 
-    async def answer(self, body: GenerationRequest, adapter: str | None, tenant: str) -> AsyncGenerator[Piece, None]:
+    async def answer(
+        self, body: GenerationRequest, adapter: str | None, tenant: str, turns: Turns
+    ) -> AsyncGenerator[Piece, None]:
         """The answers of the first server that takes the request, piece by piece."""
         kind = "chat/completions" if isinstance(body, ChatCompletionRequest) else "completions"
         forwarded = _forwarded(body, self.model if adapter is None else self._names[adapter])
+        if self.loads:
+            # vLLM would let tenants share what it keeps of prompts, and a first token that comes sooner than it could
+            # tells one of them what another has asked.
+            forwarded["cache_salt"] = hashlib.sha256(f"slimtune tenant {tenant}".encode()).hexdigest()
         failure: ApiError | None = None
         for replica in self._order():
             replica.running += 1
@@ -318,15 +330,6 @@ def _message(text: str) -> str:
         return str(inner.get("message") if isinstance(inner, dict) else inner)[:500]
     except (ValueError, AttributeError):
         return text.strip()[:500] or "no reason given"
-
-
-def _digest(folder: Path) -> str:
-    """What an adapter's files hold, in short: part of its name on a server, which may keep what it cached of a name."""
-    digest = hashlib.sha256()
-    # Config and weights: the same matrices under another alpha are another adapter.
-    for file in sorted(folder.glob("adapter_*")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def checked_for_vllm(folder: Path) -> tuple[str, int | None, int]:
