@@ -21,7 +21,8 @@ from small_text_model import save_base
 
 IDS = {"ids": lambda page: str(page.relative_to(DOCS))}
 NEEDS = {
-    "the Hub", "data sets of the Hub", "a T5 of the Hub", "vLLM on two machines with GPUs", "an Ollama that runs",
+    "the Hub", "data sets of the Hub", "a T5 of the Hub", "vLLM", "vLLM on two machines with GPUs",
+    "an Ollama that runs",
     "four GPUs", "a pipeline", "optimum", "labelled/train.jsonl and labelled/held_out.jsonl",
     "a download, and a checkout", "a password file",
 }  # fmt: skip

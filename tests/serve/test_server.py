@@ -145,6 +145,10 @@ def test_a_short_patience_breaks_answers_off(base: Path) -> None:
         (["--adapters", "nowhere"], "nowhere"),
         (["--adapter", "base=nowhere"], "nowhere"),
         (["--context", "100000"], "positions"),
+        (["--log-level", "loud"], "--log-level"),
+        (["--url", "http://127.0.0.1:1"], "--engine vllm or openai"),
+        (["--engine", "openai"], "needs --url"),
+        (["--engine", "vllm", "--vllm", "nowhere"], "no program 'nowhere'"),
     ],
 )
 def test_what_keeps_a_server_from_starting(base: Path, run: Any, options: list[str], said: str) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from export.llama_cpp import greedy
 from serve.test_remote import in_front
+from serve.test_server import process
 from slimtune import (
     AdaLoraConfig,
     BottleneckConfig,
@@ -174,3 +175,21 @@ def test_a_server_that_was_killed_gets_its_adapters_again(base: Path, answers: t
         with vllm(base, port):
             assert say(server, "lora") == expected["lora"]
             assert say(server, "base") == expected["base"]
+
+
+def test_a_child_of_the_command(
+    base: Path, answers: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, expected = answers
+    for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["--engine", "vllm", "--vllm", Path(str(PYTHON)).with_name("vllm"), "--converted", tmp_path / "converted"]
+    words += ["--vllm-options", "--dtype float32 --enforce-eager --max-model-len 64", "--adapters", adapters]
+    with process(base, *words) as (running, told):
+        for name, text in expected.items():
+            body = {"model": name, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+            answer = httpx.post(f"{told['url']}/v1/completions", json=body, timeout=600)
+            assert answer.json()["choices"][0]["text"] == text, name
+        running.send_signal(signal.SIGTERM)
+        _, errors = running.communicate(timeout=120)
+        assert running.returncode == 0, errors[-4000:]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +57,10 @@ def serve(
     quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
     engine: Annotated[
-        str, typer.Option(help="embedded; vllm or openai: servers that run already.", rich_help_panel=_REMOTE)
+        str,
+        typer.Option(
+            help="embedded; vllm, started here or at --url; openai: servers at --url.", rich_help_panel=_REMOTE
+        ),
     ] = "embedded",
     url: Annotated[
         list[str], typer.Option(help="Where they are; repeatable, for several replicas.", rich_help_panel=_REMOTE)
@@ -63,6 +68,12 @@ def serve(
     url_key: Annotated[
         str | None, typer.Option(envvar="SLIMTUNE_URL_KEY", help="Their API key.", rich_help_panel=_REMOTE)
     ] = None,
+    vllm: Annotated[
+        str, typer.Option(metavar="PROGRAM", help="Started where there is no --url.", rich_help_panel=_REMOTE)
+    ] = "vllm",
+    vllm_options: Annotated[
+        str, typer.Option(metavar="WORDS", help="Of vllm serve, as one text.", rich_help_panel=_REMOTE)
+    ] = "",
     converted: Annotated[
         Path | None,
         typer.Option(
@@ -81,19 +92,22 @@ def serve(
     The field "model" names an adapter, NAME or NAME@VERSION, or "base". Ctrl-C and SIGTERM end running answers and
     refuse new ones; a second one stops at once. With --json, the address is a line of JSON.
 
-    With --engine vllm the same keys, limits and names stand in front of vLLM, MODEL being its name for the base. With
-    --engine openai any server of OpenAI's API does; --adapter NAME=MODEL then names its other models.
+    With --engine vllm the same keys, limits and names stand in front of vLLM, which is started as a child, or runs at
+    --url with MODEL as its name for the base. With --engine openai any server of OpenAI's API does; --adapter
+    NAME=MODEL then names its other models.
 
     Example: slimtune serve smollm2-135m-instruct --adapters adapters --keys keys.yaml --host 0.0.0.0
     """
     _require_libraries()
     from slimtune.engine.model import SLOTS
     from slimtune.models.load import LoadOptions
+    from slimtune.serve.child import MODEL, vllm_child
     from slimtune.serve.gateway import Gateway, GatewaySettings
-    from slimtune.serve.registry import Registry
+    from slimtune.serve.registry import Registry, folders_of
     from slimtune.serve.remote import RemoteBackend
     from slimtune.serve.server import check_host, run
     from slimtune.serve.tenants import Keyring
+    from slimtune.storage.source import name_elsewhere
 
     check_choice("--log-level", log_level, _LOG_LEVELS)
     _log_to_errors(log_level)
@@ -102,38 +116,65 @@ def serve(
     keyring = Keyring(keys)
     named = {name: Path(folder) for name, folder in parse(adapter).items()}
     check_choice("--engine", engine, _ENGINES)
-    if (engine != "embedded") != bool(url):
-        raise ConfigError(f"--engine {engine} with{'' if url else 'out'} --url: vllm and openai need it, embedded none")
-    if converted is not None and engine != "vllm":
-        raise ConfigError("--converted is for --engine vllm; the embedded engine takes every method as it is")
-    if engine == "openai" and adapters is not None:
-        raise ConfigError("--engine openai loads no adapters; name models of the servers with --adapter NAME=MODEL")
-    backend: Backend
-    if engine == "embedded":
-        loading = LoadOptions(dtype, device, trust_remote_code, quantize, computes="tokens")
-        backend = _backend(base, loading, slots, context)
-    else:
-        backend = RemoteBackend(url, base, slots or SLOTS, url_key, loads=engine == "vllm", converted=converted)
-    registry = Registry(backend, adapter_memory, reserved=base, patience=queue_timeout)
-    if engine == "openai":
-        for name, model in named.items():
-            registry.register(name, model, is_folder=False)
-    else:
-        _register(registry, adapters, named)
+    _check_engine(engine, url, converted, adapters)
     settings = GatewaySettings(
         base=base, adapters=adapters, queue=queue, queue_timeout=queue_timeout, request_timeout=request_timeout,
         max_body=max_body,
     )  # fmt: skip
+    with ExitStack() as stack:
+        backend: Backend
+        if engine == "embedded":
+            loading = LoadOptions(dtype, device, trust_remote_code, quantize, computes="tokens")
+            backend = _backend(base, loading, slots, context)
+        else:
+            model = base
+            if engine == "vllm" and not url:
+                folders = [*(folders_of(adapters) if adapters else {}).values(), *named.values()]
+                child = vllm_child(vllm, name_elsewhere(base), _largest_rank(folders), shlex.split(vllm_options))
+                model, (address, url_key) = MODEL, stack.enter_context(child)
+                url = [address]
+            backend = RemoteBackend(url, model, slots or SLOTS, url_key, loads=engine == "vllm", converted=converted)
+        registry = Registry(backend, adapter_memory, reserved=base, patience=queue_timeout)
+        if engine == "openai":
+            for name, folder in named.items():
+                registry.register(name, folder, is_folder=False)
+        else:
+            _register(registry, adapters, named)
 
-    def tell(url: str) -> None:
-        served = [known.versioned for known in registry if known.state != "broken"]
-        if as_json:
-            print_json({"url": url, "base": base, "adapters": served})
-        say(f"serving {base} and {counted(len(served), 'adapter')} at {url}; Ctrl-C stops", to_errors=True)
+        def tell(url: str) -> None:
+            served = [known.versioned for known in registry if known.state != "broken"]
+            if as_json:
+                print_json({"url": url, "base": base, "adapters": served})
+            say(f"serving {base} and {counted(len(served), 'adapter')} at {url}; Ctrl-C stops", to_errors=True)
 
-    if not run(Gateway(backend, registry, keyring, settings), host, port, drain_timeout, tell):
-        say("stopped before all answers had ended", to_errors=True)
-        raise typer.Exit(1)
+        if not run(Gateway(backend, registry, keyring, settings), host, port, drain_timeout, tell):
+            say("stopped before all answers had ended", to_errors=True)
+            raise typer.Exit(1)
+
+
+def _check_engine(engine: str, url: list[str], converted: Path | None, adapters: Path | None) -> None:
+    """Raises: ConfigError, for options that don't go together."""
+    if engine == "embedded" and url:
+        raise ConfigError("--url is of servers that run already; pass --engine vllm or openai with it")
+    if engine == "openai" and not url:
+        raise ConfigError("--engine openai needs --url, where the server is")
+    if converted is not None and engine != "vllm":
+        raise ConfigError("--converted is for --engine vllm; the embedded engine takes every method as it is")
+    if engine == "openai" and adapters is not None:
+        raise ConfigError("--engine openai loads no adapters; name models of the servers with --adapter NAME=MODEL")
+
+
+def _largest_rank(folders: list[Path]) -> int:
+    """Of the adapters in these folders; what can't be read is refused where it is registered."""
+    from slimtune.models.compatibility import largest_rank
+    from slimtune.models.headers import read_object
+    from slimtune.storage.source import ADAPTER
+
+    ranks = [0]
+    for folder in folders:
+        with suppress(SlimtuneError, OSError):
+            ranks.append(largest_rank(read_object(folder / ADAPTER)))
+    return max(ranks)
 
 
 def _require_libraries() -> None:
