@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -100,6 +100,50 @@ def test_presence_and_frequency_are_taken_off_what_the_answer_has() -> None:
         assert chosen.token == expected
     # What was given is not written over.
     assert logits_1V[0, 0] == 5.0
+
+
+EXTREMES = st.sampled_from(
+    [0, 5e-324, 1e-320, 1e-45, 0.01, 0.02, 0.5, 1, 1 - 2**-53, 1.7, 2, 50, 100, 1e300, 10**30, 10**400]
+)
+SIGNED = EXTREMES | EXTREMES.map(lambda number: -number)
+
+
+@given(
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": EXTREMES, "top_p": EXTREMES, "min_p": EXTREMES, "presence_penalty": SIGNED,
+            "frequency_penalty": SIGNED, "repetition_penalty": EXTREMES, "seed": st.integers(),
+            "top_k": st.sampled_from([0, 1, 7, 2**31, 2**63, 10**400]),
+            "logprobs": st.sampled_from([None, 0, 3, 10**400]),
+        },
+    ),
+    logits=st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([3e38, -3e38, 0.0, 30.0, -30.0]),
+        min_size=1, max_size=300,
+    ),
+    written=st.lists(st.integers(0, 299), max_size=4),
+)  # fmt: skip
+@settings(max_examples=600)
+def test_whatever_is_accepted_draws_a_token_from_finite_logits(
+    options: dict[str, Any], logits: list[float], written: list[int]
+) -> None:
+    try:
+        own = sampler(prompt=(0, len(logits) - 1), **options)
+    except ConfigError:
+        return
+    for token in written:
+        own.accept(token % len(logits))
+    (chosen,) = sample(torch.tensor([logits], dtype=torch.float32), [own])
+    assert isinstance(chosen, SampledToken)
+    assert 0 <= chosen.token < len(logits)
+
+
+def test_penalties_do_not_hide_logits_that_are_not_finite() -> None:
+    for broken in (torch.inf, torch.nan):
+        own = sampler(prompt=(0, 1), repetition_penalty=0.5, presence_penalty=1.0)
+        own.accept(1)
+        assert sample(torch.tensor([[1.0, broken, 2.0]]), [own]) == ["the model's logits are not finite"]
 
 
 def test_a_row_depends_on_no_other() -> None:
@@ -206,7 +250,9 @@ def test_an_incomplete_character_is_given_at_the_end_as_decoded() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 2.0}, {"top_k": -1}, {"max_tokens": 0},
-     {"repetition_penalty": 0.0}, {"logprobs": -1}, {"stop": ("",)}],
+     {"repetition_penalty": 0.0}, {"logprobs": -1}, {"stop": ("",)}, {"temperature": 1e300}, {"temperature": 10**400},
+     {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e6}, {"presence_penalty": 1e300},
+     {"frequency_penalty": -1e300}, {"min_p": float("nan")}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -13,8 +13,9 @@ import openai
 import pytest
 import torch
 
+from slimtune.errors import ConfigError
 from slimtune.models.load import load_model
-from slimtune.serve.encoder import EncoderBackend
+from slimtune.serve.encoder import EncoderBackend, _stored_pooling
 from slimtune.serve.gateway import Gateway, GatewaySettings
 from slimtune.serve.registry import Registry
 from slimtune.serve.tenants import Keyring
@@ -79,3 +80,18 @@ def test_mistakes(server: Started, body: dict[str, Any], said: str) -> None:
 def test_an_encoder_writes_no_text(server: Started) -> None:
     with pytest.raises(openai.BadRequestError, match="embeddings"):
         server.client().completions.create(model="base", prompt="x")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("modules.json", "{"), ("modules.json", "{}"), ("1_Pooling/config.json", "[]"), ("1_Pooling", None)],
+)
+def test_a_damaged_folder_is_told_in_one_sentence(tmp_path: Path, file: str, text: str | None) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    if text is None:
+        (path / "config.json").mkdir(parents=True)
+    else:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match="restore it"):
+        _stored_pooling(tmp_path)

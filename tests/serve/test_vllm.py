@@ -183,7 +183,12 @@ def test_a_child_of_the_command(
     adapters, expected = answers
     for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}.items():
         monkeypatch.setenv(name, value)
-    words = ["--engine", "vllm", "--vllm", Path(str(PYTHON)).with_name("vllm"), "--converted", tmp_path / "converted"]
+    # `vllm serve` of the package for processors looks for another package's version, and ends.
+    program = tmp_path / "vllm"
+    module = "vllm.entrypoints.openai.api_server"
+    program.write_text(f'#!/bin/sh\nshift; model=$1; shift\nexec {PYTHON} -m {module} --model "$model" "$@"\n')
+    program.chmod(0o755)
+    words: list[Any] = ["--engine", "vllm", "--vllm", program, "--converted", tmp_path / "converted"]
     words += ["--vllm-options", "--dtype float32 --enforce-eager --max-model-len 64", "--adapters", adapters]
     with process(base, *words) as (running, told):
         for name, text in expected.items():

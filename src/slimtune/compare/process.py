@@ -140,7 +140,7 @@ def _leave_the_terminal(log: Path) -> None:
     # A session of its own, since a terminal sends Ctrl-C to all processes of its session's foreground group.
     if hasattr(os, "setsid"):
         os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if sys.platform == "linux":

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from slimtune.data.rows import Text
@@ -36,6 +36,7 @@ from slimtune.errors import (
     warn,
 )
 from slimtune.storage.atomic import staged_file
+from slimtune.storage.permissions import write_tensors
 from slimtune.storage.text_files import read_json
 
 POOLINGS, SOLVERS = ("mean", "cls", "last"), ("sklearn", "torch")
@@ -107,7 +108,7 @@ def extract(
     if features is None:
         features = _computed(model, tokenizer, rows, pooling, batch_size)
         with staged_file(file) as scratch:
-            save_file({"features": features}, scratch, metadata={"key": key, "digest": _digest(features)})
+            write_tensors(scratch, {"features": features}, {"key": key, "digest": _digest(features)})
     return features
 
 
@@ -180,7 +181,7 @@ class FeatureClassifier:
         """Write `features.json` and `classifier.safetensors` into the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"weight": self.weight, "bias": self.bias}, folder / WEIGHTS)
+        write_tensors(folder / WEIGHTS, {"weight": self.weight, "bias": self.bias})
         facts = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
         (folder / CLASSIFIER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -14,6 +14,16 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 """Why an answer ends: an end-of-turn token or a stop string; its tokens or the context are used up; or a failure."""
 
 
+MOST_TEMPERATURE = 100
+_BOUNDS = {
+    "presence_penalty": (-100, 100, 0),
+    "frequency_penalty": (-100, 100, 0),
+    "repetition_penalty": (0.01, 100, 1),
+}
+"""The least and the most of each penalty, and its value that changes nothing: beyond, tokens are forced or forbidden,
+and logits leave the range of their numbers."""
+
+
 class TokenConstraint(Protocol):
     """What an answer must match, such as a JSON schema, followed token by token."""
 
@@ -69,18 +79,21 @@ class SamplingParams:
         # it.
         check_whole("max_tokens", self.max_tokens)
         check_whole("top_k", self.top_k, least=0)
-        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        for name in ("temperature", "top_p", "min_p", *_BOUNDS):
             check_number(name, getattr(self, name))
         if self.logprobs is not None:
             check_whole("logprobs", self.logprobs, least=0)
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must not be negative, found {self.temperature}; 0 is greedy decoding")
+        if not 0 <= self.temperature <= MOST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature must lie in [0, {MOST_TEMPERATURE}], found {self.temperature}; 0 is greedy decoding"
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1], found {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must lie in [0, 1], found {self.min_p}")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(f"repetition_penalty must be positive, found {self.repetition_penalty}; 1 is none")
+        for name, (least, most, none) in _BOUNDS.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ConfigError(f"{name} must lie in [{least}, {most}], found {value}; {none} is none")
         if any(not text for text in self.stop):
             raise ConfigError("stop holds an empty text, at which every answer would be over; leave it out")
 

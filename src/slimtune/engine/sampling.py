@@ -69,11 +69,19 @@ class Sampler:
             # A positive logit is divided and a negative one multiplied, so that both fall; the paper (Keskar et al.
             # 2019, arXiv:1909.05858) divides alone.
             own = logits_V[seen]
-            logits_V[seen] = torch.where(own > 0, own / p.repetition_penalty, own * p.repetition_penalty)
+            changed = torch.where(own > 0, own / p.repetition_penalty, own * p.repetition_penalty)
+            logits_V[seen] = _in_range(changed, own)
         if self.counts:
             tokens = torch.tensor([*self.counts], device=device)
             times = torch.tensor([*self.counts.values()], device=device, dtype=logits_V.dtype)
-            logits_V[tokens] -= p.presence_penalty + p.frequency_penalty * times
+            own = logits_V[tokens]
+            logits_V[tokens] = _in_range(own - (p.presence_penalty + p.frequency_penalty * times), own)
+
+
+def _in_range(changed: Tensor, own: Tensor) -> Tensor:
+    """Logits that were finite before a penalty, as finite ones; of others it is told that they aren't."""
+    limits = torch.finfo(changed.dtype)
+    return changed.clamp(limits.min, limits.max).where(own.isfinite(), own)
 
 
 def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken | str]:
@@ -141,14 +149,15 @@ def _draw(logits_NV: Tensor, samplers: Sequence[Sampler], is_filtered: bool) -> 
     if not is_filtered:
         return _by_quantile(probs_NV, uniform)
     vocabulary = probs_NV.shape[1]
-    most = max(MOST_LIKELY, *(p.top_k for p in params))
+    # As many as there are is all of them; more may be too large a number for a tensor.
+    tops = [min(p.top_k, vocabulary) for p in params]
+    most, top_k = max(MOST_LIKELY, *tops), torch.tensor(tops, device=logits_NV.device)[:, None]
     sorted_NK, order_NK = probs_NV.topk(min(most, vocabulary))
     # Rows with a small top-k need no more candidates than that, whatever top_p says.
-    needed = column("top_p").where((column("top_k") == 0) | (column("top_k") > most), 0.0)
+    needed = column("top_p").where(top_k == 0, 0.0)
     if bool((sorted_NK.sum(-1, keepdim=True) < needed).any()):
         sorted_NK, order_NK = probs_NV.sort(-1, descending=True)
     rank_K = torch.arange(sorted_NK.shape[1], device=logits_NV.device)
-    top_k = column("top_k")
     kept_NK = (top_k == 0) | (rank_K < top_k)
     sorted_NK = sorted_NK * kept_NK
     # Of what top-k left: those before which less than top_p of it lies. The first one always stays.

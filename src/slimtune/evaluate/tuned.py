@@ -9,6 +9,7 @@ from typing import Any
 
 from slimtune.errors import ConfigError, ModelNotFoundError
 from slimtune.models.load import LoadOptions, load_base, load_model
+from slimtune.storage.foreign import reading_files
 from slimtune.storage.hub import at_revision
 from slimtune.storage.source import base_of, folder_of, is_adapter
 
@@ -66,6 +67,7 @@ class Tuned:
         return load_model(self.base, options=self.options)[0].eval()
 
 
+@reading_files()
 def _named_base(folder: Path) -> str | None:
     """The base that the recipe or the card beside a tuned model names."""
     recipe, card = folder / "recipe.yaml", folder / "README.md"

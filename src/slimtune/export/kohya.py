@@ -18,6 +18,7 @@ from torch import Tensor
 from slimtune.errors import AdapterFileError, listing
 from slimtune.models.headers import read_header
 from slimtune.storage.peft_format import checksum, read_tensors
+from slimtune.storage.permissions import write_tensors
 
 KOHYA_FILE = "lora.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -143,9 +144,9 @@ def _alpha(fields: Mapping[str, Any], part: str, module: str, rank: int) -> floa
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    write_tensors(path, tensors, {"format": "pt", **metadata})
     if checksum(load_file(path)) != checksum(tensors):
         raise AdapterFileError(f"'{path}' read back other than it was written; try again")

@@ -21,6 +21,7 @@ from slimtune.errors import AdapterFileError, ConfigError, did_you_mean, listing
 from slimtune.methods.lora.config import LoraConfig
 from slimtune.storage.atomic import staged_file
 from slimtune.storage.peft_format import KEY_PREFIX, checksum, read_tensors
+from slimtune.storage.permissions import write_tensors
 from slimtune.storage.text_files import parse_json
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -52,7 +53,7 @@ def save_diffusers_lora(
         AdapterNotFoundError: a part has no adapter of that name.
         AdapterFileError: the disk didn't take it; what was there is unharmed.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     _check_parts(parts)
     tensors: dict[str, Tensor] = {}
@@ -67,7 +68,7 @@ def save_diffusers_lora(
     path = Path(folder, weight_name)
     try:
         with staged_file(path) as scratch:
-            save_file(tensors, scratch, metadata=metadata)
+            write_tensors(scratch, tensors, metadata)
             # Read back before it takes the old file's place: what a full or failing disk did is seen while there still
             # is one.
             if checksum(load_file(scratch)) != checksum(tensors):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import AdapterFileError, ModelNotFoundError, listing
+from slimtune.storage.foreign import reading_files
 from slimtune.storage.hub import parted
 from slimtune.storage.text_files import parse_json, read_json
 
@@ -42,6 +43,7 @@ class Folder:
     stored_bytes: int
 
 
+@reading_files()
 def read_folder(path: Path, config_name: str, weights: str) -> Folder:
     """Read the configuration and the headers of the files that `weights` matches; raises AdapterFileError."""
     files = sorted(path.glob(weights))
@@ -82,6 +84,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+@reading_files()
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors that a safetensors file announces; raises AdapterFileError if it doesn't hold them."""
     size = file.stat().st_size

@@ -12,7 +12,7 @@ from slimtune.errors import AdapterFileError, ModelNotFoundError, SlimtuneError,
 from slimtune.models.compatibility import largest_rank, rank_pattern, verdicts
 from slimtune.models.headers import Folder, StoredTensor, read_folder, read_from_hub, read_header, read_object
 from slimtune.storage.compressed import PACKED, SCALE, SHAPE, ZERO, is_compressed, read_config, scheme_for
-from slimtune.storage.foreign import refuse_special_files
+from slimtune.storage.foreign import reading_files, refuse_special_files
 from slimtune.storage.hub import fetched, is_id
 from slimtune.storage.source import name_here
 
@@ -23,6 +23,7 @@ _MODEL = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "max_p
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
+@reading_files()
 def contents(source: str) -> tuple[Facts, list[Any]]:
     """The facts about a folder or a Hub id, its `kind` first, and for an adapter what engines make of it.
 

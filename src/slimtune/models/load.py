@@ -165,9 +165,9 @@ def load_base(adapter: str, base: str | None = None, options: LoadOptions = Load
 
 def _head_of(path: Path) -> dict[str, Any]:
     """What the configuration beside an adapter says of its head; an adapter for a language model has none."""
-    if not path.is_file():
-        return {}
     try:
+        if not path.is_file():
+            return {}
         stored = read_json(path)
         fields = {name: stored[name] for name in _HEAD_FIELDS if stored.get(name) is not None}
         if "id2label" in fields:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
@@ -41,7 +40,7 @@ from slimtune.storage.compressed import (
     scheme_for,
     write_config,
 )
-from slimtune.storage.foreign import read_not_mapped
+from slimtune.storage.foreign import open_tensors, read_not_mapped
 
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -115,7 +114,7 @@ def _stored_weights(folder: Path) -> dict[str, dict[str, str]]:
     """The modules of which a folder has a quantized weight: the tensors of each, and their dtypes."""
     dtypes: dict[str, str] = {}
     for file in folder.glob("*.safetensors"):
-        with safetensors.safe_open(file, framework="pt") as stored:
+        with open_tensors(file) as stored:
             dtypes |= {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 - no mapping
     parts: dict[str, dict[str, str]] = {}
     for name, dtype in dtypes.items():

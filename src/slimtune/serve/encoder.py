@@ -88,12 +88,29 @@ class EncoderBackend:
 
 
 def _stored_pooling(folder: Path) -> tuple[str, bool]:
-    """How vectors are pooled, and whether they are normalised: by the mean and not, where the folder doesn't say."""
-    modules, pooling = folder / "modules.json", folder / "1_Pooling" / "config.json"
-    is_normalised = modules.is_file() and any("Normalize" in str(module.get("type")) for module in read_json(modules))
-    if not pooling.is_file():
+    """How vectors are pooled, and whether they are normalised: by the mean and not, where the folder doesn't say.
+
+    Raises:
+        ConfigError: what it says can't be read, or is a pooling that isn't served.
+    """
+    modules = _stored(folder / "modules.json", list)
+    is_normalised = any("Normalize" in str(module.get("type")) for module in modules if isinstance(module, dict))
+    file = folder / "1_Pooling" / "config.json"
+    pooling = _stored(file, dict)
+    if not pooling:
         return "mean", is_normalised
-    wanted = [name for name, on in read_json(pooling).items() if name.startswith("pooling_mode_") and on is True]
+    wanted = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True]
     if len(wanted) != 1 or wanted[0] not in _POOLINGS:
-        raise ConfigError(f"{pooling} pools by {', '.join(wanted) or 'nothing'}; only {', '.join(_POOLINGS)} is served")
+        raise ConfigError(f"{file} pools by {', '.join(wanted) or 'nothing'}; only {', '.join(_POOLINGS)} is served")
     return _POOLINGS[wanted[0]], is_normalised
+
+
+def _stored(file: Path, kind: type[Any]) -> Any:
+    """The value of a file, empty where there is none. Raises: ConfigError, for another kind, or what can't be read."""
+    try:
+        value = read_json(file) if file.exists() else kind()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} can't be read as JSON: {error}; restore it") from error
+    if not isinstance(value, kind):
+        raise ConfigError(f"{file} is a {type(value).__name__}, not a {kind.__name__}; restore it")
+    return value

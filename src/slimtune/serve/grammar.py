@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import ConfigError, first_line, require
+from slimtune.serve.schema import check_schema
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -35,7 +36,8 @@ class Grammars:
         return from_tokenizer(self.tokenizer, n_vocab=self.vocabulary, eos_token=self.ends)
 
     def matching(self, schema: Mapping[str, Any]) -> JsonConstraint:
-        """What holds an answer to a schema. Raises: ConfigError, for a schema that can't be followed."""
+        """What holds an answer to a schema. Raises: ConfigError, for one that no JSON matches or can't be followed."""
+        check_schema(schema)
         tokens = self._tokens
         from llguidance import LLMatcher
 
@@ -45,8 +47,18 @@ class Grammars:
             raise ConfigError(f"the JSON schema can't be followed: {first_line(error)}") from error
         matcher = LLMatcher(tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise ConfigError(f"the JSON schema can't be followed: {matcher.get_error().splitlines()[0]}")
-        return JsonConstraint(matcher, self.vocabulary, self.ends)
+            raise _refused(matcher)
+        constraint = JsonConstraint(matcher, self.vocabulary, self.ends)
+        # Where not even a first token is allowed, it is told here, before the request waits for its turn.
+        constraint.mask()
+        return constraint
+
+
+def _refused(matcher: Any) -> ConfigError:
+    """Why llguidance gave up; behind the first line it says where its parser stood."""
+    return ConfigError(
+        f"the JSON schema can't be followed: {(matcher.get_error() or 'no reason is given').splitlines()[0]}"
+    )
 
 
 class JsonConstraint:
@@ -56,17 +68,23 @@ class JsonConstraint:
         self._matcher, self._vocabulary, self._ends = matcher, vocabulary, ends
 
     def mask(self) -> Tensor:
-        """(vocabulary,) of booleans: the tokens that may come next."""
+        """(vocabulary,) of booleans: the tokens that may come next. Raises: ConfigError, where no JSON can follow."""
+        if self._matcher.is_error():
+            raise _refused(self._matcher)
         # The JSON is complete: anything but an end would follow it with text that no schema knows.
         if self._matcher.is_stopped():
             allowed = torch.zeros(self._vocabulary, dtype=torch.bool)
             allowed[self._ends] = True
             return allowed
+        mask = self._matcher.compute_bitmask()
+        # One that fails here allows an end, at which the answer would be over in the middle of its JSON.
+        if self._matcher.is_error():
+            raise _refused(self._matcher)
         # One bit a token, the lowest bit of a byte first: (vocabulary / 8,) bytes to (vocabulary,) booleans.
-        bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
+        bits = numpy.frombuffer(mask, dtype=numpy.uint8)
         return torch.from_numpy(numpy.unpackbits(bits, count=self._vocabulary, bitorder="little").view(numpy.bool_))
 
     def accept(self, token_id: int) -> None:
         """Go on behind this token. Raises: ConfigError, for one that the mask forbade, or a schema beyond limits."""
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token_id):
-            raise ConfigError(f"the JSON schema can't be followed: {self._matcher.get_error()[:200]}")
+            raise _refused(self._matcher)

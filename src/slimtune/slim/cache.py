@@ -31,6 +31,7 @@ from slimtune.ops.cross_entropy import rows_in_float
 from slimtune.slim.losses import TopKTeacher
 from slimtune.slim.readout import Readout, read_out, width_of
 from slimtune.storage.atomic import staged_file, write_file
+from slimtune.storage.permissions import write_tensors
 
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 32_768
@@ -129,13 +130,11 @@ class TeacherCache:
         return tensors["ids"][rows], tensors["log_probs"][rows], tensors["rest"][rows]
 
     def _write(self, start: int, stop: int, stored: TopKTeacher) -> None:
-        from safetensors.torch import save_file
-
         path = self.folder / f"teacher-{len(self.shards) + 1:05d}.safetensors"
         # torch indexes with no uint16, but stores it.
         ids = stored.ids.to(torch.uint16 if self.width <= 2**16 else torch.int32)
         with staged_file(path) as scratch:
-            save_file({"ids": ids, "log_probs": stored.log_probs, "rest": stored.rest}, scratch)
+            write_tensors(scratch, {"ids": ids, "log_probs": stored.log_probs, "rest": stored.rest})
         counts = [len(learned_places(example)) for example in self.examples[start:stop]]
         self.shards.append(
             {"name": path.name, "start": start, "stop": stop, "counts": counts, "sha256": _checksum(path)}

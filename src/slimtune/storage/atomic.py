@@ -11,13 +11,13 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from slimtune.errors import ConfigError, OutputExistsError, counted
+from slimtune.storage.permissions import by_umask
 
 try:
     import fcntl
@@ -29,7 +29,6 @@ _SUFFIX = ".partial"
 _CONFIGS = ("adapter_config.json", "config.json")
 """Without one of these, a folder is no model."""
 _SECONDS_TO_LOCK = 2
-_umask_lock = threading.Lock()
 _LONGER = 24
 """Bytes by which the name of a file or folder beside an output is longer than the output's own, at most."""
 
@@ -83,12 +82,9 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         with _held(scratch):
             yield scratch
-            # mkdtemp makes it for the owner alone, which a shared folder of models must not be.
-            scratch.chmod(0o777 & ~_umask())
-            # Libraries differ: safetensors writes for the owner alone, beside files that all may read.
-            for file in scratch.rglob("*"):
-                if file.is_file() and not file.is_symlink():
-                    file.chmod(0o666 & ~_umask())
+            # mkdtemp makes it for the owner alone, which a shared folder of models must not be, and so does safetensors
+            # its files.
+            by_umask(scratch)
             _replace(scratch, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -104,7 +100,7 @@ def staged_file(output: Path) -> Iterator[Path]:
     try:
         with _held(Path(name)):
             yield Path(name)
-            os.chmod(name, 0o666 & ~_umask())
+            by_umask(name)
             # Unlike `rename`, it replaces on Windows as well.
             os.replace(name, output)
     finally:
@@ -229,14 +225,6 @@ def _replace_files(scratch: Path, output: Path) -> None:
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         os.replace(entry, target)
-
-
-def _umask() -> int:
-    # It can only be read by setting it: of two threads inside, one would read the other's 0 and leave it behind.
-    with _umask_lock:
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask
 
 
 def sync(path: Path) -> None:

@@ -96,11 +96,31 @@ def described(error: BaseException) -> str:
     return text if isinstance(error, _PLAIN) else f"{type(error).__name__}: {text}"
 
 
+@contextlib.contextmanager
+def reading_files(kind: type[SlimtuneError] = AdapterFileError) -> Iterator[None]:
+    """Have a file or folder that the system doesn't let read be one error with one sentence. Raises: `kind`.
+
+    `with reading_files():` stands around what looks for files itself, `@reading_files()` over a whole function.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Some of our own are also errors of the system.
+        if isinstance(error, SlimtuneError):
+            raise
+        what = f"'{error.filename}' can't be read" if error.filename else "a file can't be read"
+        raise kind(
+            f"{what} ({error.strerror or first_line(error)}); see that it is as it was written, and that this user may "
+            "read it"
+        ) from error
+
+
 def refuse_special_files(folder: str | os.PathLike[str], kind: type[SlimtuneError] = ModelNotFoundError) -> None:
     """See that a folder, whose files another library will open, holds no pipes and devices. Raises: `kind`."""
-    for entry in sorted(Path(folder).iterdir()):
-        if entry.exists() and not entry.is_dir() and not entry.is_file():
-            raise kind(f"'{entry}' is a pipe or a device, not a file; put the file itself there")
+    with reading_files(kind):
+        for entry in sorted(Path(folder).iterdir()):
+            if entry.exists() and not entry.is_dir() and not entry.is_file():
+                raise kind(f"'{entry}' is a pipe or a device, not a file; put the file itself there")
 
 
 @contextlib.contextmanager

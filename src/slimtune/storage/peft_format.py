@@ -23,7 +23,8 @@ from torch import Tensor
 
 from slimtune.errors import AdapterFileError, ConfigError, did_you_mean
 from slimtune.storage.atomic import sync
-from slimtune.storage.foreign import open_tensors, refuse_special_files
+from slimtune.storage.foreign import open_tensors, reading_files, refuse_special_files
+from slimtune.storage.permissions import write_tensors
 from slimtune.storage.text_files import read_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -44,8 +45,6 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
     Raises:
         AdapterFileError: what was written doesn't read back equal, or the disk didn't take it.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     contiguous = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     # Before anything touches the disk: a value that JSON can't hold must not cost the old adapter.
@@ -61,7 +60,7 @@ def save_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         shutil.rmtree(weights.parent, ignore_errors=True)
         weights.parent.mkdir()
         pending.write_text(text)
-        save_file(contiguous, weights, metadata=metadata)
+        write_tensors(weights, contiguous, metadata)
         _sort_metadata(weights)
         sync(pending)
         # Both on the disk before either is renamed: a crash may reorder writes, never past this.
@@ -103,6 +102,7 @@ def key(path: str, disk_name: str) -> str:
     return f"{KEY_PREFIX}{path}.{disk_name}" if path else KEY_PREFIX + disk_name
 
 
+@reading_files()
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter by their names on disk.
 
@@ -155,6 +155,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+@reading_files()
 def read_config(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:
     """The fields of an adapter's config.
 
@@ -191,6 +192,7 @@ def write_config(folder: str | Path, config: Mapping[str, Any]) -> None:
     pending.replace(folder / CONFIG_NAME)
 
 
+@reading_files()
 def adapter_folder(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
     """The local folder of an adapter: the folder itself, or a Hub repository's files in the cache.
 

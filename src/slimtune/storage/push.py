@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimtune.errors import AdapterFileError, ConfigError, PushError, SlimtuneError, first_line, listing
-from slimtune.storage.foreign import described, refuse_special_files
+from slimtune.storage.foreign import described, reading_files, refuse_special_files
 from slimtune.storage.hub import without_bars
 from slimtune.storage.text_files import read_json
 
@@ -79,6 +79,7 @@ class Pushed:
     commit: str
 
 
+@reading_files()
 def contents_of(folder: Path) -> Contents:
     """The files of a folder that a push would send.
 
@@ -89,7 +90,7 @@ def contents_of(folder: Path) -> Contents:
     if not folder.is_dir():
         raise AdapterFileError(f"there is no folder {folder} to push; pass what train, merge or slim wrote")
     refuse_special_files(folder, AdapterFileError)
-    kind = next((kind for kind, needed in KINDS.items() if all(any(folder.glob(name)) for name in needed)), None)
+    kind = next((kind for kind, needed in KINDS.items() if all(_holds(folder, name) for name in needed)), None)
     if kind is None:
         names = listing(path.name for path in folder.iterdir()) or "nothing"
         raise AdapterFileError(
@@ -195,6 +196,10 @@ def push(contents: Contents, repository: str, private: bool = False, revision: s
             "out, and try again"
         )
     return Pushed(repository, revision or "main", f"{api.endpoint}/{repository}", str(done.oid))
+
+
+def _holds(folder: Path, pattern: str) -> bool:
+    return any(path.is_file() for path in folder.glob(pattern))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

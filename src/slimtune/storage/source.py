@@ -21,7 +21,7 @@ from slimtune.errors import (
     require,
 )
 from slimtune.storage.atomic import staged
-from slimtune.storage.foreign import refuse_special_files
+from slimtune.storage.foreign import reading_files, refuse_special_files
 from slimtune.storage.hub import at_revision, fetched, is_id
 from slimtune.storage.quantization_metadata import strip_quantization_metadata
 from slimtune.storage.text_files import read_json
@@ -74,6 +74,11 @@ def resolve(source: str) -> str:
     """The folder or Hub id that `source` means; raises ModelNotFoundError, with the nearest name where there is one."""
     if source in PACKAGED:
         return os.fspath(_converted(source))
+    return _found(source)
+
+
+@reading_files(ModelNotFoundError)
+def _found(source: str) -> str:
     path = Path(source)
     if path.is_dir():
         _require_safe_weights(path)
@@ -93,12 +98,18 @@ def resolve(source: str) -> str:
     return source
 
 
+@reading_files(ModelNotFoundError)
 def is_adapter(source: str | os.PathLike[str]) -> bool:
     """Whether `source` is the folder of an adapter, or its id on the Hub; raises ModelNotFoundError for no such id."""
     source = os.fspath(source)
-    if not (is_id(source) and not Path(source).exists() and source not in PACKAGED):
-        return (Path(source) / ADAPTER).is_file()
-    return (Path(folder_of(source, weights=False)) / ADAPTER).is_file()
+    if source in PACKAGED or not is_id(source) or Path(source).exists():
+        return _has_adapter(source)
+    return _has_adapter(folder_of(source, weights=False))
+
+
+@reading_files()
+def _has_adapter(folder: str) -> bool:
+    return (Path(folder) / ADAPTER).is_file()
 
 
 def refuse_adapter(source: str | os.PathLike[str]) -> None:
@@ -152,7 +163,7 @@ def folder_of(source: str, weights: bool = True, code: bool = False) -> str:
         weights: whether a model's weights are fetched from the Hub too.
         code: whether Python files are.
     """
-    if (Path(source) / ADAPTER).is_file():
+    if _has_adapter(source):
         refuse_special_files(source, AdapterFileError)
         return source
     resolved = resolve(source)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.storage.permissions import write_tensors
+
 _MAX_BYTES = 2**31
 _SUBCLASSES = ("torchao.optim.",)
 """Where the classes of tensors live that may be made from a file."""
@@ -44,13 +46,12 @@ def read_tree(folder: Path, name: str) -> Any:
 
 def _write_tensors(folder: Path, name: str, tensors: list[Tensor]) -> Iterator[Path]:
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     for number, group in enumerate(_groups(tensors), 1):
         path = folder / f"{name}-{number:05d}.safetensors"
         # Clones: optimizer states may share storage, which the format can't express.
         here = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in group.items()}
-        save_file(here, path)
+        write_tensors(path, here)
         with safe_open(path, framework="pt") as file:
             if not all(_same(file.get_tensor(key), tensor) for key, tensor in here.items()):
                 raise OSError(f"{path.name} read back other than it was written")

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from slimtune.errors import require
 from slimtune.recipe.recipe import ModelSettings
+from slimtune.storage.permissions import by_umask
 from slimtune.train.loop import Outcome
 from slimtune.train.processes import shards
 
@@ -42,6 +43,9 @@ def save_model(folder: Path, model: Any, tokenizer: Any, writes: bool = True, ha
         model.save_pretrained(folder, is_main_process=writes)
     if not writes:
         return
+    for file in folder.glob("*.safetensors"):
+        # transformers leaves them to the owner alone.
+        by_umask(file)
     if not model.can_generate():
         # The names of the labels stand in the model's configuration, of which an adapter has no copy.
         model.config.save_pretrained(folder)
