@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -22,7 +23,7 @@ from slimtune.models.shared_prefixes import (
     masks_packed_rows,
     shared_prefixes,
 )
-from small_seq2seq import bart
+from small_seq2seq import bart, t5
 from tensors import randomize
 from zoo import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, QUANTIZED, QWEN2, T5, TIED_LLAMA, VOCABULARY, Specimen
 
@@ -388,13 +389,165 @@ def prefixed() -> Any:
     return slimtune.get_peft_model(MODELS["mistral"](), slimtune.PrefixTuningConfig(num_virtual_tokens=3))
 
 
+WINDOW: dict[str, Any] = {"sliding_window": 32}
+EXPERTS: dict[str, Any] = {"num_local_experts": 4}
+
+
+def masked_by_window() -> Any:
+    """Mixtures whose layers see a window by the mask alone."""
+    return from_config(transformers.PhimoeConfig(**SMALL, **EXPERTS, **WINDOW))
+
+
+def told_of_a_window() -> Any:
+    """Layers that are told of a window, which no mask shows."""
+    return from_config(transformers.OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, **WINDOW))
+
+
+def multimodal() -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=SMALL | {"head_dim": 8}, vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def without_a_decoder() -> Any:
+    """A model whose `get_decoder` gives its head."""
+    sizes = {name: size for name, size in SMALL.items() if name != "num_key_value_heads"}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    return from_config(transformers.ModernBertDecoderConfig(**sizes, **special))
+
+
+def routed() -> Any:
+    return from_config(transformers.MixtralConfig(**SMALL, **EXPERTS, output_router_logits=True))
+
+
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        (mamba, "layers of linear_attention"), (llama4, "layers of chunked_attention"), (falcon, "differ by"),
+        (masked_by_window, "differ by"), (told_of_a_window, "differ by"), (multimodal, "more than text"),
+        (without_a_decoder, "no decoder alone"), (routed, "by their tokens"),
+        (mamba, "layers of linear_attention"), (llama4, "layers of chunked_attention"), (falcon, "must match the size"),
         (BERT.model, "can't share prefixes"), (prefixed, "the last 8 tokens alone"),
     ],
 )  # fmt: skip
 def test_models_that_can_t_are_refused(build: Callable[[], Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         check_shares(build())
+
+
+def test_a_window_that_layers_are_told_of_is_kept() -> None:
+    model = from_config(transformers.MistralConfig(**SMALL, **WINDOW))
+    check_shares(model)
+    assert model.config.sliding_window == 32
+    ids = torch.randint(4, VOCABULARY, (4, 64))
+    ids[:, :40] = ids[0, :40]
+    assert_same_step(model.train(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+
+
+def with_a_hole(inputs: dict[str, Tensor]) -> None:
+    inputs["attention_mask"][:, 12:15] = 0
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+
+def with_positions_anew(inputs: dict[str, Tensor]) -> None:
+    inputs["attention_mask"][:] = 1
+    inputs["position_ids"] = torch.cat([torch.arange(20), torch.arange(20)]).expand(6, -1)
+
+
+def with_labels_on_padding(inputs: dict[str, Tensor]) -> None:
+    inputs["labels"] = inputs["input_ids"]
+
+
+def with_targets_on_padding(inputs: dict[str, Tensor]) -> None:
+    inputs["shift_labels"] = inputs["input_ids"].roll(-1, 1)
+
+
+@pytest.mark.parametrize("prompt", [None, *PROMPTS])
+@pytest.mark.parametrize("change", [with_a_hole, with_positions_anew, with_labels_on_padding, with_targets_on_padding])
+def test_what_a_tree_has_no_form_for_is_left_as_it_is(
+    change: Callable[[dict[str, Tensor]], None], prompt: str | None
+) -> None:
+    model, inputs = LLAMA.model(), batch()
+    if prompt is not None:
+        model = randomize(slimtune, slimtune.get_peft_model(model, PROMPTS[prompt]()))
+    change(inputs)
+    if prompt is not None and inputs.keys() & {"position_ids", "shift_labels"}:
+        pytest.skip("virtual tokens have columns of their own, which neither of them has")
+    steps = []
+    for shares in (False, True):
+        model.train().zero_grad()
+        torch.manual_seed(0)
+        with shared_prefixes(model) if shares else nullcontext(SharedTokens()) as tokens:
+            loss = model(**inputs).loss
+            loss.backward()
+        assert tokens.given == 0
+        steps.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*steps, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_hidden_states_that_the_config_asks_for_are_those_of_the_rows() -> None:
+    model, inputs = LLAMA.model().eval(), batch()
+    model.config.output_hidden_states = True
+    with torch.no_grad(), shared_prefixes(model, always=True):
+        states = model(**inputs, use_cache=False).hidden_states
+    assert {each.shape[:2] for each in states} == {(6, 40)}
+
+
+def test_a_trial_leaves_the_modes_of_all_modules() -> None:
+    model = LLAMA.model().train()
+    model.model.layers[0].eval()
+    check_shares(model)
+    assert [layer.training for layer in model.model.layers][:2] == [False, True]
+    assert model.training
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_pass_behind_the_block_fails_where_layers_run_again(reentrant: bool) -> None:
+    model = LLAMA.model().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with shared_prefixes(model):
+        loss = model(**batch(), use_cache=False).loss
+    # By another attention than the forward pass had, its gradients would be wrong without a word.
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+def test_a_block_within_another_is_refused() -> None:
+    model = LLAMA.model()
+    with shared_prefixes(model), pytest.raises(ConfigError, match="shares prefixes already"), shared_prefixes(model):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["prompt", "encoder-decoder"])
+def test_threads_may_run_one_model_within_a_block(kind: str) -> None:
+    if kind == "prompt":
+        model, inputs = slimtune.get_peft_model(LLAMA.model(), PROMPTS["prompt tuning"]()), batch()
+    else:
+        model, ids = t5(), batch()["input_ids"] % 16
+        inputs = {"input_ids": ids[:1].expand(6, -1), "labels": ids}
+    model.eval()
+    expected: list[Any] = []
+    found: list[tuple[int, Any]] = []
+
+    def run(rows: int) -> Any:
+        with torch.no_grad():
+            return model(**{name: tensor[:rows] for name, tensor in inputs.items()}).loss
+
+    with shared_prefixes(model, always=True):
+        expected = [run(rows) for rows in (3, 6)]
+        threads = [
+            threading.Thread(target=lambda at=at, rows=rows: [found.append((at, run(rows))) for _ in range(30)])
+            for at, rows in enumerate((3, 6))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 60
+    for at, loss in found:
+        torch.testing.assert_close(loss, expected[at])

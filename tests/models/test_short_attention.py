@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import slimtune
@@ -157,3 +158,40 @@ def test_what_somebody_else_registers_meanwhile_stays() -> None:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is other
     finally:
         type(ALL_ATTENTION_FUNCTIONS).register("sdpa", own)
+
+
+@pytest.mark.parametrize("kind", ["strided", "fewer keys", "fewer values"])
+def test_what_torch_takes_another_kernel_for_stays_torch_s(kind: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 12, 16).bfloat16().unbind()
+    if kind == "strided":
+        # As code has it that keeps queries, keys and values side by side in the last dimension.
+        query, key, value = torch.stack([query, key, value], -1).unbind(-1)
+    elif kind == "fewer keys":
+        key = key[:1]
+    else:
+        value = value[:1]
+    tensors = [each.detach().requires_grad_() for each in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*tensors)
+    with module._ShortAttention():
+        found = F.scaled_dot_product_attention(*tensors)
+    assert torch.equal(found, expected)
+    found.float().sum().backward()
+    assert not taken
+
+
+def test_another_function_that_comes_and_goes_inside_leaves_no_circle() -> None:
+    own = AttentionInterface()["sdpa"]
+    with short_attention():
+        found = AttentionInterface()["sdpa"]
+        AttentionInterface.register("sdpa", lambda *args, **kwargs: found(*args, **kwargs))
+    # Whoever came last puts back what it has found, though that is over.
+    AttentionInterface.register("sdpa", found)
+    try:
+        model = LLAMA.model().train()
+        ids = torch.arange(12)[None]
+        for within in (nullcontext, short_attention):
+            with within():
+                model(input_ids=ids, labels=ids).loss.backward()
+    finally:
+        AttentionInterface.register("sdpa", own)

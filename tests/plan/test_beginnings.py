@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig
+from transformers import BertConfig, BertForSequenceClassification, Gemma3Config, LlamaConfig
 
 from slimtune.data.lengths import sorted_lengths
 from slimtune.errors import ConfigError
@@ -20,6 +20,7 @@ from slimtune.plan.devices import find
 from slimtune.plan.memory import MemoryPlan, Setting
 from slimtune.plan.plan import simulation
 from slimtune.plan.simulate import plan_of
+from slimtune.plan.text_part import text_part
 from slimtune.plan.time import duration, step_seconds, usual
 from slimtune.plan.trace import trace
 from slimtune.recipe.training import TrainSettings
@@ -115,6 +116,9 @@ def test_virtual_tokens_are_shared_in_the_plan_as_in_training(kind: Any) -> None
 def test_only_decoders_share() -> None:
     assert can_share(CONFIG, "CAUSAL_LM")
     assert not can_share(BertConfig(num_hidden_layers=1), "SEQ_CLS")
+    # Its text model gets embeddings when it is trained, though that part alone could share.
+    part = text_part(Gemma3Config(text_config={"num_hidden_layers": 1}, vision_config={"num_hidden_layers": 1}))
+    assert not can_share(part, "CAUSAL_LM")
 
 
 def test_an_encoder_is_known_before_any_batch_is_drawn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,17 +32,19 @@ def distinct_rows(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Ten
 def shared_encodings(model: Any, tokens: Any) -> Iterator[None]:
     """Within it, the encoder reads equal rows of a batch once, and gives their states to each; gradients add up.
 
-    Left as they are: passes with embeddings in place of tokens, or with hidden states or attention weights asked for.
+    Left as they are: passes with embeddings in place of tokens, or with hidden states or attention weights asked for,
+    with adapters by row, or with another tensor of each row, such as a mask of global attention.
 
     Args:
         tokens: the `SharedTokens` to count into.
     """
     encoder = model.get_encoder()
     signature = inspect.signature(encoder.forward)
-    pending: list[Tensor] = []
+    # By thread, of which several may run one model; a dictionary, so that a model can be copied meanwhile.
+    pending: dict[int, Tensor] = {}
 
     def once(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        pending.clear()
+        pending.pop(threading.get_ident(), None)
         bound = signature.bind(*args, **kwargs).arguments
         given = {**bound.pop("kwargs", {}), **bound}
         ids, mask = given.get("input_ids"), given.get("attention_mask")
@@ -49,21 +52,27 @@ def shared_encodings(model: Any, tokens: Any) -> Iterator[None]:
             return None
         if given.get("inputs_embeds") is not None or any(given.get(name) for name in _ASKED):
             return None
+        state = vars(model).get("adapter_state")
+        by_row = (x for name, x in given.items() if name not in ("input_ids", "attention_mask"))
+        if (state is not None and state.call.rows is not None) or any(isinstance(x, Tensor) for x in by_row):
+            # Adapters by row, or something else that is told of each.
+            return None
         firsts, numbers = distinct_rows(ids, mask)
         tokens.given += ids.numel()
         tokens.computed += len(firsts) * ids.shape[1]
         if len(firsts) == len(ids):
             return None
-        pending.append(numbers)
+        pending[threading.get_ident()] = numbers
         return (), given | {
             name: x[firsts] for name, x in (("input_ids", ids), ("attention_mask", mask)) if x is not None
         }
 
     def to_all(encoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not pending:
+        numbers = pending.pop(threading.get_ident(), None)
+        if numbers is None:
             return output
         # (U, T, features) to (B, T, features).
-        states = output[0].index_select(0, pending.pop())
+        states = output[0].index_select(0, numbers)
         if isinstance(output, tuple):
             return (states, *output[1:])
         output["last_hidden_state"] = states

@@ -12,10 +12,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of hidden states that counts as rounding, by their dtype."""
 ROUNDING_16_BITS = 5e-2
 
+_IGNORED = -100
+"""The label of a token that isn't learned."""
 _ATTENTION = ", shared prefixes"
 """What the name of an attention ends with that reads trees."""
 _TREE = "prefix_tree"
@@ -114,7 +117,7 @@ def shared_prefixes(model: Any, always: bool = False, left_padded: bool = False)
             yield tokens
         return
     config = check_kind(model)
-    own, decoder = config._attn_implementation, model.get_decoder()
+    own, decoder = config._attn_implementation, _decoder_of(model)
     flatten = _Flatten(model, decoder, tokens, always, left_padded)
     hooks = [
         model.register_forward_pre_hook(flatten.note_text, with_kwargs=True),
@@ -184,32 +187,85 @@ def counts_columns(model: Any) -> bool:
 
 
 def _check_same_states(model: Any, ids: Tensor, mask: Tensor, left_padded: bool = False) -> None:
-    """Raises: ConfigError, where rows computed as a tree have other hidden states than apart."""
-    was_training, width = model.training, ids.shape[1]
-    if is_encoded(model):
-        runs: Any = model.get_encoder()
-    else:
-        # Virtual tokens come in at the root, which gives a column for each of them in front, or none.
-        root = model if _prompt_of(model) is not None else model.get_decoder()
-        runs = functools.partial(root, use_cache=False)
+    """Raises: ConfigError, where rows computed as a tree have other hidden states than apart, or stay apart."""
+    modes, width = {module: module.training for module in model.modules()}, ids.shape[1]
     # Dropout draws other masks for other layouts.
     model.eval()
     try:
-        with torch.no_grad():
-            apart = runs(input_ids=ids, attention_mask=mask)[0]
+        with torch.no_grad(), _short_windows(model):
+            apart = _states(model, ids, mask)
             with shared_prefixes(model, always=True, left_padded=left_padded) as tokens:
-                together = runs(input_ids=ids, attention_mask=mask)[0]
+                together = _states(model, ids, mask)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ConfigError(f"{type(model).__name__} can't share prefixes: {first_line(error)}") from error
     finally:
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
     # Padding aside, whose states are some other token's here.
     difference, whole = (_of_text(x, mask, width).float() for x in (together - apart, apart))
     moved = float(difference.norm() / whole.norm().clamp_min(1e-12))
-    if not moved < ROUNDING.get(apart.dtype, ROUNDING_16_BITS) or not tokens.computed:
+    if not moved < ROUNDING.get(apart.dtype, ROUNDING_16_BITS):
         raise ConfigError(
             f"{type(model).__name__} can't share prefixes: computed so, its hidden states differ by {moved:.1%}"
         )
+    if not 0 < tokens.computed < tokens.given:
+        raise ConfigError(f"{type(model).__name__} can't share prefixes: its layers don't get the rows by their tokens")
+
+
+def _states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The hidden states of rows that enter at the root, as in training: it may give its decoder something else.
+
+    Of an encoder-decoder those of its encoder.
+    """
+    if is_encoded(model):
+        return model.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+
+    def leave(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        raise _Seen(output[0])
+
+    # Behind the hooks that are there, which give the rows back; heads have nothing to say.
+    hook = _decoder_of(model).register_forward_hook(leave)
+    try:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    except _Seen as seen:
+        return seen.states
+    finally:
+        hook.remove()
+    raise ConfigError(f"{type(model).__name__} can't share prefixes: it doesn't run its decoder")
+
+
+class _Seen(Exception):  # noqa: N818 - it ends a pass, and tells of no mistake
+    """The hidden states that were asked for."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+_SHORT_WINDOW = PROBED // 2
+
+
+@contextmanager
+def _short_windows(model: nn.Module) -> Iterator[None]:
+    """Windows of attention are so short in it that a trial by few tokens reaches beyond them.
+
+    Some models tell their attention of the window, others mask by it alone, and what is not told a tree can't know.
+    """
+    holders = {id(holder): holder for module in model.modules() for holder in (module, vars(module).get("config"))}
+    before = [
+        (holder, name, value)
+        for holder in holders.values()
+        for name, value in vars(holder or object).items()
+        # Not `max_window_layers`, which counts layers.
+        if "window" in name and "layers" not in name and type(value) is int and value > _SHORT_WINDOW
+    ]
+    try:
+        for holder, name, _ in before:
+            setattr(holder, name, _SHORT_WINDOW)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 def _of_text(states: Tensor, mask: Tensor, width: int) -> Tensor:
@@ -239,6 +295,19 @@ class _Rows:
     front: int = 0
 
 
+class _Pass(NamedTuple):
+    """What the root of a model was given, of which its decoder may see less.
+
+    Attributes:
+        ids, mask: the text, (B, T).
+        learns_padding: whether something is to be predicted behind padding.
+    """
+
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+    learns_padding: bool = False
+
+
 class _Flatten:
     """Before the decoder: the batch as a tree of one row."""
 
@@ -246,13 +315,16 @@ class _Flatten:
         self.model, self.tokens, self.always, self.left_padded = model, tokens, always, left_padded
         self.signature, self.config = inspect.signature(decoder.forward), cast(Any, decoder.config)
         self.root_signature = inspect.signature(model.forward)
-        self.text: tuple[Tensor | None, Tensor | None] = None, None
+        # By thread, of which several may run one model; a dictionary, so that a model can be copied meanwhile.
+        self.passes: dict[int, _Pass] = {}
 
     def note_text(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model: keep the ids and the mask of the text, of which a soft prompt makes embeddings."""
+        """Before the model: keep the text, of which a soft prompt makes embeddings, and what is learned of it."""
         bound = self.root_signature.bind(*args, **kwargs).arguments
         given = {**bound.get("kwargs", {}), **bound}
-        self.text = given.get("input_ids"), given.get("attention_mask")
+        self.passes[threading.get_ident()] = _Pass(
+            given.get("input_ids"), given.get("attention_mask"), _learns_padding(given)
+        )
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
@@ -267,9 +339,12 @@ class _Flatten:
         if not self.config._attn_implementation.endswith(_ATTENTION):
             # The engine runs the model meanwhile, with its own attention: its one row is many texts.
             return None
-        if any(given.get(name) is not None for name in _APART) or any(given.get(name) for name in _ASKED):
+        asked = (getattr(self.config, name, False) if given.get(name) is None else given[name] for name in _ASKED)
+        if any(given.get(name) is not None for name in _APART) or any(asked):
             return None
-        rows = self._rows(decoder, given)
+        # None where the decoder is called by itself.
+        root = self.passes.pop(threading.get_ident(), _Pass())
+        rows = None if root.learns_padding else self._rows(decoder, given, root)
         if rows is None:
             return None
         has_positions = rows.positions is not None or self.left_padded
@@ -291,22 +366,25 @@ class _Flatten:
             given["inputs_embeds"] = _one_of_each(given["inputs_embeds"], tree, rows.mask)
         if rows.front:
             given["past_key_values"].update.keep_first_row()
-        # A mask of four dimensions is passed on to the layers as it is; ours is for the tree to make.
-        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.ids.device)
+        # A mask of four dimensions is passed on to the layers as it is; ours is for the tree to make. No attention but
+        # ours takes one of this shape: layers that reentrant checkpointing runs again behind the block fail by it.
+        unused = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=rows.ids.device)
         # Where nothing was said of positions, the model would count on from the keys that are there.
         positions = tree.positions + (rows.front if rows.positions is None else 0)
         return (), given | {
             "attention_mask": unused, "position_ids": positions[None], "use_cache": False, _TREE: tree,
         }  # fmt: skip
 
-    def _rows(self, decoder: nn.Module, given: dict[str, Any]) -> _Rows | None:
+    def _rows(self, decoder: nn.Module, given: dict[str, Any], root: _Pass) -> _Rows | None:
         """What stands in the rows; None where that can't be told, or isn't for a tree to compute."""
         ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        if mask is not None and mask.dim() != 2:
+        # Some models make a mask for each kind of their layers beforehand.
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.any())):
             return None
         past, embeds, prompt = given.get("past_key_values"), given.get("inputs_embeds"), _prompt_of(self.model)
         if prompt is None:
-            return None if ids is None or past is not None or embeds is not None else _Rows(ids, mask, positions)
+            is_text = ids is not None and past is None and embeds is None and _is_one_text(mask, positions)
+            return _Rows(ids, mask, positions) if is_text else None
         if decoder is self.model:
             # The virtual tokens are still to come.
             return None
@@ -314,11 +392,43 @@ class _Flatten:
             is_read_only = isinstance(getattr(past, "update", None), ReadOnlyUpdate)
             if ids is None or not is_read_only or prompt.window is not None:
                 return None
-            return _Rows(ids, None if mask is None else mask[:, prompt.count :], positions, prompt.count)
-        text, text_mask = self.text
-        if embeds is None or text is None or past is not None:
+            own = None if mask is None else mask[:, prompt.count :]
+            return _Rows(ids, own, positions, prompt.count) if _is_one_text(own, positions) else None
+        if embeds is None or root.ids is None or past is not None or not _is_one_text(root.mask, None):
             return None
-        return _Rows(_with_virtual_tokens(text, text_mask, mask, prompt.count), mask, positions)
+        return _Rows(_with_virtual_tokens(root.ids, root.mask, mask, prompt.count), mask, positions)
+
+
+def _is_one_text(mask: Tensor | None, positions: Tensor | None) -> bool:
+    """Whether of rows with a mask each is one text between padding, as a tree takes them.
+
+    Without a mask, positions that begin anew part the texts of a packed row, in transformers as in a tree. Under a mask
+    a model attends across a hole and across such positions; a tree doesn't.
+    """
+    if mask is None:
+        return True
+    there = mask.bool()
+    begins = there[:, 0].long() + (there[:, 1:] & ~there[:, :-1]).sum(1)
+    if bool((begins > 1).any()):
+        return False
+    if positions is None:
+        return True
+    goes_on = positions[:, 1:] - positions[:, :-1] == 1
+    return bool((goes_on | ~(there[:, 1:] & there[:, :-1])).all())
+
+
+def _learns_padding(given: dict[str, Any]) -> bool:
+    """Whether something is to be predicted behind padding, whose hidden states a tree doesn't compute."""
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return False
+    is_padding = mask == 0
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    if isinstance(shifted, Tensor):
+        return shifted.shape == mask.shape and bool(((shifted != _IGNORED) & is_padding).any())
+    if not isinstance(labels, Tensor) or labels.shape != mask.shape:
+        return False
+    return bool(((labels[:, 1:] != _IGNORED) & is_padding[:, :-1]).any())
 
 
 def _with_virtual_tokens(ids: Tensor, text_mask: Tensor | None, mask: Tensor | None, count: int) -> Tensor:
@@ -396,14 +506,8 @@ def _eager_mask(tree: PrefixTree, family: Family, window: int | None, query: Ten
     return torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill_(~allowed, lowest)[None, None]
 
 
-def _flash_mask(tree: PrefixTree, family: Family, window: int | None, query: Tensor) -> None:
-    # Flash attention aligns its triangle with the last key, and knows windows itself.
-    return None
-
-
-_MASKS: dict[str, Callable[..., Tensor | None]] = {
-    "sdpa": _sdpa_mask, "eager": _eager_mask, "flash_attention_2": _flash_mask, "flash_attention_3": _flash_mask,
-}  # fmt: skip
+# Not flash attention: transformers finds its kernel by the very name that stands in the config.
+_MASKS: dict[str, Callable[..., Tensor | None]] = {"sdpa": _sdpa_mask, "eager": _eager_mask}
 
 
 def check_kind(model: Any) -> Any:
@@ -412,15 +516,31 @@ def check_kind(model: Any) -> Any:
     Raises: ConfigError, for a kind that is known not to share.
     """
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} can't share prefixes: it is no decoder alone")
-    if any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules()):
+    if model.config.get_text_config() is not model.config:
+        raise ConfigError(f"{name} can't share prefixes: it reads more than text, and gives its layers embeddings")
+    decoder = _decoder_of(model)
+    if any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
         raise ConfigError(f"{name} can't share prefixes: its tokens see those behind them, as in encoders")
-    config = model.get_decoder().config
-    own = getattr(config, "_attn_implementation", None)
+    config = cast(Any, decoder.config)
+    own = getattr(config, "_attn_implementation", None) or ""
+    if own.endswith(_ATTENTION):
+        raise ConfigError(f"{name} shares prefixes already; leave the inner block out")
     if own not in _MASKS:
         raise ConfigError(f"{name} can't share prefixes with the attention {own!r}; it can with 'sdpa'")
     layers = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
     if layers:
         raise ConfigError(f"{name} can't share prefixes: it has layers of {', '.join(sorted(layers))}")
     return config
+
+
+def _decoder_of(model: Any) -> nn.Module:
+    """The layers of a model, which have a config. Raises: ConfigError, where it doesn't say which these are."""
+    try:
+        decoder = model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        decoder = None
+    if not isinstance(decoder, nn.Module) or not hasattr(decoder, "config"):
+        raise ConfigError(f"{type(model).__name__} can't share prefixes: it is no decoder alone")
+    return decoder

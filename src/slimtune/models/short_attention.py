@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slimtune.ops.autograd import is_traced
 
@@ -50,7 +49,9 @@ def short_attention() -> Iterator[None]:
     with _changes:
         _within += 1
         if _within == 1:
-            _own = ALL_ATTENTION_FUNCTIONS[_ATTENTION]
+            # Who was inside with a function of its own may have put ours back behind us.
+            if _registered() is not _attend:
+                _own = _registered()
             AttentionInterface.register(_ATTENTION, _attend)
     try:
         yield
@@ -58,13 +59,18 @@ def short_attention() -> Iterator[None]:
         with _changes:
             _within -= 1
             # What somebody else has put there meanwhile stays.
-            if not _within and ALL_ATTENTION_FUNCTIONS[_ATTENTION] is _attend:
+            if not _within and _registered() is _attend:
                 AttentionInterface.register(_ATTENTION, _own)
+
+
+def _registered() -> Any:
+    """What all models find, whatever somebody has put before it in a registry of their own."""
+    return AttentionInterface()[_ATTENTION]
 
 
 def _attend(*args: Any, **kwargs: Any) -> Any:
     """transformers' function, with another gradient of the attention that it calls in the end."""
-    if not torch.is_grad_enabled() or is_traced():
+    if not _within or not torch.is_grad_enabled() or is_traced():
         return _own(*args, **kwargs)
     with _ShortAttention():
         return _own(*args, **kwargs)
@@ -96,6 +102,10 @@ def _is_short(
         and query.dim() == key.dim() == value.dim() == 4
         and 0 < key.shape[2] <= LONGEST
         and query.shape[2] > 0
+        # As torch chooses its kernel, which reads rows of numbers that lie behind each other.
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[2] == value.shape[2]
         and query.shape[3] == key.shape[3] == value.shape[3]
         and (enable_gqa or query.shape[1] == key.shape[1])
         and key.shape[1] == value.shape[1]

@@ -17,6 +17,7 @@ from slimtune.models.shared_prefixes import check_kind
 from slimtune.ops.prefix_tree import prefix_tree
 from slimtune.plan.build import build
 from slimtune.plan.memory import Setting, SharedRows, padded
+from slimtune.plan.text_part import whole_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Beginnings:
 
 def can_share(config: Any, task_type: str | None, trust_remote_code: bool = False) -> bool:
     """Whether models of this configuration are of a kind that shares; that this one does is tried before training."""
+    if whole_of(config) is not None:
+        # What is planned is the part for texts alone, to which the whole model gives embeddings.
+        return False
     with torch.device("meta"):
         model = build(copy.deepcopy(config), Setting(trust_remote_code=trust_remote_code), task_type)
     try:
