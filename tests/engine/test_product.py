@@ -58,8 +58,11 @@ def may_mix(host: Any, names: list[str]) -> bool:
 
 
 @settings(max_examples=40)
-@given(host=hosts(), seed=st.integers(0, 9), most=st.sampled_from([{}, product.MOST_WORK]))
-def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: dict[int, int]) -> None:
+@given(
+    host=hosts(), seed=st.integers(0, 9), most=st.sampled_from([{}, product.MOST_WORK]),
+    settled=st.sampled_from([1, 2, 100]),
+)  # fmt: skip
+def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: dict[int, int], settled: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 9, 12, generator=generator)
     joint = RowProduct(rank_budget=8)
@@ -72,7 +75,11 @@ def test_each_row_is_its_adapters_own_formula(host: Any, seed: int, most: dict[i
             continue
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(product, "MOST_WORK", most)
-            assert_near(by_rows(host, x, names, joint), alone(host, x, names), 2e-5)
+            # In blocks from the first step on, from the second, or never.
+            patch.setattr(factors, "_SETTLED", settled)
+            patch.setattr(factors, "_SPREAD", 1)
+            for _ in range(3):
+                assert_near(by_rows(host, x, names, joint), alone(host, x, names), 2e-5)
         # The next version of one of them, whether it was in the batch or not.
         changed = "abc"[order[0] % 3]
         randomize(slimtune, host, changed, seed + count)

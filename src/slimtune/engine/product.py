@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slimtune.adapters.rows import RowAdapters, check_rows
 from slimtune.core.frozen import deltas_of
 from slimtune.engine.factors import Factors, JointFactors, Layout, Ranks, join, without
-from slimtune.ops.reordered_linear import SharedInput, shared_input
+from slimtune.ops.reordered_linear import SharedInput, add_linear, linear, shared_input
 
 MOST_WORK = {2: 65_536, 4: 16_384}
 """Rows times ranks up to which one product for all adapters costs less than one for each on its own rows, by the bytes
@@ -177,11 +177,10 @@ def _added(
     """Each row of y, which may be written over, with what its own adapter's pair gives of the same row of h."""
     if others is not None:
         # Written over and not multiplied by zero: what one adapter makes infinite must not reach other rows.
-        z_TR = factors.inner(h).masked_fill_(others, 0.0)
-        return y_TO.addmm_(z_TR, factors.b) if y_TO.dtype == z_TR.dtype else y_TO.add_(z_TR @ factors.b)
+        return add_linear(y_TO, factors.inner(h).masked_fill_(others, 0.0), factors.b)
     for name, own in factors.each(ranks):
         if name in groups:
             # The joint product costs the sum of ranks for each row; here each adapter meets its own rows alone.
-            change = own.inner(h[groups[name]]) @ own.b
+            change = linear(own.inner(h[groups[name]]), own.b)
             y_TO.index_add_(0, groups[name], change.to(y_TO.dtype))
     return y_TO

@@ -210,6 +210,29 @@ def product(x: Tensor, blocks: Tensor, bias_O: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, blocks, bias_O, "none", [], "")
 
 
+def held(weight_OI: Tensor) -> Tensor:
+    """A weight as products of inference read it quickest: in blocks where there are any, else as it is."""
+    return in_blocks(weight_OI) if weight_OI.device.type == "cpu" and has_blocks(weight_OI.dtype) else weight_OI
+
+
+def written_out(held: Tensor) -> Tensor:
+    """The weight (out, in) again."""
+    return held if held.layout == torch.strided else held.to_dense()
+
+
+def linear(x: Tensor, held: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b of a weight that is held, x (..., in) to (..., out)."""
+    return F.linear(x, held, bias_O) if held.layout == torch.strided else product(x, held, bias_O)
+
+
+def add_linear(y: Tensor, x: Tensor, held: Tensor) -> Tensor:
+    """y + x W^T of a weight that is held, of tokens (T, in); y may be written over."""
+    if held.layout != torch.strided:
+        # In one pass over y, where a product and a sum would take two.
+        return torch.ops.mkldnn._linear_pointwise.binary(x, y, held, None, "add")
+    return y.addmm_(x, held.t()) if y.dtype == x.dtype else y.add_(F.linear(x, held))
+
+
 @functools.cache
 def has_blocks(dtype: torch.dtype) -> bool:
     """Whether oneDNN has blocks for this dtype here, multiplies by them as torch does and gives the weight back."""
