@@ -48,7 +48,7 @@ class Layout:
         return sum(ranks.get(name, 0) for ranks in (self.low_rank, *self.bottlenecks))
 
 
-_SETTLED, _SPREAD = 8, 16
+_SETTLED, _SPREAD = 16, 16
 """Steps after which factors are put into blocks, and over how many steps those of all layers are spread."""
 _turns = itertools.count()
 
