@@ -2,7 +2,7 @@
 
 torch's kernel for processors takes its gradient in small products, one for each block of a head, and in 16 bits these
 cost more to begin than to compute: of 8 texts of 54 tokens behind 25 others they take twice as long as in float32, the
-way there and back included. From some 400 tokens on they are large enough.
+way there and back included. From some 350 keys on they are large enough.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from slimtune.ops.autograd import is_traced
 
-LONGEST = 384
+LONGEST = 320
 """Keys up to which the gradient is computed in float32."""
 
 _ATTENTION = "sdpa"
@@ -38,7 +38,7 @@ _changes = threading.Lock()
 def short_attention() -> Iterator[None]:
     """Within it, models of transformers that attend by "sdpa" take the gradient of short attention in float32.
 
-    That is for 16 bits on a processor, up to 384 keys; the forward pass stays the same. `slimtune train` does it.
+    That is for 16 bits on a processor, up to 320 keys; the forward pass stays the same. `slimtune train` does it.
     It is entered around a training and not around a forward pass: checkpointing runs layers again in the backward pass.
 
     Example:
