@@ -383,8 +383,9 @@ class _Flatten:
             return None
         past, embeds, prompt = given.get("past_key_values"), given.get("inputs_embeds"), _prompt_of(self.model)
         if prompt is None:
-            is_text = ids is not None and past is None and embeds is None and _is_one_text(mask, positions)
-            return _Rows(ids, mask, positions) if is_text else None
+            if ids is None or past is not None or embeds is not None or not _is_one_text(mask, positions):
+                return None
+            return _Rows(ids, mask, positions)
         if decoder is self.model:
             # The virtual tokens are still to come.
             return None
