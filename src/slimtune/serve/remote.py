@@ -198,7 +198,8 @@ class RemoteBackend:
         if self.loads:
             # vLLM would let tenants share what it keeps of prompts, and a first token that comes sooner than it could
             # tells one of them what another has asked.
-            forwarded["cache_salt"] = hashlib.sha256(f"slimtune tenant {tenant}".encode()).hexdigest()
+            salt = f"slimtune tenant {len(tenant)} {tenant} {body.cache_salt or ''}"
+            forwarded["cache_salt"] = hashlib.sha256(salt.encode()).hexdigest()
         failure: ApiError | None = None
         for replica in self._order():
             replica.running += 1
