@@ -239,6 +239,10 @@ def test_a_server_that_says_odd_things(said: bytes, status: int) -> None:
             with connection:
                 connection.recv(65536)
                 connection.sendall(said)
+                # Read to its end: closed with something unread, the connection would be reset before it is answered.
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
 
         threading.Thread(target=answer, daemon=True).start()
         with in_front([f"http://127.0.0.1:{port.getsockname()[1]}"], None) as server:
