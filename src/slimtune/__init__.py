@@ -61,7 +61,7 @@ _HOME = {
     "replace_lora_weights_loftq": "adapters.loftq",
     "dequantize": "quantization.dequantize",
     "load": "models.load",
-    "check_shares": "models.shared_prefixes",
+    "check_shares": "models.prefix_trial",
     "shared_prefixes": "models.shared_prefixes",
     "short_attention": "models.short_attention",
     "Quantization": "quantization.config",
@@ -149,7 +149,7 @@ if TYPE_CHECKING:
     from slimtune.models.diffusers import load_diffusers_lora as load_diffusers_lora
     from slimtune.models.diffusers import save_diffusers_lora as save_diffusers_lora
     from slimtune.models.load import load as load
-    from slimtune.models.shared_prefixes import check_shares as check_shares
+    from slimtune.models.prefix_trial import check_shares as check_shares
     from slimtune.models.shared_prefixes import shared_prefixes as shared_prefixes
     from slimtune.models.short_attention import short_attention as short_attention
     from slimtune.plan.plan import plan as plan

@@ -16,10 +16,9 @@ import slimtune
 from kinds import NEEDED
 from slimtune.core.config import methods
 from slimtune.errors import ConfigError, TargetError
+from slimtune.models.prefix_trial import check_shares, counts_columns
 from slimtune.models.shared_prefixes import (
     SharedTokens,
-    check_shares,
-    counts_columns,
     masks_packed_rows,
     shared_prefixes,
 )

@@ -144,7 +144,7 @@ def test_it_is_left_out_where_nothing_is_shared(tmp_path: Path) -> None:
 
 
 def test_asked_for_on_a_model_that_can_t_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimtune.models.shared_prefixes.ROUNDING", {torch.float32: 0.0})
+    monkeypatch.setattr("slimtune.models.prefix_trial.ROUNDING", {torch.float32: 0.0})
     with pytest.raises(ConfigError, match=r"leave training\.share_prefixes out"):
         train(tmp_path / "asked", examples(30), share_prefixes=True)
     # Left open, it is trained as ever.

@@ -25,10 +25,7 @@ from slimtune.adapters.adopt import frozen_forward
 from slimtune.bases import base_of
 from slimtune.core.frozen import deltas_of, standing_in
 from slimtune.errors import ConfigError
-from slimtune.ops.cross_entropy import TokenStatistics, chunked_log_probs
-
-_IGNORED = -100
-"""The label of a token that isn't learned, as torch's cross entropy has it."""
+from slimtune.ops.cross_entropy import IGNORED, TokenStatistics, chunked_log_probs
 
 
 def is_from_trl(forward: Any) -> bool:
@@ -88,7 +85,7 @@ def on_learned_tokens(model: Any, forward: Callable[..., Any]) -> Callable[..., 
         targets = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
         if not fused_lm_head or backbone is None or targets is None:
             return as_it_is()
-        learned = targets != _IGNORED
+        learned = targets != IGNORED
         count = int(learned.sum())
         # Of a batch in which nothing is learned, the zeros have to hang together with the model.
         if targets.device.type in _COMPACT or not 0 < count < learned.numel():

@@ -172,7 +172,7 @@ def _largest_rank(folders: list[Path]) -> int:
 
     ranks = [0]
     for folder in folders:
-        with suppress(SlimtuneError, OSError):
+        with suppress(SlimtuneError):
             ranks.append(largest_rank(read_object(folder / ADAPTER)))
     return max(ranks)
 

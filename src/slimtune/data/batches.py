@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from slimtune.errors import DataError
-
-IGNORED = -100
+from slimtune.ops.cross_entropy import IGNORED
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Layout:
 
 _SETTLED, _SPREAD = 16, 16
 """Steps after which factors are put into blocks, and over how many steps those of all layers are spread."""
-_turns = itertools.count()
+_places = itertools.count()
 
 
 @dataclass(eq=False)
@@ -65,20 +65,19 @@ class Factors:
         a, b: (R, in) and (out, R).
         bias: (R,), or None.
         activation: f, of a bottleneck, whose h is the layer's output; None for a low-rank pair, which reads its input.
+        steps_left: until they are put into blocks; of parts, which are none of a layer's, never.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
     activation: Callable[[Tensor], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        self._steps_left = _SETTLED + next(_turns) % _SPREAD
+    steps_left: int = 0
 
     def inner(self, h: Tensor) -> Tensor:
         """f(h A^T + bias), (tokens, R), as a new tensor."""
-        self._steps_left -= 1
-        if self._steps_left == 0:
+        self.steps_left -= 1
+        if self.steps_left == 0:
             self.a, self.b = held(self.a), held(self.b)
         z_TR = linear(h, self.a, self.bias)
         return z_TR if self.activation is None else self.activation(z_TR)
@@ -228,6 +227,7 @@ def _behind(
         b=torch.cat([each.b.t() for each in pieces]).t(),
         bias=torch.cat(biases) if biases else None,
         activation=activation,
+        steps_left=_SETTLED + next(_places) % _SPREAD,
     )
 
 

@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 MOST_TEMPERATURE = 100
-_BOUNDS = {
+PENALTY_BOUNDS = {
     "presence_penalty": (-100, 100, 0),
     "frequency_penalty": (-100, 100, 0),
     "repetition_penalty": (0.01, 100, 1),
@@ -79,7 +79,7 @@ class SamplingParams:
         # it.
         check_whole("max_tokens", self.max_tokens)
         check_whole("top_k", self.top_k, least=0)
-        for name in ("temperature", "top_p", "min_p", *_BOUNDS):
+        for name in ("temperature", "top_p", "min_p", *PENALTY_BOUNDS):
             check_number(name, getattr(self, name))
         if self.logprobs is not None:
             check_whole("logprobs", self.logprobs, least=0)
@@ -91,7 +91,7 @@ class SamplingParams:
             raise ConfigError(f"top_p must lie in (0, 1], found {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must lie in [0, 1], found {self.min_p}")
-        for name, (least, most, none) in _BOUNDS.items():
+        for name, (least, most, none) in PENALTY_BOUNDS.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise ConfigError(f"{name} must lie in [{least}, {most}], found {value}; {none} is none")
         if any(not text for text in self.stop):

@@ -25,24 +25,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slimtune.core.frozen import deltas_of
-from slimtune.errors import ConfigError, first_line
+from slimtune.errors import ConfigError
 from slimtune.methods.prompt.base import VirtualTokens
 from slimtune.methods.prompt.prefix_tuning import Prefix, ReadOnlyUpdate
 from slimtune.models.shared_encodings import shared_encodings
 from slimtune.ops.autograd import is_traced
+from slimtune.ops.cross_entropy import IGNORED
 from slimtune.ops.prefix_tree import Family, PrefixTree, prefix_tree, tree_attention
 
 WORTHWHILE = 0.9
 """A batch stays as it is where its tree has more than this share of its tokens."""
 WORTHWHILE_PAIRS = 0.5
 """Packed rows stay under a mask where their texts have more than this share of its queries times keys."""
-PROBED = 20
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest relative difference of hidden states that counts as rounding, by their dtype."""
-ROUNDING_16_BITS = 5e-2
-
-_IGNORED = -100
-"""The label of a token that isn't learned."""
 _ATTENTION = ", shared prefixes"
 """What the name of an attention ends with that reads trees."""
 _TREE = "prefix_tree"
@@ -117,7 +111,7 @@ def shared_prefixes(model: Any, always: bool = False, left_padded: bool = False)
             yield tokens
         return
     config = check_kind(model)
-    own, decoder = config._attn_implementation, _decoder_of(model)
+    own, decoder = config._attn_implementation, decoder_of(model)
     flatten = _Flatten(model, decoder, tokens, always, left_padded)
     hooks = [
         model.register_forward_pre_hook(flatten.note_text, with_kwargs=True),
@@ -134,32 +128,6 @@ def shared_prefixes(model: Any, always: bool = False, left_padded: bool = False)
             hook.remove()
 
 
-def check_shares(model: Any) -> None:
-    """Check by trial that rows which begin alike give the hidden states that they give apart.
-
-    Raises: ConfigError, for a model that isn't causal, that doesn't attend through transformers' registry, or whose
-        layers see more than attention shows them, as in recurrent models.
-    """
-    if not is_encoded(model):
-        check_kind(model)
-    prompt = _prompt_of(model)
-    if isinstance(prompt, Prefix) and prompt.window is not None:
-        raise ConfigError(
-            f"{type(model).__name__} can't share prefixes with a trained one (PREFIX_TUNING): some of its layers see "
-            f"the last {prompt.window} tokens alone; use prompt tuning or LoRA"
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    drawn = torch.randint(0, vocabulary, (3, PROBED), generator=torch.Generator().manual_seed(0))
-    # Two rows share most tokens, a third one none; the second one is padded.
-    shared = torch.cat([drawn[0, : PROBED - 4], drawn[1, PROBED - 4 :]])
-    ids = torch.stack([drawn[0], shared, drawn[2]]).to(model.device)
-    if is_encoded(model):
-        ids[1] = ids[2] = ids[0]
-    mask = torch.ones_like(ids)
-    mask[1, -2:] = 0
-    _check_same_states(model, ids, mask)
-
-
 def is_encoded(model: Any) -> bool:
     """Whether an encoder reads the rows, all tokens of a row at once, so that only equal rows are shared."""
     return bool(getattr(model.config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
@@ -171,109 +139,7 @@ def masks_packed_rows(model: Any) -> bool:
     return "flash" not in (getattr(config, "_attn_implementation", None) or "")
 
 
-def counts_columns(model: Any) -> bool:
-    """Whether by trial a model that gets no positions counts padding on the left among them, as most do."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, vocabulary, (3, PROBED), generator=torch.Generator().manual_seed(0))
-    # Two rows that share most tokens behind as much padding, as answers to one prompt, and a longer one.
-    ids[1, :-4] = ids[0, :-4]
-    mask = torch.ones_like(ids)
-    mask[:2, :3] = 0
-    try:
-        _check_same_states(model, ids.to(model.device), mask.to(model.device), left_padded=True)
-    except ConfigError:
-        return False
-    return True
-
-
-def _check_same_states(model: Any, ids: Tensor, mask: Tensor, left_padded: bool = False) -> None:
-    """Raises: ConfigError, where rows computed as a tree have other hidden states than apart, or stay apart."""
-    modes, width = {module: module.training for module in model.modules()}, ids.shape[1]
-    # Dropout draws other masks for other layouts.
-    model.eval()
-    try:
-        with torch.no_grad(), _short_windows(model):
-            apart = _states(model, ids, mask)
-            with shared_prefixes(model, always=True, left_padded=left_padded) as tokens:
-                together = _states(model, ids, mask)
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise ConfigError(f"{type(model).__name__} can't share prefixes: {first_line(error)}") from error
-    finally:
-        for module, was_training in modes.items():
-            module.training = was_training
-    # Padding aside, whose states are some other token's here.
-    difference, whole = (_of_text(x, mask, width).float() for x in (together - apart, apart))
-    moved = float(difference.norm() / whole.norm().clamp_min(1e-12))
-    if not moved < ROUNDING.get(apart.dtype, ROUNDING_16_BITS):
-        raise ConfigError(
-            f"{type(model).__name__} can't share prefixes: computed so, its hidden states differ by {moved:.1%}"
-        )
-    if not 0 < tokens.computed < tokens.given:
-        raise ConfigError(f"{type(model).__name__} can't share prefixes: its layers don't get the rows by their tokens")
-
-
-def _states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """The hidden states of rows that enter at the root, as in training: it may give its decoder something else.
-
-    Of an encoder-decoder those of its encoder.
-    """
-    if is_encoded(model):
-        return model.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-
-    def leave(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise _Seen(output[0])
-
-    # Behind the hooks that are there, which give the rows back; heads have nothing to say.
-    hook = _decoder_of(model).register_forward_hook(leave)
-    try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except _Seen as seen:
-        return seen.states
-    finally:
-        hook.remove()
-    raise ConfigError(f"{type(model).__name__} can't share prefixes: it doesn't run its decoder")
-
-
-class _Seen(Exception):  # noqa: N818 - it ends a pass, and tells of no mistake
-    """The hidden states that were asked for."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-
-_SHORT_WINDOW = PROBED // 2
-
-
-@contextmanager
-def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Windows of attention are so short in it that a trial by few tokens reaches beyond them.
-
-    Some models tell their attention of the window, others mask by it alone, and what is not told a tree can't know.
-    """
-    holders = {id(holder): holder for module in model.modules() for holder in (module, vars(module).get("config"))}
-    before = [
-        (holder, name, value)
-        for holder in holders.values()
-        for name, value in vars(holder or object).items()
-        # Not `max_window_layers`, which counts layers.
-        if "window" in name and "layers" not in name and type(value) is int and value > _SHORT_WINDOW
-    ]
-    try:
-        for holder, name, _ in before:
-            setattr(holder, name, _SHORT_WINDOW)
-        yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
-
-
-def _of_text(states: Tensor, mask: Tensor, width: int) -> Tensor:
-    """The states of the tokens, without padding and virtual tokens; all of those that are one for a row."""
-    return states[:, -width:][mask.bool()] if states.dim() == 3 else states
-
-
-def _prompt_of(model: Any) -> VirtualTokens | None:
+def prompt_of(model: Any) -> VirtualTokens | None:
     """The virtual tokens that are in effect in front of a model's rows."""
     state, deltas = vars(model).get("adapter_state"), deltas_of(model)
     names = () if state is None else (name for name in state.applied if name in deltas)
@@ -327,6 +193,8 @@ class _Flatten:
         )
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # None where the decoder is called by itself.
+        root = self.passes.pop(threading.get_ident(), _Pass())
         bound = self.signature.bind(*args, **kwargs)
         given = {**bound.arguments.pop("kwargs", {}), **bound.arguments}
         caches = given.get("use_cache")
@@ -342,8 +210,6 @@ class _Flatten:
         asked = (getattr(self.config, name, False) if given.get(name) is None else given[name] for name in _ASKED)
         if any(given.get(name) is not None for name in _APART) or any(asked):
             return None
-        # None where the decoder is called by itself.
-        root = self.passes.pop(threading.get_ident(), _Pass())
         rows = None if root.learns_padding else self._rows(decoder, given, root)
         if rows is None:
             return None
@@ -381,7 +247,7 @@ class _Flatten:
         # Some models make a mask for each kind of their layers beforehand.
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.any())):
             return None
-        past, embeds, prompt = given.get("past_key_values"), given.get("inputs_embeds"), _prompt_of(self.model)
+        past, embeds, prompt = given.get("past_key_values"), given.get("inputs_embeds"), prompt_of(self.model)
         if prompt is None:
             if ids is None or past is not None or embeds is not None or not _is_one_text(mask, positions):
                 return None
@@ -426,10 +292,10 @@ def _learns_padding(given: dict[str, Any]) -> bool:
     is_padding = mask == 0
     labels, shifted = given.get("labels"), given.get("shift_labels")
     if isinstance(shifted, Tensor):
-        return shifted.shape == mask.shape and bool(((shifted != _IGNORED) & is_padding).any())
+        return shifted.shape == mask.shape and bool(((shifted != IGNORED) & is_padding).any())
     if not isinstance(labels, Tensor) or labels.shape != mask.shape:
         return False
-    return bool(((labels[:, 1:] != _IGNORED) & is_padding[:, :-1]).any())
+    return bool(((labels[:, 1:] != IGNORED) & is_padding[:, :-1]).any())
 
 
 def _with_virtual_tokens(ids: Tensor, text_mask: Tensor | None, mask: Tensor | None, count: int) -> Tensor:
@@ -521,7 +387,7 @@ def check_kind(model: Any) -> Any:
         raise ConfigError(f"{name} can't share prefixes: it is no decoder alone")
     if model.config.get_text_config() is not model.config:
         raise ConfigError(f"{name} can't share prefixes: it reads more than text, and gives its layers embeddings")
-    decoder = _decoder_of(model)
+    decoder = decoder_of(model)
     if any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
         raise ConfigError(f"{name} can't share prefixes: its tokens see those behind them, as in encoders")
     config = cast(Any, decoder.config)
@@ -536,7 +402,7 @@ def check_kind(model: Any) -> Any:
     return config
 
 
-def _decoder_of(model: Any) -> nn.Module:
+def decoder_of(model: Any) -> nn.Module:
     """The layers of a model, which have a config. Raises: ConfigError, where it doesn't say which these are."""
     try:
         decoder = model.get_decoder()

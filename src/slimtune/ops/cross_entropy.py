@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+IGNORED = -100
+"""The label of a token that isn't learned, as torch's cross entropy has it."""
+
 HELD = {"cpu": 2**23, "cuda": 2**27}
 """How many logits are held at a time, by device: few products with the whole weight are fast ones."""
 
@@ -46,7 +49,7 @@ class TokenStatistics(NamedTuple):
 
 def chunked_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor,
-    ignore_index: int = -100, reduction: str = "mean",
+    ignore_index: int = IGNORED, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """The loss of `F.cross_entropy(hidden @ weight.T + bias, labels)`, for a weight that takes no gradient.
 

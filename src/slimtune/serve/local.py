@@ -108,8 +108,7 @@ class EngineBackend:
         assert mailbox is not None, "a backend is started before it is asked"
         handles: list[Handle] = []
         held = {0: turns.first}
-        # By length, so that no name and salt together read as those of another tenant.
-        owner = f"{len(tenant)} {tenant} {body.cache_salt or ''}"
+        owner = body.owner(tenant)
 
         def begin(choice: int, sampling: SamplingParams) -> None:
             # Choices are numbered prompt by prompt, n of each, as OpenAI numbers them.

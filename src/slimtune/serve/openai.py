@@ -8,12 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from slimtune.engine.request import PENALTY_BOUNDS
 from slimtune.errors import did_you_mean
 
 MAX_CHOICES = 128
 """The most answers of one request, over all its prompts."""
 MAX_STOPS = 16
 MAX_ALTERNATIVES = 20
+_LEAST_PENALTY, _MOST_PENALTY, _ = PENALTY_BOUNDS["repetition_penalty"]
 
 
 class ApiError(Exception):
@@ -234,7 +236,7 @@ class Generation(_Root):
     # vLLM writes "all" as -1, others as 0.
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=_LEAST_PENALTY, le=_MOST_PENALTY)] = 1.0
     ignore_eos: bool = False
     # What is kept of a prompt is reused under the same salt only, and always within one tenant.
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
@@ -247,6 +249,11 @@ class Generation(_Root):
         if any(not text for text in self.stops()):
             raise ValueError("stop holds an empty text, at which every answer would be over; leave it out")
         return self
+
+    def owner(self, tenant: str) -> str:
+        """For whom what is kept of a prompt may be used again; another text for another tenant or salt."""
+        # By length, so that no name and salt together read as those of another tenant.
+        return f"{len(tenant)} {tenant} {self.cache_salt or ''}"
 
     def stops(self) -> tuple[str, ...]:
         """The texts at which an answer is over."""

@@ -20,6 +20,7 @@ from slimtune.models.headers import read_folder
 from slimtune.serve.backend import Backend
 from slimtune.serve.openai import not_found, unavailable
 from slimtune.serve.tenants import BASE
+from slimtune.storage.foreign import reading_files
 from slimtune.storage.source import ADAPTER
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -115,7 +116,7 @@ class Registry:
 
     def draft(self, name: str, folder: Path, is_folder: bool = True) -> Adapter:
         """A new version of a name that no request can name yet. Raises: as `register`."""
-        if not NAME.fullmatch(name) or name in self.reserved:
+        if not self._can_name(name):
             raise ConfigError(
                 f"an adapter can't be called '{name[:140]}'; take letters, digits, '.', '_' and '-', and not the name "
                 "of the base"
@@ -135,10 +136,13 @@ class Registry:
 
     def enrol_broken(self, name: str, folder: Path, error: str) -> None:
         """List an adapter that can't be read, with the reason; a request for it tries once more to load it."""
-        if NAME.fullmatch(name) and name not in self.reserved:
+        if self._can_name(name):
             adapter = self._new(name, folder, "unknown", None, 0)
             adapter.error = error
             self.enrol(adapter)
+
+    def _can_name(self, name: str) -> bool:
+        return NAME.fullmatch(name) is not None and name not in self.reserved
 
     def _new(self, name: str, folder: Path, method: str, rank: int | None, stored_bytes: int) -> Adapter:
         # Counted on where all versions are gone again.
@@ -255,15 +259,13 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
         raise
 
 
+@reading_files()
 def digest_of(folder: Path) -> str:
     """What an adapter's files hold, in short. Raises: AdapterFileError, where they can't be read."""
     digest = hashlib.sha256()
-    try:
-        # Config and weights: the same matrices under another alpha are another adapter.
-        for file in sorted(folder.glob("adapter_*")):
-            digest.update(file.read_bytes())
-    except OSError as error:
-        raise AdapterFileError(f"'{folder}' can't be read: {error.strerror or error}") from error
+    # Config and weights: the same matrices under another alpha are another adapter.
+    for file in sorted(folder.glob("adapter_*")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -198,8 +198,7 @@ class RemoteBackend:
         if self.loads:
             # vLLM would let tenants share what it keeps of prompts, and a first token that comes sooner than it could
             # tells one of them what another has asked.
-            salt = f"slimtune tenant {len(tenant)} {tenant} {body.cache_salt or ''}"
-            forwarded["cache_salt"] = hashlib.sha256(salt.encode()).hexdigest()
+            forwarded["cache_salt"] = hashlib.sha256(body.owner(tenant).encode()).hexdigest()
         failure: ApiError | None = None
         for replica in self._order():
             replica.running += 1

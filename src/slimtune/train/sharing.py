@@ -19,12 +19,11 @@ from slimtune.data.prefixes import (
     tokens_of,
 )
 from slimtune.errors import ConfigError
+from slimtune.models.prefix_trial import check_shares, counts_columns
 from slimtune.models.shared_prefixes import (
     WORTHWHILE,
     SharedTokens,
     check_kind,
-    check_shares,
-    counts_columns,
     is_encoded,
     masks_packed_rows,
     shared_prefixes,
