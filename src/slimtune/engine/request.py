@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from slimtune.errors import ConfigError, check_number, check_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """Why an answer ends: an end-of-turn token or a stop string; its tokens or the context are used up; or a failure."""
